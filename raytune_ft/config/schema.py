@@ -1,0 +1,275 @@
+"""What a config file may say. One class per section, frozen, unknown keys refused.
+
+Importing this module loads neither torch nor ray nor transformers. Every `description` is the
+reference that `raytune-ft schema` prints, so it is written for the person who writes the file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Strict, so that `lr: "fast"` and `batch_size: 1.5` are errors and not surprises."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is fine-tuned."""
+
+    path: str = Field(
+        "builtin:tiny",
+        min_length=1,
+        description="a local directory, a Hugging Face hub id, or builtin:tiny",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="how frozen weights are held; auto is train.precision. Trained weights are "
+        "held in float32 whatever is written here (float64 under precision: float64)",
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="transformers' attn_implementation; auto leaves the choice to it"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; off unless you mean it"
+    )
+
+
+class FullMethod(Section):
+    """Every weight moves."""
+
+    name: Literal["full"]
+
+
+class LoraMethod(Section):
+    """Low-rank adapters on a frozen base (arXiv 2106.09685), through PEFT."""
+
+    name: Literal["lora"] = "lora"
+    rank: Positive = Field(16, description="columns of A, rows of B")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="the delta is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
+    )
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear, or endings of module names such as q_proj"
+    )
+    dropout: Fraction = Field(0.0, description="on the adapter's input")
+    rslora: bool = Field(False, description="rank-stabilised scaling (arXiv 2312.03732)")
+    dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
+
+
+MethodConfig = Annotated[FullMethod | LoraMethod, Field(discriminator="name")]
+
+
+class SourceConfig(Section):
+    """Where rows come from and which of their columns make an example."""
+
+    path: str = Field(
+        min_length=1,
+        description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
+        "by datasets, or a hub id",
+    )
+    format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
+    prompt: str = Field("prompt", description="column of the prompt, for prompt_completion")
+    completion: str = Field("completion", description="column of the completion, likewise")
+    messages: str = Field("messages", description="column of the chat turns, for messages")
+    text: str = Field("text", description="column of the document, for text")
+    split: str | None = Field(None, description="split of a hub or saved data set, such as train")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    columns: list[str] | None = Field(
+        None, description="column names of a .csv or .tsv file without a header line"
+    )
+
+
+class DataConfig(Section):
+    """What is trained on, what is measured on, and how rows become tokens."""
+
+    train: SourceConfig
+    validation: Annotated[float, Field(gt=0, lt=1)] | SourceConfig = Field(
+        0.05, description="a fraction of train, drawn once by seed, or a source like train"
+    )
+    test: SourceConfig | None = Field(None, description="measured by promotion alone, once")
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of one example")
+    separator: str = Field("\n", description="between prompt and completion")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="what happens to rows over max_length; truncate cuts the end"
+    )
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="more unusable rows than this and the run refuses to start"
+    )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="several examples to a row; auto packs where a probe of the built model "
+        "shows that it changes nothing, true refuses where it would",
+    )
+
+
+class EarlyStopping(Section):
+    """Stop when the evaluation has not improved."""
+
+    patience: Positive = Field(3, description="evaluations in a row without improvement")
+    min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="an improvement is larger than this"
+    )
+
+
+class TrainConfig(Section):
+    """How weights move."""
+
+    objective: Literal["sft"] = Field("sft", description="what is optimised")
+    batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
+    lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: Fraction = Field(0.0, description="of the steps, rising linearly from 0")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled (AdamW); on matrices, not on norms and biases"
+    )
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1.0e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="clip by global norm; null does not clip"
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="budget in passes; with max_examples too, whichever ends first"
+    )
+    max_examples: Positive | None = Field(
+        None, description="budget in examples; neither written means one epoch"
+    )
+    eval_every_examples: Positive = Field(
+        1000, description="evaluate at the first step at or past each multiple, and at the end"
+    )
+    early_stopping: EarlyStopping | None = None
+    precision: Literal["float32", "bfloat16", "float64"] = Field(
+        "bfloat16", description="compute precision; float64 is for verification"
+    )
+    micro_tokens: Literal["auto"] | Positive = Field(
+        "auto", description="tokens of one forward pass on one worker, padding included"
+    )
+
+
+class ParallelConfig(Section):
+    """How the work is laid out. Nothing here changes the numbers."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+        "auto", description="auto: single for one worker, ddp for adapters, fsdp for full"
+    )
+    workers: Positive = Field(1, description="Ray Train workers of one run or trial")
+    resources_per_worker: dict[str, float] = Field(
+        default_factory=lambda: {"CPU": 1.0, "GPU": 0.0},
+        description="what Ray reserves for each worker; CPU is also its number of threads",
+    )
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        2, description="restarts from the last checkpoint after a lost worker"
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    every_examples: Positive = Field(
+        1000, description="save at the first step at or past each multiple"
+    )
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_best: Positive = 1
+    asynchronous: bool = Field(True, description="write in the background while training goes on")
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (arXiv 1810.05934), measured in examples seen."""
+
+    name: Literal["asha"] = "asha"
+    grace_examples: Positive = Field(1000, description="the first rung")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
+
+
+class Distribution(Section):
+    """One line of the search space; exactly one of its keys is written."""
+
+    uniform: list[float] | None = Field(None, description="[low, high]")
+    log_uniform: list[float] | None = Field(None, description="[low, high], both above 0")
+    int_uniform: list[int] | None = Field(None, description="[low, high], both included")
+    choice: list[Any] | None = Field(None, description="any number of values")
+
+    @property
+    def kind(self) -> str:
+        """The key that is written."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def values(self) -> list[Any]:
+        """The bounds, or the choices."""
+        return list(getattr(self, self.kind))
+
+    @model_validator(mode="after")
+    def _one_kind_in_order(self) -> Distribution:
+        written = self.model_dump(exclude_none=True)
+        if len(written) != 1:
+            raise ValueError("needs exactly one of uniform, log_uniform, int_uniform, choice")
+        kind, values = next(iter(written.items()))
+        if kind == "choice":
+            if not values:
+                raise ValueError("choice is empty; write at least one value")
+            return self
+        if len(values) != 2 or values[0] >= values[1]:
+            raise ValueError(f"{kind}={values} is not [low, high] with low < high")
+        if kind == "log_uniform" and values[0] <= 0:
+            raise ValueError(f"log_uniform={values} needs low > 0")
+        return self
+
+
+class SearchConfig(Section):
+    """Which trials are run."""
+
+    trials: Positive = 16
+    metric: Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"] = "eval_loss"
+    mode: Literal["min", "max"] = "min"
+    max_concurrent: Literal["auto"] | Positive = Field(
+        "auto", description="trials at a time; auto is what the cluster holds in whole bundles"
+    )
+    execution: Literal["auto", "isolated"] = Field(
+        "auto", description="isolated: a worker group for each trial, which auto chooses today"
+    )
+    sampler: Literal["tpe", "random"] = "tpe"
+    scheduler: AshaConfig | None = Field(
+        default_factory=AshaConfig, description="null runs every trial to its end"
+    )
+    storage: str | None = Field(
+        None,
+        description="Optuna storage URL; null is study.db in the sweep's directory. A password "
+        "is written as ${ENV_NAME}",
+    )
+    space: dict[str, Distribution] = Field(min_length=1)
+
+
+class PromoteConfig(Section):
+    """Which model leaves the sweep."""
+
+    top_k: Positive = Field(
+        3, description="trials looked at; merge: best takes the first whose checkpoint is sound"
+    )
+    merge: Literal["best"] = "best"
+
+
+class Config(Section):
+    """A whole file."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the directory below storage"
+    )
+    seed: Annotated[int, Field(ge=0)] = 0
+    storage: str = Field("runs", min_length=1, description="where runs are kept")
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = LoraMethod()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    search: SearchConfig | None = None
+    promote: PromoteConfig = PromoteConfig()

@@ -1,0 +1,86 @@
+"""Every exception that this package raises on purpose.
+
+    RaytuneFtError
+    |-- InputError            exit code 2: what the user wrote is wrong; nothing was started or lost
+    |   |-- ConfigError       a key, a value or a combination of them
+    |   |-- DataError         a source, a row or a column
+    |   |-- ModelError        a model directory, a hub id, a method that the model cannot take
+    |   |-- StorageError      a path that cannot be written, a run that exists or does not
+    |   `-- ClusterError      resources that the cluster does not have
+    |-- RunFailed             exit code 1: the run itself failed
+    |   |-- Diverged          the loss or the gradient is not finite
+    |   |-- OutOfMemory       a device or the host ran out of memory
+    |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
+    |   `-- MergeError        a fold whose logits differ from those of base + adapter
+    `-- Interrupted           exit code 130: SIGINT or SIGTERM; the run can be resumed
+"""
+
+from __future__ import annotations
+
+
+class RaytuneFtError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(RaytuneFtError):
+    """What the user wrote is wrong: the value, the rule that it breaks, what to write instead.
+
+    The three parts are kept apart so that no message can lack one.
+    """
+
+    exit_code = 2
+
+    def __init__(self, value: str, rule: str, remedy: str) -> None:
+        super().__init__(value, rule, remedy)
+        self.value, self.rule, self.remedy = value, rule, remedy
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.rule}; {self.remedy}"
+
+
+class ConfigError(InputError):
+    """A key, a value or a combination of them."""
+
+
+class DataError(InputError):
+    """A source, a row or a column."""
+
+
+class ModelError(InputError):
+    """A model directory, a hub id, a method that the model cannot take."""
+
+
+class StorageError(InputError):
+    """A path that cannot be written, a run that exists or does not."""
+
+
+class ClusterError(InputError):
+    """Resources that the cluster does not have."""
+
+
+class RunFailed(RaytuneFtError):
+    """The input was right and the run failed all the same."""
+
+
+class Diverged(RunFailed):
+    """The loss or the gradient is not finite."""
+
+
+class OutOfMemory(RunFailed):
+    """A device or the host ran out of memory."""
+
+
+class CheckpointError(RunFailed):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class MergeError(RunFailed):
+    """A fold whose logits differ from those of base + adapter."""
+
+
+class Interrupted(RaytuneFtError):
+    """SIGINT or SIGTERM arrived; what was saved can be resumed."""
+
+    exit_code = 130

@@ -1,0 +1,112 @@
+"""Facts that cross processes and files: frozen, JSON in, JSON out.
+
+The names of the fields are the keys of `metrics.jsonl`, `result.json` and `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+RunStatus = Literal["completed", "early_stopped", "failed", "interrupted"]
+TrialStatus = Literal["completed", "early_stopped", "pruned", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step over the whole job. `tokens` counts every token that is not padding."""
+
+    step: int
+    examples: int
+    tokens: int
+    label_tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """One evaluation of the whole validation set, taken after `examples` training examples."""
+
+    step: int
+    examples: int
+    eval_loss: float
+    eval_token_accuracy: float
+    eval_exact_match: float
+
+
+@dataclass(frozen=True)
+class Point(EvalMetrics):
+    """An evaluation that a result refers to; `checkpoint` is relative to the run directory."""
+
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`result.json` of a run directory."""
+
+    status: RunStatus | Literal["pruned"]
+    base: dict[str, float] | None
+    best: Point | None
+    final: Point | None
+    seed: int
+    config_sha256: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One row of `trials` in a sweep's `result.json`."""
+
+    id: str
+    params: dict[str, Any]
+    status: TrialStatus
+    eval_loss: float | None
+    examples: int
+    wall_s: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint, by its path relative to the checkpoint."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """`manifest.json`: written last, so a checkpoint without a valid one does not exist."""
+
+    step: int
+    examples: int
+    eval_loss: float | None
+    config_sha256: str
+    method: str
+    files: tuple[FileRecord, ...]
+    format: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON of a record, a dict or a list of them; NaN and the infinities become null."""
+    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    return json.dumps(_finite(plain), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
