@@ -94,6 +94,7 @@ class CheckpointManifest:
     files: tuple[FileRecord, ...]
     format: int = 1
     versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -1,0 +1,116 @@
+"""`manifest.json`: what a checkpoint consists of, written last and checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raytune_ft.errors import CheckpointError
+from raytune_ft.records import CheckpointManifest, FileRecord, to_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d{6,})")
+_BLANK = "0" * 64
+
+
+def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
+    """The manifest carries its own sha256, over its text with 64 zeros in that place."""
+    fields = json.loads(to_json(manifest)) | {"manifest_sha256": _BLANK}
+    text = to_json(fields, indent=2) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text.replace(f'"{_BLANK}"', f'"{digest}"'))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_manifest(path: Path) -> CheckpointManifest:
+    with _readable(path):
+        raw = path.read_bytes()
+    try:
+        fields = json.loads(raw)
+        declared = fields.pop("manifest_sha256")
+        blanked = raw.replace(f'"{declared}"'.encode(), f'"{_BLANK}"'.encode(), 1)
+        if hashlib.sha256(blanked).hexdigest() != declared:
+            raise ValueError("its sha256 is not the one that it names")
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']} is not {FORMAT}, which this version reads")
+        files = tuple(FileRecord(**record) for record in fields.pop("files"))
+        if any(os.path.isabs(file.path) or ".." in Path(file.path).parts for file in files):
+            raise ValueError("it lists a file outside its folder")
+        return CheckpointManifest(files=files, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as cause:
+        raise CheckpointError(f"{path} is damaged: {cause}") from cause
+
+
+def check_sizes(path: Path) -> CheckpointManifest:
+    """The manifest, if it is sound and every file that it lists has its size.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    manifest = _read_manifest(path / MANIFEST)
+    if (match := STEP_NAME.fullmatch(path.name)) and int(match[1]) != manifest.step:
+        raise CheckpointError(f"{path / MANIFEST} is of step {manifest.step}")
+    for record in manifest.files:
+        with _readable(path / record.path):
+            size = (path / record.path).stat().st_size
+        if size != record.bytes:
+            raise CheckpointError(
+                f"{path / record.path} is damaged: {size} bytes, the manifest says {record.bytes}"
+            )
+    return manifest
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as cause:
+        raise CheckpointError(f"{path} is missing") from cause
+    except OSError as cause:
+        raise CheckpointError(f"{path} cannot be read: {cause.strerror}") from cause
+
+
+def flush_files(root: Path) -> Iterator[FileRecord]:
+    """Force every file below `root` to the disk, and describe it."""
+    for path in sorted(file for file in root.rglob("*") if file.is_file()):
+        fsync(path)
+        relative = path.relative_to(root).as_posix()
+        yield FileRecord(relative, path.stat().st_size, _sha256(path))
+
+
+def check_contents(path: Path, manifest: CheckpointManifest) -> None:
+    """Read every listed file.
+
+    Raises:
+        CheckpointError: names the file whose bytes are not those that were written.
+    """
+    for record in manifest.files:
+        with _readable(path / record.path):
+            found = _sha256(path / record.path)
+        if found != record.sha256:
+            raise CheckpointError(
+                f"{path / record.path} is damaged: sha256 {found[:12]}..., "
+                f"the manifest says {record.sha256[:12]}..."
+            )
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,262 @@
+"""A folder of checkpoints in which everything that is visible is whole.
+
+    root/step-000120/            a checkpoint; manifest.json lists every file with size and sha256
+    root/.step-000120.<owner>.new   being written, or left by a process that died
+    root/.step-000120.<owner>.old   being deleted
+
+A checkpoint becomes visible by one rename, after its files, its manifest and its folders have
+reached the disk; it disappears by one rename before its first file is deleted. So a crash at any
+moment leaves whole checkpoints and hidden rubbish, which `retain` clears.
+
+What damages a checkpoint later (a flipped bit, a truncated file) is found by `verify`, which
+`newest_valid` calls. Damaged folders stay where they are: a read error may pass, a person may
+want to look, and a run that comes to the same step again replaces them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from raytune_ft.checkpoints.manifest import (
+    FORMAT,
+    MANIFEST,
+    STEP_NAME,
+    check_contents,
+    check_sizes,
+    flush_files,
+    fsync,
+    write_manifest,
+)
+from raytune_ft.errors import CheckpointError
+from raytune_ft.records import CheckpointManifest
+
+__all__ = ["MANIFEST", "CheckpointFacts", "CheckpointStore", "step_name"]
+
+_HIDDEN = re.compile(r"\.step-\d+\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)")
+_TOKEN = uuid.uuid4().hex[:8]  # tells this process from an earlier one with the same pid
+_DAY_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What the manifest says beside the step and the files. `metrics` is what `retain` ranks by."""
+
+    examples: int
+    config_sha256: str
+    method: str
+    eval_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def step_name(step: int) -> str:
+    """The folder of a step; zero-padded so that names sort as steps do."""
+    return f"step-{step:06d}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run, usually `RUN_DIR/checkpoints`; created by the first commit."""
+
+    def __init__(self, root: Path, warn: Callable[[str], None] | None = None) -> None:
+        self.root = root
+        self._warn = warn or logging.getLogger(__name__).warning
+
+    def commit(self, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Path:
+        """Make `step-N` from the files that `write(folder)` puts into an empty folder.
+
+        A valid `step-N` of the same config is kept and `write` is not called, since a resumed run
+        comes by the same steps; anything else of that name is replaced.
+
+        Raises:
+            CheckpointError: the files could not be written; earlier checkpoints are untouched.
+        """
+        target = self.root / step_name(step)
+        if self._is_same(target, facts):
+            return target
+        temporary = self._hidden(target.name, "new")
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            manifest = CheckpointManifest(
+                step=step,
+                examples=facts.examples,
+                eval_loss=facts.eval_loss,
+                config_sha256=facts.config_sha256,
+                method=facts.method,
+                files=tuple(flush_files(temporary)),
+                format=FORMAT,
+                versions=facts.versions,
+                metrics=facts.metrics,
+            )
+            write_manifest(temporary / MANIFEST, manifest)
+            for folder in _folders(temporary):
+                fsync(folder)
+            self._publish(temporary, target, facts)
+        except (OSError, SafetensorError) as cause:
+            raise CheckpointError(f"{target} could not be written: {cause}") from cause
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def verify(self, path: Path) -> CheckpointManifest:
+        """Read every byte of a checkpoint; its manifest if all is as it was written.
+
+        Files that the manifest does not list are left out of account.
+
+        Raises:
+            CheckpointError: names the file and what is wrong with it.
+        """
+        manifest = check_sizes(path)
+        check_contents(path, manifest)
+        return manifest
+
+    def list(self) -> Sequence[tuple[Path, CheckpointManifest]]:
+        """Checkpoints by ascending step, whose manifest is sound and whose files have its sizes."""
+        found = []
+        for path in self._paths():
+            try:
+                found.append((path, check_sizes(path)))
+            except CheckpointError:
+                continue
+        return found
+
+    def newest_valid(self) -> Path | None:
+        """The latest checkpoint that verifies to the last byte; says which ones it passed over."""
+        for path in reversed(self._paths()):
+            try:
+                self.verify(path)
+            except CheckpointError as error:
+                self._warn(f"checkpoint {path.name} is passed over: {error}")
+                continue
+            return path
+        return None
+
+    def retain(
+        self,
+        keep_last: int,
+        keep_best: int,
+        mode: Literal["min", "max"],
+        protect: Collection[str] = (),
+        metric: str = "eval_loss",
+    ) -> Sequence[str]:
+        """Delete all but the newest, the best by `metric` and the protected; names of the deleted.
+
+        `protect` takes names or paths that end in one. Damaged folders are neither counted nor
+        deleted. Hidden rubbish of dead processes is cleared too.
+        """
+        checkpoints = self.list()
+        kept = {Path(name).name for name in protect}
+        kept |= {path.name for path, _ in checkpoints[-max(keep_last, 1) :]}
+        sign = 1.0 if mode == "min" else -1.0
+        scored = [
+            (sign * value, manifest.step, path.name)
+            for path, manifest in checkpoints
+            if (value := _score(manifest, metric)) is not None
+        ]
+        kept |= {name for _, _, name in sorted(scored)[: max(keep_best, 1)]}
+        deleted = [path for path, _ in checkpoints if path.name not in kept]
+        for path in deleted:
+            self._delete(path)
+        self._clear_rubbish()
+        return [path.name for path in deleted]
+
+    def _paths(self) -> Sequence[Path]:
+        if not self.root.is_dir():
+            return []
+        steps = [
+            (int(match[1]), path)
+            for path in self.root.iterdir()
+            if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir()
+        ]
+        return [path for _, path in sorted(steps)]
+
+    def _is_same(self, target: Path, facts: CheckpointFacts) -> bool:
+        """Whether `target` is whole and holds what a commit of `facts` would write."""
+        if not target.exists():
+            return False
+        try:
+            manifest = self.verify(target)
+        except CheckpointError as error:
+            self._warn(f"checkpoint {target.name} is replaced: {error}")
+            return False
+        measured = facts.eval_loss is None or manifest.eval_loss is not None
+        same_run = (manifest.config_sha256, manifest.examples, manifest.method) == (
+            facts.config_sha256,
+            facts.examples,
+            facts.method,
+        )
+        return same_run and measured
+
+    def _publish(self, temporary: Path, target: Path, facts: CheckpointFacts) -> None:
+        if target.exists():
+            self._delete(target)
+        try:
+            temporary.rename(target)
+        except OSError as cause:
+            # A worker that was taken for dead committed the same step a moment ago.
+            if cause.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not self._is_same(
+                target, facts
+            ):
+                raise
+        fsync(self.root)
+
+    def _delete(self, path: Path) -> None:
+        rubbish = self._hidden(path.name, "old")
+        path.rename(rubbish)
+        fsync(self.root)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+    def _hidden(self, name: str, kind: Literal["new", "old"]) -> Path:
+        owner = f"{socket.gethostname()}.{os.getpid()}.{_TOKEN}{uuid.uuid4().hex[:8]}"
+        return self.root / f".{name}.{owner}.{kind}"
+
+    def _clear_rubbish(self) -> None:
+        for path in self.root.glob(".step-*"):
+            if (match := _HIDDEN.fullmatch(path.name)) and _is_rubbish(path, match):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_rubbish(path: Path, match: re.Match[str]) -> bool:
+    """Whether nobody is writing this hidden folder any more."""
+    if match["kind"] == "old":
+        return True
+    if match["host"] != socket.gethostname():
+        try:
+            return time.time() - path.stat().st_mtime > _DAY_S
+        except FileNotFoundError:
+            return False
+    pid = int(match["pid"])
+    if pid == os.getpid():
+        return not match["token"].startswith(_TOKEN)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _score(manifest: CheckpointManifest, metric: str) -> float | None:
+    if metric == "eval_loss" and manifest.eval_loss is not None:
+        return manifest.eval_loss
+    return manifest.metrics.get(metric)
+
+
+def _folders(root: Path) -> list[Path]:
+    """`root` and all folders below it, the deepest first."""
+    inner = [path for path in root.rglob("*") if path.is_dir()]
+    return [*sorted(inner, key=lambda path: -len(path.parts)), root]
