@@ -1,0 +1,1 @@
+"""What a run is: the schema, how a file becomes a config, which rules it must keep."""

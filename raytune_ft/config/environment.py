@@ -1,0 +1,69 @@
+"""What the config takes from the process around it: `${ENV_NAME}` and the Ray job."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_ft.errors import ConfigError
+
+STORAGE_VARIABLE = "RAYTUNE_FT_STORAGE"
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+# A password in the user part of a URL or in its query; group 1 is the password.
+_IN_USER_PART = re.compile(r"://[^/\s:@]*:([^\s]+)@")
+_IN_QUERY = re.compile(r"[?&;](?:password|passwd|pwd|secret|token|api_key)=([^&;\s]+)", re.I)
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the entry point of a Ray job, or was started by one."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def expand_text(text: str, key: str, environ: Mapping[str, str] | None = None) -> str:
+    """`text` with every `${NAME}` replaced; ConfigError where NAME is not set."""
+    values = os.environ if environ is None else environ
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in values:
+            raise ConfigError(
+                f"{key} names ${{{name}}}, which", "is not set", f"write `export {name}=...` first"
+            )
+        return values[name]
+
+    return _REFERENCE.sub(value_of, text)
+
+
+def expand(value: Any, key: str = "", environ: Mapping[str, str] | None = None) -> Any:
+    """A plain value with every `${NAME}` in its texts replaced."""
+    if isinstance(value, str):
+        return expand_text(value, key, environ)
+    if isinstance(value, dict):
+        return {name: expand(item, _join(key, name), environ) for name, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, key, environ) for item in value]
+    return value
+
+
+def refuse_secrets(value: Any, key: str = "") -> None:
+    """ConfigError where a text carries a password that is not a `${NAME}`."""
+    if isinstance(value, str):
+        found = _IN_USER_PART.search(value) or _IN_QUERY.search(value)
+        if found and not _REFERENCE.fullmatch(found.group(1)):
+            raise ConfigError(
+                key,
+                "holds a password, and the config is saved in the clear",
+                "write it as ${ENV_NAME} and export ENV_NAME",
+            )
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            refuse_secrets(item, _join(key, name))
+    elif isinstance(value, list):
+        for item in value:
+            refuse_secrets(item, key)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

@@ -1,0 +1,101 @@
+"""Which configs are the same experiment, and what a resume may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+from raytune_ft.config.explain import shown_value
+from raytune_ft.config.load import expand_env, to_plain
+from raytune_ft.config.schema import Config, TrainConfig
+from raytune_ft.errors import ConfigError
+
+# Layout and housekeeping: nothing here moves a weight, so a resume may change all of it.
+FREE = (
+    "storage",
+    "parallel",
+    "checkpoint",
+    "data.packing",
+    "train.micro_tokens",
+    "search.max_concurrent",
+    "search.execution",
+    "search.storage",
+    "promote",
+)
+BUDGET = ("train.epochs", "train.max_examples")
+_MISSING = object()
+
+
+def config_sha256(config: Config) -> str:
+    """Names the path of the weights: equal hashes mean equal weights after equally many examples.
+
+    So the budget counts only where the learning rate depends on it. `${ENV_NAME}` is expanded
+    first; a search counts not at all, its trials have their own.
+    """
+    flat = _flat(to_plain(expand_env(config)))
+    ignored = (*FREE, "name", "search", *(() if depends_on_horizon(config.train) else BUDGET))
+    kept = {key: value for key, value in flat.items() if not _is_under(key, ignored)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def depends_on_horizon(train: TrainConfig) -> bool:
+    """Whether the learning rate of a step depends on how many there will be."""
+    return train.lr_schedule != "constant" or train.warmup_fraction > 0
+
+
+def check_resume(saved: Config, new: Config) -> None:
+    """Raises ConfigError, naming the key and both values, where `new` does not continue `saved`."""
+    old_flat, new_flat = _flat(to_plain(saved)), _flat(to_plain(new))
+    for key in [*old_flat, *(key for key in new_flat if key not in old_flat)]:
+        old, now = old_flat.get(key, _MISSING), new_flat.get(key, _MISSING)
+        if old == now or _is_under(key, (*FREE, *BUDGET)):
+            continue
+        if key == "search.trials" and isinstance(old, int) and isinstance(now, int) and now > old:
+            continue
+        raise _differs(key, old, now, "is what a resume must keep")
+    _check_budget(saved.train, new.train, old_flat, new_flat)
+
+
+def _check_budget(
+    saved: TrainConfig, new: TrainConfig, old_flat: dict[str, Any], new_flat: dict[str, Any]
+) -> None:
+    if _budget(saved) == _budget(new):
+        return
+    key = next(key for key in reversed(BUDGET) if old_flat[key] != new_flat[key])
+    if depends_on_horizon(new):
+        raise _differs(
+            key, old_flat[key], new_flat[key], f"cannot change under a {new.lr_schedule} schedule"
+        )
+    if any(now < old for old, now in zip(_budget(saved), _budget(new), strict=True)):
+        raise _differs(key, old_flat[key], new_flat[key], "may only be raised")
+
+
+def _budget(train: TrainConfig) -> tuple[float, float]:
+    """Epochs and examples, infinite where unlimited; neither written is one epoch."""
+    if train.epochs is None and train.max_examples is None:
+        return 1.0, math.inf
+    epochs = math.inf if train.epochs is None else train.epochs
+    return epochs, math.inf if train.max_examples is None else float(train.max_examples)
+
+
+def _differs(key: str, old: Any, now: Any, rule: str) -> ConfigError:
+    shown = [("nothing" if value is _MISSING else shown_value(value)) for value in (old, now)]
+    return ConfigError(
+        f"{key}={shown[1]} (the run has {shown[0]})", rule, "write the run's value or another name"
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values; lists and empty mappings are values."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -1,0 +1,192 @@
+"""From a YAML file and overrides to a checked Config, and from that to a resolved one.
+
+`load_config` checks what was written; `resolve` is the one place where values are derived.
+Importing this module loads neither torch nor ray nor transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from raytune_ft.config import environment, paths, reference, rules, yaml_text
+from raytune_ft.config.explain import explain
+from raytune_ft.config.schema import Config, Distribution
+from raytune_ft.errors import ConfigError
+
+Notify = Callable[[str], None]
+_KINDS = tuple(Distribution.model_fields)
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), notify: Notify | None = None) -> Config:
+    """The config that a file and `section.key=value` overrides stand for.
+
+    `notify` is told what was dropped. Raises ConfigError, always one, for anything wrong.
+    """
+    data = yaml_text.read_mapping(path)
+    changes = dict(parse_override(text) for text in overrides)
+    return _checked(_changed(data, changes, notify))
+
+
+def apply_overrides(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of a config with dotted keys replaced, checked like a file; raises ConfigError."""
+    return _checked(_changed(to_plain(config), values, None))
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The config as dicts, lists, text and numbers; `load_config` of it gives the same config."""
+    data = config.model_dump()
+    if config.search is not None:
+        data["search"]["space"] = {
+            key: {line.kind: line.values} for key, line in config.search.space.items()
+        }
+    return data
+
+
+def dump_yaml(config: Config) -> str:
+    """The config as a YAML text, every key written, `${ENV_NAME}` as it is."""
+    return yaml_text.dump(to_plain(config))
+
+
+def expand_env(config: Config) -> Config:
+    """A copy with every `${ENV_NAME}` replaced; ConfigError where one is not set."""
+    return _validated(environment.expand(to_plain(config)))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` as the dotted key and its value, read as YAML.
+
+    A key that takes text takes the value as it is written, so that `model.revision=1e5` is text.
+    """
+    dotted, equals, written = text.partition("=")
+    if not equals or not dotted.strip():
+        raise ConfigError(repr(text), "is not an override", "write section.key=value")
+    dotted = dotted.strip()
+    expected = _expected(_split(dotted))
+    quoted = written[:1] in ("'", '"')
+    if expected == "text" or expected == "text that is not empty" or dotted == "name":
+        return dotted, yaml_text.parse(written, dotted) if quoted else written
+    if expected == "text or null" and not quoted:
+        return dotted, None if written in ("null", "~", "") else written
+    return dotted, yaml_text.parse(written, dotted)
+
+
+def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None = None) -> Config:
+    """A copy in which paths are absolute and `auto` values that need no model are concrete.
+
+    `disposable_cwd`: the current directory does not outlive the run or is not the same on every
+    node, so that a relative storage goes under RAYTUNE_FT_STORAGE; None asks whether this is a
+    Ray job. Raises StorageError where that variable is not set.
+    """
+    here = Path.cwd() if cwd is None else cwd
+    disposable = environment.in_ray_job() if disposable_cwd is None else disposable_cwd
+    data = to_plain(config)
+    data["storage"] = paths.storage(config.storage, here, disposable)
+    data["model"]["path"] = paths.model(config.model.path, here)
+    for name in ("train", "validation", "test"):
+        source = data["data"][name]
+        if isinstance(source, dict):
+            source["path"] = paths.source(source["path"], here, f"data.{name}.path")
+    data["parallel"]["strategy"] = choose_strategy(config)[0]
+    if config.search is not None:
+        data["search"]["execution"] = "isolated"
+        data["search"]["storage"] = paths.study(config.search.storage, here)
+    return _validated(data)
+
+
+def choose_strategy(config: Config) -> tuple[str, str]:
+    """The strategy that `auto` stands for and the reason, or the written one."""
+    written, workers = config.parallel.strategy, config.parallel.workers
+    if written != "auto":
+        return written, "written in the config"
+    if workers == 1:
+        return "single", "one worker has nobody to share with"
+    if config.method.name == "full":
+        return "fsdp", f"every weight moves, so {workers} workers share weights and moments"
+    return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
+
+
+def _checked(data: dict[str, Any]) -> Config:
+    config = _validated(data)
+    environment.refuse_secrets(to_plain(config))
+    rules.check(config)
+    if config.search is not None:
+        rules.check_space(config, apply_overrides)
+    return config
+
+
+def _validated(data: dict[str, Any]) -> Config:
+    method = data.get("method")
+    if isinstance(method, dict):  # the discriminator of a union has no default of its own
+        data = {**data, "method": {"name": "lora", **method}}
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, data) from None
+
+
+def _changed(
+    data: dict[str, Any], changes: Mapping[str, Any], notify: Notify | None
+) -> dict[str, Any]:
+    """A copy of the file's data with the overrides in it; the method's name is set first."""
+    data = copy.deepcopy(data)
+    if "method.name" in changes:
+        _switch_method(data, changes["method.name"], notify)
+    for dotted, value in changes.items():
+        _set(data, _split(dotted), value)
+    return data
+
+
+def _switch_method(data: dict[str, Any], name: Any, notify: Notify | None) -> None:
+    """Drops the keys of the file's method that a method of another name does not have."""
+    written = data.get("method")
+    if not isinstance(written, dict) or not isinstance(name, str):
+        return
+    if name == written.get("name", "lora") or name not in reference.methods():
+        return
+    own = reference.method_keys(name)
+    others = {key for other in reference.methods() for key in reference.method_keys(other)} - own
+    dropped = [key for key in written if f"method.{key}" in others]
+    data["method"] = {key: value for key, value in written.items() if key not in dropped}
+    if dropped and notify is not None:
+        notify(f"method.name={name} drops the file's method.{', method.'.join(dropped)}")
+
+
+def _split(dotted: str) -> tuple[str, ...]:
+    """The keys of a dotted path; a line of the search space and a resource keep their dots."""
+    for prefix in (("search", "space"), ("parallel", "resources_per_worker")):
+        start = ".".join(prefix) + "."
+        if dotted.startswith(start):
+            rest = dotted[len(start) :]
+            key, _, kind = rest.rpartition(".")
+            if prefix == ("search", "space") and key and kind in _KINDS:
+                return (*prefix, key, kind)
+            return (*prefix, rest)
+    return tuple(dotted.split("."))
+
+
+def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
+    here = data
+    for depth, part in enumerate(parts[:-1], start=1):
+        if not isinstance(here.get(part), dict):
+            field = reference.field_at(parts[:depth])
+            default = (
+                field.get_default(call_default_factory=True, validated_data={}) if field else 0
+            )
+            here[part] = dict(default) if isinstance(default, dict) else {}
+        here = here[part]
+    if parts[:2] == ("search", "space") and len(parts) == 3 and value is None:
+        here.pop(parts[2], None)
+        return
+    if parts[:2] == ("search", "space") and len(parts) == 4:
+        here.clear()
+    here[parts[-1]] = copy.deepcopy(value)
+
+
+def _expected(parts: tuple[str, ...]) -> str:
+    field = reference.field_at(parts)
+    return reference.words(field) if field is not None else ""

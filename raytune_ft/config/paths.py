@@ -1,0 +1,82 @@
+"""Relative paths become absolute, once. A path that begins with `${NAME}` is kept as written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
+from raytune_ft.errors import ConfigError, StorageError
+
+BUILTIN = "builtin:"
+_SQLITE = "sqlite:///"
+_LOCAL = ("./", "../", "~", "/")
+
+
+def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
+    """The directory that runs go to; StorageError for one that would not outlive the run."""
+    check_storage(written)
+    if not _is_relative(written, "storage"):
+        return absolute(written, cwd, "storage")
+    if not disposable_cwd:
+        return absolute(written, cwd, "storage")
+    root = os.environ.get(STORAGE_VARIABLE, "")
+    if not os.path.isabs(root):
+        raise StorageError(
+            f"storage={written}",
+            "is relative, and inside a Ray job or on several nodes the current directory is "
+            "disposable",
+            f"write a path that every node reaches, or set {STORAGE_VARIABLE} to one",
+        )
+    return os.path.normpath(os.path.join(root, written))
+
+
+def check_storage(written: str) -> None:
+    """ConfigError for an object store, which is not built yet."""
+    scheme, colon, _ = written.partition("://")
+    if colon:
+        raise ConfigError(
+            f"storage={scheme}://...",
+            "is a URL, and storage on an object store is not built yet",
+            "write a directory that every node can reach",
+        )
+
+
+def model(written: str, cwd: Path) -> str:
+    """A local directory as an absolute path; a hub id and `builtin:` as they are."""
+    if written.startswith(BUILTIN):
+        return written
+    if written.startswith(_LOCAL) or _exists(written, cwd, "model.path"):
+        return absolute(written, cwd, "model.path")
+    return written
+
+
+def source(written: str, cwd: Path, key: str) -> str:
+    """A file or folder as an absolute path; a hub id as it is."""
+    is_file = bool(Path(written).suffix) or written.startswith(_LOCAL)
+    return absolute(written, cwd, key) if is_file or _exists(written, cwd, key) else written
+
+
+def study(written: str | None, cwd: Path) -> str | None:
+    """The Optuna URL, with the path of an SQLite file made absolute."""
+    if written is None or not written.startswith(_SQLITE):
+        return written
+    return _SQLITE + absolute(written.removeprefix(_SQLITE), cwd, "search.storage")
+
+
+def absolute(written: str, cwd: Path, key: str) -> str:
+    """An absolute path, `~` expanded, `${NAME}` kept."""
+    if not _is_relative(written, key):
+        return os.path.expanduser(written)
+    return os.path.normpath(os.path.join(cwd, written))
+
+
+def _is_relative(written: str, key: str) -> bool:
+    return not os.path.isabs(os.path.expanduser(expand_text(written, key)))
+
+
+def _exists(written: str, cwd: Path, key: str) -> bool:
+    try:
+        return (cwd / os.path.expanduser(expand_text(written, key))).exists()
+    except (OSError, ValueError):  # too long for a path, or with a NUL byte: no local path
+        return False

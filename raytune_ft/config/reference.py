@@ -1,0 +1,222 @@
+"""What the schema says about each key: for error messages, overrides and `raytune-ft schema`."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from raytune_ft.config.schema import Config, Section
+
+# Names that people bring along from other trainers; no spelling distance finds these.
+ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.micro_tokens",
+    "num_train_epochs": "train.epochs",
+    "lr_scheduler_type": "train.lr_schedule",
+    "r": "method.rank",
+    "lora_r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "target_modules": "method.targets",
+    "max_seq_length": "data.max_length",
+    "output_dir": "storage",
+    "num_samples": "search.trials",
+    "num_workers": "parallel.workers",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of the reference. `default` is None where the key must be written."""
+
+    dotted: str
+    type: str
+    default: str | None
+    description: str
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The section classes that a field may hold: none for a plain value, several for a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        return [found for item in typing.get_args(annotation) for found in sections_of(item)]
+    return []
+
+
+def name_of(section: type[Section]) -> str | None:
+    """`lora` for the class whose `name` can only be that, None for a class without such a name."""
+    field = section.model_fields.get("name")
+    if field is None or typing.get_origin(field.annotation) is not typing.Literal:
+        return None
+    return str(typing.get_args(field.annotation)[0])
+
+
+def methods() -> dict[str, type[Section]]:
+    """Every method by its name."""
+    found = sections_of(Config.model_fields["method"].annotation)
+    return {name: section for section in found if (name := name_of(section)) is not None}
+
+
+def method_keys(name: str) -> frozenset[str]:
+    """The dotted keys of the method of that name, such as `method.rank`.
+
+    A search space over `method.name` gives a trial only the keys of the trial's own method.
+    """
+    return frozenset(f"method.{key}" for key in methods()[name].model_fields)
+
+
+def fields_at(parts: Sequence[str], method: object = None) -> dict[str, FieldInfo]:
+    """The keys of the section at that path; empty where there is no section.
+
+    Where `method` names a method, `method` has the keys of that one only, otherwise of all.
+    """
+    sections: list[type[Section]] = [Config]
+    remaining = list(parts)
+    while remaining:
+        field = _fields(sections, method).get(remaining.pop(0))
+        if field is None:
+            return {}
+        sections = sections_of(field.annotation)
+        if typing.get_origin(field.annotation) is dict and remaining:
+            remaining.pop(0)
+            sections = sections_of(typing.get_args(field.annotation)[1])
+    return _fields(sections, method)
+
+
+def field_at(parts: Sequence[str], method: object = None) -> FieldInfo | None:
+    """The field at that path, None where there is none (or where the user made up the key)."""
+    return fields_at(parts[:-1], method).get(parts[-1])
+
+
+def _fields(sections: list[type[Section]], method: object) -> dict[str, FieldInfo]:
+    chosen = [section for section in sections if method and name_of(section) == method] or sections
+    return {key: field for section in chosen for key, field in section.model_fields.items()}
+
+
+def keys() -> Iterator[Key]:
+    """Every key that can be written, in the order of the schema."""
+    yield from _keys((), [Config])
+
+
+def _keys(parts: tuple[str, ...], sections: list[type[Section]]) -> Iterator[Key]:
+    for section in sections:
+        for name, field in section.model_fields.items():
+            path = (*parts, name)
+            inner = sections_of(field.annotation)
+            if not inner or field.description:
+                default = None if field.is_required() else shown_default(field)
+                yield Key(".".join(path), words(field), default, field.description or "")
+            yield from _keys(path, inner)
+            if typing.get_origin(field.annotation) is dict:
+                made_up = sections_of(typing.get_args(field.annotation)[1])
+                yield from _keys((*path, "KEY"), made_up)
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` is most likely a misspelling of, None where none is near."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def suggestion(parts: Sequence[str], method: object = None) -> str | None:
+    """The key that was probably meant by an unknown one: of its own section, else of another."""
+    siblings = fields_at(parts[:-1], method)
+    near = closest(parts[-1], siblings)
+    if near:
+        return ".".join([*parts[:-1], near])
+    if parts[-1] in ELSEWHERE:
+        return ELSEWHERE[parts[-1]]
+    moved = [key.dotted for key in keys() if key.dotted.split(".")[-1] == parts[-1]]
+    return moved[0] if len(moved) == 1 else closest(".".join(parts), {key.dotted for key in keys()})
+
+
+def shown_default(field: FieldInfo) -> str:
+    """The default as it would be written in a file."""
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Section):
+        value = value.model_dump()
+    return shown(value)
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it in YAML, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        plain = value.isprintable() and value == value.strip() and value not in ("", "null")
+        return value if plain and not _reads_as_number(value) else repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    return repr(value)
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("true", "false")
+    return True
+
+
+def words(field: FieldInfo) -> str:
+    """What a field takes, in words: `a whole number above 0`, `auto or true or false`."""
+    return _words(field.annotation, field.metadata)
+
+
+def _words(annotation: Any, metadata: Sequence[Any]) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        inner = [part for item in args[1:] for part in getattr(item, "metadata", [item])]
+        return _words(args[0], inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(item, ()) for item in args))
+    if origin is typing.Literal:
+        return " or ".join(str(item) for item in args)
+    if origin is list:
+        return f"a list of {_plural(args[0])}"
+    if origin is dict:
+        return "a mapping" + ("" if not metadata else " with at least one key")
+    if annotation in _BASIC:
+        return " and ".join([_BASIC[annotation], *map(_bound, metadata)]).replace(" and ", " ", 1)
+    return "a section" if sections_of(annotation) else "a value"
+
+
+_BASIC: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _plural(annotation: Any) -> str:
+    return {str: "text", int: "whole numbers", float: "numbers"}.get(annotation, "values")
+
+
+def _bound(limit: Any) -> str:
+    match limit:
+        case annotated_types.Gt():
+            return f"above {limit.gt}"
+        case annotated_types.Ge():
+            return f"of at least {limit.ge}"
+        case annotated_types.Lt():
+            return f"below {limit.lt}"
+        case annotated_types.Le():
+            return f"of at most {limit.le}"
+        case annotated_types.MinLen():
+            return "that is not empty"
+    return "made of letters, digits, '.', '_' and '-' that begins with a letter or a digit"
