@@ -1,0 +1,107 @@
+"""What became of every row: the data report, `report.json` beside the tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.records import to_json
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source; `rows == usable + sum(bad.values()) + dropped`.
+
+    Attributes:
+        name: file name or hub id.
+        sha256: of the file, or of the Arrow files behind a data set.
+        bad: cause -> rows.
+        first_bad: cause -> the first such row, as "origin: detail".
+        truncated: usable rows whose end was cut at `data.max_length`.
+        dropped: rows over `data.max_length` under `too_long: drop`; they are not bad.
+        longest: tokens of the longest row, before anything was cut.
+        tokens: of the usable rows.
+        label_tokens: of the usable rows, those that carry loss.
+    """
+
+    name: str
+    format: str
+    sha256: str
+    rows: int
+    usable: int
+    bad: dict[str, int]
+    first_bad: dict[str, str]
+    truncated: int
+    dropped: int
+    longest: int
+    tokens: int
+    label_tokens: int
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split; `sha256` is that of its tokens, masks and their order."""
+
+    examples: int
+    tokens: int
+    label_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """All sources and splits.
+
+    Attributes:
+        sources: "train" and, where they are sources of their own, "validation" and "test".
+        splits: "train", "validation" and, if there is one, "test".
+        duplicates: "train/validation" -> examples of validation that train holds too (same tokens
+            and same mask), and so for every pair.
+        notes: what a person should know, one sentence each.
+    """
+
+    sources: dict[str, SourceReport]
+    splits: dict[str, SplitReport]
+    duplicates: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Indented JSON of all of it."""
+        return to_json(self, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is something else.
+        """
+        content = json.loads(text)
+        return cls(
+            sources={name: SourceReport(**item) for name, item in content["sources"].items()},
+            splits={name: SplitReport(**item) for name, item in content["splits"].items()},
+            duplicates=dict(content["duplicates"]),
+            notes=tuple(content["notes"]),
+        )
+
+
+def describe_split(split: TokenizedSplit) -> SplitReport:
+    """The figures of one split."""
+    return SplitReport(
+        examples=len(split),
+        tokens=len(split.input_ids),
+        label_tokens=int(split.label_counts.sum()),
+        sha256=split.sha256,
+    )
+
+
+def count_duplicates(splits: Mapping[str, TokenizedSplit]) -> dict[str, int]:
+    """For every pair "a/b" of splits, how many examples of b are identical to one of a."""
+    prints = {name: split.fingerprints() for name, split in splits.items()}
+    known = {name: set(hashes) for name, hashes in prints.items()}
+    return {
+        f"{a}/{b}": sum(one in known[a] for one in prints[b]) for a, b in combinations(splits, 2)
+    }

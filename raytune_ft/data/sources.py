@@ -1,0 +1,302 @@
+"""Where rows come from: files, saved data sets, the hub.
+
+`open_source` checks everything that can be checked without reading the rows, so that a wrong
+path or column is refused before anything is tokenised.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytune_ft.config.schema import SourceConfig
+from raytune_ft.data.text_rows import (
+    TEXT_COLUMN,
+    BadRow,
+    Row,
+    Rows,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_tsv,
+    read_txt,
+)
+from raytune_ft.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+BATCH_ROWS = 1000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        label: the config key, such as `data.train`, for messages.
+        name: the file's name or the hub id; without directories, so that a report can be moved.
+        sha256: of the file's bytes, or of the Arrow files behind a data set.
+        columns: the columns there are, None where only reading the rows tells.
+        read: rows of the wanted columns (more may come), in order.
+    """
+
+    label: str
+    name: str
+    sha256: str
+    columns: tuple[str, ...] | None
+    read: Callable[[Sequence[str]], Rows]
+
+    def rows(self, wanted: Mapping[str, str]) -> Rows:
+        """Every row, as one that has all wanted columns or as a bad one.
+
+        Args:
+            wanted: config key (such as `prompt`) -> column.
+
+        Raises:
+            DataError: there is no row at all, or a column that no row has.
+        """
+        if self.columns is not None:
+            self._refuse_absent(wanted, self.columns)
+        seen: dict[str, None] = {}
+        empty = True
+        for row in self.read(tuple(dict.fromkeys(wanted.values()))):
+            empty = False
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            seen.update(dict.fromkeys(row.values))
+            missing = [column for column in wanted.values() if column not in row.values]
+            if missing:
+                yield BadRow(row.origin, "missing_column", f"no {missing[0]!r}")
+            else:
+                yield row
+        if empty:
+            remedy = "write a source that has at least one row"
+            raise DataError(f"{self.label}.path={self.name}", "holds no rows", remedy)
+        if seen:
+            self._refuse_absent(wanted, tuple(seen))
+
+    def _refuse_absent(self, wanted: Mapping[str, str], columns: Sequence[str]) -> None:
+        for key, column in wanted.items():
+            if column not in columns:
+                rule = f"is no column of {self.name}, which has {_shown(columns)}"
+                remedy = _nearest(column, columns, f"{self.label}.{key}=") or "write one of those"
+                if self.name.lower().endswith((".csv", ".tsv")):
+                    remedy += f" (a file without a header line needs {self.label}.columns)"
+                raise DataError(f"{self.label}.{key}={column}", rule, remedy)
+
+
+def open_source(label: str, source: SourceConfig) -> Source:
+    """Find the source and read what stands before its rows.
+
+    Raises:
+        DataError: it does not exist, cannot be read, or is of no kind that is known.
+    """
+    path = Path(source.path).expanduser()
+    try:
+        if path.is_dir():
+            return _open_saved(label, source, path)
+        if path.is_file():
+            return _open_file(label, source, path)
+    except (OSError, pa.ArrowException) as error:
+        rule = f"cannot be read ({_first_line(error)})"
+        raise _refusal(label, source, rule, "write a file that can be read") from error
+    if looks_like_hub_id(source.path):
+        return _open_hub(label, source)
+    remedy = "write a file, a folder saved by datasets, or a hub id such as owner/name"
+    if path.parent.is_dir():
+        siblings = [str(path.parent / item.name) for item in path.parent.iterdir()]
+        remedy = _nearest(str(path), siblings, f"{label}.path=") or remedy
+    raise _refusal(label, source, "does not exist", remedy)
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """owner/name without a file's extension."""
+    return bool(_HUB_ID.fullmatch(path)) and not _EXTENSION.search(path)
+
+
+TEXT_READERS: dict[str, Callable[[Path, SourceConfig], Rows]] = {
+    ".jsonl": lambda path, _: read_jsonl(path),
+    ".json": lambda path, _: read_json(path),
+    ".csv": lambda path, source: read_csv(path, source.columns),
+    ".tsv": lambda path, source: read_tsv(path, source.columns),
+    ".txt": lambda path, _: read_txt(path),
+}
+
+
+def _open_file(label: str, source: SourceConfig, path: Path) -> Source:
+    kind = path.suffix.lower()
+    if kind not in TEXT_READERS and kind != ".parquet":
+        known = ", ".join([*TEXT_READERS, ".parquet"])
+        raise _refusal(label, source, f"is of an unknown kind {kind!r}", f"write one of {known}")
+    _refuse_unused(label, source, kind, {".csv": {"columns"}, ".tsv": {"columns"}})
+    sha256 = _sha256([path])
+    if kind == ".parquet":
+        file = pq.ParquetFile(path)
+        return Source(
+            label,
+            path.name,
+            sha256,
+            tuple(file.schema_arrow.names),
+            lambda columns: _guarded(
+                label,
+                source,
+                _batch_rows(path.name, file.iter_batches(BATCH_ROWS, columns=list(columns))),
+            ),
+        )
+    columns = (TEXT_COLUMN,) if kind == ".txt" else None
+    reader = TEXT_READERS[kind]
+    return Source(
+        label,
+        path.name,
+        sha256,
+        columns,
+        lambda _: _guarded(label, source, reader(path, source)),
+    )
+
+
+def _open_saved(label: str, source: SourceConfig, path: Path) -> Source:
+    import datasets
+
+    _refuse_unused(label, source, "folder", {"folder": {"split"}})
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        rule = "is a folder, but none that datasets' save_to_disk made"
+        raise _refusal(label, source, rule, "write one, or a single file") from error
+    return _of_data_set(label, source, path.name, saved)
+
+
+def _open_hub(label: str, source: SourceConfig) -> Source:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _refuse_unused(label, source, "hub", {"hub": {"split", "subset"}})
+    try:
+        found = datasets.load_dataset(source.path, source.subset)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        rule = f"is no local path, and the hub does not give it ({_first_line(error)})"
+        remedy = (
+            "correct it or, without a network, download the data set elsewhere and write its "
+            "local path"
+        )
+        raise _refusal(label, source, rule, remedy) from error
+    return _of_data_set(label, source, source.path, found)
+
+
+def _of_data_set(
+    label: str,
+    source: SourceConfig,
+    name: str,
+    data: datasets.Dataset | datasets.DatasetDict,
+) -> Source:
+    chosen = _pick_split(label, source, data)
+
+    def read(columns: Sequence[str]) -> Rows:
+        tables = chosen.select_columns(list(columns)).with_format("arrow").iter(BATCH_ROWS)
+        return _guarded(label, source, _batch_rows(name, tables))
+
+    files = [Path(file["filename"]) for file in chosen.cache_files]
+    return Source(label, name, _sha256(files), tuple(chosen.column_names), read)
+
+
+def _pick_split(
+    label: str, source: SourceConfig, data: datasets.Dataset | datasets.DatasetDict
+) -> datasets.Dataset:
+    splits = list(data) if isinstance(data, dict) else None
+    value = f"{label}.split={source.split}"
+    if splits is None:
+        if source.split is not None:
+            raise DataError(value, "was asked of a data set without splits", f"drop {label}.split")
+        return data
+    if source.split is None and len(splits) == 1:
+        return data[splits[0]]
+    if source.split not in splits:
+        remedy = _nearest(str(source.split), splits, f"{label}.split=")
+        rule = f"is no split of {source.path}, which has {_shown(splits)}"
+        raise DataError(value, rule, remedy or "write one of those")
+    return data[source.split]
+
+
+def _batch_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        columns = [_values(column) for column in batch.columns]
+        for values in zip(*columns, strict=True):
+            number += 1
+            row = dict(zip(batch.schema.names, values, strict=True))
+            yield Row(f"{name}:row {number}", row)
+
+
+def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Python values; one that is no UTF-8 becomes a lone surrogate, as in the text formats."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return "\udcff"
+
+
+def _guarded(label: str, source: SourceConfig, rows: Iterable[Row | BadRow]) -> Rows:
+    """What goes wrong while reading is the source's fault as much as what does on opening."""
+    try:
+        yield from rows
+    except (OSError, pa.ArrowException) as error:
+        rule = f"broke off while it was read ({_first_line(error)})"
+        raise _refusal(label, source, rule, "write a sound copy of it") from error
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """Of the one file, or of the hashes of several."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def _refuse_unused(
+    label: str, source: SourceConfig, kind: str, used: Mapping[str, set[str]]
+) -> None:
+    """A key that would be ignored is a mistake, and `split` ignored reads the wrong rows."""
+    for key in ("split", "subset", "columns"):
+        if key not in used.get(kind, set()) and getattr(source, key) is not None:
+            value = f"{label}.{key}={getattr(source, key)}"
+            raise DataError(value, f"means nothing for {source.path}", "remove it")
+
+
+def _refusal(label: str, source: SourceConfig, rule: str, remedy: str) -> DataError:
+    return DataError(f"{label}.path={source.path}", rule, remedy)
+
+
+def _nearest(name: str, names: Sequence[str], prefix: str) -> str | None:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else None
+
+
+def _shown(names: Sequence[str], limit: int = 12) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:limit]]
+    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

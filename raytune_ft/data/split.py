@@ -1,0 +1,122 @@
+"""The tokenised examples of one split: three flat arrays over a memory-mapped Arrow file.
+
+Every worker and every trial of a machine maps the same file, so the tokens are in memory once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raytune_ft.errors import RunFailed
+
+TokenIds = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+SCHEMA = pa.schema(
+    [("input_ids", pa.large_list(pa.int32())), ("label_mask", pa.large_list(pa.uint8()))]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSplit:
+    """`n` examples of `tokens` tokens in all.
+
+    Attributes:
+        input_ids: [tokens], the examples one after another.
+        label_mask: [tokens], True where the token is a label, that is, where predicting it
+            carries loss. It sits on the predicted token and not on the one before it.
+        offsets: [n + 1], example `i` is `input_ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    input_ids: TokenIds
+    label_mask: Mask
+    offsets: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[tuple[TokenIds, Mask]]) -> TokenizedSplit:
+        """Join examples, each of them (ids, mask) of one length."""
+        lengths = np.array([len(ids) for ids, _ in examples], dtype=np.int64)
+        return cls(
+            input_ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)]),
+            label_mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in examples)]),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> TokenizedSplit:
+        """Map the file that `write` made; nothing is read until it is used.
+
+        Raises:
+            RunFailed: the file is missing, cut short or something else.
+        """
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if reader.schema != SCHEMA or reader.num_record_batches != 1:
+                raise RunFailed(f"{path} is an Arrow file, but no token cache")
+            ids, mask = reader.get_batch(0).columns
+        except (OSError, pa.ArrowException) as error:
+            raise RunFailed(f"{path} cannot be read as a token cache: {error}") from error
+        return cls(
+            input_ids=ids.values.to_numpy(zero_copy_only=True),
+            label_mask=mask.values.to_numpy(zero_copy_only=True).view(np.bool_),
+            offsets=ids.offsets.to_numpy(zero_copy_only=True),
+        )
+
+    def write(self, path: Path) -> None:
+        """Write one Arrow IPC file with a row for each example."""
+        offsets = pa.array(self.offsets)
+        columns = [
+            pa.LargeListArray.from_arrays(offsets, pa.array(self.input_ids)),
+            pa.LargeListArray.from_arrays(offsets, pa.array(self.label_mask.view(np.uint8))),
+        ]
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            # One batch, because only that can be mapped as one flat array.
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def example(self, i: int) -> tuple[TokenIds, Mask]:
+        """Views of the ids and the label mask of example `i`."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.input_ids[span], self.label_mask[span]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[n], tokens of each example."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """[n], tokens of each example that carry loss.
+
+        The first token never counts, whatever its mask says: nothing predicts it.
+        """
+        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_mask)])
+        counts = np.diff(running[self.offsets])
+        filled = self.lengths > 0
+        counts[filled] -= self.label_mask[self.offsets[:-1][filled]]
+        return counts
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content: equal for equal examples in an equal order."""
+        digest = hashlib.sha256(len(self).to_bytes(8, "little"))
+        for array in (self.offsets, self.input_ids, self.label_mask):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def fingerprints(self) -> list[bytes]:
+        """One hash for each example; equal for equal ids and label mask."""
+        return [
+            hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=16).digest()
+            for ids, mask in map(self.example, range(len(self)))
+        ]

@@ -1,0 +1,210 @@
+"""Rows of the text formats: JSONL, JSON, CSV, TSV and plain text.
+
+A row that cannot be used is never left out: it comes as a `BadRow` with its line and its cause.
+Lines are parsed here and not by a data-frame library because none of those says which line was
+bad and goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.errors import DataError
+
+TEXT_COLUMN = "text"
+"""The column that a line of a .txt file fills."""
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+_FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Column values of one row; `origin` is where it stands, such as `train.jsonl:12`."""
+
+    origin: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that no example can be made of. `cause` is a key of the data report."""
+
+    origin: str
+    cause: str
+    detail: str
+
+
+Rows = Iterator[Row | BadRow]
+
+
+def valid_unicode(text: str) -> bool:
+    """False where bytes were no UTF-8, or an escape such as \\ud800 stands for half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_jsonl(path: Path) -> Rows:
+    """One JSON object a line. Blank lines are `empty` rows, but for those at the end."""
+    for number, line in _lines(path):
+        origin = f"{path.name}:{number}"
+        if isinstance(line, BadRow):
+            yield line
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield BadRow(origin, "bad_json", str(error))
+            continue
+        yield _object(origin, value)
+
+
+def read_json(path: Path) -> Rows:
+    """A list of objects, or an object that holds such a list under `data`.
+
+    Raises:
+        DataError: the file is no JSON, or holds something else.
+    """
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        remedy = "correct it; a file with one object a line is named .jsonl"
+        raise DataError(str(path), f"is no JSON document ({error})", remedy) from error
+    if isinstance(content, dict):
+        content = content.get("data")
+    if not isinstance(content, list):
+        remedy = 'write [{...}, ...] or {"data": [{...}, ...]}'
+        raise DataError(str(path), "holds no list of objects", remedy)
+    for number, value in enumerate(content, start=1):
+        yield _object(f"{path.name}:row {number}", value)
+
+
+def read_txt(path: Path) -> Rows:
+    """One row for each line that is not blank, under the column `text`."""
+    for number, line in _lines(path):
+        if isinstance(line, str):
+            yield Row(f"{path.name}:{number}", {TEXT_COLUMN: line})
+        elif line.cause != "empty":
+            yield line
+
+
+def read_tsv(path: Path, columns: Sequence[str] | None) -> Rows:
+    """One row a line, fields between tabs, every other character literal.
+
+    There is no quoting, as in the registered type text/tab-separated-values: a quote is a quote,
+    and a field holds neither tab nor line end. Text that needs them belongs into CSV or JSONL.
+    """
+    header = columns
+    for number, line in _lines(path):
+        origin = f"{path.name}:{number}"
+        if header is None:
+            header = _header(path, line.split("\t") if isinstance(line, str) else None)
+        elif isinstance(line, BadRow):
+            yield line
+        else:
+            yield _record(origin, header, line.split("\t"))
+
+
+def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
+    """Comma-separated, quoted as RFC 4180 says: a quoted field may hold commas and line ends.
+
+    Raises:
+        DataError: a quote that is opened and not closed, after which no line can be trusted.
+    """
+    _refuse_foreign_encoding(path)
+    csv.field_size_limit(2**31 - 1)
+    header, line, blank = columns, 1, list[BadRow]()
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        records = csv.reader(file, strict=True)
+        while True:
+            origin = f"{path.name}:{line}"
+            try:
+                fields = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if records.line_num != line:
+                    remedy = 'close the quote, and write a quote inside a field as ""'
+                    raise DataError(f"{path}:{line}", f"is no CSV ({error})", remedy) from error
+                yield BadRow(origin, "bad_csv", str(error))
+                continue
+            finally:
+                line = records.line_num + 1
+            if not fields:
+                blank.append(BadRow(origin, "empty", "a blank line"))
+                continue
+            yield from blank
+            blank.clear()
+            if header is None:
+                header = _header(path, fields if all(map(valid_unicode, fields)) else None)
+            elif not all(map(valid_unicode, fields)):
+                yield BadRow(origin, "bad_encoding", "bytes that are no UTF-8")
+            else:
+                yield _record(origin, header, fields)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
+    """Numbered lines without their ends; blank ones and those that are no UTF-8 as `BadRow`.
+
+    Blank lines at the end of the file are how editors end files, and no rows.
+    """
+    _refuse_foreign_encoding(path)
+    blank: list[tuple[int, BadRow]] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_UTF8_MARK)
+            origin = f"{path.name}:{number}"
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                bad = BadRow(origin, "bad_encoding", f"byte {error.start + 1} is no UTF-8")
+                yield from blank
+                blank.clear()
+                yield number, bad
+                continue
+            if not text.strip():
+                blank.append((number, BadRow(origin, "empty", "a blank line")))
+                continue
+            yield from blank
+            blank.clear()
+            yield number, text
+
+
+def _refuse_foreign_encoding(path: Path) -> None:
+    """UTF-16 must not be read as UTF-8 with every other character a NUL."""
+    with path.open("rb") as file:
+        if file.read(2) in _FOREIGN_MARKS:
+            raise DataError(str(path), "is UTF-16 or UTF-32", "save it as UTF-8")
+
+
+def _header(path: Path, names: list[str] | None) -> list[str]:
+    remedy = "mend the header line, or name the columns of a file without one in `columns`"
+    if names is None:
+        raise DataError(str(path), "begins with a line that is blank or no UTF-8", remedy)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(str(path), f"has two columns named {twice[0]!r}", remedy)
+    return names
+
+
+def _record(origin: str, header: Sequence[str], fields: list[str]) -> Row | BadRow:
+    if len(fields) != len(header):
+        detail = f"{len(fields)} fields where there are {len(header)} columns"
+        return BadRow(origin, "wrong_columns", detail)
+    return Row(origin, dict(zip(header, fields, strict=True)))
+
+
+def _object(origin: str, value: Any) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(origin, value)
+    return BadRow(origin, "wrong_type", f"{type(value).__name__} where an object is needed")
