@@ -40,7 +40,7 @@ def explain(error: ValidationError, data: dict[str, Any]) -> ConfigError:
     if item["type"] == "value_error":
         rule, _, remedy = str(item["ctx"]["error"]).partition("; ")
         remedy = remedy or "write for example {choice: [8, 16]} or {uniform: [0.1, 0.5]}"
-        return ConfigError(".".join(path), rule, remedy)
+        return ConfigError(".".join(path) + ":", rule, remedy)
     return wrong_value(path, _at(data, path), method)
 
 
@@ -71,7 +71,7 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
         kind = "a section such as {choice: [8, 16]}" if below_space else "a number"
         return ConfigError(f"{'.'.join(path)}={shown}", f"is not {kind}", "write one")
     expected = reference.words(field)
-    choices = expected.split(" or ")
+    choices = reference.choices(field.annotation)
     near = reference.closest(value, choices) if isinstance(value, str) else None
     remedy = f"did you mean {near}?" if near else _remedy(field, path, value)
     return ConfigError(f"{'.'.join(path)}={shown}", f"is not {expected}", remedy)
@@ -123,8 +123,8 @@ def _missing(path: Sequence[str], method: object) -> ConfigError:
 
 def _not_one_of(path: Sequence[str], tag: str, choices: list[str]) -> ConfigError:
     near = reference.closest(tag, choices)
-    remedy = f"did you mean {near}?" if near else f"write {' or '.join(choices)}"
-    return ConfigError(f"{'.'.join(path)}={tag}", f"is not {' or '.join(choices)}", remedy)
+    remedy = f"did you mean {near}?" if near else f"write {reference.one_of(choices)}"
+    return ConfigError(f"{'.'.join(path)}={tag}", f"is not {reference.one_of(choices)}", remedy)
 
 
 def _path(item: ErrorDetails, data: Any) -> tuple[str, ...]:

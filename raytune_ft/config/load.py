@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytune_ft.config import environment, paths, reference, rules, yaml_text
-from raytune_ft.config.explain import explain
+from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.schema import Config, Distribution
 from raytune_ft.errors import ConfigError
 
@@ -64,7 +64,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     dotted, equals, written = text.partition("=")
     if not equals or not dotted.strip():
-        raise ConfigError(repr(text), "is not an override", "write section.key=value")
+        raise ConfigError(shown_value(text), "is not an override", "write section.key=value")
     dotted = dotted.strip()
     expected = _expected(_split(dotted))
     quoted = written[:1] in ("'", '"')

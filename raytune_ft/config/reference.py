@@ -31,6 +31,7 @@ ELSEWHERE = {
     "num_samples": "search.trials",
     "num_workers": "parallel.workers",
 }
+MADE_UP = "KEY"  # stands in the reference for a key that the user makes up
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _keys(parts: tuple[str, ...], sections: list[type[Section]]) -> Iterator[Key
             yield from _keys(path, inner)
             if typing.get_origin(field.annotation) is dict:
                 made_up = sections_of(typing.get_args(field.annotation)[1])
-                yield from _keys((*path, "KEY"), made_up)
+                yield from _keys((*path, MADE_UP), made_up)
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
@@ -135,8 +136,22 @@ def suggestion(parts: Sequence[str], method: object = None) -> str | None:
         return ".".join([*parts[:-1], near])
     if parts[-1] in ELSEWHERE:
         return ELSEWHERE[parts[-1]]
-    moved = [key.dotted for key in keys() if key.dotted.split(".")[-1] == parts[-1]]
-    return moved[0] if len(moved) == 1 else closest(".".join(parts), {key.dotted for key in keys()})
+    fixed = list(dict.fromkeys(key.dotted for key in keys() if MADE_UP not in key.dotted))
+    moved = [dotted for dotted in fixed if dotted.split(".")[-1] == parts[-1]]
+    return moved[0] if len(moved) == 1 else closest(".".join(parts), fixed)
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that a field takes, such as `auto`; empty where it takes any text or number."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(item) for item in typing.get_args(annotation)]
+    return [word for item in typing.get_args(annotation) for word in choices(item)]
+
+
+def one_of(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def shown_default(field: FieldInfo) -> str:
@@ -184,7 +199,7 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(_words(item, ()) for item in args))
     if origin is typing.Literal:
-        return " or ".join(str(item) for item in args)
+        return one_of(str(item) for item in args)
     if origin is list:
         return f"a list of {_plural(args[0])}"
     if origin is dict:

@@ -132,7 +132,8 @@ def _method_names(config: Config) -> list[str]:
     assert config.search is not None
     line = config.search.space.get("method.name")
     written: list[Any] = line.values if line is not None else [config.method.name]
-    return [name for name in written if isinstance(name, str) and name in reference.methods()]
+    known = [name for name in written if isinstance(name, str) and name in reference.methods()]
+    return known or [config.method.name]
 
 
 def _check_searched(key: str, names: list[str]) -> None:

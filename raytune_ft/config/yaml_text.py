@@ -62,8 +62,8 @@ def parse(text: str, source: str) -> Any:
         ) from None
     except RecursionError:
         raise ConfigError(source, "is nested too deeply", "flatten it") from None
-    except (ValueError, KeyError) as error:  # a tag such as !!int over something else
-        raise ConfigError(source, f"is not YAML ({_one_line(error)})", "mend the value") from None
+    except (ValueError, KeyError):  # a tag such as !!int over text, or a number of 5,000 digits
+        raise ConfigError(source, "holds a value that is not of its type", "mend it") from None
     return _Plain(source).of(value, 0)
 
 
