@@ -1,0 +1,1 @@
+"""From a model directory and a method to a module that can be trained."""

@@ -1,0 +1,165 @@
+"""Build what is trained: base model, then the method on top of it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from raytune_ft.config.schema import MethodConfig, ModelConfig
+from raytune_ft.errors import ModelError
+from raytune_ft.model.methods import METHODS
+
+disable_progress_bar()  # one bar per worker and load; this package reports progress itself
+
+Precision = Literal["float32", "bfloat16", "float64"]
+
+BUILTIN = "builtin:"
+
+
+def resolve_model_path(path: str) -> str:
+    """The directory or hub id behind `model.path`.
+
+    Raises:
+        ModelError: an unknown `builtin:` name, or a local path without a config.json.
+    """
+    if path.startswith(BUILTIN):
+        directory = Path(str(resources.files("raytune_ft.model"))) / path.removeprefix(BUILTIN)
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"model.path={path}", "is no built-in model", "write builtin:tiny")
+        return str(directory)
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(
+                f"model.path={path}",
+                "is a directory without a config.json",
+                "write a directory that save_pretrained made",
+            )
+        return str(directory)
+    if directory.is_absolute() or path.count("/") > 1 or path.startswith("."):
+        raise ModelError(
+            f"model.path={path}",
+            "does not exist",
+            "write an existing model directory, a hub id such as org/name, or builtin:tiny",
+        )
+    return path
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's own configuration; the cheapest proof that the model is there.
+
+    Raises:
+        ModelError: it cannot be found or read, or it is no causal language model.
+    """
+    path = resolve_model_path(model.path)
+    try:
+        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"cannot be read ({_first_line(error)})",
+            "write a model directory, or a hub id that this machine can reach "
+            "(without a network: download it elsewhere and write its directory)",
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {config.model_type} model, which is no causal language model",
+            "write a decoder such as Llama, Qwen or GPT-2",
+        )
+    return config
+
+
+def base_dtype(model: ModelConfig) -> torch.dtype:
+    """The dtype of the base's own files, in which a result is written for others to load."""
+    dtype = getattr(load_model_config(model), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    path = resolve_model_path(model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(model))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"has no tokenizer that can be read ({_first_line(error)})",
+            "write a model directory with its tokenizer files",
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token will do for padding, which nothing sees; the tokenizer's own where it has one."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The pretrained model with its weights in `dtype`, from safetensors only.
+
+    Raises:
+        ModelError: weights are missing, or are there as pickles alone.
+    """
+    config = load_model_config(model)
+    attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(model.path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            **attention,
+            **_hub_options(model),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"cannot be loaded ({_first_line(error)})",
+            "write a model with safetensors weights",
+        ) from error
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def build_model(
+    model: ModelConfig, method: MethodConfig, precision: Precision, seed: int
+) -> nn.Module:
+    """Base and method, ready to be wrapped by a strategy.
+
+    Trained weights are held in float32 (float64 under float64), frozen ones as `model.dtype`
+    says. The module is in eval mode throughout: dropout of the base is off, and the only noise
+    is what the method asks for. New weights are drawn from `seed` alone.
+    """
+    master = torch.float64 if precision == "float64" else torch.float32
+    frozen = getattr(torch, precision if model.dtype == "auto" else model.dtype)
+    base = load_base(model, master if method.name == "full" else frozen)
+    base.eval()
+    torch.manual_seed(seed)
+    built = METHODS[method.name](base, method)
+    for parameter in built.parameters():
+        if parameter.requires_grad and parameter.dtype != master:
+            parameter.data = parameter.data.to(master)
+    return built
+
+
+def _hub_options(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,41 @@
+"""Token losses of a micro-batch, computing the head only where there is something to predict.
+
+Shapes: B rows, S tokens, N label tokens, H hidden units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raytune_ft.data.batch import NO_TARGET, MicroBatch
+
+
+def label_logits(model: nn.Module, head: nn.Module, batch: MicroBatch, keep_BS: Tensor) -> Tensor:
+    """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
+
+    The head sees only those positions: prompts and padding cost it nothing. `head` is the output
+    embedding inside `model`, found before a strategy wrapped it.
+    """
+
+    def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][keep_BS], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits_NV: Tensor = model(**batch.model_inputs()).logits
+    finally:
+        handle.remove()
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+def token_losses(logits_NV: Tensor, batch: MicroBatch) -> Tensor:
+    """Cross entropy `[N]` of every label token."""
+    targets_N = batch.targets_BS[label_positions(batch)]
+    return F.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def label_positions(batch: MicroBatch) -> Tensor:
+    """`keep_BS`: which positions predict a label token."""
+    return batch.targets_BS != NO_TARGET

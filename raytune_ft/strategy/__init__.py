@@ -1,0 +1,12 @@
+"""How one optimizer step is spread over processes; one file each, one contract for all."""
+
+from __future__ import annotations
+
+from raytune_ft.strategy.base import Strategy
+from raytune_ft.strategy.ddp import Ddp
+from raytune_ft.strategy.fsdp import Fsdp
+from raytune_ft.strategy.single import Single
+
+STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": Ddp, "fsdp": Fsdp}
+
+__all__ = ["STRATEGIES", "Strategy"]

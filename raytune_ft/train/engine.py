@@ -1,0 +1,70 @@
+"""A built model with everything that a forward pass needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_ft.data.batch import MicroBatch, collate
+from raytune_ft.data.layout import MicroLayout, lay_out
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.build import Precision
+from raytune_ft.model.loss import label_logits, label_positions
+from raytune_ft.model.methods import Exporter
+from raytune_ft.strategy import Strategy
+
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""`train.micro_tokens: auto`: enough to fill the device, and activations that stay small."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`wrapped` is `model` as the strategy calls it.
+
+    `parameters` is what is trained, by its name in a single process: the tensors that the
+    optimizer moves, taken once, since a sharded module shows others while it is gathered.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    head: nn.Module
+    parameters: dict[str, nn.Parameter]
+    exporter: Exporter
+    strategy: Strategy
+    precision: Precision
+    pad_token: int
+    micro_tokens: int
+    packing: bool
+
+    def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
+        """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""
+        keep_BS = label_positions(batch) if keep_BS is None else keep_BS
+        with self.autocast():
+            return label_logits(self.wrapped, self.head, batch, keep_BS)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in bfloat16 while trained weights stay in float32."""
+        if self.precision != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.strategy.device.type, torch.bfloat16)
+
+    def layout(self, lengths: Sequence[int]) -> list[MicroLayout]:
+        """This rank's micro-batches of a step with examples of these lengths."""
+        ranks = lay_out(lengths, self.strategy.world_size, self.micro_tokens, self.packing)
+        return ranks[self.strategy.rank]
+
+    def collate(
+        self, split: TokenizedSplit, indices: Sequence[int], layout: MicroLayout
+    ) -> MicroBatch:
+        """See `data.batch.collate`."""
+        return collate(split, indices, layout, self.pad_token, self.strategy.device)
+
+
+def choose_micro_tokens(configured: int | str, device: torch.device) -> int:
+    """The token budget of one forward pass."""
+    return configured if isinstance(configured, int) else MICRO_TOKENS.get(device.type, 2048)

@@ -1,0 +1,85 @@
+"""Where the numbers of a run go. The loop sees this protocol and never Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from raytune_ft.records import EvalMetrics, StepMetrics, to_json
+
+
+class Reporter(Protocol):
+    """Called on every rank, in the same order."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """After every optimizer step."""
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """After every evaluation; `checkpoint` is committed, and relative to the run."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Nothing."""
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """Nothing."""
+
+
+class Several:
+    """Tells each in turn."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self.reporters = reporters
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Reporter`."""
+        for reporter in self.reporters:
+            reporter.step(metrics)
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """See `Reporter`."""
+        for reporter in self.reporters:
+            reporter.evaluation(metrics, checkpoint)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line, whole lines only, in the order of the steps.
+
+    `resume_step` cuts the file back to what the checkpoint of that step knows; None starts anew.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        kept = _lines_up_to(path, resume_step) if resume_step is not None else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Reporter`."""
+        self._file.write(to_json(metrics) + "\n")
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """See `Reporter`."""
+        self._file.write(to_json(metrics) + "\n")
+
+    def close(self) -> None:
+        """Nothing is buffered beyond a line, so a killed run loses at most one."""
+        self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the half line of a killed writer
+            break
+        if record["step"] <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    return kept

@@ -1,0 +1,229 @@
+"""One run, in each of its processes: build in one visible chain, train, leave a result."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from raytune_ft.checkpoints.store import CheckpointStore, step_name
+from raytune_ft.config.identity import config_sha256
+from raytune_ft.config.schema import Config, DataConfig
+from raytune_ft.data.prepare import open_prepared
+from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RaytuneFtError
+from raytune_ft.model.build import base_dtype, build_model, load_tokenizer, pad_token
+from raytune_ft.model.methods import Exporter, trained_parameters
+from raytune_ft.model.probe import probe_packing
+from raytune_ft.records import Point, RunResult
+from raytune_ft.rundir import write_json_atomic
+from raytune_ft.strategy import STRATEGIES, Strategy
+from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.loop import Objective, train
+from raytune_ft.train.optim import build_optimizer
+from raytune_ft.train.report import MetricsFile, Reporter, Silent
+from raytune_ft.train.saver import Identity, Saver
+from raytune_ft.train.state import Progress, load_state, read_progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Plain facts: what a process needs to take part in a run. Paths are absolute."""
+
+    config: Config
+    run_dir: Path
+    data_dir: Path
+    metric: str = "eval_loss"
+    mode: str = "min"
+
+
+def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunResult:
+    """Train one run to its end, from the newest sound checkpoint in `spec.run_dir` if there is one.
+
+    Called in every process of the run, after `torch.distributed` was set up where the strategy
+    needs it. Rank 0 keeps `metrics.jsonl` and leaves `result.json`. A failure that all ranks see
+    alike is a result with status "failed"; one that this rank alone may have met is raised, so
+    that whoever started the group ends the others, which wait for this one.
+
+    Raises:
+        InputError: the input turns out to be wrong only now; `result.json` says so too.
+        RunFailed: this rank failed and there are others.
+    """
+    strategy = STRATEGIES[strategy_name]()
+    try:
+        return _train(spec, strategy, reporter)
+    except (RaytuneFtError, MemoryError, RuntimeError) as error:
+        failure = _as_failure(error)
+        if failure is None:
+            raise
+        result = _failed(spec, failure)
+        if strategy.rank == 0:
+            _write_result(spec, result)
+        if strategy.world_size == 1 and failure.exit_code == 1 or isinstance(failure, Diverged):
+            return result
+        raise failure from error
+
+
+def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
+    config = spec.config
+    data = open_prepared(spec.data_dir)
+    engine = build_engine(config, strategy)
+    optimizer = build_optimizer(engine.parameters.values(), config.train)
+    store = CheckpointStore(spec.run_dir / "checkpoints")
+    checkpoint = store.newest_valid()
+    progress = load_state(checkpoint, engine, optimizer) if checkpoint else Progress()
+    saver = Saver(
+        store,
+        Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
+        config.checkpoint,
+        engine,
+    )
+    writes = strategy.rank == 0
+    resume_step = progress.step if checkpoint else None
+    log = MetricsFile(spec.run_dir / "metrics.jsonl", resume_step) if writes else Silent()
+    with _stop_requests(strategy.world_size == 1) as should_stop:
+        status, progress = train(
+            engine,
+            optimizer,
+            data.train,
+            data.validation,
+            config.train,
+            config.checkpoint.every_examples,
+            config.seed,
+            Objective(spec.metric, spec.mode),
+            progress,
+            saver,
+            log,
+            reporter,
+            should_stop,
+        )
+    saver.close()
+    result = RunResult(
+        status=status,
+        base=asdict(progress.base) if progress.base else None,
+        best=progress.best,
+        final=_with_checkpoint(progress, store),
+        seed=config.seed,
+        config_sha256=config_sha256(config),
+    )
+    if writes:
+        _write_result(spec, result)
+    return result
+
+
+def build_engine(config: Config, strategy: Strategy) -> Engine:
+    """Model, method, strategy, in this order; then ask whether packing is exact.
+
+    Raises:
+        ModelError: the model cannot be loaded, or cannot take the method.
+        ConfigError: `data.packing: true` and packing would change the numbers.
+    """
+    tokenizer = load_tokenizer(config.model)
+    model = build_model(config.model, config.method, config.train.precision, config.seed)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    exporter = Exporter(model, base_dtype(config.model))
+    wrapped = strategy.wrap(model)
+    engine = Engine(
+        model=model,
+        wrapped=wrapped,
+        head=head,
+        parameters=trained_parameters(model),
+        exporter=exporter,
+        strategy=strategy,
+        precision=config.train.precision,
+        pad_token=pad_token(tokenizer),
+        micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
+        packing=False,
+    )
+    return replace(engine, packing=_choose_packing(engine, config.data, len(tokenizer)))
+
+
+def _choose_packing(engine: Engine, data: DataConfig, vocabulary: int) -> bool:
+    if data.packing is False:
+        return False
+    reason = probe_packing(
+        lambda batch: engine.logits(batch, torch.ones_like(batch.tokens_BS, dtype=torch.bool)),
+        vocabulary,
+        engine.precision,
+        engine.strategy.device,
+    )
+    if reason is None:
+        return True
+    if data.packing is True:
+        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
+    logger.info("packing is off: %s", reason)
+    return False
+
+
+def _with_checkpoint(progress: Progress, store: CheckpointStore) -> Point | None:
+    if progress.final is None:
+        return None
+    name = step_name(progress.final.step)
+    kept = (store.root / name).is_dir()
+    return replace(progress.final, checkpoint=f"checkpoints/{name}" if kept else None)
+
+
+def _as_failure(error: BaseException) -> RaytuneFtError | None:
+    """Errors that are a result of the run; None for bugs and for a lost peer."""
+    if isinstance(error, RaytuneFtError):
+        return error
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if out_of_memory or "can't allocate memory" in str(error):
+        return OutOfMemory(str(error).splitlines()[0] if str(error) else "out of memory")
+    return None
+
+
+def _failed(spec: RunSpec, failure: RaytuneFtError) -> RunResult:
+    """What is left of a failed run: the best of what it had reported."""
+    progress = _last_progress(spec)
+    return RunResult(
+        status="failed",
+        base=asdict(progress.base) if progress.base else None,
+        best=progress.best,
+        final=progress.final,
+        seed=spec.config.seed,
+        config_sha256=config_sha256(spec.config),
+        error=f"{type(failure).__name__}: {failure}",
+    )
+
+
+def _last_progress(spec: RunSpec) -> Progress:
+    checkpoints = CheckpointStore(spec.run_dir / "checkpoints").list()
+    return read_progress(checkpoints[-1][0]) if checkpoints else Progress()
+
+
+def _write_result(spec: RunSpec, result: RunResult) -> None:
+    write_json_atomic(spec.run_dir / "result.json", result)
+
+
+@contextmanager
+def _stop_requests(alone: bool) -> Iterator[Callable[[], bool]]:
+    """In a process of its own, SIGINT and SIGTERM end the run after the step and its checkpoint.
+
+    A second signal does not wait. Workers of a group are stopped by whoever started them.
+    """
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    requested = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: object) -> None:
+        requested.set()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, request)
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
