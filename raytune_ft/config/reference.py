@@ -138,7 +138,9 @@ def suggestion(parts: Sequence[str], method: object = None) -> str | None:
         return ELSEWHERE[parts[-1]]
     fixed = list(dict.fromkeys(key.dotted for key in keys() if MADE_UP not in key.dotted))
     moved = [dotted for dotted in fixed if dotted.split(".")[-1] == parts[-1]]
-    return moved[0] if len(moved) == 1 else closest(".".join(parts), fixed)
+    if len(moved) == 1:
+        return moved[0]
+    return None if siblings else closest(".".join(parts), fixed)
 
 
 def choices(annotation: Any) -> list[str]:

@@ -1,0 +1,137 @@
+"""A run's directory: made once, driven by one process at a time, its files replaced atomically."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raytune_ft.config.environment import expand_text
+from raytune_ft.config.identity import check_resume
+from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import InputError, StorageError
+from raytune_ft.records import to_json
+
+CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
+_LOCK = ".lock"
+_REMEDY = "write a storage directory that this user can write to"
+
+
+def run_path(config: Config) -> Path:
+    """STORAGE/NAME of a resolved config."""
+    return Path(expand_text(config.storage, "storage")) / config.name
+
+
+def cache_path(config: Config) -> Path:
+    """Where tokens are cached: beside the runs, so that runs, trials and workers share it.
+
+    No run can be called so, since names begin with a letter or a digit.
+    """
+    return Path(expand_text(config.storage, "storage")) / ".cache" / "tokens"
+
+
+def probe_storage(storage: Path) -> None:
+    """Makes the directory and writes, syncs and deletes a file; StorageError where that fails."""
+    probe = storage / f".probe-{os.getpid()}"
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise _unwritable(storage, error) from None
+
+
+@contextmanager
+def open_run(config: Config, resume: bool) -> Iterator[Path]:
+    """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
+
+    A directory that was made here is removed again when an InputError ends the context before
+    anything was measured: the name is not used up by a mistake. Raises StorageError for a name
+    that exists (or, with `resume`, does not), for a directory that another process drives and
+    for a storage that cannot be written; ConfigError where a resume changes what it must keep.
+    """
+    path = run_path(config)
+    if resume and not (path / CONFIG).is_file():
+        raise StorageError(str(path), "holds no run to resume", "leave --resume out to begin one")
+    if not resume:
+        _refuse_existing(path)
+    probe_storage(path.parent)
+    with _locked(path):
+        if resume:
+            check_resume(load_config(path / CONFIG), config)
+        else:
+            _refuse_existing(path)  # another driver may have been faster
+        write_text_atomic(path / CONFIG, dump_yaml(config))
+        try:
+            yield path
+        except InputError:
+            if not resume and not _has_measured(path):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replaces a JSON file: a reader sees the old one or the new one, also after a power cut."""
+    write_text_atomic(path, to_json(value, indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replaces a text file by rename, the new content and the directory flushed to disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an flock, which the kernel gives up when its holder dies, however it dies."""
+    try:
+        path.mkdir(exist_ok=True)
+        lock = FileLock(path / _LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise StorageError(
+            str(path), "is driven by another process", "wait for it to end, or write another name"
+        ) from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_existing(path: Path) -> None:
+    taken = path.exists() and (not path.is_dir() or any(path.glob("[!.]*")))
+    if taken:
+        raise StorageError(
+            f"run {path.name}",
+            f"exists in {path.parent}, and names are used once",
+            "write --resume to continue it, or another name",
+        )
+
+
+def _has_measured(path: Path) -> bool:
+    return (path / METRICS).exists() or any((path / CHECKPOINTS).glob("step-*"))
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> StorageError:
+    reason = getattr(error, "strerror", None) or "it is no path"
+    return StorageError(str(path), f"cannot be written ({reason})", _REMEDY)

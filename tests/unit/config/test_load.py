@@ -1,0 +1,319 @@
+"""YAML and overrides to a Config, and every mistake to one line."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.config.load import apply_overrides, dump_yaml, expand_env, load_config, resolve
+from raytune_ft.config.schema import Config, FullMethod, LoraMethod, SourceConfig
+from raytune_ft.errors import ConfigError, InputError, StorageError
+
+TEXT = """
+name: a
+method: {name: lora, rank: 8}
+data:
+  train: {path: x.jsonl}
+train: {lr: 1e-4, batch_size: 8}
+"""
+SEARCH = """
+search:
+  trials: 4
+  space:
+    train.lr: {log_uniform: [1e-5, 1e-3]}
+"""
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_numbers_are_yaml_1_2(write: Write) -> None:
+    config = load_config(write(TEXT))
+    assert config.train.lr == 1e-4
+    assert load_config(write(TEXT), ["train.lr=3e-5"]).train.lr == 3e-5
+    assert load_config(write(TEXT), ["data.separator=yes"]).data.separator == "yes"
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "expected"),
+    [
+        ("train.batch_size=4", lambda c: c.train.batch_size, 4),
+        ("train.max_grad_norm=null", lambda c: c.train.max_grad_norm, None),
+        ("data.packing=false", lambda c: c.data.packing, False),
+        ("data.train.columns=[a, b]", lambda c: c.data.train.columns, ["a", "b"]),
+        ("name=2024", lambda c: c.name, "2024"),
+        ("model.revision=12345e7", lambda c: c.model.revision, "12345e7"),
+        ("model.revision=null", lambda c: c.model.revision, None),
+        ('data.separator=" | "', lambda c: c.data.separator, " | "),
+        ("data.train.path=a: [b", lambda c: c.data.train.path, "a: [b"),
+        ("train.early_stopping.patience=5", lambda c: c.train.early_stopping.patience, 5),
+        ("data.validation.path=v.jsonl", lambda c: c.data.validation, SourceConfig(path="v.jsonl")),
+        (
+            "parallel.resources_per_worker.GPU=1",
+            lambda c: c.parallel.resources_per_worker,
+            {"CPU": 1.0, "GPU": 1.0},
+        ),
+    ],
+)
+def test_override_has_the_type_of_its_key(
+    write: Write, override: str, get: Callable[[Config], object], expected: object
+) -> None:
+    assert get(load_config(write(TEXT), [override])) == expected
+
+
+def test_overrides_reach_the_search_space(write: Write) -> None:
+    overrides = [
+        "search.space.train.batch_size.choice=[4, 8]",
+        "search.space.train.lr={uniform: [0.1, 0.2]}",
+    ]
+    config = load_config(write(TEXT + SEARCH), overrides)
+    assert config.search is not None
+    assert config.search.space["train.batch_size"].values == [4, 8]
+    assert config.search.space["train.lr"].kind == "uniform"
+    without = load_config(write(TEXT + SEARCH), [overrides[0], "search.space.train.lr=null"])
+    assert without.search is not None
+    assert list(without.search.space) == ["train.batch_size"]
+
+
+def test_switching_the_method_drops_the_other_methods_keys_and_says_so(write: Write) -> None:
+    notices: list[str] = []
+    config = load_config(write(TEXT), ["method.name=full"], notices.append)
+    assert config.method == FullMethod(name="full")
+    assert notices == ["method.name=full drops the file's method.rank"]
+    assert apply_overrides(load_config(write(TEXT)), {"method.name": "full"}) == config
+
+
+def test_a_key_that_the_new_method_lacks_is_refused_when_it_is_an_override(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"method\.rank is not a key of method full"):
+        load_config(write(TEXT), ["method.rank=4", "method.name=full"])
+
+
+def test_the_method_has_a_default_name(write: Write) -> None:
+    text = TEXT.replace("name: lora, ", "")
+    assert load_config(write(text)).method == LoraMethod(rank=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: {name: lora, rnk: 8}", "method.rnk is not a key of method lora; did you mean"),
+        ("learning_rate: 1", "learning_rate is not a key; did you mean train.lr?"),
+        ("trian: {}", "trian is not a key; did you mean train?"),
+        ("train: {rank: 8}", "train.rank is not a key; did you mean method.rank?"),
+        ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, batch_size"),
+        ("method: {name: lra}", "method.name=lra is not full or lora; did you mean lora?"),
+        ("train: {lr: fast}", "train.lr=fast is not a number above 0; write one, or leave the key"),
+        ("train: {lr: '1e-4'}", "train.lr='1e-4' is not a number above 0; write it without quotes"),
+        ("train: {batch_size: 1.5}", "train.batch_size=1.5 is not a whole number above 0; write"),
+        ("train: {batch_size: true}", "train.batch_size=true is not a whole number above 0;"),
+        ("train: {lr: .nan}", "train.lr=nan is not a number above 0;"),
+        ("train: {lr_schedule: cosin}", "did you mean cosine?"),
+        ("train:", "train=null is not a section;"),
+        ("train: {micro_tokens: -1}", "train.micro_tokens=-1 is not auto or a whole number above"),
+        ("data: {train: {path: x}, validation: {pth: v}}", "did you mean data.validation.path?"),
+        ("data: {train: {path: 3}}", "data.train.path=3 is not text that is not empty; write it"),
+        ("data: {}", "data.train is missing; write a section `data.train` with at least path"),
+        ("model: {path: x}\nmodel: {}", "config.yaml line 8 writes 'model' twice; delete one"),
+        ("train: {lr: 1, lr: 2}", "writes 'lr' twice; delete one of the two"),
+        ("a: [1", "line 8 is not YAML"),
+        ("3: 4", "has the key 3, which is not text; quote it"),
+        ("model: {path: !!python/name:os.system x}", "is not YAML"),
+        ("storage: s3://bucket/runs", "storage on an object store is not built yet; write a dir"),
+        ("storage: https://me:hunter2@host/x", "storage holds a password, and the config is saved"),
+        ("train: {batch_size: 4}\nparallel: {workers: 8}", "is smaller than parallel.workers=8; w"),
+        ("parallel: {strategy: single, workers: 2}", "parallel.strategy=single is one process"),
+        ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
+        ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
+        ("promote: {merge: greedy_soup}", "promote.merge=greedy_soup is not best;"),
+        ("parallel: {strategy: deepspeed}", "parallel.strategy=deepspeed is not auto, single, ddp"),
+        ("search: {trials: 2}", "search.space is missing; write a mapping with at least one key"),
+    ],
+)
+def test_a_mistake_is_one_line_with_value_rule_and_remedy(
+    write: Write, text: str, message: str
+) -> None:
+    section = text.split(":")[0]
+    lines = [line for line in TEXT.strip().splitlines() if not line.startswith(section + ":")]
+    if section == "data":
+        lines = [line for line in lines if not line.startswith("  train")]
+    kept = TEXT.strip().splitlines() if text.startswith("model: {path: x}") else lines
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("\n".join([*kept, "", text]) + "\n"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("train.lrr: {choice: [1]}", "search.space.train.lrr names no key of the config; did you"),
+        ("parallel.workers: {choice: [1]}", "cannot be searched over: trials would not be compar"),
+        ("data.test.path: {choice: [a]}", "cannot be searched over"),
+        ("name: {choice: [a]}", "cannot be searched over"),
+        ("train.early_stopping: {choice: [null]}", "names no key of the config"),
+        ("train.batch_size: {uniform: [4, 8.5]}", "write int_uniform: [low, high], or choice"),
+        ("train.batch_size: {choice: [8, 1]}", "train.batch_size=1 is smaller than parallel.work"),
+        ("train.lr: {uniform: [-1, 1]}", "search.space.train.lr: train.lr=-1.0 is not a number ab"),
+        ("train.lr: {uniform: [1, 1]}", "search.space.train.lr: uniform=[1.0, 1.0] is not [low"),
+        ("train.lr: {choice: []}", "choice is empty; write at least one value"),
+        ("train.lr: {coice: [1]}", "did you mean search.space.train.lr.choice?"),
+        ("train: {lr: {choice: [1]}}", "write the key with its dots, `train.lr:`"),
+        (
+            "method.name: {choice: [full]}\n    method.rank: {choice: [4]}",
+            "not a key of method full",
+        ),
+        (
+            "method.name: {choice: [lora, ful]}",
+            "method.name=ful is not full or lora; did you mean f",
+        ),
+    ],
+)
+def test_a_search_space_is_checked_by_putting_its_values_in_place(
+    write: Write, space: str, message: str
+) -> None:
+    text = TEXT + f"parallel: {{workers: 2}}\nsearch:\n  space:\n    {space}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text))
+    assert message in str(caught.value)
+
+
+def test_methods_are_branches_of_a_space(write: Write) -> None:
+    space = "method.name: {choice: [lora, full]}, method.rank: {choice: [4, 8]}"
+    load_config(write(TEXT + f"search: {{space: {{{space}}}}}"))
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ("{metric: eval_exact_match, %s}", "search.mode=min looks for the worst eval_exact_match"),
+        ("{scheduler: {grace_examples: 101}, %s}", "is more than the 100 examples that a trial"),
+    ],
+)
+def test_search_rules(write: Write, search: str, message: str) -> None:
+    text = TEXT + "search: " + search % "space: {train.lr: {choice: [1.0]}}"
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(text), ["train.max_examples=100"])
+
+
+def test_dump_and_load_give_the_same_config(write: Write) -> None:
+    config = resolve(load_config(write(TEXT + SEARCH), ["train.max_grad_norm=null"]))
+    again = load_config(write(dump_yaml(config)))
+    assert again == config
+    assert resolve(again) == config
+    for odd in ("1e-4", "yes", "null", "2024-01-01", "\n", " a: b # c", "'", "é\t\\n"):
+        changed = apply_overrides(config, {"data.separator": odd})
+        assert load_config(write(dump_yaml(changed))) == changed
+
+
+def test_resolve_makes_paths_absolute_once(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    overrides = ["data.test.path=org/set", "model.path=here", "data.train.path=sub/x.jsonl"]
+    config = resolve(load_config(write(TEXT), overrides), cwd=tmp_path)
+    assert config.storage == str(tmp_path / "runs")
+    assert config.model.path == str(tmp_path / "here")
+    assert config.data.train.path == str(tmp_path / "sub" / "x.jsonl")
+    assert config.data.test is not None
+    assert config.data.test.path == "org/set"
+    assert resolve(config, cwd=Path("/elsewhere")) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "strategy"),
+    [
+        ([], "single"),
+        (["parallel.workers=2"], "ddp"),
+        (["parallel.workers=2", "method.name=full"], "fsdp"),
+        (["parallel.workers=2", "parallel.strategy=fsdp"], "fsdp"),
+    ],
+)
+def test_resolve_chooses_the_strategy(write: Write, overrides: list[str], strategy: str) -> None:
+    assert resolve(load_config(write(TEXT), overrides)).parallel.strategy == strategy
+
+
+def test_a_relative_storage_in_a_job_goes_under_the_variable_or_is_refused(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write(TEXT))
+    monkeypatch.delenv("RAYTUNE_FT_STORAGE", raising=False)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(StorageError, match="set RAYTUNE_FT_STORAGE to one"):
+        resolve(config)
+    monkeypatch.setenv("RAYTUNE_FT_STORAGE", "/shared")
+    assert resolve(config).storage == "/shared/runs"
+    assert resolve(apply_overrides(config, {"storage": "/own"})).storage == "/own"
+
+
+def test_environment_is_saved_unexpanded(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "search.storage=postgresql://me:${STUDY_PASSWORD}@host/db"
+    config = resolve(load_config(write(TEXT + SEARCH), [url]))
+    assert "${STUDY_PASSWORD}" in dump_yaml(config)
+    monkeypatch.delenv("STUDY_PASSWORD", raising=False)
+    with pytest.raises(ConfigError, match=r"search\.storage names \$\{STUDY_PASSWORD\}, which is"):
+        expand_env(config)
+    monkeypatch.setenv("STUDY_PASSWORD", "hunter2")
+    search = expand_env(config).search
+    assert search is not None
+    assert search.storage == "postgresql://me:hunter2@host/db"
+
+
+def test_importing_config_costs_nothing() -> None:
+    heavy = "{'torch', 'ray', 'transformers', 'optuna', 'datasets', 'pyarrow', 'numpy'}"
+    modules = "load, rules, identity, environment, reference"
+    code = f"import sys; from raytune_ft.config import {modules}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+FRAGMENTS = [
+    *"0123456789xyz[]{}:-?&*!|>'\"%@`#,=~\n\t\\",
+    "<<: ",
+    "!!int ",
+    "!!bool ",
+    "&a ",
+    "*a",
+    "---\n",
+]
+FRAGMENTS += ["!!binary ", "!!set ", "!!omap ", "!!python/name:os.system ", ".nan", "1e999", "\0"]
+FRAGMENTS += ["1" * 5000, "[" * 1500, "\u2028", "0o8", "2024-01-01", "${X}", "null", "\ud800"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_text_ends_in_anything_but_a_config_or_one_line(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    path = tmp_path / "config.yaml"
+    messages: list[str] = []
+    accepted = 0
+    for _ in range(60):
+        text = list(TEXT + SEARCH)
+        for _ in range(rng.choice([1, 1, 3])):
+            at = rng.randrange(len(text))
+            if rng.random() < 0.7:
+                text.insert(at, rng.choice(rng.choice([FRAGMENTS, [*"123xyz "]])))
+            else:
+                del text[at : at + rng.randrange(1, 9)]
+        path.write_bytes("".join(text).encode("utf-8", "surrogatepass"))
+        try:
+            config = resolve(load_config(path))
+        except InputError as error:
+            messages.append(str(error))
+            continue
+        accepted += 1
+        path.write_text(dump_yaml(config))
+        assert load_config(path) == config
+    assert accepted > 0
+    assert messages
+    assert not [text for text in messages if "\n" in text or len(text) > 1000]
