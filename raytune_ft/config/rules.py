@@ -7,7 +7,7 @@ from typing import Any
 
 from raytune_ft.config import paths, reference
 from raytune_ft.config.explain import shown_value, unknown_key
-from raytune_ft.config.schema import Config, Distribution, LoraMethod, SearchConfig, TrainConfig
+from raytune_ft.config.schema import Config, Distribution, LoraMethod, SearchConfig
 from raytune_ft.errors import ConfigError
 
 # Keys that decide what a trial is measured on or where it runs: a search over them would compare
@@ -43,22 +43,7 @@ def check(config: Config) -> None:
     if config.search is not None:
         _check_search(config.search)
         if config.train.max_examples is not None and config.train.epochs is None:
-            _check_grace(config.search, config.train.max_examples)
-
-
-def check_budget(config: Config, train_examples: int) -> None:
-    """The rule that needs the number of training examples: a grace period within the budget."""
-    if config.search is not None:
-        _check_grace(config.search, budget_examples(config.train, train_examples))
-
-
-def budget_examples(train: TrainConfig, train_examples: int) -> int:
-    """Examples that one run sees; a fraction of an epoch is rounded up."""
-    epochs = train.epochs
-    if epochs is None:
-        epochs = 1.0 if train.max_examples is None else float("inf")
-    whole = float("inf") if train.max_examples is None else train.max_examples
-    return int(min(-(-epochs * train_examples // 1), whole))
+            check_grace(config.search, config.train.max_examples)
 
 
 def check_space(config: Config, apply: Apply) -> None:
@@ -117,7 +102,8 @@ def _check_search(search: SearchConfig) -> None:
         )
 
 
-def _check_grace(search: SearchConfig, budget: int) -> None:
+def check_grace(search: SearchConfig, budget: int) -> None:
+    """A grace period within the examples that a trial sees, which epochs alone do not tell."""
     scheduler = search.scheduler
     if scheduler is not None and scheduler.grace_examples > budget:
         raise ConfigError(

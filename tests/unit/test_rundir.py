@@ -50,9 +50,9 @@ def test_a_mistake_before_anything_was_measured_does_not_use_up_the_name(config:
     with pytest.raises(ConfigError), open_run(config, resume=False):
         raise ConfigError("a", "b", "c")
     assert not run_path(config).exists()
-    with pytest.raises(ConfigError), open_run(config, resume=False) as path:
-        (path / "metrics.jsonl").touch()
-        raise ConfigError("a", "b", "c")
+    path = run_path(config)
+    with pytest.raises(ConfigError), open_run(config, resume=False):
+        raise ConfigError("a", str((path / "metrics.jsonl").touch()), "c")
     assert run_path(config).exists()
 
 

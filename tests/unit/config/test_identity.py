@@ -10,8 +10,8 @@ import pytest
 from raytune_ft.config.identity import check_resume, config_sha256
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.reference import keys, methods
-from raytune_ft.config.rules import budget_examples, check_budget
-from raytune_ft.config.schema import Config, DataConfig, SearchConfig, SourceConfig, TrainConfig
+from raytune_ft.config.rules import check_grace
+from raytune_ft.config.schema import Config, DataConfig, SearchConfig, SourceConfig
 from raytune_ft.errors import ConfigError
 
 CONFIG = Config(name="a", data=DataConfig(train=SourceConfig(path="/x.jsonl")))
@@ -96,19 +96,12 @@ def test_a_sweep_may_gain_trials_and_nothing_else() -> None:
             check_resume(sweep, apply_overrides(sweep, change))
 
 
-@pytest.mark.parametrize(
-    ("epochs", "max_examples", "budget"),
-    [(None, None, 50), (0.5, None, 25), (2.0, 70, 70), (None, 500, 500), (1.0, 500, 50)],
-)
-def test_budget(epochs: float | None, max_examples: int | None, budget: int) -> None:
-    assert budget_examples(TrainConfig(epochs=epochs, max_examples=max_examples), 50) == budget
-
-
 def test_a_grace_period_beyond_the_budget_is_refused_once_the_data_is_known() -> None:
-    sweep = apply_overrides(CONFIG, SEARCH)
-    check_budget(sweep, 1000)
+    search = apply_overrides(CONFIG, SEARCH).search
+    assert search is not None
+    check_grace(search, 1000)
     with pytest.raises(ConfigError, match=r"grace_examples=1000 is more than the 999 examples"):
-        check_budget(sweep, 999)
+        check_grace(search, 999)
 
 
 def test_the_reference_knows_every_key() -> None:
