@@ -6,6 +6,7 @@ tokenizers encode a batch on all cores.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from raytune_ft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION_MARK = "generation %}"
-"""Stands in a chat template that marks what the assistant says by itself."""
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Stands in a chat template that marks by itself what the assistant says."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _encode_messages(
             "needs character offsets, which this model's tokenizer (a slow one) does not give",
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
-    marked = GENERATION_MARK in tokenizer.get_chat_template()
+    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
     write = _encode_marked if marked else _encode_unmarked
     return [_conversation(encoder, row, row.values[source.messages], write) for row in rows]
 
