@@ -1,0 +1,147 @@
+"""Which checkpoint leaves a run or a sweep: a decision from files, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.load import load_config
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import CheckpointError, RunFailed, StorageError
+from raytune_ft.records import CheckpointManifest
+from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT
+
+USABLE = ("completed", "early_stopped", "pruned")
+TRIALS = "trials"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run whose best checkpoint may be promoted; `score` is of that checkpoint, on validation.
+
+    `trial` and `params` are those of its sweep, None and {} for a run of its own.
+    """
+
+    run_dir: Path
+    trial: str | None
+    params: Mapping[str, Any]
+    checkpoint: Path
+    score: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is promoted. `metric` and `mode` say what was best, `config` is the run's own."""
+
+    candidate: Candidate
+    manifest: CheckpointManifest
+    config: Config
+    metric: str
+    mode: str
+
+
+def select(directory: Path, tell: Callable[[str], None]) -> Selection:
+    """The best run of `directory` whose best checkpoint verifies, out of the first `top_k`.
+
+    Raises:
+        StorageError: the directory is no run or sweep that has ended.
+        RunFailed: no trial is usable, or the run failed.
+        CheckpointError: no checkpoint that could be promoted is sound.
+    """
+    result = read_result(directory)
+    config = load_config(directory / CONFIG)
+    sweep = "trials" in result
+    metric, mode = ("eval_loss", "min")
+    if sweep and config.search is not None:
+        metric, mode = config.search.metric, config.search.mode
+    ranked = (
+        _ranked_trials(directory, result, metric, mode)
+        if sweep
+        else _the_run(directory, result, metric, mode)
+    )
+    for candidate in ranked[: config.promote.top_k]:
+        store = CheckpointStore(candidate.checkpoint.parent)
+        try:
+            manifest = store.verify(candidate.checkpoint)
+        except CheckpointError as error:
+            tell(f"{candidate.trial or directory.name} is passed over: {error}")
+            continue
+        own = load_config(candidate.run_dir / CONFIG)
+        return Selection(candidate, manifest, own, metric, mode)
+    looked_at = min(len(ranked), config.promote.top_k)
+    raise CheckpointError(
+        f"{directory} has no sound checkpoint to promote among its best {looked_at}"
+    )
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """`result.json` of a run or a sweep.
+
+    Raises:
+        StorageError: there is none, or it is not JSON.
+    """
+    remedy = "write the directory of a run or sweep that ended, or resume it with --resume"
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(str(directory), f"holds no {RESULT}", remedy) from None
+    except (OSError, ValueError) as error:
+        raise StorageError(str(directory / RESULT), f"cannot be read ({error})", remedy) from error
+    if not isinstance(result, dict) or not (directory / CONFIG).is_file():
+        raise StorageError(str(directory), f"holds no {CONFIG} and {RESULT} of a run", remedy)
+    return result
+
+
+def _the_run(directory: Path, result: Mapping[str, Any], metric: str, mode: str) -> list[Candidate]:
+    if result["status"] not in USABLE:
+        why = result.get("error") or "resume it first"
+        raise RunFailed(f"{directory} has status {result['status']} ({why}), so nothing to promote")
+    found = _candidate(directory, None, {}, metric, mode)
+    if found is None:
+        raise CheckpointError(f"{directory} has no checkpoint of its best evaluation")
+    return [found]
+
+
+def _ranked_trials(
+    directory: Path, result: Mapping[str, Any], metric: str, mode: str
+) -> list[Candidate]:
+    """Usable trials, the sweep's own best first, then by their best evaluation."""
+    found = [
+        _candidate(directory / TRIALS / trial["id"], trial["id"], trial["params"], metric, mode)
+        for trial in result["trials"]
+        if trial["status"] in USABLE
+    ]
+    usable = [candidate for candidate in found if candidate is not None]
+    if not usable:
+        raise RunFailed(f"{directory} has no usable trial among its {len(result['trials'])}")
+    best = (result.get("best") or {}).get("trial")
+    sign = 1 if mode == "min" else -1
+    return sorted(usable, key=lambda one: (one.trial != best, sign * one.score, one.trial))
+
+
+def _candidate(
+    run_dir: Path, trial: str | None, params: Mapping[str, Any], metric: str, mode: str
+) -> Candidate | None:
+    """The best evaluation of a run with its checkpoint; None where it has none.
+
+    A trial that was stopped from outside has no result of its own: then its manifests speak.
+    """
+    result = run_dir / RESULT
+    point = json.loads(result.read_text(encoding="utf-8")).get("best") if result.is_file() else None
+    if point and point.get("checkpoint") and point.get(metric) is not None:
+        path = run_dir / CHECKPOINTS / Path(point["checkpoint"]).name
+        return Candidate(run_dir, trial, params, path, point[metric])
+    scores = [
+        (manifest.metrics.get(metric), path)
+        for path, manifest in CheckpointStore(run_dir / CHECKPOINTS).list()
+    ]
+    measured = [(score, path) for score, path in scores if score is not None]
+    if not measured:
+        return None
+    # Of equals the first, as in the run itself.
+    score, path = (min if mode == "min" else max)(measured, key=lambda pair: pair[0])
+    return Candidate(run_dir, trial, params, path, score)
