@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,20 +28,10 @@ from raytune_ft.train.loop import Objective, train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import MetricsFile, Reporter, Silent
 from raytune_ft.train.saver import Identity, Saver
+from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state, read_progress
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """Plain facts: what a process needs to take part in a run. Paths are absolute."""
-
-    config: Config
-    run_dir: Path
-    data_dir: Path
-    metric: str = "eval_loss"
-    mode: str = "min"
 
 
 def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunResult:

@@ -1,0 +1,177 @@
+"""Which Ray cluster this process uses, how quietly, and what fits on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.errors import ClusterError
+
+__all__ = [
+    "bundles_that_fit",
+    "connect",
+    "connected",
+    "in_ray_job",
+    "node_count",
+    "require_capacity",
+    "set_train_defaults",
+]
+
+TRAIN_DEFAULTS = {
+    # The controller looks at its workers 4 times a second: an empty run ends, and an evaluation
+    # reaches the scheduler, up to 2 s earlier than with Ray's default of 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # Runs keep their own directory, so nobody has to be moved into Ray's.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+LOCAL_DEFAULTS = {
+    # One process less for each worker group: nobody takes this machine away piece by piece.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Use the cluster that this process has joined already, or join one and leave it again."""
+    if ray.is_initialized():
+        set_train_defaults()
+        yield
+        return
+    connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Join the cluster at `address`, at RAY_ADDRESS or around this Ray job; else start a local one.
+
+    The local one ends with this process, has no dashboard and listens on loopback. `num_cpus`
+    is what it claims to have, by default what the machine has.
+
+    Raises:
+        ClusterError: nobody answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else None)
+    set_train_defaults()
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"address={address}",
+                f"is no cluster that can be joined ({str(error).splitlines()[0]})",
+                "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine",
+            ) from error
+        return
+    for name, value in LOCAL_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with _on_loopback():
+        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started inside has the address 127.0.0.1, and its servers bind to that alone.
+
+    This is Ray's own switch for macOS and Windows. An address that is passed to `ray.init` does
+    not do: Ray replaces a loopback address by the machine's, and then listens everywhere.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    written = os.environ.get(name)
+    os.environ[name] = "0"  # for the processes that are started
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if written is not None:
+            os.environ[name] = written
+
+
+def set_train_defaults() -> None:
+    """Ray Train reads these in the process that calls `fit` and hands them on to its actors."""
+    for name, value in TRAIN_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def bundles_that_fit(resources_per_worker: Mapping[str, float], workers: int) -> int:
+    """How many whole groups of `workers` the alive nodes hold, if nobody else used them."""
+    return whole_groups(_alive_nodes(), resources_per_worker, workers)
+
+
+def whole_groups(
+    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
+) -> int:
+    """Groups of `workers` that fit on nodes with these resources; a worker is never split.
+
+    Ray packs a group onto as few nodes as it can and spreads it where it must, so that groups
+    are limited by the number of single workers that fit, node by node.
+    """
+    need = {name: amount for name, amount in resources_per_worker.items() if amount > 0}
+    if not need:
+        raise ValueError("a worker that needs nothing fits without end")
+    # The small term keeps 0.3 / 0.1 from being 2.
+    singles = sum(
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
+        for node in nodes
+    )
+    return singles // workers
+
+
+def require_capacity(parallel: ParallelConfig) -> int:
+    """How many runs or trials fit at a time; refused where not even one does.
+
+    Raises:
+        ClusterError: the cluster cannot hold one group of workers.
+    """
+    resources, workers = parallel.resources_per_worker, parallel.workers
+    groups = bundles_that_fit(resources, workers)
+    if groups > 0:
+        return groups
+    nodes = _alive_nodes()
+    need = {name: amount for name, amount in resources.items() if amount > 0}
+    shown = ", ".join(f"{name}: {_number(amount)}" for name, amount in need.items())
+    lacking = [
+        name
+        for name, amount in need.items()
+        if sum(node.get(name, 0.0) for node in nodes) < amount * workers
+    ] or list(need)
+    total = " and ".join(f"{_number(need[name] * workers)} {name}" for name in lacking)
+    has = " and ".join(
+        f"{_number(sum(node.get(name, 0.0) for node in nodes))} {name}" for name in lacking
+    )
+    fits = whole_groups(nodes, resources, 1)
+    raise ClusterError(
+        f"parallel.workers={workers} with {{{shown}}} each",
+        f"needs {total}; the cluster has {has} on {len(nodes)} node{'s' * (len(nodes) != 1)}",
+        f"write at most {fits} workers or add nodes"
+        if fits
+        else "write smaller parallel.resources_per_worker or add nodes",
+    )
+
+
+def node_count() -> int:
+    """Alive nodes of the cluster."""
+    return len(_alive_nodes())
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _number(amount: float) -> str:
+    return f"{amount:g}"
