@@ -1,17 +1,9 @@
-"""The line between a run's worker group and whoever started it, and how a group is ended.
-
-Ray Train tells its caller nothing between `fit()` and its return, hands out no handle to stop
-with, and leaves placement groups behind where a controller dies (ray issues 54305, 62753). So the
-controller of each run registers itself, its workers and its placement group on a switchboard, an
-actor of the driver, which outlives runs and trials; whoever has to can then end all of it.
-"""
+"""What the controller of a run tells the switchboard, how a group is ended, why one failed."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -25,89 +17,13 @@ from ray.train.v2._internal.execution.callback import (
     ReportCallback,
     WorkerGroupCallback,
 )
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
+from raytune_ft.train.ray_switchboard import Group
 
 ABORT_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 30.0
-
-
-@dataclass
-class Group:
-    """What a run holds on the cluster."""
-
-    controller: Any = None
-    placement_groups: list[PlacementGroup] = field(default_factory=list)
-    workers: list[Any] = field(default_factory=list)
-
-
-class Switchboard:
-    """An asynchronous actor. `slots` is how many runs may hold workers at a time."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = asyncio.Semaphore(slots)
-        self._groups: dict[str, Group] = {}
-        self._events: dict[str, list[dict[str, Any]]] = {}
-        self._news: dict[str, asyncio.Event] = {}
-        self._stopping = False
-
-    async def open(self, run: str) -> None:
-        """Wait for a free slot; until `close`, `run` may hold workers."""
-        await self._slots.acquire()
-        self._groups[run], self._events[run], self._news[run] = Group(), [], asyncio.Event()
-
-    async def close(self, run: str) -> None:
-        """The workers of `run` are gone."""
-        if self._groups.pop(run, None) is not None:
-            self._slots.release()
-
-    async def register(
-        self, run: str, controller: Any, group: PlacementGroup | None, workers: list[Any]
-    ) -> None:
-        """Called by the controller of `run`: at its start, and when it has started workers."""
-        held = self._groups.setdefault(run, Group())
-        held.controller = controller
-        if group is not None:
-            held.placement_groups.append(group)
-            held.workers = workers
-
-    async def group(self, run: str) -> Group:
-        """What `run` holds."""
-        return self._groups.get(run, Group())
-
-    async def open_runs(self) -> list[str]:
-        """Runs that may still hold workers."""
-        return list(self._groups)
-
-    async def post(self, run: str, event: dict[str, Any]) -> None:
-        """Leave a message for whoever started `run`."""
-        if run in self._events:
-            self._events[run].append(event)
-            self._news[run].set()
-
-    async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
-        """New messages of `run`, waiting for the first; and whether everybody shall stop."""
-        if run in self._news and not self._stopping:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news[run].wait(), timeout_s)
-            self._news[run].clear()
-        events, self._events[run] = self._events.get(run, []), []
-        return events, self._stopping
-
-    async def stop_everybody(self) -> None:
-        """Whoever waits for a message is told to stop instead."""
-        self._stopping = True
-        for news in self._news.values():
-            news.set()
-
-
-def start_switchboard(slots: int) -> Any:
-    """An actor of 0 CPU on this node: it lives exactly as long as the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Switchboard)
-    return actor.remote(slots)
 
 
 class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):

@@ -25,7 +25,8 @@ from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.records import EvalMetrics, Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
 from raytune_ft.train.ray_cluster import connected, require_capacity
-from raytune_ft.train.ray_group import RunWatch, end_group, failure_of, start_switchboard
+from raytune_ft.train.ray_group import RunWatch, end_group, failure_of
+from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.ray_worker import ProcessGroupConfig, train_worker
 from raytune_ft.train.spec import RunSpec
 
