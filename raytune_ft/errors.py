@@ -1,18 +1,18 @@
 """Every exception that this package raises on purpose.
 
-    RaytuneFtError
-    |-- InputError            exit code 2: what the user wrote is wrong; nothing was started or lost
-    |   |-- ConfigError       a key, a value or a combination of them
-    |   |-- DataError         a source, a row or a column
-    |   |-- ModelError        a model directory, a hub id, a method that the model cannot take
-    |   |-- StorageError      a path that cannot be written, a run that exists or does not
-    |   `-- ClusterError      resources that the cluster does not have
-    |-- RunFailed             exit code 1: the run itself failed
-    |   |-- Diverged          the loss or the gradient is not finite
-    |   |-- OutOfMemory       a device or the host ran out of memory
-    |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
-    |   `-- MergeError        a fold whose logits differ from those of base + adapter
-    `-- Interrupted           exit code 130: SIGINT or SIGTERM; the run can be resumed
+RaytuneFtError
+|-- InputError            exit code 2: what the user wrote is wrong; nothing was started or lost
+|   |-- ConfigError       a key, a value or a combination of them
+|   |-- DataError         a source, a row or a column
+|   |-- ModelError        a model directory, a hub id, a method that the model cannot take
+|   |-- StorageError      a path that cannot be written, a run that exists or does not
+|   `-- ClusterError      resources that the cluster does not have
+|-- RunFailed             exit code 1: the run itself failed
+|   |-- Diverged          the loss or the gradient is not finite
+|   |-- OutOfMemory       a device or the host ran out of memory
+|   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
+|   `-- MergeError        a fold whose logits differ from those of base + adapter
+`-- Interrupted           exit code 130: SIGINT or SIGTERM; the run can be resumed
 """
 
 from __future__ import annotations

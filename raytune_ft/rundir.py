@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,16 @@ def probe_storage(storage: Path) -> None:
         raise _unwritable(storage, error) from None
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run directory that this process drives; `saved` is the config that a resume continues."""
+
+    path: Path
+    saved: Config | None
+
+
 @contextmanager
-def open_run(config: Config, resume: bool) -> Iterator[Path]:
+def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
 
     A directory that was made here is removed again when an InputError ends the context before
@@ -66,13 +75,14 @@ def open_run(config: Config, resume: bool) -> Iterator[Path]:
         _refuse_existing(path)
     probe_storage(path.parent)
     with _locked(path):
-        if resume:
-            check_resume(load_config(path / CONFIG), config)
+        saved = load_config(path / CONFIG) if resume else None
+        if saved is not None:
+            check_resume(saved, config)
         else:
             _refuse_existing(path)  # another driver may have been faster
         write_text_atomic(path / CONFIG, dump_yaml(config))
         try:
-            yield path
+            yield OpenRun(path, saved)
         except InputError:
             if not resume and not _has_measured(path):
                 shutil.rmtree(path, ignore_errors=True)

@@ -24,12 +24,14 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_a_new_run_leaves_its_config_and_its_name_is_used_up(config: Config) -> None:
-    with open_run(config, resume=False) as path:
-        assert load_config(path / "config.yaml") == config
+    with open_run(config, resume=False) as run:
+        assert load_config(run.path / "config.yaml") == config
+        assert run.saved is None
     with pytest.raises(StorageError, match="write --resume to continue it, or another name"):
         open_run(config, resume=False).__enter__()
     with open_run(config, resume=True) as again:
-        assert again == path
+        assert again.path == run.path
+        assert again.saved == config
 
 
 def test_resume_wants_a_run(config: Config) -> None:
@@ -70,10 +72,10 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(config: Config) -> N
         "with open_run(load_config(Path(sys.argv[1])), resume=True):\n"
         "    print('locked', flush=True); time.sleep(60)\n"
     )
-    with open_run(config, resume=False) as path:
+    with open_run(config, resume=False) as run:
         pass
     driver = subprocess.Popen(
-        [sys.executable, "-c", code, path / "config.yaml"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, run.path / "config.yaml"], stdout=subprocess.PIPE, text=True
     )
     assert driver.stdout is not None
     assert driver.stdout.readline() == "locked\n"

@@ -1,0 +1,40 @@
+# Everything runs in .venv, which is made when it is missing and brought up to date when
+# pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: install quickstart test test-slow lint types bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev,bench]'
+	touch $@
+
+# A fresh name each time: a run overwrites nothing.
+quickstart: $(STAMP)
+	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow and not stress"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow or stress"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/train_throughput.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,197 @@
+"""What the commands do: check everything that can be checked, then hand over to one function.
+
+The order is the same for all of them: config, run directory (and its lock), model, data, cluster.
+Heavy modules are imported inside, so that `raytune-ft --help` and config errors come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.identity import BUDGET
+from raytune_ft.config.load import expand_env, load_config, resolve, to_plain
+from raytune_ft.config.rules import check_grace
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ConfigError, Interrupted, RunFailed
+from raytune_ft.records import RunResult
+from raytune_ft.rundir import RESULT, OpenRun, cache_path, open_run, probe_storage
+
+if TYPE_CHECKING:
+    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.promote.promote import Promotion
+    from raytune_ft.train.report import Reporter
+    from raytune_ft.train.run import RunSpec
+
+Tell = Callable[[str], None]
+MakeReporter = Callable[[int], "Reporter"]  # from the examples of the whole run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that ended; `result` is None where it had ended before and nothing was to do."""
+
+    path: Path
+    result: RunResult | None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that ended, and what was promoted from it (None: it was promoted before)."""
+
+    path: Path
+    result: dict[str, Any]
+    promotion: Promotion | None
+
+
+def train(
+    file: Path, overrides: Sequence[str], resume: bool, tell: Tell, reporter: MakeReporter
+) -> Trained:
+    """One run. Raises InputError, RunFailed or Interrupted."""
+    written = load_config(file, overrides, tell)
+    if written.search is not None:
+        tell("the search section is ignored: this is one run, not a sweep")
+        written = written.model_copy(update={"search": None})
+    with _placed(written) as config, open_run(config, resume) as run:
+        if _has_ended(run, config):
+            tell(f"{run.path} is complete; nothing is left to do")
+            return Trained(run.path, None)
+        spec, data = _prepare(config, run.path, tell)
+        _start_again(run)
+        result = _run(spec, reporter(_examples(config, data)), tell)
+    if result.status == "interrupted":
+        raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
+    if result.status == "failed":
+        raise RunFailed(result.error or "the run failed")
+    return Trained(run.path, result)
+
+
+def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swept:
+    """A search and the promotion of its best trial. Raises InputError, RunFailed, Interrupted."""
+    written = load_config(file, overrides, tell)
+    if written.search is None:
+        raise ConfigError(
+            str(file), "has no search section", "write one, or use `raytune-ft train`"
+        )
+    with _placed(written) as config, open_run(config, resume) as run:
+        if not _has_ended(run, config):
+            spec, data = _prepare(config, run.path, tell)
+            assert spec.config.search is not None
+            check_grace(spec.config.search, _examples(config, data))
+            _search(spec, tell, resume)
+        return Swept(run.path, _read_json(run.path / RESULT), _promote_once(run.path, tell))
+
+
+def evaluate(model: Path, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:
+    """The test metrics of a config for any model directory."""
+    config = expand_env(resolve(load_config(file, overrides, tell)))
+    probe_storage(Path(config.storage))
+    from raytune_ft.promote.evaluate import evaluate_directory
+
+    split, examples, metrics = evaluate_directory(model.absolute(), config, cache_path(config))
+    return {"split": split, "examples": examples, **metrics}
+
+
+def prepare(config: Config, tell: Tell) -> PreparedData:
+    """Check model and method, then tokenise; `config` is resolved and expanded.
+
+    Raises ModelError and DataError before anything is spent on a cluster.
+    """
+    from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.model.build import load_model_config, load_tokenizer
+
+    load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    return prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+
+
+@contextmanager
+def _placed(written: Config) -> Iterator[Config]:
+    """The resolved config. A cluster that is joined says first whether it has several nodes."""
+    with ExitStack() as stack:
+        several = False
+        if os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(written):
+            from raytune_ft.train.ray_cluster import connected, node_count
+
+            stack.enter_context(connected())
+            several = node_count() > 1
+        yield resolve(written, disposable_cwd=several or in_ray_job())
+
+
+def _needs_ray(config: Config) -> bool:
+    parallel = config.parallel
+    alone = parallel.strategy == "single" or (parallel.strategy, parallel.workers) == ("auto", 1)
+    return config.search is not None or not alone
+
+
+def _prepare(config: Config, run_dir: Path, tell: Tell) -> tuple[RunSpec, PreparedData]:
+    expanded = expand_env(config)
+    data = prepare(expanded, tell)
+    from raytune_ft.train.run import RunSpec
+
+    return RunSpec(config=expanded, run_dir=run_dir, data_dir=data.path), data
+
+
+def _run(spec: RunSpec, reporter: Reporter, tell: Tell) -> RunResult:
+    if not _needs_ray(spec.config):
+        from raytune_ft.train.run import run_training
+
+        return run_training(spec, "single", reporter)
+    from raytune_ft.train.ray_train import fit
+
+    parallel = spec.config.parallel
+    tell(f"starting {parallel.workers} workers ({parallel.strategy})")
+    return fit(spec, reporter.evaluation)
+
+
+def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
+    from raytune_ft.search.ray_tune import run_sweep
+
+    run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
+
+
+def _promote_once(path: Path, tell: Tell) -> Promotion | None:
+    from raytune_ft.promote.promote import PROMOTED, promote
+
+    if (path / PROMOTED).exists():
+        tell(f"{path / PROMOTED} exists and is kept")
+        return None
+    return promote(path, tell=tell)
+
+
+def _examples(config: Config, data: PreparedData) -> int:
+    from raytune_ft.train.optim import total_examples
+
+    return total_examples(config.train, len(data.train))
+
+
+def _has_ended(run: OpenRun, config: Config) -> bool:
+    """Whether a resume finds the run complete, and no larger budget or number of trials."""
+    if run.saved is None or not (run.path / RESULT).is_file():
+        return False
+    if _read_json(run.path / RESULT).get("status") not in ("completed", "early_stopped"):
+        return False
+    trials = [each.search.trials if each.search else 0 for each in (run.saved, config)]
+    return trials[0] == trials[1] and _budget(run.saved) == _budget(config)
+
+
+def _budget(config: Config) -> list[Any]:
+    plain = to_plain(config)
+    return [plain["train"][key.removeprefix("train.")] for key in BUDGET]
+
+
+def _start_again(run: OpenRun) -> None:
+    """`result.json` is there for runs that have ended, and this one goes on."""
+    (run.path / RESULT).unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content

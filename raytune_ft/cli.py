@@ -1,0 +1,225 @@
+"""The command line: parse, call one function, print. Exit codes as in `errors`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raytune_ft import show
+from raytune_ft.errors import Interrupted, RaytuneFtError
+
+if TYPE_CHECKING:
+    from raytune_ft.promote.promote import Promotion
+    from raytune_ft.train.report import Reporter
+
+app = typer.Typer(
+    name="raytune-ft",
+    help="A YAML file in, a merged and evaluated model out.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+PROGRAM = "raytune-ft"
+INTERRUPTED = "interrupted; a run continues with --resume"
+# typer may bring a click of its own, and shows this class through its subclasses alone.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+File = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Replace values of the file."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def plan(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check a config and show what it would do. Starts nothing.
+
+    Example: raytune-ft plan jobs/quickstart.yaml train.lr=1e-4
+    """
+    from raytune_ft.plan import describe, make_plan
+
+    print(describe(make_plan(file, overrides or (), show.tell)))
+
+
+@app.command()
+def schema(
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Every key with its type, default and meaning.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON schema of the config, for editors.
+
+    Example: raytune-ft schema > config.schema.json
+    """
+    if reference:
+        from raytune_ft.config.reference import keys
+
+        for key in keys():
+            default = "must be written" if key.default is None else f"default {key.default}"
+            about = f"\n    {key.description}" if key.description else ""
+            print(f"{key.dotted}: {key.type}; {default}{about}")
+        return
+    from raytune_ft.config.schema import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def train(
+    file: File, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+) -> None:
+    """Train one run. A search section is ignored.
+
+    Example: raytune-ft train jobs/quickstart.yaml name=first train.lr=1e-3
+    """
+    from raytune_ft import app as run
+
+    with ExitStack() as stack:
+        done = run.train(
+            file, overrides or (), resume, show.tell, lambda total: _reporter(total, stack)
+        )
+    if done.result is None:
+        return
+    result = done.result
+    facts: dict[str, Any] = {"status": result.status}
+    if result.base is not None:
+        facts["base eval loss"] = result.base["eval_loss"]
+    if result.best is not None:
+        facts["best eval loss"] = result.best.eval_loss
+        facts["best checkpoint"] = done.path / (result.best.checkpoint or "")
+    show.console().print(show.facts_table({**facts, "run": done.path}))
+
+
+@app.command()
+def sweep(
+    file: File, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+) -> None:
+    """Search over the space of a config, then promote the best trial.
+
+    Example: raytune-ft sweep jobs/quickstart.yaml search.trials=12
+    """
+    from raytune_ft import app as run
+
+    done = run.sweep(file, overrides or (), resume, show.tell)
+    best = done.result.get("best")
+    name = best["trial"] if best else None
+    show.console().print(show.trials_table(done.result["trials"], name))
+    if done.promotion is not None:
+        _show_promotion(done.promotion)
+    show.tell(f"sweep: {done.path}")
+
+
+@app.command()
+def promote(
+    directory: Annotated[Path, typer.Argument(metavar="SWEEP_OR_RUN_DIR")],
+    again: Annotated[
+        bool, typer.Option("--again", help="Once more; the earlier result is kept beside.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge, evaluate and export the best trial of a sweep, or a run.
+
+    Example: raytune-ft promote runs/quickstart
+    """
+    from raytune_ft.promote.promote import promote as make
+
+    _show_promotion(make(directory.absolute(), again, tell=show.tell))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="CONFIG", help="A YAML file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Measure any model directory on the test data of a config.
+
+    Example: raytune-ft evaluate runs/quickstart/promoted/model --config jobs/quickstart.yaml
+    """
+    from raytune_ft import app as run
+
+    facts = run.evaluate(model, config, overrides or (), show.tell)
+    show.console().print(show.facts_table(facts))
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; every error of ours is one line on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a locale without UTF-8 must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        if code == Interrupted.exit_code:  # typer's own answer to a KeyboardInterrupt
+            return _fail(INTERRUPTED, code)
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:
+        where = error.ctx.command_path if error.ctx else PROGRAM
+        return _fail(f"{error.format_message().rstrip('.?')}; see `{where} --help`", 2)
+    except RaytuneFtError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(error, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(INTERRUPTED, Interrupted.exit_code)
+    except BrokenPipeError:  # `raytune-ft schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a disk that fills up, a directory that vanishes
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(error, 1)
+
+
+def _fail(error: object, code: int) -> int:
+    print(show.error_line(error), file=sys.stderr, flush=True)
+    return code
+
+
+def _reporter(total_examples: int, stack: ExitStack) -> Reporter:
+    if not sys.stdout.isatty():
+        return show.LineReporter(total_examples)
+    bar = show.BarReporter(total_examples)
+    stack.enter_context(bar.progress)
+    return bar
+
+
+def _show_promotion(promotion: Promotion) -> None:
+    measured = promotion.evaluation
+    show.console().print(
+        show.evaluation_table(
+            f"{measured.split} ({measured.examples:,} examples)", measured.base, measured.promoted
+        )
+    )
+    for sample in promotion.samples:
+        show.tell(f"prompt:    {' '.join(sample.prompt.split())}")
+        show.tell(f"  expected {' '.join(sample.reference.split())}")
+        show.tell(f"  base     {' '.join(sample.base.split())}")
+        show.tell(f"  promoted {' '.join(sample.promoted.split())}")
+    show.tell(measured.verdict)
+    show.tell(f"model: {promotion.model}")

@@ -1,0 +1,126 @@
+"""What people see: lines and tables on stdout, one `error:` line on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from raytune_ft.records import EvalMetrics, StepMetrics
+
+LOG_EVERY_S = 10.0
+MAX_ERROR = 1000
+
+
+def console() -> Console:
+    """Rich on a terminal; plain lines, not cut and not wrapped, in a log."""
+    width = None if sys.stdout.isatty() else 200
+    return Console(highlight=False, markup=False, emoji=False, width=width, soft_wrap=False)
+
+
+def tell(line: str) -> None:
+    """One line of progress, at once."""
+    print(line, flush=True)
+
+
+def error_line(error: object) -> str:
+    """`error: ...` on one line, whatever the message holds."""
+    text = str(error) or type(error).__name__
+    clean = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+    return f"error: {clean if len(clean) <= MAX_ERROR else clean[: MAX_ERROR - 3] + '...'}"
+
+
+class LineReporter:
+    """A line at every evaluation, and one every ten seconds in between."""
+
+    def __init__(self, total_examples: int) -> None:
+        self._total, self._last = total_examples, time.monotonic()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Reporter`."""
+        now = time.monotonic()
+        if now - self._last >= LOG_EVERY_S:
+            self._last = now
+            tell(f"{_progress(metrics, self._total)}  {_training(metrics)}")
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """See `Reporter`."""
+        best = f"  best so far, {checkpoint}" if checkpoint else ""
+        name = "base eval_loss" if metrics.step == 0 else "eval_loss"
+        tell(f"{_progress(metrics, self._total)}  {name} {metrics.eval_loss:.4f}{best}")
+
+
+class BarReporter:
+    """A live bar on a terminal; the lines of evaluations stay above it."""
+
+    def __init__(self, total_examples: int) -> None:
+        self._lines = LineReporter(total_examples)
+        columns = (
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} examples"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.progress = Progress(*columns, console=console(), transient=True)
+        self._task = self.progress.add_task("", total=total_examples)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Reporter`."""
+        shown = _training(metrics)
+        self.progress.update(self._task, completed=metrics.examples, description=shown)
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """See `Reporter`."""
+        self.progress.update(self._task, completed=metrics.examples)
+        self._lines.evaluation(metrics, checkpoint)
+
+
+def _progress(metrics: StepMetrics | EvalMetrics, total: int) -> str:
+    return f"step {metrics.step:,}  {metrics.examples:,}/{total:,} examples"
+
+
+def _training(metrics: StepMetrics) -> str:
+    return f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s"
+
+
+def trials_table(trials: Sequence[Mapping[str, Any]], best: str | None) -> Table:
+    """One row a trial, the best marked."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
+    table = Table("trial", "status", *names, "eval loss", "examples", title="trials")
+    for trial in trials:
+        params = [_value(trial["params"].get(name)) for name in names]
+        mark = " *" if trial["id"] == best else ""
+        loss, examples = _value(trial["eval_loss"]), f"{trial['examples']:,}"
+        table.add_row(str(trial["id"]) + mark, trial["status"], *params, loss, examples)
+    return table
+
+
+def evaluation_table(split: str, base: Mapping[str, float], promoted: Mapping[str, float]) -> Table:
+    """Base against promoted."""
+    table = Table(f"on {split}", "base", "promoted")
+    for name, value in base.items():
+        table.add_row(name, _value(value), _value(promoted.get(name)))
+    return table
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """Two columns without a frame."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, _value(value))
+    return table
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if 0.01 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
