@@ -136,7 +136,7 @@ def _evaluation_section(evaluation: Evaluation) -> str:
         (_METRIC_NAMES[name], _figure(base), _figure(evaluation.promoted[name]))
         for name, base in evaluation.base.items()
     ]
-    looks = f"measured {evaluation.looks} time{'s' if evaluation.looks > 1 else ''} in this project"
+    looks = f"measured {evaluation.looks} time{'s' if evaluation.looks > 1 else ''} so far"
     caution = (
         ""
         if evaluation.split == "test"

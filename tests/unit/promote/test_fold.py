@@ -116,8 +116,9 @@ def test_plain_transformers_gives_the_logits_of_base_and_adapter(
 def delta(adapter: Path, module: str, scale: float) -> Tensor:
     weights = load_file(adapter / "adapter_model.safetensors")
     prefix = f"base_model.model.{module}"
-    b, a = (weights[f"{prefix}.lora_{part}.weight"].double() for part in "BA")
-    return scale * b @ a
+    b_out_r: Tensor = weights[f"{prefix}.lora_B.weight"].double()
+    a_r_in: Tensor = weights[f"{prefix}.lora_A.weight"].double()
+    return scale * (b_out_r @ a_r_in)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,298 @@
+"""A trained run becomes a plain model directory with figures and a card, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
+from raytune_ft.errors import CheckpointError, MergeError, StorageError
+from raytune_ft.promote import promote as promote_module
+from raytune_ft.promote.promote import promote
+from tests.unit.promote.conftest import TEST, Train, write_rows
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def best_checkpoint(run: Path) -> Path:
+    best = json.loads((run / "result.json").read_text())["best"]
+    return run / str(best["checkpoint"])
+
+
+def tamper_with_best(run: Path, scale: float) -> None:
+    """A sound checkpoint of a worse model in the place of the best one."""
+    path = best_checkpoint(run)
+    store = CheckpointStore(path.parent)
+    manifest = store.verify(path)
+    saved = shutil.copytree(path, run / "saved")
+    shutil.rmtree(path)
+
+    def write(folder: Path) -> None:
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        weights = load_file(folder / "adapter_model.safetensors")
+        worse = {name: scale * tensor for name, tensor in weights.items()}
+        save_file(worse, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    store.commit(
+        manifest.step,
+        write,
+        CheckpointFacts(manifest.examples, manifest.config_sha256, "lora", manifest.eval_loss),
+    )
+
+
+def test_the_promoted_model_is_base_and_adapter(run_dir: Path, inputs: Path) -> None:
+    promotion = promote(run_dir)
+    assert promotion.path == run_dir / "promoted"
+    model = AutoModelForCausalLM.from_pretrained(promotion.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(promotion.model)
+    base = AutoModelForCausalLM.from_pretrained(inputs / "base")
+    combined = PeftModel.from_pretrained(base, best_checkpoint(run_dir)).eval()
+    ids = tokenizer(["say a\naa", "say h\nhh"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (model(ids).logits - combined(ids).logits).abs().max() <= 1e-4
+    # It speaks by itself: end token, chat template and all.
+    prompt = tokenizer("say c\n", return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=9)[0, 6:]
+    assert tokenizer.decode(said) == "cc</s>"
+    assert "role" in tokenizer.chat_template
+    for sample in promotion.samples:
+        assert sample.promoted == sample.reference != sample.base
+    assert len(promotion.samples) == 3
+
+
+def test_evaluation_json_is_the_contract(run_dir: Path) -> None:
+    promotion = promote(run_dir)
+    content = json.loads((run_dir / "promoted/evaluation.json").read_text())
+    assert content.keys() == {"split", "examples", "base", "promoted", "looks", "verdict"}
+    assert (content["split"], content["examples"], content["looks"]) == ("test", TEST, 1)
+    metrics = {"eval_loss", "perplexity", "token_accuracy", "exact_match"}
+    assert content["base"].keys() == content["promoted"].keys() == metrics
+    assert content["promoted"]["eval_loss"] < 0.5 * content["base"]["eval_loss"]
+    assert content["promoted"]["exact_match"] > 0.8 > content["base"]["exact_match"]
+    assert promotion.better
+    assert content["verdict"].startswith("promoted is better than base (eval_loss ")
+
+
+def test_the_card_says_where_the_model_comes_from(run_dir: Path, inputs: Path) -> None:
+    promotion = promote(run_dir)
+    card = ModelCard.load(run_dir / "promoted/README.md")
+    assert card.data.library_name == "transformers"
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == promotion.evaluation.promoted
+    result = json.loads((run_dir / "result.json").read_text())
+    digests = [
+        subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
+        for file in (
+            inputs / "base/model.safetensors",
+            inputs / "train.jsonl",
+            inputs / "test.jsonl",
+        )
+    ]
+    expected = [digest.stdout.split()[0] for digest in digests]
+    expected += [result["config_sha256"], torch.__version__, "2.60", "| seed | 0 |"]
+    expected.append(f"{result['best']['examples']} examples")
+    for fact in [*expected, "from_pretrained", "allowed: 1.0e-04", promotion.evaluation.verdict]:
+        assert fact in card.text, fact
+    assert str(inputs) not in card.text  # the directories of this machine are nobody's business
+
+
+def test_promoting_again_keeps_the_earlier_one_and_counts_looks(run_dir: Path) -> None:
+    promote(run_dir)
+    first = files(run_dir / "promoted")
+    with pytest.raises(StorageError, match=r"promoted exists, .*write --again"):
+        promote(run_dir)
+    assert files(run_dir / "promoted") == first
+    said: list[str] = []
+    assert promote(run_dir, again=True, tell=said.append).evaluation.looks == 2
+    assert "the earlier promoted is kept as promoted-1" in said
+    assert promote(run_dir, again=True).evaluation.looks == 3
+    assert files(run_dir / "promoted-1") == first
+    assert sorted(path.name for path in run_dir.glob("promoted*")) == [
+        "promoted",
+        "promoted-1",
+        "promoted-2",
+    ]
+
+
+def test_without_test_data_validation_is_measured_and_marked(train: Train) -> None:
+    run = train("no-test", "data.test=null")
+    promotion = promote(run)
+    assert promotion.evaluation.split == "validation"
+    assert promotion.evaluation.examples == 24
+    assert "these examples also chose the model" in (run / "promoted/README.md").read_text()
+
+
+def test_a_model_that_is_not_better_is_written_and_called_so(run_dir: Path) -> None:
+    tamper_with_best(run_dir, -3.0)
+    said: list[str] = []
+    promotion = promote(run_dir, tell=said.append)
+    assert not promotion.better
+    assert "promoted is not better than base" in said[-1]
+    content = json.loads((run_dir / "promoted/evaluation.json").read_text())
+    assert content["verdict"].startswith("promoted is not better than base")
+    assert (
+        "Verdict: promoted is not better than base" in (run_dir / "promoted/README.md").read_text()
+    )
+
+
+def test_a_model_equal_to_its_base_is_not_better(run_dir: Path) -> None:
+    tamper_with_best(run_dir, 0.0)
+    promotion = promote(run_dir)
+    assert promotion.evaluation.base == promotion.evaluation.promoted
+    assert not promotion.better
+
+
+@pytest.mark.parametrize("overrides", [["method.rslora=true"], ["method.dora=true"]])
+def test_other_adapters(train: Train, overrides: list[str]) -> None:
+    promotion = promote(train("-".join(overrides).replace("=", "-"), *overrides))
+    assert promotion.better
+    assert promotion.check.written_difference <= 1e-4
+
+
+def test_a_full_fine_tune(train: Train) -> None:
+    run = train("full", "method.name=full", "train.lr=3e-3")
+    promotion = promote(run)
+    assert promotion.better
+    found = load_file(promotion.model / "model.safetensors")
+    trained = load_file(best_checkpoint(run) / "state/model.safetensors")
+    assert trained.keys() == found.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in found)
+
+
+def test_a_sweep_promotes_its_best_trial(train: Train, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    records = []
+    for name, lr in (("t0", "1e-5"), ("t1", "1e-2")):
+        run = train(f"sweep-{name}", f"train.lr={lr}")
+        shutil.copytree(run, sweep / "trials" / name)
+        best = json.loads((run / "result.json").read_text())["best"]["eval_loss"]
+        records.append(
+            {
+                "id": name,
+                "params": {"train.lr": float(lr)},
+                "status": "completed",
+                "eval_loss": best,
+            }
+        )
+    shutil.copy(sweep / "trials/t0/config.yaml", sweep / "config.yaml")
+    with (sweep / "config.yaml").open() as file:
+        text = file.read().replace("search: null\n", "")
+    text = text.replace("search:\n", "") + "\nsearch: {space: {train.lr: {choice: [1e-5, 1e-2]}}}\n"
+    (sweep / "config.yaml").write_text(text)
+    (sweep / "result.json").write_text(
+        json.dumps({"status": "completed", "best": {"trial": "t1"}, "trials": records})
+    )
+    promotion = promote(sweep)
+    assert (promotion.trial, promotion.path) == ("t1", sweep / "promoted")
+    card = (sweep / "promoted/README.md").read_text()
+    assert "| trial | t1 |" in card
+    assert "| train.lr | 0.01 |" in card
+    # The best checkpoint breaks: the other trial goes, and the test data is seen once more.
+    (best_checkpoint(sweep / "trials/t1") / "adapter_model.safetensors").write_bytes(b"")
+    said: list[str] = []
+    second = promote(sweep, again=True, tell=said.append)
+    assert (second.trial, second.evaluation.looks) == ("t0", 2)
+    assert "t1 is passed over" in said[0]
+
+
+def test_a_refused_fold_measures_nothing_and_leaves_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MergeError("differs")
+
+    def measured(*_: object) -> None:
+        raise AssertionError("the test split was read")
+
+    before = names(run_dir)
+    monkeypatch.setattr(promote_module, "fold", refuse)
+    monkeypatch.setattr(promote_module, "measure", measured)
+    with pytest.raises(MergeError):
+        promote(run_dir)
+    assert names(run_dir) - before <= {".promoted.lock"}
+
+
+def test_a_broken_best_checkpoint_of_a_run_is_refused(run_dir: Path) -> None:
+    (best_checkpoint(run_dir) / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        promote(run_dir)
+    assert not (run_dir / "promoted").exists()
+
+
+def test_a_kill_while_promoting_leaves_the_earlier_promotion(run_dir: Path) -> None:
+    promote(run_dir)
+    first = files(run_dir / "promoted")
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from raytune_ft.promote import promote as module\n"
+        "module.model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "module.promote(Path(sys.argv[1]), again=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(run_dir)]
+    killed = subprocess.run(command, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (run_dir / ".promoted.new/evaluation.json").exists()  # it was well under way
+    assert files(run_dir / "promoted") == first
+    assert not list(run_dir.glob("promoted-*"))
+    assert promote(run_dir, again=True).evaluation.looks == 2
+    assert not (run_dir / ".promoted.new").exists()
+
+
+def test_two_promotions_at_once_are_refused(run_dir: Path) -> None:
+    with (
+        promote_module._locked(run_dir),
+        pytest.raises(StorageError, match="is being promoted by another process"),
+    ):
+        promote(run_dir)
+
+
+def test_no_room_is_one_line(run_dir: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted without root")
+    try:
+        small = shutil.copytree(run_dir, disk / "run")
+        room = os.statvfs(disk)
+        filler = room.f_bavail * room.f_frsize - 50_000
+        assert filler > 0
+        (disk / "filler").write_bytes(bytes(filler))
+        with pytest.raises(StorageError, match=r"promoted cannot be written .*No space left"):
+            promote(small, cache_dir=tmp_path / "cache")
+        assert names(small) - names(run_dir) == {".promoted.lock"}
+        (disk / "filler").unlink()
+        assert promote(small, cache_dir=tmp_path / "cache").better
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_test_data_of_the_run_is_what_is_measured(train: Train, tmp_path: Path) -> None:
+    other = tmp_path / "test.jsonl"
+    write_rows(other, 10, 7)
+    run = train("other-test", f"data.test.path={other}")
+    assert promote(run).evaluation.examples == 10
