@@ -126,10 +126,12 @@ def test_identical_examples_across_splits_are_counted_for_each_pair(
 ) -> None:
     train = write_rows(tmp_path / "train.jsonl", 10)
     validation = write_rows(tmp_path / "validation.jsonl", 5, start=8)
+    with validation.open("a") as file:  # Twice in validation: both of them count.
+        file.write(json.dumps({"prompt": "count 8", "completion": "8"}) + "\n")
     test = write_rows(tmp_path / "test.jsonl", 6, start=9)
     prepared = prepare(data_config(train, validation=validation, test=test))
     assert prepared.report.duplicates == {
-        "train/validation": 2,
+        "train/validation": 3,
         "train/test": 1,
         "validation/test": 4,
     }
