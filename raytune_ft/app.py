@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
-    from raytune_ft.train.run import RunSpec
+    from raytune_ft.train.spec import RunSpec
 
 Tell = Callable[[str], None]
 MakeReporter = Callable[[int], "Reporter"]  # from the examples of the whole run
@@ -54,10 +54,7 @@ def train(
     file: Path, overrides: Sequence[str], resume: bool, tell: Tell, reporter: MakeReporter
 ) -> Trained:
     """One run. Raises InputError, RunFailed or Interrupted."""
-    written = load_config(file, overrides, tell)
-    if written.search is not None:
-        tell("the search section is ignored: this is one run, not a sweep")
-        written = written.model_copy(update={"search": None})
+    written = load_config(file, overrides, tell, ignore_search=True)
     with _placed(written) as config, open_run(config, resume) as run:
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
@@ -133,7 +130,11 @@ def _needs_ray(config: Config) -> bool:
 def _prepare(config: Config, run_dir: Path, tell: Tell) -> tuple[RunSpec, PreparedData]:
     expanded = expand_env(config)
     data = prepare(expanded, tell)
-    from raytune_ft.train.run import RunSpec
+    if _needs_ray(expanded):
+        from raytune_ft.plan import count_parameters
+
+        count_parameters(expanded)  # whether the model takes the method, before workers start
+    from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run_dir, data_dir=data.path), data
 

@@ -22,14 +22,22 @@ Notify = Callable[[str], None]
 _KINDS = tuple(Distribution.model_fields)
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), notify: Notify | None = None) -> Config:
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    notify: Notify | None = None,
+    ignore_search: bool = False,
+) -> Config:
     """The config that a file and `section.key=value` overrides stand for.
 
     `notify` is told what was dropped. Raises ConfigError, always one, for anything wrong.
     """
     data = yaml_text.read_mapping(path)
     changes = dict(parse_override(text) for text in overrides)
-    return _checked(_changed(data, changes, notify))
+    data = _changed(data, changes, notify)
+    if ignore_search and data.pop("search", None) is not None and notify is not None:
+        notify("the search section is ignored: this is one run, not a sweep")
+    return _checked(data)
 
 
 def apply_overrides(config: Config, values: Mapping[str, Any]) -> Config:

@@ -88,6 +88,13 @@ def test_overrides_reach_the_search_space(write: Write) -> None:
     assert list(without.search.space) == ["train.batch_size"]
 
 
+def test_an_ignored_search_is_not_checked_either(write: Write) -> None:
+    notices: list[str] = []
+    path = write(TEXT + SEARCH.replace("train.lr", "train.lrr"))
+    assert load_config(path, (), notices.append, ignore_search=True).search is None
+    assert notices == ["the search section is ignored: this is one run, not a sweep"]
+
+
 def test_switching_the_method_drops_the_other_methods_keys_and_says_so(write: Write) -> None:
     notices: list[str] = []
     config = load_config(write(TEXT), ["method.name=full"], notices.append)
