@@ -139,7 +139,8 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _has_measured(path: Path) -> bool:
-    return (path / METRICS).exists() or any((path / CHECKPOINTS).glob("step-*"))
+    """Here or in a trial; whatever took time to make is never deleted."""
+    return any(path.rglob(METRICS)) or any(path.rglob(f"{CHECKPOINTS}/step-*"))
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> StorageError:

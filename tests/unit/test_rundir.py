@@ -52,10 +52,19 @@ def test_a_mistake_before_anything_was_measured_does_not_use_up_the_name(config:
     with pytest.raises(ConfigError), open_run(config, resume=False):
         raise ConfigError("a", "b", "c")
     assert not run_path(config).exists()
-    path = run_path(config)
-    with pytest.raises(ConfigError), open_run(config, resume=False):
-        raise ConfigError("a", str((path / "metrics.jsonl").touch()), "c")
-    assert run_path(config).exists()
+
+
+def test_trials_that_were_measured_are_kept_when_the_promotion_is_refused(config: Config) -> None:
+    trial = run_path(config) / "trials" / "trial-000"
+
+    def measure_and_fail() -> None:
+        trial.mkdir(parents=True)
+        (trial / "metrics.jsonl").touch()
+        raise StorageError("disk", "is full", "make room")
+
+    with pytest.raises(StorageError, match="disk"), open_run(config, resume=False):
+        measure_and_fail()
+    assert (trial / "metrics.jsonl").exists()
 
 
 def test_files_of_somebody_else_are_not_a_new_run(config: Config) -> None:
