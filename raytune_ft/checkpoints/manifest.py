@@ -19,6 +19,11 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 _BLANK = "0" * 64
 
 
+def step_name(step: int) -> str:
+    """The folder of a step; zero-padded so that names sort as steps do."""
+    return f"step-{step:06d}"
+
+
 def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
     """The manifest carries its own sha256, over its text with 64 zeros in that place."""
     fields = json.loads(to_json(manifest)) | {"manifest_sha256": _BLANK}
@@ -109,6 +114,13 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folders(root: Path) -> None:
+    """Force the entries of `root` and of all folders below it to the disk, the deepest first."""
+    inner = [path for path in root.rglob("*") if path.is_dir()]
+    for folder in [*sorted(inner, key=lambda path: -len(path.parts)), root]:
+        fsync(folder)
 
 
 def _sha256(path: Path) -> str:

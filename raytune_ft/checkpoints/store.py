@@ -38,6 +38,8 @@ from raytune_ft.checkpoints.manifest import (
     check_sizes,
     flush_files,
     fsync,
+    fsync_folders,
+    step_name,
     write_manifest,
 )
 from raytune_ft.errors import CheckpointError
@@ -62,11 +64,6 @@ class CheckpointFacts:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def step_name(step: int) -> str:
-    """The folder of a step; zero-padded so that names sort as steps do."""
-    return f"step-{step:06d}"
-
-
 class CheckpointStore:
     """The checkpoints of one run, usually `RUN_DIR/checkpoints`; created by the first commit."""
 
@@ -87,6 +84,7 @@ class CheckpointStore:
         if self._is_same(target, facts):
             return target
         temporary = self._hidden(target.name, "new")
+        loss = {} if facts.eval_loss is None else {"eval_loss": facts.eval_loss}
         try:
             temporary.mkdir(parents=True)
             write(temporary)
@@ -99,11 +97,10 @@ class CheckpointStore:
                 files=tuple(flush_files(temporary)),
                 format=FORMAT,
                 versions=facts.versions,
-                metrics=facts.metrics,
+                metrics=facts.metrics | loss,
             )
             write_manifest(temporary / MANIFEST, manifest)
-            for folder in _folders(temporary):
-                fsync(folder)
+            fsync_folders(temporary)
             self._publish(temporary, target, facts)
         except (OSError, SafetensorError) as cause:
             raise CheckpointError(f"{target} could not be written: {cause}") from cause
@@ -164,7 +161,7 @@ class CheckpointStore:
         scored = [
             (sign * value, manifest.step, path.name)
             for path, manifest in checkpoints
-            if (value := _score(manifest, metric)) is not None
+            if (value := manifest.metrics.get(metric)) is not None
         ]
         kept |= {name for _, _, name in sorted(scored)[: max(keep_best, 1)]}
         deleted = [path for path, _ in checkpoints if path.name not in kept]
@@ -248,15 +245,3 @@ def _is_rubbish(path: Path, match: re.Match[str]) -> bool:
     except PermissionError:
         return False
     return False
-
-
-def _score(manifest: CheckpointManifest, metric: str) -> float | None:
-    if metric == "eval_loss" and manifest.eval_loss is not None:
-        return manifest.eval_loss
-    return manifest.metrics.get(metric)
-
-
-def _folders(root: Path) -> list[Path]:
-    """`root` and all folders below it, the deepest first."""
-    inner = [path for path in root.rglob("*") if path.is_dir()]
-    return [*sorted(inner, key=lambda path: -len(path.parts)), root]

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.manifest import flush_files, fsync
+from raytune_ft.checkpoints.manifest import flush_files, fsync, fsync_folders
 from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.errors import StorageError
@@ -199,8 +199,7 @@ def _looks(directory: Path) -> int:
 
 
 def _publish(unfinished: Path, target: Path, tell: Tell) -> None:
-    for folder in [path for path in unfinished.rglob("*") if path.is_dir()] + [unfinished]:
-        fsync(folder)
+    fsync_folders(unfinished)
     if target.exists():
         number = 1
         while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
