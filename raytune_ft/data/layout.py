@@ -57,11 +57,9 @@ def _rows(positions: Sequence[int], lengths: Sequence[int], packing: bool) -> li
     rows: list[list[int]] = []
     free: list[int] = []
     for position in ordered:
-        for index, room in enumerate(free):
-            if lengths[position] <= room:
-                break
-        else:
-            index = len(rows)
+        fits = (index for index, room in enumerate(free) if lengths[position] <= room)
+        index = next(fits, len(rows))
+        if index == len(rows):
             rows.append([])
             free.append(lengths[ordered[0]])
         rows[index].append(position)

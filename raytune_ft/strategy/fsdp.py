@@ -23,11 +23,15 @@ class Fsdp(Single):
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Shard in place; parameters become DTensors under their old names."""
+        """Shard in place; parameters become DTensors under their old names.
+
+        The root is resharded after every forward too: a checkpoint that is loaded after the probe
+        or an evaluation would otherwise be written beneath weights that are still gathered.
+        """
         model.to(self.device)
         for block in _blocks(model):
             fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

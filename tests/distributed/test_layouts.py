@@ -1,0 +1,102 @@
+"""Layout never changes the math: every strategy, packing and micro-batching against one process.
+
+40 steps of a tiny Llama, with a batch that no number of workers divides, several epochs and a
+last step that takes what remains.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.models import true_float64
+from tests.support.runs import largest_difference, make_config, make_inputs, run
+
+METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
+# float32: the bound of the design. Weights may differ by a little more than losses where Adam
+# divides rounding noise by its own size, so the rate is the top of the range it speaks of.
+BOUNDS = {"float64": 1e-9, "float32": 1e-5}
+CASES = [(method, precision) for method in METHODS for precision in BOUNDS]
+SINGLE_LAYOUTS: list[dict[str, Any]] = [
+    {"data.packing": True, "train.micro_tokens": 48},
+    {"data.packing": True, "train.micro_tokens": 200},
+    {"data.packing": False, "train.micro_tokens": 100},
+    {"data.packing": "auto"},
+]
+GROUPS = [("ddp", 2), ("ddp", 3), ("fsdp", 2)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def references(
+    tmp_path_factory: pytest.TempPathFactory, inputs: tuple[Path, Path]
+) -> dict[tuple[str, str], Path]:
+    """One example after another in one process: no packing, no padding, one row at a time."""
+    root = tmp_path_factory.mktemp("references")
+    layout = {"data.packing": False, "train.micro_tokens": 1}
+    found = {}
+    for method, precision in CASES:
+        found[method, precision] = root / f"{method}-{precision}"
+        _run(inputs, found[method, precision], method, precision, layout, "single")
+    return found
+
+
+def _run(
+    inputs: tuple[Path, Path],
+    run_dir: Path,
+    method: str,
+    precision: str,
+    layout: dict[str, Any],
+    strategy: str,
+) -> None:
+    changes = {"train.precision": precision, **METHODS[method], **layout}
+    with true_float64() if precision == "float64" else nullcontext():
+        result = run(make_config(*inputs, changes), run_dir, strategy)
+    assert result.status == "completed"
+
+
+def _run_all(inputs: tuple[Path, Path], root: Path, strategy: str) -> None:
+    for method, precision in CASES:
+        layout = {"data.packing": strategy == "fsdp", "train.micro_tokens": 64}
+        _run(inputs, root / f"{method}-{precision}", method, precision, layout, strategy)
+
+
+@pytest.mark.parametrize("layout", SINGLE_LAYOUTS, ids=str)
+@pytest.mark.parametrize(("method", "precision"), CASES)
+def test_one_process(
+    tmp_path: Path,
+    inputs: tuple[Path, Path],
+    references: dict[tuple[str, str], Path],
+    method: str,
+    precision: str,
+    layout: dict[str, Any],
+) -> None:
+    _run(inputs, tmp_path / "run", method, precision, layout, "single")
+    differences = largest_difference(tmp_path / "run", references[method, precision])
+    assert max(differences) < BOUNDS[precision], differences
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "world_size"), GROUPS)
+def test_several_processes(
+    tmp_path: Path,
+    inputs: tuple[Path, Path],
+    references: dict[tuple[str, str], Path],
+    strategy: str,
+    world_size: int,
+) -> None:
+    run_distributed(_run_all, world_size, inputs, tmp_path, strategy)
+    differences = {
+        case: largest_difference(tmp_path / "-".join(case), references[case]) for case in CASES
+    }
+    print(differences)
+    for (_, precision), measured in differences.items():
+        assert max(measured) < BOUNDS[precision], differences

@@ -1,0 +1,95 @@
+"""A run that broke continues as if it had not, also under another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.config.schema import Config
+from tests.support.distributed import run_distributed
+from tests.support.runs import (
+    BrokenRun,
+    Recorder,
+    largest_difference,
+    losses,
+    make_config,
+    make_inputs,
+    metrics,
+    run,
+)
+
+CHANGES = {"train.max_examples": 7 * 20, "method.dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _config(inputs: tuple[Path, Path], method: str) -> Config:
+    return make_config(*inputs, CHANGES | {"method": {"name": method}})
+
+
+def _break(inputs: tuple[Path, Path], run_dir: Path, method: str, step: int) -> None:
+    with pytest.raises(BrokenRun):
+        run(_config(inputs, method), run_dir, reporter=Recorder(fail_at=step))
+    assert len(losses(run_dir)) == step  # it did break there, and was logged up to there
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("step", [3, 11, 19])
+def test_same_layout_is_bitwise(
+    tmp_path: Path, inputs: tuple[Path, Path], method: str, step: int
+) -> None:
+    run(_config(inputs, method), tmp_path / "whole")
+    _break(inputs, tmp_path / "broken", method, step)
+    result = run(_config(inputs, method), tmp_path / "broken")
+    assert result.status == "completed"
+    assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
+    assert [line["step"] for line in metrics(tmp_path / "broken")] == [
+        line["step"] for line in metrics(tmp_path / "whole")
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    run(_config(inputs, "lora"), tmp_path / "whole")
+    _break(inputs, tmp_path / "broken", "lora", 17)
+    checkpoints = sorted((tmp_path / "broken" / "checkpoints").glob("step-*"))
+    assert len(checkpoints) >= 2
+    weights = checkpoints[-1] / "state" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    run(_config(inputs, "lora"), tmp_path / "broken")
+    assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    config = make_config(*inputs, CHANGES | {"method.dropout": 0.2})
+    run(config, tmp_path / "whole")
+    with pytest.raises(BrokenRun):
+        run(config, tmp_path / "broken", reporter=Recorder(fail_at=12))
+    run(config, tmp_path / "broken")
+    assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
+    run(make_config(*inputs, CHANGES), tmp_path / "without")
+    assert largest_difference(tmp_path / "whole", tmp_path / "without")[0] > 1e-3
+
+
+def _resume_both(inputs: tuple[Path, Path], root: Path, strategy: str) -> None:
+    for method in ("lora", "full"):
+        run(_config(inputs, method), root / method, strategy)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2)])
+def test_under_another_strategy(
+    tmp_path: Path, inputs: tuple[Path, Path], strategy: str, world_size: int
+) -> None:
+    for method in ("lora", "full"):
+        run(_config(inputs, method), tmp_path / "whole" / method)
+        _break(inputs, tmp_path / "broken" / method, method, 11)
+    run_distributed(_resume_both, world_size, inputs, tmp_path / "broken", strategy)
+    for method in ("lora", "full"):
+        differences = largest_difference(tmp_path / "whole" / method, tmp_path / "broken" / method)
+        assert max(differences) < 1e-5, (method, differences)

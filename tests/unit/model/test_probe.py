@@ -1,0 +1,70 @@
+"""The probe finds what a list of model names would have to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfig
+
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ConfigError
+from raytune_ft.strategy.single import Single
+from raytune_ft.train.run import build_engine
+from tests.support.models import VOCABULARY, save_character_tokenizer
+from tests.support.runs import make_config, make_inputs
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES: dict[str, tuple[Callable[[], object], bool]] = {
+    "gpt2": (lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4), True),
+    "opt": (
+        lambda: OPTConfig(vocab_size=VOCABULARY, ffn_dim=48, max_position_embeddings=64, **SMALL),
+        False,
+    ),
+    "bloom": (
+        lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        False,
+    ),
+}
+
+
+def _save(family: str, directory: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family][0]())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # so that a leak is no rounding error
+    model.save_pretrained(directory)
+    save_character_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_packs_only_where_it_is_exact(
+    tmp_path: Path, data: Path, family: str, precision: str
+) -> None:
+    changes = {"method": {"name": "full"}, "train.precision": precision}
+    config = make_config(_save(family, tmp_path / family), data, changes)
+    assert build_engine(config, Single()).packing is FAMILIES[family][1]
+
+
+def test_llama_packs_in_every_precision(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    for precision in ("float32", "bfloat16"):
+        config = make_config(*inputs, {"train.precision": precision})
+        assert build_engine(config, Single()).packing is True
+
+
+def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:
+    changes = {"method": {"name": "full"}, "data.packing": True}
+    config: Config = make_config(_save("opt", tmp_path / "opt"), data, changes)
+    with pytest.raises(ConfigError, match=r"data.packing=true would change the numbers"):
+        build_engine(config, Single())
