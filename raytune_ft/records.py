@@ -62,7 +62,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One row of `trials` in a sweep's `result.json`."""
+    """One row of `trials` in a sweep's `result.json`; `value` is its best of `search.metric`."""
 
     id: str
     params: dict[str, Any]
@@ -71,6 +71,7 @@ class TrialRecord:
     examples: int
     wall_s: float
     error: str | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)

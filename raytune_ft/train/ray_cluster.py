@@ -101,11 +101,20 @@ def _on_loopback() -> Iterator[None]:
             os.environ[name] = written
 
 
-def set_train_defaults() -> None:
-    """Ray Train reads these in the process that calls `fit` and hands them on to its actors."""
-    for name, value in TRAIN_DEFAULTS.items():
+def set_train_defaults(others: Mapping[str, str] | None = None) -> None:
+    """Ray Train reads these in the process that calls `fit` and hands them on to its actors.
+
+    `others` is what `train_environment` said in the driver, for a process that calls `fit` in
+    its stead.
+    """
+    for name, value in {**TRAIN_DEFAULTS, **(others or {})}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def train_environment() -> dict[str, str]:
+    """What steers Ray Train in this process."""
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 
 def bundles_that_fit(resources_per_worker: Mapping[str, float], workers: int) -> int:

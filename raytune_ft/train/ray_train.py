@@ -203,11 +203,12 @@ def write_ended(
     evaluations = _evaluations(spec.run_dir / METRICS)
     base = next((point for point in evaluations if point.examples == 0), None)
     points = [_with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
+    saved = [point for point in points if point.checkpoint] or points
     sign = 1 if spec.mode == "min" else -1
     result = RunResult(
         status=status,
         base=_numbers(base) if base else None,
-        best=min(points, key=lambda point: sign * getattr(point, spec.metric), default=None),
+        best=min(saved, key=lambda point: sign * getattr(point, spec.metric), default=None),
         final=points[-1] if points else None,
         seed=spec.config.seed,
         config_sha256=config_sha256(spec.config),

@@ -1,0 +1,1 @@
+"""Search: the space, the sampler, Ray Tune, and what comes out of a sweep."""

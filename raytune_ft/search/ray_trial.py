@@ -1,0 +1,185 @@
+"""One trial as Ray Tune sees it, and when ASHA lets it go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune import Trainable
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from raytune_ft.config.schema import AshaConfig, Config
+from raytune_ft.errors import RaytuneFtError
+from raytune_ft.records import RunResult
+from raytune_ft.search.space import apply_params
+from raytune_ft.train.ray_cluster import set_train_defaults
+from raytune_ft.train.ray_train import (
+    Ended,
+    Report,
+    StopRequested,
+    TrainJob,
+    read_result,
+    write_ended,
+)
+from raytune_ft.train.spec import RunSpec
+
+TRIALS = "trials"
+DRIVER_RESOURCES = {"CPU": 0, "memory": 1}
+"""A trial's driver takes no CPU; one byte, since Tune refuses to ask for nothing at all."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep have in common. `config` is resolved, `${ENV_NAME}` expanded."""
+
+    config: Config
+    sweep_dir: Path
+    data_dir: Path
+    metric: str
+    mode: str
+    environment: dict[str, str]
+    switchboard: Any
+
+
+class IsolatedTrial(Trainable):
+    """A trial with a worker group of its own, started by the first step and ended with the trial.
+
+    A class and not a function: Tune calls `reset_config` before the actor's next trial and
+    `cleanup` after its last, and both return only when nothing of the trial is left, however it
+    ended. A function that Tune stops leaves its thread, its controller and its workers behind.
+    Each step is one evaluation; training goes on while Tune thinks about it.
+    """
+
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+        """See `Trainable`; `shared` comes by `tune.with_parameters`."""
+        set_train_defaults(shared.environment)
+        self._shared = shared
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial takes over this process, so that Ray and torch are loaded once."""
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """See `Trainable`."""
+        self._end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._spec = spec_of(self._shared, config["trial"], config["params"])
+        self._job: TrainJob | None = None
+        self._over = False
+        self._begun = time.monotonic()
+
+    def step(self) -> dict[str, Any]:
+        """The next evaluation, or the outcome."""
+        if self._job is None:
+            self._job = TrainJob(self._spec, self._shared.switchboard)
+            self._begun = time.monotonic()
+            self._job.start()
+        try:
+            while True:
+                event = self._job.next()
+                if isinstance(event, Report):
+                    return {**asdict(event.metrics), "wall_s": self._wall_s()}
+                if isinstance(event, Ended):
+                    return self._outcome(event.error)
+        except StopRequested:
+            # The whole sweep stops. The trial stays unfinished, for the next driver.
+            self._over = True
+            self._job.stop()
+            return {"done": True, "interrupted": True}
+
+    def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:
+        self._over = True
+        try:
+            result = read_result(self._spec, error)
+        except RaytuneFtError as failure:
+            line = f"{type(failure).__name__}: {failure}"
+            return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
+        return {
+            "done": True,
+            **outcome_of(result, self._shared.metric),
+            "wall_s": self._wall_s(),
+        }
+
+    def _end(self) -> None:
+        if self._job is None:
+            return
+        self._job.stop()
+        if not self._over:
+            write_ended(self._spec, "pruned")
+        self._job, self._over = None, True
+
+    def _wall_s(self) -> float:
+        return round(time.monotonic() - self._begun, 3)
+
+
+def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
+    """The run of a trial. Raises ConfigError where the values do not go together."""
+    trials = shared.sweep_dir / TRIALS
+    config = apply_params(shared.config, params, trial, str(trials))
+    return RunSpec(config, trials / trial, shared.data_dir, shared.metric, shared.mode)
+
+
+def outcome_of(result: RunResult, metric: str) -> dict[str, Any]:
+    """How a run ended, for the study: its status, and its best by the search's metric."""
+    best, final = result.best, result.final
+    return {
+        "outcome": result.status,
+        "error": result.error,
+        "best_eval_loss": best.eval_loss if best else None,
+        "value": getattr(best, metric) if best else None,
+        "examples": final.examples if final else 0,
+    }
+
+
+class Asha(AsyncHyperBandScheduler):
+    """Ray's ASHA over examples, with rungs that know a trial by its name and survive a resume.
+
+    The untouched base is no rung, and nobody is stopped at the end of its own budget, where there
+    is nothing left to save. `budget_examples` is the budget of a usual trial, for the rungs.
+    """
+
+    def __init__(self, config: AshaConfig, budget_examples: int, metric: str, mode: str) -> None:
+        super().__init__(
+            time_attr="examples",
+            metric=metric,
+            mode=mode,
+            max_t=max(budget_examples, config.grace_examples),
+            grace_period=config.grace_examples,
+            reduction_factor=config.reduction_factor,
+            stop_last_trials=False,
+        )
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See `TrialScheduler`."""
+        super().on_trial_add(tune_controller, _named(trial))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """See `TrialScheduler`."""
+        if not 0 < result.get("examples", 0) < trial.config["budget"]:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, _named(trial), result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """See `TrialScheduler`; an outcome is no evaluation, so that no rung hears of it."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """See `TrialScheduler`."""
+
+    def recall(self, trial: str, values: dict[int, float]) -> None:
+        """Puts an earlier driver's evaluations of a trial, by examples, back on their rungs."""
+        stub = SimpleNamespace(config={"trial": trial, "budget": math.inf})
+        self.on_trial_add(None, stub)
+        for examples, value in sorted(values.items()):
+            self.on_trial_result(None, stub, {"examples": examples, self.metric: value})
+
+
+def _named(trial: Any) -> Any:
+    return SimpleNamespace(trial_id=trial.config["trial"])

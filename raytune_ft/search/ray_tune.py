@@ -1,0 +1,330 @@
+"""A sweep: Ray Tune drives the trials, Optuna draws them, ASHA stops them, files remember them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.exceptions import RayError
+from ray.tune.error import TuneError
+
+from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.schema import Config, SearchConfig
+from raytune_ft.data.prepare import open_prepared
+from raytune_ft.errors import Interrupted, RunFailed
+from raytune_ft.records import RunResult, TrialRecord
+from raytune_ft.rundir import CONFIG, RESULT, write_json_atomic, write_text_atomic
+from raytune_ft.search.progress import Progress, progress_for
+from raytune_ft.search.ray_optuna import (
+    OfThisProcess,
+    StudySearcher,
+    open_study,
+    rows,
+    tell_failed,
+    tell_outcome,
+    unfinished,
+)
+from raytune_ft.search.ray_trial import (
+    DRIVER_RESOURCES,
+    TRIALS,
+    Asha,
+    IsolatedTrial,
+    Shared,
+    outcome_of,
+    spec_of,
+)
+from raytune_ft.search.results import SweepResult, sweep_result
+from raytune_ft.search.space import apply_params, trial_name
+from raytune_ft.train.optim import total_examples
+from raytune_ft.train.ray_cluster import connected, require_capacity, train_environment
+from raytune_ft.train.ray_group import end_group
+from raytune_ft.train.ray_switchboard import start_switchboard
+from raytune_ft.train.ray_train import interruptible, load_result, write_ended
+
+MAKESPAN = "makespan_s"
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the outcome of a failed trial has no metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
+    "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
+}
+
+
+def run_sweep(
+    config: Config,
+    sweep_dir: Path,
+    data_dir: Path,
+    tell: Callable[[str], None],
+    resume: bool = False,
+) -> SweepResult:
+    """Run the trials of `config.search`; leave `study.db`, `trials/` and `result.json`.
+
+    Args:
+        config: resolved, `${ENV_NAME}` expanded.
+        sweep_dir: exists, locked by the caller; `config.yaml` in it is what trials inherit, so
+            that a secret is saved as it was written.
+        data_dir: where `PreparedData` lies, on every node.
+        tell: gets lines where there is no terminal.
+        resume: keep the trials that have ended, continue the others, draw the rest.
+
+    Raises:
+        ClusterError: the cluster cannot hold one trial.
+        StorageError: the study cannot be opened or is another sweep's.
+        RunFailed: no trial is usable; `result.json` says so too.
+        Interrupted: SIGINT or SIGTERM; likewise, and the sweep can be resumed.
+    """
+    assert config.search is not None
+    with connected(), interruptible() as interrupted:
+        sweep = _Sweep(config, sweep_dir, data_dir, resume)
+        sweep.run(progress_for(tell, config.search.trials), interrupted)
+        result = sweep.write_result(interrupted.is_set())
+    if result.status == "interrupted":
+        raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
+    if result.status == "failed":
+        raise RunFailed(result.error or "no trial is usable")
+    return result
+
+
+class _Sweep:
+    """The parts of one sweep, and how they meet."""
+
+    def __init__(self, config: Config, sweep_dir: Path, data_dir: Path, resume: bool) -> None:
+        assert config.search is not None
+        self._begun = time.monotonic()
+        self._search: SearchConfig = config.search
+        self._concurrent = _concurrency(config)
+        self._study = open_study(
+            config.name, sweep_dir, self._search.storage, self._search.mode, resume
+        )
+        self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
+        saved = sweep_dir / CONFIG
+        self._written = load_config(saved) if saved.is_file() else config
+        self._examples = len(open_prepared(data_dir).train)
+        self._shared = Shared(
+            config,
+            sweep_dir,
+            data_dir,
+            self._search.metric,
+            self._search.mode,
+            train_environment(),
+            start_switchboard(self._concurrent),
+        )
+        if resume:
+            _reconcile(self._study, self._search, self._shared)
+
+    def run(self, progress: Progress, interrupted: threading.Event) -> None:
+        """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
+        kept = sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
+        left = self._search.trials - kept
+        if left <= 0:
+            return
+        progress.note(
+            f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
+        )
+        stop = _StopWith(interrupted, self._shared.switchboard)
+        reports = _Reports(progress, self._study, self._search)
+        try:
+            with progress.live(), _tune_storage() as storage, _settings(TUNE_SETTINGS):
+                self._tuner(left, storage, stop, reports).fit()
+        except TuneError as error:
+            raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
+        finally:
+            self._study.set_user_attr(MAKESPAN, self._makespan_s())
+            _end_all(self._shared.switchboard)
+
+    def write_result(self, interrupted: bool) -> SweepResult:
+        """`result.json`, from the study and from what the trials left."""
+        trials, base = self._rows(), None
+        for row in trials:
+            left = self._ended(row)
+            base = base or (left.base if left else None)
+        makespan = self._study.user_attrs.get(MAKESPAN, 0.0)
+        result = sweep_result(trials, base, makespan, interrupted, self._search.mode)
+        write_json_atomic(self._shared.sweep_dir / RESULT, result)
+        return result
+
+    def _rows(self) -> list[TrialRecord]:
+        return rows(self._study, self._search)
+
+    def _ended(self, row: TrialRecord) -> RunResult | None:
+        """The trial's own result; one that nobody was left to write is written now."""
+        left = load_result(self._shared.sweep_dir / TRIALS / row.id)
+        if left is None and row.status in ("pruned", "failed"):
+            run_dir = self._shared.sweep_dir / TRIALS / row.id
+            if run_dir.is_dir():
+                spec = spec_of(self._shared, row.id, row.params)
+                return write_ended(
+                    spec, "pruned" if row.status == "pruned" else "failed", row.error
+                )
+        return left
+
+    def _tuner(
+        self, trials: int, storage: str, stop: tune.Stopper, reports: tune.Callback
+    ) -> tune.Tuner:
+        shared = tune.with_parameters(IsolatedTrial, shared=self._shared)
+        return tune.Tuner(
+            tune.with_resources(shared, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
+            tune_config=tune.TuneConfig(
+                num_samples=trials,
+                max_concurrent_trials=self._concurrent,
+                search_alg=StudySearcher(
+                    self._study, self._search, self._shared.config.seed, self._prepare
+                ),
+                scheduler=self._scheduler(),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=self._shared.config.name,
+                storage_path=storage,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[reports],
+                stop=stop,
+                verbose=0,
+            ),
+        )
+
+    def _scheduler(self) -> Asha | None:
+        if self._search.scheduler is None:
+            return None
+        budget = total_examples(self._shared.config.train, self._examples)
+        asha = Asha(self._search.scheduler, budget, self._search.metric, self._search.mode)
+        for trial in self._study.get_trials(deepcopy=False):
+            asha.recall(trial_name(trial.number), trial.intermediate_values)
+        return asha
+
+    def _prepare(self, trial: str, params: dict[str, Any]) -> int:
+        """A trial's directory with its config; returns its budget in examples."""
+        trials = self._shared.sweep_dir / TRIALS
+        own = apply_params(self._written, params, trial, str(trials))
+        (trials / trial).mkdir(parents=True, exist_ok=True)
+        write_text_atomic(trials / trial / CONFIG, dump_yaml(own))
+        return total_examples(own.train, self._examples)
+
+    def _makespan_s(self) -> float:
+        """Seconds of this driver and, after a resume, of the ones before it."""
+        return round(self._before_s + time.monotonic() - self._begun, 3)
+
+
+class _StopWith(OfThisProcess, tune.Stopper):
+    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps."""
+
+    def __init__(self, interrupted: threading.Event, switchboard: Any) -> None:
+        self._interrupted, self._switchboard = interrupted, switchboard
+        self._told = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped for what it reports."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked between events."""
+        if self._interrupted.is_set() and not self._told:
+            self._told = True
+            ray.get(self._switchboard.stop_everybody.remote())
+        return self._interrupted.is_set()
+
+
+class _Reports(OfThisProcess, tune.Callback):
+    """From Tune to `progress`."""
+
+    def __init__(self, progress: Progress, study: optuna.Study, search: SearchConfig) -> None:
+        self._progress, self._study, self._search = progress, study, search
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._progress.started(trial.config["trial"], trial.config["params"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `Callback`."""
+        if "eval_loss" in result:
+            self._progress.reported(trial.config["trial"], result["examples"], result["eval_loss"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._finished(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The process that drives the trial died, or has a bug; the study hears of it here."""
+        tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))
+        self._finished(trial)
+
+    def _finished(self, trial: Any) -> None:
+        name = trial.config["trial"]
+        every = rows(self._study, self._search)
+        row = next(row for row in every if row.id == name)
+        if row.status != "interrupted":
+            self._progress.finished(name, row.status, row.eval_loss, row.error)
+
+
+def _last_line(path: str | None) -> str:
+    """The end of what Tune wrote down of an error: its type and its message."""
+    text = Path(path).read_text(encoding="utf-8") if path else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the trial's driver failed: {lines[-1] if lines else 'no reason known'}"[:300]
+
+
+def _concurrency(config: Config) -> int:
+    """Trials at a time: what is written, but no more than whole groups of workers fit."""
+    assert config.search is not None
+    fit = require_capacity(config.parallel)
+    written = config.search.max_concurrent
+    wanted = fit if written == "auto" else min(written, fit)
+    return min(wanted, config.search.trials)
+
+
+def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> None:
+    """Tell the study of trials that ended while nobody was there to listen."""
+    for trial in unfinished(study):
+        run_dir = shared.sweep_dir / TRIALS / trial_name(trial.number)
+        result = load_result(run_dir)
+        if result is not None and result.status in ("completed", "early_stopped", "failed"):
+            tell_outcome(study, trial.number, outcome_of(result, search.metric))
+
+
+def _end_all(switchboard: Any) -> None:
+    """Whatever a trial left on the cluster because its own process died."""
+    with suppress(RayError):
+        for run in ray.get(switchboard.open_runs.remote()):
+            end_group(run, switchboard)
+        ray.kill(switchboard)
+
+
+@contextmanager
+def _tune_storage() -> Iterator[str]:
+    """Tune's own notes, pickles among them: nothing is ever read from them again."""
+    path = tempfile.mkdtemp(prefix="raytune-ft-")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _settings(values: Mapping[str, str]) -> Iterator[None]:
+    """Tune reads its settings from the environment."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    level = logging.getLogger("ray.tune").level
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.getLogger("ray.tune").setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
