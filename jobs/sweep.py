@@ -1,8 +1,6 @@
 """`raytune-ft sweep` for a Ray job: `ray job submit -- python jobs/sweep.py ...`."""
 
-import sys
-
-from raytune_ft.cli import run_command
+from raytune_ft.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(["sweep", *sys.argv[1:]]))
+    main("sweep")

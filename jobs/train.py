@@ -1,8 +1,6 @@
 """`raytune-ft train` for a Ray job: `ray job submit -- python jobs/train.py ...`."""
 
-import sys
-
-from raytune_ft.cli import run_command
+from raytune_ft.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(["train", *sys.argv[1:]]))
+    main("train")

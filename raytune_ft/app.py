@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytune_ft.config import paths
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import expand_env, load_config, resolve, to_plain
@@ -85,13 +86,14 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         return Swept(run.path, _read_json(run.path / RESULT), _promote_once(run.path, tell))
 
 
-def evaluate(model: Path, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:
-    """The test metrics of a config for any model directory."""
+def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:
+    """The test metrics of a config for any model directory, hub id or `builtin:` model."""
     config = expand_env(resolve(load_config(file, overrides, tell)))
     probe_storage(Path(config.storage))
     from raytune_ft.promote.evaluate import evaluate_directory
 
-    split, examples, metrics = evaluate_directory(model.absolute(), config, cache_path(config))
+    directory = Path(paths.model(model, Path.cwd()))
+    split, examples, metrics = evaluate_directory(directory, config, cache_path(config))
     return {"split": split, "examples": examples, **metrics}
 
 

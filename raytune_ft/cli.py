@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -147,7 +148,7 @@ def promote(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR")],
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR")],
     config: Annotated[Path, typer.Option("--config", metavar="CONFIG", help="A YAML file.")],
     overrides: Overrides = None,
     debug: Debug = False,
@@ -162,9 +163,11 @@ def evaluate(
     show.console().print(show.facts_table(facts))
 
 
-def main() -> None:
-    """The console script."""
-    sys.exit(run_command(sys.argv[1:]))
+def main(*command: str) -> NoReturn:
+    """The console script; and of a job, with the name of its command."""
+    if not sys.warnoptions:  # what libraries have deprecated is no news for their users' users
+        warnings.simplefilter("ignore")
+    sys.exit(run_command([*command, *sys.argv[1:]]))
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -221,5 +224,4 @@ def _show_promotion(promotion: Promotion) -> None:
         show.tell(f"  expected {' '.join(sample.reference.split())}")
         show.tell(f"  base     {' '.join(sample.base.split())}")
         show.tell(f"  promoted {' '.join(sample.promoted.split())}")
-    show.tell(measured.verdict)
     show.tell(f"model: {promotion.model}")
