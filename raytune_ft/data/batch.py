@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.layout import MicroLayout
+from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 
 NO_TARGET = -100
@@ -61,7 +62,7 @@ class MicroBatch:
 
 def collate(
     split: TokenizedSplit,
-    indices: Sequence[int],
+    indices: Sequence[int] | Indices,
     layout: MicroLayout,
     pad_token: int,
     device: torch.device,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -76,10 +77,37 @@ def load_model_config(model: ModelConfig) -> Any:
     return config
 
 
-def base_dtype(model: ModelConfig) -> torch.dtype:
-    """The dtype of the base's own files, in which a result is written for others to load."""
-    dtype = getattr(load_model_config(model), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def disk_dtype(model: ModelConfig) -> torch.dtype:
+    """The dtype in which a model's weights lie on disk: its config's word, else its first file's.
+
+    Raises:
+        ModelError: the model is quantised, or has no floating-point weights in safetensors.
+    """
+    config = load_model_config(model)
+    text_config = config.get_text_config()
+    if getattr(text_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path={model.path}",
+            "holds quantised weights, which cannot be trained or folded into",
+            "write the model that it was quantised from",
+        )
+    dtype = text_config.dtype or config.dtype or _first_dtype(Path(resolve_model_path(model.path)))
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    raise ModelError(
+        f"model.path={model.path}",
+        "names no dtype in its config.json",
+        'add "dtype": "float32" (or bfloat16) to it',
+    )
+
+
+def _first_dtype(directory: Path) -> torch.dtype | None:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if (tensor := tensors.get_tensor(name)).is_floating_point():
+                    return tensor.dtype
+    return None
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -35,7 +35,7 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
         _check_targets(base, method.targets)
     config = LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_alpha=method.alpha,
         target_modules=method.targets,
         lora_dropout=method.dropout,
         use_rslora=method.rslora,
@@ -44,7 +44,7 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
     )
     with warnings.catch_warnings():  # PEFT still uses a name that transformers has deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model: nn.Module = get_peft_model(base, config)  # type: ignore[arg-type]
+        model: nn.Module = get_peft_model(base, config)
     model.eval()
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -83,7 +83,7 @@ class Exporter:
         self._dtype = dtype
         if self._adapted is None:
             with torch.device("meta"):
-                self._shell = type(model)(copy.deepcopy(model.config))
+                self._shell: Any = type(model)(copy.deepcopy(model.config))
             self._rest = _untrained_state(model)
 
     def save(self, trained: dict[str, Tensor], directory: Path) -> None:

@@ -15,9 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.build import load_base, load_tokenizer, pad_token
-from raytune_ft.model.methods import Exporter
-from raytune_ft.promote.fold import disk_dtype
+from raytune_ft.model.build import disk_dtype, load_base, load_tokenizer, pad_token
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.evaluation import evaluate
@@ -109,15 +107,13 @@ def sample_prompts(split: TokenizedSplit, count: int) -> list[Prompt]:
 
 
 def _engine(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    dtype = disk_dtype(model)
     strategy = Single()
-    built: Any = load_base(model, dtype).eval()
+    built: Any = load_base(model, disk_dtype(model)).eval()
     return Engine(
         model=built,
         wrapped=strategy.wrap(built),
         head=built.get_output_embeddings(),
         parameters={},
-        exporter=Exporter(built, dtype),
         strategy=strategy,
         precision="float32",  # no autocast: the dtype on disk is the one to compute in
         pad_token=pad_token(tokenizer),

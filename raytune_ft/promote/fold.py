@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import CheckpointError, MergeError, ModelError
-from raytune_ft.model.build import load_base, load_model_config, resolve_model_path
+from raytune_ft.errors import CheckpointError, MergeError
+from raytune_ft.model.build import disk_dtype, load_base
 
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
@@ -118,39 +118,6 @@ def held_out(split: TokenizedSplit) -> list[Tensor]:
         torch.from_numpy(split.example(i)[0][:CHECKED_TOKENS].astype(np.int64))
         for i in range(min(CHECKED_EXAMPLES, len(split)))
     ]
-
-
-def disk_dtype(model: ModelConfig) -> torch.dtype:
-    """The dtype in which a model's weights lie on disk: its config's word, else its first file's.
-
-    Raises:
-        ModelError: the model is quantised, or has no floating-point weights in safetensors.
-    """
-    config = load_model_config(model)
-    text_config = config.get_text_config()
-    if getattr(text_config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"model.path={model.path}",
-            "holds quantised weights, into which nothing can be folded",
-            "write the model that it was quantised from",
-        )
-    dtype = text_config.dtype or config.dtype or _first_dtype(Path(resolve_model_path(model.path)))
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    raise ModelError(
-        f"model.path={model.path}",
-        "names no dtype in its config.json",
-        'add "dtype": "float32" (or bfloat16) to it',
-    )
-
-
-def _first_dtype(directory: Path) -> torch.dtype | None:
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                if (tensor := tensors.get_tensor(name)).is_floating_point():
-                    return tensor.dtype
-    return None
 
 
 def _load_combined(model: ModelConfig, checkpoint: Path) -> Any:

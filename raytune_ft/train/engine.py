@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from raytune_ft.data.batch import MicroBatch, collate
 from raytune_ft.data.layout import MicroLayout, lay_out
+from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import Precision
 from raytune_ft.model.loss import label_logits, label_positions
-from raytune_ft.model.methods import Exporter
 from raytune_ft.strategy import Strategy
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -34,7 +34,6 @@ class Engine:
     wrapped: nn.Module
     head: nn.Module
     parameters: dict[str, nn.Parameter]
-    exporter: Exporter
     strategy: Strategy
     precision: Precision
     pad_token: int
@@ -58,9 +57,7 @@ class Engine:
         ranks = lay_out(lengths, self.strategy.world_size, self.micro_tokens, self.packing)
         return ranks[self.strategy.rank]
 
-    def collate(
-        self, split: TokenizedSplit, indices: Sequence[int], layout: MicroLayout
-    ) -> MicroBatch:
+    def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
         """See `data.batch.collate`."""
         return collate(split, indices, layout, self.pad_token, self.strategy.device)
 

@@ -33,7 +33,7 @@ def evaluate(engine: Engine, split: TokenizedSplit) -> Scores:
     """Scores of the model as it is now; all ranks share the work and get the same answer."""
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(split), BLOCK_EXAMPLES):
-        indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)))
+        indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         for rows in engine.layout(split.lengths[indices].tolist()):
             sums += _sums(engine, engine.collate(split, indices, rows))
     loss, correct, exact = engine.strategy.sum(sums.to(engine.strategy.device)).tolist()

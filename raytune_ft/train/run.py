@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
+from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore, step_name
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config, DataConfig
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RaytuneFtError
-from raytune_ft.model.build import base_dtype, build_model, load_tokenizer, pad_token
+from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
 from raytune_ft.model.methods import Exporter, trained_parameters
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.records import Point, RunResult
@@ -55,7 +56,8 @@ def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunRe
         result = _failed(spec, failure)
         if strategy.rank == 0:
             _write_result(spec, result)
-        if strategy.world_size == 1 and failure.exit_code == 1 or isinstance(failure, Diverged):
+        alone = strategy.world_size == 1 and failure.exit_code == 1
+        if alone or isinstance(failure, Diverged):
             return result
         raise failure from error
 
@@ -63,7 +65,9 @@ def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunRe
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     config = spec.config
     data = open_prepared(spec.data_dir)
-    engine = build_engine(config, strategy)
+    model = build_model(config.model, config.method, config.train.precision, config.seed)
+    exporter = Exporter(model, disk_dtype(config.model))
+    engine = build_engine(model, config, strategy)
     optimizer = build_optimizer(engine.parameters.values(), config.train)
     store = CheckpointStore(spec.run_dir / "checkpoints")
     checkpoint = store.newest_valid()
@@ -73,6 +77,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
         Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
         config.checkpoint,
         engine,
+        exporter,
     )
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
@@ -107,31 +112,27 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     return result
 
 
-def build_engine(config: Config, strategy: Strategy) -> Engine:
-    """Model, method, strategy, in this order; then ask whether packing is exact.
+def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine:
+    """Lay the model out as the strategy does, then ask whether packing is exact on it.
 
     Raises:
-        ModelError: the model cannot be loaded, or cannot take the method.
         ConfigError: `data.packing: true` and packing would change the numbers.
     """
-    tokenizer = load_tokenizer(config.model)
-    model = build_model(config.model, config.method, config.train.precision, config.seed)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    exporter = Exporter(model, base_dtype(config.model))
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     wrapped = strategy.wrap(model)
     engine = Engine(
         model=model,
         wrapped=wrapped,
         head=head,
         parameters=trained_parameters(model),
-        exporter=exporter,
         strategy=strategy,
         precision=config.train.precision,
-        pad_token=pad_token(tokenizer),
+        pad_token=pad_token(load_tokenizer(config.model)),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
     )
-    return replace(engine, packing=_choose_packing(engine, config.data, len(tokenizer)))
+    return replace(engine, packing=_choose_packing(engine, config.data, vocabulary))
 
 
 def _choose_packing(engine: Engine, data: DataConfig, vocabulary: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.schema import CheckpointConfig
+from raytune_ft.model.methods import Exporter
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.state import Progress, Snapshot, take_snapshot, write_snapshot
@@ -41,8 +42,10 @@ class Saver:
         identity: Identity,
         settings: CheckpointConfig,
         engine: Engine,
+        exporter: Exporter,
     ) -> None:
-        self.store, self.identity, self.settings, self.engine = store, identity, settings, engine
+        self.store, self.identity, self.settings = store, identity, settings
+        self.engine, self.exporter = engine, exporter
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -89,7 +92,7 @@ class Saver:
             metrics=scores,
             versions={package: version(package) for package in PACKAGES},
         )
-        write = partial(write_snapshot, snapshot, self.engine.exporter)
+        write = partial(write_snapshot, snapshot, self.exporter)
         self.store.commit(progress.step, write, facts)
         self.store.retain(
             self.settings.keep_last,

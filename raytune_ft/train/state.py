@@ -56,7 +56,8 @@ def take_snapshot(
     engine: Engine, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> Snapshot | None:
     """Gather the whole state; every rank must call it, rank 0 alone gets it."""
-    weights, moments = {}, {}
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in engine.parameters.items():
         whole = {"": engine.strategy.gather(parameter)}
         for moment in MOMENTS:

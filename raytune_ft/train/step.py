@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.loss import token_losses
 from raytune_ft.train.engine import Engine
 
 
-def accumulate_gradients(engine: Engine, split: TokenizedSplit, indices: Sequence[int]) -> float:
+def accumulate_gradients(engine: Engine, split: TokenizedSplit, indices: Indices) -> float:
     """Add the gradient of the mean loss over the label tokens of `indices`; return that mean.
 
     The sum of the token losses is divided once, by the number of label tokens of the whole step

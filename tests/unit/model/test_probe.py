@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.model.build import build_model
 from raytune_ft.strategy.single import Single
+from raytune_ft.train.engine import Engine
 from raytune_ft.train.run import build_engine
 from tests.support.models import VOCABULARY, save_character_tokenizer
 from tests.support.runs import make_config, make_inputs
@@ -41,6 +43,11 @@ def _save(family: str, directory: Path) -> Path:
     return directory
 
 
+def _engine(config: Config) -> Engine:
+    model = build_model(config.model, config.method, config.train.precision, config.seed)
+    return build_engine(model, config, Single())
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"))[1]
@@ -53,18 +60,18 @@ def test_auto_packs_only_where_it_is_exact(
 ) -> None:
     changes = {"method": {"name": "full"}, "train.precision": precision}
     config = make_config(_save(family, tmp_path / family), data, changes)
-    assert build_engine(config, Single()).packing is FAMILIES[family][1]
+    assert _engine(config).packing is FAMILIES[family][1]
 
 
 def test_llama_packs_in_every_precision(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     for precision in ("float32", "bfloat16"):
         config = make_config(*inputs, {"train.precision": precision})
-        assert build_engine(config, Single()).packing is True
+        assert _engine(config).packing is True
 
 
 def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:
     changes = {"method": {"name": "full"}, "data.packing": True}
     config: Config = make_config(_save("opt", tmp_path / "opt"), data, changes)
     with pytest.raises(ConfigError, match=r"data.packing=true would change the numbers"):
-        build_engine(config, Single())
+        _engine(config)
