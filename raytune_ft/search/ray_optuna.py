@@ -16,10 +16,11 @@ from typing import Any, Self
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
+from sqlalchemy.exc import SQLAlchemyError
 
 from raytune_ft.config.schema import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
@@ -56,7 +57,7 @@ def open_study(
             "exists in search.storage, and sweeps are not merged",
             "write another name, or --resume to continue that sweep",
         ) from None
-    except (ImportError, OSError, ValueError, optuna.exceptions.StorageInternalError) as error:
+    except (ImportError, OSError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(
             "search.storage", f"cannot be opened ({_first_line(error)})", "write an Optuna URL"
         ) from error
@@ -174,7 +175,7 @@ class StudySearcher(OfThisProcess, Searcher):
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that were begun and not ended."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def report(study: optuna.Study, number: int, result: Mapping[str, Any], metric: str) -> None:

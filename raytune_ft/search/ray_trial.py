@@ -78,11 +78,10 @@ class IsolatedTrial(Trainable):
 
     def step(self) -> dict[str, Any]:
         """The next evaluation, or the outcome."""
-        if self._job is None:
-            self._job = TrainJob(self._spec, self._shared.switchboard)
-            self._begun = time.monotonic()
-            self._job.start()
         try:
+            if self._job is None:
+                self._job = TrainJob(self._spec, self._shared.switchboard)
+                self._job.start()
             while True:
                 event = self._job.next()
                 if isinstance(event, Report):
@@ -92,7 +91,7 @@ class IsolatedTrial(Trainable):
         except StopRequested:
             # The whole sweep stops. The trial stays unfinished, for the next driver.
             self._over = True
-            self._job.stop()
+            self._end()
             return {"done": True, "interrupted": True}
 
     def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run_sweep(
     assert config.search is not None
     with connected(), interruptible() as interrupted:
         sweep = _Sweep(config, sweep_dir, data_dir, resume)
-        sweep.run(progress_for(tell, config.search.trials), interrupted)
+        sweep.run(tell, interrupted)
         result = sweep.write_result(interrupted.is_set())
     if result.status == "interrupted":
         raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
@@ -124,12 +124,13 @@ class _Sweep:
         if resume:
             _reconcile(self._study, self._search, self._shared)
 
-    def run(self, progress: Progress, interrupted: threading.Event) -> None:
+    def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
         """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
         kept = sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
         left = self._search.trials - kept
         if left <= 0:
             return
+        progress = progress_for(tell, left)
         progress.note(
             f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
         )

@@ -39,10 +39,14 @@ class Switchboard:
         self._news: dict[str, asyncio.Event] = {}
         self._stopping = False
 
-    async def open(self, run: str) -> None:
-        """Wait for a free slot; until `close`, `run` may hold workers."""
+    async def open(self, run: str) -> bool:
+        """Wait for a free slot; until `close`, `run` may hold workers. False: everybody stops."""
         await self._slots.acquire()
+        if self._stopping:
+            self._slots.release()
+            return False
         self._groups[run], self._events[run], self._news[run] = Group(), [], asyncio.Event()
+        return True
 
     async def close(self, run: str) -> None:
         """The workers of `run` are gone."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.
 CONTROLLER_FAILURES = 10
+REGISTER_TIMEOUT_S = 30.0
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
 
 
@@ -67,9 +69,14 @@ class TrainJob:
         self._pending: list[Report] = []
 
     def start(self) -> None:
-        """Wait for a free slot, then let Ray Train start the workers."""
+        """Wait for a free slot, then let Ray Train start the workers.
+
+        Raises:
+            StopRequested: before there was a slot.
+        """
         (self.spec.run_dir / RESULT).unlink(missing_ok=True)
-        ray.get(self._switchboard.open.remote(self._name))
+        if not ray.get(self._switchboard.open.remote(self._name)):
+            raise StopRequested
         self._thread.start()
 
     def next(self, timeout_s: float = 1.0) -> Report | Ended | None:
@@ -94,9 +101,16 @@ class TrainJob:
 
     def stop(self) -> None:
         """End the workers wherever they are; returns when they and their reservation are gone."""
-        if self._thread.ident is not None:
-            end_group(self._name, self._switchboard)
-            self._thread.join(timeout=10)
+        if self._thread.ident is None:
+            return
+        deadline = time.monotonic() + REGISTER_TIMEOUT_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            # A controller that is only just starting cannot be stopped yet.
+            if ray.get(self._switchboard.group.remote(self._name)).controller is not None:
+                break
+            time.sleep(0.1)
+        end_group(self._name, self._switchboard)
+        self._thread.join(timeout=10)
 
     def _fit(self) -> None:
         try:
@@ -129,19 +143,22 @@ def fit(spec: RunSpec, on_evaluation: OnEvaluation | None = None) -> RunResult:
                 ended = _listen(job, on_evaluation, interrupted)
             finally:
                 job.stop()
-    return read_result(spec, ended.error)
+        if ended is None and load_result(spec.run_dir) is None:
+            write_ended(spec, "interrupted")
+            raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
+    return read_result(spec, ended.error if ended else None)
 
 
 def _listen(
     job: TrainJob, on_evaluation: OnEvaluation | None, interrupted: threading.Event
-) -> Ended:
+) -> Ended | None:
     while not interrupted.is_set():
         event = job.next(timeout_s=0.5)
         if isinstance(event, Ended):
             return event
         if isinstance(event, Report) and on_evaluation is not None:
             on_evaluation(event.metrics, event.checkpoint)
-    raise Interrupted("interrupted; continue with --resume")
+    return None
 
 
 @contextlib.contextmanager
@@ -197,7 +214,7 @@ def load_result(run_dir: Path) -> RunResult | None:
 
 
 def write_ended(
-    spec: RunSpec, status: Literal["failed", "pruned"], error: str | None = None
+    spec: RunSpec, status: Literal["failed", "pruned", "interrupted"], error: str | None = None
 ) -> RunResult:
     """`result.json` of a run whose workers are gone, from the evaluations in `metrics.jsonl`."""
     evaluations = _evaluations(spec.run_dir / METRICS)

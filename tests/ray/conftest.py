@@ -1,0 +1,75 @@
+"""A real cluster of two CPUs on this machine, one for each module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.model.build import load_tokenizer
+from raytune_ft.train.ray_cluster import connect
+from tests.support.runs import make_config, make_inputs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    connect("local", num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Inputs:
+    """A tiny Llama and its tokens, and configs that use them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model, self._rows = make_inputs(directory)
+        config = self.config()
+        tokenizer = load_tokenizer(config.model)
+        cache = directory / "cache"
+        self.data_dir = prepare_data(config.data, tokenizer, config.seed, cache).path
+
+    def config(self, **changes: Any) -> Config:
+        """`train__lr=1.0` is `train.lr`."""
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        return make_config(self._model, self._rows, dotted)
+
+
+def reserved() -> list[dict[str, Any]]:
+    """Placement groups that still hold something."""
+    return [each for each in placement_group_table().values() if each["state"] != "REMOVED"]
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of Ray Train workers, of this test's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_nothing_left(timeout_s: float = 10.0) -> None:
+    """No placement group, no worker, every CPU free. Ray counts what was freed a bit later."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        left = reserved(), workers(), ray.available_resources().get("CPU")
+        if left == ([], [], 2.0):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"left on the cluster: {left}")

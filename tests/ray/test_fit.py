@@ -1,0 +1,127 @@
+"""One run on a real cluster: lost workers, failures that are no loss of a worker, signals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from ray.util.placement_group import placement_group_table
+
+from raytune_ft.errors import ClusterError, Interrupted, ModelError, RunFailed
+from raytune_ft.records import EvalMetrics
+from raytune_ft.train.ray_train import fit, load_result
+from raytune_ft.train.spec import RunSpec
+from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.support.runs import largest_difference, losses, run
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, without Ray."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    run(inputs.config(), run_dir)
+    return run_dir
+
+
+def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
+    run_dir.mkdir()
+    return RunSpec(inputs.config(**changes), run_dir, inputs.data_dir)
+
+
+def test_a_killed_worker_is_replaced_and_the_numbers_stay(
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
+) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__workers=2)
+    heard: list[tuple[int, int]] = []
+
+    def kill_one(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        pids = sorted(process.pid for process in workers())
+        heard.append((metrics.examples, pids[0]))
+        if metrics.examples == 140:
+            os.kill(pids[-1], signal.SIGKILL)
+
+    result = fit(spec, kill_one)
+    assert result.status == "completed"
+    assert len({pid for _, pid in heard}) == 2  # a second group, and only one
+    assert [examples for examples, _ in heard].count(0) == 1  # which resumed
+    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+    assert_nothing_left()
+
+
+def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
+) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__workers=2)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        if metrics.examples == 140:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        fit(spec, interrupt)
+    assert_nothing_left()
+    assert signal.getsignal(signal.SIGTERM) == before
+    stopped = load_result(spec.run_dir)
+    assert stopped is not None
+    assert stopped.status == "interrupted"
+    done = len(losses(spec.run_dir))
+    assert 20 <= done < 40
+    assert fit(spec).status == "completed"
+    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+
+
+def test_a_failure_of_the_run_is_not_tried_again(inputs: Inputs, tmp_path: Path) -> None:
+    broken = spec_of(inputs, tmp_path / "broken")
+    shutil.copytree(inputs.config().model.path, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    model = broken.config.model.model_copy(update={"path": str(tmp_path / "model")})
+    broken = RunSpec(
+        broken.config.model_copy(update={"model": model}), broken.run_dir, inputs.data_dir
+    )
+    groups = len(placement_group_table())
+    try:
+        error = fit(broken).error or ""
+    except ModelError as raised:
+        error = str(raised)
+    assert "model" in error
+    assert "\n" not in error
+    assert len(placement_group_table()) == groups + 1
+    result = load_result(broken.run_dir)
+    assert result is not None
+    assert result.status == "failed"
+    assert_nothing_left()
+
+
+def test_a_worker_that_dies_for_good_fails_the_run(inputs: Inputs, tmp_path: Path) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__max_failures=0)
+
+    def kill(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        for process in workers():
+            os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(RunFailed, match="a worker died") as raised:
+        fit(spec, kill)
+    assert "\n" not in str(raised.value)
+    result = load_result(spec.run_dir)
+    assert result is not None
+    assert (result.status, result.error) == ("failed", f"RunFailed: {raised.value}")
+    assert_nothing_left()
+
+
+def test_more_workers_than_fit_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__workers=4)
+    with pytest.raises(ClusterError) as raised:
+        fit(spec)
+    assert str(raised.value) == (
+        "parallel.workers=4 with {CPU: 1} each needs 4 CPU; the cluster has 2 CPU on 1 node; "
+        "write at most 2 workers or add nodes"
+    )
+    assert threading.active_count() < 50
+    assert not list(spec.run_dir.iterdir())

@@ -1,0 +1,173 @@
+"""A sweep on a real cluster: pruned, failed and resumed trials, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ClusterError, Interrupted
+from raytune_ft.search.ray_optuna import open_study, sampler_for
+from raytune_ft.search.ray_tune import run_sweep
+from raytune_ft.search.space import distributions
+from tests.ray.conftest import Inputs, assert_nothing_left, workers
+
+pytestmark = pytest.mark.ray
+
+SEARCH = {
+    "trials": 4,
+    "scheduler": {"name": "asha", "grace_examples": 70, "reduction_factor": 2},
+    "space": {"train.lr": {"log_uniform": [1e-9, 1e30]}},
+}
+GOOD, BAD, EXPLODING = 1e-2, 1e-8, 1e29
+
+
+def begin(inputs: Inputs, sweep_dir: Path, **changes: Any) -> Config:
+    config = inputs.config(search=SEARCH, train__max_grad_norm=None, **changes)
+    sweep_dir.mkdir()
+    (sweep_dir / "config.yaml").write_text(dump_yaml(config))
+    return config
+
+
+def plan_trials(config: Config, sweep_dir: Path, rates: list[float]) -> None:
+    """Trials with these learning rates, as a driver that died at once leaves them."""
+    assert config.search is not None
+    study = open_study(config.name, sweep_dir, None, "min", False)
+    for rate in rates:
+        study.enqueue_trial({"train.lr": rate})
+        study.ask(distributions(config.search.space))
+
+
+@pytest.fixture
+def most_workers() -> Iterator[list[int]]:
+    """The most workers that were reserved, and that were alive, at any time of the test."""
+    most, done = [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            groups = placement_group_table().values()
+            held = [each for each in groups if each["state"] not in ("REMOVED", "PENDING")]
+            bundles = [b for each in held for b in each["bundles"].values() if b.get("CPU")]
+            most[:] = [max(most[0], len(bundles)), max(most[1], len(workers()))]
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield most
+    done.set()
+    thread.join()
+
+
+def test_pruned_and_failed_trials_leave_nothing_and_the_sweep_goes_on(
+    inputs: Inputs, tmp_path: Path, most_workers: list[int]
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir, parallel__workers=2)
+    plan_trials(config, sweep_dir, [GOOD, BAD, EXPLODING, GOOD / 2])
+    lines: list[str] = []
+    result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append, resume=True)
+    assert_nothing_left()
+    assert most_workers == [2, 2]  # the stopped trial's are gone before the next one starts
+
+    rows = {row.id: row for row in result.trials}
+    statuses = [row.status for row in result.trials]
+    assert statuses[:3] == ["completed", "pruned", "failed"]
+    assert "Diverged" in (rows["trial-002"].error or "")
+    assert rows["trial-001"].examples < 277
+    assert result.best is not None
+    assert result.best["trial"] in ("trial-000", "trial-003")
+    assert result.best["eval_loss"] == min(
+        row.eval_loss for row in result.trials if row.status == "completed" and row.eval_loss
+    )
+    written = json.loads((sweep_dir / "result.json").read_text())
+    assert written["status"] == "completed"
+    assert written["base"]["eval_loss"] > written["best"]["eval_loss"]
+    for row in written["trials"]:
+        own = sweep_dir / "trials" / row["id"]
+        assert load_config(own / "config.yaml").train.lr == row["params"]["train.lr"]
+        assert json.loads((own / "result.json").read_text())["status"] == row["status"]
+    assert any(line.startswith("trial-002 failed: Diverged") for line in lines)
+
+
+def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir)
+    config = config.model_copy(
+        update={"search": config.search and config.search.model_copy(update={"scheduler": None})}
+    )
+    plan_trials(config, sweep_dir, [GOOD, GOOD / 3])
+    ended = threading.Event()
+
+    def interrupt(line: str) -> None:
+        if "completed" in line and not ended.is_set():
+            ended.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        run_sweep(config, sweep_dir, inputs.data_dir, interrupt, resume=True)
+    assert_nothing_left()
+    first = json.loads((sweep_dir / "result.json").read_text())
+    assert first["status"] == "interrupted"
+    kept = [row for row in first["trials"] if row["status"] == "completed"]
+    assert 1 <= len(kept) < 4
+    files = {
+        row["id"]: (sweep_dir / "trials" / row["id"] / "result.json").stat().st_mtime_ns
+        for row in kept
+    }
+    begun: list[str] = []
+    result = run_sweep(config, sweep_dir, inputs.data_dir, begun.append, resume=True)
+    assert_nothing_left()
+    assert result.status == "completed"
+    assert [row.id for row in result.trials] == [f"trial-{n:03d}" for n in range(4)]
+    again = {row.id: row for row in result.trials}
+    for row in first["trials"]:
+        assert again[row["id"]].params == row["params"]
+    for name, changed_ns in files.items():
+        assert (sweep_dir / "trials" / name / "result.json").stat().st_mtime_ns == changed_ns
+        assert not any(line.startswith(f"{name} started") for line in begun)
+    assert result.makespan_s > first["makespan_s"]
+
+    # The two trials that were not planned are what the seed draws, resumed or not.
+    assert config.search is not None
+    study = open_study(config.name, sweep_dir, None, "min", True)
+    replay = open_study("replay", tmp_path, None, "min", False)
+    replay.add_trials(study.trials[:2])
+    replay.sampler = sampler_for("tpe", config.seed, 2, 4)
+    drawn = replay.ask(distributions(config.search.space)).params
+    assert drawn == study.trials[2].params
+
+
+def test_a_trial_that_does_not_fit_is_refused_before_anything_is_written(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir, parallel__resources_per_worker={"CPU": 1.0, "GPU": 1.0})
+    with pytest.raises(ClusterError, match="needs 1 GPU; the cluster has 0 GPU"):
+        run_sweep(config, sweep_dir, inputs.data_dir, print)
+    assert [path.name for path in sweep_dir.iterdir()] == ["config.yaml"]
+
+
+def test_the_cluster_listens_on_loopback_alone() -> None:
+    import psutil
+
+    listening = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.Error:
+            continue
+        listening |= {each.laddr.ip for each in connections if each.status == "LISTEN"}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"

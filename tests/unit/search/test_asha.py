@@ -1,0 +1,72 @@
+"""When a trial is stopped, without a cluster."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from raytune_ft.config.schema import AshaConfig
+from raytune_ft.search.ray_trial import Asha
+
+BUDGET = 900
+
+
+def asha(mode: str = "min") -> Asha:
+    return Asha(AshaConfig(grace_examples=100, reduction_factor=3), BUDGET, "eval_loss", mode)
+
+
+def begin(scheduler: Asha, name: str, budget: float = BUDGET) -> Any:
+    trial = SimpleNamespace(trial_id=f"tune-{name}", config={"trial": name, "budget": budget})
+    scheduler.on_trial_add(None, trial)
+    return trial
+
+
+def decide(scheduler: Asha, trial: Any, examples: int, loss: float) -> str:
+    return scheduler.on_trial_result(None, trial, {"examples": examples, "eval_loss": loss})
+
+
+@pytest.mark.parametrize(("mode", "good", "bad"), [("min", 1.0, 2.0), ("max", 2.0, 1.0)])
+def test_the_worse_trial_stops_at_a_rung_and_not_before(mode: str, good: float, bad: float) -> None:
+    scheduler = asha(mode)
+    first, second = begin(scheduler, "a"), begin(scheduler, "b")
+    assert decide(scheduler, first, 104, good) == TrialScheduler.CONTINUE
+    assert decide(scheduler, second, 96, bad) == TrialScheduler.CONTINUE
+    assert decide(scheduler, second, 104, bad) == TrialScheduler.STOP
+
+
+def test_the_base_is_no_rung() -> None:
+    scheduler = asha()
+    good, other = begin(scheduler, "a"), begin(scheduler, "b")
+    for trial in (good, other):
+        assert decide(scheduler, trial, 0, 5.0) == TrialScheduler.CONTINUE
+    decide(scheduler, good, 100, 1.0)
+    assert decide(scheduler, other, 0, 9.0) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 300])
+def test_nobody_is_stopped_at_the_end_of_the_budget(budget: int) -> None:
+    scheduler = asha()
+    good, late = begin(scheduler, "a"), begin(scheduler, "b", budget)
+    for examples in (100, 300, 600):
+        decide(scheduler, good, examples, 1.0)
+    assert decide(scheduler, late, budget, 9.0) == TrialScheduler.CONTINUE
+
+
+def test_rungs_remember_an_earlier_driver() -> None:
+    scheduler = asha()
+    scheduler.recall("a", {100: 1.0, 300: 0.5})
+    bad = begin(scheduler, "b")
+    assert decide(scheduler, bad, 100, 2.0) == TrialScheduler.STOP
+    again = begin(scheduler, "a")  # resumed from its checkpoint, it reports once more
+    assert decide(scheduler, again, 100, 1.0) == TrialScheduler.CONTINUE
+    assert decide(scheduler, begin(scheduler, "c"), 300, 0.4) == TrialScheduler.CONTINUE
+
+
+def test_a_budget_below_the_grace_period_stops_nobody() -> None:
+    scheduler = Asha(AshaConfig(grace_examples=100), 50, "eval_loss", "min")
+    assert decide(scheduler, begin(scheduler, "a", math.inf), 60, 1.0) == TrialScheduler.CONTINUE
+    assert decide(scheduler, begin(scheduler, "b", math.inf), 60, 2.0) == TrialScheduler.CONTINUE
