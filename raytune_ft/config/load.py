@@ -150,18 +150,25 @@ def _changed(
 
 
 def _switch_method(data: dict[str, Any], name: Any, notify: Notify | None) -> None:
-    """Drops the keys of the file's method that a method of another name does not have."""
-    written = data.get("method")
+    """Drops the keys of the file's method, also from the space, that the method `name` lacks."""
+    written = data.get("method", {})
     if not isinstance(written, dict) or not isinstance(name, str):
         return
-    if name == written.get("name", "lora") or name not in reference.methods():
+    if name not in reference.methods() or name == written.get("name", "lora"):
         return
     own = reference.method_keys(name)
     others = {key for other in reference.methods() for key in reference.method_keys(other)} - own
-    dropped = [key for key in written if f"method.{key}" in others]
-    data["method"] = {key: value for key, value in written.items() if key not in dropped}
+    dropped = [f"method.{key}" for key in written if f"method.{key}" in others]
+    data["method"] = {key: item for key, item in written.items() if f"method.{key}" not in dropped}
+    search = data.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    if isinstance(space, dict) and "method.name" not in space:
+        searched = [key for key in space if key in others]
+        for key in searched:
+            del space[key]
+        dropped += [f"search.space.{key}" for key in searched]
     if dropped and notify is not None:
-        notify(f"method.name={name} drops the file's method.{', method.'.join(dropped)}")
+        notify(f"method.name={name} drops the file's {', '.join(dropped)}")
 
 
 def _split(dotted: str) -> tuple[str, ...]:

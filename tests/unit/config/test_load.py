@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.load import apply_overrides, dump_yaml, expand_env, load_config, resolve
+from raytune_ft.config.reference import keys
 from raytune_ft.config.schema import Config, FullMethod, LoraMethod, SourceConfig
 from raytune_ft.errors import ConfigError, InputError, StorageError
 
@@ -101,6 +102,16 @@ def test_switching_the_method_drops_the_other_methods_keys_and_says_so(write: Wr
     assert config.method == FullMethod(name="full")
     assert notices == ["method.name=full drops the file's method.rank"]
     assert apply_overrides(load_config(write(TEXT)), {"method.name": "full"}) == config
+
+
+def test_switching_the_method_drops_its_lines_of_the_space_too(write: Write) -> None:
+    notices: list[str] = []
+    text = TEXT + SEARCH + "    method.rank: {choice: [4, 8]}\n"
+    search = load_config(write(text), ["method.name=full"], notices.append).search
+    assert search is not None
+    assert list(search.space) == ["train.lr"]
+    dropped = "method.rank, search.space.method.rank"
+    assert notices == [f"method.name=full drops the file's {dropped}"]
 
 
 def test_a_key_that_the_new_method_lacks_is_refused_when_it_is_an_override(write: Write) -> None:
@@ -323,4 +334,30 @@ def test_no_text_ends_in_anything_but_a_config_or_one_line(tmp_path: Path, seed:
         assert load_config(path) == config
     assert accepted > 0
     assert messages
+    assert not [text for text in messages if "\n" in text or len(text) > 1000]
+
+
+VALUES = ["1", "-1", "1e-4", "true", "null", "''", "[]", "{}", "[1, a]", "{a: 1}", ".nan", "auto"]
+VALUES += ["{name: full}", "full", "{choice: [1, 2]}", "{choice: [{a: 1}, [1], null]}", "&x [*x]"]
+VALUES += ["{uniform: [1, 2, 3]}", "{? [1] : 2}", "{1: 2}", "!!set {a}", "1" * 5000, "x" * 5000]
+VALUES += ["postgres://a:b@c/d", "${NO_SUCH}", "s3://a/b", '"\\0"', "=", "[" * 1500]
+PLACES = [key.dotted.replace("KEY", "train.lr") for key in keys()]
+PLACES += ["method", "data", "search", "search.space", "search.space.method.rank", "", "a..b", "."]
+PLACES += ["search.space.", "search.space.method.name", "train.lr.x", "parallel", "model"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_override_ends_in_anything_but_a_config_or_one_line(write: Write, seed: int) -> None:
+    rng = random.Random(seed)
+    path = write(TEXT + SEARCH)
+    messages: list[str] = []
+    for _ in range(300):
+        overrides = [
+            f"{rng.choice(PLACES)}={rng.choice(VALUES)}" for _ in range(rng.choice([1, 2]))
+        ]
+        try:
+            resolve(load_config(path, overrides))
+        except InputError as error:
+            messages.append(str(error))
+    assert 0 < len(messages) < 300
     assert not [text for text in messages if "\n" in text or len(text) > 1000]

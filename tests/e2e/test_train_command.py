@@ -1,0 +1,89 @@
+"""`train`, `promote` and `evaluate` as a user runs them, in one process without Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.cli import run_command
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run of a second: 80 rows, the packaged model."""
+    monkeypatch.chdir(ROOT)
+    rows = Path("jobs/data/tiny_instructions/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:80]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[80:120]))
+    return [
+        "jobs/quickstart.yaml",
+        f"storage={tmp_path}/runs",
+        "name=a",
+        f"data.train.path={tmp_path}/train.jsonl",
+        f"data.test.path={tmp_path}/test.jsonl",
+        "train.epochs=null",
+        "train.lr=1e-2",
+        "train.eval_every_examples=40",
+        "checkpoint.every_examples=40",
+    ]
+
+
+def test_train_resume_promote_evaluate(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "a"
+
+    assert run_command(["train", *arguments, "train.max_examples=80"]) == 0
+    first = _read(run / "result.json")
+    assert first["status"] == "completed"
+    assert first["best"]["eval_loss"] < first["base"]["eval_loss"]
+    assert (run / first["best"]["checkpoint"] / "manifest.json").is_file()
+    assert "best eval loss" in capsys.readouterr().out
+    lines = (run / "metrics.jsonl").read_text()
+
+    assert run_command(["train", *arguments, "train.max_examples=80", "--resume"]) == 0
+    assert "is complete; nothing is left to do" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == lines
+
+    assert run_command(["train", *arguments, "train.max_examples=160", "--resume"]) == 0
+    more = (run / "metrics.jsonl").read_text()
+    assert more.startswith(lines)
+    assert _read(run / "result.json")["final"]["examples"] == 160
+    assert "train.max_examples" not in capsys.readouterr().err
+
+    assert run_command(["promote", str(run)]) == 0
+    measured = _read(run / "promoted" / "evaluation.json")
+    assert measured["split"] == "test"
+    assert measured["promoted"]["eval_loss"] < measured["base"]["eval_loss"]
+    capsys.readouterr()
+
+    for model, column in ((str(run / "promoted" / "model"), "promoted"), ("builtin:tiny", "base")):
+        config = ["--config", arguments[0], *arguments[1:]]
+        assert run_command(["evaluate", model, *config]) == 0
+        shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        assert shown["eval_loss"] == f"{measured[column]['eval_loss']:.4f}"
+
+
+def test_a_method_switch_on_the_command_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    switch = ["method.name=full", "train.lr=1e-3", "train.max_examples=40"]
+    assert run_command(["train", *arguments, *switch]) == 0
+    assert "method.name=full drops the file's method.rank, method.alpha" in capsys.readouterr().out
+    best = _read(tmp_path / "runs" / "a" / "result.json")["best"]
+    folder = tmp_path / "runs" / "a" / best["checkpoint"]
+    assert (folder / "model.safetensors").is_file()
+    assert not (folder / "adapter_config.json").exists()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    assert isinstance(content, dict)
+    return content
