@@ -22,7 +22,7 @@ from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, Interrupted, RunFailed
 from raytune_ft.records import RunResult
-from raytune_ft.rundir import RESULT, OpenRun, cache_path, open_run, probe_storage
+from raytune_ft.rundir import PROMOTED, RESULT, OpenRun, cache_path, open_run, probe_storage
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
@@ -160,11 +160,11 @@ def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
 
 
 def _promote_once(path: Path, tell: Tell) -> Promotion | None:
-    from raytune_ft.promote.promote import PROMOTED, promote
-
     if (path / PROMOTED).exists():
-        tell(f"{path / PROMOTED} exists and is kept")
+        tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
         return None
+    from raytune_ft.promote.promote import promote
+
     return promote(path, tell=tell)
 
 

@@ -20,6 +20,7 @@ from raytune_ft.errors import InputError, StorageError
 from raytune_ft.records import to_json
 
 CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
+PROMOTED = "promoted"
 _LOCK = ".lock"
 _REMEDY = "write a storage directory that this user can write to"
 
