@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raytune_ft.config.schema import MethodConfig, ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods import METHODS
+from raytune_ft.model.methods import METHODS, leave_casts_to_autocast
 
 disable_progress_bar()  # one bar per worker and load; this package reports progress itself
 
@@ -179,6 +179,8 @@ def build_model(
     base.eval()
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
+    if precision == "bfloat16":
+        leave_casts_to_autocast(built)
     for parameter in built.parameters():
         if parameter.requires_grad and parameter.dtype != master:
             parameter.data = parameter.data.to(master)

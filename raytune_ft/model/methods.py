@@ -58,6 +58,13 @@ METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
 }
 
 
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from casting activations to float32, only for autocast to cast them back."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer moves, under the names that the unwrapped model gives."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,67 @@
+"""Who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import raytune_ft
+
+PACKAGE = Path(raytune_ft.__file__).parent
+# Later layers may import earlier ones.
+LAYERS = [
+    {"__init__", "errors", "records"},
+    {"config"},
+    {"rundir", "data"},
+    {"model"},
+    {"strategy"},
+    {"checkpoints"},
+    {"train"},
+    {"promote", "search"},
+    {"plan", "show"},
+    {"app"},
+    {"cli"},
+    {"__main__"},
+]
+LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+
+
+def _modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Names that a module imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_point_downward() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            if name.startswith("raytune_ft.") and (part := name.split(".")[1]) in LAYER:
+                assert LAYER[part] <= LAYER[_part(path)], f"{path.name} imports {name}"
+
+
+def test_ray_is_imported_in_files_named_for_it() -> None:
+    users = {
+        path.name
+        for path in _modules()
+        if any(name == "ray" or name.startswith("ray.") for name in _imports(path))
+    }
+    assert users
+    assert all(name.startswith("ray_") for name in users), users
+
+
+def test_no_file_does_two_things() -> None:
+    for path in _modules():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

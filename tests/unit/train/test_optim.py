@@ -1,0 +1,58 @@
+"""Learning rates against the library's schedules, and what a budget amounts to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from raytune_ft.config.schema import TrainConfig
+from raytune_ft.train.loop import Schedule
+from raytune_ft.train.optim import build_optimizer, learning_rate, total_examples
+
+LIBRARY: dict[str, Any] = {
+    "linear": get_linear_schedule_with_warmup,
+    "cosine": get_cosine_schedule_with_warmup,
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_schedules_of_the_library(name: str) -> None:
+    train = TrainConfig(lr=0.5, lr_schedule=name)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = LIBRARY[name](optimizer, 0, 30)
+    for step in range(30):
+        assert learning_rate(train, step, 30) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_warm_up_reaches_the_peak_and_wastes_no_step() -> None:
+    train = TrainConfig(lr=1.0, lr_schedule="constant", warmup_fraction=0.4)
+    rates = [learning_rate(train, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1])
+
+
+def test_budget() -> None:
+    assert total_examples(TrainConfig(), 100) == 100
+    assert total_examples(TrainConfig(epochs=2.5), 100) == 250
+    assert total_examples(TrainConfig(max_examples=30), 100) == 30
+    assert total_examples(TrainConfig(epochs=1, max_examples=30), 100) == 30
+    assert total_examples(TrainConfig(epochs=0.2, max_examples=30), 100) == 20
+
+
+def test_the_last_step_takes_what_remains() -> None:
+    schedule = Schedule(batch_size=8, total_examples=20, eval_every=16, save_every=100)
+    assert schedule.total_steps == 3
+    assert [schedule.examples_after(step) for step in (1, 2, 3)] == [8, 16, 20]
+    assert [schedule.due(step, schedule.eval_every) for step in (1, 2, 3)] == [False, True, True]
+    assert [schedule.due(step, schedule.save_every) for step in (1, 2, 3)] == [False, False, True]
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    layer = torch.nn.Linear(2, 2)
+    groups = build_optimizer(layer.parameters(), TrainConfig(weight_decay=0.1)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay == {id(layer.weight): 0.1, id(layer.bias): 0.0}
