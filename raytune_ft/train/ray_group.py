@@ -51,17 +51,22 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         self._switchboard.post.remote(self._run, {"report": metrics[0]})
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Remembers an error that would come again."""
-        for error in worker_group_status.errors.values():
-            cause = getattr(error, "_base_exc", error)
-            if isinstance(cause, RaytuneFtError):
-                self._fatal = cause
+        """Remembers an error that would come again.
+
+        A worker that lost its peer hears of it from torch or from a socket, in these two types,
+        and often before Ray knows. Anything else that was raised comes from the run itself.
+        """
+        errors = [status.error for status in worker_group_status.worker_statuses.values()]
+        if any(isinstance(error, WorkerHealthCheckFailedError) for error in errors):
+            return  # somebody is lost, whatever the others make of it
+        for error in errors:
+            if not isinstance(error, UserExceptionWithTraceback):
+                continue
+            if not isinstance(error._base_exc, RuntimeError | OSError):
+                self._fatal = failure_of(error)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """An error that we raised ourselves is no lost worker: a restart would meet it again.
-
-        What is raised here ends the run instead of restarting its workers.
-        """
+        """What is raised here ends the run instead of restarting its workers."""
         if self._fatal is not None:
             raise self._fatal
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.util.placement_group import placement_group_table
 
-from raytune_ft.errors import ClusterError, Interrupted, ModelError, RunFailed
+from raytune_ft.errors import ClusterError, Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.ray_train import fit, load_result
 from raytune_ft.train.spec import RunSpec
@@ -77,23 +77,17 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 
 
-def test_a_failure_of_the_run_is_not_tried_again(inputs: Inputs, tmp_path: Path) -> None:
-    broken = spec_of(inputs, tmp_path / "broken")
-    shutil.copytree(inputs.config().model.path, tmp_path / "model")
+def test_an_error_that_would_come_again_is_not_tried_again(inputs: Inputs, tmp_path: Path) -> None:
+    whole = inputs.config().model.path
+    shutil.copytree(whole, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
-    model = broken.config.model.model_copy(update={"path": str(tmp_path / "model")})
-    broken = RunSpec(
-        broken.config.model_copy(update={"model": model}), broken.run_dir, inputs.data_dir
-    )
+    spec = spec_of(inputs, tmp_path / "run", model__path=str(tmp_path / "model"))
     groups = len(placement_group_table())
-    try:
-        error = fit(broken).error or ""
-    except ModelError as raised:
-        error = str(raised)
-    assert "model" in error
-    assert "\n" not in error
+    with pytest.raises(RaytuneFtError) as raised:
+        fit(spec)
+    assert "\n" not in str(raised.value)
     assert len(placement_group_table()) == groups + 1
-    result = load_result(broken.run_dir)
+    result = load_result(spec.run_dir)
     assert result is not None
     assert result.status == "failed"
     assert_nothing_left()
