@@ -178,7 +178,7 @@ def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("job", ["train", "sweep"])
 def test_the_entry_points_of_jobs_say_the_same(job: str) -> None:
     done = _subprocess(f"jobs/{job}.py", str(QUICKSTART), "train.lrr=1")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
     assert done.stderr == "error: train.lrr is not a key; did you mean train.lr?\n"
     done = _subprocess("jobs/promote.py", "nowhere")
     assert done.returncode == 2

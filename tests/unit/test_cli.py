@@ -125,7 +125,7 @@ def test_tables_are_not_cut_in_a_log(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_with_130_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_end_with_130_and_say_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     command = [
         *(sys.executable, "-m", "raytune_ft", "train", "jobs/quickstart.yaml"),
         *(f"storage={tmp_path}", "name=a", "train.max_examples=320", "train.epochs=null"),
