@@ -133,9 +133,11 @@ def _prepare(config: Config, run_dir: Path, tell: Tell) -> tuple[RunSpec, Prepar
     expanded = expand_env(config)
     data = prepare(expanded, tell)
     if _needs_ray(expanded):
-        from raytune_ft.plan import count_parameters
+        from raytune_ft.model.build import count_parameters
 
-        count_parameters(expanded)  # whether the model takes the method, before workers start
+        count_parameters(
+            expanded.model, expanded.method
+        )  # whether the model takes the method, before workers start
     from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run_dir, data_dir=data.path), data

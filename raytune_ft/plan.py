@@ -60,10 +60,10 @@ def make_plan(file: Path, overrides: Sequence[str], tell: Callable[[str], None])
     data = prepare(expanded, tell)
 
     from raytune_ft.data.examples import describe_example
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.build import count_parameters, load_tokenizer
     from raytune_ft.train.optim import total_examples
 
-    total, trained = count_parameters(expanded)
+    total, trained = count_parameters(expanded.model, expanded.method)
     budget = total_examples(config.train, len(data.train))
     if config.search is not None:
         check_grace(config.search, budget)
@@ -82,27 +82,6 @@ def make_plan(file: Path, overrides: Sequence[str], tell: Callable[[str], None])
         steps=-(-budget // config.train.batch_size),
         notes=_notes(config),
     )
-
-
-def count_parameters(config: Config) -> tuple[int, int]:
-    """All and trained parameters, from shapes alone: no weight is read.
-
-    Raises:
-        ModelError: the model cannot be read, or cannot take the method.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from raytune_ft.model.build import load_model_config
-    from raytune_ft.model.methods import METHODS, trained_parameters
-
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_model_config(config.model), trust_remote_code=config.model.trust_remote_code
-        )
-        model = METHODS[config.method.name](base, config.method)
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    return sum(parameter.numel() for parameter in model.parameters()), trained
 
 
 def estimate_memory(config: Config, total: int, trained: int) -> Memory:

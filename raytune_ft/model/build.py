@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raytune_ft.config.schema import MethodConfig, ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods import METHODS, leave_casts_to_autocast
+from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
 
 disable_progress_bar()  # one bar per worker and load; this package reports progress itself
 
@@ -185,6 +185,21 @@ def build_model(
         if parameter.requires_grad and parameter.dtype != master:
             parameter.data = parameter.data.to(master)
     return built
+
+
+def count_parameters(model: ModelConfig, method: MethodConfig) -> tuple[int, int]:
+    """All and trained parameters, from shapes alone: no weight is read.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            load_model_config(model), trust_remote_code=model.trust_remote_code
+        )
+        built = METHODS[method.name](base, method)
+    trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
+    return sum(parameter.numel() for parameter in built.parameters()), trained
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:

@@ -18,8 +18,9 @@ LAYERS = [
     {"checkpoints"},
     {"train"},
     {"promote", "search"},
-    {"plan", "show"},
+    {"show"},
     {"app"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,8 +21,8 @@ from transformers import (
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError, MergeError, ModelError
-from raytune_ft.promote import fold as fold_module
 from raytune_ft.model.build import disk_dtype
+from raytune_ft.promote import fold as fold_module
 from raytune_ft.promote.fold import ABSOLUTE_TOLERANCE, fold
 
 VOCABULARY = 61
