@@ -33,8 +33,8 @@ def test_parameters_are_those_of_the_built_model(config: Config, change: dict[st
 
 
 def test_a_target_that_the_model_lacks_is_found_without_its_weights(config: Config) -> None:
+    odd = apply_overrides(config, {"method.targets": ["q_prj"]})
     with pytest.raises(ModelError, match="q_prj names no layer"):
-        odd = apply_overrides(config, {"method.targets": ["q_prj"]})
         count_parameters(odd.model, odd.method)
 
 
