@@ -167,6 +167,8 @@ def main(*command: str) -> NoReturn:
     """The console script; and of a job, with the name of its command."""
     if not sys.warnoptions:  # what libraries have deprecated is no news for their users' users
         warnings.simplefilter("ignore")
+    for library in ("HF_HUB", "TRANSFORMERS"):  # nor are its retries: what fails ends in one line
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     sys.exit(run_command([*command, *sys.argv[1:]]))
 
 

@@ -175,6 +175,16 @@ def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "bad").exists()
 
 
+def test_a_hub_id_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = ["model.path=nobody/no-such-model", f"storage={tmp_path}/runs"]
+    done = _subprocess("-m", "raytune_ft", "train", str(QUICKSTART), *model)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: model.path=nobody/no-such-model cannot be read")
+    assert "without a network: download it elsewhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("job", ["train", "sweep"])
 def test_the_entry_points_of_jobs_say_the_same(job: str) -> None:
     done = _subprocess(f"jobs/{job}.py", str(QUICKSTART), "train.lrr=1")
