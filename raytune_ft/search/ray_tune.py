@@ -135,14 +135,14 @@ class _Sweep:
             f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
         )
         stop = _StopWith(interrupted, self._shared.switchboard)
-        reports = _Reports(progress, self._study, self._search)
+        reports = _Reports(progress, self._study, self._search, self._remember_makespan)
         try:
             with progress.live(), _tune_storage() as storage, _settings(TUNE_SETTINGS):
                 self._tuner(left, storage, stop, reports).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
-            self._study.set_user_attr(MAKESPAN, self._makespan_s())
+            self._remember_makespan()
             _end_all(self._shared.switchboard)
 
     def write_result(self, interrupted: bool) -> SweepResult:
@@ -213,9 +213,10 @@ class _Sweep:
         write_text_atomic(trials / trial / CONFIG, dump_yaml(own))
         return total_examples(own.train, self._examples)
 
-    def _makespan_s(self) -> float:
-        """Seconds of this driver and, after a resume, of the ones before it."""
-        return round(self._before_s + time.monotonic() - self._begun, 3)
+    def _remember_makespan(self) -> None:
+        """Seconds of this driver and of the ones before it, in the study: it may be killed."""
+        seconds = self._before_s + time.monotonic() - self._begun
+        self._study.set_user_attr(MAKESPAN, round(seconds, 3))
 
 
 class _StopWith(OfThisProcess, tune.Stopper):
@@ -240,8 +241,15 @@ class _StopWith(OfThisProcess, tune.Stopper):
 class _Reports(OfThisProcess, tune.Callback):
     """From Tune to `progress`."""
 
-    def __init__(self, progress: Progress, study: optuna.Study, search: SearchConfig) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        study: optuna.Study,
+        search: SearchConfig,
+        after_trial: Callable[[], None],
+    ) -> None:
         self._progress, self._study, self._search = progress, study, search
+        self._after_trial = after_trial
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Callback`."""
@@ -268,6 +276,7 @@ class _Reports(OfThisProcess, tune.Callback):
         every = rows(self._study, self._search)
         row = next(row for row in every if row.id == name)
         if row.status != "interrupted":
+            self._after_trial()
             self._progress.finished(name, row.status, row.eval_loss, row.error)
 
 

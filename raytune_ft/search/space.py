@@ -17,6 +17,7 @@ from optuna.distributions import (
 )
 
 from raytune_ft.config.load import apply_overrides
+from raytune_ft.config.reference import method_keys
 from raytune_ft.config.schema import Config, Distribution
 
 SCALARS = (bool, int, float, str, type(None))
@@ -28,8 +29,19 @@ def distributions(space: Mapping[str, Distribution]) -> dict[str, BaseDistributi
 
 
 def decode(space: Mapping[str, Distribution], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that Optuna drew, as the config file would have them."""
-    return {key: _decode(space[key], value) for key, value in drawn.items()}
+    """The values that Optuna drew, as the config file would have them.
+
+    Where the method itself is searched, a trial has only the keys of its own method.
+    """
+    values = {key: _decode(space[key], value) for key, value in drawn.items()}
+    method = values.get("method.name")
+    if method is None:
+        return values
+    return {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("method.") or key in method_keys(method)
+    }
 
 
 def apply_params(config: Config, params: Mapping[str, Any], trial: str, storage: str) -> Config:
