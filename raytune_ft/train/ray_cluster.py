@@ -72,7 +72,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             raise ClusterError(
                 f"address={address}",
                 f"is no cluster that can be joined ({str(error).splitlines()[0]})",
-                "start one with `ray start --head`, export RAY_AUTH_MODE=token if it wants a token, "
+                "start one with `ray start --head`, export RAY_AUTH_MODE=token if it wants one, "
                 "or unset RAY_ADDRESS to use this machine",
             ) from error
         return

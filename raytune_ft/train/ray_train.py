@@ -210,7 +210,8 @@ def load_result(run_dir: Path) -> RunResult | None:
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
     points = {name: Point(**data[name]) if data.get(name) else None for name in ("best", "final")}
-    return RunResult(**{**data, **points})
+    lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+    return RunResult(**{**data, **points, **lists})
 
 
 def write_ended(
