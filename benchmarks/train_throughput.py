@@ -116,7 +116,6 @@ def run_trl(base: Path, data: Path, **flags: Any) -> dict[str, float]:
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(dir=base.parent),
-            per_device_train_batch_size=BATCH,
             num_train_epochs=1,
             learning_rate=LR,
             max_length=MAX_LENGTH,
@@ -124,7 +123,7 @@ def run_trl(base: Path, data: Path, **flags: Any) -> dict[str, float]:
             save_strategy="no",
             logging_strategy="no",
             use_cpu=True,
-            **flags,
+            **{"per_device_train_batch_size": BATCH, **flags},
         ),
         train_dataset=rows,
         processing_class=tokenizer,
@@ -168,7 +167,9 @@ ARMS: dict[str, Callable[[Path, Path], dict[str, float]]] = {
 
 def main() -> None:
     """Run the arms in turns and print a table; or one arm, as the turns do."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)

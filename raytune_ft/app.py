@@ -20,7 +20,7 @@ from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import expand_env, load_config, resolve, to_plain
 from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import ConfigError, Interrupted, RunFailed
+from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import PROMOTED, RESULT, OpenRun, cache_path, open_run, probe_storage
 
@@ -92,6 +92,8 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
     probe_storage(Path(config.storage))
     from raytune_ft.promote.evaluate import evaluate_directory
 
+    if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
+        raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
     directory = Path(paths.model(model, Path.cwd()))
     split, examples, metrics = evaluate_directory(directory, config, cache_path(config))
     return {"split": split, "examples": examples, **metrics}
@@ -100,14 +102,25 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
 def prepare(config: Config, tell: Tell) -> PreparedData:
     """Check model and method, then tokenise; `config` is resolved and expanded.
 
-    Raises ModelError and DataError before anything is spent on a cluster.
+    Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
 
-    load_model_config(config.model)
+    positions = getattr(
+        load_model_config(config.model).get_text_config(), "max_position_embeddings", None
+    )
     tokenizer = load_tokenizer(config.model)
-    return prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    splits = (data.train, data.validation, data.test)
+    longest = max(int(split.lengths.max()) for split in splits if split is not None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}",
+            f"lets rows of {longest} tokens through, and the model has {positions} positions",
+            f"write at most {positions}",
+        )
+    return data
 
 
 @contextmanager

@@ -107,6 +107,8 @@ def train(
     if result.best is not None:
         facts["best eval loss"] = result.best.eval_loss
         facts["best checkpoint"] = done.path / (result.best.checkpoint or "")
+    for note in result.notes:
+        show.tell(note)
     show.console().print(show.facts_table({**facts, "run": done.path}))
 
 

@@ -49,7 +49,7 @@ class Point(EvalMetrics):
 
 @dataclass(frozen=True)
 class RunResult:
-    """`result.json` of a run directory."""
+    """`result.json` of a run directory. `notes` says what was chosen by measurement, and why."""
 
     status: RunStatus | Literal["pruned"]
     base: dict[str, float] | None
@@ -58,6 +58,7 @@ class RunResult:
     seed: int
     config_sha256: str
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
         return ConfigError(f"{'.'.join(path)}={shown}", f"is not {kind}", "write one")
     expected = reference.words(field)
     choices = reference.choices(field.annotation)
+    if choices == [expected]:
+        rule = f"is not in this version, which has {expected}"
+        return ConfigError(f"{'.'.join(path)}={shown}", rule, f"write {expected}")
     near = reference.closest(value, choices) if isinstance(value, str) else None
     remedy = f"did you mean {near}?" if near else _remedy(field, path, value)
     return ConfigError(f"{'.'.join(path)}={shown}", f"is not {expected}", remedy)

@@ -64,6 +64,9 @@ def _check_budget(
     if _budget(saved) == _budget(new):
         return
     key = next(key for key in reversed(BUDGET) if old_flat[key] != new_flat[key])
+    if old_flat.get("search") is not None or "search.trials" in old_flat:
+        rule = "cannot change in a sweep, whose trials are compared at one budget"
+        raise _differs(key, old_flat[key], new_flat[key], rule)
     if depends_on_horizon(new):
         raise _differs(
             key, old_flat[key], new_flat[key], f"cannot change under a {new.lr_schedule} schedule"

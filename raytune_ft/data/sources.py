@@ -116,8 +116,8 @@ def open_source(label: str, source: SourceConfig) -> Source:
         return _open_hub(label, source)
     remedy = "write a file, a folder saved by datasets, or a hub id such as owner/name"
     if path.parent.is_dir():
-        siblings = [str(path.parent / item.name) for item in path.parent.iterdir()]
-        remedy = _nearest(str(path), siblings, f"{label}.path=") or remedy
+        siblings = [item.name for item in path.parent.iterdir()]
+        remedy = _nearest(path.name, siblings, f"{label}.path={path.parent}/") or remedy
     raise _refusal(label, source, "does not exist", remedy)
 
 

@@ -53,6 +53,7 @@ class Sample:
 class Lineage:
     """Where a promoted model comes from. Paths are left out: hashes say more, and travel."""
 
+    name: str
     config: Config
     config_sha256: str
     base_files: dict[str, str]
@@ -98,7 +99,7 @@ def model_card(
     config = lineage.config
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
     data = ModelCardData(
-        model_name=config.name,
+        model_name=lineage.name,
         base_model=config.model.path if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -118,7 +119,7 @@ def model_card(
     )
     body = "\n\n".join(
         [
-            f"# {config.name}",
+            f"# {lineage.name}",
             f"{base_name(config.model)}, fine-tuned with raytune_ft (method {config.method.name}).",
             f"**Verdict: {evaluation.verdict}.**",
             _evaluation_section(evaluation),

@@ -121,7 +121,7 @@ def _build(
     chosen, config = selection.candidate, expand_env(selection.config)
     tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {selection.manifest.step}")
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_dir, tell)
+    data = prepare_data(config.data, tokenizer, selection.data_seed, cache_dir, tell)
     check = fold(config.model, chosen.checkpoint, folder / MODEL, held_out(data.validation))
     tell(f"folded; logits differ by at most {check.written_difference:.1e} as written")
     _save_tokenizer(tokenizer, folder / MODEL)
@@ -129,6 +129,7 @@ def _build(
         selection, folder / MODEL, tokenizer, data, looks, tell, samples
     )
     lineage = Lineage(
+        name=selection.name,
         config=config,
         config_sha256=selection.manifest.config_sha256,
         base_files=base_file_hashes(config.model),

@@ -35,11 +35,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is promoted. `metric` and `mode` say what was best, `config` is the run's own."""
+    """What is promoted. `metric` and `mode` say what was best, `config` is the run's own.
+
+    `name` and `data_seed` are those of the directory: a sweep draws its splits once, by its own
+    seed, whatever seed a trial trains with.
+    """
 
     candidate: Candidate
     manifest: CheckpointManifest
     config: Config
+    name: str
+    data_seed: int
     metric: str
     mode: str
 
@@ -71,7 +77,7 @@ def select(directory: Path, tell: Callable[[str], None]) -> Selection:
             tell(f"{candidate.trial or directory.name} is passed over: {error}")
             continue
         own = load_config(candidate.run_dir / CONFIG)
-        return Selection(candidate, manifest, own, metric, mode)
+        return Selection(candidate, manifest, own, config.name, config.seed, metric, mode)
     looked_at = min(len(ranked), config.promote.top_k)
     raise CheckpointError(
         f"{directory} has no sound checkpoint to promote among its best {looked_at}"

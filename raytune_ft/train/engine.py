@@ -39,6 +39,7 @@ class Engine:
     pad_token: int
     micro_tokens: int
     packing: bool
+    notes: tuple[str, ...] = ()
 
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore, step_name
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.config.schema import Config, DataConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RaytuneFtError
 from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
@@ -30,8 +29,6 @@ from raytune_ft.train.report import MetricsFile, Reporter, Silent
 from raytune_ft.train.saver import Identity, Saver
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state, read_progress
-
-logger = logging.getLogger(__name__)
 
 
 def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunResult:
@@ -106,6 +103,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
         final=_with_checkpoint(progress, store),
         seed=config.seed,
         config_sha256=config_sha256(config),
+        notes=engine.notes,
     )
     if writes:
         _write_result(spec, result)
@@ -132,24 +130,23 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
     )
-    return replace(engine, packing=_choose_packing(engine, config.data, vocabulary))
+    if config.data.packing is False:
+        return engine
+    reason = _why_not_packed(engine, vocabulary)
+    if reason is None:
+        return replace(engine, packing=True)
+    if config.data.packing is True:
+        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
+    return replace(engine, notes=(f"data.packing: auto goes without, because {reason}",))
 
 
-def _choose_packing(engine: Engine, data: DataConfig, vocabulary: int) -> bool:
-    if data.packing is False:
-        return False
-    reason = probe_packing(
+def _why_not_packed(engine: Engine, vocabulary: int) -> str | None:
+    return probe_packing(
         lambda batch: engine.logits(batch, torch.ones_like(batch.tokens_BS, dtype=torch.bool)),
         vocabulary,
         engine.precision,
         engine.strategy.device,
     )
-    if reason is None:
-        return True
-    if data.packing is True:
-        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
-    logger.info("packing is off: %s", reason)
-    return False
 
 
 def _with_checkpoint(progress: Progress, store: CheckpointStore) -> Point | None:

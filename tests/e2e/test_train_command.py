@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.cli import run_command
+from tests.support.models import save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +31,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         f"data.test.path={tmp_path}/test.jsonl",
         "train.epochs=null",
         "train.lr=1e-2",
+        "train.lr_schedule=constant",  # so that a resume may raise the budget
         "train.eval_every_examples=40",
         "checkpoint.every_examples=40",
     ]
@@ -69,6 +71,25 @@ def test_train_resume_promote_evaluate(
         assert run_command(["evaluate", model, *config]) == 0
         shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
         assert shown["eval_loss"] == f"{measured[column]['eval_loss']:.4f}"
+
+
+def test_rows_longer_than_the_model(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    assert run_command(["train", *arguments, f"model.path={base}"]) == 2
+    assert "and the model has 16 positions; write at most 16" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_a_model_directory_that_does_not_exist(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", arguments[0], *arguments[1:]]
+    assert run_command(["evaluate", f"{tmp_path}/nothing", *config]) == 2
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_a_method_switch_on_the_command_line(

@@ -96,6 +96,12 @@ def test_a_sweep_may_gain_trials_and_nothing_else() -> None:
             check_resume(sweep, apply_overrides(sweep, change))
 
 
+def test_the_budget_of_a_sweep_stays() -> None:
+    sweep = apply_overrides(CONFIG, SEARCH | {"train.lr_schedule": "constant"})
+    with pytest.raises(ConfigError, match="cannot change in a sweep"):
+        check_resume(sweep, apply_overrides(sweep, {"train.epochs": 3}))
+
+
 def test_a_grace_period_beyond_the_budget_is_refused_once_the_data_is_known() -> None:
     search = apply_overrides(CONFIG, SEARCH).search
     assert search is not None

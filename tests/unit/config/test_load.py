@@ -155,7 +155,7 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("parallel: {strategy: single, workers: 2}", "parallel.strategy=single is one process"),
         ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
         ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
-        ("promote: {merge: greedy_soup}", "promote.merge=greedy_soup is not best;"),
+        ("promote: {merge: ties}", "promote.merge=ties is not in this version, which has best;"),
         ("parallel: {strategy: deepspeed}", "parallel.strategy=deepspeed is not auto, single, ddp"),
         ("search: {trials: 2}", "search.space is missing; write a mapping with at least one key"),
     ],

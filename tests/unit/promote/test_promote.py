@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +217,31 @@ def test_a_sweep_promotes_its_best_trial(train: Train, tmp_path: Path) -> None:
     second = promote(sweep, again=True, tell=said.append)
     assert (second.trial, second.evaluation.looks) == ("t0", 2)
     assert "t1 is passed over" in said[0]
+
+
+def test_a_sweep_that_searches_seeds_is_measured_on_its_own_split(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial's seed would draw another validation split, with rows that the trial trained on."""
+    sweep = tmp_path / "sweep"
+    run = train("seeded", "seed=7")
+    shutil.copytree(run, sweep / "trials" / "t0")
+    config = (run / "config.yaml").read_text().replace("seed: 7", "seed: 0")
+    (sweep / "config.yaml").write_text(config.replace("name: seeded", "name: the-sweep"))
+    best = json.loads((run / "result.json").read_text())["best"]["eval_loss"]
+    record = {"id": "t0", "params": {"seed": 7}, "status": "completed", "eval_loss": best}
+    (sweep / "result.json").write_text(json.dumps({"status": "completed", "trials": [record]}))
+    seeds = []
+    prepare = promote_module.prepare_data
+
+    def recording(data: Any, tokenizer: Any, seed: int, *rest: Any) -> Any:
+        seeds.append(seed)
+        return prepare(data, tokenizer, seed, *rest)
+
+    monkeypatch.setattr(promote_module, "prepare_data", recording)
+    promote(sweep)
+    assert seeds == [0]
+    assert "# the-sweep" in (sweep / "promoted/README.md").read_text()
 
 
 def test_a_refused_fold_measures_nothing_and_leaves_nothing(
