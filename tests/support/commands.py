@@ -1,0 +1,58 @@
+"""The command line as a process of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str) -> list[str]:
+    """`raytune-ft ARGUMENTS` with this interpreter."""
+    return [sys.executable, "-m", "raytune_ft", *arguments]
+
+
+def run_process(
+    arguments: Sequence[str], timeout_s: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run it in the repository; stdout and stderr come back as text."""
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def kill_when(arguments: Sequence[str], path: Path, lines: int, timeout_s: float = 240) -> None:
+    """Start the command and SIGKILL it once `path` has that many lines.
+
+    Its process group goes with it: a driver takes its local Ray cluster along, as the end of a
+    machine would.
+    """
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not path.exists() or len(path.read_text().splitlines()) < lines:
+            assert process.poll() is None, "the command ended before it could be killed"
+            assert time.monotonic() < deadline, f"{path} did not get {lines} lines"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
