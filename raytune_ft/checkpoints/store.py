@@ -130,10 +130,14 @@ class CheckpointStore:
                 continue
         return found
 
-    def newest_valid(self) -> Path | None:
+    def newest_valid(
+        self, accept: Callable[[CheckpointManifest], bool] = lambda manifest: True
+    ) -> Path | None:
         """The latest checkpoint that verifies to the last byte; says which ones it passed over."""
         for path in reversed(self._paths()):
             try:
+                if not accept(check_sizes(path)):
+                    continue
                 self.verify(path)
             except CheckpointError as error:
                 self._warn(f"checkpoint {path.name} is passed over: {error}")

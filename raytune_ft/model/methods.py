@@ -44,7 +44,14 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
     )
     with warnings.catch_warnings():  # PEFT still uses a name that transformers has deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model: nn.Module = get_peft_model(base, config)
+        try:
+            model: nn.Module = get_peft_model(base, config)
+        except ValueError as error:
+            raise ModelError(
+                f"method.targets={method.targets}",
+                f"cannot be adapted ({str(error).splitlines()[0]})",
+                "write all-linear, or names of linear layers",
+            ) from error
     model.eval()
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -91,6 +98,7 @@ class Exporter:
         if self._adapted is None:
             with torch.device("meta"):
                 self._shell: Any = type(model)(copy.deepcopy(model.config))
+            self._shell.generation_config = model.generation_config
             self._rest = _untrained_state(model)
 
     def save(self, trained: dict[str, Tensor], directory: Path) -> None:
@@ -119,12 +127,12 @@ def _untrained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_targets(base: nn.Module, targets: list[str]) -> None:
-    endings = {
-        name.rsplit(".", 1)[-1]: None
+    names = [
+        name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    names = [name for name, _ in base.named_modules()]
+        if isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+    ]
+    endings = {name.rsplit(".", 1)[-1]: None for name in names}
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             near = difflib.get_close_matches(target, endings, n=3) or list(endings)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Strategy(Protocol):
@@ -42,3 +44,6 @@ class Strategy(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value, on every rank: for what each could find out, but not surely alike."""

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raytune_ft.strategy.base import T
+from raytune_ft.strategy.dist import all_sum, from_rank_0
 from raytune_ft.strategy.single import Single
 
 
@@ -31,5 +33,8 @@ class Ddp(Single):
 
     def sum(self, values: Tensor) -> Tensor:
         """See `Strategy.sum`."""
-        dist.all_reduce(values)
-        return values
+        return all_sum(values)
+
+    def agree(self, value: T) -> T:
+        """See `Strategy.agree`."""
+        return from_rank_0(value, self.device)

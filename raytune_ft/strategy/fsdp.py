@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from raytune_ft.strategy.base import T
+from raytune_ft.strategy.dist import all_sum, from_rank_0
 from raytune_ft.strategy.single import Single
 
 
@@ -55,8 +57,11 @@ class Fsdp(Single):
 
     def sum(self, values: Tensor) -> Tensor:
         """See `Strategy.sum`."""
-        dist.all_reduce(values)
-        return values
+        return all_sum(values)
+
+    def agree(self, value: T) -> T:
+        """See `Strategy.agree`."""
+        return from_rank_0(value, self.device)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.strategy.base import T
+
 
 def local_device() -> torch.device:
     """The accelerator that this process was given, else the CPU."""
@@ -52,3 +54,7 @@ class Single:
     def sum(self, values: Tensor) -> Tensor:
         """Nothing to add."""
         return values
+
+    def agree(self, value: T) -> T:
+        """Nobody to disagree with."""
+        return value

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from raytune_ft.checkpoints.store import step_name
+from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.schema import TrainConfig
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
@@ -52,6 +53,18 @@ class Schedule:
     total_examples: int
     eval_every: int
     save_every: int
+    extendable: bool
+
+    @classmethod
+    def of(cls, train: TrainConfig, available: int, save_every: int) -> Schedule:
+        """The schedule of a run over `available` training examples."""
+        return cls(
+            train.batch_size,
+            total_examples(train, available),
+            train.eval_every_examples,
+            save_every,
+            extendable=not depends_on_horizon(train),
+        )
 
     @property
     def total_steps(self) -> int:
@@ -67,6 +80,18 @@ class Schedule:
         before, after = self.examples_after(step - 1), self.examples_after(step)
         return after // every > before // every or step == self.total_steps
 
+    def save_due(self, step: int) -> bool:
+        """Is a checkpoint due? One is before a last step that is not full, since a larger budget
+        would fill that step.
+        """
+        last_is_partial = self.total_examples % self.batch_size > 0
+        before_partial = step == self.total_steps - 1 and last_is_partial
+        return self.due(step, self.save_every) or (self.extendable and before_partial)
+
+    def is_on_the_way(self, step: int, examples: int) -> bool:
+        """Does a run of this budget pass through such a state?"""
+        return examples == self.examples_after(step)
+
 
 def train(
     engine: Engine,
@@ -74,7 +99,7 @@ def train(
     data: TokenizedSplit,
     validation: TokenizedSplit,
     settings: TrainConfig,
-    save_every: int,
+    schedule: Schedule,
     seed: int,
     objective: Objective,
     progress: Progress,
@@ -91,12 +116,6 @@ def train(
     Raises:
         Diverged: the loss, the gradient or an evaluation is not finite.
     """
-    schedule = Schedule(
-        settings.batch_size,
-        total_examples(settings, len(data)),
-        settings.eval_every_examples,
-        save_every,
-    )
     started = time.perf_counter() - progress.wall_s
     if progress.base is None:
         with without_method(engine.model):
@@ -150,7 +169,7 @@ def train(
             log.evaluation(evaluation, None)
         stopped = should_stop()
         ending = stopped or _exhausted(progress, settings)
-        if is_best or ending or schedule.due(step, schedule.save_every):
+        if is_best or ending or schedule.save_due(step):
             saver.save(optimizer, progress, evaluation)
         if is_best:
             saver.wait()

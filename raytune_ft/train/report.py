@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raytune_ft.records import EvalMetrics, StepMetrics, to_json
+from raytune_ft.rundir import write_text_atomic
 
 
 class Reporter(Protocol):
@@ -55,7 +56,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         kept = _lines_up_to(path, resume_step) if resume_step is not None else []
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text_atomic(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -79,7 +80,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the half line of a killed writer
-            break
+            continue
         if record["step"] <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
     return kept

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from torch import nn
 from raytune_ft.checkpoints.store import CheckpointStore, step_name
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import open_prepared
-from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RaytuneFtError
+from raytune_ft.data.prepare import PreparedData, open_prepared
+from raytune_ft.errors import ConfigError, Diverged, ModelError, OutOfMemory, RaytuneFtError
 from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
 from raytune_ft.model.methods import Exporter, trained_parameters
 from raytune_ft.model.probe import probe_packing
@@ -23,7 +24,7 @@ from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import write_json_atomic
 from raytune_ft.strategy import STRATEGIES, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
-from raytune_ft.train.loop import Objective, train
+from raytune_ft.train.loop import Objective, Schedule, train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import MetricsFile, Reporter, Silent
 from raytune_ft.train.saver import Identity, Saver
@@ -63,11 +64,13 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     config = spec.config
     data = open_prepared(spec.data_dir)
     model = build_model(config.model, config.method, config.train.precision, config.seed)
+    _check_vocabulary(model, data)
     exporter = Exporter(model, disk_dtype(config.model))
     engine = build_engine(model, config, strategy)
     optimizer = build_optimizer(engine.parameters.values(), config.train)
     store = CheckpointStore(spec.run_dir / "checkpoints")
-    checkpoint = store.newest_valid()
+    schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
+    checkpoint = _where_to_resume(store, schedule, strategy)
     progress = load_state(checkpoint, engine, optimizer) if checkpoint else Progress()
     saver = Saver(
         store,
@@ -86,7 +89,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
             data.train,
             data.validation,
             config.train,
-            config.checkpoint.every_examples,
+            schedule,
             config.seed,
             Objective(spec.metric, spec.mode),
             progress,
@@ -110,6 +113,30 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     return result
 
 
+def _check_vocabulary(model: nn.Module, data: PreparedData) -> None:
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    splits = (data.train, data.validation, data.test)
+    largest = max(int(split.input_ids.max(initial=0)) for split in splits if split is not None)
+    if largest >= rows:
+        raise ModelError(
+            "model.path",
+            f"has embeddings for {rows} tokens, and its tokenizer writes token {largest}",
+            "use the tokenizer that belongs to the model, or resize the model's embeddings",
+        )
+
+
+def _where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:
+    """The newest sound checkpoint through which a run of this budget passes.
+
+    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment.
+    """
+    found = None
+    if strategy.rank == 0:
+        found = store.newest_valid(lambda one: schedule.is_on_the_way(one.step, one.examples))
+    name = strategy.agree(found.name if found else None)
+    return store.root / name if name else None
+
+
 def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine:
     """Lay the model out as the strategy does, then ask whether packing is exact on it.
 
@@ -126,27 +153,20 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
         parameters=trained_parameters(model),
         strategy=strategy,
         precision=config.train.precision,
-        pad_token=pad_token(load_tokenizer(config.model)),
+        pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
     )
     if config.data.packing is False:
         return engine
-    reason = _why_not_packed(engine, vocabulary)
+    reason = strategy.agree(
+        probe_packing(engine.logits, vocabulary, engine.precision, strategy.device)
+    )
     if reason is None:
         return replace(engine, packing=True)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
     return replace(engine, notes=(f"data.packing: auto goes without, because {reason}",))
-
-
-def _why_not_packed(engine: Engine, vocabulary: int) -> str | None:
-    return probe_packing(
-        lambda batch: engine.logits(batch, torch.ones_like(batch.tokens_BS, dtype=torch.bool)),
-        vocabulary,
-        engine.precision,
-        engine.strategy.device,
-    )
 
 
 def _with_checkpoint(progress: Progress, store: CheckpointStore) -> Point | None:

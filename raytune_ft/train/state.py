@@ -61,7 +61,9 @@ def take_snapshot(
     for name, parameter in engine.parameters.items():
         whole = {"": engine.strategy.gather(parameter)}
         for moment in MOMENTS:
-            whole[moment] = engine.strategy.gather(optimizer.state[parameter][moment])
+            # A weight that took no part in any step, such as one of an unused tower, has none.
+            value = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+            whole[moment] = engine.strategy.gather(value)
         if engine.strategy.rank == 0:
             weights[name] = whole.pop("")
             moments |= {f"{name}.{moment}": value for moment, value in whole.items()}

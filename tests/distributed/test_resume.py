@@ -65,6 +65,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, inputs: tuple[Path,
     assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
 
 
+def test_a_larger_budget_fills_the_partial_last_step(
+    tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    """20 examples at batch 7 end with a step of 6; a run of 70 examples has a full one there."""
+    constant = {"train.lr_schedule": "constant", "train.warmup_fraction": 0.0}
+    long = make_config(*inputs, constant | {"train.max_examples": 70})
+    run(long, tmp_path / "whole")
+    run(make_config(*inputs, constant | {"train.max_examples": 20}), tmp_path / "raised")
+    run(long, tmp_path / "raised")
+    assert largest_difference(tmp_path / "whole", tmp_path / "raised") == (0.0, 0.0, 0.0)
+    assert metrics(tmp_path / "raised")[-1]["examples"] == 70
+
+
 def test_dropout_is_a_function_of_the_step(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     config = make_config(*inputs, CHANGES | {"method.dropout": 0.2})
     run(config, tmp_path / "whole")

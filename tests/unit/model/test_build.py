@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import build_model, load_base, load_model_config
-from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods import Exporter, trained_parameters
 from tests.support.models import save_tiny_llama
 
 
@@ -47,6 +48,26 @@ def test_weights_that_move_are_float32_and_the_rest_is_narrow(tmp_path: Path) ->
     assert frozen == {torch.bfloat16}
     full = build_model(model, FullMethod(name="full"), "bfloat16", seed=0)
     assert {p.dtype for p in full.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("targets", [["mlp"], ["q_prj"], ["model"]])
+def test_targets_that_are_no_linear_layers(tmp_path: Path, targets: list[str]) -> None:
+    model = ModelConfig(path=str(save_tiny_llama(tmp_path / "base")))
+    with pytest.raises(ModelError, match=r"names no layer of this LlamaForCausalLM; write"):
+        build_model(model, LoraMethod(targets=targets), "float32", 0)
+
+
+def test_a_full_model_keeps_how_its_base_generates(tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base")
+    settings = {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    built = build_model(ModelConfig(path=str(base)), FullMethod(name="full"), "float32", 0)
+    exporter = Exporter(built, torch.float32)
+    exporter.save(
+        {name: p.detach() for name, p in trained_parameters(built).items()}, tmp_path / "saved"
+    )
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {key: saved[key] for key in settings} == settings
 
 
 def test_new_weights_are_drawn_from_the_seed_alone(tmp_path: Path) -> None:

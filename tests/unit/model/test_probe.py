@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfig
 
 from raytune_ft.config.schema import Config
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.build import build_model
+from raytune_ft.model.probe import probe_packing
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.run import build_engine
@@ -68,6 +72,21 @@ def test_llama_packs_in_every_precision(tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         config = make_config(*inputs, {"train.precision": precision})
         assert _engine(config).packing is True
+
+
+def test_attention_that_packs_single_rows_only_is_found(tmp_path: Path) -> None:
+    """As some kernels do: positions are obeyed in a batch of one row and ignored otherwise."""
+    engine = _engine(make_config(*make_inputs(tmp_path)))
+
+    def logits(batch: MicroBatch, keep_BS: Tensor) -> Tensor:
+        several = batch.positions_BS is not None and len(batch.tokens_BS) > 1
+        return engine.logits(replace(batch, positions_BS=None) if several else batch, keep_BS)
+
+    device = torch.device("cpu")
+    assert probe_packing(engine.logits, VOCABULARY, "float32", device) is None
+    reason = probe_packing(logits, VOCABULARY, "float32", device)
+    assert reason is not None
+    assert "attend across examples" in reason
 
 
 def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:

@@ -44,11 +44,19 @@ def test_budget() -> None:
 
 
 def test_the_last_step_takes_what_remains() -> None:
-    schedule = Schedule(batch_size=8, total_examples=20, eval_every=16, save_every=100)
+    train = TrainConfig(batch_size=8, max_examples=20, eval_every_examples=16)
+    schedule = Schedule.of(train, available=100, save_every=100)
     assert schedule.total_steps == 3
     assert [schedule.examples_after(step) for step in (1, 2, 3)] == [8, 16, 20]
     assert [schedule.due(step, schedule.eval_every) for step in (1, 2, 3)] == [False, True, True]
-    assert [schedule.due(step, schedule.save_every) for step in (1, 2, 3)] == [False, False, True]
+    assert [schedule.save_due(step) for step in (1, 2, 3)] == [False, False, True]
+    assert [schedule.is_on_the_way(2, 16), schedule.is_on_the_way(2, 20)] == [True, False]
+
+
+def test_a_checkpoint_before_a_partial_last_step_where_the_budget_may_grow() -> None:
+    train = TrainConfig(batch_size=8, max_examples=20, lr_schedule="constant")
+    schedule = Schedule.of(train, available=100, save_every=100)
+    assert [schedule.save_due(step) for step in (1, 2, 3)] == [False, True, True]
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointStore
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.model.build import build_model
 from raytune_ft.records import StepMetrics
 from raytune_ft.train import evaluation
+from raytune_ft.train import run as run_module
 from raytune_ft.train.report import Silent
+from tests.support.models import VOCABULARY
 from tests.support.runs import Recorder, losses, make_config, make_inputs, metrics, run
 
 FULL = {"method": {"name": "full"}}
@@ -115,6 +119,46 @@ def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path, inputs: tuple[P
     assert result.status == "failed"
     assert CheckpointError.__name__ in (result.error or "")
     assert "shape" in (result.error or "")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    model, data = make_inputs(tmp_path)
+    (tmp_path / "run").mkdir()
+    config = make_config(model, data)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.resize_token_embeddings(20)
+    base.save_pretrained(model)
+    with pytest.raises(ModelError, match="has embeddings for 20 tokens, and its tokenizer writes"):
+        run(config, tmp_path / "run")
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used(tmp_path: Path) -> None:
+    model, data = make_inputs(tmp_path)
+    config = make_config(model, data, SHORT | {"data.packing": False})
+    run(config, tmp_path / "before")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == VOCABULARY
+    tokenizer.save_pretrained(model)
+    run(config, tmp_path / "after")
+    assert losses(tmp_path / "before") == pytest.approx(losses(tmp_path / "after"), abs=1e-6)
+
+
+def test_weights_that_take_no_part_are_saved_all_the_same(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the vision tower of a model that is trained on text."""
+
+    def with_unused(*arguments: Any) -> Any:
+        model = build_model(*arguments)
+        model.unused = torch.nn.Parameter(torch.ones(3))
+        return model
+
+    monkeypatch.setattr(run_module, "build_model", with_unused)
+    result = run(make_config(*inputs, SHORT), tmp_path / "run")
+    assert result.status == "completed"
+    state = tmp_path / "run" / "checkpoints" / "step-000010" / "state"
+    assert load_file(state / "optimizer.safetensors")["unused.exp_avg"].tolist() == [0, 0, 0]
 
 
 class _SignalAt(Silent):
