@@ -61,8 +61,8 @@ def train(
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
         spec, data = _prepare(config, run.path, tell)
-        _start_again(run)
-        result = _run(spec, reporter(_examples(config, data)), tell)
+        with run.begun(config):
+            result = _run(spec, reporter(_examples(config, data)), tell)
     if result.status == "interrupted":
         raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -82,7 +82,8 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
             spec, data = _prepare(config, run.path, tell)
             assert spec.config.search is not None
             check_grace(spec.config.search, _examples(config, data))
-            _search(spec, tell, resume)
+            with run.begun(config):
+                _search(spec, tell, resume)
         return Swept(run.path, _read_json(run.path / RESULT), _promote_once(run.path, tell))
 
 
@@ -202,11 +203,6 @@ def _has_ended(run: OpenRun, config: Config) -> bool:
 def _budget(config: Config) -> list[Any]:
     plain = to_plain(config)
     return [plain["train"][key.removeprefix("train.")] for key in BUDGET]
-
-
-def _start_again(run: OpenRun) -> None:
-    """`result.json` is there for runs that have ended, and this one goes on."""
-    (run.path / RESULT).unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

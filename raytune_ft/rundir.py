@@ -59,15 +59,38 @@ class OpenRun:
     path: Path
     saved: Config | None
 
+    @contextmanager
+    def begun(self, config: Config) -> Iterator[None]:
+        """The work itself: as long as the context lasts, the run has not ended.
+
+        `result.json` goes before `config.yaml` is replaced, so that, whenever this process is
+        killed, no result stands beside a larger budget than it is of. An InputError that comes
+        before anything more was measured puts both back: nothing is lost by a mistake.
+        """
+        measured = _measured(self.path)
+        kept = {name: _text(self.path / name) for name in (CONFIG, RESULT)}
+        _remove(self.path / RESULT)
+        write_text_atomic(self.path / CONFIG, dump_yaml(config))
+        try:
+            yield
+        except InputError:
+            if _measured(self.path) == measured:
+                _remove(self.path / RESULT)  # of a run that failed by this mistake
+                for name, text in kept.items():  # the result comes last here
+                    if text is not None:
+                        write_text_atomic(self.path / name, text)
+            raise
+
 
 @contextmanager
 def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
 
-    A directory that was made here is removed again when an InputError ends the context before
-    anything was measured: the name is not used up by a mistake. Raises StorageError for a name
-    that exists (or, with `resume`, does not), for a directory that another process drives and
-    for a storage that cannot be written; ConfigError where a resume changes what it must keep.
+    That is the new config of a new run, and the earlier one of a resume until it has `begun`.
+    What was made here is removed again when an InputError ends the context before anything was
+    measured: the name is not used up by a mistake. Raises StorageError for a name that exists
+    (or, with `resume`, does not), for a directory that another process drives and for a storage
+    that cannot be written; ConfigError where a resume changes what it must keep.
     """
     path = run_path(config)
     if resume and not (path / CONFIG).is_file():
@@ -75,18 +98,20 @@ def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
     if not resume:
         _refuse_existing(path)
     probe_storage(path.parent)
+    made = _make(path)
     with _locked(path):
-        saved = load_config(path / CONFIG) if resume else None
-        if saved is not None:
+        if resume:
+            saved = load_config(path / CONFIG)
             check_resume(saved, config)
-        else:
-            _refuse_existing(path)  # another driver may have been faster
+            yield OpenRun(path, saved)
+            return
+        _refuse_existing(path)  # another driver may have been faster
         write_text_atomic(path / CONFIG, dump_yaml(config))
         try:
-            yield OpenRun(path, saved)
+            yield OpenRun(path, None)
         except InputError:
-            if not resume and not _has_measured(path):
-                shutil.rmtree(path, ignore_errors=True)
+            if not _measured(path):
+                _undo(path, made)
             raise
 
 
@@ -103,18 +128,54 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def _remove(path: Path) -> None:
+    """Also after a power cut, like `write_text_atomic`."""
+    path.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _flush_folder(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
 
 
+def _make(path: Path) -> bool:
+    """Whether the directory is of this process's making."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return True
+
+
+def _undo(path: Path, made: bool) -> None:
+    """Removes a run that has not begun; of a directory that was there before, what is in it now."""
+    if made:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK:
+            entry.unlink(missing_ok=True)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds an flock, which the kernel gives up when its holder dies, however it dies."""
     try:
-        path.mkdir(exist_ok=True)
         lock = FileLock(path / _LOCK, timeout=0)
         lock.acquire()
     except Timeout:
@@ -130,8 +191,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refuse_existing(path: Path) -> None:
-    taken = path.exists() and (not path.is_dir() or any(path.glob("[!.]*")))
-    if taken:
+    """Anything but an empty directory, or one in which a driver was killed before it had begun."""
+    try:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    strange = [name for name in names if name != _LOCK and not name.startswith(f".{CONFIG}.")]
+    if strange or (path.exists() and not path.is_dir()):
         raise StorageError(
             f"run {path.name}",
             f"exists in {path.parent}, and names are used once",
@@ -139,9 +205,10 @@ def _refuse_existing(path: Path) -> None:
         )
 
 
-def _has_measured(path: Path) -> bool:
-    """Here or in a trial; whatever took time to make is never deleted."""
-    return any(path.rglob(METRICS)) or any(path.rglob(f"{CHECKPOINTS}/step-*"))
+def _measured(path: Path) -> frozenset[tuple[Path, int]]:
+    """What took time to make, here or in a trial, with sizes; it is never deleted."""
+    metrics = {(file, file.stat().st_size) for file in path.rglob(METRICS)}
+    return frozenset(metrics | {(step, 0) for step in path.rglob(f"{CHECKPOINTS}/step-*")})
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> StorageError:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_ft.config.load import apply_overrides, load_config
 from raytune_ft.config.schema import Config, DataConfig, SourceConfig
-from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.errors import ClusterError, ConfigError, InputError, StorageError
 from raytune_ft.rundir import open_run, probe_storage, run_path, write_json_atomic
 
 
@@ -72,6 +73,104 @@ def test_files_of_somebody_else_are_not_a_new_run(config: Config) -> None:
     (run_path(config) / "thesis.txt").touch()
     with pytest.raises(StorageError, match="exists"):
         open_run(config, resume=False).__enter__()
+
+
+@pytest.mark.parametrize("name", [".git", ".env", "thesis.txt"])
+def test_a_directory_that_holds_anything_is_not_taken_and_not_removed(
+    config: Config, name: str
+) -> None:
+    run_path(config).mkdir(parents=True)
+    (run_path(config) / name).write_text("dear")
+    with pytest.raises(StorageError, match="exists"), open_run(config, resume=False):
+        raise ConfigError("a", "b", "c")
+    assert [path.name for path in run_path(config).iterdir()] == [name]
+
+
+def test_an_empty_directory_is_taken_and_given_back(config: Config) -> None:
+    run_path(config).mkdir(parents=True)
+
+    def make_and_fail(path: Path) -> None:
+        (path / "checkpoints").mkdir()
+        raise ConfigError("a", "b", "c")
+
+    with pytest.raises(ConfigError), open_run(config, resume=False) as run:
+        make_and_fail(run.path)
+    assert {path.name for path in run_path(config).iterdir()} <= {".lock"}
+    with open_run(config, resume=False):
+        pass
+
+
+def test_a_driver_killed_before_its_config_was_whole_does_not_use_up_the_name(
+    config: Config,
+) -> None:
+    run_path(config).mkdir(parents=True)
+    (run_path(config) / ".lock").touch()
+    (run_path(config) / ".config.yaml.123").touch()
+    with open_run(config, resume=False) as run:
+        assert (run.path / "config.yaml").is_file()
+
+
+def begin_and_end(config: Config) -> Config:
+    """A run that is complete, and its config with a larger budget."""
+    old = apply_overrides(config, {"train.max_examples": 80, "train.lr_schedule": "constant"})
+    with open_run(old, resume=False) as run, run.begun(old):
+        (run.path / "metrics.jsonl").write_text("{}\n")
+        write_json_atomic(run.path / "result.json", {"status": "completed"})
+    return apply_overrides(old, {"train.max_examples": 160})
+
+
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_no_kill_leaves_a_result_beside_a_larger_budget(
+    config: Config, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Killed at each change of the directory in turn, from opening the run on."""
+    more = begin_and_end(config)
+    path = run_path(more)
+    left = [calls]
+
+    def may_die(function: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt  # no handler of ours: nothing is put back
+            return function(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Path, "unlink", may_die(Path.unlink))
+    monkeypatch.setattr(Path, "replace", may_die(Path.replace))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_run(more, resume=True) as run,
+        run.begun(more),
+    ):
+        raise KeyboardInterrupt
+    assert not (path / "result.json").exists() or (
+        load_config(path / "config.yaml").train.max_examples == 80
+    )
+
+
+def test_a_mistake_in_a_resume_puts_back_what_was(config: Config) -> None:
+    more = begin_and_end(config)
+    path = run_path(more)
+    before = [(path / name).read_text() for name in ("config.yaml", "result.json")]
+
+    def fail(error: InputError, metrics: str = "") -> None:
+        with open_run(more, resume=True) as run, run.begun(more):
+            assert load_config(path / "config.yaml") == more
+            assert not (path / "result.json").exists()
+            write_json_atomic(path / "result.json", {"status": "failed"})
+            with (path / "metrics.jsonl").open("a") as file:
+                file.write(metrics)
+            raise error
+
+    with pytest.raises(ClusterError):
+        fail(ClusterError("a", "b", "c"))
+    assert [(path / name).read_text() for name in ("config.yaml", "result.json")] == before
+    with pytest.raises(StorageError):
+        fail(StorageError("disk", "is full", "make room"), "{}\n")
+    assert load_config(path / "config.yaml") == more
+    assert json.loads((path / "result.json").read_text()) == {"status": "failed"}
 
 
 def test_a_second_driver_is_refused_until_the_first_is_dead(config: Config) -> None:
