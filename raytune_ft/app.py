@@ -22,10 +22,20 @@ from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
-from raytune_ft.rundir import PROMOTED, RESULT, OpenRun, cache_path, open_run, probe_storage
+from raytune_ft.rundir import (
+    DATA,
+    PROMOTED,
+    RESULT,
+    OpenRun,
+    cache_path,
+    open_run,
+    probe_storage,
+    write_text_atomic,
+)
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.report import DataReport
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
     from raytune_ft.train.spec import RunSpec
@@ -60,7 +70,7 @@ def train(
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
-        spec, data = _prepare(config, run.path, tell)
+        spec, data = _prepare(config, run, tell)
         with run.begun(config):
             result = _run(spec, reporter(_examples(config, data)), tell)
     if result.status == "interrupted":
@@ -79,7 +89,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         )
     with _placed(written) as config, open_run(config, resume) as run:
         if not _has_ended(run, config):
-            spec, data = _prepare(config, run.path, tell)
+            spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
             check_grace(spec.config.search, _examples(config, data))
             with run.begun(config):
@@ -143,9 +153,10 @@ def _needs_ray(config: Config) -> bool:
     return config.search is not None or not alone
 
 
-def _prepare(config: Config, run_dir: Path, tell: Tell) -> tuple[RunSpec, PreparedData]:
+def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
     expanded = expand_env(config)
     data = prepare(expanded, tell)
+    _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
 
@@ -154,7 +165,18 @@ def _prepare(config: Config, run_dir: Path, tell: Tell) -> tuple[RunSpec, Prepar
         )  # whether the model takes the method, before workers start
     from raytune_ft.train.spec import RunSpec
 
-    return RunSpec(config=expanded, run_dir=run_dir, data_dir=data.path), data
+    return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data
+
+
+def _keep_or_compare(run: OpenRun, report: DataReport) -> None:
+    """A run keeps the report of its data; a resume refuses other data."""
+    from raytune_ft.data.same import check_same
+
+    saved = run.path / DATA
+    if run.has_measured and saved.exists():
+        check_same(saved, report)
+    else:
+        write_text_atomic(saved, report.to_json() + "\n")
 
 
 def _run(spec: RunSpec, reporter: Reporter, tell: Tell) -> RunResult:

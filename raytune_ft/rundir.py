@@ -20,7 +20,7 @@ from raytune_ft.errors import InputError, StorageError
 from raytune_ft.records import to_json
 
 CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
-PROMOTED = "promoted"
+DATA, TRIALS, PROMOTED = "data.json", "trials", "promoted"
 _LOCK = ".lock"
 _REMEDY = "write a storage directory that this user can write to"
 
@@ -31,11 +31,16 @@ def run_path(config: Config) -> Path:
 
 
 def cache_path(config: Config) -> Path:
-    """Where tokens are cached: beside the runs, so that runs, trials and workers share it.
+    """Where the tokens of a resolved config are cached."""
+    return cache_in(run_path(config).parent)
+
+
+def cache_in(storage: Path) -> Path:
+    """The token cache: beside the runs, so that runs, trials and workers share it.
 
     No run can be called so, since names begin with a letter or a digit.
     """
-    return Path(expand_text(config.storage, "storage")) / ".cache" / "tokens"
+    return storage / ".cache" / "tokens"
 
 
 def probe_storage(storage: Path) -> None:
@@ -58,6 +63,11 @@ class OpenRun:
 
     path: Path
     saved: Config | None
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether this run, or one of its trials, has something to lose."""
+        return bool(_measured(self.path))
 
     @contextmanager
     def begun(self, config: Config) -> Iterator[None]:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.manifest import flush_files, fsync, fsync_folders
-from raytune_ft.config.load import expand_env, load_config
+from raytune_ft.config.load import expand_env
 from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.same import check_same
 from raytune_ft.errors import StorageError
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.promote.card import (
@@ -30,9 +31,9 @@ from raytune_ft.promote.evaluate import decode, measure, measured_split, sample_
 from raytune_ft.promote.fold import FoldCheck, fold, held_out
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
-from raytune_ft.rundir import CONFIG, cache_path
+from raytune_ft.rundir import DATA, PROMOTED, cache_in
 
-PROMOTED, MODEL, EVALUATION, CARD = "promoted", "model", "evaluation.json", "README.md"
+MODEL, EVALUATION, CARD = "model", "evaluation.json", "README.md"
 _UNFINISHED = ".promoted.new"
 _LOCK = ".promoted.lock"
 _METRIC = {
@@ -78,7 +79,8 @@ def promote(
     Raises:
         StorageError: no run that ended, `promoted` exists and not `again`, or no room to write.
         RunFailed: nothing usable (CheckpointError: nothing sound; MergeError: a wrong fold).
-        DataError, ModelError: data or base are gone, or not what they were.
+        DataError: the data are gone, or not what they were when the run began.
+        ModelError: the base is gone.
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
@@ -88,13 +90,14 @@ def promote(
             "exists, and promoting again would measure the test split once more",
             "write --again to do so; the earlier one is kept beside it",
         )
-    tokens = cache_dir or cache_path(load_config(directory / CONFIG))
+    tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
     with _locked(directory):
         unfinished = directory / _UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)  # of a promotion that was killed
         try:
             unfinished.mkdir()
-            promotion = _build(selection, unfinished, tokens, _looks(directory) + 1, tell, samples)
+            looks = _looks(directory) + 1
+            promotion = _build(selection, directory, unfinished, tokens, looks, tell, samples)
             list(flush_files(unfinished))
             _publish(unfinished, target, tell)
         except (OSError, SafetensorError) as cause:
@@ -115,13 +118,26 @@ def promote(
 
 
 def _build(
-    selection: Selection, folder: Path, cache_dir: Path, looks: int, tell: Tell, samples: int
+    selection: Selection,
+    directory: Path,
+    folder: Path,
+    cache_dir: Path,
+    looks: int,
+    tell: Tell,
+    samples: int,
 ) -> Promotion:
-    """Fill `folder`; everything that can be refused is refused before the test split is read."""
+    """Fill `folder` from the run or sweep in `directory`.
+
+    Everything that can be refused is refused before the test split is measured.
+    """
     chosen, config = selection.candidate, expand_env(selection.config)
     tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {selection.manifest.step}")
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, selection.data_seed, cache_dir, tell)
+    if (directory / DATA).exists():
+        check_same(directory / DATA, data.report)
+    else:  # of a trial by itself, or of an earlier version
+        tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
     check = fold(config.model, chosen.checkpoint, folder / MODEL, held_out(data.validation))
     tell(f"folded; logits differ by at most {check.written_difference:.1e} as written")
     _save_tokenizer(tokenizer, folder / MODEL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,41 @@ def test_what_only_workers_find_wrong_does_not_use_up_the_name(
         "error: data.packing=true would change the numbers; write auto\n"
     )
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_a_resume_on_other_data_is_refused(
+    command: Command,
+    work: Work,
+    inputs: Path,
+    run_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    assert command(name) == 0
+    (run_dir / "result.json").unlink()  # as if it had been killed
+    rows = inputs / "rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    assert command(name, "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.train with 38 examples (sha256 ")
+    assert "is not what the run began with, 38 examples (sha256 " in error
+    assert len(work.done) == 1
+
+    rows.write_text("".join(lines))
+    shutil.rmtree(inputs / "runs" / ".cache")  # the same rows, tokenised anew
+    assert command(name, "--resume") == 0
+    assert len(work.done) == 2
+
+
+def test_data_may_be_mended_before_anything_was_measured(
+    command: Command, work: Work, inputs: Path, run_dir: Path
+) -> None:
+    assert command("train") == 0
+    (run_dir / "result.json").unlink()
+    (run_dir / "metrics.jsonl").unlink()
+    write_rows(inputs / "rows.jsonl", 20, seed=3)
+    assert command("train", "--resume") == 0
+    report = json.loads((run_dir / "data.json").read_text())
+    assert report["splits"]["train"]["examples"] == 19

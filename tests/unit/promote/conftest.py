@@ -83,6 +83,7 @@ def train(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         (path / "config.yaml").write_text(dump_yaml(config))
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, cache_path(config))
+        (path / "data.json").write_text(data.report.to_json())
         result = run_training(RunSpec(config, path, data.path), "single", Silent())
         assert result.status == "completed"
         return path

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
-from raytune_ft.errors import CheckpointError, MergeError, StorageError
+from raytune_ft.errors import CheckpointError, DataError, MergeError, StorageError
 from raytune_ft.promote import promote as promote_module
 from raytune_ft.promote.promote import promote
 from tests.unit.promote.conftest import TEST, Train, write_rows
@@ -322,3 +322,31 @@ def test_the_test_data_of_the_run_is_what_is_measured(train: Train, tmp_path: Pa
     write_rows(other, 10, 7)
     run = train("other-test", f"data.test.path={other}")
     assert promote(run).evaluation.examples == 10
+
+
+def test_a_run_that_was_moved_writes_where_it_is_now(run_dir: Path, trained: Path) -> None:
+    shutil.rmtree(trained.parent / ".cache")
+    promote(run_dir)
+    assert names(run_dir.parent) == {"trained", ".cache"}
+    assert not (trained.parent / ".cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train", r"data\.train with 215 examples .* run began with, 216 examples .*; bring back"),
+        ("test", r"data\.test with 29 examples .* is not what the run began with, 30 examples"),
+    ],
+)
+def test_data_that_changed_are_refused_before_anything_is_measured(
+    train: Train, inputs: Path, tmp_path: Path, split: str, message: str
+) -> None:
+    rows = shutil.copy(inputs / f"{split}.jsonl", tmp_path / f"{split}.jsonl")
+    run = train(f"changed-{split}", f"data.{split}.path={rows}")
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:-1]))
+    with pytest.raises(DataError, match=message):
+        promote(run)
+    assert not (run / "promoted").exists()
+    rows.write_text("".join(lines))
+    assert promote(run).evaluation.looks == 1
