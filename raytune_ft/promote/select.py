@@ -13,10 +13,8 @@ from raytune_ft.config.load import load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
 from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT
-
-USABLE = ("completed", "early_stopped", "pruned")
-TRIALS = "trials"
+from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, TRIALS
+from raytune_ft.search.results import USABLE
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ def select(directory: Path, tell: Callable[[str], None]) -> Selection:
         CheckpointError: no checkpoint that could be promoted is sound.
     """
     result = read_result(directory)
+    if result.get("status") == "interrupted":
+        raise StorageError(str(directory), "was interrupted", "continue it with --resume first")
     config = load_config(directory / CONFIG)
     sweep = "trials" in result
     metric, mode = ("eval_loss", "min")
@@ -104,7 +104,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 def _the_run(directory: Path, result: Mapping[str, Any], metric: str, mode: str) -> list[Candidate]:
     if result["status"] not in USABLE:
-        why = result.get("error") or "resume it first"
+        why = result.get("error") or "no reason known"
         raise RunFailed(f"{directory} has status {result['status']} ({why}), so nothing to promote")
     found = _candidate(directory, None, {}, metric, mode)
     if found is None:

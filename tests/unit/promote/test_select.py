@@ -161,16 +161,29 @@ def test_a_run_of_its_own(tmp_path: Path) -> None:
     assert chosen.metric == "eval_loss"  # `train` ignores the search section
 
 
-@pytest.mark.parametrize("status", ["failed", "interrupted"])
-def test_a_run_that_did_not_end_well_is_refused(tmp_path: Path, status: str) -> None:
+def test_a_run_that_failed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(
         CONFIG.replace("METRIC", "eval_loss").replace("MODE", "min")
     )
     make_run(tmp_path, [0.5])
-    content = json.loads((tmp_path / "result.json").read_text()) | {"status": status}
-    (tmp_path / "result.json").write_text(json.dumps(content))
-    with pytest.raises(RunFailed, match=f"has status {status}"):
+    set_status(tmp_path, "failed")
+    with pytest.raises(RunFailed, match="has status failed"):
         select(tmp_path, print)
+    set_status(tmp_path, "interrupted")
+    with pytest.raises(StorageError, match="was interrupted; continue it with --resume first"):
+        select(tmp_path, print)
+
+
+def test_a_sweep_that_was_interrupted_is_refused(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", {"t1": ("completed", [0.9])})
+    set_status(sweep, "interrupted")
+    with pytest.raises(StorageError, match="was interrupted; continue it with --resume first"):
+        select(sweep, print)
+
+
+def set_status(directory: Path, status: str) -> None:
+    content = json.loads((directory / "result.json").read_text()) | {"status": status}
+    (directory / "result.json").write_text(json.dumps(content))
 
 
 def test_what_is_no_ended_run_is_refused(tmp_path: Path) -> None:
