@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
@@ -11,6 +12,9 @@ from raytune_ft.errors import ConfigError, StorageError
 BUILTIN = "builtin:"
 _SQLITE = "sqlite:///"
 _LOCAL = ("./", "../", "~", "/")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+"""Extensions of sources. Nothing else behind a dot makes a file: hub ids hold version numbers."""
 
 
 def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
@@ -44,17 +48,22 @@ def check_storage(written: str) -> None:
 
 def model(written: str, cwd: Path) -> str:
     """A local directory as an absolute path; a hub id and `builtin:` as they are."""
-    if written.startswith(BUILTIN):
-        return written
-    if written.startswith(_LOCAL) or _exists(written, cwd, "model.path"):
-        return absolute(written, cwd, "model.path")
-    return written
+    return written if written.startswith(BUILTIN) else source(written, cwd, "model.path")
 
 
 def source(written: str, cwd: Path, key: str) -> str:
     """A file or folder as an absolute path; a hub id as it is."""
-    is_file = bool(Path(written).suffix) or written.startswith(_LOCAL)
-    return absolute(written, cwd, key) if is_file or _exists(written, cwd, key) else written
+    is_local = _looks_local(expand_text(written, key)) or _exists(written, cwd, key)
+    return absolute(written, cwd, key) if is_local else written
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that does not exist is owner/name, of a model or a data set on the hub."""
+    return bool(_HUB_ID.fullmatch(path)) and not _looks_local(path)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(_LOCAL) or Path(path).suffix.lower() in FILE_KINDS
 
 
 def study(written: str | None, cwd: Path) -> str | None:

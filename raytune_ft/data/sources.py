@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytune_ft.config.paths import FILE_KINDS, is_hub_id
 from raytune_ft.config.schema import SourceConfig
 from raytune_ft.data.text_rows import (
     TEXT_COLUMN,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH_ROWS = 1000
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 @dataclass(frozen=True)
@@ -112,18 +110,13 @@ def open_source(label: str, source: SourceConfig) -> Source:
     except (OSError, pa.ArrowException) as error:
         rule = f"cannot be read ({_first_line(error)})"
         raise _refusal(label, source, rule, "write a file that can be read") from error
-    if looks_like_hub_id(source.path):
+    if is_hub_id(source.path):
         return _open_hub(label, source)
     remedy = "write a file, a folder saved by datasets, or a hub id such as owner/name"
     if path.parent.is_dir():
         siblings = [item.name for item in path.parent.iterdir()]
         remedy = _nearest(path.name, siblings, f"{label}.path={path.parent}/") or remedy
     raise _refusal(label, source, "does not exist", remedy)
-
-
-def looks_like_hub_id(path: str) -> bool:
-    """owner/name without a file's extension."""
-    return bool(_HUB_ID.fullmatch(path)) and not _EXTENSION.search(path)
 
 
 TEXT_READERS: dict[str, Callable[[Path, SourceConfig], Rows]] = {
@@ -137,8 +130,8 @@ TEXT_READERS: dict[str, Callable[[Path, SourceConfig], Rows]] = {
 
 def _open_file(label: str, source: SourceConfig, path: Path) -> Source:
     kind = path.suffix.lower()
-    if kind not in TEXT_READERS and kind != ".parquet":
-        known = ", ".join([*TEXT_READERS, ".parquet"])
+    if kind not in FILE_KINDS:
+        known = ", ".join(FILE_KINDS)
         raise _refusal(label, source, f"is of an unknown kind {kind!r}", f"write one of {known}")
     _refuse_unused(label, source, kind, {".csv": {"columns"}, ".tsv": {"columns"}})
     sha256 = _sha256([path])

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raytune_ft.config.paths import FILE_KINDS
 from raytune_ft.config.schema import SourceConfig
-from raytune_ft.data.sources import looks_like_hub_id, open_source
+from raytune_ft.data.sources import TEXT_READERS, open_source
 from raytune_ft.data.text_rows import BadRow, Row
 from raytune_ft.errors import DataError
 
@@ -286,20 +287,8 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path: Path) -> None:
         read(tmp_path / "a.xlsx")
 
 
-@pytest.mark.parametrize(
-    ("path", "hub"),
-    [
-        ("openai/gsm8k", True),
-        ("owner/name-v2_x", True),
-        ("data/train.jsonl", False),
-        ("gsm8k", False),
-        ("/data/train", False),
-        ("a/b/c", False),
-        ("../train", False),
-    ],
-)
-def test_what_looks_like_a_hub_id(path: str, hub: bool) -> None:
-    assert looks_like_hub_id(path) is hub
+def test_every_kind_of_file_has_a_reader() -> None:
+    assert (*TEXT_READERS, ".parquet") == FILE_KINDS
 
 
 def test_a_hub_data_set_is_read_and_runs_no_remote_code(
@@ -313,8 +302,8 @@ def test_a_hub_data_set_is_read_and_runs_no_remote_code(
         return datasets.DatasetDict({"train": datasets.load_from_disk(str(tmp_path / "folder"))})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert pairs(read("owner/name", subset="main", split="train")) == PAIRS
-    assert calls == [(("owner/name", "main"), {})]
+    assert pairs(read("owner/name-2.5", subset="main", split="train")) == PAIRS
+    assert calls == [(("owner/name-2.5", "main"), {})]
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
