@@ -66,7 +66,7 @@ def train(
 ) -> Trained:
     """One run. Raises InputError, RunFailed or Interrupted."""
     written = load_config(file, overrides, tell, ignore_search=True)
-    with _placed(written) as config, open_run(config, resume) as run:
+    with placed(written) as config, open_run(config, resume) as run:
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
@@ -87,7 +87,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
-    with _placed(written) as config, open_run(config, resume) as run:
+    with placed(written) as config, open_run(config, resume) as run:
         if not _has_ended(run, config):
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
@@ -135,7 +135,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
 
 @contextmanager
-def _placed(written: Config) -> Iterator[Config]:
+def placed(written: Config) -> Iterator[Config]:
     """The resolved config. A cluster that is joined says first whether it has several nodes."""
     with ExitStack() as stack:
         several = False

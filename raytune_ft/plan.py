@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytune_ft.app import prepare
-from raytune_ft.config.load import choose_strategy, dump_yaml, expand_env, load_config, resolve
+from raytune_ft.app import placed, prepare
+from raytune_ft.config.load import choose_strategy, dump_yaml, expand_env, load_config
 from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.rundir import probe_storage, run_path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
 _FLOAT32, _MOMENTS = 4, 2
+_TERA_HOUR = 1e12 * 3600
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,16 @@ class Plan:
     train_examples: int
     budget_examples: int
     steps: int
+    tokens: int
+    flops: float
     notes: tuple[str, ...]
 
 
 def make_plan(file: Path, overrides: Sequence[str], tell: Callable[[str], None]) -> Plan:
     """Validate, resolve, tokenise, and count; raises what `train` or `sweep` would."""
     written = load_config(file, overrides, tell)
-    config = resolve(written)
-    probe_storage(run_path(config).parent)
+    with placed(written) as config:
+        probe_storage(run_path(config).parent)
     expanded = expand_env(config)
     data = prepare(expanded, tell)
 
@@ -65,6 +68,7 @@ def make_plan(file: Path, overrides: Sequence[str], tell: Callable[[str], None])
 
     total, trained = count_parameters(expanded.model, expanded.method)
     budget = total_examples(config.train, len(data.train))
+    tokens = round(budget * len(data.train.input_ids) / len(data.train))
     if config.search is not None:
         check_grace(config.search, budget)
     pieces = describe_example(data.train, 0, load_tokenizer(expanded.model))
@@ -80,6 +84,8 @@ def make_plan(file: Path, overrides: Sequence[str], tell: Callable[[str], None])
         train_examples=len(data.train),
         budget_examples=budget,
         steps=-(-budget // config.train.batch_size),
+        tokens=tokens,
+        flops=estimate_flops(total, trained, tokens),
         notes=_notes(config),
     )
 
@@ -98,6 +104,15 @@ def estimate_memory(config: Config, total: int, trained: int) -> Memory:
         gradients=trained * master_bytes // share,
         optimizer=_MOMENTS * trained * master_bytes // share,
     )
+
+
+def estimate_flops(total: int, trained: int, tokens: int) -> float:
+    """Of the matrix products with weights: two a weight and token in the forward pass, two in the
+    backward pass through it and two for its own gradient if it moves (arXiv 2001.08361).
+
+    Attention scores and evaluations come on top; an embedding is counted, and is only looked up.
+    """
+    return (4.0 * total + 2.0 * trained) * tokens
 
 
 def _notes(config: Config) -> tuple[str, ...]:
@@ -138,6 +153,8 @@ def describe(plan: Plan) -> str:
         f"memory of a worker: {size(memory.total)} (parameters {size(memory.parameters)}, "
         f"gradients {size(memory.gradients)}, optimizer {size(memory.optimizer)}), and activations",
         f"budget: {plan.budget_examples:,} examples in {plan.steps:,} steps",
+        f"compute of a run: {plan.tokens:,} tokens, about {plan.flops:.2g} FLOP without attention scores and "
+        f"evaluations, {plan.flops / _TERA_HOUR:.2g} hours at 1 TFLOP/s",
         "data:",
         *sources,
         f"  splits: {splits}",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from raytune_ft.config.load import apply_overrides, load_config, resolve
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.errors import ConfigError, ModelError, StorageError
 from raytune_ft.model.build import build_model, count_parameters
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.plan import describe, estimate_memory, make_plan
+from raytune_ft.plan import describe, estimate_flops, estimate_memory, make_plan
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
@@ -70,3 +71,24 @@ def test_plan_refuses_what_a_sweep_would(config: Config, tmp_path: Path) -> None
             [f"storage={tmp_path}", "search.scheduler.grace_examples=99999"],
             lambda line: None,
         )
+
+
+def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.delenv("RAYTUNE_FT_STORAGE", raising=False)
+    monkeypatch.setattr("raytune_ft.train.ray_cluster.connected", nullcontext)
+    monkeypatch.setattr("raytune_ft.train.ray_cluster.node_count", lambda: 2)
+    with pytest.raises(StorageError, match=r"storage=runs is relative, .*on several nodes"):
+        make_plan(QUICKSTART, ["parallel.workers=2"], lambda line: None)
+
+
+def test_compute_is_counted_over_the_budget(config: Config, tmp_path: Path) -> None:
+    assert estimate_flops(total=100, trained=100, tokens=7) == 6 * 100 * 7
+    assert estimate_flops(total=110, trained=10, tokens=7) == (4 * 110 + 2 * 10) * 7
+    one = make_plan(QUICKSTART, [f"storage={tmp_path}", "train.epochs=1"], lambda line: None)
+    assert one.tokens == one.report.splits["train"].tokens
+    two = make_plan(QUICKSTART, [f"storage={tmp_path}", "train.epochs=2"], lambda line: None)
+    assert two.tokens == 2 * one.tokens
+    assert f"compute of a run: {two.tokens:,} tokens, " in describe(two)
