@@ -18,10 +18,16 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.checkpoints.store import step_name
 from raytune_ft.config.identity import config_sha256
+from raytune_ft.config.load import choose_strategy
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.records import EvalMetrics, Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
@@ -262,35 +268,30 @@ def _report(values: dict[str, Any]) -> Report:
     return Report(EvalMetrics(**numbers), values["checkpoint"])
 
 
+class _LeanTrainer(DataParallelTrainer):
+    """Two processes less for each run, 1.5 s of a core each, and no torch beside the workers.
+
+    There are no Ray Data sets. And the cleaner, which looks its cluster up through the State API
+    and dies where a machine runs two of them, is what the switchboard replaces.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        every = super()._create_default_callbacks()
+        return [callback for callback in every if not isinstance(callback, idle)]
+
+
 def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
-    from ray.train.torch import TorchTrainer  # loads torch, which the driver of a sweep never needs
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-
-    class LeanTrainer(TorchTrainer):
-        """Two processes less for each run, 1.5 s of a core each.
-
-        There are no Ray Data sets. And the cleaner, which looks its cluster up through the State
-        API and dies where a machine runs two of them, is what the switchboard replaces.
-        """
-
-        def _create_default_callbacks(self) -> list[Any]:
-            idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-            every = super()._create_default_callbacks()
-            return [callback for callback in every if not isinstance(callback, idle)]
-
     parallel = spec.config.parallel
     resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
     gpu = resources.get("GPU", 0) > 0
     # Ray's own notes on the run: nothing that anybody reads afterwards.
     storage = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
-        LeanTrainer(
+        _LeanTrainer(
             train_worker,
             train_loop_config={"spec": spec},
-            torch_config=ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo"),
+            backend_config=_process_group(spec.config, gpu),
             scaling_config=ScalingConfig(
                 num_workers=parallel.workers, use_gpu=gpu, resources_per_worker=resources
             ),
@@ -306,3 +307,10 @@ def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
         ).fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _process_group(config: Config, gpu: bool) -> BackendConfig:
+    """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
+    if choose_strategy(config)[0] == "single":
+        return BackendConfig()
+    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo")

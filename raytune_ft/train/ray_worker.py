@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -13,6 +16,8 @@ from ray.train.backend import Backend, BackendConfig
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.train.spec import RunSpec
+
+LOOPBACK = "127.0.0.1"
 
 
 class RayReporter:
@@ -54,7 +59,7 @@ class ProcessGroupConfig(BackendConfig):
     """Ray's TorchConfig, less the import of torch in every process that merely unpickles it.
 
     Ray's own loads torch into the controller of each run, which takes 1.5 s of a core and stands
-    in the way of the workers' start. Here only the workers load it, and call Ray's functions.
+    in the way of the workers' start. Here only the workers load it.
     """
 
     backend: str = "gloo"
@@ -67,36 +72,74 @@ class ProcessGroupConfig(BackendConfig):
 
 
 class ProcessGroupBackend(Backend):
-    """Sets up `torch.distributed` between the workers; a group of one does without."""
+    """Sets up `torch.distributed` between the workers, of which there may be only one.
+
+    Workers on one node meet on loopback, and those on several at the address of rank 0's node:
+    nothing here asks who is calling, so nothing listens where nobody needs it.
+    """
 
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:
         """Called in the controller once the workers are there."""
+        one_node = len(set(worker_group.execute(_node_id))) == 1
+        meeting = worker_group.execute_single(0, _meet, one_node)
         size = len(worker_group)
-        if size == 1:
-            return
-        from ray.train._internal.utils import get_address_and_port
-
-        address, port = worker_group.execute_single(0, get_address_and_port)
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _join_process_group, address, port, rank, size, backend_config
+                    rank, _join_process_group, meeting, rank, size, backend_config
                 )
                 for rank in range(size)
             ]
         )
 
 
-def _join_process_group(
-    address: str, port: int, rank: int, size: int, config: ProcessGroupConfig
-) -> None:
-    from ray.train.torch.config import (
-        _set_torch_distributed_env_vars,
-        _setup_torch_process_group,
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks find each other; `socket` is rank 0's, which listens already."""
+
+    address: str
+    port: int
+    socket: int
+    one_node: bool
+
+
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _meet(one_node: bool) -> Meeting:
+    address = LOOPBACK if one_node else ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    # A port that was only looked up might be somebody else's by the time torch is loaded.
+    listener = socket.create_server((address, 0), family=family)
+    return Meeting(address, listener.getsockname()[1], listener.detach(), one_node)
+
+
+def _join_process_group(meeting: Meeting, rank: int, size: int, config: ProcessGroupConfig) -> None:
+    import torch.distributed as dist
+    from ray.train.torch.config import _set_torch_distributed_env_vars
+
+    if meeting.one_node:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", _loopback_interface())
+    _set_torch_distributed_env_vars()
+    timeout = timedelta(seconds=config.timeout_s)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        meeting.address,
+        meeting.port,
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=meeting.socket if rank == 0 else None,
+    )
+    dist.init_process_group(
+        config.backend, store=store, rank=rank, world_size=size, timeout=timeout
     )
 
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-    _set_torch_distributed_env_vars()
-    _setup_torch_process_group(config.backend, rank, size, "env://", config.timeout_s)
+
+def _loopback_interface() -> str:
+    """`lo` on Linux, `lo0` on macOS."""
+    return next(name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*", name))

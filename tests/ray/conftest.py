@@ -64,6 +64,18 @@ def workers() -> list[psutil.Process]:
     return found
 
 
+def listening() -> set[str]:
+    """Addresses at which processes of this test's cluster wait for callers."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.Error:
+            continue
+        found |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    return found
+
+
 def assert_nothing_left(timeout_s: float = 10.0) -> None:
     """No placement group, no worker, every CPU free. Ray counts what was freed a bit later."""
     deadline = time.monotonic() + timeout_s

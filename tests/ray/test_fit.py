@@ -6,16 +6,18 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 from ray.util.placement_group import placement_group_table
 
 from raytune_ft.errors import ClusterError, Interrupted, RaytuneFtError, RunFailed
-from raytune_ft.records import EvalMetrics
+from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.train.ray_train import fit, load_result
 from raytune_ft.train.spec import RunSpec
-from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.ray.conftest import Inputs, assert_nothing_left, listening, workers
 from tests.support.runs import largest_difference, losses, run
 
 pytestmark = pytest.mark.ray
@@ -34,30 +36,53 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
     return RunSpec(inputs.config(**changes), run_dir, inputs.data_dir)
 
 
-def test_a_killed_worker_is_replaced_and_the_numbers_stay(
-    inputs: Inputs, tmp_path: Path, undisturbed: Path
-) -> None:
-    spec = spec_of(inputs, tmp_path / "run", parallel__workers=2)
+@dataclass
+class Watched:
+    """A run of two workers, of which one was killed, and what was seen meanwhile."""
+
+    run_dir: Path
+    result: RunResult
+    heard: list[tuple[int, int]]
+    listening: set[str]
+
+
+@pytest.fixture(scope="module")
+def watched(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    spec = spec_of(inputs, tmp_path_factory.mktemp("watched") / "run", parallel__workers=2)
     heard: list[tuple[int, int]] = []
+    addresses: set[str] = set()
 
     def kill_one(metrics: EvalMetrics, checkpoint: str | None) -> None:
         pids = sorted(process.pid for process in workers())
         heard.append((metrics.examples, pids[0]))
+        addresses.update(listening())
         if metrics.examples == 140:
             os.kill(pids[-1], signal.SIGKILL)
 
-    result = fit(spec, kill_one)
-    assert result.status == "completed"
-    assert len({pid for _, pid in heard}) == 2  # a second group, and only one
-    assert [examples for examples, _ in heard].count(0) == 1  # which resumed
-    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+    return Watched(spec.run_dir, fit(spec, kill_one), heard, addresses)
+
+
+def test_a_killed_worker_is_replaced_and_the_numbers_stay(
+    watched: Watched, undisturbed: Path
+) -> None:
+    assert watched.result.status == "completed"
+    assert len({pid for _, pid in watched.heard}) == 2  # a second group, and only one
+    assert [examples for examples, _ in watched.heard].count(0) == 1  # which resumed
+    assert max(largest_difference(watched.run_dir, undisturbed)) < 1e-5
     assert_nothing_left()
+
+
+def test_workers_and_cluster_listen_on_loopback_alone(watched: Watched) -> None:
+    assert watched.listening
+    assert watched.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
 
 
 def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
-    spec = spec_of(inputs, tmp_path / "run", parallel__workers=2)
+    # Also: a group may have one member.
+    spec = spec_of(inputs, tmp_path / "run", parallel__strategy="ddp")
     before = signal.getsignal(signal.SIGTERM)
 
     def interrupt(metrics: EvalMetrics, checkpoint: str | None) -> None:
@@ -94,15 +119,19 @@ def test_an_error_that_would_come_again_is_not_tried_again(inputs: Inputs, tmp_p
 
 
 def test_a_worker_that_dies_for_good_fails_the_run(inputs: Inputs, tmp_path: Path) -> None:
-    spec = spec_of(inputs, tmp_path / "run", parallel__max_failures=0)
+    one_of_fsdp = {"parallel__strategy": "fsdp", "parallel__max_failures": 0}
+    spec = spec_of(inputs, tmp_path / "run", **one_of_fsdp)
+    examples: list[int] = []
 
     def kill(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        examples.append(metrics.examples)
         for process in workers():
             os.kill(process.pid, signal.SIGKILL)
 
     with pytest.raises(RunFailed, match="a worker died") as raised:
         fit(spec, kill)
     assert "\n" not in str(raised.value)
+    assert examples == [0]
     result = load_result(spec.run_dir)
     assert result is not None
     assert (result.status, result.error) == ("failed", f"RunFailed: {raised.value}")
