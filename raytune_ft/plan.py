@@ -153,8 +153,8 @@ def describe(plan: Plan) -> str:
         f"memory of a worker: {size(memory.total)} (parameters {size(memory.parameters)}, "
         f"gradients {size(memory.gradients)}, optimizer {size(memory.optimizer)}), and activations",
         f"budget: {plan.budget_examples:,} examples in {plan.steps:,} steps",
-        f"compute of a run: {plan.tokens:,} tokens, about {plan.flops:.2g} FLOP without attention scores and "
-        f"evaluations, {plan.flops / _TERA_HOUR:.2g} hours at 1 TFLOP/s",
+        f"compute of a run: {plan.tokens:,} tokens, about {plan.flops:.2g} FLOP without attention "
+        f"scores and evaluations, {plan.flops / _TERA_HOUR:.2g} hours at 1 TFLOP/s",
         "data:",
         *sources,
         f"  splits: {splits}",

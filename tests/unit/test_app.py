@@ -93,11 +93,23 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     ("name", "more"), [("train", "train.max_examples"), ("sweep", "search.trials")]
 )
 def test_a_larger_budget_that_was_not_trained_is_not_complete(
-    command: Command, work: Work, run_dir: Path, name: str, more: str
+    command: Command,
+    work: Work,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    more: str,
 ) -> None:
     assert command(name) == 0
     assert command(name, "--resume") == 0
-    work.error = KeyboardInterrupt()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "prepare", killed)
+        assert command(name, f"{more}=160", "--resume") == 130
+    work.error = KeyboardInterrupt()  # the next resume gets as far as the work
     assert command(name, f"{more}=160", "--resume") == 130
     assert not (run_dir / "result.json").exists()
     work.error = None
