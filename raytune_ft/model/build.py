@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import MethodConfig, ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
@@ -19,8 +20,6 @@ from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_p
 disable_progress_bar()  # one bar per worker and load; this package reports progress itself
 
 Precision = Literal["float32", "bfloat16", "float64"]
-
-BUILTIN = "builtin:"
 
 
 def resolve_model_path(path: str) -> str:

@@ -21,7 +21,7 @@ from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_
 from raytune_ft.model.methods import Exporter, trained_parameters
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import write_json_atomic
+from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
 from raytune_ft.strategy import STRATEGIES, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.loop import Objective, Schedule, train
@@ -68,7 +68,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     exporter = Exporter(model, disk_dtype(config.model))
     engine = build_engine(model, config, strategy)
     optimizer = build_optimizer(engine.parameters.values(), config.train)
-    store = CheckpointStore(spec.run_dir / "checkpoints")
+    store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
     checkpoint = _where_to_resume(store, schedule, strategy)
     progress = load_state(checkpoint, engine, optimizer) if checkpoint else Progress()
@@ -81,7 +81,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     )
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
-    log = MetricsFile(spec.run_dir / "metrics.jsonl", resume_step) if writes else Silent()
+    log = MetricsFile(spec.run_dir / METRICS, resume_step) if writes else Silent()
     with _stop_requests(strategy.world_size == 1) as should_stop:
         status, progress = train(
             engine,
@@ -202,12 +202,12 @@ def _failed(spec: RunSpec, failure: RaytuneFtError) -> RunResult:
 
 
 def _last_progress(spec: RunSpec) -> Progress:
-    checkpoints = CheckpointStore(spec.run_dir / "checkpoints").list()
+    checkpoints = CheckpointStore(spec.run_dir / CHECKPOINTS).list()
     return read_progress(checkpoints[-1][0]) if checkpoints else Progress()
 
 
 def _write_result(spec: RunSpec, result: RunResult) -> None:
-    write_json_atomic(spec.run_dir / "result.json", result)
+    write_json_atomic(spec.run_dir / RESULT, result)
 
 
 @contextmanager
