@@ -25,13 +25,12 @@ from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.rundir import CONFIG, RESULT, write_json_atomic, write_text_atomic
-from raytune_ft.search.progress import Progress, progress_for
+from raytune_ft.search.progress import progress_for
+from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import (
-    OfThisProcess,
     StudySearcher,
     open_study,
     rows,
-    tell_failed,
     tell_outcome,
     unfinished,
 )
@@ -134,8 +133,14 @@ class _Sweep:
         progress.note(
             f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
         )
-        stop = _StopWith(interrupted, self._shared.switchboard)
-        reports = _Reports(progress, self._study, self._search, self._remember_makespan)
+        stop = StopWith(interrupted, self._shared.switchboard)
+        reports = Reports(
+            progress,
+            self._study,
+            self._search,
+            self._remember_makespan,
+            self._shared.switchboard,
+        )
         try:
             with progress.live(), _tune_storage() as storage, _settings(TUNE_SETTINGS):
                 self._tuner(left, storage, stop, reports).fit()
@@ -143,7 +148,7 @@ class _Sweep:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
             self._remember_makespan()
-            _end_all(self._shared.switchboard)
+            _end_all(self._shared.switchboard, progress.note)
 
     def write_result(self, interrupted: bool) -> SweepResult:
         """`result.json`, from the study and from what the trials left."""
@@ -219,74 +224,6 @@ class _Sweep:
         self._study.set_user_attr(MAKESPAN, round(seconds, 3))
 
 
-class _StopWith(OfThisProcess, tune.Stopper):
-    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps."""
-
-    def __init__(self, interrupted: threading.Event, switchboard: Any) -> None:
-        self._interrupted, self._switchboard = interrupted, switchboard
-        self._told = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is stopped for what it reports."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Asked between events."""
-        if self._interrupted.is_set() and not self._told:
-            self._told = True
-            ray.get(self._switchboard.stop_everybody.remote())
-        return self._interrupted.is_set()
-
-
-class _Reports(OfThisProcess, tune.Callback):
-    """From Tune to `progress`."""
-
-    def __init__(
-        self,
-        progress: Progress,
-        study: optuna.Study,
-        search: SearchConfig,
-        after_trial: Callable[[], None],
-    ) -> None:
-        self._progress, self._study, self._search = progress, study, search
-        self._after_trial = after_trial
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
-        self._progress.started(trial.config["trial"], trial.config["params"])
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """See `Callback`."""
-        if "eval_loss" in result:
-            self._progress.reported(trial.config["trial"], result["examples"], result["eval_loss"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
-        self._finished(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The process that drives the trial died, or has a bug; the study hears of it here."""
-        tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))
-        self._finished(trial)
-
-    def _finished(self, trial: Any) -> None:
-        name = trial.config["trial"]
-        every = rows(self._study, self._search)
-        row = next(row for row in every if row.id == name)
-        if row.status != "interrupted":
-            self._after_trial()
-            self._progress.finished(name, row.status, row.eval_loss, row.error)
-
-
-def _last_line(path: str | None) -> str:
-    """The end of what Tune wrote down of an error: its type and its message."""
-    text = Path(path).read_text(encoding="utf-8") if path else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"the trial's driver failed: {lines[-1] if lines else 'no reason known'}"[:300]
-
-
 def _concurrency(config: Config) -> int:
     """Trials at a time: what is written, but no more than whole groups of workers fit."""
     assert config.search is not None
@@ -305,11 +242,14 @@ def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> Non
             tell_outcome(study, trial.number, outcome_of(result, search.metric))
 
 
-def _end_all(switchboard: Any) -> None:
+def _end_all(switchboard: Any, note: Callable[[str], None]) -> None:
     """Whatever a trial left on the cluster because its own process died."""
     with suppress(RayError):
         for run in ray.get(switchboard.open_runs.remote()):
-            end_group(run, switchboard)
+            try:
+                end_group(run, switchboard)
+            except RunFailed as error:
+                note(f"{run}: {error}")
         ray.kill(switchboard)
 
 

@@ -74,21 +74,38 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
 def end_group(run: str, switchboard: Any) -> None:
     """Abort the controller of `run`; return when its workers and placement groups are gone.
 
-    Safe to call twice, while the group starts, and after its controller died.
+    Safe to call twice, while the group starts, and after its controller died. In any case the
+    run's slot is free afterwards.
+
+    Raises:
+        RunFailed: they are not gone after half a minute.
     """
-    group: Group = ray.get(switchboard.group.remote(run))
-    if group.controller is not None:
-        # Ends the workers, the placement group and the controller itself.
-        with contextlib.suppress(RayError):
-            ray.get(group.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-        ray.kill(group.controller)
-        group = ray.get(switchboard.group.remote(run))
-    for placement_group in group.placement_groups:
-        remove_placement_group(placement_group)
-    for worker in group.workers:
-        ray.kill(worker)
-    _wait_until_gone(group)
-    ray.get(switchboard.close.remote(run))
+    try:
+        group: Group = ray.get(switchboard.group.remote(run))
+        if group.controller is not None:
+            # Ends the workers, the placement group and the controller itself.
+            with contextlib.suppress(RayError):
+                ray.get(group.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            ray.kill(group.controller)
+            group = ray.get(switchboard.group.remote(run))
+        for placement_group in group.placement_groups:
+            remove_placement_group(placement_group)
+        for worker in group.workers:
+            ray.kill(worker)
+        _wait_until_gone(group)
+    finally:
+        # What is still reserved then is Ray's to give back; nobody else has to wait for that.
+        ray.get(switchboard.close.remote(run))
+
+
+def end_groups_of(owner: str, switchboard: Any) -> None:
+    """End what `owner` has left behind, whose process died.
+
+    Raises:
+        RunFailed: not all of it is gone; it is on its way.
+    """
+    for run in ray.get(switchboard.give_up.remote(owner)):
+        end_group(run, switchboard)
 
 
 def _wait_until_gone(group: Group) -> None:

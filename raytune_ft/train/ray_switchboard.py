@@ -30,33 +30,61 @@ class Group:
 
 
 class Switchboard:
-    """An asynchronous actor. `slots` is how many runs may hold workers at a time."""
+    """An asynchronous actor. `slots` is how many runs may hold workers at a time.
+
+    A run has an owner, the trial that it belongs to; a trial may die without a word.
+    """
 
     def __init__(self, slots: int) -> None:
-        self._slots = asyncio.Semaphore(slots)
+        self._free = slots
+        self._changed = asyncio.Condition()
+        self._owners: dict[str, str] = {}  # of the runs that have a slot
+        self._gone: set[str] = set()
         self._groups: dict[str, Group] = {}
         self._events: dict[str, list[dict[str, Any]]] = {}
         self._news: dict[str, asyncio.Event] = {}
         self._stopping = False
 
-    async def open(self, run: str) -> bool:
-        """Wait for a free slot; until `close`, `run` may hold workers. False: everybody stops."""
-        await self._slots.acquire()
-        if self._stopping:
-            self._slots.release()
-            return False
-        self._groups[run], self._events[run], self._news[run] = Group(), [], asyncio.Event()
-        return True
+    async def open(self, run: str, owner: str) -> bool:
+        """Wait for a free slot; until `close`, `run` may hold workers.
+
+        False: there will be none, since everybody stops or the owner was given up.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free > 0 or self._refused(owner))
+            if self._refused(owner):
+                return False
+            self._free -= 1
+            self._owners[run] = owner
+            self._groups[run], self._events[run] = Group(), []
+            self._news[run] = asyncio.Event()
+            return True
+
+    def _refused(self, owner: str) -> bool:
+        return self._stopping or owner in self._gone
 
     async def close(self, run: str) -> None:
-        """The workers of `run` are gone."""
-        if self._groups.pop(run, None) is not None:
-            self._slots.release()
+        """The workers of `run` are gone, or as gone as they will be."""
+        self._groups.pop(run, None)
+        async with self._changed:
+            if self._owners.pop(run, None) is not None:
+                self._free += 1
+                self._changed.notify_all()
+
+    async def give_up(self, owner: str) -> list[str]:
+        """Nobody hears `owner` any more; returns its runs, which somebody else has to end."""
+        async with self._changed:
+            self._gone.add(owner)
+            self._changed.notify_all()
+        return [run for run, its in self._owners.items() if its == owner]
 
     async def register(
         self, run: str, controller: Any, group: PlacementGroup | None, workers: list[Any]
     ) -> None:
-        """Called by the controller of `run`: at its start, and when it has started workers."""
+        """Called by the controller of `run`: at its start, and when it has started workers.
+
+        One that comes after `close` is listed among `open_runs` again, without a slot.
+        """
         held = self._groups.setdefault(run, Group())
         held.controller = controller
         if group is not None:
@@ -87,8 +115,10 @@ class Switchboard:
         return events, self._stopping
 
     async def stop_everybody(self) -> None:
-        """Whoever waits for a message is told to stop instead."""
+        """Whoever waits, for a message or for a slot, is told to stop instead."""
         self._stopping = True
+        async with self._changed:
+            self._changed.notify_all()
         for news in self._news.values():
             news.set()
 

@@ -81,7 +81,8 @@ class TrainJob:
             StopRequested: before there was a slot.
         """
         (self.spec.run_dir / RESULT).unlink(missing_ok=True)
-        if not ray.get(self._switchboard.open.remote(self._name)):
+        owner = self.spec.run_dir.name
+        if not ray.get(self._switchboard.open.remote(self._name, owner)):
             raise StopRequested
         self._thread.start()
 

@@ -52,16 +52,21 @@ def reserved() -> list[dict[str, Any]]:
     return [each for each in placement_group_table().values() if each["state"] != "REMOVED"]
 
 
-def workers() -> list[psutil.Process]:
-    """Processes of Ray Train workers, of this test's cluster."""
+def processes(kind: str) -> list[psutil.Process]:
+    """Processes of this test's cluster that carry the name of an actor's class."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if kind in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of Ray Train workers."""
+    return processes("RayTrainWorker")
 
 
 def listening() -> set[str]:

@@ -19,7 +19,7 @@ from raytune_ft.errors import ClusterError, Interrupted
 from raytune_ft.search.ray_optuna import open_study, sampler_for
 from raytune_ft.search.ray_tune import run_sweep
 from raytune_ft.search.space import distributions
-from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
 
 pytestmark = pytest.mark.ray
 
@@ -144,6 +144,32 @@ def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
     replay.sampler = sampler_for("tpe", config.seed, 2, 3)
     drawn = replay.ask(distributions(shorter.space)).params
     assert drawn == study.trials[2].params
+
+
+def test_a_trial_whose_driver_is_killed_fails_and_the_next_one_runs(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir)
+    assert config.search is not None
+    alone = {"scheduler": None, "trials": 2, "max_concurrent": 1}
+    config = config.model_copy(update={"search": config.search.model_copy(update=alone)})
+    plan_trials(config, sweep_dir, [GOOD, GOOD / 3])
+    killed: list[int] = []
+
+    def kill_the_first(line: str) -> None:
+        if line.startswith("trial-000: eval_loss") and not killed:
+            killed.extend(process.pid for process in processes("IsolatedTrial"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    result = run_sweep(config, sweep_dir, inputs.data_dir, kill_the_first, resume=True)
+    assert_nothing_left()
+    assert len(killed) == 1
+    assert [row.status for row in result.trials] == ["failed", "completed"]
+    assert "the trial's driver failed" in (result.trials[0].error or "")
+    left = json.loads((sweep_dir / "trials" / "trial-000" / "result.json").read_text())
+    assert (left["status"], left["error"]) == ("failed", result.trials[0].error)
 
 
 def test_a_trial_that_does_not_fit_is_refused_before_anything_is_written(
