@@ -28,7 +28,7 @@ from raytune_ft.checkpoints.store import step_name
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.errors import InputError, Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.records import EvalMetrics, Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
 from raytune_ft.train.ray_cluster import connected, require_capacity
@@ -137,7 +137,7 @@ def fit(spec: RunSpec, on_evaluation: OnEvaluation | None = None) -> RunResult:
     its status is "failed" and the result says why.
 
     Raises:
-        ClusterError: the cluster cannot hold the workers.
+        InputError: the cluster cannot hold the workers, or they found the input to be wrong.
         RunFailed: the workers died for good; `result.json` says so too.
         Interrupted: SIGINT or SIGTERM; the workers are gone and the run can be resumed.
     """
@@ -200,14 +200,17 @@ def read_result(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:
     """What the workers left in `result.json`; where they could not, a failed one is written.
 
     Raises:
+        InputError: what the workers raised, for the user to mend.
         RunFailed: they could not.
     """
     result = load_result(spec.run_dir)
-    if result is not None:
-        return result
-    failure = error or RunFailed("the workers ended without a result")
-    write_ended(spec, "failed", f"{type(failure).__name__}: {failure}")
-    raise failure
+    if result is None:
+        failure = error or RunFailed("the workers ended without a result")
+        write_ended(spec, "failed", f"{type(failure).__name__}: {failure}")
+        raise failure
+    if isinstance(error, InputError):
+        raise error
+    return result
 
 
 def load_result(run_dir: Path) -> RunResult | None:

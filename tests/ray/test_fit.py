@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from raytune_ft.errors import ClusterError, Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.errors import ClusterError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.train.ray_train import fit, load_result
 from raytune_ft.train.spec import RunSpec
@@ -102,19 +102,20 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 
 
-def test_an_error_that_would_come_again_is_not_tried_again(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_wrong_input_is_raised_as_such_and_not_tried_again(inputs: Inputs, tmp_path: Path) -> None:
     whole = inputs.config().model.path
     shutil.copytree(whole, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     spec = spec_of(inputs, tmp_path / "run", model__path=str(tmp_path / "model"))
     groups = len(placement_group_table())
-    with pytest.raises(RaytuneFtError) as raised:
+    with pytest.raises(ModelError) as raised:
         fit(spec)
+    assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
     assert len(placement_group_table()) == groups + 1
     result = load_result(spec.run_dir)
     assert result is not None
-    assert result.status == "failed"
+    assert (result.status, result.error) == ("failed", f"ModelError: {raised.value}")
     assert_nothing_left()
 
 

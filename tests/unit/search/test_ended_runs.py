@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.errors import OutOfMemory, RunFailed
+from raytune_ft.errors import ConfigError, OutOfMemory, RunFailed
 from raytune_ft.train.ray_train import load_result, read_result, write_ended
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_config
@@ -56,3 +56,10 @@ def test_a_run_that_says_nothing_failed(spec: RunSpec) -> None:
 def test_what_the_workers_wrote_is_believed(spec: RunSpec) -> None:
     written = write_ended(spec, "failed", "Diverged: step 9")
     assert read_result(spec, RunFailed("a worker died")) == written
+
+
+def test_a_wrong_input_is_raised_as_such(spec: RunSpec) -> None:
+    written = write_ended(spec, "failed", "ConfigError: x is wrong; write y")
+    with pytest.raises(ConfigError, match="x is wrong; write y"):
+        read_result(spec, ConfigError("x", "is wrong", "write y"))
+    assert load_result(spec.run_dir) == written
