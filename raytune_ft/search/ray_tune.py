@@ -103,7 +103,9 @@ class _Sweep:
         assert config.search is not None
         self._begun = time.monotonic()
         self._search: SearchConfig = config.search
-        self._concurrent = _concurrency(config)
+        self._concurrent, self._lowered = concurrency(
+            self._search, require_capacity(config.parallel)
+        )
         self._study = open_study(
             config.name, sweep_dir, self._search.storage, self._search.mode, resume
         )
@@ -133,6 +135,8 @@ class _Sweep:
         progress.note(
             f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
         )
+        if self._lowered:
+            progress.note(self._lowered)
         stop = StopWith(interrupted, self._shared.switchboard)
         reports = Reports(
             progress,
@@ -224,13 +228,13 @@ class _Sweep:
         self._study.set_user_attr(MAKESPAN, round(seconds, 3))
 
 
-def _concurrency(config: Config) -> int:
-    """Trials at a time: what is written, but no more than whole groups of workers fit."""
-    assert config.search is not None
-    fit = require_capacity(config.parallel)
-    written = config.search.max_concurrent
-    wanted = fit if written == "auto" else min(written, fit)
-    return min(wanted, config.search.trials)
+def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:
+    """Trials at a time where `fit` fit: what is written, but no more; and what to say of it."""
+    wanted = fit if search.max_concurrent == "auto" else search.max_concurrent
+    useful = min(wanted, search.trials)
+    if useful <= fit:
+        return useful, None
+    return fit, f"search.max_concurrent={wanted} is lowered to {fit}: no more trials fit at a time"
 
 
 def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> None:
