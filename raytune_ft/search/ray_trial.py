@@ -15,6 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from raytune_ft.config.schema import AshaConfig, Config
 from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
+from raytune_ft.rundir import TRIALS
 from raytune_ft.search.space import apply_params
 from raytune_ft.train.ray_cluster import set_train_defaults
 from raytune_ft.train.ray_train import (
@@ -27,7 +28,6 @@ from raytune_ft.train.ray_train import (
 )
 from raytune_ft.train.spec import RunSpec
 
-TRIALS = "trials"
 DRIVER_RESOURCES = {"CPU": 0, "memory": 1}
 """A trial's driver takes no CPU; one byte, since Tune refuses to ask for nothing at all."""
 

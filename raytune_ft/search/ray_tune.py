@@ -24,7 +24,7 @@ from raytune_ft.config.schema import Config, SearchConfig
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.records import RunResult, TrialRecord
-from raytune_ft.rundir import CONFIG, RESULT, write_json_atomic, write_text_atomic
+from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
 from raytune_ft.search.progress import progress_for
 from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import (
@@ -36,7 +36,6 @@ from raytune_ft.search.ray_optuna import (
 )
 from raytune_ft.search.ray_trial import (
     DRIVER_RESOURCES,
-    TRIALS,
     Asha,
     IsolatedTrial,
     Shared,

@@ -15,16 +15,6 @@ from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError
 
-__all__ = [
-    "bundles_that_fit",
-    "connect",
-    "connected",
-    "in_ray_job",
-    "node_count",
-    "require_capacity",
-    "set_train_defaults",
-]
-
 TRAIN_DEFAULTS = {
     # The controller looks at its workers 4 times a second: an empty run ends, and an evaluation
     # reaches the scheduler, up to 2 s earlier than with Ray's default of 2 s.
