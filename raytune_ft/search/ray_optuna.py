@@ -117,6 +117,8 @@ class StudySearcher(OfThisProcess, Searcher):
         self._prepare = prepare
         self._numbers: dict[str, int] = {}  # by Tune's id of the trial
         self._unfinished = [trial.number for trial in unfinished(study)]
+        for number in self._unfinished:
+            self._draw_the_rest(number)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial; `FINISHED` after the last one."""
@@ -138,10 +140,26 @@ class StudySearcher(OfThisProcess, Searcher):
         number = len(self._study.trials)
         if number >= self._search.trials:
             return None
+        self._sample_for(number)
+        return self._study.ask(self._distributions).number
+
+    def _draw_the_rest(self, number: int) -> None:
+        """A driver may die while it draws: Optuna stores a trial, and then its values singly.
+
+        What lacks is drawn as it would have been; a trial without it would run with the values of
+        the config file.
+        """
+        if self._distributions.keys() <= self._study.trials[number].params.keys():
+            return
+        self._sample_for(number)
+        trial = _live(self._study, number)
+        for name, distribution in self._distributions.items():
+            trial._suggest(name, distribution)
+
+    def _sample_for(self, number: int) -> None:
         self._study.sampler = sampler_for(
             self._search.sampler, self._seed, number, self._search.trials
         )
-        return self._study.ask(self._distributions).number
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An evaluation on the way."""

@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from raytune_ft.config.schema import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.search.ray_optuna import StudySearcher, open_study, rows, sampler_for, unfinished
+from raytune_ft.search.space import distributions
 
 
 def search_config(**changes: Any) -> SearchConfig:
@@ -79,6 +80,26 @@ def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
     (tmp_path / "d").mkdir()
     study = open_study("s", tmp_path / "d", None, "min", False)
     assert drive(searcher(study, search, seed=1), 20) != draws[0]
+
+
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
+    tmp_path: Path, known: int
+) -> None:
+    search = search_config()
+    draws = drive(searcher(open_study("whole", tmp_path, None, "min", False), search), 7)
+    study = open_study("cut", tmp_path, None, "min", False)
+    drive(searcher(study, search), 6)
+    study.sampler = sampler_for("tpe", 0, 6, search.trials)
+    study.ask(dict(list(distributions(search.space).items())[:known]))
+    again = searcher(open_study("cut", tmp_path, None, "min", True), search)
+    first, second = again.suggest("x"), again.suggest("y")
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert first["params"].keys() == search.space.keys()
+    if known != 1:  # of a joint draw, the rest alone comes out otherwise
+        assert first["params"] == draws[6]
+    assert (first["number"], second["number"]) == (6, 7)
 
 
 def test_tpe_looks_where_it_is_good(tmp_path: Path) -> None:
