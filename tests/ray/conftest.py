@@ -1,4 +1,4 @@
-"""A real cluster of two CPUs on this machine, one for each module."""
+"""A real cluster of two CPUs on this machine, one for all of these tests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from raytune_ft.train.ray_cluster import connect
 from tests.support.runs import make_config, make_inputs
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cluster() -> Iterator[None]:
     connect("local", num_cpus=2)
     yield
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"))
 

@@ -66,33 +66,45 @@ def most_workers() -> Iterator[list[int]]:
     thread.join()
 
 
-def test_pruned_and_failed_trials_leave_nothing_and_the_sweep_goes_on(
+def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
     inputs: Inputs, tmp_path: Path, most_workers: list[int]
 ) -> None:
     sweep_dir = tmp_path / "sweep"
-    search = {**SEARCH, "max_concurrent": 2}
+    search = {**SEARCH, "trials": 4, "max_concurrent": 2}
     config = begin(inputs, sweep_dir, parallel__workers=2, search=search)
-    plan_trials(config, sweep_dir, [GOOD, EXPLODING, BAD])
+    plan_trials(config, sweep_dir, [GOOD / 2, GOOD, EXPLODING, BAD])
     lines: list[str] = []
-    result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append, resume=True)
+    killed: list[int] = []
+
+    def kill_the_first_driver(line: str) -> None:
+        lines.append(line)
+        if line.startswith("trial-000: eval_loss") and not killed:
+            killed.extend(process.pid for process in processes("IsolatedTrial"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    result = run_sweep(config, sweep_dir, inputs.data_dir, kill_the_first_driver, resume=True)
     assert_nothing_left()
-    assert most_workers == [2, 2]  # the stopped trial's are gone before the next one starts
+    assert most_workers == [2, 2]  # a stopped trial's are gone before the next one starts
+    assert len(killed) == 1
 
     rows = {row.id: row for row in result.trials}
-    assert [row.status for row in result.trials] == ["completed", "failed", "pruned"]
-    assert "Diverged" in (rows["trial-001"].error or "")
-    assert rows["trial-002"].examples < 277
+    assert [row.status for row in result.trials] == ["failed", "completed", "failed", "pruned"]
+    assert "the trial's driver failed" in (rows["trial-000"].error or "")
+    assert "Diverged" in (rows["trial-002"].error or "")
+    assert rows["trial-003"].examples < 277
     assert result.best is not None
-    assert result.best["trial"] == "trial-000"
-    assert result.best["eval_loss"] == rows["trial-000"].eval_loss
+    assert result.best["trial"] == "trial-001"
+    assert result.best["eval_loss"] == rows["trial-001"].eval_loss
     written = json.loads((sweep_dir / "result.json").read_text())
     assert written["status"] == "completed"
     assert written["base"]["eval_loss"] > written["best"]["eval_loss"]
     for row in written["trials"]:
         own = sweep_dir / "trials" / row["id"]
         assert load_config(own / "config.yaml").train.lr == row["params"]["train.lr"]
-        assert json.loads((own / "result.json").read_text())["status"] == row["status"]
-    assert any(line.startswith("trial-001 failed: Diverged") for line in lines)
+        left = json.loads((own / "result.json").read_text())
+        assert (left["status"], left["error"]) == (row["status"], row["error"])
+    assert any(line.startswith("trial-002 failed: Diverged") for line in lines)
     assert "search.max_concurrent=2 is lowered to 1: no more trials fit at a time" in lines
 
 
@@ -143,32 +155,6 @@ def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
     replay.sampler = sampler_for("tpe", config.seed, 2, 3)
     drawn = replay.ask(distributions(shorter.space)).params
     assert drawn == study.trials[2].params
-
-
-def test_a_trial_whose_driver_is_killed_fails_and_the_next_one_runs(
-    inputs: Inputs, tmp_path: Path
-) -> None:
-    sweep_dir = tmp_path / "sweep"
-    config = begin(inputs, sweep_dir)
-    assert config.search is not None
-    alone = {"scheduler": None, "trials": 2, "max_concurrent": 1}
-    config = config.model_copy(update={"search": config.search.model_copy(update=alone)})
-    plan_trials(config, sweep_dir, [GOOD, GOOD / 3])
-    killed: list[int] = []
-
-    def kill_the_first(line: str) -> None:
-        if line.startswith("trial-000: eval_loss") and not killed:
-            killed.extend(process.pid for process in processes("IsolatedTrial"))
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
-
-    result = run_sweep(config, sweep_dir, inputs.data_dir, kill_the_first, resume=True)
-    assert_nothing_left()
-    assert len(killed) == 1
-    assert [row.status for row in result.trials] == ["failed", "completed"]
-    assert "the trial's driver failed" in (result.trials[0].error or "")
-    left = json.loads((sweep_dir / "trials" / "trial-000" / "result.json").read_text())
-    assert (left["status"], left["error"]) == ("failed", result.trials[0].error)
 
 
 def test_a_trial_that_does_not_fit_is_refused_before_anything_is_written(
