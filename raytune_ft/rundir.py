@@ -138,25 +138,26 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _flush_folder(path.parent)
+    fsync(path.parent)
 
 
 def _remove(path: Path) -> None:
     """Also after a power cut, like `write_text_atomic`."""
     path.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    fsync(path.parent)
 
 
 def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _flush_folder(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def _make(path: Path) -> bool:

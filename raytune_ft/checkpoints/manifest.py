@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raytune_ft.errors import CheckpointError
 from raytune_ft.records import CheckpointManifest, FileRecord, to_json
+from raytune_ft.rundir import fsync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -105,15 +106,6 @@ def check_contents(path: Path, manifest: CheckpointManifest) -> None:
                 f"{path / record.path} is damaged: sha256 {found[:12]}..., "
                 f"the manifest says {record.sha256[:12]}..."
             )
-
-
-def fsync(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fsync_folders(root: Path) -> None:

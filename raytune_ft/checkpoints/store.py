@@ -37,13 +37,13 @@ from raytune_ft.checkpoints.manifest import (
     check_contents,
     check_sizes,
     flush_files,
-    fsync,
     fsync_folders,
     step_name,
     write_manifest,
 )
 from raytune_ft.errors import CheckpointError
 from raytune_ft.records import CheckpointManifest
+from raytune_ft.rundir import fsync
 
 __all__ = ["MANIFEST", "CheckpointFacts", "CheckpointStore", "step_name"]
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.manifest import flush_files, fsync, fsync_folders
+from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
@@ -31,7 +31,7 @@ from raytune_ft.promote.evaluate import decode, measure, measured_split, sample_
 from raytune_ft.promote.fold import FoldCheck, fold, held_out
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
-from raytune_ft.rundir import DATA, PROMOTED, cache_in
+from raytune_ft.rundir import DATA, PROMOTED, cache_in, fsync
 
 MODEL, EVALUATION, CARD = "model", "evaluation.json", "README.md"
 _UNFINISHED = ".promoted.new"

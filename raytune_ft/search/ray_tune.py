@@ -48,7 +48,8 @@ from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import connected, require_capacity, train_environment
 from raytune_ft.train.ray_group import end_group
 from raytune_ft.train.ray_switchboard import start_switchboard
-from raytune_ft.train.ray_train import interruptible, load_result, write_ended
+from raytune_ft.train.ray_train import load_result, write_ended
+from raytune_ft.train.signals import interruptible
 
 MAKESPAN = "makespan_s"
 TUNE_SETTINGS = {

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from raytune_ft.train.ray_cluster import connected, require_capacity
 from raytune_ft.train.ray_group import RunWatch, end_group, failure_of
 from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.ray_worker import ProcessGroupConfig, train_worker
+from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.
@@ -166,34 +166,6 @@ def _listen(
         if isinstance(event, Report) and on_evaluation is not None:
             on_evaluation(event.metrics, event.checkpoint)
     return None
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; the second one does what it did before.
-
-    Ray Train and Tune catch SIGINT alone, and only to exit with 0 or to hang on to their workers.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def request(number: int, frame: object) -> None:
-        event.set()
-        restore()
-
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield event
-    finally:
-        restore()
 
 
 def read_result(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from raytune_ft.train.loop import Objective, Schedule, train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import MetricsFile, Reporter, Silent
 from raytune_ft.train.saver import Identity, Saver
+from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state, read_progress
 
@@ -82,7 +81,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
     log = MetricsFile(spec.run_dir / METRICS, resume_step) if writes else Silent()
-    with _stop_requests(strategy.world_size == 1) as should_stop:
+    # Workers of a group are stopped by whoever started them.
+    alone = strategy.world_size == 1
+    with interruptible() if alone else nullcontext(threading.Event()) as stop:
         status, progress = train(
             engine,
             optimizer,
@@ -96,7 +97,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
             saver,
             log,
             reporter,
-            should_stop,
+            stop.is_set,
         )
     saver.close()
     result = RunResult(
@@ -208,29 +209,3 @@ def _last_progress(spec: RunSpec) -> Progress:
 
 def _write_result(spec: RunSpec, result: RunResult) -> None:
     write_json_atomic(spec.run_dir / RESULT, result)
-
-
-@contextmanager
-def _stop_requests(alone: bool) -> Iterator[Callable[[], bool]]:
-    """In a process of its own, SIGINT and SIGTERM end the run after the step and its checkpoint.
-
-    A second signal does not wait. Workers of a group are stopped by whoever started them.
-    """
-    if not alone or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    requested = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: object) -> None:
-        requested.set()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield requested.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
