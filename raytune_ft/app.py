@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raytune_ft.config import paths
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.identity import BUDGET
-from raytune_ft.config.load import expand_env, load_config, resolve, to_plain
+from raytune_ft.config.load import choose_strategy, expand_env, load_config, resolve, to_plain
 from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
@@ -148,9 +148,7 @@ def placed(written: Config) -> Iterator[Config]:
 
 
 def _needs_ray(config: Config) -> bool:
-    parallel = config.parallel
-    alone = parallel.strategy == "single" or (parallel.strategy, parallel.workers) == ("auto", 1)
-    return config.search is not None or not alone
+    return config.search is not None or choose_strategy(config)[0] != "single"
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
@@ -187,7 +185,7 @@ def _run(spec: RunSpec, reporter: Reporter, tell: Tell) -> RunResult:
     from raytune_ft.train.ray_train import fit
 
     parallel = spec.config.parallel
-    tell(f"starting {parallel.workers} workers ({parallel.strategy})")
+    tell(f"starting {parallel.max_workers} workers ({parallel.strategy})")
     return fit(spec, reporter.evaluation)
 
 

@@ -98,7 +98,7 @@ def estimate_memory(config: Config, total: int, trained: int) -> Memory:
     dtype = config.train.precision if config.model.dtype == "auto" else config.model.dtype
     frozen_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
     master_bytes = 8 if config.train.precision == "float64" else _FLOAT32
-    share = config.parallel.workers if config.parallel.strategy == "fsdp" else 1
+    share = config.parallel.max_workers if config.parallel.strategy == "fsdp" else 1
     return Memory(
         parameters=((total - trained) * frozen_bytes + trained * master_bytes) // share,
         gradients=trained * master_bytes // share,

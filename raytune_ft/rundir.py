@@ -17,6 +17,7 @@ from raytune_ft.config.identity import check_resume
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, StorageError
+from raytune_ft.files import fsync
 from raytune_ft.records import to_json
 
 CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
@@ -149,15 +150,6 @@ def _remove(path: Path) -> None:
 
 def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def fsync(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make(path: Path) -> bool:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raytune_ft.errors import CheckpointError
+from raytune_ft.files import flush_file, fsync, sha256_of
 from raytune_ft.records import CheckpointManifest, FileRecord, to_json
-from raytune_ft.rundir import fsync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -85,11 +85,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def flush_files(root: Path) -> Iterator[FileRecord]:
-    """Force every file below `root` to the disk, and describe it."""
+    """`flush_file` of every file below `root`."""
     for path in sorted(file for file in root.rglob("*") if file.is_file()):
-        fsync(path)
-        relative = path.relative_to(root).as_posix()
-        yield FileRecord(relative, path.stat().st_size, _sha256(path))
+        yield flush_file(path, root)
 
 
 def check_contents(path: Path, manifest: CheckpointManifest) -> None:
@@ -100,7 +98,7 @@ def check_contents(path: Path, manifest: CheckpointManifest) -> None:
     """
     for record in manifest.files:
         with _readable(path / record.path):
-            found = _sha256(path / record.path)
+            found = sha256_of(path / record.path)
         if found != record.sha256:
             raise CheckpointError(
                 f"{path / record.path} is damaged: sha256 {found[:12]}..., "
@@ -113,8 +111,3 @@ def fsync_folders(root: Path) -> None:
     inner = [path for path in root.rglob("*") if path.is_dir()]
     for folder in [*sorted(inner, key=lambda path: -len(path.parts)), root]:
         fsync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,8 +43,8 @@ from raytune_ft.checkpoints.manifest import (
     write_manifest,
 )
 from raytune_ft.errors import CheckpointError
-from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import fsync
+from raytune_ft.files import fsync
+from raytune_ft.records import CheckpointManifest, FileRecord
 
 __all__ = ["MANIFEST", "CheckpointFacts", "CheckpointStore", "step_name"]
 
@@ -71,42 +72,71 @@ class CheckpointStore:
         self.root = root
         self._warn = warn or logging.getLogger(__name__).warning
 
-    def commit(self, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Path:
-        """Make `step-N` from the files that `write(folder)` puts into an empty folder.
+    def begin(self, step: int, facts: CheckpointFacts) -> Path | None:
+        """An empty hidden folder for the files of `step-N`, to be given to `finish` or `drop`.
 
-        A valid `step-N` of the same config is kept and `write` is not called, since a resumed run
-        comes by the same steps; anything else of that name is replaced.
+        None where a valid `step-N` of the same config is there already, since a resumed run comes
+        by the same steps; anything else of that name is replaced.
+
+        Raises:
+            CheckpointError: it cannot be made.
+        """
+        target = self.root / step_name(step)
+        if self._is_same(target, facts):
+            return None
+        folder = self._hidden(target.name, "new")
+        with _explained(target):
+            folder.mkdir(parents=True)
+        return folder
+
+    def finish(
+        self, folder: Path, step: int, facts: CheckpointFacts, files: Iterable[FileRecord]
+    ) -> Path:
+        """Make `folder` visible as `step-N`; `files` are on the disk already.
+
+        Raises:
+            CheckpointError: it could not be; earlier checkpoints are untouched.
+        """
+        target = self.root / step_name(step)
+        loss = {} if facts.eval_loss is None else {"eval_loss": facts.eval_loss}
+        manifest = CheckpointManifest(
+            step=step,
+            examples=facts.examples,
+            eval_loss=facts.eval_loss,
+            config_sha256=facts.config_sha256,
+            method=facts.method,
+            files=tuple(sorted(files, key=lambda record: record.path)),
+            format=FORMAT,
+            versions=facts.versions,
+            metrics=facts.metrics | loss,
+        )
+        with _explained(target):
+            write_manifest(folder / MANIFEST, manifest)
+            fsync_folders(folder)
+            self._publish(folder, target, facts)
+        return target
+
+    def drop(self, folder: Path) -> None:
+        """Forget what `begin` gave, if it is still there."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Path:
+        """`begin`, the files that `write(folder)` makes, `finish`: for one process.
 
         Raises:
             CheckpointError: the files could not be written; earlier checkpoints are untouched.
         """
         target = self.root / step_name(step)
-        if self._is_same(target, facts):
+        folder = self.begin(step, facts)
+        if folder is None:
             return target
-        temporary = self._hidden(target.name, "new")
-        loss = {} if facts.eval_loss is None else {"eval_loss": facts.eval_loss}
         try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            manifest = CheckpointManifest(
-                step=step,
-                examples=facts.examples,
-                eval_loss=facts.eval_loss,
-                config_sha256=facts.config_sha256,
-                method=facts.method,
-                files=tuple(flush_files(temporary)),
-                format=FORMAT,
-                versions=facts.versions,
-                metrics=facts.metrics | loss,
-            )
-            write_manifest(temporary / MANIFEST, manifest)
-            fsync_folders(temporary)
-            self._publish(temporary, target, facts)
-        except (OSError, SafetensorError) as cause:
-            raise CheckpointError(f"{target} could not be written: {cause}") from cause
+            with _explained(target):
+                write(folder)
+                files = list(flush_files(folder))
+            return self.finish(folder, step, facts, files)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return target
+            self.drop(folder)
 
     def verify(self, path: Path) -> CheckpointManifest:
         """Read every byte of a checkpoint; its manifest if all is as it was written.
@@ -228,6 +258,14 @@ class CheckpointStore:
         for path in self.root.glob(".step-*"):
             if (match := _HIDDEN.fullmatch(path.name)) and _is_rubbish(path, match):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as cause:
+        raise CheckpointError(f"{target} could not be written: {cause}") from cause
 
 
 def _is_rubbish(path: Path, match: re.Match[str]) -> bool:

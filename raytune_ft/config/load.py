@@ -108,9 +108,14 @@ def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None
 
 def choose_strategy(config: Config) -> tuple[str, str]:
     """The strategy that `auto` stands for and the reason, or the written one."""
-    written, workers = config.parallel.strategy, config.parallel.workers
-    if written != "auto":
-        return written, "written in the config"
+    parallel = config.parallel
+    workers = parallel.max_workers
+    if parallel.strategy != "auto":
+        return parallel.strategy, "written in the config"
+    if parallel.offload == "optimizer":
+        return "deepspeed", "parallel.offload: optimizer is what it alone can do"
+    if parallel.offload == "all":
+        return "fsdp", "parallel.offload: all"
     if workers == 1:
         return "single", "one worker has nobody to share with"
     if config.method.name == "full":

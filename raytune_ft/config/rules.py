@@ -62,18 +62,25 @@ def check_space(config: Config, apply: Apply) -> None:
 
 def _check_layout(config: Config) -> None:
     parallel = config.parallel
-    if config.train.batch_size < parallel.workers:
+    if parallel.min_workers > parallel.max_workers:
+        raise ConfigError(
+            f"parallel.workers={parallel.workers}",
+            "is not [min, max] with min <= max",
+            f"write [{parallel.max_workers}, {parallel.min_workers}]",
+        )
+    if config.train.batch_size < parallel.max_workers:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size}",
             f"is smaller than parallel.workers={parallel.workers}",
-            f"write at least {parallel.workers}",
+            f"write at least {parallel.max_workers}",
         )
-    if parallel.strategy == "single" and parallel.workers > 1:
+    if parallel.strategy == "single" and parallel.max_workers > 1:
         raise ConfigError(
             "parallel.strategy=single",
             f"is one process, and parallel.workers={parallel.workers}",
-            "write auto, ddp or fsdp, or parallel.workers: 1",
+            "write auto, ddp, fsdp or deepspeed, or parallel.workers: 1",
         )
+    _check_sharding(config)
     for name, amount in parallel.resources_per_worker.items():
         key = f"parallel.resources_per_worker.{name}"
         if amount < 0:
@@ -83,6 +90,56 @@ def _check_layout(config: Config) -> None:
             f"parallel.resources_per_worker={shown_value(parallel.resources_per_worker)}",
             "gives a worker no CPU",
             "write for example {CPU: 1, GPU: 0}",
+        )
+
+
+def _check_sharding(config: Config) -> None:
+    """Keys that only some strategies can follow."""
+    parallel = config.parallel
+    strategy = parallel.strategy
+    if parallel.replicas > 1 and (parallel.elastic or parallel.max_workers % parallel.replicas):
+        raise ConfigError(
+            f"parallel.replicas={parallel.replicas}",
+            f"does not divide parallel.workers={parallel.workers}"
+            if not parallel.elastic
+            else f"needs a fixed number of workers, not parallel.workers={parallel.workers}",
+            "write a divisor of the number of workers, or 1",
+        )
+    if parallel.replicas > 1 and strategy not in ("auto", "fsdp"):
+        raise ConfigError(
+            f"parallel.replicas={parallel.replicas}",
+            f"is for fsdp, and parallel.strategy={strategy}",
+            "write parallel.strategy: fsdp, or parallel.replicas: 1",
+        )
+    if parallel.deepspeed is not None and strategy != "deepspeed":
+        raise ConfigError(
+            f"parallel.deepspeed={parallel.deepspeed}",
+            f"is for deepspeed, and parallel.strategy={strategy}",
+            "write parallel.strategy: deepspeed, or leave the key out",
+        )
+    able = {
+        "none": ("auto", "single", "ddp", "fsdp", "deepspeed"),
+        "optimizer": ("auto", "deepspeed"),
+        "all": ("auto", "fsdp", "deepspeed"),
+    }[parallel.offload]
+    if strategy not in able:
+        raise ConfigError(
+            f"parallel.offload={parallel.offload}",
+            f"is nothing that {strategy} can do",
+            f"write parallel.strategy: {' or '.join(able[1:])}, or parallel.offload: none",
+        )
+    if strategy == "deepspeed" and parallel.offload == "all" and parallel.zero_stage < 3:
+        raise ConfigError(
+            "parallel.offload=all",
+            f"keeps weights in host memory, which parallel.zero_stage={parallel.zero_stage} "
+            "does not shard",
+            "write parallel.zero_stage: 3, or parallel.offload: optimizer",
+        )
+    if strategy == "deepspeed" and config.train.precision == "float64":
+        raise ConfigError(
+            "train.precision=float64",
+            "is nothing that deepspeed can keep",
+            "write float32 or bfloat16, or another parallel.strategy",
         )
 
 

@@ -157,17 +157,71 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the work is laid out. Nothing here changes the numbers."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
-        "auto", description="auto: single for one worker, ddp for adapters, fsdp for full"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = Field(
+        "auto",
+        description="auto: single for one worker, ddp for adapters on a base that fits on each "
+        "worker, else fsdp",
     )
-    workers: Positive = Field(1, description="Ray Train workers of one run or trial")
+    workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        1,
+        description="Ray Train workers of one run or trial; [min, max] goes on with the workers "
+        "that are left when a node is lost",
+    )
     resources_per_worker: dict[str, float] = Field(
         default_factory=lambda: {"CPU": 1.0, "GPU": 0.0},
         description="what Ray reserves for each worker; CPU is also its number of threads",
     )
+    replicas: Positive = Field(
+        1,
+        description="fsdp: copies of the sharded model, each over workers / replicas of the "
+        "workers; best one a node, so that weights are gathered inside nodes alone",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp: free a block's gathered weights after its forward; false keeps them "
+        "until its backward, which is faster and needs room for the whole model",
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        3, description="deepspeed: 1 shards moments, 2 gradients too, 3 weights too"
+    )
+    deepspeed: str | None = Field(
+        None,
+        description="deepspeed: a JSON file of its own; keys that contradict this file are "
+        "refused by name",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="keep in host memory: the optimizer's state (deepspeed), or weights too "
+        "(fsdp, and deepspeed with zero_stage 3)",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="compute blocks again in the backward: selective keeps the results of matrix "
+        "products and attention, full keeps a block's input alone",
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="restarts from the last checkpoint after a lost worker"
     )
+    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0,
+        description="a group whose workers make no progress for so long is restarted, and the "
+        "log says where each one stood",
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The workers that a run asks for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """May the number of workers change while the run goes on?"""
+        return self.min_workers != self.max_workers
 
 
 class CheckpointConfig(Section):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from raytune_ft.config.schema import LoraMethod
 from raytune_ft.errors import ModelError
@@ -83,47 +80,6 @@ def without_method(model: nn.Module) -> AbstractContextManager[Any]:
     A fully trained model has no base beside it: there the base is the model before its first step.
     """
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-
-
-class Exporter:
-    """Writes what Hugging Face reads: a PEFT adapter, or a whole model in the dtype of its base.
-
-    Made before a strategy wraps the model, and from then on independent of it: saving a sharded
-    module would communicate, from a thread that the other ranks know nothing of.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._adapted = model if isinstance(model, PeftModel) else None
-        self._dtype = dtype
-        if self._adapted is None:
-            with torch.device("meta"):
-                self._shell: Any = type(model)(copy.deepcopy(model.config))
-            self._shell.generation_config = model.generation_config
-            self._rest = _untrained_state(model)
-
-    def save(self, trained: dict[str, Tensor], directory: Path) -> None:
-        """`trained` holds whole tensors under the names of `trained_parameters`."""
-        if self._adapted is not None:
-            # "auto" would ask the hub whether the embeddings were resized.
-            self._adapted.save_pretrained(
-                str(directory), state_dict=trained, save_embedding_layers=False
-            )
-            return
-        state = {name: tensor.to(self._dtype) for name, tensor in trained.items()}
-        self._shell.to(self._dtype).save_pretrained(
-            str(directory), state_dict={**self._rest, **state}
-        )
-
-
-def _untrained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that are saved; tied weights are written once, under one name."""
-    trained = trained_parameters(model)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if name not in trained and name not in tied
-    }
 
 
 def _check_targets(base: nn.Module, targets: list[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import disk_dtype, load_base, load_tokenizer, pad_token
@@ -107,13 +107,13 @@ def sample_prompts(split: TokenizedSplit, count: int) -> list[Prompt]:
 
 
 def _engine(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    strategy = Single()
+    strategy = Single(ParallelConfig())
     built: Any = load_base(model, disk_dtype(model)).eval()
     return Engine(
         model=built,
-        wrapped=strategy.wrap(built),
+        wrapped=strategy.lay_out(built),
         head=built.get_output_embeddings(),
-        parameters={},
+        names=[],
         strategy=strategy,
         precision="float32",  # no autocast: the dtype on disk is the one to compute in
         pad_token=pad_token(tokenizer),

@@ -18,6 +18,7 @@ from raytune_ft.config.load import expand_env
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
 from raytune_ft.errors import StorageError
+from raytune_ft.files import fsync
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.promote.card import (
     Evaluation,
@@ -31,7 +32,7 @@ from raytune_ft.promote.evaluate import decode, measure, measured_split, sample_
 from raytune_ft.promote.fold import FoldCheck, fold, held_out
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
-from raytune_ft.rundir import DATA, PROMOTED, cache_in, fsync
+from raytune_ft.rundir import DATA, PROMOTED, cache_in
 
 MODEL, EVALUATION, CARD = "model", "evaluation.json", "README.md"
 _UNFINISHED = ".promoted.new"

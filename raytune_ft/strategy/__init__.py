@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from raytune_ft.strategy.base import Strategy
+from raytune_ft.strategy.base import MOMENTS, OptimizerOf, Strategy
 from raytune_ft.strategy.ddp import Ddp
 from raytune_ft.strategy.fsdp import Fsdp
 from raytune_ft.strategy.single import Single
 
 STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": Ddp, "fsdp": Fsdp}
 
-__all__ = ["STRATEGIES", "Strategy"]
+__all__ = ["MOMENTS", "STRATEGIES", "OptimizerOf", "Strategy"]

@@ -2,48 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.strategy.exchange import Exchange
+from raytune_ft.tensors.part import Part
+
 T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Strategy(Protocol):
     """One process's view of the layout.
 
-    Gradients after a step's last backward are the **sum** over ranks of what each computed
-    (`loss_factor` undoes an average where the library takes one), so that a loss divided by the
-    global number of label tokens gives the same gradient on any number of ranks.
+    The gradient of a step is the **sum** over ranks of what each computed in `backward`, so that
+    a loss divided by the global number of label tokens gives the same gradient on any number of
+    ranks.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    loss_factor: float
 
-    def __init__(self) -> None: ...
+    def __init__(self, parallel: ParallelConfig) -> None: ...
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call; parameters keep their names and are final after this."""
+    def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
+        """Lay the model out, build its optimizer; the module to call. Called once.
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        Parameters keep the names that `model.named_parameters()` gives before.
+        """
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; gradients are whole after the last."""
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-        """Global gradient norm, after which gradients are scaled down to `max_norm`."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the loss."""
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """A whole copy on the CPU of a tensor that may be sharded; every rank must call it."""
+    def step(self, lr: float, max_norm: float | None) -> float:
+        """Scale the gradient down to `max_norm`, take a step with it, forget it; its global norm.
 
-    def shard(self, whole: Tensor, like: Tensor) -> Tensor:
-        """The part of `whole` that this rank holds, laid out as `like`."""
+        Where the norm is not finite, weights are lost.
+        """
+
+    def start_from(self, step: int) -> None:
+        """Bring the optimizer to where it is after `step` steps, with moments still to fill in."""
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """What this rank holds of a trained weight, under "", and of each of its `MOMENTS`."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
 
     def agree(self, value: T) -> T:
         """Rank 0's value, on every rank: for what each could find out, but not surely alike."""
+
+    def exchange(self) -> Exchange:
+        """A line between the ranks for a thread beside the training; all ranks call it at once."""

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raytune_ft.strategy.base import T
-from raytune_ft.strategy.dist import all_sum, from_rank_0
-from raytune_ft.strategy.single import Single
+from raytune_ft.strategy.group import Grouped
+from raytune_ft.tensors.part import Part
 
 
-class Ddp(Single):
+class Ddp(Grouped):
     """torch's DistributedDataParallel over the default process group."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.loss_factor = float(self.world_size)  # DistributedDataParallel averages
+    wrapped: DistributedDataParallel
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def lay_out(self, model: nn.Module) -> nn.Module:
         """Buffers of a language model never change, so they are not sent again every step."""
-        return DistributedDataParallel(model.to(self.device), forward_sync_buffers=False)
+        self.wrapped = DistributedDataParallel(model.to(self.device), forward_sync_buffers=False)
+        return self.wrapped
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Only the last backward of a step communicates."""
-        assert isinstance(model, DistributedDataParallel)
-        return nullcontext() if last else model.no_sync()
+        return nullcontext() if last else self.wrapped.no_sync()
 
-    def sum(self, values: Tensor) -> Tensor:
-        """See `Strategy.sum`."""
-        return all_sum(values)
+    def backward(self, loss: Tensor) -> None:
+        """DistributedDataParallel averages over ranks; a sum is wanted."""
+        (loss * self.world_size).backward()
 
-    def agree(self, value: T) -> T:
-        """See `Strategy.agree`."""
-        return from_rank_0(value, self.device)
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """All of it, on every rank; each saves some of the weights."""
+        shape = tuple(tensor.shape)
+        return Part(shape, 0, tensor.view(-1), writes=self._writers[name] == self.rank)
+
+    @cached_property
+    def _writers(self) -> dict[str, int]:
+        """Weights to ranks, the largest first and each to who has the least so far."""
+        loads = [0] * self.world_size
+        found = {}
+        for name, parameter in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
+            rank = loads.index(min(loads))
+            loads[rank] += parameter.numel()
+            found[name] = rank
+        return found

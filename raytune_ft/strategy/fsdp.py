@@ -2,71 +2,74 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
 
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from raytune_ft.strategy.base import T
-from raytune_ft.strategy.dist import all_sum, from_rank_0
-from raytune_ft.strategy.single import Single
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.model.blocks import find_blocks
+from raytune_ft.strategy.group import Grouped
+from raytune_ft.tensors.part import Part
 
 
-class Fsdp(Single):
-    """torch's `fully_shard`: the repeated blocks one by one, then what is left around them."""
+class Fsdp(Grouped):
+    """torch's `fully_shard`: the repeated blocks one by one, then what is left around them.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+    With `replicas`, weights are sharded over the inner mesh dimension and gradients all-reduced
+    over the outer one.
+    """
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def __init__(self, parallel: ParallelConfig) -> None:
+        super().__init__(parallel)
+        self.mesh = self._mesh()
+
+    def lay_out(self, model: nn.Module) -> nn.Module:
         """Shard in place; parameters become DTensors under their old names.
 
-        The root is resharded after every forward too: a checkpoint that is loaded after the probe
-        or an evaluation would otherwise be written beneath weights that are still gathered.
+        The root is resharded after every forward in any case: a checkpoint that is loaded after
+        the probe or an evaluation would otherwise be written beneath weights still gathered.
         """
+        offload = CPUOffloadPolicy() if self.parallel.offload == "all" else OffloadPolicy()
         model.to(self.device)
-        for block in _blocks(model):
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        for block in find_blocks(model).values():
+            fully_shard(
+                block,
+                mesh=self.mesh,
+                reshard_after_forward=self.parallel.reshard_after_forward,
+                offload_policy=offload,
+            )
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, offload_policy=offload)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Every backward reduces: keeping whole gradients until the last would undo sharding."""
-        return nullcontext()
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """Whole rows; replicas hold the same ones, and the first of them saves."""
+        assert isinstance(tensor, DTensor)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None
+        first = all(
+            at == 0
+            for at, placement in zip(coordinate, placements, strict=True)
+            if isinstance(placement, Replicate)
+        )
+        row = math.prod(tensor.shape[1:])
+        return Part(tuple(tensor.shape), offset[0] * row, tensor.to_local().view(-1), first)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """See `Strategy.gather`."""
-        return super().gather(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-
-    def shard(self, whole: Tensor, like: Tensor) -> Tensor:
-        """See `Strategy.shard`; every rank has read `whole`, so nothing is sent."""
-        whole = super().shard(whole, like)
-        if not isinstance(like, DTensor):
-            return whole
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """See `Strategy.sum`."""
-        return all_sum(values)
-
-    def agree(self, value: T) -> T:
-        """See `Strategy.agree`."""
-        return from_rank_0(value, self.device)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated blocks, as its class names them, outermost first."""
-    classes: set[str] = set()
-    for module in model.modules():
-        classes |= set(getattr(module, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in classes]
+    def _mesh(self) -> DeviceMesh:
+        replicas = self.parallel.replicas
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (self.world_size,))
+        return init_device_mesh(
+            self.device.type,
+            (replicas, self.world_size // replicas),
+            mesh_dim_names=("replicate", "shard"),
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.strategy.base import T
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
+from raytune_ft.strategy.exchange import Alone, Exchange
+from raytune_ft.tensors.part import Part
 
 
 def local_device() -> torch.device:
@@ -20,36 +22,67 @@ def local_device() -> torch.device:
 
 
 class Single:
-    """No communication. The base of `Ddp`, whose tensors are whole too."""
+    """No communication. The base of the others, which say what is different with them."""
 
     rank = 0
     world_size = 1
-    loss_factor = 1.0
+    optimizer: torch.optim.Optimizer
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
         self.device = local_device()
+        self.parameters: dict[str, nn.Parameter] = {}
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
+        """See `Strategy.prepare`."""
+        wrapped = self.lay_out(model)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer_of(self.parameters.values())
+        return wrapped
+
+    def lay_out(self, model: nn.Module) -> nn.Module:
         """Only moved to the device."""
         return model.to(self.device)
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Gradients add up by themselves."""
         return nullcontext()
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-        """See `Strategy.clip`."""
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy.backward`."""
+        loss.backward()
+
+    def step(self, lr: float, max_norm: float | None) -> float:
+        """See `Strategy.step`; a gradient that is not finite moves nothing here."""
         limit = math.inf if max_norm is None else max_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """A copy, so that training may go on while it is written."""
-        return tensor.detach().to("cpu", copy=True)
+    def start_from(self, step: int) -> None:
+        """See `Strategy.start_from`."""
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
+            }
 
-    def shard(self, whole: Tensor, like: Tensor) -> Tensor:
+    def parts(self, name: str) -> dict[str, Part]:
+        """See `Strategy.parts`."""
+        parameter = self.parameters[name]
+        state = self.optimizer.state[parameter]
+        # A weight that took no part in any step, such as one of an unused tower, has no moments.
+        moments = {m: state.get(m, torch.zeros_like(parameter.detach())) for m in MOMENTS}
+        return {key: self.part(name, t) for key, t in {"": parameter.detach(), **moments}.items()}
+
+    def part(self, name: str, tensor: Tensor) -> Part:
         """All of it."""
-        return whole.to(like.device, like.dtype)
+        return Part(tuple(tensor.shape), 0, tensor.view(-1))
 
     def sum(self, values: Tensor) -> Tensor:
         """Nothing to add."""
@@ -58,3 +91,7 @@ class Single:
     def agree(self, value: T) -> T:
         """Nobody to disagree with."""
         return value
+
+    def exchange(self) -> Exchange:
+        """See `Strategy.exchange`."""
+        return Alone()

@@ -26,14 +26,13 @@ MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 class Engine:
     """`wrapped` is `model` as the strategy calls it.
 
-    `parameters` is what is trained, by its name in a single process: the tensors that the
-    optimizer moves, taken once, since a sharded module shows others while it is gathered.
+    `names` are those of the trained weights in a single process.
     """
 
     model: nn.Module
     wrapped: nn.Module
     head: nn.Module
-    parameters: dict[str, nn.Parameter]
+    names: list[str]
     strategy: Strategy
     precision: Precision
     pad_token: int

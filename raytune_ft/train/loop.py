@@ -95,7 +95,6 @@ class Schedule:
 
 def train(
     engine: Engine,
-    optimizer: torch.optim.Optimizer,
     data: TokenizedSplit,
     validation: TokenizedSplit,
     settings: TrainConfig,
@@ -134,15 +133,11 @@ def train(
         indices = example_indices(seed, seen, examples - seen, len(data))
         _seed_noise(seed, step, engine.strategy.rank)
 
-        loss = accumulate_gradients(engine, data, indices)
-        grad_norm = engine.strategy.clip(engine.parameters.values(), settings.max_grad_norm)
+        loss, stopped = accumulate_gradients(engine, data, indices, should_stop)
+        lr = learning_rate(settings, progress.step, schedule.total_steps)
+        grad_norm = engine.strategy.step(lr, settings.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
-        lr = learning_rate(settings, progress.step, schedule.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
 
         now = time.perf_counter()
         progress = replace(progress, step=step, examples=examples, wall_s=now - started)
@@ -167,10 +162,9 @@ def train(
             is_best = objective.improves(evaluation, progress.best)
             progress = _after_evaluation(progress, evaluation, settings, objective)
             log.evaluation(evaluation, None)
-        stopped = should_stop()
         ending = stopped or _exhausted(progress, settings)
         if is_best or ending or schedule.save_due(step):
-            saver.save(optimizer, progress, evaluation)
+            saver.save(progress, evaluation)
         if is_best:
             saver.wait()
         if evaluation is not None:

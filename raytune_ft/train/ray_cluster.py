@@ -138,7 +138,7 @@ def require_capacity(parallel: ParallelConfig) -> int:
     Raises:
         ClusterError: the cluster cannot hold one group of workers.
     """
-    resources, workers = parallel.resources_per_worker, parallel.workers
+    resources, workers = parallel.resources_per_worker, parallel.max_workers
     groups = bundles_that_fit(resources, workers)
     if groups > 0:
         return groups

@@ -269,7 +269,7 @@ def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
             train_loop_config={"spec": spec},
             backend_config=_process_group(spec.config, gpu),
             scaling_config=ScalingConfig(
-                num_workers=parallel.workers, use_gpu=gpu, resources_per_worker=resources
+                num_workers=parallel.max_workers, use_gpu=gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.errors import ConfigError, Diverged, ModelError, OutOfMemory, RaytuneFtError
 from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
-from raytune_ft.model.methods import Exporter, trained_parameters
+from raytune_ft.model.export import Exporter
+from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
@@ -43,7 +45,7 @@ def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunRe
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others.
     """
-    strategy = STRATEGIES[strategy_name]()
+    strategy = STRATEGIES[strategy_name](spec.config.parallel)
     try:
         return _train(spec, strategy, reporter)
     except (RaytuneFtError, MemoryError, RuntimeError) as error:
@@ -66,11 +68,10 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     _check_vocabulary(model, data)
     exporter = Exporter(model, disk_dtype(config.model))
     engine = build_engine(model, config, strategy)
-    optimizer = build_optimizer(engine.parameters.values(), config.train)
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
     checkpoint = _where_to_resume(store, schedule, strategy)
-    progress = load_state(checkpoint, engine, optimizer) if checkpoint else Progress()
+    progress = load_state(checkpoint, strategy, engine.names) if checkpoint else Progress()
     saver = Saver(
         store,
         Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
@@ -86,7 +87,6 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     with interruptible() if alone else nullcontext(threading.Event()) as stop:
         status, progress = train(
             engine,
-            optimizer,
             data.train,
             data.validation,
             config.train,
@@ -146,12 +146,13 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    wrapped = strategy.wrap(model)
+    names = list(trained_parameters(model))
+    wrapped = strategy.prepare(model, partial(build_optimizer, train=config.train))
     engine = Engine(
         model=model,
         wrapped=wrapped,
         head=head,
-        parameters=trained_parameters(model),
+        names=names,
         strategy=strategy,
         precision=config.train.precision,
         pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-
-import torch
+from itertools import chain
+from pathlib import Path
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.schema import CheckpointConfig
-from raytune_ft.model.methods import Exporter
-from raytune_ft.records import EvalMetrics
+from raytune_ft.model.export import Exporter
+from raytune_ft.records import EvalMetrics, FileRecord
+from raytune_ft.strategy.exchange import together
+from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.state import Progress, Snapshot, take_snapshot, write_snapshot
+from raytune_ft.train.state import (
+    STATE,
+    WEIGHTS,
+    Progress,
+    Snapshot,
+    SnapshotTaker,
+    write_state,
+)
 
 PACKAGES = ("raytune_ft", "torch", "transformers", "peft", "safetensors")
 
@@ -31,9 +41,9 @@ class Identity:
 
 
 class Saver:
-    """Rank 0 writes, one checkpoint at a time; on the other ranks everything but the copy is idle.
+    """Every rank copies what it holds and goes on; a thread of each writes one snapshot at a time.
 
-    A failed write surfaces in the next `save` or `wait`.
+    A failed write, of whichever rank, surfaces on all of them in the next `save` or `wait`.
     """
 
     def __init__(
@@ -45,27 +55,24 @@ class Saver:
         exporter: Exporter,
     ) -> None:
         self.store, self.identity, self.settings = store, identity, settings
-        self.engine, self.exporter = engine, exporter
+        self.exporter = exporter
+        self._line = engine.strategy.exchange()
+        self._taker = SnapshotTaker(engine.strategy, engine.names)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.stalled_s = 0.0
 
-    def save(
-        self,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        evaluation: EvalMetrics | None,
-    ) -> None:
-        """Copy the state of all ranks, then write it; every rank must call this.
+    def save(self, progress: Progress, evaluation: EvalMetrics | None) -> None:
+        """Copy the state, then write it; every rank must call this.
 
         `evaluation` is the one of this very step, if there was one; retention ranks by it.
         """
+        started = time.perf_counter()
         self.wait()
-        snapshot = take_snapshot(self.engine, optimizer, progress)
-        if snapshot is None:
-            return
-        self._pending = self._pool.submit(self._write, snapshot, evaluation)
+        self._pending = self._pool.submit(self._write, self._taker.take(progress), evaluation)
         if not self.settings.asynchronous:
             self.wait()
+        self.stalled_s += time.perf_counter() - started
 
     def wait(self) -> None:
         """Until what was saved last is committed."""
@@ -78,13 +85,32 @@ class Saver:
         self._pool.shutdown(wait=True)
 
     def _write(self, snapshot: Snapshot, evaluation: EvalMetrics | None) -> None:
-        progress = snapshot.progress
-        scores = (
-            {k: v for k, v in asdict(evaluation).items() if isinstance(v, float)}
-            if evaluation
-            else {}
-        )
-        facts = CheckpointFacts(
+        """All ranks at once, step by step; where one fails, all of them do."""
+        line, step, first = self._line, snapshot.progress.step, self._line.rank == 0
+        facts = self._facts(snapshot.progress, evaluation)
+        folder = together(line, lambda: self.store.begin(step, facts) if first else None)[0]
+        if folder is None:
+            return
+        try:
+            ours = partial(write_state, snapshot, folder, line.rank, line.world_size)
+            states = together(line, ours)
+            exports = together(line, partial(self._export, folder))
+            files = chain.from_iterable([*states, *exports])
+            together(line, lambda: self._finish(folder, facts, snapshot, files) if first else None)
+        finally:
+            if first:
+                self.store.drop(folder)
+
+    def _export(self, folder: Path) -> list[FileRecord]:
+        """From the files that all ranks have just written, so that nothing is sent between them."""
+        with open_shards(folder / STATE, WEIGHTS) as weights:
+            line = self._line
+            return self.exporter.save(weights.whole, folder, line.rank, line.world_size)
+
+    def _facts(self, progress: Progress, evaluation: EvalMetrics | None) -> CheckpointFacts:
+        scores = asdict(evaluation) if evaluation else {}
+        scores = {key: value for key, value in scores.items() if isinstance(value, float)}
+        return CheckpointFacts(
             examples=progress.examples,
             config_sha256=self.identity.config_sha256,
             method=self.identity.method,
@@ -92,8 +118,12 @@ class Saver:
             metrics=scores,
             versions={package: version(package) for package in PACKAGES},
         )
-        write = partial(write_snapshot, snapshot, self.exporter)
-        self.store.commit(progress.step, write, facts)
+
+    def _finish(
+        self, folder: Path, facts: CheckpointFacts, snapshot: Snapshot, files: Iterable[FileRecord]
+    ) -> None:
+        progress = snapshot.progress
+        self.store.finish(folder, progress.step, facts, files)
         self.store.retain(
             self.settings.keep_last,
             self.settings.keep_best,

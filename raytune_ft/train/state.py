@@ -8,23 +8,23 @@ data order, learning rate and noise are functions of the step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.model.methods import Exporter
-from raytune_ft.records import EvalMetrics, Point, to_json
-from raytune_ft.train.engine import Engine
+from raytune_ft.files import flush_file
+from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
+from raytune_ft.strategy import Strategy
+from raytune_ft.tensors.part import Part
+from raytune_ft.tensors.read import Shards, open_shards, shard_name
+from raytune_ft.tensors.write import write_parts
 
 STATE = "state"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS, OPTIMIZER = "model", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -45,39 +45,60 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a run's state in host memory; training may go on while it is written."""
+    """A copy in host memory of what this rank saves; training may go on while it is written."""
 
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: dict[str, Part]
+    moments: dict[str, Part]
     progress: Progress
 
 
-def take_snapshot(
-    engine: Engine, optimizer: torch.optim.Optimizer, progress: Progress
-) -> Snapshot | None:
-    """Gather the whole state; every rank must call it, rank 0 alone gets it."""
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in engine.parameters.items():
-        whole = {"": engine.strategy.gather(parameter)}
-        for moment in MOMENTS:
-            # A weight that took no part in any step, such as one of an unused tower, has none.
-            value = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
-            whole[moment] = engine.strategy.gather(value)
-        if engine.strategy.rank == 0:
-            weights[name] = whole.pop("")
-            moments |= {f"{name}.{moment}": value for moment, value in whole.items()}
-    return Snapshot(weights, moments, progress) if engine.strategy.rank == 0 else None
+class SnapshotTaker:
+    """Copies into the same memory each time: the first touch of new pages costs more than a copy.
+
+    So a snapshot must be written before the next one is taken.
+    """
+
+    def __init__(self, strategy: Strategy, names: list[str]) -> None:
+        self._strategy, self._names = strategy, names
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, progress: Progress) -> Snapshot:
+        """Nothing is sent between ranks."""
+        weights: dict[str, Part] = {}
+        moments: dict[str, Part] = {}
+        for name in self._names:
+            for moment, part in self._strategy.parts(name).items():
+                if part.writes:
+                    key = f"{name}.{moment}" if moment else name
+                    kept = moments if moment else weights
+                    kept[key] = replace(part, values=self._copy(key, part.values))
+        if self._strategy.device.type == "cuda":
+            torch.cuda.synchronize()
+        return Snapshot(weights, moments, progress)
+
+    def _copy(self, key: str, values: Tensor) -> Tensor:
+        memory = self._memory.get(key)
+        if memory is None or memory.shape != values.shape:
+            pinned = self._strategy.device.type == "cuda"
+            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+            self._memory[key] = memory
+        return memory.copy_(values, non_blocking=True)
 
 
-def write_snapshot(snapshot: Snapshot, exporter: Exporter, directory: Path) -> None:
-    """Fill a checkpoint's directory."""
-    exporter.save(snapshot.weights, directory)
-    state = directory / STATE
-    state.mkdir()
-    save_file(snapshot.weights, state / "model.safetensors")
-    save_file(snapshot.moments, state / "optimizer.safetensors")
-    (state / "state.json").write_text(to_json(snapshot.progress, indent=2), encoding="utf-8")
+def write_state(
+    snapshot: Snapshot, directory: Path, rank: int, world_size: int
+) -> list[FileRecord]:
+    """Add this rank's files to a checkpoint's directory; rank 0 adds the JSON."""
+    (directory / STATE).mkdir(exist_ok=True)
+    records = [
+        write_parts(directory, f"{STATE}/{shard_name(stem, rank, world_size)}", parts)
+        for stem, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.moments))
+    ]
+    if rank == 0:
+        path = directory / STATE / "state.json"
+        path.write_text(to_json(snapshot.progress, indent=2), encoding="utf-8")
+        records.append(flush_file(path, directory))
+    return records
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -93,42 +114,36 @@ def read_progress(checkpoint: Path) -> Progress:
     )
 
 
-def load_state(checkpoint: Path, engine: Engine, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint's weights and moments into a freshly built engine.
+def load_state(checkpoint: Path, strategy: Strategy, names: list[str]) -> Progress:
+    """Put a checkpoint's weights and moments into a freshly built model and optimizer.
+
+    Every rank reads its own parts.
 
     Raises:
         CheckpointError: it is of another model or method.
     """
     progress = read_progress(checkpoint)
-    parameters = engine.parameters
+    strategy.start_from(progress.step)
     state = checkpoint / STATE
-    with (
-        safe_open(state / "model.safetensors", "pt") as weights,
-        safe_open(state / "optimizer.safetensors", "pt") as moments,
-    ):
-        _check_names(checkpoint, set(weights.keys()), parameters)
-        for name, parameter in parameters.items():
-            whole = weights.get_tensor(name)
-            if whole.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{checkpoint} holds {name} with shape {tuple(whole.shape)}, "
-                    f"the model built has {tuple(parameter.shape)}"
-                )
-            with torch.no_grad():
-                parameter.copy_(engine.strategy.shard(whole, parameter))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(progress.step)),
-                **{
-                    moment: engine.strategy.shard(
-                        moments.get_tensor(f"{name}.{moment}"), parameter.detach()
-                    )
-                    for moment in MOMENTS
-                },
-            }
+    with open_shards(state, WEIGHTS) as weights, open_shards(state, OPTIMIZER) as moments:
+        _check_names(checkpoint, set(weights.shapes), names)
+        for name in names:
+            for moment, part in strategy.parts(name).items():
+                source, key = (moments, f"{name}.{moment}") if moment else (weights, name)
+                _fill(checkpoint, part, source, key)
     return progress
 
 
-def _check_names(checkpoint: Path, saved: set[str], built: Mapping[str, Any]) -> None:
+def _fill(checkpoint: Path, part: Part, source: Shards, key: str) -> None:
+    found = source.shapes.get(key)
+    if found != part.shape:
+        raise CheckpointError(
+            f"{checkpoint} holds {key} with shape {found}, the model built has {part.shape}"
+        )
+    source.fill(part, key)
+
+
+def _check_names(checkpoint: Path, saved: set[str], built: list[str]) -> None:
     if saved != set(built):
         odd = sorted(saved ^ set(built))
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from raytune_ft.data.order import Indices
@@ -10,11 +12,17 @@ from raytune_ft.model.loss import token_losses
 from raytune_ft.train.engine import Engine
 
 
-def accumulate_gradients(engine: Engine, split: TokenizedSplit, indices: Indices) -> float:
-    """Add the gradient of the mean loss over the label tokens of `indices`; return that mean.
+def accumulate_gradients(
+    engine: Engine,
+    split: TokenizedSplit,
+    indices: Indices,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, bool]:
+    """Add the gradient of the mean loss over the label tokens of `indices`.
 
-    The sum of the token losses is divided once, by the number of label tokens of the whole step
-    on all ranks, which every rank knows beforehand.
+    Returns that mean, and whether any rank should stop, a question that costs nothing here. The
+    sum of the token losses is divided once, by the number of label tokens of the whole step on
+    all ranks, which every rank knows beforehand.
     """
     strategy = engine.strategy
     label_tokens = int(split.label_counts[indices].sum())
@@ -22,8 +30,10 @@ def accumulate_gradients(engine: Engine, split: TokenizedSplit, indices: Indices
     loss_sum = torch.zeros((), dtype=torch.float64)
     for number, rows in enumerate(layout, start=1):
         batch = engine.collate(split, indices, rows)
-        with strategy.accumulate(engine.wrapped, last=number == len(layout)):
+        with strategy.accumulate(last=number == len(layout)):
             loss = token_losses(engine.logits(batch), batch).sum()
-            (loss * (strategy.loss_factor / label_tokens)).backward()
+            strategy.backward(loss / label_tokens)
         loss_sum += loss.detach().double().cpu()
-    return strategy.sum(loss_sum.to(strategy.device)).item() / label_tokens
+    sums = torch.stack([loss_sum, torch.tensor(float(should_stop()), dtype=torch.float64)])
+    total, stops = strategy.sum(sums.to(strategy.device)).tolist()
+    return total / label_tokens, stops > 0

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
+from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import RunSpec, run_training
 from tests.support.models import save_tiny_llama
@@ -116,7 +116,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def final_weights(run_dir: Path) -> dict[str, Tensor]:
     """Trained weights of the last checkpoint, in master precision."""
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    return load_file(last / "state" / "model.safetensors")
+    with open_shards(last / "state") as weights:
+        return {name: weights.whole(name) for name in weights.shapes}
 
 
 def largest_difference(a: Path, b: Path) -> tuple[float, float, float]:

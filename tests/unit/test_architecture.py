@@ -11,8 +11,10 @@ PACKAGE = Path(raytune_ft.__file__).parent
 # Later layers may import earlier ones.
 LAYERS = [
     {"__init__", "errors", "records"},
+    {"files"},
     {"config"},
     {"rundir", "data"},
+    {"tensors"},
     {"model"},
     {"strategy"},
     {"checkpoints"},

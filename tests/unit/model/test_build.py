@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import build_model, load_base, load_model_config
-from raytune_ft.model.methods import Exporter, trained_parameters
+from raytune_ft.model.export import Exporter
+from raytune_ft.model.methods import trained_parameters
 from tests.support.models import save_tiny_llama
 
 
@@ -63,9 +64,9 @@ def test_a_full_model_keeps_how_its_base_generates(tmp_path: Path) -> None:
     (base / "generation_config.json").write_text(json.dumps(settings))
     built = build_model(ModelConfig(path=str(base)), FullMethod(name="full"), "float32", 0)
     exporter = Exporter(built, torch.float32)
-    exporter.save(
-        {name: p.detach() for name, p in trained_parameters(built).items()}, tmp_path / "saved"
-    )
+    (tmp_path / "saved").mkdir()
+    trained = trained_parameters(built)
+    exporter.save(lambda name: trained[name].detach(), tmp_path / "saved", 0, 1)
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert {key: saved[key] for key in settings} == settings
 

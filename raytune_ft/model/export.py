@@ -1,0 +1,173 @@
+"""Write what Hugging Face reads: a PEFT adapter, or a model in the dtype of its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+
+from raytune_ft.files import flush_file
+from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.methods import trained_parameters
+from raytune_ft.records import FileRecord
+from raytune_ft.tensors.read import shard_name
+from raytune_ft.tensors.write import Entry, write_tensors
+
+Read = Callable[[str], Tensor]
+"""A trained weight in its whole shape, by its name."""
+
+
+class Exporter:
+    """Made before a strategy lays the model out, and from then on independent of it.
+
+    Saving a sharded module would communicate, from a thread that the other ranks know nothing of.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._adapter = model if isinstance(model, PeftModel) else None
+        self._names = list(trained_parameters(model))
+        if self._adapter is None:
+            self._model = _HuggingFaceModel(model, dtype)
+
+    def save(self, read: Read, directory: Path, rank: int, world_size: int) -> list[FileRecord]:
+        """Add this rank's files to `directory`: all of them where it is the only one.
+
+        An adapter is small, and rank 0's. Of a model each rank writes some blocks, one after
+        another, so that it holds one of them at a time.
+        """
+        if self._adapter is None:
+            return self._model.save(read, directory, rank, world_size)
+        if rank > 0:
+            return []
+        before = set(directory.rglob("*"))
+        # "auto" would ask the hub whether the embeddings were resized.
+        self._adapter.save_pretrained(
+            str(directory),
+            state_dict={name: read(name) for name in self._names},
+            save_embedding_layers=False,
+        )
+        made = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
+        return [flush_file(path, directory) for path in made]
+
+
+class _HuggingFaceModel:
+    """The outside of a fully trained model, without its weights."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        with torch.device("meta"):
+            shell: Any = type(model)(copy.deepcopy(model.config))
+        self._shell = shell
+        self._shell.generation_config = model.generation_config
+        self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
+        self._rest = _untrained_state(model)
+        self._shapes = {name: p.shape for name, p in trained_parameters(model).items()}
+        self._units = _units(model, list(self._shapes))
+
+    def save(self, read: Read, directory: Path, rank: int, world_size: int) -> list[FileRecord]:
+        """See `Exporter.save`."""
+        shares = self._shares(world_size)
+        entries = [self._entries(share) for share in shares]
+        records = []
+        mine = self._tensors(shares[rank], read)
+        if rank == 0:
+            entries[0] += [Entry(n, t.dtype, tuple(t.shape)) for n, t in self._rest.items()]
+            records += self._save_config(directory)
+            if world_size > 1:
+                records.append(_save_index(directory, entries))
+        name = shard_name("model", rank, world_size)
+        rest = self._rest.values() if rank == 0 else ()
+        if entries[rank]:
+            records.append(write_tensors(directory, name, entries[rank], chain(mine, rest)))
+        return records
+
+    def _shares(self, world_size: int) -> list[list[list[str]]]:
+        """Units to ranks, in order, so that each has about as many elements."""
+        sizes = [sum(self._shapes[name].numel() for name in unit) for unit in self._units]
+        shares: list[list[list[str]]] = [[] for _ in range(world_size)]
+        before, total = 0, sum(sizes)
+        for unit, size in zip(self._units, sizes, strict=True):
+            shares[min(world_size - 1, (before + size // 2) * world_size // total)].append(unit)
+            before += size
+        return shares
+
+    def _entries(self, share: list[list[str]]) -> list[Entry]:
+        """What `_tensors` will give, found out on tensors without memory."""
+
+        def empty(name: str) -> Tensor:
+            return torch.empty(self._shapes[name], device="meta")
+
+        return [
+            Entry(name, tensor.dtype, tuple(tensor.shape))
+            for unit in share
+            for name, tensor in self._as_on_disk(unit, empty)
+        ]
+
+    def _tensors(self, share: list[list[str]], read: Read) -> Iterator[Tensor]:
+        for unit in share:
+            for _, tensor in self._as_on_disk(unit, read):
+                yield tensor
+
+    def _as_on_disk(self, unit: list[str], read: Read) -> list[tuple[str, Tensor]]:
+        """Names and layout of the files that the model came from, which transformers may change
+        on loading (experts in one tensor, for one).
+        """
+        state = {name: read(name).to(self._dtype) for name in unit}
+        return sorted(revert_weight_conversion(self._shell, state).items())
+
+    def _save_config(self, directory: Path) -> list[FileRecord]:
+        before = set(directory.iterdir())
+        shell = self._shell
+        shell.config.dtype = str(self._dtype).removeprefix("torch.")
+        shell.config.architectures = [type(shell).__name__]
+        if shell.is_remote_code():
+            custom_object_save(shell, str(directory), config=shell.config)
+        shell.config.save_pretrained(str(directory))
+        if shell.can_generate():
+            shell.generation_config.save_pretrained(str(directory))
+        made = sorted(set(directory.iterdir()) - before)
+        return [flush_file(path, directory) for path in made]
+
+
+def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
+    """Weights that are converted together: a block's, and each other one alone."""
+    prefixes = [f"{name}." for name in find_blocks(model)]
+    units: dict[str, list[str]] = {}
+    for name in names:
+        owner = next((prefix for prefix in prefixes if name.startswith(prefix)), name)
+        units.setdefault(owner, []).append(name)
+    return list(units.values())
+
+
+def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
+    """Which file holds which tensor."""
+    files = {
+        entry.name: shard_name("model", rank, len(entries))
+        for rank, held in enumerate(entries)
+        for entry in held
+    }
+    size = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for held in entries for e in held)
+    path = directory / "model.safetensors.index.json"
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return flush_file(path, directory)
+
+
+def _untrained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that are saved; tied weights are written once, under one name."""
+    trained = trained_parameters(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name not in trained and name not in tied
+    }

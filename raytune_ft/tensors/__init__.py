@@ -1,0 +1,1 @@
+"""Large tensors in safetensors files: any range of any of them, written and read by many."""
