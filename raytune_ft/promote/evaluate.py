@@ -107,7 +107,7 @@ def sample_prompts(split: TokenizedSplit, count: int) -> list[Prompt]:
 
 
 def _engine(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    strategy = Single(ParallelConfig())
+    strategy = Single(ParallelConfig(), "float32")  # no autocast: computes in the dtype on disk
     built: Any = load_base(model, disk_dtype(model)).eval()
     return Engine(
         model=built,
@@ -115,7 +115,7 @@ def _engine(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
         head=built.get_output_embeddings(),
         names=[],
         strategy=strategy,
-        precision="float32",  # no autocast: the dtype on disk is the one to compute in
+        precision=strategy.precision,
         pad_token=pad_token(tokenizer),
         micro_tokens=choose_micro_tokens("auto", strategy.device),
         packing=False,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.model.build import Precision
 from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.part import Part
 
@@ -29,8 +30,9 @@ class Strategy(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    precision: Precision
 
-    def __init__(self, parallel: ParallelConfig) -> None: ...
+    def __init__(self, parallel: ParallelConfig, precision: Precision) -> None: ...
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
         """Lay the model out, build its optimizer; the module to call. Called once.

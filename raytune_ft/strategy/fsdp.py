@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.build import Precision
 from raytune_ft.strategy.group import Grouped
 from raytune_ft.tensors.part import Part
 
@@ -23,8 +24,8 @@ class Fsdp(Grouped):
     over the outer one.
     """
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        super().__init__(parallel)
+    def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
+        super().__init__(parallel, precision)
         self.mesh = self._mesh()
 
     def lay_out(self, model: nn.Module) -> nn.Module:

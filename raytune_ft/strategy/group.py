@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.model.build import Precision
 from raytune_ft.strategy.base import T
 from raytune_ft.strategy.exchange import Exchange, Group
 from raytune_ft.strategy.single import Single
@@ -14,8 +15,8 @@ from raytune_ft.strategy.single import Single
 class Grouped(Single):
     """One rank of the default process group."""
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        super().__init__(parallel)
+    def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
+        super().__init__(parallel, precision)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.model.build import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
 from raytune_ft.strategy.exchange import Alone, Exchange
 from raytune_ft.tensors.part import Part
@@ -28,8 +29,8 @@ class Single:
     world_size = 1
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, parallel: ParallelConfig) -> None:
-        self.parallel = parallel
+    def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
+        self.parallel, self.precision = parallel, precision
         self.device = local_device()
         self.parameters: dict[str, nn.Parameter] = {}
 

@@ -45,7 +45,7 @@ def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunRe
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others.
     """
-    strategy = STRATEGIES[strategy_name](spec.config.parallel)
+    strategy = STRATEGIES[strategy_name](spec.config.parallel, spec.config.train.precision)
     try:
         return _train(spec, strategy, reporter)
     except (RaytuneFtError, MemoryError, RuntimeError) as error:

@@ -49,7 +49,7 @@ def _save(family: str, directory: Path) -> Path:
 
 def _engine(config: Config) -> Engine:
     model = build_model(config.model, config.method, config.train.precision, config.seed)
-    return build_engine(model, config, Single(config.parallel))
+    return build_engine(model, config, Single(config.parallel, config.train.precision))
 
 
 @pytest.fixture(scope="module")
