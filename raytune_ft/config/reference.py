@@ -202,6 +202,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
         return " or ".join(dict.fromkeys(_words(item, ()) for item in args))
     if origin is typing.Literal:
         return one_of(str(item) for item in args)
+    if origin is list and annotated_types.MaxLen(2) in metadata:
+        return "[min, max]"
     if origin is list:
         return f"a list of {_plural(args[0])}"
     if origin is dict:

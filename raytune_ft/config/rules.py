@@ -113,7 +113,7 @@ def _check_sharding(config: Config) -> None:
         )
     if parallel.deepspeed is not None and strategy != "deepspeed":
         raise ConfigError(
-            f"parallel.deepspeed={parallel.deepspeed}",
+            f"parallel.deepspeed={shown_value(parallel.deepspeed)}",
             f"is for deepspeed, and parallel.strategy={strategy}",
             "write parallel.strategy: deepspeed, or leave the key out",
         )

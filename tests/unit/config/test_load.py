@@ -156,7 +156,33 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
         ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
         ("promote: {merge: ties}", "promote.merge=ties is not in this version, which has best;"),
-        ("parallel: {strategy: deepspeed}", "parallel.strategy=deepspeed is not auto, single, ddp"),
+        ("parallel: {strategy: zero}", "parallel.strategy=zero is not auto, single, ddp, fsdp or"),
+        ("parallel: {workers: [4, 2]}", "parallel.workers=[4, 2] is not [min, max] with min <= m"),
+        ("parallel: {workers: [2]}", "workers=[2] is not a whole number above 0 or [min, max]"),
+        (
+            "parallel: {workers: [1, 64]}",
+            "is smaller than parallel.workers=[1, 64]; write at",
+        ),
+        ("parallel: {workers: 4, replicas: 3}", "parallel.replicas=3 does not divide parallel.wor"),
+        ("parallel: {workers: [2, 4], replicas: 2}", "needs a fixed number of workers, not parall"),
+        (
+            "parallel: {strategy: ddp, workers: 4, replicas: 2}",
+            "replicas=2 is for fsdp",
+        ),
+        ("parallel: {strategy: fsdp, deepspeed: x.json}", "parallel.deepspeed=x.json is for deeps"),
+        ("parallel: {strategy: ddp, offload: all}", "offload=all is nothing that ddp can"),
+        (
+            "parallel: {strategy: fsdp, offload: optimizer}",
+            "write parallel.strategy: deepspeed",
+        ),
+        (
+            "parallel: {strategy: deepspeed, zero_stage: 2, offload: all}",
+            "zero_stage=2 do",
+        ),
+        (
+            "train: {precision: float64}\nparallel: {strategy: deepspeed}",
+            "nothing that deepspeed",
+        ),
         ("search: {trials: 2}", "search.space is missing; write a mapping with at least one key"),
     ],
 )
