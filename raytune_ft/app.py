@@ -185,8 +185,9 @@ def _run(spec: RunSpec, reporter: Reporter, tell: Tell) -> RunResult:
     from raytune_ft.train.ray_train import fit
 
     parallel = spec.config.parallel
-    tell(f"starting {parallel.max_workers} workers ({parallel.strategy})")
-    return fit(spec, reporter.evaluation)
+    size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
+    tell(f"starting {size} workers ({parallel.strategy})")
+    return fit(spec, reporter.evaluation, tell)
 
 
 def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:

@@ -17,15 +17,9 @@ from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.space import apply_params
-from raytune_ft.train.ray_cluster import set_train_defaults
-from raytune_ft.train.ray_train import (
-    Ended,
-    Report,
-    StopRequested,
-    TrainJob,
-    read_result,
-    write_ended,
-)
+from raytune_ft.train.ended import read_result, write_ended
+from raytune_ft.train.ray_cluster import set_train_defaults, stop_grace_s
+from raytune_ft.train.ray_train import Ended, Report, StopRequested, TrainJob
 from raytune_ft.train.spec import RunSpec
 
 DRIVER_RESOURCES = {"CPU": 0, "memory": 1}
@@ -91,6 +85,8 @@ class IsolatedTrial(Trainable):
         except StopRequested:
             # The whole sweep stops. The trial stays unfinished, for the next driver.
             self._over = True
+            if self._job is not None:
+                self._job.wind_down(stop_grace_s())
             self._end()
             return {"done": True, "interrupted": True}
 

@@ -44,11 +44,11 @@ from raytune_ft.search.ray_trial import (
 )
 from raytune_ft.search.results import SweepResult, sweep_result
 from raytune_ft.search.space import apply_params, trial_name
+from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import connected, require_capacity, train_environment
 from raytune_ft.train.ray_group import end_group
 from raytune_ft.train.ray_switchboard import start_switchboard
-from raytune_ft.train.ray_train import load_result, write_ended
 from raytune_ft.train.signals import interruptible
 
 MAKESPAN = "makespan_s"

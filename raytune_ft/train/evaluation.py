@@ -11,6 +11,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.train.engine import Engine
+from raytune_ft.train.heartbeat import Beat, unheard
 
 BLOCK_EXAMPLES = 1024
 """Laid out together; bounds the time of packing, which grows faster than its input."""
@@ -29,13 +30,15 @@ class Scores:
     exact_match: float
 
 
-def evaluate(engine: Engine, split: TokenizedSplit) -> Scores:
+def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
     """Scores of the model as it is now; all ranks share the work and get the same answer."""
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
-        for rows in engine.layout(split.lengths[indices].tolist()):
+        layout = engine.layout(split.lengths[indices].tolist())
+        for number, rows in enumerate(layout, start=1):
             sums += _sums(engine, engine.collate(split, indices, rows))
+            beat(number, len(layout))
     loss, correct, exact = engine.strategy.sum(sums.to(engine.strategy.device)).tolist()
     label_tokens = int(split.label_counts.sum())
     return Scores(loss / label_tokens, correct / label_tokens, exact / len(split))

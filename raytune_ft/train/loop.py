@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -21,6 +22,7 @@ from raytune_ft.model.methods import without_method
 from raytune_ft.records import EvalMetrics, Point, StepMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
+from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.optim import learning_rate, total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.saver import Saver
@@ -106,11 +108,13 @@ def train(
     log: Reporter,
     reporter: Reporter,
     should_stop: Callable[[], bool],
+    heart: Heartbeat,
 ) -> tuple[Outcome, Progress]:
     """Train from `progress` to the end of the budget, an early stop or a request to stop.
 
     `log` hears of everything at once; `reporter` hears of an evaluation when the checkpoint that
-    it earned is committed, so that whoever stops the run then finds it whole.
+    it earned is committed, so that whoever stops the run then finds it whole. Training goes on
+    meanwhile, and all ranks report after the same step.
 
     Raises:
         Diverged: the loss, the gradient or an evaluation is not finite.
@@ -118,62 +122,100 @@ def train(
     started = time.perf_counter() - progress.wall_s
     if progress.base is None:
         with without_method(engine.model):
-            base = _measure(engine, validation, 0, 0)
+            base = _measure(engine, validation, 0, 0, heart)
         progress = replace(progress, base=base)
         log.evaluation(base, None)
         reporter.evaluation(base, None)
 
     stopped = False
-    while (
-        progress.step < schedule.total_steps and not stopped and not _exhausted(progress, settings)
-    ):
-        step_started = time.perf_counter()
-        seen, step = progress.examples, progress.step + 1
-        examples = schedule.examples_after(step)
-        indices = example_indices(seed, seen, examples - seen, len(data))
-        _seed_noise(seed, step, engine.strategy.rank)
+    with _Reports(saver, reporter) as reports:
+        while (
+            progress.step < schedule.total_steps
+            and not stopped
+            and not _exhausted(progress, settings)
+        ):
+            step_started = time.perf_counter()
+            seen, step = progress.examples, progress.step + 1
+            heart.enter(f"step {step}")
+            examples = schedule.examples_after(step)
+            indices = example_indices(seed, seen, examples - seen, len(data))
+            _seed_noise(seed, step, engine.strategy.rank)
 
-        loss, stopped = accumulate_gradients(engine, data, indices, should_stop)
-        lr = learning_rate(settings, progress.step, schedule.total_steps)
-        grad_norm = engine.strategy.step(lr, settings.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+            loss, (stopped, writing) = accumulate_gradients(
+                engine, data, indices, lambda: (should_stop(), saver.busy), heart.beat
+            )
+            lr = learning_rate(settings, progress.step, schedule.total_steps)
+            grad_norm = engine.strategy.step(lr, settings.max_grad_norm)
+            if not writing:
+                reports.release()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
 
-        now = time.perf_counter()
-        progress = replace(progress, step=step, examples=examples, wall_s=now - started)
-        tokens = int(data.lengths[indices].sum())
-        metrics = StepMetrics(
-            step=step,
-            examples=examples,
-            tokens=tokens,
-            label_tokens=int(data.label_counts[indices].sum()),
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_s=tokens / (now - step_started),
-            wall_s=progress.wall_s,
-        )
-        log.step(metrics)
-        reporter.step(metrics)
+            now = time.perf_counter()
+            progress = replace(progress, step=step, examples=examples, wall_s=now - started)
+            tokens = int(data.lengths[indices].sum())
+            metrics = StepMetrics(
+                step=step,
+                examples=examples,
+                tokens=tokens,
+                label_tokens=int(data.label_counts[indices].sum()),
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_s=tokens / (now - step_started),
+                wall_s=progress.wall_s,
+            )
+            log.step(metrics)
+            reporter.step(metrics)
 
-        evaluation, is_best = None, False
-        if schedule.due(step, schedule.eval_every):
-            evaluation = _measure(engine, validation, step, examples)
-            is_best = objective.improves(evaluation, progress.best)
-            progress = _after_evaluation(progress, evaluation, settings, objective)
-            log.evaluation(evaluation, None)
-        ending = stopped or _exhausted(progress, settings)
-        if is_best or ending or schedule.save_due(step):
-            saver.save(progress, evaluation)
-        if is_best:
-            saver.wait()
-        if evaluation is not None:
-            reporter.evaluation(evaluation, _checkpoint(step) if is_best else None)
-
-    saver.wait()
+            evaluation, is_best = None, False
+            if schedule.due(step, schedule.eval_every):
+                evaluation = _measure(engine, validation, step, examples, heart)
+                is_best = objective.improves(evaluation, progress.best)
+                progress = _after_evaluation(progress, evaluation, settings, objective)
+                log.evaluation(evaluation, None)
+            ending = stopped or _exhausted(progress, settings)
+            if is_best or ending or schedule.save_due(step):
+                heart.enter(f"checkpoint of step {step}")
+                reports.release()
+                saver.save(progress, evaluation)
+            if evaluation is not None:
+                reports.hold(evaluation, _checkpoint(step) if is_best else None)
+        heart.enter("last checkpoint")
     if progress.step == schedule.total_steps:
         return "completed", progress
     return ("early_stopped" if _exhausted(progress, settings) else "interrupted"), progress
+
+
+class _Reports(AbstractContextManager["_Reports"]):
+    """Evaluations on their way to the reporter, in order.
+
+    All of them have arrived on exit, also where the run diverged, which all ranks see alike.
+    """
+
+    def __init__(self, saver: Saver, reporter: Reporter) -> None:
+        self._saver, self._reporter = saver, reporter
+        self._held: list[tuple[EvalMetrics, str | None]] = []
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Diverged):
+            self.release()
+
+    def hold(self, evaluation: EvalMetrics, checkpoint: str | None) -> None:
+        """Where no checkpoint is to be waited for, it is passed on at once."""
+        self._held.append((evaluation, checkpoint))
+        if all(path is None for _, path in self._held):
+            self._pass_on()
+
+    def release(self) -> None:
+        """Wait for the checkpoint that is being written, then pass everything on."""
+        self._saver.wait()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        for evaluation, checkpoint in self._held:
+            self._reporter.evaluation(evaluation, checkpoint)
+        self._held.clear()
 
 
 def _exhausted(progress: Progress, settings: TrainConfig) -> bool:
@@ -182,8 +224,11 @@ def _exhausted(progress: Progress, settings: TrainConfig) -> bool:
     return stopping is not None and progress.unimproved >= stopping.patience
 
 
-def _measure(engine: Engine, validation: TokenizedSplit, step: int, examples: int) -> EvalMetrics:
-    scores = evaluate(engine, validation)
+def _measure(
+    engine: Engine, validation: TokenizedSplit, step: int, examples: int, heart: Heartbeat
+) -> EvalMetrics:
+    heart.enter(f"evaluation after step {step}")
+    scores = evaluate(engine, validation, heart.beat)
     if not math.isfinite(scores.loss):
         raise Diverged(f"step {step}: evaluation loss {scores.loss}")
     return EvalMetrics(step, examples, scores.loss, scores.token_accuracy, scores.exact_match)

@@ -13,7 +13,7 @@ from ray._private import ray_constants
 
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import ClusterError
+from raytune_ft.errors import ClusterError, ConfigError
 
 TRAIN_DEFAULTS = {
     # The controller looks at its workers 4 times a second: an empty run ends, and an evaluation
@@ -27,6 +27,21 @@ LOCAL_DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
+"""Seconds for the checkpoint of a run that is interrupted, 30 by default."""
+
+
+def stop_grace_s() -> float:
+    """How long an interrupted run waits for its last checkpoint.
+
+    Raises:
+        ConfigError: the variable is no number of seconds.
+    """
+    written = os.environ.get(STOP_GRACE, "30")
+    try:
+        return float(written)
+    except ValueError:
+        raise ConfigError(f"{STOP_GRACE}={written}", "is no number", "write seconds") from None
 
 
 @contextmanager
@@ -135,13 +150,18 @@ def whole_groups(
 def require_capacity(parallel: ParallelConfig) -> int:
     """How many runs or trials fit at a time; refused where not even one does.
 
+    An elastic one is counted with its most workers; where not even one such group fits, there is
+    room for one that is smaller.
+
     Raises:
-        ClusterError: the cluster cannot hold one group of workers.
+        ClusterError: the cluster cannot hold one group of the fewest workers.
     """
-    resources, workers = parallel.resources_per_worker, parallel.max_workers
-    groups = bundles_that_fit(resources, workers)
+    resources, workers = parallel.resources_per_worker, parallel.min_workers
+    groups = bundles_that_fit(resources, parallel.max_workers)
     if groups > 0:
         return groups
+    if bundles_that_fit(resources, workers) > 0:
+        return 1
     nodes = _alive_nodes()
     need = {name: amount for name, amount in resources.items() if amount > 0}
     shown = ", ".join(f"{name}: {_number(amount)}" for name, amount in need.items())
@@ -156,8 +176,9 @@ def require_capacity(parallel: ParallelConfig) -> int:
     )
     fits = whole_groups(nodes, resources, 1)
     raise ClusterError(
-        f"parallel.workers={workers} with {{{shown}}} each",
-        f"needs {total}; the cluster has {has} on {len(nodes)} node{'s' * (len(nodes) != 1)}",
+        f"parallel.workers={parallel.workers} with {{{shown}}} each",
+        f"needs {'at least ' * parallel.elastic}{total}; "
+        f"the cluster has {has} on {len(nodes)} node{'s' * (len(nodes) != 1)}",
         f"write at most {fits} workers or add nodes"
         if fits
         else "write smaller parallel.resources_per_worker or add nodes",

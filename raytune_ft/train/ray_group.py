@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -17,10 +18,13 @@ from ray.train.v2._internal.execution.callback import (
     ReportCallback,
     WorkerGroupCallback,
 )
+from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
 from raytune_ft.train.ray_switchboard import Group
+from raytune_ft.train.ray_worker import heed_sigterm
 
 ABORT_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 30.0
@@ -45,18 +49,28 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         workers = [worker.actor for worker in state.workers]
         me = ray.get_runtime_context().current_actor
         ray.get(self._switchboard.register.remote(self._run, me, group, workers))
+        ray.get([worker.execute.remote(heed_sigterm) for worker in workers])
+        self._switchboard.post.remote(self._run, {"workers": len(workers)})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """Once every rank has reported; the ranks report the same."""
         self._switchboard.post.remote(self._run, {"report": metrics[0]})
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Remembers an error that would come again.
+        """Remembers an error that would come again, and restarts a group that was moved off.
+
+        Workers that saved and left, though nobody asked for the end of the run, were told to by
+        Ray (a node is drained), by a SIGTERM, or to make room for more of them. That is not one
+        of `max_failures`.
 
         A worker that lost its peer hears of it from torch or from a socket, in these two types,
         and often before Ray knows. Anything else that was raised comes from the run itself.
         """
-        errors = [status.error for status in worker_group_status.worker_statuses.values()]
+        statuses = worker_group_status.worker_statuses.values()
+        errors = [status.error for status in statuses]
+        if worker_group_status.finished and not any(errors) and self._goes_on(statuses):
+            info = worker_group_status.get_preemption_info() or PreemptionInfo(None, {})
+            raise PreemptionError(info)
         if any(isinstance(error, WorkerHealthCheckFailedError) for error in errors):
             return  # somebody is lost, whatever the others make of it
         for error in errors:
@@ -64,6 +78,11 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
                 continue
             if not isinstance(error._base_exc, RuntimeError | OSError):
                 self._fatal = failure_of(error)
+
+    def _goes_on(self, statuses: Iterable[Any]) -> bool:
+        if any(status.return_value != "interrupted" for status in statuses):
+            return False
+        return not ray.get(self._switchboard.is_ending.remote(self._run))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """What is raised here ends the run instead of restarting its workers."""

@@ -44,6 +44,7 @@ class Switchboard:
         self._events: dict[str, list[dict[str, Any]]] = {}
         self._news: dict[str, asyncio.Event] = {}
         self._stopping = False
+        self._ending: set[str] = set()
 
     async def open(self, run: str, owner: str) -> bool:
         """Wait for a free slot; until `close`, `run` may hold workers.
@@ -66,6 +67,7 @@ class Switchboard:
     async def close(self, run: str) -> None:
         """The workers of `run` are gone, or as gone as they will be."""
         self._groups.pop(run, None)
+        self._ending.discard(run)
         async with self._changed:
             if self._owners.pop(run, None) is not None:
                 self._free += 1
@@ -113,6 +115,15 @@ class Switchboard:
             self._news[run].clear()
         events, self._events[run] = self._events.get(run, []), []
         return events, self._stopping
+
+    async def end(self, run: str) -> Group:
+        """`run` shall save and end; returns whom to ask."""
+        self._ending.add(run)
+        return self._groups.get(run, Group())
+
+    async def is_ending(self, run: str) -> bool:
+        """Whether somebody wants `run` to end. Else a run that was interrupted goes on."""
+        return run in self._ending
 
     async def stop_everybody(self) -> None:
         """Whoever waits, for a message or for a slot, is told to stop instead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import shutil
 import tempfile
 import threading
@@ -11,8 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -23,23 +22,37 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from raytune_ft.checkpoints.store import step_name
-from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import InputError, Interrupted, RaytuneFtError, RunFailed
-from raytune_ft.records import EvalMetrics, Point, RunResult
-from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
-from raytune_ft.train.ray_cluster import connected, require_capacity
+from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.records import EvalMetrics, RunResult
+from raytune_ft.rundir import RESULT
+from raytune_ft.train.ended import load_result, read_result, write_ended
+from raytune_ft.train.heartbeat import Standing, log_text, summary
+from raytune_ft.train.host import HANG_LOG, append_hang_log
+from raytune_ft.train.ray_cluster import connected, require_capacity, stop_grace_s
+from raytune_ft.train.ray_elastic import scaling_policy
 from raytune_ft.train.ray_group import RunWatch, end_group, failure_of
 from raytune_ft.train.ray_switchboard import start_switchboard
-from raytune_ft.train.ray_worker import ProcessGroupConfig, train_worker
+from raytune_ft.train.ray_worker import (
+    ProcessGroupConfig,
+    ask_to_stop,
+    standing,
+    train_worker,
+)
 from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.
 CONTROLLER_FAILURES = 10
 REGISTER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 2.0
+"""For a worker's main thread, which does nothing but answer."""
+GROW_AFTER_S = 60.0
+"""Between two looks whether an elastic run can have more workers."""
+ELASTIC_START_TIMEOUT_S = "20"
+"""An elastic run that waits longer for a worker goes on with one less; else Ray waits 60 s."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
 
 
@@ -49,6 +62,13 @@ class Report:
 
     metrics: EvalMetrics
     checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something for people to read."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,8 @@ class TrainJob:
         self._switchboard = switchboard
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name=self._name, daemon=True)
-        self._pending: list[Report] = []
+        self._pending: list[Report | Note] = []
+        self._hang: str | None = None  # of the group that runs now
 
     def start(self) -> None:
         """Wait for a free slot, then let Ray Train start the workers.
@@ -86,7 +107,7 @@ class TrainJob:
             raise StopRequested
         self._thread.start()
 
-    def next(self, timeout_s: float = 1.0) -> Report | Ended | None:
+    def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
         """The next thing that happened, in order; None when nothing did for `timeout_s`.
 
         Raises:
@@ -97,14 +118,27 @@ class TrainJob:
             events, stopping = ray.get(self._switchboard.take.remote(self._name, timeout_s))
             if stopping:
                 raise StopRequested
-            self._pending += [_report(event["report"]) for event in events if "report" in event]
+            for event in events:
+                self._pending += self._heard(event)
             if any("ended" in event for event in events):
                 self._thread.join()
                 over = True
             if not self._pending and over:
                 self.stop()
-                return Ended(failure_of(self._error) if self._error else None)
+                return Ended(self._failure())
         return self._pending.pop(0) if self._pending else None
+
+    def wind_down(self, grace_s: float) -> None:
+        """Ask the workers to save and to leave, and wait for that, but no longer than `grace_s`.
+
+        Returns at once where there is nothing to save; `stop` is still to be called.
+        """
+        deadline = time.monotonic() + grace_s
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            workers = ray.get(self._switchboard.end.remote(self._name)).workers
+            if not any(_ask(workers, ask_to_stop)):
+                return
+            self._thread.join(timeout=0.5)
 
     def stop(self) -> None:
         """End the workers wherever they are; returns when they and their reservation are gone."""
@@ -119,9 +153,37 @@ class TrainJob:
         end_group(self._name, self._switchboard)
         self._thread.join(timeout=10)
 
+    def _heard(self, event: dict[str, Any]) -> list[Report | Note]:
+        if "report" in event:
+            return [_report(event["report"])]
+        if "workers" in event:
+            self._hang = None
+            size = event["workers"]
+            return [Note(f"training on {size} worker{'s' * (size != 1)}")]
+        if "hang" in event and self._hang is None:
+            self._hang = self._ask_who_hangs(event["hang"])
+            return [Note(f"{self._hang}; stacks are in {HANG_LOG}")]
+        return []
+
+    def _ask_who_hangs(self, first: Standing) -> str:
+        """Every rank's stack goes to `hang.log`; the line that says who is behind."""
+        workers = ray.get(self._switchboard.group.remote(self._name)).workers
+        answers = {each.rank: each for each in _ask(workers, standing) if each is not None}
+        told = list({**answers, first.rank: first}.values())
+        timeout_s = self.spec.config.parallel.hang_timeout_s
+        append_hang_log(self.spec.run_dir, log_text(told, len(workers), timeout_s))
+        return summary(told, len(workers), timeout_s)
+
+    def _failure(self) -> RaytuneFtError | None:
+        if self._error is None:
+            return None
+        if self._hang is not None:
+            return RunFailed(f"{self._hang}; stacks are in {HANG_LOG}")
+        return failure_of(self._error)
+
     def _fit(self) -> None:
         try:
-            _fit(self.spec, self._name, [RunWatch(self._name, self._switchboard)])
+            _fit(self.spec, self._name, self._switchboard)
         except (TrainingFailedError, RayError, RuntimeError, OSError, ValueError) as error:
             self._error = error
         finally:
@@ -129,12 +191,29 @@ class TrainJob:
                 self._switchboard.post.remote(self._name, {"ended": True})
 
 
-def fit(spec: RunSpec, on_evaluation: OnEvaluation | None = None) -> RunResult:
+def _ask(workers: list[Any], question: Callable[[], Any]) -> list[Any]:
+    """What the main threads of these workers answer; those that do not are left out."""
+    asked = [worker.execute.remote(question) for worker in workers]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+    answers = []
+    for each in ready:
+        with contextlib.suppress(RayError):
+            answers.append(ray.get(each))
+    return answers
+
+
+def fit(
+    spec: RunSpec,
+    on_evaluation: OnEvaluation | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> RunResult:
     """Train `spec` on a group of Ray Train workers, from its newest checkpoint if there is one.
 
-    A worker that is lost is replaced, together with its group, up to `parallel.max_failures`
-    times. A run that failed by itself (a loss that is not finite, for one) is not tried again:
-    its status is "failed" and the result says why.
+    A worker that is lost or hangs is replaced, together with its group, up to
+    `parallel.max_failures` times; an elastic group goes on with those that are left. `tell` hears
+    of that. SIGINT and SIGTERM make a checkpoint first, within `stop_grace_s`; a second one does
+    not wait for it. A run that failed by itself (a loss that is not finite, for one) is not tried
+    again: its status is "failed" and the result says why.
 
     Raises:
         InputError: the cluster cannot hold the workers, or they found the input to be wrong.
@@ -147,7 +226,10 @@ def fit(spec: RunSpec, on_evaluation: OnEvaluation | None = None) -> RunResult:
         with interruptible() as interrupted:
             try:
                 job.start()
-                ended = _listen(job, on_evaluation, interrupted)
+                ended = _listen(job, on_evaluation, tell or _nobody, interrupted)
+                if ended is None:
+                    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # the second signal
+                        job.wind_down(stop_grace_s())
             finally:
                 job.stop()
         if ended is None and load_result(spec.run_dir) is None:
@@ -156,8 +238,15 @@ def fit(spec: RunSpec, on_evaluation: OnEvaluation | None = None) -> RunResult:
     return read_result(spec, ended.error if ended else None)
 
 
+def _nobody(line: str) -> None:
+    """Hears nothing."""
+
+
 def _listen(
-    job: TrainJob, on_evaluation: OnEvaluation | None, interrupted: threading.Event
+    job: TrainJob,
+    on_evaluation: OnEvaluation | None,
+    tell: Callable[[str], None],
+    interrupted: threading.Event,
 ) -> Ended | None:
     while not interrupted.is_set():
         event = job.next(timeout_s=0.5)
@@ -165,78 +254,9 @@ def _listen(
             return event
         if isinstance(event, Report) and on_evaluation is not None:
             on_evaluation(event.metrics, event.checkpoint)
+        if isinstance(event, Note):
+            tell(event.text)
     return None
-
-
-def read_result(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:
-    """What the workers left in `result.json`; where they could not, a failed one is written.
-
-    Raises:
-        InputError: what the workers raised, for the user to mend.
-        RunFailed: they could not.
-    """
-    result = load_result(spec.run_dir)
-    if result is None:
-        failure = error or RunFailed("the workers ended without a result")
-        write_ended(spec, "failed", f"{type(failure).__name__}: {failure}")
-        raise failure
-    if isinstance(error, InputError):
-        raise error
-    return result
-
-
-def load_result(run_dir: Path) -> RunResult | None:
-    """`result.json` of an ended run, None where there is none."""
-    path = run_dir / RESULT
-    if not path.exists():
-        return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    points = {name: Point(**data[name]) if data.get(name) else None for name in ("best", "final")}
-    lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
-    return RunResult(**{**data, **points, **lists})
-
-
-def write_ended(
-    spec: RunSpec, status: Literal["failed", "pruned", "interrupted"], error: str | None = None
-) -> RunResult:
-    """`result.json` of a run whose workers are gone, from the evaluations in `metrics.jsonl`."""
-    evaluations = _evaluations(spec.run_dir / METRICS)
-    base = next((point for point in evaluations if point.examples == 0), None)
-    points = [_with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
-    saved = [point for point in points if point.checkpoint] or points
-    sign = 1 if spec.mode == "min" else -1
-    result = RunResult(
-        status=status,
-        base=_numbers(base) if base else None,
-        best=min(saved, key=lambda point: sign * getattr(point, spec.metric), default=None),
-        final=points[-1] if points else None,
-        seed=spec.config.seed,
-        config_sha256=config_sha256(spec.config),
-        error=error,
-    )
-    write_json_atomic(spec.run_dir / RESULT, result)
-    return result
-
-
-def _evaluations(path: Path) -> list[Point]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    points = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # the half line of a killed writer
-            record = json.loads(line)
-            if record.get("eval_loss") is not None:
-                points.append(Point(**{key: record[key] for key in EvalMetrics.__annotations__}))
-    return points
-
-
-def _with_checkpoint(point: Point, run_dir: Path) -> Point:
-    path = f"{CHECKPOINTS}/{step_name(point.step)}"
-    kept = path if (run_dir / path).is_dir() else None
-    return Point(**_numbers(point), checkpoint=kept)
-
-
-def _numbers(point: EvalMetrics) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in EvalMetrics.__annotations__}
 
 
 def _report(values: dict[str, Any]) -> Report:
@@ -256,9 +276,18 @@ class _LeanTrainer(DataParallelTrainer):
         every = super()._create_default_callbacks()
         return [callback for callback in every if not isinstance(callback, idle)]
 
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return super()._initialize_and_run_controller(
+            **{**arguments, "scaling_policy": scaling_policy(self.scaling_config)}
+        )
 
-def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
+
+def _fit(spec: RunSpec, name: str, switchboard: Any) -> None:
     parallel = spec.config.parallel
+    size: int | tuple[int, int] = parallel.max_workers
+    if parallel.elastic:
+        size = parallel.min_workers, parallel.max_workers
+        os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
     resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
     gpu = resources.get("GPU", 0) > 0
     # Ray's own notes on the run: nothing that anybody reads afterwards.
@@ -266,10 +295,13 @@ def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
     try:
         _LeanTrainer(
             train_worker,
-            train_loop_config={"spec": spec},
+            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard},
             backend_config=_process_group(spec.config, gpu),
             scaling_config=ScalingConfig(
-                num_workers=parallel.max_workers, use_gpu=gpu, resources_per_worker=resources
+                num_workers=size,
+                use_gpu=gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=GROW_AFTER_S,
             ),
             run_config=RunConfig(
                 name=name,
@@ -278,7 +310,7 @@ def _fit(spec: RunSpec, name: str, callbacks: list[Any]) -> None:
                     max_failures=parallel.max_failures,
                     controller_failure_limit=CONTROLLER_FAILURES,
                 ),
-                callbacks=callbacks,
+                callbacks=[RunWatch(name, switchboard)],
             ),
         ).fit()
     finally:
@@ -289,4 +321,6 @@ def _process_group(config: Config, gpu: bool) -> BackendConfig:
     """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
     if choose_strategy(config)[0] == "single":
         return BackendConfig()
-    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # A hang is to be found, and told, before a collective gives up by itself.
+    timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))
+    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s)

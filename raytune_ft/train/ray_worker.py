@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import sys
+import threading
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.train.heartbeat import Heartbeat, Standing
+from raytune_ft.train.host import Host
 from raytune_ft.train.spec import RunSpec
 
 LOOPBACK = "127.0.0.1"
+LAST_WORDS_S = 5.0
+"""Between the report of a hang and the end of the process, for whoever asks the others."""
+
+# Of this process, which is a worker of one group and then ends. The run is in a thread of it; the
+# main thread answers to Ray, which is how it can be reached while the run is busy or hangs.
+_stop = threading.Event()
+_heart = Heartbeat()
 
 
 class RayReporter:
@@ -34,8 +49,47 @@ class RayReporter:
         ray.train.report({**asdict(metrics), "checkpoint": checkpoint})
 
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """The function of each worker: threads and devices as reserved, then the run itself."""
+def ask_to_stop() -> bool:
+    """Save after the current step and leave. False: there is nothing to save yet."""
+    _stop.set()
+    return _heart.watched
+
+
+def heed_sigterm() -> None:
+    """The first SIGTERM asks to stop; Ray would end the process in the middle of a step."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def request(number: int, frame: object) -> None:
+        _stop.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, request)
+
+
+def standing() -> Standing | None:
+    """Where the run of this process is; None when it does not train."""
+    return _heart.standing() if _heart.watched else None
+
+
+def _should_stop() -> bool:
+    """Also when a node of the group is drained: Ray tells every worker of the group."""
+    return _stop.is_set() or get_train_context().preemption_context.preemption_info is not None
+
+
+def _tell_of_hang(run: str, switchboard: Any, own: Standing) -> None:
+    print(f"no progress for {own.silent_s:.0f} s\n{own.stacks}", file=sys.stderr, flush=True)
+    try:
+        ray.get(switchboard.post.remote(run, {"hang": own}), timeout=LAST_WORDS_S)
+    except RayError:
+        return
+    threading.Event().wait(LAST_WORDS_S)
+
+
+def train_worker(payload: dict[str, Any]) -> str:
+    """The function of each worker: threads and devices as reserved, then the run itself.
+
+    Returns how the run ended, of which "interrupted" is not the end where nobody asked for it.
+    """
     spec: RunSpec = payload["spec"]
     resources = spec.config.parallel.resources_per_worker
     if not resources.get("GPU", 0):
@@ -51,7 +105,10 @@ def train_worker(payload: dict[str, Any]) -> None:
 
     from raytune_ft.train.run import run_training
 
-    run_training(spec, choose_strategy(spec.config)[0], RayReporter())
+    host = Host(
+        _should_stop, partial(_tell_of_hang, payload["run"], payload["switchboard"]), _heart
+    )
+    return run_training(spec, choose_strategy(spec.config)[0], RayReporter(), host).status
 
 
 @dataclass

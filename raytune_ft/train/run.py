@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,19 +20,23 @@ from raytune_ft.model.export import Exporter
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
+from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import STRATEGIES, Strategy
+from raytune_ft.train.ended import ended_result, write_result
 from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.heartbeat import watched
+from raytune_ft.train.host import Host, own_host
 from raytune_ft.train.loop import Objective, Schedule, train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import MetricsFile, Reporter, Silent
 from raytune_ft.train.saver import Identity, Saver
-from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.state import Progress, load_state, read_progress
+from raytune_ft.train.state import Progress, load_state
 
 
-def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunResult:
+def run_training(
+    spec: RunSpec, strategy_name: str, reporter: Reporter, host: Host | None = None
+) -> RunResult:
     """Train one run to its end, from the newest sound checkpoint in `spec.run_dir` if there is one.
 
     Called in every process of the run, after `torch.distributed` was set up where the strategy
@@ -41,27 +44,30 @@ def run_training(spec: RunSpec, strategy_name: str, reporter: Reporter) -> RunRe
     alike is a result with status "failed"; one that this rank alone may have met is raised, so
     that whoever started the group ends the others, which wait for this one.
 
+    `host` is whoever started this process. It knows why it asked the run to stop, so that it and
+    not the run writes the result "interrupted". Without one, a single process listens to signals.
+
     Raises:
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others.
     """
     strategy = STRATEGIES[strategy_name](spec.config.parallel, spec.config.train.precision)
     try:
-        return _train(spec, strategy, reporter)
+        return _train(spec, strategy, reporter, host)
     except (RaytuneFtError, MemoryError, RuntimeError) as error:
         failure = _as_failure(error)
         if failure is None:
             raise
-        result = _failed(spec, failure)
+        result = ended_result(spec, "failed", f"{type(failure).__name__}: {failure}")
         if strategy.rank == 0:
-            _write_result(spec, result)
+            write_result(spec.run_dir, result)
         alone = strategy.world_size == 1 and failure.exit_code == 1
         if alone or isinstance(failure, Diverged):
             return result
         raise failure from error
 
 
-def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
+def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
     config = spec.config
     data = open_prepared(spec.data_dir)
     model = build_model(config.model, config.method, config.train.precision, config.seed)
@@ -82,9 +88,11 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
     log = MetricsFile(spec.run_dir / METRICS, resume_step) if writes else Silent()
-    # Workers of a group are stopped by whoever started them.
-    alone = strategy.world_size == 1
-    with interruptible() if alone else nullcontext(threading.Event()) as stop:
+    alone = host is None and strategy.world_size == 1
+    with (
+        own_host(spec) if alone else nullcontext(host or Host()) as near,
+        watched(near.heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
+    ):
         status, progress = train(
             engine,
             data.train,
@@ -97,7 +105,8 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
             saver,
             log,
             reporter,
-            stop.is_set,
+            near.should_stop,
+            near.heart,
         )
     saver.close()
     result = RunResult(
@@ -109,8 +118,8 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter) -> RunResult:
         config_sha256=config_sha256(config),
         notes=engine.notes,
     )
-    if writes:
-        _write_result(spec, result)
+    if writes and (status != "interrupted" or host is None):
+        write_result(spec.run_dir, result)
     return result
 
 
@@ -187,26 +196,3 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
     if out_of_memory or "can't allocate memory" in str(error):
         return OutOfMemory(str(error).splitlines()[0] if str(error) else "out of memory")
     return None
-
-
-def _failed(spec: RunSpec, failure: RaytuneFtError) -> RunResult:
-    """What is left of a failed run: the best of what it had reported."""
-    progress = _last_progress(spec)
-    return RunResult(
-        status="failed",
-        base=asdict(progress.base) if progress.base else None,
-        best=progress.best,
-        final=progress.final,
-        seed=spec.config.seed,
-        config_sha256=config_sha256(spec.config),
-        error=f"{type(failure).__name__}: {failure}",
-    )
-
-
-def _last_progress(spec: RunSpec) -> Progress:
-    checkpoints = CheckpointStore(spec.run_dir / CHECKPOINTS).list()
-    return read_progress(checkpoints[-1][0]) if checkpoints else Progress()
-
-
-def _write_result(spec: RunSpec, result: RunResult) -> None:
-    write_json_atomic(spec.run_dir / RESULT, result)

@@ -10,19 +10,21 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.loss import token_losses
 from raytune_ft.train.engine import Engine
+from raytune_ft.train.heartbeat import Beat, unheard
 
 
 def accumulate_gradients(
     engine: Engine,
     split: TokenizedSplit,
     indices: Indices,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, bool]:
+    ask: Callable[[], tuple[bool, ...]] = tuple,
+    beat: Beat = unheard,
+) -> tuple[float, tuple[bool, ...]]:
     """Add the gradient of the mean loss over the label tokens of `indices`.
 
-    Returns that mean, and whether any rank should stop, a question that costs nothing here. The
-    sum of the token losses is divided once, by the number of label tokens of the whole step on
-    all ranks, which every rank knows beforehand.
+    Returns that mean and, to each question that `ask` answers, whether any rank says yes, which
+    costs nothing here. The sum of the token losses is divided once, by the number of label tokens
+    of the whole step on all ranks, which every rank knows beforehand.
     """
     strategy = engine.strategy
     label_tokens = int(split.label_counts[indices].sum())
@@ -34,6 +36,7 @@ def accumulate_gradients(
             loss = token_losses(engine.logits(batch), batch).sum()
             strategy.backward(loss / label_tokens)
         loss_sum += loss.detach().double().cpu()
-    sums = torch.stack([loss_sum, torch.tensor(float(should_stop()), dtype=torch.float64)])
-    total, stops = strategy.sum(sums.to(strategy.device)).tolist()
-    return total / label_tokens, stops > 0
+        beat(number, len(layout))
+    sums = torch.tensor([loss_sum.item(), *map(float, ask())], dtype=torch.float64)
+    total, *votes = strategy.sum(sums.to(strategy.device)).tolist()
+    return total / label_tokens, tuple(vote > 0 for vote in votes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.errors import ConfigError, OutOfMemory, RunFailed
-from raytune_ft.train.ray_train import load_result, read_result, write_ended
+from raytune_ft.train.ended import load_result, read_result, write_ended
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_config
 

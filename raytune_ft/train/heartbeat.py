@@ -1,0 +1,169 @@
+"""Signs of life of a process that trains, and what to do when they stop.
+
+A hang has no error: a collective waits for a rank that never comes, a file system does not
+answer, a driver call does not return. So every micro-batch leaves a beat, a thread beside the
+training looks at it, and a process without one for too long says where it stands and ends itself.
+The group's other ranks hang with it, and whoever started the group starts it again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+HUNG_EXIT_CODE = 1
+NATIVE_GRACE_S = 20.0
+"""What is left to a watching thread before the last resort, which asks Python nothing."""
+STDERR = 2
+
+Beat = Callable[[int, int], None]
+"""Told `done` and `of` after every micro-batch."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a process was, and since when.
+
+    `phases` counts what was begun, `done` of `of` micro-batches of the last one are finished.
+    """
+
+    rank: int
+    phases: int
+    phase: str
+    done: int
+    of: int
+    silent_s: float
+    stacks: str
+
+    def place(self) -> str:
+        """For people: `step 12, 1 of 4 micro-batches done`."""
+        done = f", {self.done} of {self.of} micro-batches done" if self.of else ""
+        return self.phase + done
+
+    def order(self) -> tuple[int, int]:
+        """Smaller is further behind. Ranks may have different numbers of micro-batches."""
+        return self.phases, self.done - self.of
+
+
+class Heartbeat:
+    """Written by the thread that trains, read by any other."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.watched = False
+        self._phases, self._phase, self._done, self._of = 0, "start", 0, 0
+        self._at = time.monotonic()
+
+    def enter(self, phase: str) -> None:
+        """Something new begins."""
+        self._phases, self._phase, self._done, self._of = self._phases + 1, phase, 0, 0
+        self._at = time.monotonic()
+
+    def beat(self, done: int, of: int) -> None:
+        """`done` of `of` micro-batches of this phase are finished."""
+        self._done, self._of = done, of
+        self._at = time.monotonic()
+
+    @property
+    def at(self) -> float:
+        """The time of the last beat."""
+        return self._at
+
+    def standing(self) -> Standing:
+        """Where this process is, with the stack of each of its threads."""
+        silent_s = time.monotonic() - self._at
+        return Standing(
+            self.rank, self._phases, self._phase, self._done, self._of, silent_s, stacks()
+        )
+
+
+def unheard(done: int, of: int) -> None:
+    """A beat that nobody listens to."""
+
+
+@contextmanager
+def watched(
+    heart: Heartbeat, rank: int, timeout_s: float, on_hang: Callable[[Standing], None]
+) -> Iterator[None]:
+    """As long as the context lasts, `timeout_s` without a beat ends this process.
+
+    `on_hang` runs first, in a thread of its own. Where not even that thread can run, since native
+    code holds the interpreter or the process was stopped, the stacks go to stderr without Python.
+    A beat that comes while `on_hang` runs saves the process.
+    """
+    heart.rank = rank
+    heart.enter("start")
+    heart.watched = True
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(timeout_s / 10, 5.0)):
+            seen = heart.at
+            left = seen + timeout_s - time.monotonic()
+            faulthandler.dump_traceback_later(
+                max(left, 0.0) + NATIVE_GRACE_S, exit=True, file=STDERR
+            )
+            if left > 0:
+                continue
+            on_hang(heart.standing())
+            if heart.at == seen and not over.is_set():
+                sys.stderr.flush()
+                os._exit(HUNG_EXIT_CODE)
+
+    thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        heart.watched = False
+        thread.join(timeout=1.0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def stacks() -> str:
+    """The stack of every other thread, the innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    mine = threading.get_ident()
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
+        for ident, frame in sys._current_frames().items()
+        if ident != mine
+    )
+
+
+def summary(answers: Sequence[Standing], world_size: int, timeout_s: float) -> str:
+    """One line: which ranks are behind, where they stand, and who does not answer at all."""
+    missing = sorted(set(range(world_size)) - {each.rank for each in answers})
+    parts = [f"no progress for {timeout_s:g} s"]
+    if missing:
+        parts.append(f"{_ranks(missing)} did not answer (stopped, or stuck outside Python)")
+    front = max((each.order() for each in answers), default=None)
+    behind = [each for each in answers if each.order() != front]
+    for each in sorted(behind, key=Standing.order):
+        parts.append(f"rank {each.rank} is behind, at {each.place()}")
+    ahead = [each for each in answers if each.order() == front]
+    if ahead:
+        parts.append(f"{_ranks([each.rank for each in ahead])} at {ahead[0].place()}")
+    return "; ".join(parts)
+
+
+def log_text(answers: Sequence[Standing], world_size: int, timeout_s: float) -> str:
+    """An entry of the hang log: the summary, then the stacks, those that are behind first."""
+    head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {summary(answers, world_size, timeout_s)}\n"
+    entries = [
+        f"\nrank {each.rank} at {each.place()}, silent for {each.silent_s:.1f} s\n{each.stacks}\n"
+        for each in sorted(answers, key=Standing.order)
+    ]
+    return head + "".join(entries) + "\n"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"

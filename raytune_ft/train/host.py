@@ -1,0 +1,50 @@
+"""Whoever started a process of a run: it asks the process to stop, and hears when it hangs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raytune_ft.train.ended import write_ended
+from raytune_ft.train.heartbeat import Heartbeat, Standing, log_text, summary
+from raytune_ft.train.signals import interruptible
+from raytune_ft.train.spec import RunSpec
+
+HANG_LOG = "hang.log"
+
+
+@dataclass(frozen=True)
+class Host:
+    """`on_hang` may take a while; the process ends after it."""
+
+    should_stop: Callable[[], bool] = lambda: False
+    on_hang: Callable[[Standing], None] = lambda standing: None
+    heart: Heartbeat = field(default_factory=Heartbeat)
+
+
+@contextmanager
+def own_host(spec: RunSpec) -> Iterator[Host]:
+    """For a process that nobody watches: signals stop it, and a hang fails the run.
+
+    Nobody would start it again; `--resume` does, from the last checkpoint.
+    """
+
+    def fail(standing: Standing) -> None:
+        timeout_s = spec.config.parallel.hang_timeout_s
+        line = summary([standing], 1, timeout_s)
+        text = log_text([standing], 1, timeout_s)
+        print(text, file=sys.stderr, flush=True)
+        append_hang_log(spec.run_dir, text)
+        write_ended(spec, "failed", f"RunFailed: {line}; see {HANG_LOG}")
+
+    with interruptible() as stop:
+        yield Host(stop.is_set, fail)
+
+
+def append_hang_log(run_dir: Path, text: str) -> None:
+    """`hang.log` of a run: one entry for each time that its processes hung."""
+    with (run_dir / HANG_LOG).open("a", encoding="utf-8") as file:
+        file.write(text)
