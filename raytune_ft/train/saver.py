@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -60,19 +59,21 @@ class Saver:
         self._taker = SnapshotTaker(engine.strategy, engine.names)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.stalled_s = 0.0
 
     def save(self, progress: Progress, evaluation: EvalMetrics | None) -> None:
         """Copy the state, then write it; every rank must call this.
 
         `evaluation` is the one of this very step, if there was one; retention ranks by it.
         """
-        started = time.perf_counter()
         self.wait()
         self._pending = self._pool.submit(self._write, self._taker.take(progress), evaluation)
         if not self.settings.asynchronous:
             self.wait()
-        self.stalled_s += time.perf_counter() - started
+
+    @property
+    def busy(self) -> bool:
+        """Is a checkpoint being written?"""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Until what was saved last is committed."""
