@@ -55,6 +55,9 @@ class Strategy(Protocol):
     def start_from(self, step: int) -> None:
         """Bring the optimizer to where it is after `step` steps, with moments still to fill in."""
 
+    def loaded(self) -> None:
+        """Train with what was just copied into the parts; all ranks call it at once."""
+
     def parts(self, name: str) -> dict[str, Part]:
         """What this rank holds of a trained weight, under "", and of each of its `MOMENTS`."""
 
