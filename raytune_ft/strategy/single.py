@@ -27,6 +27,7 @@ class Single:
 
     rank = 0
     world_size = 1
+    takes_parts = False
     optimizer: torch.optim.Optimizer
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
@@ -72,6 +73,9 @@ class Single:
                 "step": torch.tensor(float(step)),
                 **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
             }
+
+    def loaded(self) -> None:
+        """The parts are the weights themselves."""
 
     def parts(self, name: str) -> dict[str, Part]:
         """See `Strategy.parts`."""

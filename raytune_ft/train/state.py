@@ -131,6 +131,7 @@ def load_state(checkpoint: Path, strategy: Strategy, names: list[str]) -> Progre
             for moment, part in strategy.parts(name).items():
                 source, key = (moments, f"{name}.{moment}") if moment else (weights, name)
                 _fill(checkpoint, part, source, key)
+    strategy.loaded()
     return progress
 
 

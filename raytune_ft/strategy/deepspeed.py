@@ -1,0 +1,147 @@
+"""Moments, gradients and weights sharded over ranks, in host memory if need be (DeepSpeed ZeRO)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_ft.config import deepspeed_json
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.model.build import Precision
+from raytune_ft.strategy.base import MOMENTS, OptimizerOf
+from raytune_ft.strategy.group import Grouped
+from raytune_ft.strategy.zero import Zero, Zero3, Zero12
+from raytune_ft.tensors.part import Part
+
+# DeepSpeed sets up buffers of this many elements, and by default of ten times as many.
+BUCKET = 50_000_000
+
+
+class DeepSpeed(Grouped):
+    """DeepSpeed's engine around our AdamW.
+
+    Trained weights are float32 for DeepSpeed, and matrix products go through autocast, as with
+    every other strategy. So its own bf16 mode, which keeps weights and norms in bfloat16 beside
+    the master weights, is off.
+    """
+
+    zero: Zero
+
+    def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
+        """See `Strategy.prepare`; the optimizer is built while parameters have their shapes."""
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.optimizer = optimizer_of(self.parameters.values())
+        config = engine_config(self.parallel, self.precision, self.world_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            deepspeed = _import_deepspeed(self.device)
+            self.engine: Any = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=config, dist_init_required=False
+            )[0]
+        # It calls torch by names that torch has deprecated, in every step.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        kind = Zero3 if self.parallel.zero_stage == 3 else Zero12
+        self.zero = kind(self.engine.optimizer, self.rank)
+        model.register_forward_pre_hook(_forget_casts)
+        wrapped: nn.Module = self.engine
+        return wrapped
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """See `Strategy.accumulate`."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed averages over ranks; a sum is wanted."""
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float, max_norm: float | None) -> float:
+        """See `Strategy.step`; a gradient that is not finite moves nothing here."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.optimizer.clip_grad = max_norm or 0.0
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def start_from(self, step: int) -> None:
+        """See `Strategy.start_from`."""
+        for flat in self.zero.flats():
+            self.optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(flat.detach()) for moment in MOMENTS},
+            }
+
+    def loaded(self) -> None:
+        """See `Strategy.loaded`."""
+        self.zero.refresh()
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """See `Strategy.parts`."""
+        found = self.zero.range_of(self.parameters[name])
+        state = self.optimizer.state[found.flat]
+        values = found.of(found.flat)
+        moments = {m: found.of(state[m]) if m in state else values.new_zeros(()) for m in MOMENTS}
+        return {
+            key: Part(self.shapes[name], found.start, tensor.expand_as(values))
+            for key, tensor in {"": values, **moments}.items()
+        }
+
+
+def engine_config(
+    parallel: ParallelConfig, precision: Precision, world_size: int
+) -> dict[str, Any]:
+    """What DeepSpeed is told: the user's own keys, and ours over them.
+
+    Sizes of batches are there for its bookkeeping alone: the loop counts label tokens.
+    """
+    own = deepspeed_json.passed_on(parallel.deepspeed) if parallel.deepspeed else {}
+    own_zero = own.pop("zero_optimization", {})
+    zero = {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET // 10} | own_zero
+    zero["stage"] = parallel.zero_stage
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    for part, moved in (("optimizer", ("optimizer", "all")), ("param", ("all",))):
+        if parallel.offload in moved:
+            zero[f"offload_{part}"] = host | zero.get(f"offload_{part}", {}) | {"device": "cpu"}
+        else:
+            zero.pop(f"offload_{part}", None)
+    return own | {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "torch_autocast": {
+            "enabled": precision == "bfloat16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # none: reductions stay in float32
+        },
+        "zero_optimization": zero,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, silent, on the device that this process was given."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # the device is all that it looks up there
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # No kernel of its own is used, and looking for those that would work compiles some.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def _forget_casts(*_: object) -> None:
+    """Autocast would keep a copy in bfloat16 of every weight gathered until the forward ends."""
+    torch.set_autocast_cache_enabled(False)
