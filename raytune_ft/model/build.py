@@ -176,6 +176,8 @@ def build_model(
     frozen = getattr(torch, precision if model.dtype == "auto" else model.dtype)
     base = load_base(model, master if method.name == "full" else frozen)
     base.eval()
+    if precision == "float64":  # for which the fused products of experts have no kernel
+        base.set_experts_implementation("eager")  # type: ignore[operator]
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
     if precision == "bfloat16":

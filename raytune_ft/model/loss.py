@@ -12,21 +12,26 @@ from torch.nn import functional as F
 from raytune_ft.data.batch import NO_TARGET, MicroBatch
 
 
-def label_logits(model: nn.Module, head: nn.Module, batch: MicroBatch, keep_BS: Tensor) -> Tensor:
+def label_logits(
+    model: nn.Module, head: nn.Module | None, batch: MicroBatch, keep_BS: Tensor
+) -> Tensor:
     """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
 
     The head sees only those positions: prompts and padding cost it nothing. `head` is the output
-    embedding inside `model`, found before a strategy wrapped it.
+    embedding inside `model`, found before a strategy wrapped it; a model that has none, or does
+    not call it, gives logits for all positions, of which the same are taken.
     """
 
     def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][keep_BS], *arguments[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        logits_NV: Tensor = model(**batch.model_inputs()).logits
+        logits: Tensor = model(**batch.model_inputs()).logits
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
+    logits_NV = logits[keep_BS] if logits.ndim == 3 else logits
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 

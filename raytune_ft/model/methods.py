@@ -39,8 +39,12 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
         use_dora=method.dora,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # PEFT still uses a name that transformers has deprecated
+    with warnings.catch_warnings():
+        # PEFT still uses a name that transformers has deprecated, and says what it does for
+        # transposed layers (GPT-2) and fused experts (Mixtral), which is right.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         try:
             model: nn.Module = get_peft_model(base, config)
         except ValueError as error:

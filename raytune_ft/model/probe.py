@@ -1,8 +1,9 @@
-"""Is packing exact for this model? Asked of the built model, not of a list of names."""
+"""What a model can do, asked of the built model and not of a list of names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,15 +37,9 @@ def probe_packing(
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
     other = [rng.integers(0, vocabulary, LENGTHS[0]).astype(np.int32), *documents[1:]]
-
-    def of(documents: Sequence[TokenIds], layout: MicroLayout) -> Tensor:
-        split = TokenizedSplit.from_examples([(ids, np.ones(len(ids), bool)) for ids in documents])
-        batch = collate(split, range(len(documents)), layout, 0, device)
-        return logits(batch, batch.owners_BS() >= 0)
-
-    with torch.no_grad():
-        alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
-        packed, exchanged = of(documents, PACKED), of(other, PACKED)
+    of = partial(_logits_of, logits, device)
+    alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
+    packed, exchanged = of(documents, PACKED), of(other, PACKED)
     spread = alone.std().item() or 1.0
     moved = (packed - alone).abs().max().item() / spread
     leaked = (packed - exchanged)[LENGTHS[0] :].abs().max().item() / spread
@@ -54,3 +49,25 @@ def probe_packing(
     if not moved <= TOLERANCE[precision]:
         return f"positions in a packed row differ (logits move by {moved:.1e} of their spread)"
     return None
+
+
+def is_causal(logits: Logits, vocabulary: int, precision: Precision, device: torch.device) -> bool:
+    """Do the logits of a document stay when its last token, which they precede, is exchanged?
+
+    Where they do not, tokens see their own targets, and a loss of nothing would be learnt.
+    """
+    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
+    other = document.copy()
+    other[-1] = (other[-1] + 1) % vocabulary
+    one, two = (_logits_of(logits, device, [ids], ((0,),))[:-1] for ids in (document, other))
+    spread = one.std().item() or 1.0
+    return bool((one - two).abs().max().item() / spread <= TOLERANCE[precision] / 10)
+
+
+@torch.no_grad()
+def _logits_of(
+    logits: Logits, device: torch.device, documents: Sequence[TokenIds], layout: MicroLayout
+) -> Tensor:
+    split = TokenizedSplit.from_examples([(ids, np.ones(len(ids), bool)) for ids in documents])
+    batch = collate(split, range(len(documents)), layout, 0, device)
+    return logits(batch, batch.owners_BS() >= 0)

@@ -31,7 +31,7 @@ class Engine:
 
     model: nn.Module
     wrapped: nn.Module
-    head: nn.Module
+    head: nn.Module | None
     names: list[str]
     strategy: Strategy
     precision: Precision

@@ -16,9 +16,10 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.errors import ConfigError, Diverged, ModelError, OutOfMemory, RaytuneFtError
 from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
+from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.model.probe import probe_packing
+from raytune_ft.model.probe import is_causal, probe_packing
 from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import STRATEGIES, Strategy
@@ -152,10 +153,12 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
 
     Raises:
         ConfigError: `data.packing: true` and packing would change the numbers.
+        ModelError: tokens see those after them.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     names = list(trained_parameters(model))
+    checkpoint_activations(model, config.parallel.activation_checkpointing)
     wrapped = strategy.prepare(model, partial(build_optimizer, train=config.train))
     engine = Engine(
         model=model,
@@ -168,11 +171,16 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
     )
+    asked = (engine.logits, vocabulary, engine.precision, strategy.device)
+    if not strategy.agree(is_causal(*asked)):
+        raise ModelError(
+            f"model.path={config.model.path}",
+            "lets tokens see those after them, which they are to predict",
+            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
+        )
     if config.data.packing is False:
         return engine
-    reason = strategy.agree(
-        probe_packing(engine.logits, vocabulary, engine.precision, strategy.device)
-    )
+    reason = strategy.agree(probe_packing(*asked))
     if reason is None:
         return replace(engine, packing=True)
     if config.data.packing is True:

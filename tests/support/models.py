@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-from transformers.models.llama import modeling_llama
 
 VOCABULARY = 96
 
@@ -36,6 +37,65 @@ def save_tiny_llama(directory: Path, seed: int = 0, tied: bool = False) -> Path:
     return directory
 
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.1,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+# A window shorter than the rows, so that layers with and without one differ.
+_WINDOW = {"sliding_window": 12}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, **_WINDOW),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_GROUPED,
+        **_WINDOW,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": lambda: transformers.Phi3Config(**_GROUPED),  # fused projections
+    "gpt2": lambda: transformers.GPT2Config(  # Conv1D, biases, tied embeddings
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=1,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_GROUPED, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "bert": lambda: transformers.BertConfig(**_SIZES, is_decoder=True),
+}
+
+
+def save_tiny(family: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Two layers of a family with random weights, biases too, and a character tokenizer."""
+    config = FAMILIES[family]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(directory)
+    save_character_tokenizer(directory)
+    return directory
+
+
 def save_character_tokenizer(directory: Path) -> None:
     """Printable ASCII, one token a character; `</s>` ends and pads."""
     characters = [chr(code) for code in range(32, 32 + VOCABULARY - 2)]
@@ -50,28 +110,23 @@ def save_character_tokenizer(directory: Path) -> None:
 
 @contextmanager
 def true_float64() -> Iterator[None]:
-    """transformers runs norms and eager softmax in float32 whatever the model's dtype is.
-
-    Inside, both stay in the dtype of their input, so that float64 means 1e-16 and not 1e-8.
+    """transformers runs norms, rotations, eager softmax and routers in float32 whatever the
+    model's dtype is. Inside, what asks for float32 gets float64, so that it means 1e-16, not 1e-8.
     """
 
-    def rms_norm(self: nn.Module, hidden: Tensor) -> Tensor:
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+    def widened(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*map(_wide, args), **{k: _wide(v) for k, v in kwargs.items()})
 
-    def rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
-        doubled = torch.cat([angles, angles], -1)
-        return doubled.cos() * self.attention_scaling, doubled.sin() * self.attention_scaling
-
-    softmax = F.softmax
-
-    def softmax_in_own_dtype(x: Tensor, dim: int = -1, **_: object) -> Tensor:
-        return softmax(x, dim=dim)
+        return call
 
     with (
-        mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", rms_norm),
-        mock.patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary),
-        mock.patch.object(F, "softmax", softmax_in_own_dtype),
+        mock.patch.object(Tensor, "float", Tensor.double),
+        mock.patch.object(Tensor, "to", widened(Tensor.to)),
+        mock.patch.object(F, "softmax", widened(F.softmax)),
     ):
         yield
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
