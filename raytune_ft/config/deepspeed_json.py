@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ PASSED_ZERO = {
     "use_multi_rank_bucket_allreduce",
 }
 PASSED_OFFLOAD = {"buffer_count", "buffer_size", "fast_init", "max_in_cpu", "pin_memory"}
-# Values that change nothing, of keys that otherwise would. "*" stands for any key of a section.
+# Values that change nothing, of keys that otherwise would.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "amp.enabled": (False,),
     "autotuning.enabled": (False,),
@@ -80,9 +81,16 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "gradient_allreduce_op": ("mean",),
     "gradient_predivide_factor": (1,),
     "managed_gradient_accumulation": (True,),
+    "optimizer": (None,),
+    "optimizer.legacy_fusion": (False,),
+    "optimizer.params.adam_w_mode": (True,),
+    "optimizer.params.bias_correction": (True,),
+    "optimizer.params.torch_adam": (True, False),
+    "optimizer.type": ("AdamW", "Adam"),
     "prescale_gradients": (False,),
     "progressive_layer_drop.enabled": (False,),
     "quantize_training.enabled": (False,),
+    "scheduler": (None,),
     "sparse_gradients": (False,),
     "zero_allow_untested_optimizer": (True, False),
     "zero_force_ds_cpu_optimizer": (False,),
@@ -121,101 +129,112 @@ def check(config: Config, path: str) -> None:
     """ConfigError, naming the key, where the file at `path` contradicts the config."""
     file = Path(path)
     ours = _ours(config)
-    searched = config.search.space if config.search else {}
     for key, value in _leaves(_without_auto(_read(file))):
-        if _is_passed(key):
+        shown = f"{key}={_shown(value)} in {file.name}"
+        if _is_passed(key) or key == "scheduler.type":  # a schedule without numbers is ours
             continue
         if key in ours:
-            here, accepted, instead = ours[key]
-            if here in searched:
-                said = f"contradicts search.space.{here}, which varies it"
-                raise ConfigError(f"{key}={_shown(value)} in {file.name}", said, _remedy(None))
-            if not any(_same(value, one) for one in accepted):
-                said = f"contradicts {here}={_plain(config, here)}"
-                raise ConfigError(f"{key}={_shown(value)} in {file.name}", said, _remedy(instead))
+            _check_same(config, ours[key], value, shown, file.name)
         elif key in HARMLESS:
             if not any(_same(value, one) for one in HARMLESS[key]):
-                said = "contradicts this package, where the layout does not change the numbers"
-                fine = HARMLESS[key][0]
-                raise ConfigError(f"{key}={_shown(value)} in {file.name}", said, _remedy(fine))
+                fine = json.dumps(HARMLESS[key][0])
+                raise ConfigError(
+                    shown, "would change the numbers", f"write {fine}, or leave the key out"
+                )
+        elif key.startswith("scheduler."):
+            raise ConfigError(
+                shown, f"contradicts train.lr_schedule={config.train.lr_schedule}", _auto(file.name)
+            )
         else:
-            _refuse_unknown(key, value, file.name, [*PASSED, *HARMLESS, *ours])
+            near = difflib.get_close_matches(key, [*_known(), *ours], 1, 0.8)
+            raise ConfigError(
+                shown,
+                "is no key that is handed to DeepSpeed",
+                f"did you mean {near[0]}?" if near else "leave it out",
+            )
 
 
-def _ours(config: Config) -> dict[str, tuple[str, tuple[Any, ...], Any]]:
-    """Keys that say what a key of the config says: that key, values that agree, one to write."""
+@dataclass(frozen=True)
+class _Same:
+    """A key of the config, the values there that agree with it, and how to say others here."""
+
+    here: str
+    accepted: tuple[Any, ...]
+    write: Callable[[Any], str | None]
+
+
+def _check_same(config: Config, ours: _Same, value: Any, shown: str, file: str) -> None:
+    if config.search and ours.here in config.search.space:
+        rule = f"contradicts search.space.{ours.here}, which varies it"
+        raise ConfigError(shown, rule, _auto(file))
+    if not any(_same(value, one) for one in ours.accepted):
+        text = ours.write(value)
+        remedy = f'write {text}, or "{AUTO}" in {file}' if text else _auto(file)
+        raise ConfigError(shown, f"contradicts {ours.here}={_plain(config, ours.here)}", remedy)
+
+
+def _ours(config: Config) -> dict[str, _Same]:
+    """Keys that say what a key of the config says."""
     train, parallel = config.train, config.parallel
-    bfloat16 = train.precision == "bfloat16"
-    host = ("cpu",)
-    device = (None, "none")
-    optimizer = host if parallel.offload != "none" else device
-    weights = host if parallel.offload == "all" else device
-    betas = [train.adam_beta1, train.adam_beta2]
-    norm = train.max_grad_norm or 0
-    found: dict[str, tuple[str, tuple[Any, ...], Any]] = {
-        "train_batch_size": ("train.batch_size", (train.batch_size,), train.batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_tokens", (), None),
-        "gradient_accumulation_steps": ("train.micro_tokens", (), None),
-        "gradient_clipping": ("train.max_grad_norm", (norm,), norm),
-        "optimizer.params.lr": ("train.lr", (train.lr,), train.lr),
-        "optimizer.params.betas": ("train.adam_beta1", (betas,), betas),
-        "optimizer.params.eps": ("train.adam_epsilon", (train.adam_epsilon,), train.adam_epsilon),
-        "optimizer.params.weight_decay": (
-            "train.weight_decay",
-            (train.weight_decay,),
-            train.weight_decay,
+
+    def number(here: str) -> _Same:
+        accepted = (getattr(train, here.removeprefix("train.")),)
+        return _Same(here, accepted, lambda value: f"{here}: {value}" if _number(value) else None)
+
+    def device(chosen: bool, offload: str) -> _Same:
+        values = {"cpu": f"parallel.offload: {offload}", "none": "parallel.offload: none"}
+        return _Same("parallel.offload", ("cpu",) if chosen else ("none", None), values.get)
+
+    def betas(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) != 2:
+            return None
+        return f"train.adam_beta1: {value[0]} and train.adam_beta2: {value[1]}"
+
+    precision = _Same(
+        "train.precision",
+        (train.precision == "bfloat16",),
+        {True: "train.precision: bfloat16", False: "train.precision: float32"}.get,
+    )
+    stages = {stage: f"parallel.zero_stage: {stage}" for stage in (1, 2, 3)}
+    norm = number("train.max_grad_norm")
+    tokens = _Same("train.micro_tokens", (), lambda _: None)
+    section = _Same("parallel.offload", (None,), lambda _: None)
+    return {
+        "train_batch_size": number("train.batch_size"),
+        "train_micro_batch_size_per_gpu": tokens,
+        "gradient_accumulation_steps": tokens,
+        "gradient_clipping": replace(norm, accepted=(train.max_grad_norm or 0,)),
+        "optimizer.params.lr": number("train.lr"),
+        "optimizer.params.betas": _Same(
+            "train.adam_beta1", ([train.adam_beta1, train.adam_beta2],), betas
         ),
-        "bf16.enabled": ("train.precision", (bfloat16,), bfloat16),
-        "bfloat16.enabled": ("train.precision", (bfloat16,), bfloat16),
-        "torch_autocast.enabled": ("train.precision", (bfloat16,), bfloat16),
-        "zero_optimization.stage": (
-            "parallel.zero_stage",
-            (parallel.zero_stage,),
-            parallel.zero_stage,
+        "optimizer.params.eps": number("train.adam_epsilon"),
+        "optimizer.params.weight_decay": number("train.weight_decay"),
+        "bf16.enabled": precision,
+        "bfloat16.enabled": precision,
+        "torch_autocast.enabled": precision,
+        "zero_optimization.stage": _Same("parallel.zero_stage", (parallel.zero_stage,), stages.get),
+        "zero_optimization.offload_optimizer": section,
+        "zero_optimization.offload_param": section,
+        "zero_optimization.offload_optimizer.device": device(
+            parallel.offload != "none", "optimizer"
         ),
-        "zero_optimization.offload_optimizer": ("parallel.offload", (None,), None),
-        "zero_optimization.offload_param": ("parallel.offload", (None,), None),
-        "zero_optimization.offload_optimizer.device": (
-            "parallel.offload",
-            optimizer,
-            optimizer[-1],
-        ),
-        "zero_optimization.offload_param.device": ("parallel.offload", weights, weights[-1]),
+        "zero_optimization.offload_param.device": device(parallel.offload == "all", "all"),
     }
-    return found
+
+
+def _known() -> list[str]:
+    return [*PASSED, *HARMLESS, *(f"zero_optimization.{key}" for key in PASSED_ZERO)]
 
 
 def _is_passed(key: str) -> bool:
     first, _, rest = key.partition(".")
     if first == "zero_optimization":
         section, _, name = rest.partition(".")
-        if section in ("offload_optimizer", "offload_param") and name in PASSED_OFFLOAD:
-            return True
-        return section in PASSED_ZERO or not rest
-    # AdamW under another of its names, and a schedule of which nothing but "auto" is written.
-    return first in PASSED or key in ("optimizer", "scheduler")
-
-
-def _refuse_unknown(key: str, value: Any, name: str, known: list[str]) -> None:
-    shown = f"{key}={_shown(value)} in {name}"
-    if key == "optimizer.type":
-        if str(value).lower() not in ("adam", "adamw"):
-            raise ConfigError(
-                shown, "contradicts this package, which trains with AdamW", _remedy("AdamW")
-            )
-        return
-    if key == "scheduler.type":
-        return
-    if key.startswith("scheduler."):
-        raise ConfigError(shown, "contradicts train.lr_schedule", _remedy(None))
-    near = difflib.get_close_matches(
-        key, [*known, *(f"zero_optimization.{k}" for k in PASSED_ZERO)], 1, 0.8
-    )
-    raise ConfigError(
-        shown,
-        "is no key that this package hands to DeepSpeed",
-        f"did you mean {near[0]}?" if near and near[0] != key else "leave it out",
-    )
+        if section in ("offload_optimizer", "offload_param"):
+            return name in PASSED_OFFLOAD
+        return section in PASSED_ZERO
+    return first in PASSED
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -256,6 +275,8 @@ def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool) or a is None or b is None:
         return a is b
+    if isinstance(a, str) and isinstance(b, str):
+        return a.lower() == b.lower()
     return bool(a == b)
 
 
@@ -271,6 +292,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _remedy(instead: Any) -> str:
-    shown = f"{json.dumps(instead)}, " if instead is not None else ""
-    return f'write {shown}"auto", or leave the key out'
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _auto(file: str) -> str:
+    return f'write "{AUTO}" in {file}, or leave the key out'

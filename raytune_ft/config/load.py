@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytune_ft.config import environment, paths, reference, rules, yaml_text
+from raytune_ft.config import deepspeed_json, environment, paths, reference, rules, yaml_text
 from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.schema import Config, Distribution
 from raytune_ft.errors import ConfigError
@@ -100,6 +100,10 @@ def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None
         if isinstance(source, dict):
             source["path"] = paths.source(source["path"], here, f"data.{name}.path")
     data["parallel"]["strategy"] = choose_strategy(config)[0]
+    if config.parallel.deepspeed is not None:
+        file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)
+        deepspeed_json.check(config, environment.expand_text(file, deepspeed_json.KEY))
+        data["parallel"]["deepspeed"] = file
     if config.search is not None:
         data["search"]["execution"] = "isolated"
         data["search"]["storage"] = paths.study(config.search.storage, here)
