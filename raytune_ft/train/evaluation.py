@@ -36,6 +36,7 @@ def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Sco
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         layout = engine.layout(split.lengths[indices].tolist())
+        beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
             sums += _sums(engine, engine.collate(split, indices, rows))
             beat(number, len(layout))

@@ -9,6 +9,7 @@ The group's other ranks hang with it, and whoever started the group starts it ag
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -23,33 +24,38 @@ NATIVE_GRACE_S = 20.0
 """What is left to a watching thread before the last resort, which asks Python nothing."""
 STDERR = 2
 
-Beat = Callable[[int, int], None]
-"""Told `done` and `of` after every micro-batch."""
+Beat = Callable[[float, int], None]
+"""Told `done` and `of`; half of a micro-batch is done after its forward."""
 
 
 @dataclass(frozen=True)
 class Standing:
     """Where a process was, and since when.
 
-    `phases` counts what was begun, `done` of `of` micro-batches of the last one are finished.
+    `phases` counts what was begun; `done` of `of` micro-batches of the last one are finished, half
+    of one after its forward.
     """
 
     rank: int
     phases: int
     phase: str
-    done: int
+    done: float
     of: int
     silent_s: float
     stacks: str
 
     def place(self) -> str:
-        """For people: `step 12, 1 of 4 micro-batches done`."""
-        done = f", {self.done} of {self.of} micro-batches done" if self.of else ""
-        return self.phase + done
+        """For people: `step 12, backward of micro-batch 1 of 4`."""
+        if not self.of:
+            return self.phase
+        if self.done >= self.of:
+            return f"{self.phase}, after its {self.of} micro-batches"
+        part = "backward" if self.done % 1 else "forward"
+        return f"{self.phase}, {part} of micro-batch {int(self.done) + 1} of {self.of}"
 
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, float]:
         """Smaller is further behind. Ranks may have different numbers of micro-batches."""
-        return self.phases, self.done - self.of
+        return self.phases, self.done - self.of if self.of else -math.inf
 
 
 class Heartbeat:
@@ -58,15 +64,16 @@ class Heartbeat:
     def __init__(self) -> None:
         self.rank = 0
         self.watched = False
-        self._phases, self._phase, self._done, self._of = 0, "start", 0, 0
-        self._at = time.monotonic()
+        self._phases, self._phase, self._done, self._of = 0, "start", 0.0, 0
+        self._at, self._thread = time.monotonic(), threading.get_ident()
 
     def enter(self, phase: str) -> None:
         """Something new begins."""
-        self._phases, self._phase, self._done, self._of = self._phases + 1, phase, 0, 0
+        self._thread = threading.get_ident()
+        self._phases, self._phase, self._done, self._of = self._phases + 1, phase, 0.0, 0
         self._at = time.monotonic()
 
-    def beat(self, done: int, of: int) -> None:
+    def beat(self, done: float, of: int) -> None:
         """`done` of `of` micro-batches of this phase are finished."""
         self._done, self._of = done, of
         self._at = time.monotonic()
@@ -80,11 +87,17 @@ class Heartbeat:
         """Where this process is, with the stack of each of its threads."""
         silent_s = time.monotonic() - self._at
         return Standing(
-            self.rank, self._phases, self._phase, self._done, self._of, silent_s, stacks()
+            self.rank,
+            self._phases,
+            self._phase,
+            self._done,
+            self._of,
+            silent_s,
+            stacks(self._thread),
         )
 
 
-def unheard(done: int, of: int) -> None:
+def unheard(done: float, of: int) -> None:
     """A beat that nobody listens to."""
 
 
@@ -128,13 +141,13 @@ def watched(
         faulthandler.cancel_dump_traceback_later()
 
 
-def stacks() -> str:
-    """The stack of every other thread, the innermost call last."""
+def stacks(first: int) -> str:
+    """The stack of every other thread, the innermost call last; the `first` one before others."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     mine = threading.get_ident()
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
-        for ident, frame in sys._current_frames().items()
+        for ident, frame in sorted(sys._current_frames().items(), key=lambda one: one[0] != first)
         if ident != mine
     )
 

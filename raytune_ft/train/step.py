@@ -30,10 +30,12 @@ def accumulate_gradients(
     label_tokens = int(split.label_counts[indices].sum())
     layout = engine.layout(split.lengths[indices].tolist())
     loss_sum = torch.zeros((), dtype=torch.float64)
+    beat(0, len(layout))
     for number, rows in enumerate(layout, start=1):
         batch = engine.collate(split, indices, rows)
         with strategy.accumulate(last=number == len(layout)):
             loss = token_losses(engine.logits(batch), batch).sum()
+            beat(number - 0.5, len(layout))
             strategy.backward(loss / label_tokens)
         loss_sum += loss.detach().double().cpu()
         beat(number, len(layout))

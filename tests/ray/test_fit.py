@@ -99,6 +99,7 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     assert stopped.status == "interrupted"
     done = len(losses(spec.run_dir))
     assert 20 <= done < 40
+    assert (spec.run_dir / "checkpoints" / f"step-{done:06d}").is_dir()  # of the last step
     assert fit(spec).status == "completed"
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 

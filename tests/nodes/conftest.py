@@ -1,0 +1,93 @@
+"""A cluster of several nodes on this machine: raylets of their own, which can be killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from ray.util.placement_group import placement_group_table
+
+from raytune_ft.train.ray_cluster import connect
+from tests.ray.conftest import Inputs
+from tests.support.runs import run
+
+
+@dataclass
+class Nodes:
+    """A head without CPUs, where the driver is, and nodes of one CPU each."""
+
+    cluster: Cluster
+    nodes: list[Any] = field(default_factory=list)
+    leaving: list[Any] = field(default_factory=list)
+
+    def have(self, count: int) -> None:
+        """Start what is missing."""
+        while len(self.nodes) < count:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        self.cluster.wait_for_nodes()
+
+    def kill_one(self) -> None:
+        """As if its machine had lost power."""
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def drain_one(self, among: Collection[str], deadline_s: float) -> str:
+        """As a cloud provider does that takes back a spot machine; its id."""
+        node = next(node for node in self.nodes if node.node_id in among)
+        self.nodes.remove(node)
+        self.leaving.append(node)
+        reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        client = ray._raylet.GcsClient(address=self.cluster.address)
+        deadline_ms = int((time.time() + deadline_s) * 1000)
+        accepted, why = client.drain_node(node.node_id, reason, "test", deadline_ms)
+        assert accepted, why
+        return str(node.node_id)
+
+    def remove_drained(self) -> None:
+        """What the provider does at the deadline."""
+        while self.leaving:
+            self.cluster.remove_node(self.leaving.pop(), allow_graceful=False)
+
+
+def nodes_in_use() -> set[str]:
+    """Ids of the nodes on which a worker group has a place."""
+    groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
+    return {node for each in groups for node in each["bundles_to_node_id"].values()}
+
+
+@pytest.fixture(scope="package")
+def nodes() -> Iterator[Nodes]:
+    settings = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    connect(cluster.address)
+    try:
+        yield Nodes(cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@pytest.fixture(scope="package")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="package")
+def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, without Ray."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    run(inputs.config(), run_dir)
+    return run_dir

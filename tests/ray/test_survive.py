@@ -1,0 +1,134 @@
+"""Workers that hang, are stopped or are told to leave, on a real cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.errors import RunFailed
+from raytune_ft.records import EvalMetrics
+from raytune_ft.train import ray_train, ray_worker
+from raytune_ft.train.ended import load_result
+from raytune_ft.train.ray_train import fit
+from raytune_ft.train.spec import RunSpec
+from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.support.runs import largest_difference, losses, run
+
+pytestmark = pytest.mark.ray
+HANG_AFTER = "hang-after"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, without Ray."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    run(inputs.config(), run_dir)
+    return run_dir
+
+
+def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
+    run_dir.mkdir()
+    return RunSpec(inputs.config(parallel__workers=2, **changes), run_dir, inputs.data_dir)
+
+
+def worker_that_hangs_once(payload: dict[str, Any]) -> str:
+    """Rank 1 stands still in the forward of the micro-batch after the file has appeared."""
+    import torch.distributed as dist
+
+    from raytune_ft.train import step
+
+    file = payload["spec"].run_dir / HANG_AFTER
+    right = step.token_losses
+
+    def stand_still(*arguments: Any) -> Any:
+        if dist.get_rank() == 1 and file.exists():
+            file.unlink()
+            time.sleep(1000)
+        return right(*arguments)
+
+    step.token_losses = stand_still
+    return ray_worker.train_worker(payload)
+
+
+def test_a_hang_is_found_told_and_survived(
+    inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_train, "train_worker", worker_that_hangs_once)
+    spec = spec_of(inputs, tmp_path / "run", parallel__hang_timeout_s=8.0, parallel__max_failures=1)
+    lines: list[str] = []
+    at: dict[str, float] = {}
+
+    def hang(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        if metrics.examples == 140:
+            (spec.run_dir / HANG_AFTER).touch()
+            at["began"] = time.monotonic()
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        at.setdefault(line, time.monotonic())
+
+    result = fit(spec, hang, tell)
+    assert result.status == "completed"
+    assert not (spec.run_dir / HANG_AFTER).exists()  # it did hang
+    assert [line for line in lines if line.startswith("training")] == ["training on 2 workers"] * 2
+    (told,) = [line for line in lines if "no progress for 8 s" in line]
+    assert re.search(r"rank 1 is behind, at step 2\d, forward of micro-batch", told)
+    assert told.endswith("; stacks are in hang.log")
+    assert at[told] - at["began"] < 8 + 8
+    text = (spec.run_dir / "hang.log").read_text()
+    first, second = text.index("\nrank 1 at step 2"), text.index("\nrank 0 at step 2")
+    assert "in stand_still" in text[first:second]
+    assert "in stand_still" not in text[second:]
+    assert ", in backward" in text[second:]
+    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_named_and_failures_are_bounded(inputs: Inputs, tmp_path: Path) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__hang_timeout_s=6.0, parallel__max_failures=0)
+
+    def stop(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        if metrics.examples == 70:
+            os.kill(max(process.pid for process in workers()), signal.SIGSTOP)
+
+    with pytest.raises(RunFailed, match=r"no progress for 6 s; rank \d did not answer") as raised:
+        fit(spec, stop)
+    result = load_result(spec.run_dir)
+    assert result is not None
+    assert (result.status, result.error) == ("failed", f"RunFailed: {raised.value}")
+    assert_nothing_left()
+
+
+def test_a_worker_that_is_told_to_leave_saves_first(
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
+) -> None:
+    changes = {"parallel__max_failures": 0, "checkpoint__every_examples": 1000}
+    spec = spec_of(inputs, tmp_path / "run", **changes)
+    lines: list[str] = []
+    groups: list[set[int]] = []
+    steps: list[int] = []
+
+    def terminate(metrics: EvalMetrics, checkpoint: str | None) -> None:
+        groups.append({process.pid for process in workers()})
+        if metrics.examples == 140:
+            os.kill(max(groups[-1]), signal.SIGTERM)
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        saved = sorted((spec.run_dir / "checkpoints").glob("step-*"))
+        steps.append(int(saved[-1].name.removeprefix("step-")) if saved else 0)
+        steps.append(len(losses(spec.run_dir)) if saved else 0)
+
+    assert fit(spec, terminate, tell).status == "completed"
+    assert lines == ["training on 2 workers"] * 2
+    assert len(groups[-1] | groups[0]) == 4  # other processes
+    assert steps[2] == steps[3] >= 20  # nothing of what was trained is lost
+    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+    assert_nothing_left()
