@@ -140,16 +140,17 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The pretrained model with its weights in `dtype`, from safetensors only.
 
     Raises:
-        ModelError: weights are missing, or are there as pickles alone.
+        ModelError: a file or a weight is missing, or they are there as pickles alone.
     """
     config = load_model_config(model)
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base, loading = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(model.path),
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            output_loading_info=True,
             **attention,
             **_hub_options(model),
         )
@@ -160,7 +161,25 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
+    if missing := sorted(loading["missing_keys"]):  # else each process would draw its own
+        raise ModelError(
+            f"model.path={model.path}",
+            f"lacks {len(missing)} of its weights, among them {missing[0]}",
+            "write a model directory with all of them",
+        )
     return base
+
+
+def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
+    """In which the weights of the base are held."""
+    if method.name == "full":
+        return _master(precision)
+    dtype: torch.dtype = getattr(torch, precision if model.dtype == "auto" else model.dtype)
+    return dtype
+
+
+def _master(precision: Precision) -> torch.dtype:
+    return torch.float64 if precision == "float64" else torch.float32
 
 
 def build_model(
@@ -172,9 +191,14 @@ def build_model(
     says. The module is in eval mode throughout: dropout of the base is off, and the only noise
     is what the method asks for. New weights are drawn from `seed` alone.
     """
-    master = torch.float64 if precision == "float64" else torch.float32
-    frozen = getattr(torch, precision if model.dtype == "auto" else model.dtype)
-    base = load_base(model, master if method.name == "full" else frozen)
+    base = load_base(model, dtype_of(model, method, precision))
+    return apply_method(base, method, precision, seed)
+
+
+def apply_method(
+    base: nn.Module, method: MethodConfig, precision: Precision, seed: int
+) -> nn.Module:
+    """See `build_model`; the weights of `base` may be on the meta device."""
     base.eval()
     if precision == "float64":  # for which the fused products of experts have no kernel
         base.set_experts_implementation("eager")  # type: ignore[operator]
@@ -182,10 +206,25 @@ def build_model(
     built = METHODS[method.name](base, method)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
+        _embed_in_bfloat16(built)
+    master = _master(precision)
     for parameter in built.parameters():
         if parameter.requires_grad and parameter.dtype != master:
             parameter.data = parameter.data.to(master)
     return built
+
+
+def _embed_in_bfloat16(model: nn.Module) -> None:
+    """The residual stream begins in bfloat16, whether embeddings are held in it, cast to it by a
+    strategy, or kept in float32, which autocast leaves alone.
+    """
+
+    def narrow(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return output.to(torch.bfloat16) if isinstance(output, torch.Tensor) else output
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(narrow)
 
 
 def count_parameters(model: ModelConfig, method: MethodConfig) -> tuple[int, int]:

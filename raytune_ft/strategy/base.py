@@ -31,6 +31,8 @@ class Strategy(Protocol):
     world_size: int
     device: torch.device
     precision: Precision
+    takes_parts: bool
+    """May `prepare` be given weights on the meta device, to be filled afterwards?"""
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None: ...
 
@@ -60,6 +62,9 @@ class Strategy(Protocol):
 
     def parts(self, name: str) -> dict[str, Part]:
         """What this rank holds of a trained weight, under "", and of each of its `MOMENTS`."""
+
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """What this rank holds of a parameter of the model, or of a tensor laid out like it."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -24,6 +32,8 @@ class Fsdp(Grouped):
     over the outer one.
     """
 
+    takes_parts = True
+
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
         super().__init__(parallel, precision)
         self.mesh = self._mesh()
@@ -34,16 +44,20 @@ class Fsdp(Grouped):
         The root is resharded after every forward in any case: a checkpoint that is loaded after
         the probe or an evaluation would otherwise be written beneath weights still gathered.
         """
-        offload = CPUOffloadPolicy() if self.parallel.offload == "all" else OffloadPolicy()
-        model.to(self.device)
+        pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        offload = pinned if self.parallel.offload == "all" else OffloadPolicy()
+        shard = partial(
+            fully_shard,
+            mesh=self.mesh,
+            mp_policy=self._mixed_precision(),
+            offload_policy=offload,
+        )
+        model._apply(lambda t: t if t.is_meta else t.to(self.device))
         for block in find_blocks(model).values():
-            fully_shard(
-                block,
-                mesh=self.mesh,
-                reshard_after_forward=self.parallel.reshard_after_forward,
-                offload_policy=offload,
-            )
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, offload_policy=offload)
+            shard(block, reshard_after_forward=self.parallel.reshard_after_forward)
+        shard(model, reshard_after_forward=True)
+        home = torch.device("cpu") if self.parallel.offload == "all" else self.device
+        model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -64,6 +78,15 @@ class Fsdp(Grouped):
         )
         row = math.prod(tensor.shape[1:])
         return Part(tuple(tensor.shape), offset[0] * row, tensor.to_local().view(-1), first)
+
+    def _mixed_precision(self) -> MixedPrecisionPolicy:
+        """Masters and sums of gradients stay in float32; what is gathered is what is computed in.
+
+        Inputs are left alone: autocast treats them as it does in one process.
+        """
+        if self.precision != "bfloat16":
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
     def _mesh(self) -> DeviceMesh:
         replicas = self.parallel.replicas

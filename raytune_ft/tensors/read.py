@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raytune_ft.errors import CheckpointError
 from raytune_ft.tensors.part import Part
-from raytune_ft.tensors.write import PARTS
+from raytune_ft.tensors.write import DTYPES, PARTS
 
 
 def shard_name(stem: str, rank: int, world_size: int) -> str:
@@ -31,6 +31,10 @@ def shard_name(stem: str, rank: int, world_size: int) -> str:
     if world_size == 1:
         return f"{stem}.safetensors"
     return f"{stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+_RUN = 1 << 24
+"""Elements copied at a time: few enough that a part of any size is filled in little memory."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,21 @@ class Shards:
                 yield low, _flat_slice(piece.file, name, low - piece.start, high - piece.start)
 
     @torch.no_grad()
-    def fill(self, part: Part, name: str) -> None:
-        """Copy into a part what the files hold of it, in the part's own dtype."""
-        for start, values in self.read(name, part.start, part.end):
-            part.values[start - part.start :][: values.numel()].copy_(values)
+    def fill(self, part: Part, name: str, through: torch.dtype | None = None) -> None:
+        """Copy into a part what the files hold of it, in the part's own dtype.
+
+        `through`: the values are first rounded to this dtype.
+        """
+        row = max(1, math.prod(part.shape[1:]))
+        run = max(1, _RUN // row) * row
+        for low in range(part.start, part.end, run):
+            for start, values in self.read(name, low, min(low + run, part.end)):
+                into = part.values[start - part.start :][: values.numel()]
+                into.copy_(values if through is None else values.to(through))
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """As the files have it; None for a type that this package does not write."""
+        return DTYPES.get(self._pieces[name][0].file.get_slice(name).get_dtype())
 
     def whole(self, name: str) -> Tensor:
         """A tensor in its shape."""
@@ -83,6 +98,17 @@ def open_shards(folder: Path, stem: str = "model") -> Iterator[Shards]:
     )
     if not files:
         raise CheckpointError(f"{folder} holds no {stem}.safetensors")
+    with open_files(files) as shards:
+        yield shards
+
+
+@contextmanager
+def open_files(files: Sequence[Path]) -> Iterator[Shards]:
+    """The tensors in some files together.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor lies in several and not in parts.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[_Piece]] = {}
     with ExitStack() as stack:
@@ -100,7 +126,7 @@ def open_shards(folder: Path, stem: str = "model") -> Iterator[Shards]:
                 pieces.setdefault(name, []).append(piece)
         for name, found in pieces.items():
             found.sort(key=lambda piece: piece.start)
-            _check_whole(folder, name, shapes[name], found)
+            _check_whole(files[0].parent, name, shapes[name], found)
         yield Shards(shapes, pieces)
 
 

@@ -34,6 +34,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _CHUNK = 1 << 24  # bytes written and hashed at a time
 
 

@@ -15,11 +15,12 @@ from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.errors import ConfigError, Diverged, ModelError, OutOfMemory, RaytuneFtError
-from raytune_ft.model.build import build_model, disk_dtype, load_tokenizer, pad_token
+from raytune_ft.model.build import disk_dtype, load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.probe import is_causal, probe_packing
+from raytune_ft.model.skeleton import Built, build
 from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import STRATEGIES, Strategy
@@ -71,10 +72,12 @@ def run_training(
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
     config = spec.config
     data = open_prepared(spec.data_dir)
-    model = build_model(config.model, config.method, config.train.precision, config.seed)
-    _check_vocabulary(model, data)
-    exporter = Exporter(model, disk_dtype(config.model))
-    engine = build_engine(model, config, strategy)
+    built = build(
+        config.model, config.method, config.train.precision, config.seed, strategy.takes_parts
+    )
+    _check_vocabulary(built.model, data)
+    exporter = Exporter(built.model, disk_dtype(config.model))
+    engine = build_engine(built, config, strategy)
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
     checkpoint = _where_to_resume(store, schedule, strategy)
@@ -148,18 +151,21 @@ def _where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strat
     return store.root / name if name else None
 
 
-def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine:
+def build_engine(built: Built, config: Config, strategy: Strategy) -> Engine:
     """Lay the model out as the strategy does, then ask whether packing is exact on it.
 
     Raises:
         ConfigError: `data.packing: true` and packing would change the numbers.
         ModelError: tokens see those after them.
     """
+    model = built.model
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     names = list(trained_parameters(model))
     checkpoint_activations(model, config.parallel.activation_checkpointing)
     wrapped = strategy.prepare(model, partial(build_optimizer, train=config.train))
+    if built.weights is not None:
+        built.weights.fill({n: strategy.part(n, p.detach()) for n, p in model.named_parameters()})
     engine = Engine(
         model=model,
         wrapped=wrapped,
@@ -170,6 +176,7 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
         pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
+        notes=built.notes,
     )
     asked = (engine.logits, vocabulary, engine.precision, strategy.device)
     if not strategy.agree(is_causal(*asked)):
@@ -185,7 +192,8 @@ def build_engine(model: nn.Module, config: Config, strategy: Strategy) -> Engine
         return replace(engine, packing=True)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
-    return replace(engine, notes=(f"data.packing: auto goes without, because {reason}",))
+    without = f"data.packing: auto goes without, because {reason}"
+    return replace(engine, notes=(*engine.notes, without))
 
 
 def _with_checkpoint(progress: Progress, store: CheckpointStore) -> Point | None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.build import build_model
 from raytune_ft.model.probe import probe_packing
+from raytune_ft.model.skeleton import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.run import build_engine
@@ -48,8 +48,8 @@ def _save(family: str, directory: Path) -> Path:
 
 
 def _engine(config: Config) -> Engine:
-    model = build_model(config.model, config.method, config.train.precision, config.seed)
-    return build_engine(model, config, Single(config.parallel, config.train.precision))
+    built = build(config.model, config.method, config.train.precision, config.seed, False)
+    return build_engine(built, config, Single(config.parallel, config.train.precision))
 
 
 @pytest.fixture(scope="module")

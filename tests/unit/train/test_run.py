@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.model import skeleton
 from raytune_ft.model.build import build_model
 from raytune_ft.records import StepMetrics
 from raytune_ft.train import evaluation
-from raytune_ft.train import run as run_module
 from raytune_ft.train.report import Silent
 from tests.support.models import VOCABULARY
 from tests.support.runs import Recorder, losses, make_config, make_inputs, metrics, run
@@ -154,7 +154,7 @@ def test_weights_that_take_no_part_are_saved_all_the_same(
         model.unused = torch.nn.Parameter(torch.ones(3))
         return model
 
-    monkeypatch.setattr(run_module, "build_model", with_unused)
+    monkeypatch.setattr(skeleton, "build_model", with_unused)
     result = run(make_config(*inputs, SHORT), tmp_path / "run")
     assert result.status == "completed"
     state = tmp_path / "run" / "checkpoints" / "step-000010" / "state"
