@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 from raytune_ft.config import paths
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.identity import BUDGET
-from raytune_ft.config.load import choose_strategy, expand_env, load_config, resolve, to_plain
+from raytune_ft.config.load import (
+    choose_strategy,
+    expand_env,
+    load_config,
+    memory_decides,
+    resolve,
+    to_plain,
+)
 from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
@@ -66,13 +73,13 @@ def train(
 ) -> Trained:
     """One run. Raises InputError, RunFailed or Interrupted."""
     written = load_config(file, overrides, tell, ignore_search=True)
-    with placed(written) as config, open_run(config, resume) as run:
+    with placed(written) as (config, reason), open_run(config, resume) as run:
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
         spec, data = _prepare(config, run, tell)
         with run.begun(config):
-            result = _run(spec, reporter(_examples(config, data)), tell)
+            result = _run(spec, reason, reporter(_examples(config, data)), tell)
     if result.status == "interrupted":
         raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -87,7 +94,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
-    with placed(written) as config, open_run(config, resume) as run:
+    with placed(written) as (config, _), open_run(config, resume) as run:
         if not _has_ended(run, config):
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
@@ -135,16 +142,40 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
 
 @contextmanager
-def placed(written: Config) -> Iterator[Config]:
-    """The resolved config. A cluster that is joined says first whether it has several nodes."""
+def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config, str]]:
+    """The resolved config, and why it has its strategy.
+
+    A cluster that is joined says first whether it has several nodes, and how much memory a worker
+    has there, unless `usable` says it.
+    """
     with ExitStack() as stack:
+        joined = os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(written)
         several = False
-        if os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(written):
+        if joined:
             from raytune_ft.train.ray_cluster import connected, node_count
 
             stack.enter_context(connected())
             several = node_count() > 1
-        yield resolve(written, disposable_cwd=several or in_ray_job())
+        shortage = _shortage(written, joined, usable)
+        config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
+        yield config, choose_strategy(written, shortage)[1]
+
+
+def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
+    """Why a whole copy of the model does not fit on a worker, where a choice depends on it."""
+    if not memory_decides(written):
+        return None
+    from raytune_ft.estimate.choice import shortage
+    from raytune_ft.estimate.hardware import worker_memory
+
+    parallel = written.parallel
+    if usable is None and joined:
+        from raytune_ft.estimate.ray_memory import cluster_worker_memory
+
+        usable = cluster_worker_memory(parallel.resources_per_worker)
+    elif usable is None:
+        usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
+    return shortage(expand_env(written), usable)
 
 
 def _needs_ray(config: Config) -> bool:
@@ -177,7 +208,7 @@ def _keep_or_compare(run: OpenRun, report: DataReport) -> None:
         write_text_atomic(saved, report.to_json() + "\n")
 
 
-def _run(spec: RunSpec, reporter: Reporter, tell: Tell) -> RunResult:
+def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
     if not _needs_ray(spec.config):
         from raytune_ft.train.run import run_training
 

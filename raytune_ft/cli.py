@@ -50,14 +50,34 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command()
-def plan(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Check a config and show what it would do. Starts nothing.
+def plan(
+    file: File,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Nodes; fewer are weighed as well.")
+    ] = None,
+    per_node: Annotated[
+        int | None, typer.Option("--per-node", min=1, help="Workers of a node, by default 8.")
+    ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option("--accelerator", help="Such as H100 or A100-80G: one for each worker."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check a config and show what it would do, what it needs and what else would fit.
+
+    Starts nothing. Memory and time are those of this machine, or of --nodes and --accelerator.
 
     Example: raytune-ft plan jobs/quickstart.yaml train.lr=1e-4
-    """
-    from raytune_ft.plan import describe, make_plan
 
-    print(describe(make_plan(file, overrides or (), show.tell)))
+    Example: raytune-ft plan jobs/quickstart.yaml --nodes 2 --accelerator H100
+    """
+    from raytune_ft.plan.make import Asked, make_plan
+    from raytune_ft.plan.text import describe
+
+    asked = Asked(nodes, per_node, accelerator)
+    print(describe(make_plan(file, overrides or (), show.tell, asked)))
 
 
 @app.command()

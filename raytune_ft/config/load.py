@@ -83,12 +83,17 @@ def parse_override(text: str) -> tuple[str, Any]:
     return dotted, yaml_text.parse(written, dotted)
 
 
-def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None = None) -> Config:
+def resolve(
+    config: Config,
+    cwd: Path | None = None,
+    disposable_cwd: bool | None = None,
+    shortage: str | None = None,
+) -> Config:
     """A copy in which paths are absolute and `auto` values that need no model are concrete.
 
     `disposable_cwd`: the current directory does not outlive the run or is not the same on every
     node, so that a relative storage goes under RAYTUNE_FT_STORAGE; None asks whether this is a
-    Ray job. Raises StorageError where that variable is not set.
+    Ray job. `shortage`: see `choose_strategy`. Raises StorageError where that variable is not set.
     """
     here = Path.cwd() if cwd is None else cwd
     disposable = environment.in_ray_job() if disposable_cwd is None else disposable_cwd
@@ -99,7 +104,7 @@ def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None
         source = data["data"][name]
         if isinstance(source, dict):
             source["path"] = paths.source(source["path"], here, f"data.{name}.path")
-    data["parallel"]["strategy"] = choose_strategy(config)[0]
+    data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:
         file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)
         deepspeed_json.check(config, environment.expand_text(file, deepspeed_json.KEY))
@@ -110,8 +115,11 @@ def resolve(config: Config, cwd: Path | None = None, disposable_cwd: bool | None
     return _validated(data)
 
 
-def choose_strategy(config: Config) -> tuple[str, str]:
-    """The strategy that `auto` stands for and the reason, or the written one."""
+def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, str]:
+    """The strategy that `auto` stands for and the reason, or the written one.
+
+    `shortage` says why a frozen base does not fit on a worker, if somebody found that out.
+    """
     parallel = config.parallel
     workers = parallel.max_workers
     if parallel.strategy != "auto":
@@ -124,7 +132,16 @@ def choose_strategy(config: Config) -> tuple[str, str]:
         return "single", "one worker has nobody to share with"
     if config.method.name == "full":
         return "fsdp", f"every weight moves, so {workers} workers share weights and moments"
+    if shortage is not None:
+        return "fsdp", f"the base is frozen, and {shortage}: {workers} workers share it"
     return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
+
+
+def memory_decides(config: Config) -> bool:
+    """Does `auto` depend on whether the base fits on a worker?"""
+    parallel = config.parallel
+    automatic = parallel.strategy == "auto" and parallel.offload == "none"
+    return automatic and parallel.max_workers > 1 and config.method.name != "full"
 
 
 def _checked(data: dict[str, Any]) -> Config:

@@ -19,6 +19,7 @@ LAYERS = [
     {"strategy"},
     {"checkpoints"},
     {"train"},
+    {"estimate"},
     {"promote", "search"},
     {"show"},
     {"app"},

@@ -1,0 +1,35 @@
+"""What `parallel.strategy: auto` needs to know of memory."""
+
+from __future__ import annotations
+
+from raytune_ft.config.schema import Config
+from raytune_ft.estimate.hardware import GIB
+from raytune_ft.estimate.memory import MemoryModel, held_by
+from raytune_ft.estimate.shell import build_shell
+from raytune_ft.estimate.work import work_at_most
+
+
+def shortage(config: Config, usable: int | None) -> str | None:
+    """Why a whole copy of the base does not fit on a worker; None where it does.
+
+    Where not even sharding the base makes room, what lacks room is something else (activations),
+    and the base alone is asked about. Memory that nobody knows is presumed to do.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    if usable is None:
+        return None
+    parallel = config.parallel
+    device = "cuda" if parallel.resources_per_worker.get("GPU", 0) > 0 else "cpu"
+    shell = build_shell(config.model, config.method, config.train.precision)
+    work = work_at_most(config, parallel.max_workers, device)
+    plain = parallel.model_copy(update={"strategy": "ddp"})
+    needed = held_by(shell, plain).resident
+    if needed <= usable:
+        model = MemoryModel(shell, (work.rows,), work.width)
+        needed = model.estimate(plain, work, device).peak
+        parts = parallel.model_copy(update={"strategy": "fsdp"})
+        if needed <= usable or model.estimate(parts, work, device).peak > usable:
+            return None
+    return f"a whole copy needs {needed / GIB:,.1f} GiB of a worker's {usable / GIB:,.1f}"

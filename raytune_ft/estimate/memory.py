@@ -1,0 +1,222 @@
+"""What one worker holds, under each strategy, and at the worst moment of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.estimate.shell import Shell, Weight, elements
+from raytune_ft.estimate.trace import Traced, trace, trace_head
+from raytune_ft.estimate.work import Work
+
+MOMENTS = 2
+# DeepSpeed's defaults: elements that stay gathered, and our bucket (strategy/deepspeed.py).
+ZERO3_LIVE = 1_000_000_000
+ZERO_BUCKET = 50_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker.
+
+    Throughout: `parameters`, `gradients`, `optimizer` (with master weights that are held beside
+    the parameters), `buffers` (gradients on their way to other workers). For a while: `gathered`
+    weights of other workers, `activations`, `logits`, and what the optimizer's step takes.
+    `offloaded` of all this lies in host memory, as does `snapshot`, the copy that a checkpoint is
+    written from. `peak` is the most at any time on the device; on a CPU, device and host are one.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    gathered: int
+    activations: int
+    logits: int
+    stepping: int
+    offloaded: int
+    snapshot: int
+    peak: int
+
+    @property
+    def state(self) -> int:
+        """What a run cannot be without."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+class MemoryModel:
+    """Estimates for one model; traces are made once and kept."""
+
+    def __init__(self, shell: Shell, rows: tuple[int, ...], width: int) -> None:
+        self.shell, self.width = shell, width
+        self._rows = rows
+        self._traced: dict[tuple[str, bool], Traced] = {}
+        self._heads: dict[tuple[int, bool], int] = {}
+
+    def traced(self, parallel: ParallelConfig) -> Traced:
+        """What the blocks keep under a policy; casts of weights are no activations of fsdp."""
+        key = (parallel.activation_checkpointing, self._casts_on_gathering(parallel))
+        if key not in self._traced:
+            self._traced[key] = trace(self.shell, self._rows, self.width, *key)
+        return self._traced[key]
+
+    def estimate(
+        self, parallel: ParallelConfig, work: Work, device: str, saves_midway: bool = True
+    ) -> Memory:
+        """`parallel.strategy` is concrete. `device` is cpu or cuda; `saves_midway`: a checkpoint
+        is written before the last step.
+        """
+        shell, held = self.shell, held_by(self.shell, parallel)
+        traced = self.traced(parallel)
+        blocks = len(shell.blocks)
+        rows = -(-work.tokens // self.width)
+        kept, peak = traced.kept.at(rows, blocks), traced.peak.at(rows, blocks)
+        logits = self._head(work.labels, self._casts_on_gathering(parallel))
+        stepping = held.stepping_cpu if device == "cpu" else held.stepping_cuda
+        offloaded = _offloaded(parallel, held)
+        head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
+        grown = held.gradients if work.micro_batches > 1 else 0  # else they replace activations
+        moving = max(kept + logits, peak + (0 if grown else head)) + grown
+        moving = max(moving + held.gathered, held.gradients + max(stepping, head))
+        snapshot = held.snapshot if device == "cpu" else 0
+        resident = held.parameters + held.optimizer + held.buffers - min(offloaded, held.resident)
+        if device == "cpu":
+            resident = held.parameters + held.optimizer + held.buffers
+        both = resident + moving + (snapshot if saves_midway else 0)
+        return Memory(
+            parameters=held.parameters,
+            gradients=held.gradients,
+            optimizer=held.optimizer,
+            buffers=held.buffers,
+            gathered=held.gathered,
+            activations=max(kept, peak),
+            logits=logits,
+            stepping=stepping,
+            offloaded=offloaded,
+            snapshot=held.snapshot,
+            peak=max(both, resident + snapshot),
+        )
+
+    def _head(self, labels: int, gathered: bool) -> int:
+        key = (max(1, labels), gathered)
+        if key not in self._heads:
+            self._heads[key] = trace_head(self.shell, *key)
+        return self._heads[key]
+
+    def _casts_on_gathering(self, parallel: ParallelConfig) -> bool:
+        casts = parallel.strategy == "fsdp" and self.shell.compute < self.shell.master
+        return casts and 2 * self.shell.trained > self.shell.total  # those of adapters are small
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes before activations, by strategy."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    gathered: int
+    stepping_cpu: int
+    stepping_cuda: int
+    snapshot: int
+
+    @property
+    def resident(self) -> int:
+        """What is there between steps."""
+        return self.parameters + self.optimizer + self.buffers
+
+
+def held_by(shell: Shell, parallel: ParallelConfig) -> Held:
+    """What a worker holds before it computes anything; `parallel.strategy` is concrete."""
+    if parallel.strategy == "fsdp":
+        return _fsdp(shell, parallel)
+    if parallel.strategy == "deepspeed":
+        return _zero(shell, parallel)
+    return _whole(shell, parallel)
+
+
+def _whole(shell: Shell, parallel: ParallelConfig) -> Held:
+    trained = shell.trained * shell.master
+    workers = parallel.max_workers
+    return Held(
+        parameters=_bytes(shell, shell.weights),
+        gradients=trained,
+        optimizer=MOMENTS * trained,
+        # DistributedDataParallel reduces copies, in buckets that it keeps.
+        buffers=trained if parallel.strategy == "ddp" else 0,
+        gathered=0,
+        stepping_cpu=2 * _largest(shell, 1),
+        stepping_cuda=trained,
+        snapshot=(1 + MOMENTS) * trained // workers,
+    )
+
+
+def _fsdp(shell: Shell, parallel: ParallelConfig) -> Held:
+    shards = parallel.max_workers // parallel.replicas
+    trained = sum(w.share(shards) for w in shell.weights if w.trained) * shell.master
+    block = max((_gathered(shell, block) for block in shell.blocks), default=0)
+    moving = max((elements(block, trained=True) for block in shell.blocks), default=0)
+    # The root stays whole; of the blocks one is computed, one is on its way and one is being
+    # copied out of what was received. Gradients of a block are made in the dtype that weights
+    # come in, and summed in the masters'.
+    whole = _gathered(shell, shell.root)
+    if parallel.reshard_after_forward:
+        whole += min(3, len(shell.blocks)) * block
+    else:
+        whole += sum(_gathered(shell, each) for each in shell.blocks) + block
+    if shards == 1:
+        whole = 0
+    return Held(
+        parameters=sum(w.share(shards) * shell.held(w) for w in shell.weights),
+        gradients=trained,
+        optimizer=MOMENTS * trained,
+        buffers=0,
+        gathered=whole + moving * (shell.compute + shell.master),
+        stepping_cpu=2 * _largest(shell, shards),
+        stepping_cuda=trained,
+        snapshot=(1 + MOMENTS) * trained,
+    )
+
+
+def _zero(shell: Shell, parallel: ParallelConfig) -> Held:
+    workers, stage = parallel.max_workers, parallel.zero_stage
+    trained = shell.trained * shell.master
+    part = -(-trained // workers)
+    bucket = min(shell.trained, ZERO_BUCKET) * shell.master
+    whole = _bytes(shell, shell.weights)
+    gathered = 0
+    if stage == 3:
+        gathered = round(whole * min(1.0, ZERO3_LIVE / max(1, shell.total)))
+        whole = -(-whole // workers)
+    return Held(
+        parameters=whole,
+        gradients=trained if stage == 1 else part,
+        optimizer=(1 + MOMENTS) * part,
+        buffers=bucket,
+        gathered=gathered,
+        stepping_cpu=2 * part,
+        stepping_cuda=part,
+        snapshot=(1 + MOMENTS) * part,
+    )
+
+
+def _offloaded(parallel: ParallelConfig, held: Held) -> int:
+    if parallel.offload == "all":
+        return held.parameters + held.optimizer + held.gradients
+    return held.optimizer if parallel.offload == "optimizer" else 0
+
+
+def _bytes(shell: Shell, weights: tuple[Weight, ...]) -> int:
+    return sum(w.size * shell.held(w) for w in weights)
+
+
+def _gathered(shell: Shell, weights: tuple[Weight, ...]) -> int:
+    """Under bfloat16 all weights travel in it; else each as it is held."""
+    if shell.compute < shell.master:
+        return elements(weights) * shell.compute
+    return _bytes(shell, weights)
+
+
+def _largest(shell: Shell, shards: int) -> int:
+    return max((w.share(shards) for w in shell.weights if w.trained), default=0) * shell.master

@@ -1,0 +1,154 @@
+"""A model without its weights: which there would be, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from raytune_ft.config.schema import MethodConfig, ModelConfig
+from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.build import Precision, load_model_config
+from raytune_ft.model.methods import METHODS
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter. `active` is the share of tokens that go through it, 1 but for experts."""
+
+    shape: tuple[int, ...]
+    trained: bool
+    active: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def share(self, workers: int) -> int:
+        """Elements of the largest part when rows are dealt to `workers`."""
+        if not self.shape or workers == 1:
+            return self.size
+        return -(-self.shape[0] // workers) * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Shell:
+    """`root` is what is left around the blocks: embeddings, the last norm, the head.
+
+    Trained weights and all arithmetic on them take `master` bytes an element, frozen weights
+    `frozen`, and matrix products `compute`.
+    """
+
+    module: nn.Module = field(repr=False, compare=False)
+    root: tuple[Weight, ...]
+    blocks: tuple[tuple[Weight, ...], ...]
+    hidden: int
+    vocabulary: int
+    heads_width: int
+    precision: Precision
+    frozen_dtype: torch.dtype
+
+    @property
+    def master(self) -> int:
+        """Bytes of an element that is trained, and of its gradient and each moment."""
+        return 8 if self.precision == "float64" else 4
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of an element that is not."""
+        return self.frozen_dtype.itemsize
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element in a matrix product."""
+        return BYTES[self.precision]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them."""
+        return (*self.root, *(weight for block in self.blocks for weight in block))
+
+    @property
+    def total(self) -> int:
+        """Elements of all weights."""
+        return elements(self.weights)
+
+    @property
+    def trained(self) -> int:
+        """Elements of those that move."""
+        return elements(self.weights, trained=True)
+
+    def held(self, weight: Weight) -> int:
+        """Bytes of an element as it is held between steps."""
+        return self.master if weight.trained else self.frozen
+
+
+def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
+    """How many elements they have together."""
+    return sum(w.size for w in weights if trained is None or w.trained == trained)
+
+
+def build_shell(model: ModelConfig, method: MethodConfig, precision: Precision) -> Shell:
+    """From shapes alone: no weight is read.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    config = load_model_config(model)
+    attention = "eager" if model.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            base = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=attention,
+                trust_remote_code=model.trust_remote_code,
+            )
+        except ValueError:  # a model that knows eager attention alone
+            base = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=model.trust_remote_code
+            )
+        built = METHODS[method.name](base, method)
+    built.eval()
+    blocks = find_blocks(built)
+    text = config.get_text_config()
+    routed = _routed_share(text)
+
+    def weights(module: nn.Module, inside: bool) -> tuple[Weight, ...]:
+        found = []
+        for name, parameter in module.named_parameters():
+            in_block = any(name.startswith(f"{block}.") for block in blocks)
+            if inside or not in_block:
+                active = routed if ".experts." in f".{name}." else 1.0
+                found.append(Weight(tuple(parameter.shape), parameter.requires_grad, active))
+        return tuple(found)
+
+    embedding = built.get_input_embeddings()  # type: ignore[operator]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    head_dim = getattr(text, "head_dim", None) or embedding.embedding_dim // heads
+    return Shell(
+        module=built,
+        root=weights(built, inside=False),
+        blocks=tuple(weights(block, inside=True) for block in blocks.values()),
+        hidden=embedding.embedding_dim,
+        vocabulary=embedding.num_embeddings,
+        heads_width=heads * head_dim,
+        precision=precision,
+        frozen_dtype=getattr(torch, precision if model.dtype == "auto" else model.dtype),
+    )
+
+
+def _routed_share(text_config: object) -> float:
+    """The share of experts that a token is sent to."""
+    chosen = getattr(text_config, "num_experts_per_tok", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(text_config, name, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and experts > 0:
+            return min(1.0, chosen / experts)
+    return 1.0

@@ -1,0 +1,1 @@
+"""`raytune-ft plan`: what a config would do, without doing it."""

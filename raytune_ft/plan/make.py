@@ -1,0 +1,202 @@
+"""Validate, resolve, tokenise and estimate; nothing is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raytune_ft.app import placed, prepare
+from raytune_ft.config.load import apply_overrides, expand_env, load_config
+from raytune_ft.config.rules import check_grace
+from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.rundir import probe_storage, run_path
+
+if TYPE_CHECKING:
+    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.report import DataReport
+    from raytune_ft.estimate.hardware import Hardware
+    from raytune_ft.plan.options import NodeChoice, Option
+
+LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hardware that the command names; without any, it is this machine or the joined cluster."""
+
+    nodes: int | None = None
+    per_node: int | None = None
+    accelerator: str | None = None
+
+    @property
+    def anything(self) -> bool:
+        """Was an option written?"""
+        return bool(self.nodes or self.per_node or self.accelerator)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Of one run: its steps, and its evaluations over the whole validation set."""
+
+    training_s: float
+    evaluation_s: float
+    workers: int
+
+    @property
+    def total_s(self) -> float:
+        """Both, without start-up and checkpoints."""
+        return self.training_s + self.evaluation_s
+
+    @property
+    def worker_hours(self) -> float:
+        """What is paid for."""
+        return self.total_s * self.workers / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `plan` prints."""
+
+    config: Config
+    reason: str
+    total_parameters: int
+    trained_parameters: int
+    hardware: Hardware
+    own: Option
+    options: tuple[Option, ...]
+    node_choices: tuple[NodeChoice, ...]
+    duration: Duration
+    node_durations: tuple[Duration | None, ...]
+    asha_share: float
+    report: DataReport
+    example: str
+    budget_examples: int
+    steps: int
+    tokens: int
+    flops: float
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    file: Path, overrides: Sequence[str], tell: Callable[[str], None], asked: Asked | None = None
+) -> Plan:
+    """Everything that `plan` prints; raises what `train` or `sweep` would."""
+    asked = asked or Asked()
+    written = on_hardware(load_config(file, overrides, tell), asked)
+    usable = _usable(written, asked)
+    with placed(written, usable) as (config, reason):
+        probe_storage(run_path(config).parent)
+    expanded = expand_env(config)
+    data = prepare(expanded, tell)
+
+    from raytune_ft.data.examples import describe_example
+    from raytune_ft.estimate.cost import asha_share, evaluation_flops, step_flops
+    from raytune_ft.estimate.shell import build_shell
+    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.plan.options import Planner
+    from raytune_ft.train.loop import Schedule
+    from raytune_ft.train.optim import total_examples
+
+    budget = total_examples(config.train, len(data.train))
+    if config.search is not None:
+        check_grace(config.search, budget)
+    schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
+    steps = schedule.total_steps
+    midway = any(
+        schedule.due(step, every)
+        for step in range(1, steps)
+        for every in (schedule.eval_every, schedule.save_every)
+    )
+    shell = build_shell(expanded.model, expanded.method, expanded.train.precision)
+    hardware = _hardware(config, asked)
+    planner = Planner(config, shell, data.train, hardware, midway)
+    own = planner.weigh(config.parallel)
+    options = planner.options(config.parallel.max_workers, hardware)
+    choices = planner.node_choices() if hardware.nodes > 1 else []
+    evaluations = 1 + -(-budget // config.train.eval_every_examples)
+    measured = evaluations * evaluation_flops(shell, len(data.validation.input_ids))
+
+    def duration(option: Option) -> Duration:
+        workers = option.parallel.max_workers
+        rate = hardware.tflops * 1e12 * workers
+        return Duration(steps * option.cost.step_s, measured / rate, workers)
+
+    work = planner.work(config.parallel)
+    pieces = describe_example(data.train, 0, load_tokenizer(expanded.model))
+    shown = [f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if loss else text for text, loss in pieces]
+    flops = step_flops(shell, config.parallel, work) * config.parallel.max_workers * steps
+    return Plan(
+        config=config,
+        reason=reason,
+        total_parameters=shell.total,
+        trained_parameters=shell.trained,
+        hardware=hardware,
+        own=own,
+        options=tuple(options),
+        node_choices=tuple(choices),
+        duration=duration(own),
+        node_durations=tuple(duration(c.option) if c.option else None for c in choices),
+        asha_share=asha_share(config.search.scheduler, budget) if config.search else 1.0,
+        report=data.report,
+        example="".join(shown),
+        budget_examples=budget,
+        steps=steps,
+        tokens=round(budget * len(data.train.input_ids) / len(data.train)),
+        flops=flops,
+        notes=_notes(config, data, planner.exact),
+    )
+
+
+def on_hardware(config: Config, asked: Asked) -> Config:
+    """The config with the workers that the command names."""
+    if not asked.anything:
+        return config
+    if asked.accelerator is None:
+        per_node = asked.per_node or config.parallel.max_workers
+        return apply_overrides(config, {"parallel.workers": (asked.nodes or 1) * per_node})
+    workers = (asked.nodes or 1) * (asked.per_node or 8)
+    resources = {**config.parallel.resources_per_worker, "GPU": 1.0}
+    changes = {"parallel.workers": workers, "parallel.resources_per_worker": resources}
+    return apply_overrides(config, changes)
+
+
+def _usable(config: Config, asked: Asked) -> int | None:
+    """Of a worker's memory, where the command says on what; else `placed` finds out."""
+    if asked.accelerator is None:
+        return None
+    from raytune_ft.estimate.hardware import named
+
+    return named(asked.accelerator, 1, 1, config.train.precision).usable
+
+
+def _hardware(config: Config, asked: Asked) -> Hardware:
+    from dataclasses import replace
+
+    from raytune_ft.estimate.hardware import machine, named
+
+    precision = config.train.precision
+    nodes = asked.nodes or 1
+    if asked.accelerator is not None:
+        return named(asked.accelerator, nodes, asked.per_node or 8, precision)
+    workers = config.parallel.max_workers
+    per_node = asked.per_node or -(-workers // nodes)
+    gpus = config.parallel.resources_per_worker.get("GPU", 0.0)
+    return replace(machine(per_node, gpus, precision), nodes=nodes, per_node=per_node)
+
+
+def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
+    notes = []
+    if isinstance(config.method, LoraMethod) and config.method.dropout > 0:
+        notes.append(
+            f"method.dropout={config.method.dropout} draws noise: the run is reproducible with "
+            "this number of workers and this packing only"
+        )
+    if run_path(config).exists():
+        notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
+    if config.data.test is None:
+        notes.append("without data.test, promotion measures on validation, which chose the model")
+    if not exact:
+        notes.append("activations are from a formula, since this model could not be traced")
+    return tuple(notes)

@@ -1,0 +1,207 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from raytune_ft.config.load import dump_yaml
+from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
+from raytune_ft.plan.options import NodeChoice, Option, fastest
+
+_TERA_HOUR = 1e12 * 3600
+Cells = tuple[str, ...]
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text."""
+    lines = [
+        "config, resolved:",
+        *("  " + line for line in dump_yaml(plan.config).rstrip().splitlines()),
+        "",
+        *_summary(plan),
+        *_options(plan),
+        *_nodes(plan),
+        *_time(plan),
+        *_data(plan),
+        "",
+        f"the first training example; {LOSS_BEGINS}...{LOSS_ENDS} carries loss:",
+        *("  " + line for line in plan.example.splitlines()),
+    ]
+    if notes := [*plan.report.notes, *plan.notes]:
+        lines += ["", "notes:", *(f"  {note}" for note in notes)]
+    return "\n".join(lines)
+
+
+def _summary(plan: Plan) -> list[str]:
+    share = plan.trained_parameters / plan.total_parameters
+    memory, hardware = plan.own.memory, plan.hardware
+    has = size(hardware.usable) if hardware.usable is not None else "unknown"
+    beside = {
+        "buffers of gradients": memory.buffers,
+        "gathered weights": memory.gathered,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    passing = ", ".join(f"{name} {size(count)}" for name, count in beside.items() if count)
+    host = [f"copy for checkpoints {size(memory.snapshot)}"]
+    if memory.offloaded:
+        host.insert(0, f"offloaded {size(memory.offloaded)}")
+    lines = [
+        f"strategy: {plan.config.parallel.strategy} ({plan.reason})",
+        f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} move "
+        f"({share:.2%})",
+        f"memory of a worker: {size(memory.peak)} at most, has {has}",
+        f"  throughout: parameters {size(memory.parameters)}, gradients {size(memory.gradients)}, "
+        f"optimizer {size(memory.optimizer)}",
+        f"  for a while: {passing}",
+        f"  in host memory: {', '.join(host)}",
+    ]
+    if plan.own.rejected:
+        lines.append(f"  {plan.own.rejected}")
+    return lines
+
+
+def _options(plan: Plan) -> list[str]:
+    hardware = plan.hardware
+    workers = plan.config.parallel.max_workers
+    memory = f"{size(hardware.memory)} each" if hardware.memory else "memory unknown"
+    nodes = f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
+    rate = f"{hardware.tflops:,.3g} TFLOP/s each ({hardware.source})"
+    rows: list[Cells] = [("", "layout", "checkpointing", "memory", "step", "sent a step", "")]
+    fastest_fit = fastest(plan.options)
+    for option in plan.options:
+        rows.append(
+            (
+                "*" if option is fastest_fit else "",
+                option.name,
+                option.parallel.activation_checkpointing,
+                size(option.memory.peak),
+                seconds(option.cost.step_s),
+                size(option.cost.sent),
+                option.rejected or "",
+            )
+        )
+    return [
+        f"options for {workers} x {hardware.name}{nodes}, {memory}, {rate}:",
+        *table(rows),
+        f"  *: {_advice(fastest_fit)}",
+    ]
+
+
+def _advice(option: Option | None) -> str:
+    if option is None:
+        return "nothing fits; use more or larger workers, or a smaller train.micro_tokens"
+    parallel = option.parallel
+    changes = [f"parallel.strategy={parallel.strategy}"]
+    if parallel.strategy == "deepspeed":
+        changes.append(f"parallel.zero_stage={parallel.zero_stage}")
+    if parallel.replicas > 1:
+        changes.append(f"parallel.replicas={parallel.replicas}")
+    if parallel.strategy == "fsdp" and not parallel.reshard_after_forward:
+        changes.append("parallel.reshard_after_forward=false")
+    if parallel.offload != "none":
+        changes.append(f"parallel.offload={parallel.offload}")
+    if parallel.activation_checkpointing != "none":
+        changes.append(f"parallel.activation_checkpointing={parallel.activation_checkpointing}")
+    return f"the fastest that fits, by this estimate: {' '.join(changes)}"
+
+
+def _nodes(plan: Plan) -> list[str]:
+    if not plan.node_choices:
+        return []
+    hours = {c.nodes: d.worker_hours for c, d in _choices(plan) if d is not None}
+    cheapest = min(hours, key=lambda nodes: (round(hours[nodes], 2), nodes), default=None)
+    rows: list[Cells] = [
+        ("", "nodes", "workers", "layout", "checkpointing", "memory", "step", "a run", "")
+    ]
+    for choice, duration in _choices(plan):
+        mark = "*" if choice.nodes == cheapest else ""
+        if choice.option is None or duration is None:
+            cells = ["-"] * 5
+        else:
+            cells = [
+                choice.option.name,
+                choice.option.parallel.activation_checkpointing,
+                size(choice.option.memory.peak),
+                seconds(choice.option.cost.step_s),
+                f"{seconds(duration.total_s)}, {duration.worker_hours:.2g} worker-hours",
+            ]
+        rows.append((mark, f"{choice.nodes}", f"{choice.workers}", *cells, choice.rejected or ""))
+    return [
+        "nodes, each with the fastest layout that fits; *: the fewest worker-hours:",
+        *table(rows),
+    ]
+
+
+def _choices(plan: Plan) -> list[tuple[NodeChoice, Duration | None]]:
+    return list(zip(plan.node_choices, plan.node_durations, strict=True))
+
+
+def _time(plan: Plan) -> list[str]:
+    duration, cost = plan.duration, plan.own.cost
+    lines = [
+        f"budget: {plan.budget_examples:,} examples in {plan.steps:,} steps",
+        f"compute of a run: {plan.tokens:,} tokens, about {plan.flops:.2g} FLOP without "
+        f"evaluations, {plan.flops / _TERA_HOUR:.2g} hours at 1 TFLOP/s",
+        f"time of a step: {seconds(cost.step_s)} (arithmetic {seconds(cost.compute_s)}, messages "
+        f"{seconds(cost.messages_s)}, optimizer {seconds(cost.optimizer_s)})",
+        f"time of a run: {seconds(duration.total_s)}, of which evaluations "
+        f"{seconds(duration.evaluation_s)}; {duration.worker_hours:.2g} worker-hours, without "
+        "start-up and checkpoints",
+    ]
+    search = plan.config.search
+    if search is not None:
+        whole = search.trials * duration.worker_hours
+        lines.append(f"a sweep of {search.trials} trials: at most {whole:.2g} worker-hours")
+        if plan.asha_share < 1:
+            lines[-1] += (
+                f", at least {whole * plan.asha_share:.2g} where {search.scheduler.name} stops "  # type: ignore[union-attr]
+                f"all that it can ({plan.asha_share:.0%})"
+            )
+    return lines
+
+
+def _data(plan: Plan) -> list[str]:
+    report = plan.report
+    sources = [
+        f"  {name}: {source.name}, {source.usable:,} of {source.rows:,} rows usable, "
+        f"{source.label_tokens:,} of {source.tokens:,} tokens carry loss, longest row "
+        f"{source.longest:,}, cut {source.truncated:,}, dropped {source.dropped:,}"
+        + "".join(f", {count:,} {cause}" for cause, count in source.bad.items())
+        for name, source in report.sources.items()
+    ]
+    splits = ", ".join(f"{name} {split.examples:,}" for name, split in report.splits.items())
+    twice = ", ".join(f"{pair} {count:,}" for pair, count in report.duplicates.items() if count)
+    return [
+        "data:",
+        *sources,
+        f"  splits: {splits}",
+        f"  examples in two splits: {twice or 'none'}",
+    ]
+
+
+def table(rows: list[Cells]) -> list[str]:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def size(count: int | None) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    number, unit = float(count or 0), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if number < 1024:
+            break
+        number, unit = number / 1024, larger
+    return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """A duration that a person reads at once."""
+    if value < 0.1:
+        return f"{value * 1000:.2g} ms"
+    if value < 120:
+        return f"{value:.3g} s"
+    return f"{value / 60:,.0f} min" if value < 7200 else f"{value / 3600:,.1f} h"
