@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost lint types bench clean
 
 install: $(STAMP)
 
@@ -21,10 +21,14 @@ quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not stress"
+	$(PYTEST) -m "not slow and not stress and not multihost"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow or stress"
+	$(PYTEST) -m "(slow or stress) and not multihost"
+
+# Needs root and iproute2; skipped with the reason otherwise.
+test-multihost: $(STAMP)
+	$(PYTEST) -m multihost -s tests/multihost
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
