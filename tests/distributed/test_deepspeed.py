@@ -1,0 +1,312 @@
+"""DeepSpeed ZeRO against one process, and a run that changes between it and every other layout.
+
+Processes take seconds to start, so each group of them does many runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_ft.model.build import build_model
+from raytune_ft.strategy.deepspeed import DeepSpeed
+from raytune_ft.train.optim import build_optimizer
+from raytune_ft.train.state import load_state
+from tests.support.distributed import run_distributed
+from tests.support.models import save_tiny_llama
+from tests.support.runs import (
+    BrokenRun,
+    Recorder,
+    final_weights,
+    largest_difference,
+    losses,
+    make_config,
+    make_inputs,
+    run,
+)
+
+pytestmark = pytest.mark.distributed
+
+Inputs = tuple[Path, Path]
+METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
+ALONE = {"data.packing": False, "train.micro_tokens": 1}
+PACKED = {"data.packing": True, "train.micro_tokens": 96}
+SHORT = {"train.max_examples": 7 * 20 - 3}  # 20 steps
+BOUND = 1e-5
+BROKEN_AT = 11
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run is, or goes on."""
+
+    strategy: str
+    workers: int = 1
+    stage: int = 3
+    offload: str = "none"
+
+    @property
+    def name(self) -> str:
+        """For directories and messages."""
+        if self.strategy != "deepspeed":
+            return f"{self.strategy}-{self.workers}"
+        return f"zero{self.stage}-{self.workers}-{self.offload}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The config of it."""
+        if self.strategy != "deepspeed":
+            return PACKED
+        return PACKED | {
+            "parallel.strategy": "deepspeed",
+            "parallel.zero_stage": self.stage,
+            "parallel.offload": self.offload,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run in `run_dir`, from its start or from where it broke."""
+
+    run_dir: Path
+    layout: Layout
+    changes: dict[str, Any]
+    broken: bool = False
+
+
+def _do(inputs: Inputs, jobs: Sequence[Job]) -> None:
+    """All jobs, which have one number of workers, one after another; called on every rank."""
+    for job in jobs:
+        config = make_config(*inputs, job.changes | job.layout.changes)
+        if job.broken:
+            with pytest.raises(BrokenRun):
+                run(config, job.run_dir, job.layout.strategy, Recorder(fail_at=BROKEN_AT))
+        else:
+            assert run(config, job.run_dir, job.layout.strategy).status == "completed", job
+
+
+def _do_all(inputs: Inputs, jobs: Sequence[Job]) -> None:
+    """One group of processes for each number of workers."""
+    for workers in sorted({job.layout.workers for job in jobs}):
+        some = [job for job in jobs if job.layout.workers == workers]
+        if all(job.layout.strategy == "single" for job in some):
+            _do(inputs, some)
+        else:
+            run_distributed(_do, workers, inputs, some)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class References:
+    """Runs in one process, one example after another; each is made once."""
+
+    def __init__(self, inputs: Inputs, root: Path) -> None:
+        self._inputs, self._root = inputs, root
+
+    def of(self, changes: dict[str, Any]) -> Path:
+        """The run of such a config."""
+        run_dir = self._root / str(abs(hash(json.dumps(changes))))
+        if not run_dir.exists():
+            assert run(make_config(*self._inputs, changes | ALONE), run_dir).status == "completed"
+        return run_dir
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs) -> References:
+    return References(inputs, tmp_path_factory.mktemp("references"))
+
+
+def _check_layouts(
+    root: Path,
+    inputs: Inputs,
+    references: References,
+    layouts: Sequence[Layout],
+    methods: Sequence[str],
+    changes: dict[str, Any],
+) -> None:
+    cases = [(layout, method) for layout in layouts for method in methods]
+    jobs = [
+        Job(root / f"{layout.name}-{method}", layout, changes | METHODS[method])
+        for layout, method in cases
+    ]
+    _do_all(inputs, jobs)
+    measured = {
+        job.run_dir.name: largest_difference(job.run_dir, references.of(job.changes))
+        for job in jobs
+    }
+    print(measured)
+    assert all(max(found) < BOUND for found in measured.values()), measured
+
+
+def test_every_stage(tmp_path: Path, inputs: Inputs, references: References) -> None:
+    stages = [Layout("deepspeed", 2, stage) for stage in (1, 2, 3)]
+    _check_layouts(tmp_path, inputs, references, stages, ["lora", "full"], SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_stage_for_40_steps(tmp_path: Path, inputs: Inputs, references: References) -> None:
+    layouts = [
+        *(Layout("deepspeed", 2, stage) for stage in (1, 2, 3)),
+        *(Layout("deepspeed", 2, stage, "optimizer") for stage in (1, 2, 3)),
+        *(Layout("deepspeed", workers, 3, "all") for workers in (1, 2)),
+        *(Layout("deepspeed", 3, stage) for stage in (1, 2, 3)),
+    ]
+    _check_layouts(tmp_path, inputs, references, layouts, ["lora", "full", "dora"], {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_tied_embeddings_and_no_clipping(
+    tmp_path: Path, inputs: Inputs, references: References
+) -> None:
+    tied = save_tiny_llama(tmp_path / "tied", tied=True)
+    layouts = [Layout("deepspeed", 2, stage) for stage in (1, 2, 3)]
+    changes = SHORT | {"model.path": str(tied), "train.max_grad_norm": None}
+    _check_layouts(tmp_path, inputs, references, layouts, ["lora", "full"], changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bfloat16_moves_no_more_than_by_another_layout(tmp_path: Path, inputs: Inputs) -> None:
+    layouts = [Layout("deepspeed", 2, stage) for stage in (1, 2, 3)]
+    layouts.append(Layout("deepspeed", 2, 3, "all"))
+    others = [
+        {"data.packing": True, "train.micro_tokens": 200},
+        {"data.packing": False, "train.micro_tokens": 100},
+        {"data.packing": "auto"},
+    ]
+    methods = {name: METHODS[name] | {"train.precision": "bfloat16"} for name in ("lora", "full")}
+    jobs = [
+        Job(tmp_path / f"{layout.name}-{name}", layout, changes)
+        for layout in layouts
+        for name, changes in methods.items()
+    ]
+    _do_all(inputs, jobs)
+    for name, changes in methods.items():
+        reference = tmp_path / name
+        run(make_config(*inputs, changes | ALONE), reference)
+        spread = 0.0
+        for number, other in enumerate(others):
+            run(make_config(*inputs, changes | other), tmp_path / f"{name}-{number}")
+            moved = largest_difference(tmp_path / f"{name}-{number}", reference)
+            spread = max(spread, *moved[:2])
+        found = {
+            layout.name: largest_difference(tmp_path / f"{layout.name}-{name}", reference)
+            for layout in layouts
+        }
+        print(name, spread, found)
+        assert all(max(each[:2]) < 2 * spread for each in found.values()), (spread, found)
+
+
+def _check_resumes(
+    root: Path,
+    inputs: Inputs,
+    references: References,
+    ways: Sequence[tuple[Layout, Layout, str]],
+) -> None:
+    """Break under the first layout of each way, go on under the second."""
+    broken = {
+        (first, method): Job(
+            root / "broken" / f"{first.name}-{method}", first, SHORT | METHODS[method], broken=True
+        )
+        for first, _, method in ways
+    }
+    _do_all(inputs, list(broken.values()))
+    resumed = []
+    for first, second, method in ways:
+        job = broken[first, method]
+        assert len(losses(job.run_dir)) == BROKEN_AT
+        goes_on = root / f"{first.name}-then-{second.name}-{method}"
+        shutil.copytree(job.run_dir, goes_on)
+        resumed.append(Job(goes_on, second, job.changes))
+    _do_all(inputs, resumed)
+    measured = {
+        job.run_dir.name: largest_difference(job.run_dir, references.of(job.changes))
+        for job in resumed
+    }
+    print(measured)
+    assert all(max(found) < BOUND for found in measured.values()), measured
+
+
+def test_resume_to_and_from_one_process(
+    tmp_path: Path, inputs: Inputs, references: References
+) -> None:
+    single, stage_2, stage_3 = Layout("single"), Layout("deepspeed", 2, 2), Layout("deepspeed", 2)
+    ways = [
+        (stage_3, single, "lora"),
+        (single, stage_3, "lora"),
+        (stage_2, stage_3, "full"),
+        (stage_3, stage_2, "full"),
+    ]
+    _check_resumes(tmp_path, inputs, references, ways)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_resume_under_any_layout(tmp_path: Path, inputs: Inputs, references: References) -> None:
+    zero = {(stage, n): Layout("deepspeed", n, stage) for stage in (1, 2, 3) for n in (1, 2, 3)}
+    single, ddp, fsdp = Layout("single"), Layout("ddp", 2), Layout("fsdp", 2)
+    host = Layout("deepspeed", 2, 3, "all")
+    ways = [
+        (zero[1, 2], zero[1, 3]),
+        (zero[1, 3], zero[1, 1]),
+        (zero[2, 3], zero[2, 2]),
+        (zero[2, 1], zero[1, 2]),
+        (zero[3, 2], zero[3, 3]),
+        (zero[3, 3], zero[3, 1]),
+        (zero[3, 1], zero[3, 2]),
+        (zero[3, 3], single),
+        (single, zero[3, 3]),
+        (zero[1, 2], fsdp),
+        (fsdp, zero[2, 2]),
+        (fsdp, zero[3, 2]),
+        (zero[3, 2], fsdp),
+        (ddp, zero[3, 3]),
+        (zero[3, 2], ddp),
+        (ddp, host),
+        (host, zero[2, 2]),
+        (zero[3, 2], Layout("deepspeed", 2, 2, "optimizer")),
+    ]
+    both = [(first, second, method) for first, second in ways for method in ("lora", "full")]
+    _check_resumes(tmp_path, inputs, references, both)
+
+
+def test_frozen_weights_stay_the_base(tmp_path: Path, inputs: Inputs) -> None:
+    """Stage 3 shards them too, and a checkpoint of LoRA holds none."""
+    _do(inputs, [Job(tmp_path / "run", Layout("single"), SHORT, broken=True)])
+    run_distributed(_frozen, 2, inputs, tmp_path / "run")
+
+
+def _frozen(inputs: Inputs, run_dir: Path) -> None:
+    config = make_config(*inputs, SHORT | Layout("deepspeed").changes)
+    checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    model = build_model(config.model, config.method, config.train.precision, config.seed)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert 0 < len(names) < len(base)
+    strategy = DeepSpeed(config.parallel, config.train.precision)
+    wrapped = strategy.prepare(model, lambda found: build_optimizer(found, config.train))
+    tokens = torch.arange(1, 9).view(1, -1)
+    with torch.no_grad():
+        before = wrapped(input_ids=tokens).logits  # leaves weights gathered
+        load_state(checkpoint, strategy, names)
+        after = wrapped(input_ids=tokens).logits
+    assert (before - after).abs().max() > 1e-4
+    saved = final_weights(run_dir)
+    import deepspeed  # only now, since the strategy says on which device
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for name, parameter in model.named_parameters():
+            expected = saved[name] if name in names else base[name]
+            assert torch.equal(parameter, expected), name
