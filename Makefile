@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix lint types bench clean
 
 install: $(STAMP)
 
@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not stress and not multihost"
+	$(PYTEST) -m "not slow and not stress and not multihost and not matrix"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"
@@ -29,6 +29,11 @@ test-slow: $(STAMP)
 # Needs root and iproute2; skipped with the reason otherwise.
 test-multihost: $(STAMP)
 	$(PYTEST) -m multihost -s tests/multihost
+
+# Every strategy, activation policy, method and family of models; RAYTUNE_FT_MATRIX names a file
+# for the table.
+test-matrix: $(STAMP)
+	$(PYTEST) -m matrix -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

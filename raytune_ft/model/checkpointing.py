@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from raytune_ft.model.blocks import find_blocks
 
 Activations = Literal["none", "selective", "full"]
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"})
+_Kept = dict[Any, deque[Any]]
 
 
 def checkpoint_activations(model: nn.Module, activations: Activations) -> None:
@@ -36,8 +34,7 @@ def checkpoint_activations(model: nn.Module, activations: Activations) -> None:
 
 
 def _twice(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    keeping = partial(create_selective_checkpoint_contexts, _policy)
-    contexts = keeping if selective else noop_context_fn
+    contexts = _keep_and_reuse if selective else noop_context_fn
 
     def computed_twice(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -47,10 +44,62 @@ def _twice(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
     return computed_twice
 
 
-def _policy(
-    context: SelectiveCheckpointContext, operator: Any, *arguments: Any, **named: Any
-) -> CheckpointPolicy:
-    """Keep what is dear to compute: matrix products and attention."""
+def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around a block's forward, and around its second one.
+
+    torch's own `create_selective_checkpoint_contexts` wants every operator to come again as
+    often, which does not hold where weights are gathered inside of the block (ZeRO 3).
+    """
+    kept: _Kept = defaultdict(deque)
+    return _Keep(kept), _Reuse(kept)
+
+
+def _is_dear(operator: Any) -> bool:
+    """Is it a matrix product or attention?"""
     name = operator.name().removeprefix("aten::").partition(".")[0]
-    dear = name in _PRODUCTS or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    return name in _PRODUCTS or "scaled_dot_product" in name
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _is_dear(func):
+            self._kept[func].append(tree_map(_with_version, result))
+        return result
+
+
+class _Reuse(TorchDispatchMode):
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_dear(func):
+            return tree_map(_unchanged, self._kept[func].popleft())
+        return func(*args, **(kwargs or {}))
+
+
+class _Versioned:
+    """A tensor as it was; for `tree_map` a leaf."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+
+def _with_version(value: Any) -> Any:
+    return _Versioned(value) if isinstance(value, Tensor) else value
+
+
+def _unchanged(value: Any) -> Any:
+    if not isinstance(value, _Versioned):
+        return value
+    if value.tensor._version != value.version:
+        raise RuntimeError(
+            "parallel.activation_checkpointing=selective keeps results that this model changes in "
+            "place; write full"
+        )
+    return value.tensor
