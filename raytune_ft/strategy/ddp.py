@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytune_ft.strategy.group import Grouped
+from raytune_ft.strategy.reach import unreached
 from raytune_ft.tensors.part import Part
 
 
@@ -27,7 +27,7 @@ class Ddp(Grouped):
         self.wrapped = DistributedDataParallel(
             model.to(self.device),
             forward_sync_buffers=False,
-            find_unused_parameters=not reaches_all(model, self.device),
+            find_unused_parameters=bool(unreached(model, self.device)),
         )
         return self.wrapped
 
@@ -54,22 +54,3 @@ class Ddp(Grouped):
             loads[rank] += parameter.numel()
             found[name] = rank
         return found
-
-
-def reaches_all(model: nn.Module, device: torch.device) -> bool:
-    """Does the output for one token depend on every trained weight?
-
-    Read off the graph of a forward pass, without a backward.
-    """
-    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    mixed = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        output = model(input_ids=token, use_cache=False)
-    waiting, seen, reached = [output.logits.grad_fn], set(), set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            reached.add(id(getattr(node, "variable", None)))
-            waiting += [before for before, _ in node.next_functions]
-    return all(id(p) in reached for p in model.parameters() if p.requires_grad)

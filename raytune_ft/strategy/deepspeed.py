@@ -16,6 +16,7 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.build import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf
 from raytune_ft.strategy.group import Grouped
+from raytune_ft.strategy.reach import unreached
 from raytune_ft.strategy.zero import Zero, Zero3, Zero12
 from raytune_ft.tensors.part import Part
 
@@ -38,6 +39,7 @@ class DeepSpeed(Grouped):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.optimizer = optimizer_of(self.parameters.values())
+        self._leave_alone_what_gets_no_gradient(model)
         config = engine_config(self.parallel, self.precision, self.world_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,6 +54,29 @@ class DeepSpeed(Grouped):
         model.register_forward_pre_hook(_forget_casts)
         wrapped: nn.Module = self.engine
         return wrapped
+
+    def _leave_alone_what_gets_no_gradient(self, model: nn.Module) -> None:
+        """Adam passes over weights without a gradient; in a flat group it would decay them."""
+        groups = [group for group in self.optimizer.param_groups if group["weight_decay"]]
+        idle = self._idle(model) if groups else set()
+        for group in groups:
+            kept = [p for p in group["params"] if id(p) not in idle]
+            rest = [p for p in group["params"] if id(p) in idle]
+            if rest:
+                group["params"] = kept
+                self.optimizer.add_param_group({**group, "params": rest, "weight_decay": 0.0})
+
+    def _idle(self, model: nn.Module) -> set[int]:
+        """Stage 3 may be there because the device cannot hold the model, so that one asks the CPU.
+
+        Where the model cannot run there, as with flash attention, nothing counts as idle.
+        """
+        if self.parallel.zero_stage < 3:
+            return {id(p) for p in unreached(model.to(self.device), self.device)}
+        try:
+            return {id(p) for p in unreached(model, torch.device("cpu"))}
+        except (RuntimeError, ValueError):
+            return set()
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """See `Strategy.accumulate`."""

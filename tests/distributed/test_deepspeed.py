@@ -6,6 +6,7 @@ Processes take seconds to start, so each group of them does many runs.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -282,13 +283,44 @@ def test_resume_under_any_layout(tmp_path: Path, inputs: Inputs, references: Ref
     _check_resumes(tmp_path, inputs, references, both)
 
 
-def test_frozen_weights_stay_the_base(tmp_path: Path, inputs: Inputs) -> None:
-    """Stage 3 shards them too, and a checkpoint of LoRA holds none."""
+def test_what_is_not_trained(tmp_path: Path, inputs: Inputs) -> None:
     _do(inputs, [Job(tmp_path / "run", Layout("single"), SHORT, broken=True)])
-    run_distributed(_frozen, 2, inputs, tmp_path / "run")
+    run_distributed(_not_trained, 2, inputs, tmp_path / "run")
 
 
-def _frozen(inputs: Inputs, run_dir: Path) -> None:
+def _not_trained(inputs: Inputs, run_dir: Path) -> None:
+    for stage in (2, 3):
+        _check_idle(inputs, stage)
+    _check_frozen(inputs, run_dir)
+
+
+def _check_idle(inputs: Inputs, stage: int) -> None:
+    """What gets no gradient does not move, nor does anything where the gradient is not finite."""
+    changes = METHODS["full"] | {"train.weight_decay": 0.5}
+    config = make_config(*inputs, changes | Layout("deepspeed", 2, stage).changes)
+    model = build_model(config.model, config.method, config.train.precision, config.seed)
+    model.idle = torch.nn.Parameter(torch.arange(15.0).view(5, 3) + 1)
+    strategy = DeepSpeed(config.parallel, config.train.precision)
+    wrapped = strategy.prepare(model, lambda found: build_optimizer(found, config.train))
+    names = list(strategy.parameters)
+    start = {name: strategy.parts(name)[""].values.clone() for name in names}
+    assert strategy.parts("idle")[""].shape == (5, 3)
+    for factor, finite in ((1.0, True), (float("inf"), False)):
+        before = {name: strategy.parts(name)[""].values.clone() for name in names}
+        with strategy.accumulate(last=True):
+            loss = wrapped(input_ids=torch.arange(1, 9).view(1, -1)).logits.square().mean()
+            strategy.backward(loss * factor)
+        assert math.isfinite(strategy.step(1e-2, 1.0)) is finite
+        for name in names:
+            part = strategy.parts(name)
+            moved = not torch.equal(part[""].values, before[name])
+            assert moved is (finite and name != "idle" and part[""].values.numel() > 0), name
+    for name, part in strategy.parts("idle").items():
+        assert torch.equal(part.values, torch.zeros_like(start["idle"]) if name else start["idle"])
+
+
+def _check_frozen(inputs: Inputs, run_dir: Path) -> None:
+    """Stage 3 shards the base of LoRA too, of which a checkpoint holds nothing."""
     config = make_config(*inputs, SHORT | Layout("deepspeed").changes)
     checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     model = build_model(config.model, config.method, config.train.precision, config.seed)
