@@ -16,6 +16,7 @@ from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import MethodConfig, ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.tensors.write import DTYPES
 
 disable_progress_bar()  # one bar per worker and load; this package reports progress itself
 
@@ -104,8 +105,9 @@ def _first_dtype(directory: Path) -> torch.dtype | None:
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
-                if (tensor := tensors.get_tensor(name)).is_floating_point():
-                    return tensor.dtype
+                dtype = DTYPES.get(tensors.get_slice(name).get_dtype())
+                if dtype is not None and dtype.is_floating_point:
+                    return dtype
     return None
 
 
