@@ -87,7 +87,10 @@ class _Versioned:
     """A tensor as it was; for `tree_map` a leaf."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor.detach(), tensor._version
+        # Below autograd, where modes are, a detached tensor would count its changes for itself.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            self.tensor = tensor.detach()
+        self.version = tensor._version
 
 
 def _with_version(value: Any) -> Any:
