@@ -46,7 +46,12 @@ from raytune_ft.search.results import SweepResult, sweep_result
 from raytune_ft.search.space import apply_params, trial_name
 from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
-from raytune_ft.train.ray_cluster import connected, require_capacity, train_environment
+from raytune_ft.train.ray_cluster import (
+    connected,
+    require_capacity,
+    stop_grace_s,
+    train_environment,
+)
 from raytune_ft.train.ray_group import end_group
 from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.signals import interruptible
@@ -85,6 +90,7 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM; likewise, and the sweep can be resumed.
     """
     assert config.search is not None
+    stop_grace_s()  # refused now if it is to be refused
     with connected(), interruptible() as interrupted:
         sweep = _Sweep(config, sweep_dir, data_dir, resume)
         sweep.run(tell, interrupted)

@@ -120,9 +120,7 @@ def watched(
         while not over.wait(min(timeout_s / 10, 5.0)):
             seen = heart.at
             left = seen + timeout_s - time.monotonic()
-            faulthandler.dump_traceback_later(
-                max(left, 0.0) + NATIVE_GRACE_S, exit=True, file=STDERR
-            )
+            _last_resort(left)
             if left > 0:
                 continue
             on_hang(heart.standing())
@@ -130,6 +128,7 @@ def watched(
                 sys.stderr.flush()
                 os._exit(HUNG_EXIT_CODE)
 
+    _last_resort(timeout_s)
     thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
     thread.start()
     try:
@@ -139,6 +138,11 @@ def watched(
         heart.watched = False
         thread.join(timeout=1.0)
         faulthandler.cancel_dump_traceback_later()
+
+
+def _last_resort(left_s: float) -> None:
+    """A thread outside Python, which the next call of this replaces."""
+    faulthandler.dump_traceback_later(max(left_s, 0.0) + NATIVE_GRACE_S, exit=True, file=STDERR)
 
 
 def stacks(first: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,9 +40,12 @@ def stop_grace_s() -> float:
     """
     written = os.environ.get(STOP_GRACE, "30")
     try:
-        return float(written)
+        seconds = float(written)
     except ValueError:
-        raise ConfigError(f"{STOP_GRACE}={written}", "is no number", "write seconds") from None
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"{STOP_GRACE}={written}", "is no number of seconds", "write 30")
+    return seconds
 
 
 @contextmanager
@@ -119,8 +123,12 @@ def set_train_defaults(others: Mapping[str, str] | None = None) -> None:
 
 
 def train_environment() -> dict[str, str]:
-    """What steers Ray Train in this process."""
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    """What steers Ray Train, and how long it may take to stop, in this process."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("RAY_TRAIN_") or name == STOP_GRACE
+    }
 
 
 def bundles_that_fit(resources_per_worker: Mapping[str, float], workers: int) -> int:

@@ -216,10 +216,11 @@ def fit(
     again: its status is "failed" and the result says why.
 
     Raises:
-        InputError: the cluster cannot hold the workers, or they found the input to be wrong.
+        InputError: the cluster cannot hold the fewest workers, or they found the input to be wrong.
         RunFailed: the workers died for good; `result.json` says so too.
         Interrupted: SIGINT or SIGTERM; the workers are gone and the run can be resumed.
     """
+    grace_s = stop_grace_s()
     with connected():
         require_capacity(spec.config.parallel)
         job = TrainJob(spec, start_switchboard(slots=1))
@@ -229,7 +230,7 @@ def fit(
                 ended = _listen(job, on_evaluation, tell or _nobody, interrupted)
                 if ended is None:
                     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # the second signal
-                        job.wind_down(stop_grace_s())
+                        job.wind_down(grace_s)
             finally:
                 job.stop()
         if ended is None and load_result(spec.run_dir) is None:

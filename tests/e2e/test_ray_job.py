@@ -17,11 +17,16 @@ from urllib.request import urlopen
 import pytest
 
 from tests.support.commands import ROOT, run_process
+from tests.support.runs import losses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # read by the head
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}
 
 
 def _free_port() -> int:
@@ -105,3 +110,29 @@ def test_the_log_ends_with_the_error(address: str, tmp_path: Path) -> None:
     errors = {line for line in lines if line.startswith("error: ")}
     assert errors == {"error: train.batchsize is not a key; did you mean train.batch_size?"}
     assert "Traceback" not in done.stdout
+
+
+def test_a_stopped_job_saves_its_last_step_and_goes_on(address: str, tmp_path: Path) -> None:
+    job = ["python", "jobs/train.py", "jobs/quickstart.yaml", "name=stopped"]
+    job += [f"storage={tmp_path}", "parallel.workers=2", "train.epochs=20"]
+    job += ["checkpoint.every_examples=1000000"]
+    submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
+    begun = run_process(
+        [*submit, "--submission-id", "to-stop", "--no-wait", "--", *job], 300, **ENVIRONMENT
+    )
+    assert begun.returncode == 0, begun.stderr
+    run_dir = tmp_path / "stopped"
+    deadline = time.monotonic() + 240
+    while not (run_dir / "metrics.jsonl").exists() or len(losses(run_dir)) < 7:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run_process([RAY, "job", "stop", "--address", address, "to-stop"], 120, **ENVIRONMENT)
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
+    done = len(losses(run_dir))
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == f"step-{done:06d}"
+
+    again = run_process([*submit, "--", *job, "--resume"], 600, **ENVIRONMENT)
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert len(losses(run_dir)) > done
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "completed"

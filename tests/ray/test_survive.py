@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.errors import RunFailed
+from raytune_ft.config.load import dump_yaml
+from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.records import EvalMetrics
+from raytune_ft.search.ray_tune import run_sweep
 from raytune_ft.train import ray_train, ray_worker
 from raytune_ft.train.ended import load_result
 from raytune_ft.train.ray_train import fit
@@ -132,3 +134,29 @@ def test_a_worker_that_is_told_to_leave_saves_first(
     assert steps[2] == steps[3] >= 20  # nothing of what was trained is lost
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
     assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_trials_save_before_their_sweep_is_interrupted(inputs: Inputs, tmp_path: Path) -> None:
+    space = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
+    search = {"trials": 2, "scheduler": None, "space": space}
+    config = inputs.config(search=search, checkpoint__every_examples=1000)
+    sweep_dir = tmp_path / "sweep"
+    sweep_dir.mkdir()
+    (sweep_dir / "config.yaml").write_text(dump_yaml(config))
+    told: list[str] = []
+
+    def interrupt(line: str) -> None:
+        if "eval_loss" in line and "after 140" in line and not told:
+            told.append(line.split(":")[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_sweep(config, sweep_dir, inputs.data_dir, interrupt)
+    assert_nothing_left()
+    trial = sweep_dir / "trials" / told[0]
+    done = len(losses(trial))
+    assert 20 <= done < 40
+    assert (trial / "checkpoints" / f"step-{done:06d}").is_dir()
+    assert run_sweep(config, sweep_dir, inputs.data_dir, print, resume=True).status == "completed"
+    assert len(losses(trial)) == 40
