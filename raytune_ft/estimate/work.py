@@ -9,6 +9,7 @@ from raytune_ft.data.layout import lay_out
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.engine import MICRO_TOKENS
+from raytune_ft.train.optim import total_examples
 
 LOOKED_AT = 20
 """Steps that are laid out to find the largest micro-batch."""
@@ -45,7 +46,8 @@ def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) ->
     batch, budget = config.train.batch_size, micro_tokens(config, device)
     packing = config.data.packing is not False
     tokens = labels = rows = width = most = most_labels = passes = 0
-    steps = min(LOOKED_AT, max(1, len(split) // batch))
+    whole = total_examples(config.train, len(split)) // batch
+    steps = min(LOOKED_AT, max(1, whole))
     for step in range(steps):
         indices = example_indices(config.seed, step * batch, batch, len(split))
         lengths = split.lengths[indices].tolist()

@@ -1,0 +1,92 @@
+"""`parallel.strategy: auto` where memory decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.config.load import (
+    apply_overrides,
+    choose_strategy,
+    load_config,
+    memory_decides,
+    resolve,
+)
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ConfigError
+from raytune_ft.estimate import hardware
+from raytune_ft.estimate.choice import shortage
+from raytune_ft.estimate.hardware import GIB, USABLE, named
+from raytune_ft.estimate.ray_memory import least_memory
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(ROOT)
+    return load_config(ROOT / "jobs" / "quickstart.yaml", ["parallel.workers=2"])
+
+
+def test_a_base_that_fits_is_copied_and_one_that_does_not_is_sharded(config: Config) -> None:
+    assert shortage(config, None) is None
+    assert shortage(config, GIB) is None
+    reason = shortage(config, 2**20)
+    assert reason is not None
+    assert reason.startswith("a whole copy needs ")
+    assert resolve(config).parallel.strategy == "ddp"
+    small = resolve(config, shortage=reason)
+    assert small.parallel.strategy == "fsdp"
+    assert choose_strategy(config, reason) == (
+        "fsdp",
+        f"the base is frozen, and {reason}: 2 workers share it",
+    )
+    assert choose_strategy(small)[0] == "fsdp"  # as every worker asks again
+
+
+def test_where_sharding_does_not_help_the_base_is_copied(config: Config) -> None:
+    # Room for the model of 4 MB and not for its activations, of which sharding takes nothing away.
+    assert shortage(apply_overrides(config, {"data.max_length": 1024}), 6 * 2**20) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel.workers": 1},
+        {"method.name": "full"},
+        {"parallel.strategy": "ddp"},
+        {"parallel.offload": "all"},
+    ],
+)
+def test_memory_decides_nothing_else(config: Config, change: dict[str, object]) -> None:
+    assert memory_decides(config)
+    assert not memory_decides(apply_overrides(config, change))
+
+
+def test_memory_of_a_cluster_is_that_of_its_smallest_fitting_node() -> None:
+    known = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 8.0 * GIB}
+    smaller = {**known, "accelerator_type:A100": 1.0}
+    del smaller["accelerator_type:H100"]
+    gpu = {"CPU": 1.0, "GPU": 1.0}
+    assert least_memory([known], gpu) == int(80 * GIB * USABLE)
+    assert least_memory([known, smaller], gpu) == int(40 * GIB * USABLE)
+    assert least_memory([known, {"CPU": 8.0, "GPU": 1.0}], gpu) is None
+    assert least_memory([known, {"CPU": 8.0, "memory": 1.0}], gpu) == int(80 * GIB * USABLE)
+    assert least_memory([known], {"CPU": 2.0}) == 2 * GIB
+    assert least_memory([], gpu) is None
+
+
+def test_accelerators_are_known_by_name() -> None:
+    found = named("h100", 2, 8, "bfloat16")
+    assert (found.name, found.nodes, found.per_node) == ("H100", 2, 8)
+    assert found.memory == 80 * GIB
+    with pytest.raises(ConfigError, match=r"--accelerator=A100 is none .* A100-40G or A100-80G"):
+        named("A100", 1, 8, "bfloat16")
+
+
+def test_memory_of_this_machine_is_shared_by_its_workers() -> None:
+    alone, shared = hardware.worker_memory(1, 0.0), hardware.worker_memory(4, 0.0)
+    assert alone is not None
+    assert shared is not None
+    assert alone // 4 == pytest.approx(shared, abs=1)

@@ -1,0 +1,84 @@
+"""Memory by hand, for a model small enough to count on paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.estimate.memory import held_by
+from raytune_ft.estimate.shell import Shell, Weight
+
+
+def shell(trained: bool = True, precision: str = "float32") -> Shell:
+    """40 elements around two blocks of 40; frozen, all but a 2 x 4 adapter in each block."""
+    adapter = () if trained else (Weight((2, 4), True),)
+    block = (Weight((4, 4), trained), Weight((6, 4), trained), *adapter)
+    return Shell(
+        module=nn.Module(),
+        root=(Weight((10, 4), trained),),
+        blocks=(block, block),
+        hidden=4,
+        vocabulary=10,
+        heads_width=4,
+        precision=precision,  # type: ignore[arg-type]
+        frozen_dtype=getattr(torch, precision),
+    )
+
+
+def parallel(strategy: str, workers: int, **more: object) -> ParallelConfig:
+    return ParallelConfig.model_validate({"strategy": strategy, "workers": workers, **more})
+
+
+def test_one_worker_holds_weights_gradients_and_two_moments() -> None:
+    held = held_by(shell(), parallel("single", 1))
+    assert (held.parameters, held.gradients, held.optimizer) == (480, 480, 960)
+    assert (held.buffers, held.gathered, held.snapshot) == (0, 0, 3 * 480)
+
+
+def test_ddp_adds_its_buckets_and_shares_the_writing_of_checkpoints() -> None:
+    held = held_by(shell(), parallel("ddp", 2))
+    assert (held.parameters, held.gradients, held.optimizer) == (480, 480, 960)
+    assert (held.buffers, held.snapshot) == (480, 3 * 480 // 2)
+
+
+def test_fsdp_deals_rows_and_the_first_worker_has_the_largest_part() -> None:
+    # 10, 4 and 6 rows over 4 workers are 3, 1 and 2.
+    share = (3 + 2 * (1 + 2)) * 4
+    held = held_by(shell(), parallel("fsdp", 4))
+    assert (held.parameters, held.gradients) == (share * 4, share * 4)
+    assert held.optimizer == 2 * share * 4
+    # The root and both blocks whole, and a block's gradients twice.
+    assert held.gathered == 4 * (40 + 2 * 40) + 40 * (4 + 4)
+
+
+def test_replicas_shard_over_fewer_workers() -> None:
+    assert held_by(shell(), parallel("fsdp", 4, replicas=2)).parameters == 240
+
+
+def test_blocks_that_are_not_resharded_stay_whole() -> None:
+    kept = held_by(shell(), parallel("fsdp", 2, reshard_after_forward=False))
+    assert kept.gathered == 4 * (40 + 2 * 40 + 40) + 40 * (4 + 4)
+
+
+def test_adapters_alone_have_gradients_and_moments() -> None:
+    held = held_by(shell(trained=False, precision="bfloat16"), parallel("ddp", 2))
+    assert held.parameters == 120 * 2 + 16 * 4
+    assert (held.gradients, held.optimizer, held.buffers) == (64, 128, 64)
+
+
+def test_bfloat16_travels_under_fsdp() -> None:
+    held = held_by(shell(precision="bfloat16"), parallel("fsdp", 2))
+    assert held.parameters == 240
+    assert held.gathered == 2 * (40 + 2 * 40) + 40 * (2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameters", "gradients"), [(1, 480, 480), (2, 480, 240), (3, 240, 240)]
+)
+def test_stages_of_zero(stage: int, parameters: int, gradients: int) -> None:
+    held = held_by(shell(), parallel("deepspeed", 2, zero_stage=stage))
+    assert held.parameters == parameters
+    assert held.gradients == gradients
+    assert held.optimizer == 3 * 240  # with the master weights
