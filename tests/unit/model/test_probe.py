@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.errors import ConfigError
+from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.model.skeleton import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.run import build_engine
-from tests.support.models import VOCABULARY, save_character_tokenizer
+from tests.support.models import VOCABULARY, save_character_tokenizer, save_tiny
 from tests.support.runs import make_config, make_inputs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -94,3 +94,18 @@ def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:
     config: Config = make_config(_save("opt", tmp_path / "opt"), data, changes)
     with pytest.raises(ConfigError, match=r"data.packing=true would change the numbers"):
         _engine(config)
+
+
+@pytest.mark.filterwarnings("ignore:If you want to use")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_whose_tokens_see_their_targets_is_refused(
+    tmp_path: Path, data: Path, precision: str
+) -> None:
+    for decoder in (True, False):
+        base = save_tiny("bert", tmp_path / str(decoder), is_decoder=decoder)
+        config = make_config(base, data, {"train.precision": precision})
+        if decoder:
+            assert _engine(config).packing is False
+            continue
+        with pytest.raises(ModelError, match=r"lets tokens see those after them.*is_decoder"):
+            _engine(config)
