@@ -149,8 +149,8 @@ def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config,
     has there, unless `usable` says it.
     """
     with ExitStack() as stack:
-        joined = os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(written)
         several = False
+        joined = joins_cluster(written)
         if joined:
             from raytune_ft.train.ray_cluster import connected, node_count
 
@@ -176,6 +176,11 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     elif usable is None:
         usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
     return shortage(expand_env(written), usable)
+
+
+def joins_cluster(config: Config) -> bool:
+    """Does it run on a cluster that is there already?"""
+    return os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(config)
 
 
 def _needs_ray(config: Config) -> bool:

@@ -57,7 +57,8 @@ def plan(
         int | None, typer.Option("--nodes", min=1, help="Nodes; fewer are weighed as well.")
     ] = None,
     per_node: Annotated[
-        int | None, typer.Option("--per-node", min=1, help="Workers of a node, by default 8.")
+        int | None,
+        typer.Option("--per-node", min=1, help="Workers of a node, 8 with --accelerator."),
     ] = None,
     accelerator: Annotated[
         str | None,
@@ -71,7 +72,7 @@ def plan(
 
     Example: raytune-ft plan jobs/quickstart.yaml train.lr=1e-4
 
-    Example: raytune-ft plan jobs/quickstart.yaml --nodes 2 --accelerator H100
+    Example: raytune-ft plan jobs/quickstart.yaml --nodes 1 --accelerator H100
     """
     from raytune_ft.plan.make import Asked, make_plan
     from raytune_ft.plan.text import describe

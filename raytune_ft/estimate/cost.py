@@ -18,6 +18,9 @@ LATENCY_S = {"cpu": (50e-6, 100e-6), "cuda": (5e-6, 15e-6)}  # inside a node, be
 OVERLAP = {"cpu": 0.0, "cuda": 0.8}
 """The share of arithmetic behind which messages hide; on a CPU the same cores do both."""
 LINK_ACHIEVED = 0.8
+# What is offloaded goes over PCIe (4.0 x16), and the optimizer steps at the speed of host memory,
+# which the workers of a node share.
+HOST_LINK, HOST_BANDWIDTH = 25.0, 200.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class StepCost:
 def step_cost(
     shell: Shell, parallel: ParallelConfig, work: Work, hardware: Hardware, state: int
 ) -> StepCost:
-    """`state` is what the optimizer's step goes through, in bytes."""
+    """`state` is what the optimizer's step goes through, in bytes, a quarter each: weights,
+    gradients and two moments.
+    """
     compute_s = step_flops(shell, parallel, work) / (hardware.tflops * 1e12)
     messages_s, sent = 0.0, 0
     for message in messages(shell, parallel, work.micro_batches):
@@ -57,7 +62,12 @@ def step_cost(
         messages_s += message.times * _ring_s(message, size, parallel, hardware)
         sent += message.times * message.factor * message.bytes * (size - 1) // max(1, size)
     # Weights, gradients and moments are read, and all but gradients written.
-    optimizer_s = 2 * state / (hardware.bandwidth * 1e9)
+    offloads = parallel.offload != "none" and hardware.device == "cuda"
+    bandwidth = HOST_BANDWIDTH / hardware.per_node if offloads else hardware.bandwidth
+    optimizer_s = 2 * state / (bandwidth * 1e9)
+    if offloads:  # weights up for each pass, gradients down after each backward
+        copies = 3 * work.micro_batches if parallel.offload == "all" else 2
+        optimizer_s += copies * state / 4 / (HOST_LINK * 1e9)
     hidden = OVERLAP[hardware.device] * compute_s
     if parallel.strategy == "ddp":
         hidden *= 2 / 3 / work.micro_batches  # behind the last backward alone

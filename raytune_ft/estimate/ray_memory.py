@@ -37,10 +37,20 @@ def least_memory(
     return min(known) if known and len(known) == len(found) else None
 
 
+def cluster_accelerator(resources_per_worker: Mapping[str, float]) -> str | None:
+    """The one with the least memory, of nodes that can hold a worker; None where none is known."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    fitting = [n for n in nodes if n.get("GPU", 0.0) >= resources_per_worker.get("GPU", 0.0)]
+    names = [name for node in fitting if (name := _accelerator(node)) is not None]
+    return min(names, key=lambda name: ACCELERATORS[name].memory, default=None)
+
+
 def _accelerator_memory(node: Mapping[str, float]) -> int | None:
+    name = _accelerator(node)
+    return None if name is None else int(ACCELERATORS[name].memory * GIB * USABLE)
+
+
+def _accelerator(node: Mapping[str, float]) -> str | None:
     names = [key.removeprefix(_TYPE) for key in node if key.startswith(_TYPE)]
-    for name in names:
-        one = ACCELERATORS.get(RAY_NAMES.get(name, name))
-        if one is not None:
-            return int(one.memory * GIB * USABLE)
-    return None
+    known = [RAY_NAMES.get(name, name) for name in names]
+    return next((name for name in known if name in ACCELERATORS), None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytune_ft.app import placed, prepare
+from raytune_ft.app import joins_cluster, placed, prepare
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config, LoraMethod
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from raytune_ft.plan.options import NodeChoice, Option
 
 LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
+PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,6 @@ class Asked:
     nodes: int | None = None
     per_node: int | None = None
     accelerator: str | None = None
-
-    @property
-    def anything(self) -> bool:
-        """Was an option written?"""
-        return bool(self.nodes or self.per_node or self.accelerator)
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,13 @@ def make_plan(
 ) -> Plan:
     """Everything that `plan` prints; raises what `train` or `sweep` would."""
     asked = asked or Asked()
-    written = on_hardware(load_config(file, overrides, tell), asked)
+    loaded = load_config(file, overrides, tell)
+    per_node = _per_node(loaded, asked)
+    written = on_hardware(loaded, asked)
     usable = _usable(written, asked)
     with placed(written, usable) as (config, reason):
         probe_storage(run_path(config).parent)
+        accelerator = asked.accelerator or _accelerator_of_cluster(config)
     expanded = expand_env(config)
     data = prepare(expanded, tell)
 
@@ -110,7 +109,7 @@ def make_plan(
         for every in (schedule.eval_every, schedule.save_every)
     )
     shell = build_shell(expanded.model, expanded.method, expanded.train.precision)
-    hardware = _hardware(config, asked)
+    hardware = _hardware(config, accelerator, asked, per_node)
     planner = Planner(config, shell, data.train, hardware, midway)
     own = planner.weigh(config.parallel)
     options = planner.options(config.parallel.max_workers, hardware)
@@ -151,15 +150,25 @@ def make_plan(
 
 def on_hardware(config: Config, asked: Asked) -> Config:
     """The config with the workers that the command names."""
-    if not asked.anything:
-        return config
-    if asked.accelerator is None:
-        per_node = asked.per_node or config.parallel.max_workers
-        return apply_overrides(config, {"parallel.workers": (asked.nodes or 1) * per_node})
-    workers = (asked.nodes or 1) * (asked.per_node or 8)
-    resources = {**config.parallel.resources_per_worker, "GPU": 1.0}
-    changes = {"parallel.workers": workers, "parallel.resources_per_worker": resources}
-    return apply_overrides(config, changes)
+    changes: dict[str, object] = {}
+    if asked.accelerator is not None:
+        resources = {**config.parallel.resources_per_worker, "GPU": 1.0}
+        changes["parallel.resources_per_worker"] = resources
+    if asked.nodes is not None or asked.per_node is not None:
+        changes["parallel.workers"] = (asked.nodes or 1) * _per_node(config, asked)
+    return apply_overrides(config, changes) if changes else config
+
+
+def _per_node(config: Config, asked: Asked) -> int:
+    if asked.per_node is not None:
+        return asked.per_node
+    if asked.nodes is not None and asked.accelerator is not None:
+        return PER_NODE
+    return (
+        min(PER_NODE, config.parallel.max_workers)
+        if asked.accelerator
+        else (config.parallel.max_workers)
+    )
 
 
 def _usable(config: Config, asked: Asked) -> int | None:
@@ -171,19 +180,24 @@ def _usable(config: Config, asked: Asked) -> int | None:
     return named(asked.accelerator, 1, 1, config.train.precision).usable
 
 
-def _hardware(config: Config, asked: Asked) -> Hardware:
-    from dataclasses import replace
+def _accelerator_of_cluster(config: Config) -> str | None:
+    """What the nodes of the cluster that is joined say of their GPUs."""
+    if config.parallel.resources_per_worker.get("GPU", 0.0) <= 0 or not joins_cluster(config):
+        return None
+    from raytune_ft.estimate.ray_memory import cluster_accelerator
 
+    return cluster_accelerator(config.parallel.resources_per_worker)
+
+
+def _hardware(config: Config, accelerator: str | None, asked: Asked, per_node: int) -> Hardware:
     from raytune_ft.estimate.hardware import machine, named
 
-    precision = config.train.precision
-    nodes = asked.nodes or 1
-    if asked.accelerator is not None:
-        return named(asked.accelerator, nodes, asked.per_node or 8, precision)
-    workers = config.parallel.max_workers
-    per_node = asked.per_node or -(-workers // nodes)
+    workers, precision = config.parallel.max_workers, config.train.precision
+    nodes = asked.nodes or -(-workers // per_node)
+    if accelerator is not None:
+        return named(accelerator, nodes, per_node, precision)
     gpus = config.parallel.resources_per_worker.get("GPU", 0.0)
-    return replace(machine(per_node, gpus, precision), nodes=nodes, per_node=per_node)
+    return replace(machine(per_node, gpus, precision), nodes=nodes)
 
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import raytune_ft.model
+from raytune_ft.errors import ConfigError
 from raytune_ft.estimate.hardware import GIB
 from raytune_ft.plan.make import Asked, Plan, make_plan
 from raytune_ft.plan.options import node_counts
@@ -40,7 +41,7 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(model: Path, tmp_path: Path, method: str, asked: Asked) -> Plan:
+def plan_of(model: Path, tmp_path: Path, method: str, asked: Asked, *more: str) -> Plan:
     return make_plan(
         ROOT / "jobs" / "quickstart.yaml",
         [
@@ -52,6 +53,7 @@ def plan_of(model: Path, tmp_path: Path, method: str, asked: Asked) -> Plan:
             "search=null",
             "train.batch_size=128",
             "train.precision=bfloat16",
+            *more,
         ],
         lambda line: None,
         asked,
@@ -96,13 +98,13 @@ def test_adapters_on_70b_are_sharded_because_the_base_does_not_fit(
     assert plan.config.parallel.strategy == "fsdp"
     assert "the base is frozen, and a whole copy needs 13" in plan.reason
     assert "GiB of a worker's 75.2: 8 workers share it" in plan.reason
-    larger = plan_of(llama_70b, tmp_path, "lora", Asked(1, 8, "MI300X"))
-    assert larger.config.parallel.strategy == "ddp"
+    # 192 GiB have room for the base, and for its activations if they are computed again.
+    larger, less = Asked(1, 8, "MI300X"), "parallel.activation_checkpointing=full"
+    assert plan_of(llama_70b, tmp_path, "lora", larger).config.parallel.strategy == "fsdp"
+    assert plan_of(llama_70b, tmp_path, "lora", larger, less).config.parallel.strategy == "ddp"
 
 
 def test_too_many_workers_for_the_batch_are_said(llama_70b: Path, tmp_path: Path) -> None:
-    from raytune_ft.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"train.batch_size=128 is smaller than .*=256"):
         plan_of(llama_70b, tmp_path, "full", Asked(nodes=32, accelerator="H100"))
 
