@@ -11,6 +11,7 @@ from tests.support.distributed import run_distributed
 from tests.support.runs import (
     BrokenRun,
     Recorder,
+    final_weights,
     largest_difference,
     losses,
     make_config,
@@ -106,3 +107,43 @@ def test_under_another_strategy(
     for method in ("lora", "full"):
         differences = largest_difference(tmp_path / "whole" / method, tmp_path / "broken" / method)
         assert max(differences) < 1e-5, (method, differences)
+
+
+# Every number of workers after every other one.
+TOUR = (1, 2, 1, 3, 1, 4, 2, 3, 2, 4, 3, 4, 1)
+CHAINS = [
+    pytest.param(("fsdp", "ddp", "single"), (3, 2, 1), id="short"),
+    pytest.param(("fsdp",) * len(TOUR), TOUR, id="fsdp", marks=pytest.mark.slow),
+    pytest.param(("ddp", "fsdp") * len(TOUR), TOUR, id="both", marks=pytest.mark.slow),
+]
+
+
+def _stretch(inputs: tuple[Path, Path], root: Path, strategy: str, steps: int) -> None:
+    """Up to so many steps: a budget that is raised again and again."""
+    constant = {"train.lr_schedule": "constant", "train.warmup_fraction": 0.0}
+    for method in ("lora", "full"):
+        changes = constant | {"train.max_examples": 7 * steps, "method": {"name": method}}
+        result = run(make_config(*inputs, changes), root / method, strategy)
+        assert result.status == "completed", result.error
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("strategies", "workers"), CHAINS)
+def test_saved_by_some_and_resumed_by_others(
+    tmp_path: Path,
+    inputs: tuple[Path, Path],
+    strategies: tuple[str, ...],
+    workers: tuple[int, ...],
+) -> None:
+    for number, (strategy, world_size) in enumerate(zip(strategies, workers, strict=False)):
+        steps = 3 * (number + 1)
+        run_distributed(_stretch, world_size, inputs, tmp_path / "chain", strategy, steps)
+    _stretch(inputs, tmp_path / "whole", "single", 3 * len(workers))
+    for method in ("lora", "full"):
+        chain, whole = tmp_path / "chain" / method, tmp_path / "whole" / method
+        weights, expected = final_weights(chain), final_weights(whole)
+        assert len(losses(chain)) == 3 * len(workers)
+        assert max(abs(a - b) for a, b in zip(losses(chain), losses(whole), strict=True)) < 1e-5
+        assert weights.keys() == expected.keys()
+        assert all((weights[n] - expected[n]).abs().max() < 1e-5 for n in weights)
