@@ -44,6 +44,8 @@ class DeepSpeed(Grouped):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             deepspeed = _import_deepspeed(self.device)
+            if self.parallel.zero_stage == 3:
+                self._shard(deepspeed, model, config)
             self.engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=config, dist_init_required=False
             )[0]
@@ -54,6 +56,13 @@ class DeepSpeed(Grouped):
         model.register_forward_pre_hook(_forget_casts)
         wrapped: nn.Module = self.engine
         return wrapped
+
+    def _shard(self, deepspeed: Any, model: nn.Module, config: dict[str, Any]) -> None:
+        """Weight by weight: the engine would first put all of them on the device."""
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def _leave_alone_what_gets_no_gradient(self, model: nn.Module) -> None:
         """Adam passes over weights without a gradient; in a flat group it would decay them."""
