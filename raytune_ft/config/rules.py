@@ -135,11 +135,14 @@ def _check_sharding(config: Config) -> None:
             "does not shard",
             "write parallel.zero_stage: 3, or parallel.offload: optimizer",
         )
-    if strategy == "deepspeed" and config.train.precision == "float64":
+    chosen = strategy == "auto" and parallel.offload == "optimizer"  # which nothing else can do
+    if (strategy == "deepspeed" or chosen) and config.train.precision == "float64":
         raise ConfigError(
             "train.precision=float64",
             "is nothing that deepspeed can keep",
-            "write float32 or bfloat16, or another parallel.strategy",
+            "write float32 or bfloat16, or parallel.offload: none"
+            if chosen
+            else "write float32 or bfloat16, or another parallel.strategy",
         )
 
 

@@ -183,6 +183,10 @@ def test_the_method_has_a_default_name(write: Write) -> None:
             "train: {precision: float64}\nparallel: {strategy: deepspeed}",
             "nothing that deepspeed",
         ),
+        (
+            "train: {precision: float64}\nparallel: {offload: optimizer}",
+            "nothing that deepspeed",
+        ),
         ("search: {trials: 2}", "search.space is missing; write a mapping with at least one key"),
     ],
 )
