@@ -38,9 +38,9 @@ GIB = 2**30
 EVERY_S = 0.005
 STEPS, BATCH = 2, 4
 SIZES = {
-    "60M": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 8},
+    "67M": {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 10},
     "150M": {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 14},
-    "250M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18},
+    "300M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24},
 }
 
 
@@ -64,20 +64,20 @@ class Case:
 
 
 CASES = [
-    Case("60M", "full", "float32", "ddp", 2),
-    Case("250M", "lora", "bfloat16", "ddp", 2),
     Case("150M", "full", "float32", "fsdp", 2),
-    Case("250M", "lora", "float32", "fsdp", 2, "full"),
-    Case("60M", "full", "float32", "deepspeed", 2, more={"zero_stage": 2}),
-    Case("60M", "full", "float32", "deepspeed", 2, more={"zero_stage": 3}),
-    Case("60M", "full", "float32", "single"),
+    Case("300M", "lora", "bfloat16", "ddp", 2),
+    Case("67M", "full", "float32", "deepspeed", 2, more={"zero_stage": 2}),
+    Case("300M", "lora", "float32", "fsdp", 2, "full"),
+    Case("67M", "full", "float32", "deepspeed", 2, more={"zero_stage": 3}),
+    Case("67M", "full", "float32", "single"),
+    Case("67M", "full", "float32", "ddp", 2),
+    Case("67M", "full", "bfloat16", "ddp", 2, "full"),
     Case("150M", "full", "bfloat16", "fsdp", 2, "full"),
-    Case("60M", "full", "bfloat16", "ddp", 2, "full"),
-    Case("60M", "full", "float32", "deepspeed", 2, more={"zero_stage": 1}),
-    Case("60M", "full", "bfloat16", "single", checkpointing="full"),
-    Case("250M", "lora", "float32", "ddp", 2),
-    Case("250M", "lora", "float32", "deepspeed", 2, more={"zero_stage": 3}),
-    Case("60M", "full", "bfloat16", "deepspeed", 2, more={"zero_stage": 2}),
+    Case("67M", "full", "float32", "deepspeed", 2, more={"zero_stage": 1}),
+    Case("67M", "full", "bfloat16", "single", checkpointing="full"),
+    Case("300M", "lora", "float32", "ddp", 2),
+    Case("300M", "lora", "float32", "deepspeed", 2, more={"zero_stage": 3}),
+    Case("67M", "full", "bfloat16", "deepspeed", 2, more={"zero_stage": 2}),
 ]
 
 
@@ -93,7 +93,7 @@ def make_model(directory: Path, size: str) -> Path:
             num_attention_heads=16,
             num_key_value_heads=8,
             max_position_embeddings=1024,
-            tie_word_embeddings=size != "60M",
+            tie_word_embeddings=size != "67M",
             **SIZES[size],
         )
         AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(path)

@@ -72,16 +72,18 @@ class MemoryModel:
         rows = -(-work.tokens // self.width)
         kept, peak = traced.kept.at(rows, blocks), traced.peak.at(rows, blocks)
         logits = self._head(work.labels, self._casts_on_gathering(parallel))
+        away = parallel.offload if device == "cuda" else "none"
+        gradients = held.gradients if away == "none" else 0
         stepping = held.stepping_cpu if device == "cpu" else held.stepping_cuda
-        offloaded = _offloaded(parallel, held)
+        stepping = stepping if away == "none" else 0
+        resident = held.buffers + (held.optimizer if away == "none" else 0)
+        resident += held.parameters if away != "all" else 0
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
-        grown = held.gradients if work.micro_batches > 1 else 0  # else they replace activations
+        # In a step of one pass, gradients come as activations go.
+        grown = gradients if work.micro_batches > 1 else 0
         moving = max(kept + logits, peak + (0 if grown else head)) + grown
-        moving = max(moving + held.gathered, held.gradients + max(stepping, head))
+        moving = max(moving + held.gathered, gradients + max(stepping, head))
         snapshot = held.snapshot if device == "cpu" else 0
-        resident = held.parameters + held.optimizer + held.buffers - min(offloaded, held.resident)
-        if device == "cpu":
-            resident = held.parameters + held.optimizer + held.buffers
         both = resident + moving + (snapshot if saves_midway else 0)
         return Memory(
             parameters=held.parameters,
@@ -92,7 +94,7 @@ class MemoryModel:
             activations=max(kept, peak),
             logits=logits,
             stepping=stepping,
-            offloaded=offloaded,
+            offloaded=_offloaded(parallel, held),
             snapshot=held.snapshot,
             peak=max(both, resident + snapshot),
         )
@@ -202,9 +204,10 @@ def _zero(shell: Shell, parallel: ParallelConfig) -> Held:
 
 
 def _offloaded(parallel: ParallelConfig, held: Held) -> int:
-    if parallel.offload == "all":
-        return held.parameters + held.optimizer + held.gradients
-    return held.optimizer if parallel.offload == "optimizer" else 0
+    if parallel.offload == "none":
+        return 0
+    weights = held.parameters if parallel.offload == "all" else 0
+    return weights + held.optimizer + held.gradients
 
 
 def _bytes(shell: Shell, weights: tuple[Weight, ...]) -> int:

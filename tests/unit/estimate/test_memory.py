@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.estimate.memory import held_by
+from raytune_ft.estimate.memory import Memory, MemoryModel, held_by
 from raytune_ft.estimate.shell import Shell, Weight
+from raytune_ft.estimate.trace import Plane, Traced
+from raytune_ft.estimate.work import Work
 
 
 def shell(trained: bool = True, precision: str = "float32") -> Shell:
@@ -82,3 +84,36 @@ def test_stages_of_zero(stage: int, parameters: int, gradients: int) -> None:
     assert held.parameters == parameters
     assert held.gradients == gradients
     assert held.optimizer == 3 * 240  # with the master weights
+
+
+def estimate(
+    monkeypatch: pytest.MonkeyPatch, layout: ParallelConfig, device: str, passes: int = 2
+) -> Memory:
+    """Of a model whose blocks keep 1000 bytes, 1100 at the most, and whose logits take 50."""
+    plane = {(1, 1): 500, (1, 2): 1000}
+    higher = {(1, 1): 600, (1, 2): 1100}
+    traced = Traced(8, Plane(plane), Plane(higher))
+    monkeypatch.setattr("raytune_ft.estimate.memory.trace", lambda *_: traced)
+    monkeypatch.setattr("raytune_ft.estimate.memory.trace_head", lambda *_: 50)
+    work = Work(1, 8, 4, passes, 8, 4)
+    return MemoryModel(shell(), (1,), 8).estimate(layout, work, device)
+
+
+def test_the_peak_is_the_worst_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    single = parallel("single", 1)
+    # Weights and moments, gradients of the pass before, and the blocks' worst moment.
+    assert estimate(monkeypatch, single, "cuda").peak == 480 + 960 + 480 + 1100
+    # In a step of one pass the head's gradient alone is there by then.
+    assert estimate(monkeypatch, single, "cuda", passes=1).peak == 480 + 960 + 1100 + 160
+    # On a CPU the copy for checkpoints lies in the same memory.
+    assert estimate(monkeypatch, single, "cpu").peak == 480 + 960 + 480 + 1100 + 1440
+
+
+def test_what_is_offloaded_is_not_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = estimate(monkeypatch, parallel("fsdp", 2, offload="all"), "cuda")
+    assert memory.offloaded == 240 + 240 + 480
+    assert memory.peak == memory.gathered + 1100 + 160  # with the gradient of the head
+    optimizer = parallel("deepspeed", 2, zero_stage=2, offload="optimizer")
+    part = estimate(monkeypatch, optimizer, "cuda")
+    assert part.offloaded == 3 * 240 + 240
+    assert part.peak == 480 + part.buffers + 1100 + 160
