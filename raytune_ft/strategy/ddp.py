@@ -27,7 +27,7 @@ class Ddp(Grouped):
         self.wrapped = DistributedDataParallel(
             model.to(self.device),
             forward_sync_buffers=False,
-            find_unused_parameters=bool(unreached(model, self.device)),
+            find_unused_parameters=bool(unreached(model, self.device, self.precision)),
         )
         return self.wrapped
 

@@ -81,9 +81,9 @@ class DeepSpeed(Grouped):
         Where the model cannot run there, as with flash attention, nothing counts as idle.
         """
         if self.parallel.zero_stage < 3:
-            return {id(p) for p in unreached(model.to(self.device), self.device)}
+            return {id(p) for p in unreached(model.to(self.device), self.device, self.precision)}
         try:
-            return {id(p) for p in unreached(model, torch.device("cpu"))}
+            return {id(p) for p in unreached(model, torch.device("cpu"), self.precision)}
         except (RuntimeError, ValueError):
             return set()
 

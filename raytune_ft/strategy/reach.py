@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from raytune_ft.model.build import Precision
 
-def unreached(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
+
+def unreached(model: nn.Module, device: torch.device, precision: Precision) -> list[nn.Parameter]:
     """Trained weights on which the output for one token does not depend.
 
     Read off the graph of a forward pass, without a backward.
     """
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    mixed = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         output = model(input_ids=token, use_cache=False)
     waiting, seen, reached = [output.logits.grad_fn], set(), set()
     while waiting:
