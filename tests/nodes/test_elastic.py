@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train import ray_train, ray_worker
+from raytune_ft.train import ray_train
 from raytune_ft.train.ray_train import fit
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
 from tests.ray.conftest import Inputs, workers
+from tests.ray.faults import slow_worker
 from tests.support.runs import largest_difference, losses
 
 pytestmark = pytest.mark.ray
@@ -23,18 +22,10 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
     return RunSpec(inputs.config(**changes), run_dir, inputs.data_dir)
 
 
-def slow_worker(payload: dict[str, Any]) -> str:
-    """So that a node arrives before the run is over."""
-    from raytune_ft.train import step
-
-    right = step.token_losses
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.5)
-        return right(*arguments)
-
-    step.token_losses = slow
-    return ray_worker.train_worker(payload)
+@pytest.fixture(autouse=True)
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a node dies or arrives before the run is over."""
+    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
 
 
 def test_a_run_goes_on_with_the_workers_that_are_left(
@@ -98,7 +89,6 @@ def test_a_run_takes_on_workers_that_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_train, "GROW_AFTER_S", 1.0)
-    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
     while len(nodes.nodes) > 1:
         nodes.kill_one()
     nodes.have(1)
