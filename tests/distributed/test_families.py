@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.matrix import STRATEGIES, Case, Workshop, as_table, passed, run_group
 from tests.support.models import FAMILIES
+from tests.support.runs import losses
 
 ACTIVATIONS = ("none", "selective", "full")
 METHODS = ("lora", "full")
@@ -52,6 +53,23 @@ def test_selection(workshop: Workshop, strategy: str) -> None:
     ]
     outcomes = run_group(workshop, cases)
     assert all(passed(case, outcome) for case, outcome in outcomes.items()), as_table(outcomes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(workshop: Workshop, family: str) -> None:
+    """Every family trains in it, to about the same loss; `test_layouts` holds layouts to it."""
+    workshop.prepare([Case("single", "none", "full", family, "bfloat16")])
+    for activations, method in (("selective", "lora"), ("full", "full")):
+        found = []
+        for precision in ("float32", "bfloat16"):
+            case = Case("single", activations, method, family, precision)
+            run_dir = workshop.root / f"short-{case.name}"
+            layout = {"parallel.activation_checkpointing": activations, "train.max_examples": 70}
+            workshop.train(case, run_dir, "single", layout)
+            found.append(losses(run_dir))
+        wide, narrow = found
+        assert narrow[-1] < narrow[0] - 0.2
+        assert narrow == pytest.approx(wide, abs=0.05)
 
 
 @pytest.mark.matrix

@@ -16,7 +16,7 @@ from tests.support.models import save_tiny, true_float64
 from tests.support.runs import largest_difference, make_config, run, write_rows
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weights
-STEPS = {"float64": 12, "float32": 40}
+STEPS = {"float64": 12, "float32": 40, "bfloat16": 12}
 STRATEGIES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "single": ("single", 1, {}),
     "ddp 2": ("ddp", 2, {}),
