@@ -44,6 +44,7 @@ class DeepSpeed(Grouped):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             deepspeed = _import_deepspeed(self.device)
+            deepspeed.init_distributed(dist_init_required=False)  # with the group that is there
             if self.parallel.zero_stage == 3:
                 self._shard(deepspeed, model, config)
             self.engine: Any = deepspeed.initialize(

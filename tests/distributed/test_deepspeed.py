@@ -52,6 +52,7 @@ class Layout:
     workers: int = 1
     stage: int = 3
     offload: str = "none"
+    json: str | None = None
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ class Layout:
             "parallel.strategy": "deepspeed",
             "parallel.zero_stage": self.stage,
             "parallel.offload": self.offload,
+            "parallel.deepspeed": self.json,
         }
 
 
@@ -164,6 +166,13 @@ def test_every_stage_for_40_steps(tmp_path: Path, inputs: Inputs, references: Re
         *(Layout("deepspeed", 3, stage) for stage in (1, 2, 3)),
     ]
     _check_layouts(tmp_path, inputs, references, layouts, ["lora", "full", "dora"], {})
+
+
+@pytest.mark.slow
+def test_with_a_json(tmp_path: Path, inputs: Inputs, references: References) -> None:
+    file = Path(__file__).parents[2] / "jobs" / "deepspeed_zero3.json"
+    layouts = [Layout("deepspeed", 2, 3, "all", str(file))]
+    _check_layouts(tmp_path, inputs, references, layouts, ["lora", "full"], SHORT)
 
 
 @pytest.mark.slow
