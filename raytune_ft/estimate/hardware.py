@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytune_ft.errors import ConfigError
@@ -23,6 +24,8 @@ what an allocator cannot use for its pieces."""
 USABLE_RAM = 0.9
 ACHIEVED = 0.4
 """Of the peak: Llama 3 was trained at 38 to 43 % of it (arXiv 2407.21783, table 4)."""
+BESIDE_PRODUCTS = 0.6
+"""Of the rate of a bare matrix product, where norms, activations and masks take their time too."""
 PROCESS = {"cpu": int(0.6 * GIB), "cuda": 0}
 """A worker's host memory before it holds a model: Python, torch, transformers."""
 
@@ -110,32 +113,56 @@ def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
     )
 
 
-def machine(workers: int, gpus: float, precision: str, memory: int | None = None) -> Hardware:
-    """This machine, or one like it, measured for a second or two."""
+def machine(workers: int, resources_per_worker: Mapping[str, float], precision: str) -> Hardware:
+    """This machine with so many workers, measured for a second."""
     import torch
 
-    if gpus > 0 and not torch.cuda.is_available():
-        return Hardware(
-            "GPU", "cuda", 1, workers, memory, memory and int(memory * USABLE), 40.0, 600.0,
-            32.0, 12.5, "no GPU is visible here; write --accelerator",
-        )  # fmt: skip
-    device = "cuda" if gpus > 0 else "cpu"
-    tflops, bandwidth = measure(device, precision)
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        known = next(
-            (a for k, a in ACCELERATORS.items() if k.split("-")[0] in properties.name), None
-        )
-        link, network = (known.link, known.network) if known else (32.0, 12.5)
-        memory = int(properties.total_memory)
-        usable, name = int(memory * USABLE), properties.name
-    else:
-        memory = memory or machine_memory() // workers
-        usable, name = int(memory * USABLE_RAM), "CPU"
-        link = network = bandwidth / 8  # a ring over loopback: several copies by the same cores
-        tflops /= max(1.0, workers / (os.cpu_count() or 1))
+    if resources_per_worker.get("GPU", 0.0) <= 0:
+        return _cpu(workers, resources_per_worker.get("CPU", 1.0), precision)
+    if not torch.cuda.is_available():
+        like = named("A10G", 1, workers, precision)
+        source = "no GPU is visible here, so times are an A10G's; write --accelerator"
+        return replace(like, name="GPU", memory=None, usable=None, source=source)
+    tflops, bandwidth = measure("cuda", precision)
+    properties = torch.cuda.get_device_properties(0)
+    known = ACCELERATORS[
+        next((k for k in ACCELERATORS if k.split("-")[0] in properties.name), "A10G")
+    ]
+    memory = int(properties.total_memory)
     return Hardware(
-        name, device, 1, workers, memory, usable, tflops, bandwidth, link, network, "measured here"
+        name=properties.name,
+        device="cuda",
+        nodes=1,
+        per_node=workers,
+        memory=memory,
+        usable=int(memory * USABLE),
+        tflops=tflops * BESIDE_PRODUCTS,
+        bandwidth=bandwidth,
+        link=known.link,
+        network=known.network,
+        source="measured here",
+    )
+
+
+def _cpu(workers: int, threads: float, precision: str) -> Hardware:
+    import torch
+
+    tflops, bandwidth = measure("cpu", precision)
+    share = min(threads, (os.cpu_count() or 1) / workers) / torch.get_num_threads()
+    memory = machine_memory() // workers
+    loopback = bandwidth / 8  # a message is copied several times by the same cores
+    return Hardware(
+        name="CPU",
+        device="cpu",
+        nodes=1,
+        per_node=workers,
+        memory=memory,
+        usable=int(memory * USABLE_RAM),
+        tflops=tflops * min(1.0, share) * BESIDE_PRODUCTS,
+        bandwidth=bandwidth / workers,
+        link=loopback,
+        network=loopback,
+        source="measured here",
     )
 
 
@@ -177,11 +204,9 @@ def measure(device: str, precision: str, seconds: float = 0.5) -> tuple[float, f
     return 2 * size**3 * rate / 1e12, 2 * source.nbytes * copies / 1e9
 
 
-def _rate(act: object, device: str, seconds: float) -> float:
+def _rate(act: Callable[[], object], device: str, seconds: float) -> float:
     """Times a second; what is queued on a device is waited for."""
     import torch
-
-    assert callable(act)
 
     def wait() -> None:
         if device == "cuda":

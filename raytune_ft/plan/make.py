@@ -196,8 +196,8 @@ def _hardware(config: Config, accelerator: str | None, asked: Asked, per_node: i
     nodes = asked.nodes or -(-workers // per_node)
     if accelerator is not None:
         return named(accelerator, nodes, per_node, precision)
-    gpus = config.parallel.resources_per_worker.get("GPU", 0.0)
-    return replace(machine(per_node, gpus, precision), nodes=nodes)
+    here = machine(per_node, config.parallel.resources_per_worker, precision)
+    return replace(here, nodes=nodes)
 
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
