@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
 from raytune_ft.tensors.write import DTYPES
 
+if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 disable_progress_bar()  # one bar per worker and load; this package reports progress itself
 
 Precision = Literal["float32", "bfloat16", "float64"]
