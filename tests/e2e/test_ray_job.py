@@ -116,6 +116,9 @@ def test_a_stopped_job_saves_its_last_step_and_goes_on(address: str, tmp_path: P
     job = ["python", "jobs/train.py", "jobs/quickstart.yaml", "name=stopped"]
     job += [f"storage={tmp_path}", "parallel.workers=2", "train.epochs=20"]
     job += ["checkpoint.every_examples=1000000"]
+    # A copy of a working directory that has changed lies elsewhere, and a resume keeps its paths.
+    rows = ROOT / "jobs" / "data" / "tiny_instructions"
+    job += [f"data.{split}.path={rows / split}.jsonl" for split in ("train", "test")]
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
     begun = run_process(
         [*submit, "--submission-id", "to-stop", "--no-wait", "--", *job], 300, **ENVIRONMENT
