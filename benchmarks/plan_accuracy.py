@@ -211,11 +211,9 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
         return prepare(self, model, optimizer_of)
 
     def stepped(self: Any, lr: float, max_norm: float | None) -> float:
-        grads = sum(
-            _local_bytes(p.grad) for p in self.seen_model.parameters() if p.grad is not None
-        )
+        gradients = _gradient_bytes(self, self.seen_model)
         norm = step(self, lr, max_norm)
-        seen["gradients"] = grads
+        seen["gradients"] = gradients
         seen["parameters"] = _storage_bytes(self.seen_model.parameters())
         seen["optimizer"] = sum(
             _local_bytes(t)
@@ -223,6 +221,8 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
             for name, t in state.items()
             if name in ("exp_avg", "exp_avg_sq")
         )
+        if hasattr(self, "zero"):  # DeepSpeed's master weights, beside the parameters
+            seen["optimizer"] += sum(_local_bytes(flat) for flat in self.zero.flats())
         return norm
 
     kind.prepare, kind.step = prepared, stepped  # type: ignore[method-assign]
@@ -239,6 +239,17 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _gradient_bytes(strategy: Any, model: Any) -> int:
+    """Of whole gradients, before the optimizer's step; DeepSpeed keeps them apart."""
+    from torch.utils._pytree import tree_leaves
+
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    if hasattr(strategy, "engine"):
+        kept = tree_leaves(dict(strategy.engine.optimizer.averaged_gradients))
+        found += [tensor for tensor in kept if hasattr(tensor, "numel")]
+    return sum(map(_local_bytes, found))
 
 
 def _local_bytes(tensor: Any) -> int:

@@ -80,7 +80,7 @@ class MemoryModel:
         resident += held.parameters if away != "all" else 0
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
         # In a step of one pass, gradients come as activations go.
-        grown = gradients if work.micro_batches > 1 else 0
+        grown = held.between_passes if away == "none" and work.micro_batches > 1 else 0
         moving = max(kept + logits, peak + (0 if grown else head)) + grown
         moving = max(moving + held.gathered, gradients + max(stepping, head))
         snapshot = held.snapshot if device == "cpu" else 0
@@ -112,10 +112,13 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes before activations, by strategy."""
+    """Bytes before activations, by strategy. `gradients` are there when the optimizer steps,
+    `between_passes` is what is there of them before.
+    """
 
     parameters: int
     gradients: int
+    between_passes: int
     optimizer: int
     buffers: int
     gathered: int
@@ -144,6 +147,7 @@ def _whole(shell: Shell, parallel: ParallelConfig) -> Held:
     return Held(
         parameters=_bytes(shell, shell.weights),
         gradients=trained,
+        between_passes=trained,
         optimizer=MOMENTS * trained,
         # DistributedDataParallel reduces copies, in buckets that it keeps.
         buffers=trained if parallel.strategy == "ddp" else 0,
@@ -172,6 +176,7 @@ def _fsdp(shell: Shell, parallel: ParallelConfig) -> Held:
     return Held(
         parameters=sum(w.share(shards) * shell.held(w) for w in shell.weights),
         gradients=trained,
+        between_passes=trained,
         optimizer=MOMENTS * trained,
         buffers=0,
         gathered=whole + moving * (shell.compute + shell.master),
@@ -193,7 +198,8 @@ def _zero(shell: Shell, parallel: ParallelConfig) -> Held:
         whole = -(-whole // workers)
     return Held(
         parameters=whole,
-        gradients=trained if stage == 1 else part,
+        gradients=part,
+        between_passes=trained if stage == 1 else part,
         optimizer=(1 + MOMENTS) * part,
         buffers=bucket,
         gathered=gathered,
