@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,13 +90,13 @@ def flush_files(root: Path) -> Iterator[FileRecord]:
         yield flush_file(path, root)
 
 
-def check_contents(path: Path, manifest: CheckpointManifest) -> None:
-    """Read every listed file.
+def check_contents(path: Path, files: Iterable[FileRecord]) -> None:
+    """Read these files.
 
     Raises:
         CheckpointError: names the file whose bytes are not those that were written.
     """
-    for record in manifest.files:
+    for record in files:
         with _readable(path / record.path):
             found = sha256_of(path / record.path)
         if found != record.sha256:

@@ -124,6 +124,8 @@ def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, s
     workers = parallel.max_workers
     if parallel.strategy != "auto":
         return parallel.strategy, "written in the config"
+    if parallel.replicas > 1:
+        return "fsdp", "parallel.replicas is what it alone can do"
     if parallel.offload == "optimizer":
         return "deepspeed", "parallel.offload: optimizer is what it alone can do"
     if parallel.offload == "all":

@@ -111,6 +111,12 @@ def _check_sharding(config: Config) -> None:
             f"is for fsdp, and parallel.strategy={strategy}",
             "write parallel.strategy: fsdp, or parallel.replicas: 1",
         )
+    if parallel.replicas > 1 and parallel.offload == "optimizer":
+        raise ConfigError(
+            f"parallel.replicas={parallel.replicas}",
+            "is for fsdp, and parallel.offload=optimizer for deepspeed",
+            "write parallel.offload: all, or parallel.replicas: 1",
+        )
     if parallel.deepspeed is not None and strategy != "deepspeed":
         raise ConfigError(
             f"parallel.deepspeed={shown_value(parallel.deepspeed)}",

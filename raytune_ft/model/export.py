@@ -20,7 +20,7 @@ from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
-from raytune_ft.tensors.write import Entry, write_tensors
+from raytune_ft.tensors.write import Entry, ignore, write_tensors
 
 Read = Callable[[str], Tensor]
 """A trained weight in its whole shape, by its name."""
@@ -38,14 +38,21 @@ class Exporter:
         if self._adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
 
-    def save(self, read: Read, directory: Path, rank: int, world_size: int) -> list[FileRecord]:
+    def save(
+        self,
+        read: Read,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        wrote: Callable[[int], None] = ignore,
+    ) -> list[FileRecord]:
         """Add this rank's files to `directory`: all of them where it is the only one.
 
         An adapter is small, and rank 0's. Of a model each rank writes some blocks, one after
         another, so that it holds one of them at a time.
         """
         if self._adapter is None:
-            return self._model.save(read, directory, rank, world_size)
+            return self._model.save(read, directory, rank, world_size, wrote)
         if rank > 0:
             return []
         before = set(directory.rglob("*"))
@@ -69,11 +76,18 @@ class _HuggingFaceModel:
         self._shell = shell
         self._shell.generation_config = model.generation_config
         self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
-        self._rest = _untrained_state(model)
+        self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _untrained_state(model))
         self._shapes = {name: p.shape for name, p in trained_parameters(model).items()}
         self._units = _units(model, list(self._shapes))
 
-    def save(self, read: Read, directory: Path, rank: int, world_size: int) -> list[FileRecord]:
+    def save(
+        self,
+        read: Read,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        wrote: Callable[[int], None] = ignore,
+    ) -> list[FileRecord]:
         """See `Exporter.save`."""
         shares = self._shares(world_size)
         entries = [self._entries(share) for share in shares]
@@ -81,13 +95,16 @@ class _HuggingFaceModel:
         mine = self._tensors(shares[rank], read)
         if rank == 0:
             entries[0] += [Entry(n, t.dtype, tuple(t.shape)) for n, t in self._rest.items()]
-            records += self._save_config(directory)
+            weights = {shard_name("model", other, world_size) for other in range(world_size)}
+            records += self._save_config(directory, weights)
             if world_size > 1:
                 records.append(_save_index(directory, entries))
         name = shard_name("model", rank, world_size)
         rest = self._rest.values() if rank == 0 else ()
         if entries[rank]:
-            records.append(write_tensors(directory, name, entries[rank], chain(mine, rest)))
+            records.append(
+                write_tensors(directory, name, entries[rank], chain(mine, rest), wrote=wrote)
+            )
         return records
 
     def _shares(self, world_size: int) -> list[list[list[str]]]:
@@ -124,7 +141,8 @@ class _HuggingFaceModel:
         state = {name: read(name).to(self._dtype) for name in unit}
         return sorted(revert_weight_conversion(self._shell, state).items())
 
-    def _save_config(self, directory: Path) -> list[FileRecord]:
+    def _save_config(self, directory: Path, weights: set[str]) -> list[FileRecord]:
+        """All files that this makes; other ranks write those of `weights` meanwhile."""
         before = set(directory.iterdir())
         shell = self._shell
         shell.config.dtype = str(self._dtype).removeprefix("torch.")
@@ -134,7 +152,7 @@ class _HuggingFaceModel:
         shell.config.save_pretrained(str(directory))
         if shell.can_generate():
             shell.generation_config.save_pretrained(str(directory))
-        made = sorted(set(directory.iterdir()) - before)
+        made = sorted(p for p in set(directory.iterdir()) - before if p.name not in weights)
         return [flush_file(path, directory) for path in made]
 
 

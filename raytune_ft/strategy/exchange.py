@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -17,6 +18,8 @@ class Exchange(Protocol):
 
     rank: int
     world_size: int
+    waiting: bool
+    """For other ranks, which have not answered yet."""
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
@@ -25,7 +28,7 @@ class Exchange(Protocol):
 class Alone:
     """One process has nobody to talk to."""
 
-    rank, world_size = 0, 1
+    rank, world_size, waiting = 0, 1, False
 
     def gather(self, value: Any) -> list[Any]:
         """See `Exchange.gather`."""
@@ -37,12 +40,18 @@ class Group:
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        # A checkpoint takes as long as the storage does; hangs are found by the heartbeat.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.waiting = False
 
     def gather(self, value: Any) -> list[Any]:
         """See `Exchange.gather`."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        self.waiting = True
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        finally:
+            self.waiting = False
         return values
 
 
@@ -56,8 +65,9 @@ def together(line: Exchange, act: Callable[[], T]) -> list[T]:
     failure: str | None = None
     try:
         value = act()
-    except (CheckpointError, OSError) as error:
-        failure = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear of it
+        named = isinstance(error, CheckpointError | OSError)
+        failure = str(error) if named else f"{type(error).__name__}: {error}"
     answers = line.gather((value, failure))
     for _, text in answers:
         if text is not None:

@@ -52,17 +52,23 @@ class Fsdp(Grouped):
             mp_policy=self._mixed_precision(),
             offload_policy=offload,
         )
-        model._apply(lambda t: t if t.is_meta else t.to(self.device))
         for block in find_blocks(model).values():
             shard(block, reshard_after_forward=self.parallel.reshard_after_forward)
         shard(model, reshard_after_forward=True)
         home = torch.device("cpu") if self.parallel.offload == "all" else self.device
         model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
+        self.model = model
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
+
+    def loaded(self) -> None:
+        """Blocks that the probe or an evaluation left gathered would hide what was loaded."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def part(self, name: str, tensor: Tensor) -> Part:
         """Whole rows; replicas hold the same ones, and the first of them saves."""

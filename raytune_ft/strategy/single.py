@@ -82,7 +82,9 @@ class Single:
         parameter = self.parameters[name]
         state = self.optimizer.state[parameter]
         # A weight that took no part in any step, such as one of an unused tower, has no moments.
-        moments = {m: state.get(m, torch.zeros_like(parameter.detach())) for m in MOMENTS}
+        moments = {
+            m: state[m] if m in state else torch.zeros_like(parameter.detach()) for m in MOMENTS
+        }
         return {key: self.part(name, t) for key, t in {"": parameter.detach(), **moments}.items()}
 
     def part(self, name: str, tensor: Tensor) -> Part:

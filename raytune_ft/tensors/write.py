@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,11 @@ _NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _CHUNK = 1 << 24  # bytes written and hashed at a time
+_FLUSH = 1 << 30
+
+
+def ignore(count: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,12 @@ def write_tensors(
     entries: Iterable[Entry],
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
+    wrote: Callable[[int], None] = ignore,
 ) -> FileRecord:
     """The file `root/relative` with these entries and, in the same order, their tensors.
 
-    It has reached the disk on return. Raises OSError where it cannot be written.
+    It has reached the disk on return; `wrote` is told of bytes on their way there. Raises OSError
+    where it cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -72,12 +79,16 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     digest, length = hashlib.sha256(), 0
     with (root / relative).open("wb", buffering=0) as file:
-        for block in (len(text).to_bytes(8, "little"), text, *()):
+        for block in (len(text).to_bytes(8, "little"), text):
             length += _write(file.fileno(), block, digest)
         for tensor in tensors:
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
             for start in range(0, len(flat), _CHUNK):
-                length += _write(file.fileno(), flat[start : start + _CHUNK].data, digest)
+                count = _write(file.fileno(), flat[start : start + _CHUNK].data, digest)
+                if length // _FLUSH < (length + count) // _FLUSH:
+                    os.fsync(file.fileno())  # a little at a time, so that none takes minutes
+                length += count
+                wrote(count)
         assert length == 8 + len(text) + offset, "the tensors are not those of the entries"
         os.fsync(file.fileno())
     return FileRecord(relative, length, digest.hexdigest())
@@ -91,7 +102,9 @@ def _write(descriptor: int, block: bytes | memoryview, digest: hashlib._Hash) ->
     return written
 
 
-def write_parts(root: Path, relative: str, parts: Mapping[str, Part]) -> FileRecord:
+def write_parts(
+    root: Path, relative: str, parts: Mapping[str, Part], wrote: Callable[[int], None] = ignore
+) -> FileRecord:
     """What a process holds of some tensors; parts of nothing are left out.
 
     Whole tensors keep their shape. Others are flat, and the file's metadata says under "parts",
@@ -104,4 +117,4 @@ def write_parts(root: Path, relative: str, parts: Mapping[str, Part]) -> FileRec
         for name, part in held.items()
     ]
     values = (part.values for part in held.values())
-    return write_tensors(root, relative, entries, values, {PARTS: json.dumps(places)})
+    return write_tensors(root, relative, entries, values, {PARTS: json.dumps(places)}, wrote)

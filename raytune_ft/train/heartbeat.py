@@ -78,6 +78,10 @@ class Heartbeat:
         self._done, self._of = done, of
         self._at = time.monotonic()
 
+    def alive(self) -> None:
+        """Something still goes on, though nothing was finished."""
+        self._at = time.monotonic()
+
     @property
     def at(self) -> float:
         """The time of the last beat."""

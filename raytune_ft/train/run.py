@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,14 @@ from raytune_ft.checkpoints.store import CheckpointStore, step_name
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, open_prepared
-from raytune_ft.errors import ConfigError, Diverged, ModelError, OutOfMemory, RaytuneFtError
+from raytune_ft.errors import (
+    CheckpointError,
+    ConfigError,
+    Diverged,
+    ModelError,
+    OutOfMemory,
+    RaytuneFtError,
+)
 from raytune_ft.model.build import disk_dtype, load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
@@ -97,6 +105,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         own_host(spec) if alone else nullcontext(host or Host()) as near,
         watched(near.heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
     ):
+        saver.alive = near.heart.alive
         status, progress = train(
             engine,
             data.train,
@@ -142,13 +151,24 @@ def _check_vocabulary(model: nn.Module, data: PreparedData) -> None:
 def _where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:
     """The newest sound checkpoint through which a run of this budget passes.
 
-    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment.
+    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment. Then
+    every rank verifies a share of its files: a large one takes long to read.
     """
-    found = None
-    if strategy.rank == 0:
-        found = store.newest_valid(lambda one: schedule.is_on_the_way(one.step, one.examples))
-    name = strategy.agree(found.name if found else None)
-    return store.root / name if name else None
+    names = [
+        path.name
+        for path, manifest in reversed(store.list())
+        if strategy.rank == 0 and schedule.is_on_the_way(manifest.step, manifest.examples)
+    ]
+    for name in strategy.agree(names):
+        damaged = torch.zeros(1, device=strategy.device)
+        try:
+            store.verify(store.root / name, strategy.rank, strategy.world_size)
+        except CheckpointError as error:
+            logging.getLogger(__name__).warning(f"checkpoint {name} is passed over: {error}")
+            damaged += 1
+        if strategy.sum(damaged).item() == 0:
+            return store.root / name
+    return None
 
 
 def build_engine(built: Built, config: Config, strategy: Strategy) -> Engine:

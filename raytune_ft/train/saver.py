@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -59,6 +60,8 @@ class Saver:
         self._taker = SnapshotTaker(engine.strategy, engine.names)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._written = self._seen = 0
+        self.alive: Callable[[], None] = lambda: None
 
     def save(self, progress: Progress, evaluation: EvalMetrics | None) -> None:
         """Copy the state, then write it; every rank must call this.
@@ -76,10 +79,22 @@ class Saver:
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Until what was saved last is committed."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Until what was saved last is committed.
+
+        `alive` is told meanwhile, as long as bytes are written here or other ranks are waited for,
+        whose own signs of life are theirs to give.
+        """
+        if self._pending is None:
+            return
+        while not wait([self._pending], timeout=1.0).done:
+            if self._line.waiting or self._written > self._seen:
+                self._seen = self._written
+                self.alive()
+        pending, self._pending = self._pending, None
+        pending.result()
+
+    def _wrote(self, count: int) -> None:
+        self._written += count
 
     def close(self) -> None:
         """Wait for the last write; a failure of an earlier one is not raised twice."""
@@ -93,7 +108,7 @@ class Saver:
         if folder is None:
             return
         try:
-            ours = partial(write_state, snapshot, folder, line.rank, line.world_size)
+            ours = partial(write_state, snapshot, folder, line.rank, line.world_size, self._wrote)
             states = together(line, ours)
             exports = together(line, partial(self._export, folder))
             files = chain.from_iterable([*states, *exports])
@@ -106,7 +121,9 @@ class Saver:
         """From the files that all ranks have just written, so that nothing is sent between them."""
         with open_shards(folder / STATE, WEIGHTS) as weights:
             line = self._line
-            return self.exporter.save(weights.whole, folder, line.rank, line.world_size)
+            return self.exporter.save(
+                weights.whole, folder, line.rank, line.world_size, self._wrote
+            )
 
     def _facts(self, progress: Progress, evaluation: EvalMetrics | None) -> CheckpointFacts:
         scores = asdict(evaluation) if evaluation else {}
@@ -125,13 +142,16 @@ class Saver:
     ) -> None:
         progress = snapshot.progress
         self.store.finish(folder, progress.step, facts, files)
-        self.store.retain(
-            self.settings.keep_last,
-            self.settings.keep_best,
-            self.identity.mode,  # type: ignore[arg-type]
-            protect=_referred(progress),
-            metric=self.identity.metric,
-        )
+        try:
+            self.store.retain(
+                self.settings.keep_last,
+                self.settings.keep_best,
+                self.identity.mode,  # type: ignore[arg-type]
+                protect=_referred(progress),
+                metric=self.identity.metric,
+            )
+        except OSError as error:  # the new checkpoint is there all the same
+            logging.getLogger(__name__).warning(f"old checkpoints are kept: {error}")
 
 
 def _referred(progress: Progress) -> Collection[str]:

@@ -8,6 +8,7 @@ data order, learning rate and noise are functions of the step.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
 from raytune_ft.strategy import Strategy
 from raytune_ft.tensors.part import Part
 from raytune_ft.tensors.read import Shards, open_shards, shard_name
-from raytune_ft.tensors.write import write_parts
+from raytune_ft.tensors.write import ignore, write_parts
 
 STATE = "state"
 WEIGHTS, OPTIMIZER = "model", "optimizer"
@@ -86,12 +87,16 @@ class SnapshotTaker:
 
 
 def write_state(
-    snapshot: Snapshot, directory: Path, rank: int, world_size: int
+    snapshot: Snapshot,
+    directory: Path,
+    rank: int,
+    world_size: int,
+    wrote: Callable[[int], None] = ignore,
 ) -> list[FileRecord]:
     """Add this rank's files to a checkpoint's directory; rank 0 adds the JSON."""
     (directory / STATE).mkdir(exist_ok=True)
     records = [
-        write_parts(directory, f"{STATE}/{shard_name(stem, rank, world_size)}", parts)
+        write_parts(directory, f"{STATE}/{shard_name(stem, rank, world_size)}", parts, wrote)
         for stem, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.moments))
     ]
     if rank == 0:
@@ -102,16 +107,20 @@ def write_state(
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """The JSON part of a checkpoint."""
-    content = json.loads((checkpoint / STATE / "state.json").read_text(encoding="utf-8"))
-    return Progress(
-        **content
-        | {
-            "base": _record(EvalMetrics, content["base"]),
-            "best": _record(Point, content["best"]),
-            "final": _record(Point, content["final"]),
-        }
-    )
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks what this version needs.
+    """
+    path = checkpoint / STATE / "state.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"base": EvalMetrics, "best": Point, "final": Point}
+        records = {key: _record(kind, content[key]) for key, kind in kinds.items()}
+        progress: Progress = _record(Progress, content | records)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    return progress
 
 
 def load_state(checkpoint: Path, strategy: Strategy, names: list[str]) -> Progress:

@@ -39,7 +39,7 @@ Inputs = tuple[Path, Path]
 METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
 ALONE = {"data.packing": False, "train.micro_tokens": 1}
 PACKED = {"data.packing": True, "train.micro_tokens": 96}
-SHORT = {"train.max_examples": 7 * 20 - 3}  # 20 steps
+SHORT = {"train.max_examples": 7 * 20 - 3, "checkpoint.asynchronous": False}  # 20 steps
 BOUND = 1e-5
 BROKEN_AT = 11
 
@@ -92,7 +92,9 @@ def _do(inputs: Inputs, jobs: Sequence[Job]) -> None:
             with pytest.raises(BrokenRun):
                 run(config, job.run_dir, job.layout.strategy, Recorder(fail_at=BROKEN_AT))
         else:
-            assert run(config, job.run_dir, job.layout.strategy).status == "completed", job
+            resumes = (job.run_dir / "checkpoints").exists()
+            result = run(config, job.run_dir, job.layout.strategy, resumes=resumes)
+            assert result.status == "completed", job
 
 
 def _do_all(inputs: Inputs, jobs: Sequence[Job]) -> None:

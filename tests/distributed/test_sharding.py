@@ -9,10 +9,22 @@ import pytest
 
 from raytune_ft.config.schema import Config
 from tests.support.distributed import run_distributed
-from tests.support.runs import largest_difference, make_config, make_inputs, run
+from tests.support.runs import (
+    BrokenRun,
+    Recorder,
+    largest_difference,
+    make_config,
+    make_inputs,
+    run,
+)
 
 METHODS = ("lora", "full")
-SHORT = {"train.max_examples": 7 * 12, "train.precision": "float32"}
+SHORT = {
+    "train.max_examples": 7 * 12,
+    "train.precision": "float32",
+    "checkpoint.every_examples": 7 * 3,
+    "checkpoint.asynchronous": False,
+}
 LAYOUTS: list[dict[str, Any]] = [
     {"parallel.workers": 4, "parallel.replicas": 2},
     {"parallel.workers": 2, "parallel.reshard_after_forward": False},
@@ -39,8 +51,12 @@ def _config(inputs: tuple[Path, Path], method: str, layout: dict[str, Any]) -> C
 
 
 def _run_all(inputs: tuple[Path, Path], root: Path, layout: dict[str, Any]) -> None:
+    """In two goes, since what is loaded must reach weights that were gathered before."""
     for method in METHODS:
-        run(_config(inputs, method, layout), root / method, "fsdp")
+        config = _config(inputs, method, layout)
+        with pytest.raises(BrokenRun):
+            run(config, root / method, "fsdp", Recorder(fail_at=8))
+        run(config, root / method, "fsdp", resumes=True)
 
 
 @pytest.mark.distributed

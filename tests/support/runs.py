@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer
@@ -68,13 +69,28 @@ def make_inputs(directory: Path, examples: int = 60) -> tuple[Path, Path]:
 
 
 def run(
-    config: Config, run_dir: Path, strategy: str = "single", reporter: Silent | None = None
+    config: Config,
+    run_dir: Path,
+    strategy: str = "single",
+    reporter: Silent | None = None,
+    resumes: bool = False,
 ) -> RunResult:
-    """Prepare the data and train; called on every rank."""
+    """Prepare the data and train; called on every rank.
+
+    `resumes`: there is a sound checkpoint, and the run goes on from it.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, run_dir.parent / "cache")
-    return run_training(RunSpec(config, run_dir, prepared.path), strategy, reporter or Silent())
+    spec = RunSpec(config, run_dir, prepared.path)
+    if not resumes:
+        return run_training(spec, strategy, reporter or Silent())
+    checkpoint = CheckpointStore(run_dir / "checkpoints").newest_valid()
+    assert checkpoint is not None
+    heard = Recorder()
+    result = run_training(spec, strategy, heard)
+    assert heard.steps[0].step == int(checkpoint.name.removeprefix("step-")) + 1
+    return result
 
 
 @dataclass
@@ -116,6 +132,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def final_weights(run_dir: Path) -> dict[str, Tensor]:
     """Trained weights of the last checkpoint, in master precision."""
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    CheckpointStore(last.parent).verify(last)
     with open_shards(last / "state") as weights:
         return {name: weights.whole(name) for name in weights.shapes}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.files import sha256_of
 from raytune_ft.model.build import build_model
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.methods import trained_parameters
+from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import open_shards
 from tests.support.models import FAMILIES, VOCABULARY, save_tiny
 
@@ -35,8 +39,16 @@ def _export(model: Any, directory: Path, world_size: int) -> None:
     directory.mkdir()
     exporter = Exporter(model, torch.float32)
     weights = trained_parameters(model)
-    for rank in range(world_size):
-        exporter.save(lambda name: weights[name].detach(), directory, rank, world_size)
+    together = Barrier(world_size)
+
+    def save(rank: int) -> list[FileRecord]:
+        together.wait()
+        return exporter.save(lambda name: weights[name].detach(), directory, rank, world_size)
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        records = [record for found in ranks.map(save, range(world_size)) for record in found]
+    assert sorted(record.path for record in records) == sorted(p.name for p in directory.iterdir())
+    assert all(sha256_of(directory / record.path) == record.sha256 for record in records)
 
 
 def _logits(model: Any) -> Tensor:
