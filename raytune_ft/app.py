@@ -18,6 +18,7 @@ from raytune_ft.config import paths
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
+    apply_overrides,
     choose_strategy,
     expand_env,
     load_config,
@@ -74,6 +75,7 @@ def train(
     """One run. Raises InputError, RunFailed or Interrupted."""
     written = load_config(file, overrides, tell, ignore_search=True)
     with placed(written) as (config, reason), open_run(config, resume) as run:
+        config = _as_it_began(written, config, run)
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
@@ -95,6 +97,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
     with placed(written) as (config, _), open_run(config, resume) as run:
+        config = _as_it_began(written, config, run)
         if not _has_ended(run, config):
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
@@ -163,7 +166,7 @@ def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config,
 
 def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     """Why a whole copy of the model does not fit on a worker, where a choice depends on it."""
-    if not memory_decides(written):
+    if not memory_decides(written) or written.parallel.replicas > 1:
         return None
     from raytune_ft.estimate.choice import shortage
     from raytune_ft.estimate.hardware import worker_memory
@@ -176,6 +179,20 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     elif usable is None:
         usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
     return shortage(expand_env(written), usable)
+
+
+def _as_it_began(written: Config, config: Config, run: OpenRun) -> Config:
+    """With the strategy of the run that is resumed, where `auto` might choose another one by a
+    memory that has changed meanwhile, and nothing else that it depends on has.
+    """
+    if run.saved is None or not memory_decides(written):
+        return config
+    before, now = run.saved.parallel, config.parallel
+    depends_on = ("workers", "offload", "replicas")
+    same = all(getattr(before, key) == getattr(now, key) for key in depends_on)
+    if not same or before.strategy not in ("ddp", "fsdp"):
+        return config
+    return apply_overrides(config, {"parallel.strategy": before.strategy})
 
 
 def joins_cluster(config: Config) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config.schema import Config
-from raytune_ft.estimate.hardware import GIB
+from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.memory import MemoryModel, held_by
 from raytune_ft.estimate.shell import build_shell
 from raytune_ft.estimate.work import work_at_most
@@ -28,8 +28,10 @@ def shortage(config: Config, usable: int | None) -> str | None:
     needed = held_by(shell, plain).resident
     if needed <= usable:
         model = MemoryModel(shell, (work.rows,), work.width)
-        needed = model.estimate(plain, work, device).peak
         parts = parallel.model_copy(update={"strategy": "fsdp"})
-        if needed <= usable or model.estimate(parts, work, device).peak > usable:
+        needed, shared = (
+            model.estimate(layout, work, device).peak + PROCESS[device] for layout in (plain, parts)
+        )
+        if needed <= usable or shared > usable:
             return None
     return f"a whole copy needs {needed / GIB:,.1f} GiB of a worker's {usable / GIB:,.1f}"

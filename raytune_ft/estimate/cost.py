@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from raytune_ft.config.schema import AshaConfig, ParallelConfig
 from raytune_ft.estimate.hardware import Hardware
+from raytune_ft.estimate.memory import held_by
 from raytune_ft.estimate.shell import Shell, elements
 from raytune_ft.estimate.work import Work
 
@@ -49,30 +50,47 @@ class StepCost:
     sent: int
 
 
-def step_cost(
-    shell: Shell, parallel: ParallelConfig, work: Work, hardware: Hardware, state: int
-) -> StepCost:
-    """`state` is what the optimizer's step goes through, in bytes, a quarter each: weights,
-    gradients and two moments.
-    """
+def step_cost(shell: Shell, parallel: ParallelConfig, work: Work, hardware: Hardware) -> StepCost:
+    """`parallel.strategy` is concrete."""
     compute_s = step_flops(shell, parallel, work) / (hardware.tflops * 1e12)
     messages_s, sent = 0.0, 0
     for message in messages(shell, parallel, work.micro_batches):
         size = _group(parallel, message)
         messages_s += message.times * _ring_s(message, size, parallel, hardware)
         sent += message.times * message.factor * message.bytes * (size - 1) // max(1, size)
-    # Weights, gradients and moments are read, and all but gradients written.
+    stepped = stepped_bytes(shell, parallel)
     offloads = parallel.offload != "none" and hardware.device == "cuda"
     bandwidth = HOST_BANDWIDTH / hardware.per_node if offloads else hardware.bandwidth
-    optimizer_s = 2 * state / (bandwidth * 1e9)
-    if offloads:  # weights up for each pass, gradients down after each backward
-        copies = 3 * work.micro_batches if parallel.offload == "all" else 2
-        optimizer_s += copies * state / 4 / (HOST_LINK * 1e9)
+    # Weights, gradients and two moments are read, and all but gradients written.
+    optimizer_s = (4 + 3) * stepped / (bandwidth * 1e9)
+    if offloads:
+        optimizer_s += _copied(shell, parallel, work, stepped) / (HOST_LINK * 1e9)
     hidden = OVERLAP[hardware.device] * compute_s
     if parallel.strategy == "ddp":
         hidden *= 2 / 3 / work.micro_batches  # behind the last backward alone
     exposed = max(0.0, messages_s - hidden)
     return StepCost(compute_s, messages_s, optimizer_s, compute_s + exposed + optimizer_s, sent)
+
+
+def stepped_bytes(shell: Shell, parallel: ParallelConfig) -> int:
+    """The master weights that one worker's optimizer moves; each moment takes as much again."""
+    if parallel.strategy == "fsdp":
+        shards = parallel.max_workers // parallel.replicas
+        return sum(w.share(shards) for w in shell.weights if w.trained) * shell.master
+    workers = parallel.max_workers if parallel.strategy == "deepspeed" else 1
+    return -(-shell.trained // workers) * shell.master
+
+
+def _copied(shell: Shell, parallel: ParallelConfig, work: Work, stepped: int) -> int:
+    """Between host and device: gradients down and new weights up once; or, where weights are kept
+    in host memory, a worker's share of all of them up for each time that they are gathered, and
+    gradients down after each backward.
+    """
+    if parallel.offload == "optimizer":
+        return 2 * stepped
+    keeps = parallel.strategy == "fsdp" and not parallel.reshard_after_forward
+    gathered = (1 if keeps else 2) * held_by(shell, parallel).parameters
+    return work.micro_batches * (gathered + stepped)
 
 
 def step_flops(shell: Shell, parallel: ParallelConfig, work: Work) -> float:
@@ -95,9 +113,11 @@ def step_flops(shell: Shell, parallel: ParallelConfig, work: Work) -> float:
     return work.step_tokens * per_token + work.step_labels * head
 
 
-def evaluation_flops(shell: Shell, tokens: int) -> float:
-    """Of a forward pass over so many tokens."""
-    return 2.0 * tokens * sum(w.size * w.active for w in shell.weights if len(w.shape) > 1)
+def evaluation_flops(shell: Shell, tokens: int, labels: int) -> float:
+    """Of a forward pass over so many tokens, without attention's scores; the head sees `labels`."""
+    products = (w for block in shell.blocks for w in block if len(w.shape) > 1)
+    per_token = 2.0 * sum(w.size * w.active for w in products)
+    return tokens * per_token + labels * 2.0 * shell.vocabulary * shell.hidden
 
 
 def messages(shell: Shell, parallel: ParallelConfig, micro_batches: int) -> list[Message]:

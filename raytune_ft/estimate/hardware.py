@@ -1,9 +1,11 @@
 """What workers run on: this machine as it is, or accelerators by name.
 
-The table's figures are of the vendors' data sheets: memory in GiB, dense TFLOP/s of matrix
-products without sparsity (float32 without TF32, as torch computes it), memory bandwidth in GB/s,
-and what one accelerator sends to its neighbours in a node, in GB/s and one direction. `network`
-is what a node of the vendor's reference design, or of the clouds that offer it, sends to others.
+The table's figures are of the vendors' data sheets: memory in GiB (of cards with GDDR6, what their
+driver shows, since ECC takes a part of it), dense TFLOP/s of matrix products without sparsity
+(float32 without TF32, as torch computes it), memory bandwidth in GB/s, and what one accelerator
+sends to its neighbours in a node, in GB/s and one direction. `network` is what a node of the
+vendor's reference design, or of the clouds that offer it, sends to others: of A10G, L4 and L40S one
+with 8 of them.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ class Accelerator:
 
 
 ACCELERATORS = {
-    "A10G": Accelerator(24, 70, 31.5, 600, 32, 6.25, "NVIDIA A10 data sheet, AWS g5"),
+    "A10G": Accelerator(22.5, 70, 31.5, 600, 32, 12.5, "NVIDIA A10 data sheet, AWS g5"),
     "A100-40G": Accelerator(40, 312, 19.5, 1555, 300, 50, "NVIDIA A100 data sheet, AWS p4d"),
     "A100-80G": Accelerator(80, 312, 19.5, 2039, 300, 200, "NVIDIA A100 data sheet, DGX A100"),
     "B200": Accelerator(180, 2250, 75, 8000, 900, 400, "NVIDIA DGX B200 data sheet"),
     "H100": Accelerator(80, 989, 67, 3350, 450, 400, "NVIDIA H100 SXM data sheet, DGX H100"),
     "H200": Accelerator(141, 989, 67, 4800, 450, 400, "NVIDIA H200 SXM data sheet, DGX H200"),
-    "L4": Accelerator(24, 121, 30.3, 300, 32, 12.5, "NVIDIA L4 data sheet, GCP g2"),
-    "L40S": Accelerator(48, 362, 91.6, 864, 32, 12.5, "NVIDIA L40S data sheet, AWS g6e"),
+    "L4": Accelerator(22.5, 121, 30.3, 300, 32, 12.5, "NVIDIA L4 data sheet, GCP g2"),
+    "L40S": Accelerator(45, 362, 91.6, 864, 32, 50, "NVIDIA L40S data sheet, AWS g6e"),
     "MI300X": Accelerator(192, 1307, 163.4, 5300, 448, 400, "AMD Instinct MI300X data sheet"),
 }
 # What Ray calls them in a node's resources, where that is another name. Its A100 is of either size.
@@ -80,6 +82,22 @@ class Hardware:
     def fits(self, needed: int) -> bool:
         """What is unknown is presumed to do."""
         return self.usable is None or needed + PROCESS[self.device] <= self.usable
+
+    def shared(self, gpus: float) -> Hardware:
+        """For workers that have a part of an accelerator each, as in `GPU: 0.5`."""
+        part = gpu_part(gpus)
+        return replace(
+            self,
+            memory=None if self.memory is None else int(self.memory * part),
+            usable=None if self.usable is None else int(self.usable * part),
+            tflops=self.tflops * part,
+            bandwidth=self.bandwidth * part,
+        )
+
+
+def gpu_part(gpus: float) -> float:
+    """Of one accelerator, which is all that a worker uses of several."""
+    return min(1.0, gpus)
 
 
 def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
@@ -117,19 +135,20 @@ def machine(workers: int, resources_per_worker: Mapping[str, float], precision: 
     """This machine with so many workers, measured for a second."""
     import torch
 
-    if resources_per_worker.get("GPU", 0.0) <= 0:
+    gpus = resources_per_worker.get("GPU", 0.0)
+    if gpus <= 0:
         return _cpu(workers, resources_per_worker.get("CPU", 1.0), precision)
     if not torch.cuda.is_available():
         like = named("A10G", 1, workers, precision)
         source = "no GPU is visible here, so times are an A10G's; write --accelerator"
-        return replace(like, name="GPU", memory=None, usable=None, source=source)
+        return replace(like, name="GPU", memory=None, usable=None, source=source).shared(gpus)
     tflops, bandwidth = measure("cuda", precision)
     properties = torch.cuda.get_device_properties(0)
     known = ACCELERATORS[
         next((k for k in ACCELERATORS if k.split("-")[0] in properties.name), "A10G")
     ]
     memory = int(properties.total_memory)
-    return Hardware(
+    whole = Hardware(
         name=properties.name,
         device="cuda",
         nodes=1,
@@ -142,6 +161,7 @@ def machine(workers: int, resources_per_worker: Mapping[str, float], precision: 
         network=known.network,
         source="measured here",
     )
+    return whole.shared(gpus)
 
 
 def _cpu(workers: int, threads: float, precision: str) -> Hardware:
@@ -174,7 +194,7 @@ def worker_memory(workers: int, gpus: float) -> int | None:
 
     if not torch.cuda.is_available():
         return None
-    return int(torch.cuda.get_device_properties(0).total_memory * USABLE)
+    return int(torch.cuda.get_device_properties(0).total_memory * USABLE * gpu_part(gpus))
 
 
 def machine_memory() -> int:

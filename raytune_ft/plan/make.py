@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.estimate.hardware import Hardware
+    from raytune_ft.estimate.ray_memory import Room
     from raytune_ft.plan.options import NodeChoice, Option
 
 LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
@@ -86,7 +87,7 @@ def make_plan(
     usable = _usable(written, asked)
     with placed(written, usable) as (config, reason):
         probe_storage(run_path(config).parent)
-        accelerator = asked.accelerator or _accelerator_of_cluster(config)
+        room = _room(config, asked)
     expanded = expand_env(config)
     data = prepare(expanded, tell)
 
@@ -109,13 +110,15 @@ def make_plan(
         for every in (schedule.eval_every, schedule.save_every)
     )
     shell = build_shell(expanded.model, expanded.method, expanded.train.precision)
-    hardware = _hardware(config, accelerator, asked, per_node)
+    hardware = _hardware(config, asked, per_node, room)
     planner = Planner(config, shell, data.train, hardware, midway)
     own = planner.weigh(config.parallel)
     options = planner.options(config.parallel.max_workers, hardware)
     choices = planner.node_choices() if hardware.nodes > 1 else []
     evaluations = 1 + -(-budget // config.train.eval_every_examples)
-    measured = evaluations * evaluation_flops(shell, len(data.validation.input_ids))
+    held_out = data.validation
+    labels = int(held_out.label_counts.sum())
+    measured = evaluations * evaluation_flops(shell, len(held_out.input_ids), labels)
 
     def duration(option: Option) -> Duration:
         workers = option.parallel.max_workers
@@ -180,24 +183,34 @@ def _usable(config: Config, asked: Asked) -> int | None:
     return named(asked.accelerator, 1, 1, config.train.precision).usable
 
 
-def _accelerator_of_cluster(config: Config) -> str | None:
-    """What the nodes of the cluster that is joined say of their GPUs."""
-    if config.parallel.resources_per_worker.get("GPU", 0.0) <= 0 or not joins_cluster(config):
+def _room(config: Config, asked: Asked) -> Room | None:
+    """What workers find on the cluster that is joined, where there is one and it counts."""
+    if asked.accelerator is not None or not joins_cluster(config):
         return None
-    from raytune_ft.estimate.ray_memory import cluster_accelerator
+    from raytune_ft.estimate.ray_memory import cluster_room
 
-    return cluster_accelerator(config.parallel.resources_per_worker)
+    return cluster_room(config.parallel.resources_per_worker, config.parallel.max_workers)
 
 
-def _hardware(config: Config, accelerator: str | None, asked: Asked, per_node: int) -> Hardware:
+def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) -> Hardware:
+    """Of a cluster, nodes and memory are its own; rates, where it names no accelerator, are this
+    machine's.
+    """
     from raytune_ft.estimate.hardware import machine, named
 
-    workers, precision = config.parallel.max_workers, config.train.precision
-    nodes = asked.nodes or -(-workers // per_node)
+    resources, precision = config.parallel.resources_per_worker, config.train.precision
+    nodes = asked.nodes or -(-config.parallel.max_workers // per_node)
+    if room is not None and asked.nodes is None and asked.per_node is None:
+        nodes, per_node = room.nodes, room.per_node
+    accelerator = asked.accelerator if room is None else room.accelerator
     if accelerator is not None:
-        return named(accelerator, nodes, per_node, precision)
-    here = machine(per_node, config.parallel.resources_per_worker, precision)
-    return replace(here, nodes=nodes)
+        found = named(accelerator, nodes, per_node, precision).shared(resources["GPU"])
+    else:
+        found = replace(machine(per_node, resources, precision), nodes=nodes)
+    if room is None:
+        return found
+    whole = found.memory if accelerator is not None and room.usable is not None else room.usable
+    return replace(found, memory=whole, usable=room.usable)
 
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Planner:
         hardware = hardware or self.hardware
         work = self.work(parallel)
         memory = self._model.estimate(parallel, work, hardware.device, self.saves_midway)
-        cost = step_cost(self.shell, parallel, work, hardware, memory.state)
+        cost = step_cost(self.shell, parallel, work, hardware)
         return Option(parallel, memory, cost, _too_large(memory, hardware))
 
     def options(self, workers: int, hardware: Hardware) -> list[Option]:
@@ -136,7 +136,8 @@ class Planner:
             return [plain.model_copy(update={"strategy": "single"})]
         changes: list[dict[str, object]] = [{"strategy": "ddp"}, {"strategy": "fsdp"}]
         changes.append({"strategy": "fsdp", "reshard_after_forward": False})
-        if 1 < hardware.nodes < workers:
+        divides = 1 < hardware.nodes < workers and workers % hardware.nodes == 0
+        if divides and not self.config.parallel.elastic:
             changes.append({"strategy": "fsdp", "replicas": hardware.nodes})
         if self.shell.precision != "float64":
             changes += [{"strategy": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)]

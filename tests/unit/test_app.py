@@ -12,6 +12,7 @@ import pytest
 
 from raytune_ft import app
 from raytune_ft.cli import run_command
+from raytune_ft.config.load import load_config
 from raytune_ft.errors import ClusterError, ConfigError
 from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import write_json_atomic
@@ -149,6 +150,24 @@ def test_what_only_workers_find_wrong_does_not_use_up_the_name(
         "error: data.packing=true would change the numbers; write auto\n"
     )
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_a_resume_keeps_what_auto_chose_by_memory(
+    command: Command, work: Work, run_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def strategy(lack: str | None, *arguments: str) -> str:
+        monkeypatch.setattr(app, "_shortage", lambda *_: lack)
+        assert command(name, *arguments) == 0
+        return load_config(run_dir / "config.yaml").parallel.strategy
+
+    more = "train.max_examples" if name == "train" else "search.trials"
+    first = strategy("a whole copy is too large", "parallel.workers=2")
+    assert first == "fsdp"
+    assert strategy(None, "parallel.workers=2", f"{more}=160", "--resume") == "fsdp"
+    assert strategy(None, "parallel.workers=4", f"{more}=240", "--resume") == "ddp"
+    written = ("parallel.workers=4", "parallel.strategy=fsdp", f"{more}=320", "--resume")
+    assert strategy(None, *written) == "fsdp"
 
 
 @pytest.mark.parametrize("name", ["train", "sweep"])

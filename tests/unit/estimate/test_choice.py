@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from raytune_ft.app import placed
 from raytune_ft.config.load import (
     apply_overrides,
     choose_strategy,
@@ -13,12 +15,13 @@ from raytune_ft.config.load import (
     memory_decides,
     resolve,
 )
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate import hardware
 from raytune_ft.estimate.choice import shortage
-from raytune_ft.estimate.hardware import GIB, USABLE, named
-from raytune_ft.estimate.ray_memory import least_memory
+from raytune_ft.estimate.hardware import GIB, PROCESS, USABLE, Hardware, named
+from raytune_ft.estimate.memory import MemoryModel
+from raytune_ft.estimate.ray_memory import least_memory, packed
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,6 +53,31 @@ def test_where_sharding_does_not_help_the_base_is_copied(config: Config) -> None
     assert shortage(apply_overrides(config, {"data.max_length": 1024}), 6 * 2**20) is None
 
 
+def test_a_copy_fits_where_the_table_says_so(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process takes its own before it holds a model, here and there."""
+    copied = GIB
+
+    def estimate(_: MemoryModel, parallel: ParallelConfig, *__: object) -> SimpleNamespace:
+        return SimpleNamespace(peak={"ddp": copied, "fsdp": copied // 2}[parallel.strategy])
+
+    monkeypatch.setattr(MemoryModel, "estimate", estimate)
+    for usable in (copied + PROCESS["cpu"], copied + PROCESS["cpu"] - 1):
+        worker = Hardware("X", "cpu", 1, 2, usable, usable, 1, 1, 1, 1, "a test")
+        assert (shortage(config, usable) is None) == worker.fits(copied)
+
+
+def test_replicas_are_sharded_however_much_fits(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.estimate.choice.shortage", lambda *_: pytest.fail("asked"))
+    copies = apply_overrides(config, {"parallel.replicas": 2})
+    with placed(copies, usable=2**50) as (chosen, reason):
+        assert chosen.parallel.strategy == "fsdp"
+        assert reason.startswith("parallel.replicas")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -75,12 +103,32 @@ def test_memory_of_a_cluster_is_that_of_its_smallest_fitting_node() -> None:
     assert least_memory([known, {"CPU": 8.0, "memory": 1.0}], gpu) == int(80 * GIB * USABLE)
     assert least_memory([known], {"CPU": 2.0}) == 2 * GIB
     assert least_memory([], gpu) is None
+    assert least_memory([known], {"CPU": 1.0, "GPU": 0.5}) == int(40 * GIB * USABLE)
+    assert least_memory([known], {"CPU": 1.0, "GPU": 2.0}) == int(80 * GIB * USABLE)
+
+
+def test_a_group_takes_as_few_nodes_as_it_can() -> None:
+    large, small, each = {"CPU": 8.0}, {"CPU": 2.0}, {"CPU": 1.0}
+    assert packed([small, large], each, 8) == (1, 8)
+    assert packed([small, large], each, 10) == (2, 5)
+    assert packed([large, large], {"CPU": 2.0}, 6) == (2, 3)
+    assert packed([large, {"GPU": 1.0}], each, 32) == (4, 8)  # more than there is
+    assert packed([], each, 4) == (1, 4)
+
+
+def test_workers_may_share_an_accelerator() -> None:
+    whole = named("H100", 1, 8, "bfloat16")
+    half = whole.shared(0.5)
+    assert (half.memory, half.tflops) == (40 * GIB, whole.tflops / 2)
+    assert half.usable == pytest.approx(40 * GIB * USABLE, abs=1)
+    assert whole.shared(2.0) == whole
 
 
 def test_accelerators_are_known_by_name() -> None:
     found = named("h100", 2, 8, "bfloat16")
     assert (found.name, found.nodes, found.per_node) == ("H100", 2, 8)
     assert found.memory == 80 * GIB
+    assert named("A10G", 1, 8, "bfloat16").memory == 22.5 * GIB  # without what ECC takes
     with pytest.raises(ConfigError, match=r"--accelerator=A100 is none .* A100-40G or A100-80G"):
         named("A100", 1, 8, "bfloat16")
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_ft.config.schema import AshaConfig
-from raytune_ft.estimate.cost import LINK_ACHIEVED, asha_share, messages, step_cost, step_flops
+from raytune_ft.config.schema import AshaConfig, ParallelConfig
+from raytune_ft.estimate.cost import (
+    HOST_BANDWIDTH,
+    HOST_LINK,
+    LINK_ACHIEVED,
+    asha_share,
+    evaluation_flops,
+    messages,
+    step_cost,
+    step_flops,
+)
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.work import Work
 from tests.unit.estimate.test_memory import parallel, shell
@@ -13,8 +22,8 @@ from tests.unit.estimate.test_memory import parallel, shell
 WORK = Work(rows=1, width=8, labels=4, micro_batches=2, step_tokens=16, step_labels=8)
 
 
-def hardware(nodes: int = 1, per_node: int = 4) -> Hardware:
-    return Hardware("X", "cpu", nodes, per_node, None, None, 1.0, 100.0, 10.0, 1.0, "a test")
+def hardware(nodes: int = 1, per_node: int = 4, device: str = "cpu") -> Hardware:
+    return Hardware("X", device, nodes, per_node, None, None, 1.0, 100.0, 10.0, 1.0, "a test")
 
 
 def test_ddp_reduces_its_gradients_once_a_step() -> None:
@@ -33,17 +42,62 @@ def test_fsdp_gathers_twice_a_micro_batch_and_scatters_once() -> None:
 
 
 def test_a_ring_costs_its_rounds_and_its_bytes() -> None:
-    cost = step_cost(shell(), parallel("ddp", 4), WORK, hardware(), state=0)
+    cost = step_cost(shell(), parallel("ddp", 4), WORK, hardware())
     bytes_s = 3 / 4 * 480 / (10.0 * LINK_ACHIEVED * 1e9)
     assert cost.messages_s == pytest.approx(2 * (bytes_s + 3 * 50e-6))
     assert cost.sent == 2 * 480 * 3 // 4
-    assert step_cost(shell(), parallel("single", 1), WORK, hardware(), 0).messages_s == 0
+    assert step_cost(shell(), parallel("single", 1), WORK, hardware()).messages_s == 0
 
 
 def test_between_nodes_messages_are_slower() -> None:
-    near = step_cost(shell(), parallel("ddp", 4), WORK, hardware(), 0)
-    far = step_cost(shell(), parallel("ddp", 4), WORK, hardware(nodes=2, per_node=2), 0)
+    near = step_cost(shell(), parallel("ddp", 4), WORK, hardware())
+    far = step_cost(shell(), parallel("ddp", 4), WORK, hardware(nodes=2, per_node=2))
     assert far.messages_s > near.messages_s
+
+
+@pytest.mark.parametrize(
+    ("layout", "stepped"),
+    [
+        (parallel("ddp", 2), 64),
+        (parallel("fsdp", 2), 32),
+        (parallel("fsdp", 4, replicas=2), 32),
+        (parallel("deepspeed", 4), 16),
+    ],
+)
+def test_the_optimizer_steps_through_what_moves(layout: ParallelConfig, stepped: int) -> None:
+    # Two adapters of 2 x 4 in float32; weights, gradients and two moments read, three written.
+    cost = step_cost(shell(trained=False), layout, WORK, hardware())
+    assert cost.optimizer_s == pytest.approx(7 * stepped / 100e9)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_offloaded_weights_go_up_for_each_pass_and_gradients_down(trained: bool) -> None:
+    # Of rows over 2 workers: 5, 2 and 3 of 4 elements, twice the latter, and 1 of an adapter.
+    model, gpu = shell(trained), hardware(per_node=2, device="cuda")
+    weights = (5 + 2 * (2 + 3)) * 4 * 4
+    stepped = weights if trained else 2 * 4 * 4
+    weights += 0 if trained else stepped
+    step_s = 7 * stepped / (HOST_BANDWIDTH / 2 * 1e9)
+    whole = step_cost(model, parallel("fsdp", 2, offload="all"), WORK, gpu)
+    copied = 2 * (2 * weights + stepped)
+    assert whole.optimizer_s == pytest.approx(step_s + copied / (HOST_LINK * 1e9))
+    kept = parallel("fsdp", 2, offload="all", reshard_after_forward=False)
+    copied = 2 * (weights + stepped)
+    found = step_cost(model, kept, WORK, gpu).optimizer_s
+    assert found == pytest.approx(step_s + copied / (HOST_LINK * 1e9))
+
+
+def test_an_offloaded_optimizer_takes_gradients_and_gives_weights() -> None:
+    layout = parallel("deepspeed", 2, offload="optimizer", zero_stage=2)
+    cost = step_cost(shell(trained=False), layout, WORK, hardware(per_node=2, device="cuda"))
+    step_s = 7 * 32 / (HOST_BANDWIDTH / 2 * 1e9)
+    assert cost.optimizer_s == pytest.approx(step_s + 2 * 32 / (HOST_LINK * 1e9))
+
+
+def test_an_evaluation_passes_blocks_and_label_tokens_through_the_head() -> None:
+    assert evaluation_flops(shell(), tokens=16, labels=8) == 16 * 2 * 80 + 8 * 2 * 40
+    # Adapters take part, and the embedding is only looked up.
+    assert evaluation_flops(shell(trained=False), 16, 0) == 16 * 2 * (80 + 16)
 
 
 def test_arithmetic_is_six_for_what_moves_and_four_for_what_does_not() -> None:

@@ -10,6 +10,7 @@ import pytest
 from raytune_ft.config.load import load_config, resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.estimate.hardware import USABLE
 from raytune_ft.plan.make import make_plan
 from raytune_ft.plan.text import describe
 
@@ -59,6 +60,29 @@ def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
     monkeypatch.setattr(memory, lambda resources: None)
     with pytest.raises(StorageError, match=r"storage=runs is relative, .*on several nodes"):
         make_plan(QUICKSTART, ["parallel.workers=2"], lambda line: None)
+
+
+def test_a_cluster_that_is_joined_says_nodes_and_memory(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = 7 * 2**30
+    resources = {"CPU": 2.0, "memory": 2.0 * memory}
+    alive = [{"Alive": True, "Resources": resources}] * 3
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr("raytune_ft.train.ray_cluster.connected", nullcontext)
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    overrides = [f"storage={tmp_path}", "parallel.workers=4"]
+    plan = make_plan(QUICKSTART, overrides, lambda line: None)
+    assert (plan.hardware.nodes, plan.hardware.per_node) == (2, 2)
+    assert plan.hardware.usable == plan.hardware.memory == memory
+    assert [choice.workers for choice in plan.node_choices] == [2, 4]
+
+    resources |= {"GPU": 1.0, "accelerator_type:L4": 1.0}
+    shared = [*overrides, "parallel.resources_per_worker={CPU: 1, GPU: 0.5}"]
+    plan = make_plan(QUICKSTART, shared, lambda line: None)
+    assert (plan.hardware.name, plan.hardware.nodes, plan.hardware.per_node) == ("L4", 2, 2)
+    assert plan.hardware.memory == 11.25 * 2**30
+    assert plan.hardware.usable == int(22.5 * 2**30 * USABLE * 0.5)
 
 
 def test_compute_is_counted_over_the_budget(config: Config, tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_all_weights_of_70b_on_1_to_16_nodes(llama_70b: Path, tmp_path: Path) ->
     assert "the fastest that fits, by this estimate: parallel.strategy=fsdp" in text
 
 
+@pytest.mark.parametrize(
+    ("workers", "replicas"), [("8", {1}), ("9", {1}), ("16", {1, 2}), ("[8, 16]", {1})]
+)
+def test_replicas_are_offered_where_a_config_may_have_them(
+    tmp_path: Path, workers: str, replicas: set[int]
+) -> None:
+    """8 workers in a node."""
+    asked, written = Asked(accelerator="H100"), f"parallel.workers={workers}"
+    plan = plan_of(Path("builtin:tiny"), tmp_path, "lora", asked, written)
+    assert {option.parallel.replicas for option in plan.options} == replicas
+
+
 def test_adapters_on_70b_are_sharded_because_the_base_does_not_fit(
     llama_70b: Path, tmp_path: Path
 ) -> None:
