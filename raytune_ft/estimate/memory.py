@@ -38,11 +38,6 @@ class Memory:
     snapshot: int
     peak: int
 
-    @property
-    def state(self) -> int:
-        """What a run cannot be without."""
-        return self.parameters + self.gradients + self.optimizer
-
 
 class MemoryModel:
     """Estimates for one model; traces are made once and kept."""
@@ -79,8 +74,10 @@ class MemoryModel:
         resident = held.buffers + (held.optimizer if away == "none" else 0)
         resident += held.parameters if away != "all" else 0
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
-        # In a step of one pass, gradients come as activations go.
-        grown = held.between_passes if away == "none" and work.micro_batches > 1 else 0
+        # In a step of one pass, gradients come as activations go; ZeRO-3 keeps their memory.
+        lasting = parallel.strategy == "deepspeed" and parallel.zero_stage == 3
+        there = away == "none" and (work.micro_batches > 1 or lasting)
+        grown = held.between_passes if there else 0
         moving = max(kept + logits, peak + (0 if grown else head)) + grown
         moving = max(moving + held.gathered, gradients + max(stepping, head))
         snapshot = held.snapshot if device == "cpu" else 0
