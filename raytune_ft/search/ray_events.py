@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from raytune_ft.train.ray_group import end_groups_of
 
 
 class StopWith(OfThisProcess, tune.Stopper):
-    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps."""
+    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps.
 
-    def __init__(self, interrupted: threading.Event, switchboard: Any) -> None:
-        self._interrupted, self._switchboard = interrupted, switchboard
-        self._told = False
+    Tune kills whoever is still there 10 s after it heard of the end. So it hears of it only when no
+    trial holds workers any more, or when the grace for their checkpoints has passed.
+    """
+
+    def __init__(self, interrupted: threading.Event, switchboard: Any, grace_s: float) -> None:
+        self._interrupted, self._switchboard, self._grace_s = interrupted, switchboard, grace_s
+        self._told_at: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is stopped for what it reports."""
@@ -31,10 +36,14 @@ class StopWith(OfThisProcess, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked between events."""
-        if self._interrupted.is_set() and not self._told:
-            self._told = True
+        if not self._interrupted.is_set():
+            return False
+        if self._told_at is None:
+            self._told_at = time.monotonic()
             ray.get(self._switchboard.stop_everybody.remote())
-        return self._interrupted.is_set()
+        if time.monotonic() - self._told_at > self._grace_s:
+            return True
+        return not ray.get(self._switchboard.open_runs.remote())
 
 
 class Reports(OfThisProcess, tune.Callback):

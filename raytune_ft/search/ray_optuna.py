@@ -101,7 +101,7 @@ class StudySearcher(OfThisProcess, Searcher):
     """Hands out trials: first the ones that an earlier driver left unfinished, then new ones.
 
     `prepare` makes a trial's directory and says how many examples it will see; a ConfigError of
-    it fails that trial, and the next one is drawn.
+    it fails that trial, and the next one is drawn. Nothing is drawn while `held` is true.
     """
 
     def __init__(
@@ -110,18 +110,21 @@ class StudySearcher(OfThisProcess, Searcher):
         search: SearchConfig,
         seed: int,
         prepare: Prepare,
+        held: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
         self._study, self._search, self._seed = study, search, seed
         self._distributions: dict[str, BaseDistribution] = distributions(search.space)
-        self._prepare = prepare
+        self._prepare, self._held = prepare, held
         self._numbers: dict[str, int] = {}  # by Tune's id of the trial
         self._unfinished = [trial.number for trial in unfinished(study)]
         for number in self._unfinished:
             self._draw_the_rest(number)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial; `FINISHED` after the last one."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial; `FINISHED` after the last one, None for nothing at the moment."""
+        if self._held():
+            return None
         while (number := self._next_number()) is not None:
             params = decode(self._search.space, self._study.trials[number].params)
             try:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune import Trainable
+import ray
+from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from raytune_ft.config.schema import AshaConfig, Config
@@ -22,8 +23,14 @@ from raytune_ft.train.ray_cluster import set_train_defaults, stop_grace_s
 from raytune_ft.train.ray_train import Ended, Report, StopRequested, TrainJob
 from raytune_ft.train.spec import RunSpec
 
-DRIVER_RESOURCES = {"CPU": 0, "memory": 1}
-"""A trial's driver takes no CPU; one byte, since Tune refuses to ask for nothing at all."""
+
+def driver_place() -> PlacementGroupFactory:
+    """Where a trial's driver runs: on this node, so that no other one takes trials with it.
+
+    It takes no CPU; one byte of memory, since Tune refuses to ask for nothing at all.
+    """
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return PlacementGroupFactory([{"CPU": 0, "memory": 1}], bundle_label_selector=[here])
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,7 @@ class IsolatedTrial(Trainable):
                 if isinstance(event, Ended):
                     return self._outcome(event.error)
         except StopRequested:
-            # The whole sweep stops. The trial stays unfinished, for the next driver.
-            self._over = True
-            if self._job is not None:
-                self._job.wind_down(stop_grace_s())
-            self._end()
+            self._end(stopping=True)
             return {"done": True, "interrupted": True}
 
     def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:
@@ -103,9 +106,14 @@ class IsolatedTrial(Trainable):
             "wall_s": self._wall_s(),
         }
 
-    def _end(self) -> None:
+    def _end(self, stopping: bool = False) -> None:
         if self._job is None:
             return
+        stopping = stopping or ray.get(self._shared.switchboard.is_stopping.remote())
+        if stopping and not self._over:
+            # The whole sweep stops. The trial stays unfinished, for the next driver.
+            self._over = True
+            self._job.wind_down(stop_grace_s())
         self._job.stop()
         if not self._over:
             write_ended(self._spec, "pruned")

@@ -35,10 +35,10 @@ from raytune_ft.search.ray_optuna import (
     unfinished,
 )
 from raytune_ft.search.ray_trial import (
-    DRIVER_RESOURCES,
     Asha,
     IsolatedTrial,
     Shared,
+    driver_place,
     outcome_of,
     spec_of,
 )
@@ -143,7 +143,7 @@ class _Sweep:
         )
         if self._lowered:
             progress.note(self._lowered)
-        stop = StopWith(interrupted, self._shared.switchboard)
+        stop = StopWith(interrupted, self._shared.switchboard, stop_grace_s())
         reports = Reports(
             progress,
             self._study,
@@ -153,7 +153,7 @@ class _Sweep:
         )
         try:
             with progress.live(), _tune_storage() as storage, _settings(TUNE_SETTINGS):
-                self._tuner(left, storage, stop, reports).fit()
+                self._tuner(left, storage, stop, reports, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
@@ -187,16 +187,25 @@ class _Sweep:
         return left
 
     def _tuner(
-        self, trials: int, storage: str, stop: tune.Stopper, reports: tune.Callback
+        self,
+        trials: int,
+        storage: str,
+        stop: tune.Stopper,
+        reports: tune.Callback,
+        interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(IsolatedTrial, shared=self._shared)
         return tune.Tuner(
-            tune.with_resources(shared, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
+            tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
                 num_samples=trials,
                 max_concurrent_trials=self._concurrent,
                 search_alg=StudySearcher(
-                    self._study, self._search, self._shared.config.seed, self._prepare
+                    self._study,
+                    self._search,
+                    self._shared.config.seed,
+                    self._prepare,
+                    interrupted.is_set,
                 ),
                 scheduler=self._scheduler(),
                 reuse_actors=True,

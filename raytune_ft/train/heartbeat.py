@@ -113,7 +113,8 @@ def watched(
 
     `on_hang` runs first, in a thread of its own. Where not even that thread can run, since native
     code holds the interpreter or the process was stopped, the stacks go to stderr without Python.
-    A beat that comes while `on_hang` runs saves the process.
+    A beat that comes while `on_hang` runs saves the process. A pause of the whole process, as by
+    SIGSTOP, is no hang; but a long one ends where it outlasts the last resort, see `disarm`.
     """
     heart.rank = rank
     heart.enter("start")
@@ -121,7 +122,12 @@ def watched(
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(min(timeout_s / 10, 5.0)):
+        while True:
+            before = time.monotonic()
+            if over.wait(min(timeout_s / 10, 5.0)):
+                return
+            if time.monotonic() - before > timeout_s / 2:
+                heart.alive()  # this thread stood still as well
             seen = heart.at
             left = seen + timeout_s - time.monotonic()
             _last_resort(left)
@@ -141,7 +147,12 @@ def watched(
         over.set()
         heart.watched = False
         thread.join(timeout=1.0)
-        faulthandler.cancel_dump_traceback_later()
+        disarm()
+
+
+def disarm() -> None:
+    """No last resort until the watching thread looks again, which may be after a long pause."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _last_resort(left_s: float) -> None:

@@ -24,8 +24,10 @@ from ray.train.v2.api.config import ScalingConfig
 from raytune_ft.train.ray_cluster import whole_groups
 from raytune_ft.train.ray_worker import ask_to_stop
 
-WAIT_S = 60.0
-"""For the least number of workers; then it counts as one failed start."""
+WAIT_S = 600.0
+"""For the least number of workers. Then the run ends: Ray tries no start again that was not begun.
+
+It is more than the 180 s for which Ray keeps the places of a driver that was killed."""
 LOOK_EVERY_S = 0.5
 VIEW_TIMEOUT_S = 5.0
 
@@ -52,7 +54,7 @@ class Elastic(ElasticScalingPolicy):
         """See `ScalingPolicy`.
 
         Raises:
-            WorkerGroupStartupTimeoutError: too few for a minute; the failure policy counts that.
+            WorkerGroupStartupTimeoutError: too few for too long, which ends the run.
         """
         self._maybe_send_resource_request()
         possible = self._possible()
@@ -63,9 +65,9 @@ class Elastic(ElasticScalingPolicy):
             return self._get_resize_decision(possible)
         now = time.monotonic()
         self._asked = None
-        self._lacking_since = self._lacking_since or now
+        if self._lacking_since is None:
+            self._lacking_since = now
         if now - self._lacking_since > WAIT_S:
-            self._lacking_since = None
             raise WorkerGroupStartupTimeoutError(self.scaling_config.min_workers)
         time.sleep(LOOK_EVERY_S)  # the controller asks again at once
         return NoopDecision()
@@ -80,8 +82,10 @@ class Elastic(ElasticScalingPolicy):
         if now - since < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked = now
-        more = self.scaling_config.max_workers - worker_group_state.num_workers
-        if more > 0 and self._fitting(_nodes(free=True)) > 0:
+        size = worker_group_state.num_workers
+        more = self.scaling_config.max_workers > size and self._fitting(_nodes(free=True)) > 0
+        # While a node drains, a place that is free elsewhere is no more than the one that is lost.
+        if more and self._possible() > size:
             for worker in worker_group_state.workers:
                 worker.actor.execute.remote(ask_to_stop)
         return NoopDecision()

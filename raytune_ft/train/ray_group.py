@@ -18,7 +18,11 @@ from ray.train.v2._internal.execution.callback import (
     ReportCallback,
     WorkerGroupCallback,
 )
-from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
@@ -88,6 +92,16 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         """What is raised here ends the run instead of restarting its workers."""
         if self._fatal is not None:
             raise self._fatal
+
+
+class StartsInARow(DefaultFailurePolicy):
+    """Ray's own, but starts that failed are forgotten once a group has run."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """See `FailurePolicy`; an error that is not of a controller is one of a group that ran."""
+        if not isinstance(training_failed_error, ControllerError):
+            self._controller_failures = 0
+        return super().make_decision(training_failed_error)
 
 
 def end_group(run: str, switchboard: Any) -> None:

@@ -125,6 +125,10 @@ class Switchboard:
         """Whether somebody wants `run` to end. Else a run that was interrupted goes on."""
         return run in self._ending
 
+    async def is_stopping(self) -> bool:
+        """Whether everybody was told to stop."""
+        return self._stopping
+
     async def stop_everybody(self) -> None:
         """Whoever waits, for a message or for a slot, is told to stop instead."""
         self._stopping = True

@@ -32,7 +32,7 @@ from raytune_ft.train.heartbeat import Standing, log_text, summary
 from raytune_ft.train.host import HANG_LOG, append_hang_log
 from raytune_ft.train.ray_cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.train.ray_elastic import scaling_policy
-from raytune_ft.train.ray_group import RunWatch, end_group, failure_of
+from raytune_ft.train.ray_group import RunWatch, StartsInARow, end_group, failure_of
 from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.ray_worker import (
     ProcessGroupConfig,
@@ -44,7 +44,7 @@ from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.
-CONTROLLER_FAILURES = 10
+START_FAILURES = 10
 REGISTER_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0
 """For a worker's main thread, which does nothing but answer."""
@@ -94,6 +94,7 @@ class TrainJob:
         self._thread = threading.Thread(target=self._fit, name=self._name, daemon=True)
         self._pending: list[Report | Note] = []
         self._hang: str | None = None  # of the group that runs now
+        self._silent: set[int] = set()  # its ranks that said they hang
 
     def start(self) -> None:
         """Wait for a free slot, then let Ray Train start the workers.
@@ -131,12 +132,15 @@ class TrainJob:
     def wind_down(self, grace_s: float) -> None:
         """Ask the workers to save and to leave, and wait for that, but no longer than `grace_s`.
 
-        Returns at once where there is nothing to save; `stop` is still to be called.
+        Returns early where there is nothing to save, which every worker that lives has to say: one
+        that does not answer at once may be in the middle of a checkpoint. `stop` is still to be
+        called.
         """
         deadline = time.monotonic() + grace_s
         while self._thread.is_alive() and time.monotonic() < deadline:
             workers = ray.get(self._switchboard.end.remote(self._name)).workers
-            if not any(_ask(workers, ask_to_stop)):
+            answers, silent = _ask(workers, ask_to_stop)
+            if not silent and not any(answers):
                 return
             self._thread.join(timeout=0.5)
 
@@ -157,18 +161,25 @@ class TrainJob:
         if "report" in event:
             return [_report(event["report"])]
         if "workers" in event:
-            self._hang = None
+            self._hang, self._silent = None, set()
             size = event["workers"]
             return [Note(f"training on {size} worker{'s' * (size != 1)}")]
-        if "hang" in event and self._hang is None:
-            self._hang = self._ask_who_hangs(event["hang"])
-            return [Note(f"{self._hang}; stacks are in {HANG_LOG}")]
+        if "hang" in event:
+            self._silent.add(event["hang"].rank)
+            if self._hang is None:
+                self._hang = self._ask_who_hangs(event["hang"])
+                return [Note(f"{self._hang}; stacks are in {HANG_LOG}")]
+        if "awake" in event:
+            self._silent.discard(event["awake"])
+            if not self._silent:  # a false alarm, and not why the run fails later on
+                self._hang = None
         return []
 
     def _ask_who_hangs(self, first: Standing) -> str:
         """Every rank's stack goes to `hang.log`; the line that says who is behind."""
         workers = ray.get(self._switchboard.group.remote(self._name)).workers
-        answers = {each.rank: each for each in _ask(workers, standing) if each is not None}
+        heard, _ = _ask(workers, standing)
+        answers = {each.rank: each for each in heard if each is not None}
         told = list({**answers, first.rank: first}.values())
         timeout_s = self.spec.config.parallel.hang_timeout_s
         append_hang_log(self.spec.run_dir, log_text(told, len(workers), timeout_s))
@@ -191,15 +202,17 @@ class TrainJob:
                 self._switchboard.post.remote(self._name, {"ended": True})
 
 
-def _ask(workers: list[Any], question: Callable[[], Any]) -> list[Any]:
-    """What the main threads of these workers answer; those that do not are left out."""
+def _ask(workers: list[Any], question: Callable[[], Any]) -> tuple[list[Any], int]:
+    """What the main threads of these workers answer, and how many neither do nor are dead."""
     asked = [worker.execute.remote(question) for worker in workers]
-    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+    if not asked:
+        return [], 0
+    ready, silent = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
     answers = []
     for each in ready:
         with contextlib.suppress(RayError):
             answers.append(ray.get(each))
-    return answers
+    return answers, len(silent)
 
 
 def fit(
@@ -225,18 +238,26 @@ def fit(
         require_capacity(spec.config.parallel)
         job = TrainJob(spec, start_switchboard(slots=1))
         with interruptible() as interrupted:
+            ended = None
             try:
                 job.start()
                 ended = _listen(job, on_evaluation, tell or _nobody, interrupted)
                 if ended is None:
-                    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # the second signal
-                        job.wind_down(grace_s)
+                    job.wind_down(grace_s)
+            except (KeyboardInterrupt, SystemExit):
+                if not interrupted.is_set():
+                    raise  # else the second signal, which does not wait
             finally:
-                job.stop()
-        if ended is None and load_result(spec.run_dir) is None:
-            write_ended(spec, "interrupted")
-            raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
-    return read_result(spec, ended.error if ended else None)
+                try:
+                    job.stop()
+                finally:  # whatever comes while the workers go
+                    stopped = interrupted.is_set() and ended is None
+                    if stopped and load_result(spec.run_dir) is None:
+                        write_ended(spec, "interrupted")
+    result = read_result(spec, ended.error if ended else None)
+    if result.status == "interrupted":
+        raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
+    return result
 
 
 def _nobody(line: str) -> None:
@@ -279,7 +300,11 @@ class _LeanTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(
-            **{**arguments, "scaling_policy": scaling_policy(self.scaling_config)}
+            **{
+                **arguments,
+                "scaling_policy": scaling_policy(self.scaling_config),
+                "failure_policy": StartsInARow(self.run_config.failure_config),
+            }
         )
 
 
@@ -309,7 +334,7 @@ def _fit(spec: RunSpec, name: str, switchboard: Any) -> None:
                 storage_path=storage,
                 failure_config=FailureConfig(
                     max_failures=parallel.max_failures,
-                    controller_failure_limit=CONTROLLER_FAILURES,
+                    controller_failure_limit=START_FAILURES,
                 ),
                 callbacks=[RunWatch(name, switchboard)],
             ),

@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.rundir import RESULT
 from raytune_ft.train.heartbeat import Heartbeat, Standing
 from raytune_ft.train.host import Host
 from raytune_ft.train.spec import RunSpec
@@ -77,12 +78,16 @@ def _should_stop() -> bool:
 
 
 def _tell_of_hang(run: str, switchboard: Any, own: Standing) -> None:
+    """A beat that comes meanwhile saves this process: then the alarm is taken back."""
     print(f"no progress for {own.silent_s:.0f} s\n{own.stacks}", file=sys.stderr, flush=True)
+    seen = _heart.at
     try:
         ray.get(switchboard.post.remote(run, {"hang": own}), timeout=LAST_WORDS_S)
     except RayError:
         return
     threading.Event().wait(LAST_WORDS_S)
+    if _heart.at != seen:
+        switchboard.post.remote(run, {"awake": own.rank})
 
 
 def train_worker(payload: dict[str, Any]) -> str:
@@ -92,6 +97,8 @@ def train_worker(payload: dict[str, Any]) -> str:
     """
     spec: RunSpec = payload["spec"]
     resources = spec.config.parallel.resources_per_worker
+    if ray.train.get_context().get_world_rank() == 0:
+        (spec.run_dir / RESULT).unlink(missing_ok=True)  # what an earlier group left
     if not resources.get("GPU", 0):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
     import torch

@@ -149,6 +149,13 @@ def test_ends_are_told_as_what_they_are(tmp_path: Path) -> None:
     assert again.suggest("z") == Searcher.FINISHED
 
 
+def test_nothing_is_drawn_while_the_sweep_is_held(tmp_path: Path) -> None:
+    study = open_study("held", tmp_path, None, "min", False)
+    one = StudySearcher(study, search_config(), 0, lambda trial, params: 100, lambda: True)
+    assert one.suggest("tune-0") is None
+    assert study.trials == []
+
+
 def test_a_shared_storage_never_merges_two_sweeps(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     open_study("s", tmp_path / "one", url, "min", False).ask()

@@ -47,7 +47,9 @@ def test_whoever_waits_for_a_slot_can_be_stopped() -> None:
         assert await board.open("run-a", "trial-a")
         waiting = asyncio.create_task(board.open("run-b", "trial-b"))
         assert await soon(waiting) is None
+        assert not await board.is_stopping()
         await board.stop_everybody()
+        assert await board.is_stopping()
         assert await soon(waiting) is False
         assert not await board.open("run-c", "trial-c")
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback_manager import CallbackManager
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import (
+    ErroredState,
+    InitializingState,
+    RestartingState,
+    ShuttingDownState,
+    TrainControllerState,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError
 from raytune_ft.train import ray_cluster, ray_elastic
 from raytune_ft.train.ray_cluster import require_capacity, stop_grace_s
 from raytune_ft.train.ray_elastic import Elastic, scaling_policy
+from raytune_ft.train.ray_group import StartsInARow
+
+LOST = WorkerGroupError("a worker died", {0: RuntimeError()})
 
 
 class Policy(Elastic):
@@ -63,10 +78,41 @@ def test_too_few_nodes_are_waited_for_but_not_for_ever(
     assert policy.start() is None
     policy.possible = 3
     assert policy.start() == 3
+
+
+@pytest.mark.parametrize("state", [InitializingState(), RestartingState(LOST)])
+def test_a_run_with_too_few_nodes_goes_on_waiting_and_then_fails(
+    state: TrainControllerState, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 10.0
+
+    monkeypatch.setattr(
+        ray_elastic, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+    )
+    controller = TrainController.__new__(TrainController)
+    controller._state, controller._scaling_policy = state, policy
+    controller._failure_policy = StartsInARow(FailureConfig(controller_failure_limit=10))
+    controller._controller_callback_manager = CallbackManager([])
+    controller._generate_run_attempt_id()
     policy.possible = 1
-    monkeypatch.setattr(ray_elastic, "WAIT_S", -1.0)
-    with pytest.raises(WorkerGroupStartupTimeoutError):
-        policy.start()
+    while controller.get_state() is state and clock[0] < 10_000:
+        asyncio.run(controller._run_control_loop_iteration())
+    assert 600 <= clock[0] < 630
+    ending = controller.get_state()
+    assert isinstance(ending, ShuttingDownState)
+    assert isinstance(ending.next_state, ErroredState)
+
+
+def test_failed_starts_are_forgotten_once_a_group_has_run() -> None:
+    policy = StartsInARow(FailureConfig(max_failures=1, controller_failure_limit=2))
+    late = ControllerError(WorkerGroupStartupTimeoutError(2))
+    retry, give_up = FailureDecision.RETRY, FailureDecision.RAISE
+    errors = [late, late, LOST, late, late, late]
+    decisions = [policy.make_decision(error) for error in errors]
+    assert decisions == [retry] * 5 + [give_up]
 
 
 def test_a_group_leaves_to_grow_only_where_a_worker_fits(
@@ -78,6 +124,8 @@ def test_a_group_leaves_to_grow_only_where_a_worker_fits(
     nodes["node"]["CPU"] = 1.0
     assert len(running(policy, 3)) == 3
     assert running(policy, 4) == []
+    policy.possible = 3  # the free place only makes up for one that is lost
+    assert running(policy, 3) == []
 
 
 def test_a_fixed_number_is_rays_own_policy() -> None:

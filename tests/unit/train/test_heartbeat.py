@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +115,35 @@ def test_a_single_process_that_hangs_fails_and_can_be_resumed(tmp_path: Path) ->
     assert "in stand_still" in done.stderr
     assert run(make_config(*inputs), run_dir).status == "completed"
     assert len(losses(run_dir)) == 40
+
+
+SLEEPS = """
+import sys, time
+from types import SimpleNamespace
+from raytune_ft.train import heartbeat
+from raytune_ft.train.heartbeat import watched
+from raytune_ft.train.host import own_host
+heartbeat.NATIVE_GRACE_S = 0.5
+
+with own_host(None) as host, watched(host.heart, 0, 1.5, sys.exit):
+    print("ready", flush=True)
+    for beat in range(20):
+        host.heart.beat(beat, 20)
+        time.sleep(0.1)
+"""
+
+
+def test_a_process_that_is_suspended_goes_on_when_it_wakes() -> None:
+    arguments = [sys.executable, "-c", SLEEPS]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 0
 
 
 HOLDS = """
