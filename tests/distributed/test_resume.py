@@ -124,12 +124,13 @@ CHAINS = [
 ]
 
 
-def _stretch(inputs: tuple[Path, Path], root: Path, strategy: str, steps: int) -> None:
+def _stretch(
+    inputs: tuple[Path, Path], root: Path, strategy: str, steps: int, resumes: bool
+) -> None:
     """Up to so many steps: a budget that is raised again and again."""
     constant = {"train.lr_schedule": "constant", "train.warmup_fraction": 0.0}
     for method in ("lora", "full"):
         changes = constant | {"train.max_examples": 7 * steps, "method": {"name": method}}
-        resumes = steps > 3
         result = run(make_config(*inputs, changes), root / method, strategy, resumes=resumes)
         assert result.status == "completed", result.error
 
@@ -145,8 +146,10 @@ def test_saved_by_some_and_resumed_by_others(
 ) -> None:
     for number, (strategy, world_size) in enumerate(zip(strategies, workers, strict=False)):
         steps = 3 * (number + 1)
-        run_distributed(_stretch, world_size, inputs, tmp_path / "chain", strategy, steps)
-    _stretch(inputs, tmp_path / "whole", "single", 3 * len(workers))
+        run_distributed(
+            _stretch, world_size, inputs, tmp_path / "chain", strategy, steps, number > 0
+        )
+    _stretch(inputs, tmp_path / "whole", "single", 3 * len(workers), resumes=False)
     for method in ("lora", "full"):
         chain, whole = tmp_path / "chain" / method, tmp_path / "whole" / method
         weights, expected = final_weights(chain), final_weights(whole)
