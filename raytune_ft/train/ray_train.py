@@ -1,11 +1,8 @@
-"""One run on Ray Train: start the worker group, hear from it, end it, read what it left."""
+"""One run on a worker group: start it, hear from it, end it, read what it left."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -15,15 +12,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.backend import BackendConfig
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from raytune_ft.config.load import choose_strategy
-from raytune_ft.config.schema import Config
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.rundir import RESULT
@@ -31,28 +21,16 @@ from raytune_ft.train.ended import load_result, read_result, write_ended
 from raytune_ft.train.heartbeat import Standing, log_text, summary
 from raytune_ft.train.host import HANG_LOG, append_hang_log
 from raytune_ft.train.ray_cluster import connected, require_capacity, stop_grace_s
-from raytune_ft.train.ray_elastic import scaling_policy
-from raytune_ft.train.ray_group import RunWatch, StartsInARow, end_group, failure_of
+from raytune_ft.train.ray_group import end_group, failure_of
 from raytune_ft.train.ray_switchboard import start_switchboard
-from raytune_ft.train.ray_worker import (
-    ProcessGroupConfig,
-    ask_to_stop,
-    standing,
-    train_worker,
-)
+from raytune_ft.train.ray_trainer import train_group
+from raytune_ft.train.ray_worker import ask_to_stop, standing
 from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 
-# A group that cannot start, because a node went away for good, is tried for ten minutes or so.
-START_FAILURES = 10
 REGISTER_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0
 """For a worker's main thread, which does nothing but answer."""
-GROW_AFTER_S = 60.0
-"""Between two looks whether an elastic run can have more workers."""
-ELASTIC_START_TIMEOUT_S = "20"
-"""An elastic run that waits longer for a worker goes on with one less; else Ray waits 60 s."""
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
 
 
@@ -194,7 +172,7 @@ class TrainJob:
 
     def _fit(self) -> None:
         try:
-            _fit(self.spec, self._name, self._switchboard)
+            train_group(self.spec, self._name, self._switchboard)
         except (TrainingFailedError, RayError, RuntimeError, OSError, ValueError) as error:
             self._error = error
         finally:
@@ -284,69 +262,3 @@ def _listen(
 def _report(values: dict[str, Any]) -> Report:
     numbers = {name: values[name] for name in EvalMetrics.__annotations__}
     return Report(EvalMetrics(**numbers), values["checkpoint"])
-
-
-class _LeanTrainer(DataParallelTrainer):
-    """Two processes less for each run, 1.5 s of a core each, and no torch beside the workers.
-
-    There are no Ray Data sets. And the cleaner, which looks its cluster up through the State API
-    and dies where a machine runs two of them, is what the switchboard replaces.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-        every = super()._create_default_callbacks()
-        return [callback for callback in every if not isinstance(callback, idle)]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **{
-                **arguments,
-                "scaling_policy": scaling_policy(self.scaling_config),
-                "failure_policy": StartsInARow(self.run_config.failure_config),
-            }
-        )
-
-
-def _fit(spec: RunSpec, name: str, switchboard: Any) -> None:
-    parallel = spec.config.parallel
-    size: int | tuple[int, int] = parallel.max_workers
-    if parallel.elastic:
-        size = parallel.min_workers, parallel.max_workers
-        os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
-    resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
-    gpu = resources.get("GPU", 0) > 0
-    # Ray's own notes on the run: nothing that anybody reads afterwards.
-    storage = tempfile.mkdtemp(prefix="raytune-ft-")
-    try:
-        _LeanTrainer(
-            train_worker,
-            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard},
-            backend_config=_process_group(spec.config, gpu),
-            scaling_config=ScalingConfig(
-                num_workers=size,
-                use_gpu=gpu,
-                resources_per_worker=resources,
-                elastic_resize_monitor_interval_s=GROW_AFTER_S,
-            ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=storage,
-                failure_config=FailureConfig(
-                    max_failures=parallel.max_failures,
-                    controller_failure_limit=START_FAILURES,
-                ),
-                callbacks=[RunWatch(name, switchboard)],
-            ),
-        ).fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-
-
-def _process_group(config: Config, gpu: bool) -> BackendConfig:
-    """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
-    if choose_strategy(config)[0] == "single":
-        return BackendConfig()
-    # A hang is to be found, and told, before a collective gives up by itself.
-    timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))
-    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train import ray_train
+from raytune_ft.train import ray_trainer
 from raytune_ft.train.ray_train import fit
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
@@ -25,7 +25,7 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
 @pytest.fixture(autouse=True)
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a node dies or arrives before the run is over."""
-    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
+    monkeypatch.setattr(ray_trainer, "train_worker", slow_worker)
 
 
 def test_a_run_goes_on_with_the_workers_that_are_left(
@@ -88,7 +88,7 @@ def test_a_run_takes_on_workers_that_arrive(
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray_train, "GROW_AFTER_S", 1.0)
+    monkeypatch.setattr(ray_trainer, "GROW_AFTER_S", 1.0)
     while len(nodes.nodes) > 1:
         nodes.kill_one()
     nodes.have(1)
