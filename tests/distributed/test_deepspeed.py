@@ -20,7 +20,7 @@ from raytune_ft.model.build import build_model
 from raytune_ft.strategy.deepspeed import DeepSpeed
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.state import load_state
-from tests.support.distributed import run_distributed
+from tests.support.distributed import run_in_new_processes
 from tests.support.models import save_tiny_llama
 from tests.support.runs import (
     BrokenRun,
@@ -104,7 +104,7 @@ def _do_all(inputs: Inputs, jobs: Sequence[Job]) -> None:
         if all(job.layout.strategy == "single" for job in some):
             _do(inputs, some)
         else:
-            run_distributed(_do, workers, inputs, some)
+            run_in_new_processes(_do, workers, inputs, some)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_resume_under_any_layout(tmp_path: Path, inputs: Inputs, references: Ref
 
 def test_what_is_not_trained(tmp_path: Path, inputs: Inputs) -> None:
     _do(inputs, [Job(tmp_path / "run", Layout("single"), SHORT, broken=True)])
-    run_distributed(_not_trained, 2, inputs, tmp_path / "run")
+    run_in_new_processes(_not_trained, 2, inputs, tmp_path / "run")
 
 
 def _not_trained(inputs: Inputs, run_dir: Path) -> None:

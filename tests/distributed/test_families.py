@@ -34,7 +34,7 @@ def _precisions(strategy: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("families"))
+    return Workshop(tmp_path_factory.mktemp("families"), float32_steps=12)
 
 
 @pytest.mark.distributed
@@ -74,7 +74,8 @@ def test_bfloat16(workshop: Workshop, family: str) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(7200)
-def test_matrix(workshop: Workshop) -> None:
+def test_matrix(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
     outcomes: dict[Case, float | str] = {}
     for strategy, activations in MATRIX:
         cases = [

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-
-from tests.support.distributed import run_distributed
+from tests.support.distributed import run_distributed, run_in_new_processes
 from tests.support.models import save_tiny, true_float64
 from tests.support.runs import largest_difference, make_config, run, write_rows
 
@@ -45,8 +43,9 @@ class Case:
 class Workshop:
     """Models, rows and references in a folder, each made when it is first asked for."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, float32_steps: int = STEPS["float32"]) -> None:
         self.root = root
+        self._steps = STEPS | {"float32": float32_steps}
 
     def reference(self, case: Case) -> Path:
         """One example after another in one process: no packing, no padding, one row at a time."""
@@ -78,7 +77,7 @@ class Workshop:
             "method": {"name": case.method},
             "train.precision": case.precision,
             "train.adam_epsilon": 1e-6,
-            "train.max_examples": 7 * STEPS[case.precision] - 3,
+            "train.max_examples": 7 * self._steps[case.precision] - 3,
             "train.eval_every_examples": 140,
             "checkpoint.every_examples": 1000,
         }
@@ -123,8 +122,10 @@ def run_group(workshop: Workshop, cases: Sequence[Case]) -> dict[Case, float | s
             if (world_size := STRATEGIES[waiting[0].strategy][1]) == 1:
                 _run_cases(workshop, waiting)
             else:
-                run_distributed(_run_cases, world_size, workshop, waiting)
-        except (ProcessRaisedException, ProcessExitedException, RuntimeError) as error:
+                zero = waiting[0].strategy.startswith("zero")
+                run_cases = run_in_new_processes if zero else run_distributed
+                run_cases(_run_cases, world_size, workshop, waiting)
+        except RuntimeError as error:
             failure = str(error).strip().splitlines()[-1]
         while waiting and _completed(workshop.root / waiting[0].name):
             found[waiting[0]] = workshop.measure(waiting[0])
