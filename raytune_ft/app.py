@@ -26,8 +26,8 @@ from raytune_ft.config.load import (
     resolve,
     to_plain,
 )
-from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search_rules import check_grace
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import (

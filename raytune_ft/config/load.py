@@ -13,9 +13,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytune_ft.config import deepspeed_json, environment, paths, reference, rules, yaml_text
+from raytune_ft.config import (
+    deepspeed_json,
+    environment,
+    paths,
+    reference,
+    rules,
+    search_rules,
+    yaml_text,
+)
 from raytune_ft.config.explain import explain, shown_value
-from raytune_ft.config.schema import Config, Distribution
+from raytune_ft.config.schema import Config
+from raytune_ft.config.search import Distribution
 from raytune_ft.errors import ConfigError
 
 Notify = Callable[[str], None]
@@ -151,7 +160,7 @@ def _checked(data: dict[str, Any]) -> Config:
     environment.refuse_secrets(to_plain(config))
     rules.check(config)
     if config.search is not None:
-        rules.check_space(config, apply_overrides)
+        search_rules.check_space(config, apply_overrides)
     return config
 
 

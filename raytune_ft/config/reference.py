@@ -12,7 +12,8 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from raytune_ft.config.schema import Config, Section
+from raytune_ft.config.schema import Config
+from raytune_ft.config.section import Section
 
 # Names that people bring along from other trainers; no spelling distance finds these.
 ELSEWHERE = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytune_ft.config.schema import AshaConfig, ParallelConfig
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.search import AshaConfig
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import held_by
 from raytune_ft.estimate.shell import Shell, elements

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from raytune_ft.app import joins_cluster, placed, prepare
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
-from raytune_ft.config.rules import check_grace
 from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.search_rules import check_grace
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:

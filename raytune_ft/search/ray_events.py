@@ -12,7 +12,7 @@ import optuna
 import ray
 from ray import tune
 
-from raytune_ft.config.schema import SearchConfig
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import RunFailed
 from raytune_ft.search.progress import Progress
 from raytune_ft.search.ray_optuna import OfThisProcess, rows, tell_failed

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from sqlalchemy.exc import SQLAlchemyError
 
-from raytune_ft.config.schema import SearchConfig
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.records import TrialRecord, TrialStatus
 from raytune_ft.search.space import decode, distributions, trial_name

@@ -13,7 +13,8 @@ import ray
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from raytune_ft.config.schema import AshaConfig, Config
+from raytune_ft.config.schema import Config
+from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import TRIALS

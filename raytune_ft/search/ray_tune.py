@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 from ray.tune.error import TuneError
 
 from raytune_ft.config.load import dump_yaml, load_config
-from raytune_ft.config.schema import Config, SearchConfig
+from raytune_ft.config.schema import Config
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.records import RunResult, TrialRecord

@@ -18,7 +18,8 @@ from optuna.distributions import (
 
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.reference import method_keys
-from raytune_ft.config.schema import Config, Distribution
+from raytune_ft.config.schema import Config
+from raytune_ft.config.search import Distribution
 
 SCALARS = (bool, int, float, str, type(None))
 

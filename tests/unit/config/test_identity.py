@@ -10,8 +10,9 @@ import pytest
 from raytune_ft.config.identity import check_resume, config_sha256
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.reference import keys, methods
-from raytune_ft.config.rules import check_grace
-from raytune_ft.config.schema import Config, DataConfig, SearchConfig, SourceConfig
+from raytune_ft.config.schema import Config, DataConfig, SourceConfig
+from raytune_ft.config.search import SearchConfig
+from raytune_ft.config.search_rules import check_grace
 from raytune_ft.errors import ConfigError
 
 CONFIG = Config(name="a", data=DataConfig(train=SourceConfig(path="/x.jsonl")))

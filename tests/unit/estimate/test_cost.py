@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_ft.config.schema import AshaConfig, ParallelConfig
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.search import AshaConfig
 from raytune_ft.estimate.cost import (
     HOST_BANDWIDTH,
     HOST_LINK,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from raytune_ft.config.schema import AshaConfig
+from raytune_ft.config.search import AshaConfig
 from raytune_ft.search.ray_trial import Asha
 
 BUDGET = 900

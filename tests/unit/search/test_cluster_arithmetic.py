@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_ft.config.schema import SearchConfig
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.search.ray_tune import concurrency
 from raytune_ft.train.ray_cluster import whole_groups
 

@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from raytune_ft.config.schema import SearchConfig
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.search.ray_optuna import StudySearcher, open_study, rows, sampler_for, unfinished
 from raytune_ft.search.space import distributions

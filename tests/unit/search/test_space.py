@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from raytune_ft.config.schema import Distribution
+from raytune_ft.config.search import Distribution
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.space import apply_params, decode, distributions, trial_name
 from tests.support.runs import make_config
