@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not stress and not multihost and not matrix"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not stress and not multihost and not matrix"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"

@@ -163,7 +163,7 @@ def test_no_storage_that_outlives_a_job(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize("command", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
 def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None:
     arguments = ["parallel.workers=512", "train.batch_size=512", f"storage={tmp_path}/runs"]
     if command == "sweep":

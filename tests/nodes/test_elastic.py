@@ -49,6 +49,7 @@ def test_a_run_goes_on_with_the_workers_that_are_left(
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_drained_node_is_left_with_a_checkpoint(
     nodes: Nodes, inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:

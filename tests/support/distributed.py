@@ -76,7 +76,14 @@ class _Processes:
 
 
 _kept = _Processes()
-atexit.register(_kept.end)
+
+
+def end_processes() -> None:
+    """Those that were kept; the next call starts new ones."""
+    _kept.end()
+
+
+atexit.register(end_processes)
 
 
 def _answer(line: Any, process: Any) -> str:
