@@ -239,7 +239,7 @@ def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResul
 
     parallel = spec.config.parallel
     size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
-    tell(f"starting {size} workers ({parallel.strategy})")
+    tell(f"starting {size} workers ({parallel.strategy}: {reason})")
     return fit(spec, reporter.evaluation, tell)
 
 
