@@ -96,8 +96,8 @@ def make_plan(
     from raytune_ft.estimate.shell import build_shell
     from raytune_ft.model.build import load_tokenizer
     from raytune_ft.plan.options import Planner
-    from raytune_ft.train.loop import Schedule
     from raytune_ft.train.optim import total_examples
+    from raytune_ft.train.rules import Schedule
 
     budget = total_examples(config.train, len(data.train))
     if config.search is not None:

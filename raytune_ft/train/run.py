@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import nn
 
-from raytune_ft.checkpoints.store import CheckpointStore, step_name
+from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import PreparedData, open_prepared
-from raytune_ft.errors import (
-    CheckpointError,
-    ConfigError,
-    Diverged,
-    ModelError,
-    OutOfMemory,
-    RaytuneFtError,
-)
-from raytune_ft.model.build import disk_dtype, load_tokenizer, pad_token
-from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.data.prepare import open_prepared
+from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
+from raytune_ft.model.build import disk_dtype
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.methods import trained_parameters
-from raytune_ft.model.probe import is_causal, probe_packing
-from raytune_ft.model.skeleton import Built, build
-from raytune_ft.records import Point, RunResult
+from raytune_ft.model.skeleton import build
+from raytune_ft.records import RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import STRATEGIES, Strategy
 from raytune_ft.train.ended import ended_result, write_result
-from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.heartbeat import watched
 from raytune_ft.train.host import Host, own_host
-from raytune_ft.train.loop import Objective, Schedule, train
+from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import MetricsFile, Reporter, Silent
+from raytune_ft.train.result import run_result
+from raytune_ft.train.rules import Objective, Schedule
 from raytune_ft.train.saver import Identity, Saver
+from raytune_ft.train.setup import build_engine, check_vocabulary, where_to_resume
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state
 
@@ -83,19 +71,22 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     built = build(
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts
     )
-    _check_vocabulary(built.model, data)
+    check_vocabulary(built.model, data)
     exporter = Exporter(built.model, disk_dtype(config.model))
-    engine = build_engine(built, config, strategy)
+    engine = build_engine(built, config, strategy, partial(build_optimizer, train=config.train))
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
-    checkpoint = _where_to_resume(store, schedule, strategy)
+    checkpoint = where_to_resume(store, schedule, strategy)
     progress = load_state(checkpoint, strategy, engine.names) if checkpoint else Progress()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     saver = Saver(
         store,
         Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
         config.checkpoint,
-        engine,
+        strategy,
+        engine.names,
         exporter,
+        pool,
     )
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
@@ -121,107 +112,11 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             near.should_stop,
             near.heart,
         )
-    saver.close()
-    result = RunResult(
-        status=status,
-        base=asdict(progress.base) if progress.base else None,
-        best=progress.best,
-        final=_with_checkpoint(progress, store),
-        seed=config.seed,
-        config_sha256=config_sha256(config),
-        notes=engine.notes,
-    )
+    pool.shutdown(wait=True)
+    result = run_result(status, progress, store, config, engine.notes)
     if writes and (status != "interrupted" or host is None):
         write_result(spec.run_dir, result)
     return result
-
-
-def _check_vocabulary(model: nn.Module, data: PreparedData) -> None:
-    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    splits = (data.train, data.validation, data.test)
-    largest = max(int(split.input_ids.max(initial=0)) for split in splits if split is not None)
-    if largest >= rows:
-        raise ModelError(
-            "model.path",
-            f"has embeddings for {rows} tokens, and its tokenizer writes token {largest}",
-            "use the tokenizer that belongs to the model, or resize the model's embeddings",
-        )
-
-
-def _where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:
-    """The newest sound checkpoint through which a run of this budget passes.
-
-    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment. Then
-    every rank verifies a share of its files: a large one takes long to read.
-    """
-    names = [
-        path.name
-        for path, manifest in reversed(store.list())
-        if strategy.rank == 0 and schedule.is_on_the_way(manifest.step, manifest.examples)
-    ]
-    for name in strategy.agree(names):
-        damaged = torch.zeros(1, device=strategy.device)
-        try:
-            store.verify(store.root / name, strategy.rank, strategy.world_size)
-        except CheckpointError as error:
-            logging.getLogger(__name__).warning(f"checkpoint {name} is passed over: {error}")
-            damaged += 1
-        if strategy.sum(damaged).item() == 0:
-            return store.root / name
-    return None
-
-
-def build_engine(built: Built, config: Config, strategy: Strategy) -> Engine:
-    """Lay the model out as the strategy does, then ask whether packing is exact on it.
-
-    Raises:
-        ConfigError: `data.packing: true` and packing would change the numbers.
-        ModelError: tokens see those after them.
-    """
-    model = built.model
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    names = list(trained_parameters(model))
-    checkpoint_activations(model, config.parallel.activation_checkpointing)
-    wrapped = strategy.prepare(model, partial(build_optimizer, train=config.train))
-    if built.weights is not None:
-        built.weights.fill({n: strategy.part(n, p.detach()) for n, p in model.named_parameters()})
-    engine = Engine(
-        model=model,
-        wrapped=wrapped,
-        head=head,
-        names=names,
-        strategy=strategy,
-        precision=config.train.precision,
-        pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),
-        micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
-        packing=False,
-        notes=built.notes,
-    )
-    asked = (engine.logits, vocabulary, engine.precision, strategy.device)
-    if not strategy.agree(is_causal(*asked)):
-        raise ModelError(
-            f"model.path={config.model.path}",
-            "lets tokens see those after them, which they are to predict",
-            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
-        )
-    if config.data.packing is False:
-        return engine
-    reason = strategy.agree(probe_packing(*asked))
-    if reason is None:
-        return replace(engine, packing=True)
-    if config.data.packing is True:
-        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
-    without = f"data.packing: auto goes without, because {reason}"
-    return replace(engine, notes=(*engine.notes, without))
-
-
-def _with_checkpoint(progress: Progress, store: CheckpointStore) -> Point | None:
-    if progress.final is None:
-        return None
-    name = step_name(progress.final.step)
-    kept = (store.root / name).is_dir()
-    return replace(progress.final, checkpoint=f"checkpoints/{name}" if kept else None)
 
 
 def _as_failure(error: BaseException) -> RaytuneFtError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -17,10 +17,10 @@ from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord
 from raytune_ft.strategy.exchange import together
 from raytune_ft.tensors.read import open_shards
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.state import (
     STATE,
     WEIGHTS,
+    Holder,
     Progress,
     Snapshot,
     SnapshotTaker,
@@ -43,7 +43,8 @@ class Identity:
 class Saver:
     """Every rank copies what it holds and goes on; a thread of each writes one snapshot at a time.
 
-    A failed write, of whichever rank, surfaces on all of them in the next `save` or `wait`.
+    `pool` has that one thread, which may serve the savers of several runs in turn. A failed write,
+    of whichever rank, surfaces on all of them in the next `save` or `wait`.
     """
 
     def __init__(
@@ -51,14 +52,16 @@ class Saver:
         store: CheckpointStore,
         identity: Identity,
         settings: CheckpointConfig,
-        engine: Engine,
+        holder: Holder,
+        names: list[str],
         exporter: Exporter,
+        pool: Executor,
     ) -> None:
         self.store, self.identity, self.settings = store, identity, settings
         self.exporter = exporter
-        self._line = engine.strategy.exchange()
-        self._taker = SnapshotTaker(engine.strategy, engine.names)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._line = holder.exchange()
+        self._taker = SnapshotTaker(holder, names)
+        self._pool = pool
         self._pending: Future[None] | None = None
         self._written = self._seen = 0
         self.alive: Callable[[], None] = lambda: None
@@ -95,10 +98,6 @@ class Saver:
 
     def _wrote(self, count: int) -> None:
         self._written += count
-
-    def close(self) -> None:
-        """Wait for the last write; a failure of an earlier one is not raised twice."""
-        self._pool.shutdown(wait=True)
 
     def _write(self, snapshot: Snapshot, evaluation: EvalMetrics | None) -> None:
         """All ranks at once, step by step; where one fails, all of them do."""

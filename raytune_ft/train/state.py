@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
-from raytune_ft.strategy import Strategy
+from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.part import Part
 from raytune_ft.tensors.read import Shards, open_shards, shard_name
 from raytune_ft.tensors.write import ignore, write_parts
@@ -44,6 +44,26 @@ class Progress:
     unimproved: int = 0
 
 
+class Holder(Protocol):
+    """Whose weights and moments are saved and loaded; a `Strategy` is one, see there."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+
+    def start_from(self, step: int) -> None:
+        """See `Strategy.start_from`."""
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """See `Strategy.parts`."""
+
+    def loaded(self) -> None:
+        """See `Strategy.loaded`."""
+
+    def exchange(self) -> Exchange:
+        """See `Strategy.exchange`."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A copy in host memory of what this rank saves; training may go on while it is written."""
@@ -59,8 +79,8 @@ class SnapshotTaker:
     So a snapshot must be written before the next one is taken.
     """
 
-    def __init__(self, strategy: Strategy, names: list[str]) -> None:
-        self._strategy, self._names = strategy, names
+    def __init__(self, holder: Holder, names: list[str]) -> None:
+        self._holder, self._names = holder, names
         self._memory: dict[str, Tensor] = {}
 
     def take(self, progress: Progress) -> Snapshot:
@@ -68,19 +88,19 @@ class SnapshotTaker:
         weights: dict[str, Part] = {}
         moments: dict[str, Part] = {}
         for name in self._names:
-            for moment, part in self._strategy.parts(name).items():
+            for moment, part in self._holder.parts(name).items():
                 if part.writes:
                     key = f"{name}.{moment}" if moment else name
                     kept = moments if moment else weights
                     kept[key] = replace(part, values=self._copy(key, part.values))
-        if self._strategy.device.type == "cuda":
+        if self._holder.device.type == "cuda":
             torch.cuda.synchronize()
         return Snapshot(weights, moments, progress)
 
     def _copy(self, key: str, values: Tensor) -> Tensor:
         memory = self._memory.get(key)
         if memory is None or memory.shape != values.shape:
-            pinned = self._strategy.device.type == "cuda"
+            pinned = self._holder.device.type == "cuda"
             memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
             self._memory[key] = memory
         return memory.copy_(values, non_blocking=True)
@@ -123,7 +143,7 @@ def read_progress(checkpoint: Path) -> Progress:
     return progress
 
 
-def load_state(checkpoint: Path, strategy: Strategy, names: list[str]) -> Progress:
+def load_state(checkpoint: Path, holder: Holder, names: list[str]) -> Progress:
     """Put a checkpoint's weights and moments into a freshly built model and optimizer.
 
     Every rank reads its own parts.
@@ -132,15 +152,15 @@ def load_state(checkpoint: Path, strategy: Strategy, names: list[str]) -> Progre
         CheckpointError: it is of another model or method.
     """
     progress = read_progress(checkpoint)
-    strategy.start_from(progress.step)
+    holder.start_from(progress.step)
     state = checkpoint / STATE
     with open_shards(state, WEIGHTS) as weights, open_shards(state, OPTIMIZER) as moments:
         _check_names(checkpoint, set(weights.shapes), names)
         for name in names:
-            for moment, part in strategy.parts(name).items():
+            for moment, part in holder.parts(name).items():
                 source, key = (moments, f"{name}.{moment}") if moment else (weights, name)
                 _fill(checkpoint, part, source, key)
-    strategy.loaded()
+    holder.loaded()
     return progress
 
 

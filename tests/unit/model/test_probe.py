@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from raytune_ft.model.probe import probe_packing
 from raytune_ft.model.skeleton import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.run import build_engine
+from raytune_ft.train.optim import build_optimizer
+from raytune_ft.train.setup import build_engine
 from tests.support.models import VOCABULARY, save_character_tokenizer, save_tiny
 from tests.support.runs import make_config, make_inputs
 
@@ -49,7 +51,8 @@ def _save(family: str, directory: Path) -> Path:
 
 def _engine(config: Config) -> Engine:
     built = build(config.model, config.method, config.train.precision, config.seed, False)
-    return build_engine(built, config, Single(config.parallel, config.train.precision))
+    strategy = Single(config.parallel, config.train.precision)
+    return build_engine(built, config, strategy, partial(build_optimizer, train=config.train))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""From a built model to an engine, and from a run's checkpoints to the one it goes on from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import PreparedData
+from raytune_ft.errors import CheckpointError, ConfigError, ModelError
+from raytune_ft.model.build import load_tokenizer, pad_token
+from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.probe import is_causal, probe_packing
+from raytune_ft.model.skeleton import Built
+from raytune_ft.strategy import OptimizerOf, Strategy
+from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.rules import Schedule
+
+
+def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
+    """Raises ModelError where the data holds a token that the model has no embedding for."""
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    splits = (data.train, data.validation, data.test)
+    largest = max(int(split.input_ids.max(initial=0)) for split in splits if split is not None)
+    if largest >= rows:
+        raise ModelError(
+            "model.path",
+            f"has embeddings for {rows} tokens, and its tokenizer writes token {largest}",
+            "use the tokenizer that belongs to the model, or resize the model's embeddings",
+        )
+
+
+def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:
+    """The newest sound checkpoint through which a run of this budget passes.
+
+    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment. Then
+    every rank verifies a share of its files: a large one takes long to read.
+    """
+    names = [
+        path.name
+        for path, manifest in reversed(store.list())
+        if strategy.rank == 0 and schedule.is_on_the_way(manifest.step, manifest.examples)
+    ]
+    for name in strategy.agree(names):
+        damaged = torch.zeros(1, device=strategy.device)
+        try:
+            store.verify(store.root / name, strategy.rank, strategy.world_size)
+        except CheckpointError as error:
+            logging.getLogger(__name__).warning(f"checkpoint {name} is passed over: {error}")
+            damaged += 1
+        if strategy.sum(damaged).item() == 0:
+            return store.root / name
+    return None
+
+
+def build_engine(
+    built: Built, config: Config, strategy: Strategy, optimizer_of: OptimizerOf
+) -> Engine:
+    """Lay the model out as the strategy does, then ask whether packing is exact on it.
+
+    Raises:
+        ConfigError: `data.packing: true` and packing would change the numbers.
+        ModelError: tokens see those after them.
+    """
+    model = built.model
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    names = list(trained_parameters(model))
+    checkpoint_activations(model, config.parallel.activation_checkpointing)
+    wrapped = strategy.prepare(model, optimizer_of)
+    if built.weights is not None:
+        built.weights.fill({n: strategy.part(n, p.detach()) for n, p in model.named_parameters()})
+    engine = Engine(
+        model=model,
+        wrapped=wrapped,
+        head=head,
+        names=names,
+        strategy=strategy,
+        precision=config.train.precision,
+        pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),
+        micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
+        packing=False,
+        notes=built.notes,
+    )
+    asked = (engine.logits, vocabulary, engine.precision, strategy.device)
+    if not strategy.agree(is_causal(*asked)):
+        raise ModelError(
+            f"model.path={config.model.path}",
+            "lets tokens see those after them, which they are to predict",
+            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
+        )
+    if config.data.packing is False:
+        return engine
+    reason = strategy.agree(probe_packing(*asked))
+    if reason is None:
+        return replace(engine, packing=True)
+    if config.data.packing is True:
+        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
+    without = f"data.packing: auto goes without, because {reason}"
+    return replace(engine, notes=(*engine.notes, without))
