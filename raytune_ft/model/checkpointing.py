@@ -61,15 +61,32 @@ def _is_dear(operator: Any) -> bool:
 
 
 class _Keep(TorchDispatchMode):
+    """Keeps the results of products, also of those that the model then changes in place."""
+
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
         self._kept = kept
+        self._by_storage: dict[int, _Versioned] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for tensor in _written(func, args, kwargs or {}):
+                if (changed := self._by_storage.pop(_storage(tensor), None)) is not None:
+                    changed.copy()
         result = func(*args, **(kwargs or {}))
         if _is_dear(func):
-            self._kept[func].append(tree_map(_with_version, result))
+            self._kept[func].append(tree_map(self._with_version, result))
+        elif func is torch.ops.aten._unsafe_view.default and (
+            viewed := self._by_storage.get(_storage(args[0]))
+        ):
+            viewed.follow(result)
         return result
+
+    def _with_version(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        kept = self._by_storage[_storage(value)] = _Versioned(value)
+        return kept
 
 
 class _Reuse(TorchDispatchMode):
@@ -87,22 +104,53 @@ class _Versioned:
     """A tensor as it was; for `tree_map` a leaf."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # Below autograd, where modes are, a detached tensor would count its changes for itself.
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            self.tensor = tensor.detach()
-        self.version = tensor._version
+        self.tensor = _same_version(tensor)
+        self._seen = [(self.tensor, tensor._version)]
+
+    def follow(self, view: Tensor) -> None:
+        """A product of three dimensions ends in `_unsafe_view`, which counts for itself."""
+        self._seen.append((_same_version(view), view._version))
+
+    def copy(self) -> None:
+        """The memory is about to be written to."""
+        self.tensor = self.tensor.clone()
+        self._seen = []
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whatever wrote to it was seen here."""
+        return all(tensor._version == version for tensor, version in self._seen)
 
 
-def _with_version(value: Any) -> Any:
-    return _Versioned(value) if isinstance(value, Tensor) else value
+def _same_version(tensor: Tensor) -> Tensor:
+    # Below autograd, where modes are, a detached tensor would count its changes for itself.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors that an operator changes."""
+    named = [(argument, kwargs.get(argument.name)) for argument in func._schema.arguments]
+    placed = list(zip(func._schema.arguments, args, strict=False)) + named
+    return [
+        value
+        for argument, value in placed
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        and isinstance(value, Tensor)
+    ]
 
 
 def _unchanged(value: Any) -> Any:
     if not isinstance(value, _Versioned):
         return value
-    if value.tensor._version != value.version:
+    if not value.is_unchanged:
         raise RuntimeError(
-            "parallel.activation_checkpointing=selective keeps results that this model changes in "
-            "place; write full"
+            "parallel.activation_checkpointing=selective keeps a result that this model changes in "
+            "place outside of its block; write full"
         )
     return value.tensor

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raytune_ft.config.schema import FullMethod, ModelConfig
+from raytune_ft.model import checkpointing
 from raytune_ft.model.build import build_model
 from raytune_ft.model.checkpointing import Activations, checkpoint_activations
 from tests.support.models import VOCABULARY, save_tiny_llama
@@ -95,18 +96,51 @@ def test_selective_with_autocast(tmp_path: Path) -> None:
         assert max(largest_difference(tmp_path / "none", tmp_path / policy)) < 1e-6
 
 
-def test_a_kept_result_that_was_changed_is_refused() -> None:
-    class Block(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(4, 4))
+class _Block(nn.Module):
+    """Adds a bias to its product in place, as DeepSpeed's linear does."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return (x @ self.weight).add_(1).sin()
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(7))
 
-    model = torch.nn.Module()
-    model.layers = torch.nn.ModuleList([Block(), Block()])
-    checkpoint_activations(model, "selective")
-    loss = model.layers[0](torch.ones(2, 4)).sum()
-    with pytest.raises(RuntimeError, match="write full"):
-        loss.backward()
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight)
+        y += self.bias
+        return y.square()
+
+
+class _Product(_Block):
+    """Hands out what it also uses."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = nn.functional.linear(x, self.weight)
+        return y, y.sin()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_a_product_that_is_changed_in_place_is_copied_before(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "find_blocks", lambda block: {"": block})
+    gradients = []
+    for policy in POLICIES:
+        torch.manual_seed(0)
+        block, x = _Block(), torch.randn(shape, requires_grad=True)
+        checkpoint_activations(block, policy)
+        block(x).square().sum().backward()
+        gradients.append([x.grad, block.weight.grad, block.bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[2], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_a_product_that_is_changed_outside_of_its_block_is_refused(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "find_blocks", lambda block: {"": block})
+    block = _Product()
+    checkpoint_activations(block, "selective")
+    y, sine = block(torch.randn(shape, requires_grad=True))
+    y += 1
+    with pytest.raises(RuntimeError, match="outside of its block; write full"):
+        (y.sum() + sine.sum()).backward()
