@@ -23,12 +23,12 @@ from raytune_ft.config import (
     yaml_text,
 )
 from raytune_ft.config.explain import explain, shown_value
+from raytune_ft.config.points import trial_count
 from raytune_ft.config.schema import Config
-from raytune_ft.config.search import Distribution
+from raytune_ft.config.search import KINDS
 from raytune_ft.errors import ConfigError
 
 Notify = Callable[[str], None]
-_KINDS = tuple(Distribution.model_fields)
 
 
 def load_config(
@@ -59,7 +59,8 @@ def to_plain(config: Config) -> dict[str, Any]:
     data = config.model_dump()
     if config.search is not None:
         data["search"]["space"] = {
-            key: {line.kind: line.values} for key, line in config.search.space.items()
+            key: {line.kind: line.values, **({"when": line.when} if line.when else {})}
+            for key, line in config.search.space.items()
         }
     return data
 
@@ -120,6 +121,7 @@ def resolve(
         data["parallel"]["deepspeed"] = file
     if config.search is not None:
         data["search"]["execution"] = "isolated"
+        data["search"]["trials"] = trial_count(config.search)
         data["search"]["storage"] = paths.study(config.search.storage, here)
     return _validated(data)
 
@@ -215,7 +217,7 @@ def _split(dotted: str) -> tuple[str, ...]:
         if dotted.startswith(start):
             rest = dotted[len(start) :]
             key, _, kind = rest.rpartition(".")
-            if prefix == ("search", "space") and key and kind in _KINDS:
+            if prefix == ("search", "space") and key and kind in (*KINDS, "when"):
                 return (*prefix, key, kind)
             return (*prefix, rest)
     return tuple(dotted.split("."))
@@ -234,8 +236,9 @@ def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
     if parts[:2] == ("search", "space") and len(parts) == 3 and value is None:
         here.pop(parts[2], None)
         return
-    if parts[:2] == ("search", "space") and len(parts) == 4:
-        here.clear()
+    if parts[:2] == ("search", "space") and len(parts) == 4 and parts[3] in KINDS:
+        for kind in KINDS:
+            here.pop(kind, None)
     here[parts[-1]] = copy.deepcopy(value)
 
 

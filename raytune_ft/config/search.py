@@ -17,18 +17,26 @@ class AshaConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
 
 
+KINDS = ("uniform", "log_uniform", "int_uniform", "choice")
+
+
 class Distribution(Section):
-    """One line of the search space; exactly one of its keys is written."""
+    """One line of the search space; exactly one of its kinds is written."""
 
     uniform: list[float] | None = Field(None, description="[low, high]")
     log_uniform: list[float] | None = Field(None, description="[low, high], both above 0")
     int_uniform: list[int] | None = Field(None, description="[low, high], both included")
     choice: list[Any] | None = Field(None, description="any number of values")
+    when: dict[str, Any] | None = Field(
+        None,
+        description="drawn only where another line, a choice, has this value or one of this list: "
+        "{method.name: lora}",
+    )
 
     @property
     def kind(self) -> str:
-        """The key that is written."""
-        return next(iter(self.model_dump(exclude_none=True)))
+        """The kind that is written."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def values(self) -> list[Any]:
@@ -37,10 +45,9 @@ class Distribution(Section):
 
     @model_validator(mode="after")
     def _one_kind_in_order(self) -> Distribution:
-        written = self.model_dump(exclude_none=True)
-        if len(written) != 1:
+        if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
             raise ValueError("needs exactly one of uniform, log_uniform, int_uniform, choice")
-        kind, values = next(iter(written.items()))
+        kind, values = self.kind, self.values
         if kind == "choice":
             if not values:
                 raise ValueError("choice is empty; write at least one value")
@@ -55,16 +62,34 @@ class Distribution(Section):
 class SearchConfig(Section):
     """Which trials are run."""
 
-    trials: Positive = 16
+    trials: Literal["auto"] | Positive = Field(
+        "auto", description="auto is 16; under sampler: grid the whole grid, which limits a number"
+    )
     metric: Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"] = "eval_loss"
     mode: Literal["min", "max"] = "min"
     max_concurrent: Literal["auto"] | Positive = Field(
         "auto", description="trials at a time; auto is what the cluster holds in whole bundles"
     )
-    execution: Literal["auto", "isolated"] = Field(
-        "auto", description="isolated: a worker group for each trial, which auto chooses today"
+    execution: Literal["auto", "packed", "isolated"] = Field(
+        "auto",
+        description="packed: LoRA trials share one frozen base in one worker group, which auto "
+        "chooses where they can; isolated: a worker group for each trial",
     )
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = Field(
+        "tpe",
+        description="tpe: any space; gp: a Gaussian process, best with few trials; cmaes: numbers "
+        "alone, best with many; grid: every combination of choices once",
+    )
+    defaults: bool = Field(
+        True,
+        description="begin with the values of this file, then with a published learning rate, "
+        "where they lie in the space; never under grid",
+    )
+    first: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="points to try first, such as [{train.lr: 1e-4}]; the rest of a point is as "
+        "in this file, or drawn where that lies outside the space",
+    )
     scheduler: AshaConfig | None = Field(
         default_factory=AshaConfig, description="null runs every trial to its end"
     )
@@ -74,3 +99,8 @@ class SearchConfig(Section):
         "is written as ${ENV_NAME}",
     )
     space: dict[str, Distribution] = Field(min_length=1)
+    constraints: list[str] = Field(
+        default_factory=list,
+        description="what every trial must meet, such as train.batch_size * method.rank <= 512: "
+        "arithmetic, comparisons, and, or, not over lines of the space",
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raytune_ft.config import reference
-from raytune_ft.config.explain import unknown_key
+from raytune_ft.config.branches import METHOD, Branches, branches, contains, same
+from raytune_ft.config.explain import shown_value, unknown_key
+from raytune_ft.config.expression import Condition
+from raytune_ft.config.points import allowed, conditions, grid, trial_count, uniform_point
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution, SearchConfig
 from raytune_ft.errors import ConfigError
@@ -29,6 +33,7 @@ NOT_SEARCHED = (
     "search",
     "promote",
 )
+MIN_DRAWS, MAX_DRAWS = 100, 10_000
 
 Apply = Callable[[Config, Mapping[str, Any]], Config]
 
@@ -55,23 +60,141 @@ def check_grace(search: SearchConfig, budget: int) -> None:
 
 
 def check_space(config: Config, apply: Apply) -> None:
-    """Every key and value of the search space, by putting it where a trial would have it.
+    """Every key and value of the search space, by putting it where a trial would have it, and then
+    what is said over several of them.
 
     `apply` is `load.apply_overrides`, handed in because load calls this module.
     """
-    assert config.search is not None
+    search = config.search
+    assert search is not None
     alone = config.model_copy(update={"search": None})
     names = _method_names(config)
-    for key, line in config.search.space.items():
+    for key in search.space:
         _check_searched(key, names)
-        for value in dict.fromkeys(map(_Same, line.values)):
-            _check_value(alone, key, line, value.value, names, apply)
+    tree = branches(search.space)
+    for key, line in search.space.items():
+        for value in {repr(value): value for value in line.values}.values():
+            _check_value(alone, line, tree.with_needs(key, value), key, apply)
+    _check_sampler(search, tree)
+    _check_constraints(search, tree)
+    _check_first(alone, search, tree, apply)
+
+
+def _check_sampler(search: SearchConfig, tree: Branches) -> None:
+    if search.sampler == "grid" and search.first:
+        raise ConfigError(
+            "search.first",
+            "is of no use under search.sampler=grid, which tries every point",
+            "delete search.first",
+        )
+    if search.sampler != "cmaes":
+        return
+    for key, line in search.space.items():
+        if line.kind == "choice" or tree.needs[key]:
+            what = "a choice" if line.kind == "choice" else "not in every trial"
+            raise ConfigError(
+                f"search.space.{key}",
+                f"is {what}, and search.sampler=cmaes moves through numbers alone",
+                "write a range, or sampler: tpe",
+            )
+    if len(search.space) < 2:
+        raise ConfigError(
+            "search.sampler=cmaes", "needs two lines of search.space", "write sampler: tpe"
+        )
+
+
+def _check_constraints(search: SearchConfig, tree: Branches) -> None:
+    """Each can be computed wherever it applies, and together they leave something."""
+    constraints = conditions(search)
+    for each in constraints:
+        for name in sorted(each.names - search.space.keys()):
+            near = reference.closest(name, search.space)
+            raise ConfigError(
+                f"search.constraints: {shown_value(each.text)}",
+                f"names {shown_value(name)}, which is no line of search.space",
+                f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
+            )
+    if not constraints:
+        return
+    if search.sampler == "grid":
+        found, tried = bool(grid(search)), "all points of the grid"
+    else:
+        found, tried = _is_met(search, tree, constraints), f"{MAX_DRAWS:,} draws"
+    if not found:
+        raise ConfigError(
+            f"search.constraints: {shown_value(' and '.join(search.constraints))}",
+            f"is met by none of {tried}",
+            "widen search.space or drop a constraint",
+        )
+
+
+def _is_met(search: SearchConfig, tree: Branches, constraints: Sequence[Condition]) -> bool:
+    """By one draw of many; some more are made, since each shows whether it can be computed."""
+    rng = random.Random(0)
+    met = 0
+    for tried in range(MAX_DRAWS):
+        met += allowed(uniform_point(search.space, tree, rng, {}), constraints)
+        if met and tried >= MIN_DRAWS:
+            break
+    return met > 0
+
+
+def _check_first(alone: Config, search: SearchConfig, tree: Branches, apply: Apply) -> None:
+    constraints = conditions(search)
+    for number, point in enumerate(search.first):
+        where = f"search.first[{number}]"
+        if not point:
+            raise ConfigError(where, "says nothing", "write for example {train.lr: 1e-4}")
+        needed: dict[str, Any] = {}
+        for key, value in point.items():
+            _check_point(where, point, key, search, tree)
+            needed |= tree.with_needs(key, value)
+        try:
+            apply(alone, needed | point)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.value}", error.rule, error.remedy) from None
+        for each in constraints:
+            if not each.holds(point):
+                rule = f"does not meet {shown_value(each.text)}"
+                raise ConfigError(where, rule, "write a point that does")
+    if len(search.first) > trial_count(search):
+        raise ConfigError(
+            f"search.trials={search.trials}",
+            f"is less than the {len(search.first)} points of search.first",
+            f"write at least {len(search.first)}",
+        )
+
+
+def _check_point(
+    where: str, point: Mapping[str, Any], key: str, search: SearchConfig, tree: Branches
+) -> None:
+    line, value = search.space.get(key), point[key]
+    if line is None:
+        near = reference.closest(key, search.space)
+        raise ConfigError(
+            f"{where}: {shown_value(key)}",
+            "is no line of search.space",
+            f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
+        )
+    if not contains(line, value):
+        raise ConfigError(
+            f"{where}: {key}={shown_value(value)}",
+            f"is not within {line.kind}: {shown_value(line.values)}",
+            "write a value that the space has, or widen the space",
+        )
+    for other, values in tree.needs[key].items():
+        if other in point and not any(same(point[other], each) for each in values):
+            raise ConfigError(
+                f"{where}: {key}",
+                f"does not exist where {other}={shown_value(point[other])}",
+                "delete one of the two",
+            )
 
 
 def _method_names(config: Config) -> list[str]:
     """The methods that trials may have."""
     assert config.search is not None
-    line = config.search.space.get("method.name")
+    line = config.search.space.get(METHOD)
     written: list[Any] = line.values if line is not None else [config.method.name]
     known = [name for name in written if isinstance(name, str) and name in reference.methods()]
     return known or [config.method.name]
@@ -100,12 +223,8 @@ def _check_searched(key: str, names: list[str]) -> None:
 
 
 def _check_value(
-    alone: Config, key: str, line: Distribution, value: Any, names: list[str], apply: Apply
+    alone: Config, line: Distribution, params: dict[str, Any], key: str, apply: Apply
 ) -> None:
-    params = {key: value}
-    owners = [name for name in names if key in reference.method_keys(name)]
-    if owners and key != "method.name":
-        params["method.name"] = owners[0]
     try:
         apply(alone, params)
     except ConfigError as error:
@@ -115,16 +234,3 @@ def _check_value(
         if whole and line.kind in ("uniform", "log_uniform"):
             remedy = "write int_uniform: [low, high], or choice"
         raise ConfigError(f"search.space.{key}: {error.value}", error.rule, remedy) from None
-
-
-class _Same:
-    """A value of a choice, hashable whatever it is, told apart by how it is written."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and repr(self.value) == repr(other.value)
-
-    def __hash__(self) -> int:
-        return hash(repr(self.value))

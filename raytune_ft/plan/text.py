@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config.load import dump_yaml
+from raytune_ft.config.points import trial_count
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
 from raytune_ft.plan.options import NodeChoice, Option, fastest
 
@@ -149,8 +150,9 @@ def _time(plan: Plan) -> list[str]:
     ]
     search = plan.config.search
     if search is not None:
-        whole = search.trials * duration.worker_hours
-        lines.append(f"a sweep of {search.trials} trials: at most {whole:.2g} worker-hours")
+        trials = trial_count(search)
+        whole = trials * duration.worker_hours
+        lines.append(f"a sweep of {trials} trials: at most {whole:.2g} worker-hours")
         if plan.asha_share < 1:
             lines[-1] += (
                 f", at least {whole * plan.asha_share:.2g} where {search.scheduler.name} stops "  # type: ignore[union-attr]

@@ -15,7 +15,8 @@ from ray import tune
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import RunFailed
 from raytune_ft.search.progress import Progress
-from raytune_ft.search.ray_optuna import OfThisProcess, rows, tell_failed
+from raytune_ft.search.ray_optuna import OfThisProcess
+from raytune_ft.search.study import rows, tell_failed
 from raytune_ft.train.ray_group import end_groups_of
 
 

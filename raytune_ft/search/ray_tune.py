@@ -20,21 +20,18 @@ from ray.exceptions import RayError
 from ray.tune.error import TuneError
 
 from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.points import Point, trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Interrupted, RunFailed
+from raytune_ft.model.build import load_model_config
 from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
+from raytune_ft.search.first import first_points
 from raytune_ft.search.progress import progress_for
 from raytune_ft.search.ray_events import Reports, StopWith
-from raytune_ft.search.ray_optuna import (
-    StudySearcher,
-    open_study,
-    rows,
-    tell_outcome,
-    unfinished,
-)
+from raytune_ft.search.ray_optuna import StudySearcher
 from raytune_ft.search.ray_trial import (
     Asha,
     IsolatedTrial,
@@ -45,6 +42,7 @@ from raytune_ft.search.ray_trial import (
 )
 from raytune_ft.search.results import SweepResult, sweep_result
 from raytune_ft.search.space import apply_params, trial_name
+from raytune_ft.search.study import open_study, rows, tell_outcome, unfinished
 from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import (
@@ -135,7 +133,7 @@ class _Sweep:
     def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
         """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
         kept = sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
-        left = self._search.trials - kept
+        left = trial_count(self._search) - kept
         if left <= 0:
             return
         progress = progress_for(tell, left)
@@ -207,6 +205,7 @@ class _Sweep:
                     self._shared.config.seed,
                     self._prepare,
                     interrupted.is_set,
+                    self._points(),
                 ),
                 scheduler=self._scheduler(),
                 reuse_actors=True,
@@ -220,6 +219,12 @@ class _Sweep:
                 verbose=0,
             ),
         )
+
+    def _points(self) -> list[Point]:
+        """The first trials, by what the model's own configuration says of it."""
+        text = load_model_config(self._shared.config.model).get_text_config()
+        width = getattr(text, "hidden_size", None)
+        return first_points(self._shared.config, str(text.model_type), width)
 
     def _scheduler(self) -> Asha | None:
         if self._search.scheduler is None:
@@ -247,7 +252,7 @@ class _Sweep:
 def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:
     """Trials at a time where `fit` fit: what is written, but no more; and what to say of it."""
     wanted = fit if search.max_concurrent == "auto" else search.max_concurrent
-    useful = min(wanted, search.trials)
+    useful = min(wanted, trial_count(search))
     if useful <= fit:
         return useful, None
     return fit, f"search.max_concurrent={wanted} is lowered to {fit}: no more trials fit at a time"

@@ -17,7 +17,6 @@ from optuna.distributions import (
 )
 
 from raytune_ft.config.load import apply_overrides
-from raytune_ft.config.reference import method_keys
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution
 
@@ -29,20 +28,17 @@ def distributions(space: Mapping[str, Distribution]) -> dict[str, BaseDistributi
     return {key: _distribution(line) for key, line in space.items()}
 
 
-def decode(space: Mapping[str, Distribution], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that Optuna drew, as the config file would have them.
-
-    Where the method itself is searched, a trial has only the keys of its own method.
-    """
-    values = {key: _decode(space[key], value) for key, value in drawn.items()}
-    method = values.get("method.name")
-    if method is None:
-        return values
+def encode(space: Mapping[str, Distribution], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as Optuna stores them."""
     return {
-        key: value
+        key: _encode(value) if space[key].kind == "choice" else value
         for key, value in values.items()
-        if not key.startswith("method.") or key in method_keys(method)
     }
+
+
+def decode(space: Mapping[str, Distribution], drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that Optuna drew, as the config file would have them."""
+    return {key: _decode(space[key], value) for key, value in drawn.items()}
 
 
 def apply_params(config: Config, params: Mapping[str, Any], trial: str, storage: str) -> Config:

@@ -16,9 +16,10 @@ from ray.util.placement_group import placement_group_table
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ClusterError, Interrupted
-from raytune_ft.search.ray_optuna import open_study, sampler_for
+from raytune_ft.search.draw import JointSampler
 from raytune_ft.search.ray_tune import run_sweep
 from raytune_ft.search.space import distributions
+from raytune_ft.search.study import open_study
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
 
 pytestmark = pytest.mark.ray
@@ -152,7 +153,7 @@ def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
     study = open_study(config.name, sweep_dir, None, "min", True)
     replay = open_study("replay", tmp_path, None, "min", False)
     replay.add_trials(study.trials[:2])
-    replay.sampler = sampler_for("tpe", config.seed, 2, 3)
+    replay.sampler = JointSampler(shorter, config.seed)
     drawn = replay.ask(distributions(shorter.space)).params
     assert drawn == study.trials[2].params
 

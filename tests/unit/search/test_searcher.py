@@ -12,8 +12,10 @@ from ray.tune.search import Searcher
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
-from raytune_ft.search.ray_optuna import StudySearcher, open_study, rows, sampler_for, unfinished
+from raytune_ft.search.draw import JointSampler
+from raytune_ft.search.ray_optuna import StudySearcher
 from raytune_ft.search.space import distributions
+from raytune_ft.search.study import open_study, rows, unfinished
 
 
 def search_config(**changes: Any) -> SearchConfig:
@@ -57,11 +59,24 @@ def drive(one: StudySearcher, count: int) -> list[dict[str, Any]]:
     return drawn
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+NUMBERS = {
+    "train.lr": {"log_uniform": [1e-5, 1e-1]},
+    "method.rank": {"int_uniform": [2, 8]},
+}
+LEVELS = {
+    "train.lr": {"choice": [10.0**-power for power in range(1, 7)]},
+    "method.rank": {"choice": [2, 4]},
+}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "space"),
+    [("tpe", None), ("random", None), ("gp", None), ("cmaes", NUMBERS), ("grid", LEVELS)],
+)
 def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
-    tmp_path: Path, sampler: str
+    tmp_path: Path, sampler: str, space: dict[str, Any] | None
 ) -> None:
-    search = search_config(sampler=sampler)
+    search = search_config(sampler=sampler, **({"space": space} if space else {}))
     draws = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -70,7 +85,7 @@ def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
         )
     assert draws[0] == draws[1]
     assert len(draws[0]) == 12
-    assert len({params["train.lr"] for params in draws[0]}) == 12
+    assert len({tuple(params.values()) for params in draws[0]}) == 12
 
     (tmp_path / "c").mkdir()
     first = drive(searcher(open_study("s", tmp_path / "c", None, "min", False), search), 5)
@@ -90,15 +105,14 @@ def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
     draws = drive(searcher(open_study("whole", tmp_path, None, "min", False), search), 7)
     study = open_study("cut", tmp_path, None, "min", False)
     drive(searcher(study, search), 6)
-    study.sampler = sampler_for("tpe", 0, 6, search.trials)
+    study.sampler = JointSampler(search, 0)
     study.ask(dict(list(distributions(search.space).items())[:known]))
     again = searcher(open_study("cut", tmp_path, None, "min", True), search)
     first, second = again.suggest("x"), again.suggest("y")
     assert isinstance(first, dict)
     assert isinstance(second, dict)
     assert first["params"].keys() == search.space.keys()
-    if known != 1:  # of a joint draw, the rest alone comes out otherwise
-        assert first["params"] == draws[6]
+    assert first["params"] == draws[6]
     assert (first["number"], second["number"]) == (6, 7)
 
 
@@ -168,12 +182,3 @@ def test_a_shared_storage_never_merges_two_sweeps(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_opened_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"search\.storage cannot be opened"):
         open_study("s", tmp_path, f"sqlite:///{tmp_path}/none/there.db", "min", False)
-
-
-def test_samplers_of_one_sweep_differ() -> None:
-    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
-    values = set()
-    for number in range(8):
-        study = optuna.create_study(sampler=sampler_for("tpe", 0, number, 12))
-        values.add(study.ask(space).params["x"])
-    assert len(values) == 8

@@ -54,14 +54,3 @@ def test_values_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 def test_names_sort_as_their_numbers() -> None:
     names = [trial_name(number) for number in range(120)]
     assert sorted(names) == names
-
-
-def test_a_trial_has_only_the_keys_of_its_method() -> None:
-    space = {
-        "method.name": Distribution(choice=["lora", "full"]),
-        "method.rank": Distribution(choice=[4, 8]),
-        "train.lr": Distribution(log_uniform=[1e-4, 1e-2]),
-    }
-    drawn = {"method.name": "full", "method.rank": 4, "train.lr": 1e-3}
-    assert decode(space, drawn) == {"method.name": "full", "train.lr": 1e-3}
-    assert decode(space, drawn | {"method.name": "lora"})["method.rank"] == 4
