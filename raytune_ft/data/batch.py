@@ -1,6 +1,6 @@
 """One forward pass: tokens, what they predict, and where each example stands.
 
-Shapes: B rows, S tokens of the longest row.
+Shapes: B rows, S tokens of the longest row, E examples, T tokens of all examples.
 """
 
 from __future__ import annotations
@@ -52,6 +52,20 @@ class MicroBatch:
             inputs["attention_mask"] = self.attention_BS
         return inputs
 
+    def repeated(self, times: int) -> MicroBatch:
+        """All rows again and again; `spans` are those of the first time."""
+
+        def again(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows.repeat(times, 1)
+
+        return MicroBatch(
+            self.tokens_BS.repeat(times, 1),
+            self.targets_BS.repeat(times, 1),
+            again(self.positions_BS),
+            again(self.attention_BS),
+            self.spans,
+        )
+
     def owners_BS(self) -> Tensor:
         """For every token, the position of its example in the step's list; -1 for padding."""
         owners_BS = torch.full(self.tokens_BS.shape, -1, dtype=torch.int64)
@@ -70,32 +84,43 @@ def collate(
     """Write the examples `indices` of `split` into rows as `layout` says.
 
     An empty layout gives one token that predicts nothing: a forward of weight zero, for ranks
-    that have no work left while others still communicate.
+    that have no work left while others still communicate. An empty row is padding alone.
     """
-    examples = [
-        [(position, *split.example(indices[position])) for position in row] for row in layout
-    ]
-    width = max((sum(len(ids) for _, ids, _ in row) for row in examples), default=1)
-    shape = (max(len(examples), 1), width)
+    counts_B = np.array([len(row) for row in layout] or [0])
+    ordered = [position for row in layout for position in row]
+    chosen_E = np.asarray(indices, np.int64)[ordered]
+    lengths_E = split.lengths[chosen_E]
+    rows_E = np.repeat(np.arange(len(counts_B)), counts_B)
+    used_B = np.bincount(rows_E, lengths_E, minlength=len(counts_B)).astype(np.int64)
+    begins_E = np.cumsum(lengths_E) - lengths_E
+    starts_E = begins_E - (np.cumsum(used_B) - used_B)[rows_E]
+    width = max(int(used_B.max()), 1)
+
+    # For each token (T of them): its place in its example, in its row and in the split.
+    offsets_T = np.arange(lengths_E.sum()) - np.repeat(begins_E, lengths_E)
+    places_T = np.repeat(rows_E * width + starts_E, lengths_E) + offsets_T
+    sources_T = np.repeat(split.offsets[chosen_E], lengths_E) + offsets_T
+    followed_T = offsets_T + 1 < np.repeat(lengths_E, lengths_E)
+    nexts_T = sources_T[followed_T] + 1
+
+    shape = (len(counts_B), width)
+    columns_S = np.arange(width)
     tokens_BS = np.full(shape, pad_token, np.int64)
     targets_BS = np.full(shape, NO_TARGET, np.int64)
-    positions_BS = np.zeros(shape, np.int64)
-    attention_BS = np.zeros(shape, np.int64)
-    spans = []
-    for row, contents in enumerate(examples):
-        start = 0
-        for position, ids, label_mask in contents:
-            stop = start + len(ids)
-            tokens_BS[row, start:stop] = ids
-            targets_BS[row, start : stop - 1] = np.where(label_mask[1:], ids[1:], NO_TARGET)
-            positions_BS[row, start:stop] = np.arange(len(ids))
-            attention_BS[row, start:stop] = 1
-            spans.append(Span(row, start, stop, position))
-            start = stop
-        # Padding is a document of its own: under a mask from positions no example sees it.
-        positions_BS[row, start:] = np.arange(width - start)
-    packed = any(len(row) > 1 for row in layout)
-    padded = bool((attention_BS == 0).any()) and bool(layout)
+    # Padding is a document of its own: under a mask from positions no example sees it.
+    positions_BS = columns_S - used_B[:, None]
+    tokens_BS.flat[places_T] = split.input_ids[sources_T]
+    targets_BS.flat[places_T[followed_T]] = np.where(
+        split.label_mask[nexts_T], split.input_ids[nexts_T], NO_TARGET
+    )
+    positions_BS.flat[places_T] = offsets_T
+    # A row without examples attends to one token all the same: attention to nothing is NaN.
+    attention_BS = (columns_S < np.maximum(used_B, 1)[:, None]).astype(np.int64)
+    packed = bool((counts_B > 1).any())
+    padded = bool((attention_BS == 0).any())
+    spans = tuple(
+        map(Span, rows_E.tolist(), starts_E.tolist(), (starts_E + lengths_E).tolist(), ordered)
+    )
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -105,5 +130,5 @@ def collate(
         tensor(targets_BS),
         tensor(positions_BS) if packed else None,
         tensor(attention_BS) if padded and not packed else None,
-        tuple(spans),
+        spans,
     )

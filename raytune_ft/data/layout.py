@@ -23,12 +23,20 @@ def lay_out(
     A micro-batch holds at most `micro_tokens` tokens, padding included, but always one row.
     """
     ranks = [
-        _micro_batches(_rows(mine, lengths, packing), lengths, micro_tokens)
+        _micro_batches(
+            fill_rows(mine, lengths, _longest(mine, lengths) if packing else 0),
+            lengths,
+            micro_tokens,
+        )
         for mine in _split_over_ranks(lengths, world_size)
     ]
     most = max(len(rank) for rank in ranks)
     # Collectives dead-lock when ranks differ in the number of passes: the rest are empty ones.
     return [rank + [()] * (most - len(rank)) for rank in ranks]
+
+
+def _longest(positions: Sequence[int], lengths: Sequence[int]) -> int:
+    return max((lengths[position] for position in positions), default=0)
 
 
 def _longest_first(positions: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -46,22 +54,20 @@ def _split_over_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]
     return shares
 
 
-def _rows(positions: Sequence[int], lengths: Sequence[int], packing: bool) -> list[Row]:
-    """One example a row, or first-fit decreasing into rows as long as the longest example.
+def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> list[Row]:
+    """First-fit decreasing into rows of `width`; one example a row where two do not fit.
 
-    Rows stay that short because attention over a row costs the square of its length.
+    Rows as long as the longest example are a good choice: attention over a row costs the square
+    of its length.
     """
-    ordered = _longest_first(positions, lengths)
-    if not packing:
-        return [(position,) for position in ordered]
     rows: list[list[int]] = []
     free: list[int] = []
-    for position in ordered:
+    for position in _longest_first(positions, lengths):
         fits = (index for index, room in enumerate(free) if lengths[position] <= room)
         index = next(fits, len(rows))
         if index == len(rows):
             rows.append([])
-            free.append(lengths[ordered[0]])
+            free.append(width)
         rows[index].append(position)
         free[index] -= lengths[position]
     return [tuple(row) for row in rows]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from raytune_ft.config.paths import BUILTIN
-from raytune_ft.config.schema import MethodConfig, ModelConfig
+from raytune_ft.config.schema import LoraMethod, MethodConfig, ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
 from raytune_ft.tensors.write import DTYPES
@@ -204,19 +204,35 @@ def apply_method(
     base: nn.Module, method: MethodConfig, precision: Precision, seed: int
 ) -> nn.Module:
     """See `build_model`; the weights of `base` may be on the meta device."""
-    base.eval()
-    if precision == "float64":  # for which the fused products of experts have no kernel
-        base.set_experts_implementation("eager")  # type: ignore[operator]
+    _set_up(base, precision)
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
-        _embed_in_bfloat16(built)
     master = _master(precision)
     for parameter in built.parameters():
         if parameter.requires_grad and parameter.dtype != master:
             parameter.data = parameter.data.to(master)
     return built
+
+
+def build_frozen(model: ModelConfig, precision: Precision) -> nn.Module:
+    """The base as `build_model` has it under an adapter, and no adapter.
+
+    Raises:
+        ModelError: see `load_base`.
+    """
+    base = load_base(model, dtype_of(model, LoraMethod(), precision))
+    _set_up(base, precision)
+    return base.requires_grad_(False)
+
+
+def _set_up(base: nn.Module, precision: Precision) -> None:
+    base.eval()
+    if precision == "float64":  # for which the fused products of experts have no kernel
+        base.set_experts_implementation("eager")  # type: ignore[operator]
+    if precision == "bfloat16":
+        _embed_in_bfloat16(base)
 
 
 def _embed_in_bfloat16(model: nn.Module) -> None:

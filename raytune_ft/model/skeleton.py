@@ -96,6 +96,30 @@ def _build_in_parts(
     return Built(built, FileWeights(seen.files, places, pattern))
 
 
+def shapes_of(base: nn.Module) -> nn.Module:
+    """A copy of a model whose weights are on the meta device."""
+    absent: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device=META), requires_grad=False)
+        for p in base.parameters()
+    }
+    return copy.deepcopy(base, absent)
+
+
+def apply_beside_shapes(
+    shapes: nn.Module, method: MethodConfig, precision: Precision, seed: int
+) -> nn.Module:
+    """What `apply_method` makes of such a copy, with the new weights there; `shapes` stays.
+
+    For methods that do not look at the weights of their base.
+    """
+
+    def whole(parameter: nn.Parameter) -> Tensor:
+        raise AssertionError("the method looks at the weights of its base")
+
+    with _beside_absent_weights(whole):
+        return apply_method(shapes_of(shapes), method, precision, seed)
+
+
 @dataclass
 class _Seen:
     """What was learned while `from_pretrained` ran; `parameters` keeps them alive, and their ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,32 +32,43 @@ class Scores:
 
 def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
     """Scores of the model as it is now; all ranks share the work and get the same answer."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    return evaluate_groups(engine, split, 1, beat)[0]
+
+
+@torch.no_grad()
+def evaluate_groups(
+    engine: Engine, split: TokenizedSplit, groups: int, beat: Beat = unheard
+) -> list[Scores]:
+    """Scores of each of several models that share one, which sees the rows once for each of them.
+
+    The g-th group of rows is the g-th model's.
+    """
+    engine = replace(engine, micro_tokens=max(1, engine.micro_tokens // groups))
+    sums_G3 = torch.zeros(groups, 3, dtype=torch.float64, device=engine.strategy.device)
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         layout = engine.layout(split.lengths[indices].tolist())
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
-            sums += _sums(engine, engine.collate(split, indices, rows))
+            sums_G3 += _sums(engine, engine.collate(split, indices, rows), groups)
             beat(number, len(layout))
-    loss, correct, exact = engine.strategy.sum(sums.to(engine.strategy.device)).tolist()
     label_tokens = int(split.label_counts.sum())
-    return Scores(loss / label_tokens, correct / label_tokens, exact / len(split))
+    return [
+        Scores(loss / label_tokens, correct / label_tokens, exact / len(split))
+        for loss, correct, exact in engine.strategy.sum(sums_G3).tolist()
+    ]
 
 
-@torch.no_grad()
-def _sums(engine: Engine, batch: MicroBatch) -> torch.Tensor:
-    """Loss, right tokens and wholly right examples of one micro-batch."""
+def _sums(engine: Engine, batch: MicroBatch, groups: int) -> torch.Tensor:
+    """`[G, 3]`: loss, right tokens and wholly right examples of one micro-batch."""
     keep_BS = label_positions(batch)
-    logits_NV = engine.logits(batch, keep_BS)
-    losses_N = token_losses(logits_NV, batch)
-    right_N = logits_NV.argmax(-1) == batch.targets_BS[keep_BS]
-    wrong_examples = batch.owners_BS()[keep_BS][~right_N].unique()
-    return torch.tensor(
-        [
-            losses_N.double().sum().item(),
-            right_N.sum().item(),
-            len(batch.spans) - len(wrong_examples),
-        ],
-        dtype=torch.float64,
-    )
+    owners_N = batch.owners_BS()[keep_BS]
+    batch = batch.repeated(groups)
+    logits_MV = engine.logits(batch)
+    losses_GN = token_losses(logits_MV, batch).view(groups, -1)
+    right_GN = (logits_MV.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
+    examples = [span.example for span in batch.spans]
+    wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
+    wrong_GE.index_add_(1, owners_N, (~right_GN).long())
+    exact_G = (wrong_GE[:, examples] == 0).sum(1)
+    return torch.stack([losses_GN.double().sum(1), right_GN.sum(1), exact_G], 1)

@@ -7,7 +7,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,9 +21,10 @@ from raytune_ft.train.heartbeat import Standing, log_text, summary
 from raytune_ft.train.host import HANG_LOG, append_hang_log
 from raytune_ft.train.ray_cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.train.ray_group import end_group, failure_of
+from raytune_ft.train.ray_job import Ended, Note, Report, StopRequested
 from raytune_ft.train.ray_switchboard import start_switchboard
-from raytune_ft.train.ray_trainer import train_group
-from raytune_ft.train.ray_worker import ask_to_stop, standing
+from raytune_ft.train.ray_trainer import Worker, train_group
+from raytune_ft.train.ray_worker import ask_to_stop, standing, train_worker
 from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
 
@@ -34,37 +34,15 @@ ANSWER_TIMEOUT_S = 2.0
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
 
 
-@dataclass(frozen=True)
-class Report:
-    """An evaluation; its checkpoint, if it earned one, is on disk."""
-
-    metrics: EvalMetrics
-    checkpoint: str | None
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something for people to read."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The run is over and nothing of it is left on the cluster."""
-
-    error: RaytuneFtError | None
-
-
-class StopRequested(Exception):
-    """The switchboard told everybody to stop."""
-
-
 class TrainJob:
-    """A worker group in the background of this process, from `start` to `stop`."""
+    """A worker group in the background of this process; see `Job`.
 
-    def __init__(self, spec: RunSpec, switchboard: Any) -> None:
+    `worker` is what its workers run, with `more` beside the run itself.
+    """
+
+    def __init__(self, spec: RunSpec, switchboard: Any, worker: Worker, **more: Any) -> None:
         self.spec = spec
+        self._worker, self._more = worker, more
         # Ray resumes a run whose name it knows; ours resume from their own checkpoints.
         self._name = f"{spec.run_dir.name}-{uuid.uuid4().hex[:8]}"
         self._switchboard = switchboard
@@ -75,11 +53,7 @@ class TrainJob:
         self._silent: set[int] = set()  # its ranks that said they hang
 
     def start(self) -> None:
-        """Wait for a free slot, then let Ray Train start the workers.
-
-        Raises:
-            StopRequested: before there was a slot.
-        """
+        """See `Job`."""
         (self.spec.run_dir / RESULT).unlink(missing_ok=True)
         owner = self.spec.run_dir.name
         if not ray.get(self._switchboard.open.remote(self._name, owner)):
@@ -87,11 +61,7 @@ class TrainJob:
         self._thread.start()
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
-        """The next thing that happened, in order; None when nothing did for `timeout_s`.
-
-        Raises:
-            StopRequested: nothing more will be listened to; call `stop`.
-        """
+        """See `Job`."""
         if not self._pending:
             over = not self._thread.is_alive()
             events, stopping = ray.get(self._switchboard.take.remote(self._name, timeout_s))
@@ -108,7 +78,7 @@ class TrainJob:
         return self._pending.pop(0) if self._pending else None
 
     def wind_down(self, grace_s: float) -> None:
-        """Ask the workers to save and to leave, and wait for that, but no longer than `grace_s`.
+        """See `Job`.
 
         Returns early where there is nothing to save, which every worker that lives has to say: one
         that does not answer at once may be in the middle of a checkpoint. `stop` is still to be
@@ -137,7 +107,7 @@ class TrainJob:
 
     def _heard(self, event: dict[str, Any]) -> list[Report | Note]:
         if "report" in event:
-            return [_report(event["report"])]
+            return [Report.of(event["report"])]
         if "workers" in event:
             self._hang, self._silent = None, set()
             size = event["workers"]
@@ -172,7 +142,7 @@ class TrainJob:
 
     def _fit(self) -> None:
         try:
-            train_group(self.spec, self._name, self._switchboard)
+            train_group(self.spec, self._name, self._switchboard, self._worker, self._more)
         except (TrainingFailedError, RayError, RuntimeError, OSError, ValueError) as error:
             self._error = error
         finally:
@@ -214,7 +184,7 @@ def fit(
     grace_s = stop_grace_s()
     with connected():
         require_capacity(spec.config.parallel)
-        job = TrainJob(spec, start_switchboard(slots=1))
+        job = TrainJob(spec, start_switchboard(slots=1), train_worker)
         with interruptible() as interrupted:
             ended = None
             try:
@@ -257,8 +227,3 @@ def _listen(
         if isinstance(event, Note):
             tell(event.text)
     return None
-
-
-def _report(values: dict[str, Any]) -> Report:
-    numbers = {name: values[name] for name in EvalMetrics.__annotations__}
-    return Report(EvalMetrics(**numbers), values["checkpoint"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -17,7 +18,7 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.train.ray_elastic import scaling_policy
 from raytune_ft.train.ray_group import RunWatch, StartsInARow
-from raytune_ft.train.ray_worker import ProcessGroupConfig, train_worker
+from raytune_ft.train.ray_worker import ProcessGroupConfig
 from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.
@@ -51,7 +52,12 @@ class _LeanTrainer(DataParallelTrainer):
         )
 
 
-def train_group(spec: RunSpec, name: str, switchboard: Any) -> None:
+Worker = Callable[[dict[str, Any]], str]
+
+
+def train_group(
+    spec: RunSpec, name: str, switchboard: Any, worker: Worker, more: dict[str, Any]
+) -> None:
     """Train `spec` as Ray's run `name`, and return when its last worker group is gone.
 
     Raises:
@@ -68,8 +74,8 @@ def train_group(spec: RunSpec, name: str, switchboard: Any) -> None:
     storage = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
         _LeanTrainer(
-            train_worker,
-            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard},
+            worker,
+            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard, **more},
             backend_config=_process_group(spec.config, gpu),
             scaling_config=ScalingConfig(
                 num_workers=size,

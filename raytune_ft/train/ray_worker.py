@@ -20,6 +20,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.load import choose_strategy
+from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.rundir import RESULT
 from raytune_ft.train.heartbeat import Heartbeat, Standing
@@ -96,9 +97,19 @@ def train_worker(payload: dict[str, Any]) -> str:
     Returns how the run ended, of which "interrupted" is not the end where nobody asked for it.
     """
     spec: RunSpec = payload["spec"]
-    resources = spec.config.parallel.resources_per_worker
     if ray.train.get_context().get_world_rank() == 0:
         (spec.run_dir / RESULT).unlink(missing_ok=True)  # what an earlier group left
+    use_reserved(spec.config.parallel)
+
+    from raytune_ft.train.run import run_training
+
+    host = host_of(payload["run"], payload["switchboard"])
+    return run_training(spec, choose_strategy(spec.config)[0], RayReporter(), host).status
+
+
+def use_reserved(parallel: ParallelConfig) -> None:
+    """The threads and the device that were reserved for this worker; loads torch."""
+    resources = parallel.resources_per_worker
     if not resources.get("GPU", 0):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
     import torch
@@ -110,12 +121,10 @@ def train_worker(payload: dict[str, Any]) -> str:
 
         torch.cuda.set_device(get_device())
 
-    from raytune_ft.train.run import run_training
 
-    host = Host(
-        _should_stop, partial(_tell_of_hang, payload["run"], payload["switchboard"]), _heart
-    )
-    return run_training(spec, choose_strategy(spec.config)[0], RayReporter(), host).status
+def host_of(run: str, switchboard: Any) -> Host:
+    """Ray Train as the host of this worker's run."""
+    return Host(_should_stop, partial(_tell_of_hang, run, switchboard), _heart)
 
 
 @dataclass

@@ -1,0 +1,249 @@
+"""One run among many that train in one process: its place in the data, its rules, its files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.identity import config_sha256
+from raytune_ft.data.layout import Row
+from raytune_ft.data.order import example_indices
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import CheckpointError, Diverged, RunFailed
+from raytune_ft.model.drawn import Drawn
+from raytune_ft.model.export import Exporter
+from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.rundir import CHECKPOINTS, METRICS
+from raytune_ft.strategy import Strategy
+from raytune_ft.train.ended import write_ended, write_result
+from raytune_ft.train.evaluation import Scores
+from raytune_ft.train.optim import learning_rate
+from raytune_ft.train.packed_holder import SlotHolder
+from raytune_ft.train.packed_optim import Step
+from raytune_ft.train.report import MetricsFile, Reporter, Several
+from raytune_ft.train.reports import Reports
+from raytune_ft.train.result import run_result
+from raytune_ft.train.rules import (
+    Objective,
+    Schedule,
+    after_evaluation,
+    checkpoint_path,
+    exhausted,
+    outcome,
+)
+from raytune_ft.train.saver import Identity, Saver
+from raytune_ft.train.setup import where_to_resume
+from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.state import Progress, load_state
+
+
+class SlotRun:
+    """Does for one slot what `train.loop` does for a run, while the engine runs the model.
+
+    Raises:
+        CheckpointError: the checkpoint to go on from is of another model or method.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        data: TokenizedSplit,
+        drawn: Drawn,
+        holder: SlotHolder,
+        strategy: Strategy,
+        reporter: Reporter,
+        should_stop: Callable[[], bool],
+        pool: Executor,
+    ) -> None:
+        config = spec.config
+        self.spec, self.drawn, self.holder = spec, drawn, holder
+        self._data, self._settings, self._should_stop = data, config.train, should_stop
+        self._objective = Objective(spec.metric, spec.mode)
+        self._schedule = Schedule.of(config.train, len(data), config.checkpoint.every_examples)
+        self._store = CheckpointStore(spec.run_dir / CHECKPOINTS)
+        checkpoint = where_to_resume(self._store, self._schedule, strategy)
+        self.progress = load_state(checkpoint, holder, holder.names) if checkpoint else Progress()
+        self._started = time.perf_counter() - self.progress.wall_s
+        self._saver = Saver(
+            self._store,
+            Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
+            config.checkpoint,
+            holder,
+            holder.names,
+            Exporter(drawn.model, torch.float32),
+            pool,
+        )
+        log = MetricsFile(spec.run_dir / METRICS, self.progress.step if checkpoint else None)
+        self._log, self._both = log, Several([log, reporter])
+        self._reports = Reports(self._saver, reporter)
+        self._evaluation: EvalMetrics | None = None
+        self._stopped = False
+        self._begin_step()
+
+    def begin(self, base: Scores) -> None:
+        """Before the first step; `base` is the model's without any adapter.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self.progress.base is None:
+            evaluation = self._metrics_of(base)
+            self.progress = replace(self.progress, base=evaluation)
+            self._both.evaluation(evaluation, None)
+
+    @property
+    def over(self) -> bool:
+        """Does the run go no further?"""
+        done = self.progress.step >= self._schedule.total_steps
+        return done or self._stopped or exhausted(self.progress, self._settings)
+
+    @property
+    def writing(self) -> bool:
+        """Is a checkpoint being written?"""
+        return self._saver.busy
+
+    def _begin_step(self) -> None:
+        """The examples of the next step, longest first."""
+        seen, step = self.progress.examples, self.progress.step + 1
+        self._examples = self._schedule.examples_after(step)
+        indices = example_indices(
+            self.spec.config.seed, seen, self._examples - seen, len(self._data)
+        )
+        lengths = self._data.lengths[indices]
+        self._waiting = indices[np.argsort(-lengths, kind="stable")]
+        self.waiting_lengths: list[int] = self._data.lengths[self._waiting].tolist()
+        self.label_tokens = int(self._data.label_counts[indices].sum())
+        self._tokens, self._loss_sum = int(lengths.sum()), 0.0
+        self._step_started = time.perf_counter()
+
+    def take(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The examples at these positions of `waiting_lengths`, which wait no longer."""
+        taken = [self._waiting[list(row)].tolist() if row else [] for row in rows]
+        left = np.ones(len(self._waiting), bool)
+        left[[position for row in rows for position in row]] = False
+        self._waiting = self._waiting[left]
+        self.waiting_lengths = self._data.lengths[self._waiting].tolist()
+        return taken
+
+    def add_loss(self, loss_sum: float) -> None:
+        """Of the examples taken last."""
+        self._loss_sum += loss_sum
+
+    def next_step(self) -> Step:
+        """What the optimizer is to do once no example waits."""
+        lr = learning_rate(self._settings, self.progress.step, self._schedule.total_steps)
+        return Step(self.holder.slot, lr, self._settings)
+
+    def after_step(self, lr: float, grad_norm: float) -> bool:
+        """Note the step; is an evaluation due?
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
+        """
+        step, loss = self.progress.step + 1, self._loss_sum / self.label_tokens
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+        now = time.perf_counter()
+        self._stopped = self._should_stop()
+        self._evaluation = None
+        self.progress = replace(
+            self.progress, step=step, examples=self._examples, wall_s=now - self._started
+        )
+        self._both.step(
+            StepMetrics(
+                step=step,
+                examples=self._examples,
+                tokens=self._tokens,
+                label_tokens=self.label_tokens,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_s=self._tokens / (now - self._step_started),
+                wall_s=self.progress.wall_s,
+            )
+        )
+        return self._schedule.due(step, self._schedule.eval_every)
+
+    def settle(self, scores: Scores | None) -> None:
+        """Take note of an evaluation, if one was due, save if that is due, and go on.
+
+        Raises:
+            Diverged: the evaluation is not finite.
+            CheckpointError: an earlier checkpoint could not be written.
+        """
+        step, is_best = self.progress.step, False
+        if scores is not None:
+            evaluation = self._evaluation = self._metrics_of(scores)
+            is_best = self._objective.improves(evaluation, self.progress.best)
+            self.progress = after_evaluation(
+                self.progress, evaluation, self._settings, self._objective
+            )
+            self._log.evaluation(evaluation, None)
+        if is_best or self.over or self._schedule.save_due(step):
+            self._reports.release()
+            self._saver.save(self.progress, self._evaluation)
+        if self._evaluation is not None:
+            self._reports.hold(self._evaluation, checkpoint_path(step) if is_best else None)
+        if not self.over:
+            self._begin_step()
+
+    def pass_on(self) -> None:
+        """Tell the reporter what waited for a checkpoint that is committed by now.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if not self._saver.busy:
+            self._reports.release()
+
+    def finish(self, notes: tuple[str, ...]) -> None:
+        """Wait for the last checkpoint and leave the result of a run that is over.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._reports.release()
+        status = outcome(self.progress, self._settings, self._schedule)
+        config = self.spec.config
+        write_result(
+            self.spec.run_dir, run_result(status, self.progress, self._store, config, notes)
+        )
+        self._log.close()
+
+    def fail(self, error: RunFailed) -> None:
+        """Leave the result of a run that failed."""
+        if isinstance(error, Diverged):
+            with suppress(CheckpointError):
+                self._reports.release()
+        write_ended(self.spec, "failed", f"{type(error).__name__}: {error}")
+        self._log.close()
+
+    def leave(self, status: Literal["pruned", "interrupted"], notes: tuple[str, ...]) -> None:
+        """End after the last whole step; an interrupted run has a checkpoint of it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if status == "pruned":
+            self._saver.wait()
+            write_ended(self.spec, "pruned")
+            self._log.close()
+            return
+        if self.progress.step:
+            self._saver.save(self.progress, self._evaluation)
+        self.finish(notes)
+
+    def _metrics_of(self, scores: Scores) -> EvalMetrics:
+        step, examples = self.progress.step, self.progress.examples
+        if not math.isfinite(scores.loss):
+            raise Diverged(f"step {step}: evaluation loss {scores.loss}")
+        return EvalMetrics(step, examples, scores.loss, scores.token_accuracy, scores.exact_match)

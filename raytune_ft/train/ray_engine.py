@@ -1,0 +1,159 @@
+"""The worker of an engine: it trains the trials that hold its slots, until no more will come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from raytune_ft.config.load import choose_strategy
+from raytune_ft.errors import InputError
+from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.train.ended import write_ended
+from raytune_ft.train.heartbeat import watched
+from raytune_ft.train.ray_slots import Command, Enter, Finish, Leave
+from raytune_ft.train.ray_worker import host_of, use_reserved
+from raytune_ft.train.spec import RunSpec
+
+if TYPE_CHECKING:
+    from raytune_ft.strategy import Strategy
+    from raytune_ft.train.packed import PackedEngine
+
+IDLE_S = 1.0
+"""Between two beats of an engine that waits for trials."""
+
+
+def engine_worker(payload: dict[str, Any]) -> str:
+    """The function of each worker of an engine; see `train_worker`."""
+    spec: RunSpec = payload["spec"]
+    use_reserved(spec.config.parallel)
+
+    from raytune_ft.data.prepare import open_prepared
+    from raytune_ft.strategy import STRATEGIES
+    from raytune_ft.train.packed import PackedEngine
+
+    parallel = spec.config.parallel
+    name = choose_strategy(spec.config)[0]
+    strategy = STRATEGIES[name](parallel, spec.config.train.precision)
+    engine = PackedEngine(
+        spec.config, open_prepared(spec.data_dir), payload["slots"], payload["rank"], strategy
+    )
+    host = host_of(payload["run"], payload["switchboard"])
+    with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
+        desk = _Desk(payload["board"], spec.run_dir.name, strategy)
+        work = _Work(engine, desk)
+        try:
+            for held in desk.begin(payload["slots"]):
+                work.enter(held)
+            while not work.finished:
+                host.heart.enter(f"{len(work.specs)} trials")
+                if strategy.agree(host.should_stop()):
+                    work.interrupt()
+                    return "interrupted"
+                for command in desk.commands(wait=not work.specs):
+                    work.do(command)
+                if work.specs:
+                    work.advance()
+        finally:
+            engine.close()
+    return "completed"
+
+
+class _Desk:
+    """The engine's line to the board: rank 0 talks, and all ranks do the same."""
+
+    def __init__(self, board: Any, name: str, strategy: Strategy) -> None:
+        self._board, self._name, self._strategy = board, name, strategy
+        self._asked: Any = None
+
+    def begin(self, slots: int) -> list[RunSpec]:
+        """Trials that an engine which was lost has left behind."""
+        return self._strategy.agree(self._first(self._board.begin.remote, self._name, slots) or [])
+
+    def commands(self, wait: bool) -> list[Command]:
+        """What has come; without `wait`, without a delay."""
+        found: list[Command] = []
+        if self._strategy.rank == 0:
+            self._asked = self._asked or self._board.commands.remote(self._name, 60.0)
+            ready, _ = ray.wait([self._asked], timeout=IDLE_S if wait else 0)
+            if ready:
+                found, self._asked = ray.get(self._asked), None
+        return self._strategy.agree(found)
+
+    def post(self, run: str, event: dict[str, Any]) -> None:
+        """To a trial."""
+        if self._strategy.rank == 0:
+            self._board.post.remote(run, event)
+
+    def gone(self, run: str) -> None:
+        """A slot is free."""
+        if self._strategy.rank == 0:
+            ray.get(self._board.gone.remote(run))
+
+    def _first(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return ray.get(call(*arguments)) if self._strategy.rank == 0 else None
+
+
+class _Work:
+    """What the engine is asked, done."""
+
+    def __init__(self, engine: PackedEngine, desk: _Desk) -> None:
+        self._engine, self._desk = engine, desk
+        self.specs: dict[Path, RunSpec] = {}
+        self.finished = False
+
+    def do(self, command: Command) -> None:
+        match command:
+            case Enter(spec):
+                self.enter(spec)
+            case Leave(run, status):
+                path = next((path for path in self.specs if path.name == run), None)
+                if path is not None:  # else it has ended meanwhile
+                    self._engine.leave(path, status)
+                    self._forget(path)
+            case Finish():
+                self.finished = True
+
+    def enter(self, spec: RunSpec) -> None:
+        """A trial that cannot be trained fails, and nobody else."""
+        run = spec.run_dir.name
+        try:
+            self._engine.enter(spec, _ToTrial(partial(self._desk.post, run)))
+        except InputError as error:
+            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+            self._desk.post(run, {"ended": error})
+            self._desk.gone(run)
+        else:
+            self.specs[spec.run_dir] = spec
+
+    def advance(self) -> None:
+        for path in self._engine.advance():
+            self._desk.post(path.name, {"ended": None})
+            self._forget(path)
+
+    def interrupt(self) -> None:
+        """Every trial saves; they stay this engine's, which starts again."""
+        for path in list(self.specs):
+            self._engine.leave(path, "interrupted")
+
+    def _forget(self, path: Path) -> None:
+        del self.specs[path]
+        self._desk.gone(path.name)
+
+
+class _ToTrial:
+    """A `Reporter` of one slot."""
+
+    def __init__(self, post: Callable[[dict[str, Any]], None]) -> None:
+        self._post = post
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Nothing."""
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """To the trial's process, and by it to Tune."""
+        self._post({"report": {**asdict(metrics), "checkpoint": checkpoint}})
