@@ -27,7 +27,7 @@ from raytune_ft.config.load import (
     to_plain,
 )
 from raytune_ft.config.schema import Config
-from raytune_ft.config.search_rules import check_grace
+from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import (
@@ -101,7 +101,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         if not _has_ended(run, config):
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
-            check_grace(spec.config.search, _examples(config, data))
+            check_examples(spec.config.search, _examples(config, data))
             with run.begun(config):
                 _search(spec, tell, resume)
         return Swept(run.path, _read_json(run.path / RESULT), _promote_once(run.path, tell))
@@ -265,13 +265,14 @@ def _examples(config: Config, data: PreparedData) -> int:
 
 
 def _has_ended(run: OpenRun, config: Config) -> bool:
-    """Whether a resume finds the run complete, and no larger budget or number of trials."""
+    """Whether a resume finds the run complete, and no other budget or number of trials."""
     if run.saved is None or not (run.path / RESULT).is_file():
         return False
     if _read_json(run.path / RESULT).get("status") not in ("completed", "early_stopped"):
         return False
-    trials = [each.search.trials if each.search else 0 for each in (run.saved, config)]
-    return trials[0] == trials[1] and _budget(run.saved) == _budget(config)
+    searches = [each.search for each in (run.saved, config)]
+    limits = [(each.trials, each.budget) if each else None for each in searches]
+    return limits[0] == limits[1] and _budget(run.saved) == _budget(config)
 
 
 def _budget(config: Config) -> list[Any]:

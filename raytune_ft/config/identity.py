@@ -22,6 +22,7 @@ FREE = (
     "search.max_concurrent",
     "search.execution",
     "search.storage",
+    "search.budget",
     "promote",
 )
 BUDGET = ("train.epochs", "train.max_examples")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raytune_ft.config import paths
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.schema import Config, LoraMethod
-from raytune_ft.config.search_rules import check_grace, check_search
+from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
@@ -20,8 +20,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed={config.seed}", f"is above {MAX_SEED}", "write a smaller one")
     if config.search is not None:
         check_search(config.search)
+        check_budget(config)
         if config.train.max_examples is not None and config.train.epochs is None:
-            check_grace(config.search, config.train.max_examples)
+            check_examples(config.search, config.train.max_examples)
 
 
 def _check_layout(config: Config) -> None:

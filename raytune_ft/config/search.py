@@ -17,6 +17,18 @@ class AshaConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
 
 
+class BudgetConfig(Section):
+    """What all trials together may spend, over resumes too; whichever is used up first ends it."""
+
+    examples: Positive | None = Field(None, description="examples that trials train on, together")
+    wall_s: Annotated[float, Field(gt=0)] | str | None = Field(
+        None, description="time of the sweep: seconds, or a text such as 90m, 2h, 1d"
+    )
+    gpu_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GPUs that trials hold, times the hours that they hold them"
+    )
+
+
 KINDS = ("uniform", "log_uniform", "int_uniform", "choice")
 
 
@@ -67,6 +79,11 @@ class SearchConfig(Section):
     )
     metric: Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"] = "eval_loss"
     mode: Literal["min", "max"] = "min"
+    budget: BudgetConfig | None = Field(
+        None,
+        description="beside trials: no trial begins after it, running ones end at their next "
+        "evaluation as pruned",
+    )
     max_concurrent: Literal["auto"] | Positive = Field(
         "auto", description="trials at a time; auto is what the cluster holds in whole bundles"
     )

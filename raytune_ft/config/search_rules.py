@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_ft.config import reference
 from raytune_ft.config.branches import METHOD, Branches, branches, contains, same
+from raytune_ft.config.durations import duration_s
 from raytune_ft.config.explain import shown_value, unknown_key
 from raytune_ft.config.expression import Condition
 from raytune_ft.config.points import allowed, conditions, grid, trial_count, uniform_point
@@ -48,8 +49,32 @@ def check_search(search: SearchConfig) -> None:
         )
 
 
-def check_grace(search: SearchConfig, budget: int) -> None:
-    """A grace period within the examples that a trial sees, which epochs alone do not tell."""
+def check_budget(config: Config) -> None:
+    """A time that can be read, and GPUs to count."""
+    budget = config.search.budget if config.search else None
+    if budget is None:
+        return
+    if budget.wall_s is not None:
+        duration_s(budget.wall_s)
+    if budget.gpu_hours is not None and not config.parallel.resources_per_worker.get("GPU"):
+        raise ConfigError(
+            f"search.budget.gpu_hours={budget.gpu_hours:g}",
+            "counts GPUs, and parallel.resources_per_worker has none",
+            "write search.budget.wall_s or examples, or give workers a GPU",
+        )
+
+
+def check_examples(search: SearchConfig, budget: int) -> None:
+    """What `search` counts in examples against those that a trial sees, which epochs alone do not
+    tell.
+    """
+    whole = search.budget.examples if search.budget else None
+    if whole is not None and whole < budget:
+        raise ConfigError(
+            f"search.budget.examples={whole}",
+            f"is less than the {budget} examples of one trial",
+            f"write at least {budget}, or a smaller train.max_examples",
+        )
     scheduler = search.scheduler
     if scheduler is not None and scheduler.grace_examples > budget:
         raise ConfigError(

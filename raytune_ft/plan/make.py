@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.app import joins_cluster, placed, prepare
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.schema import Config, LoraMethod
-from raytune_ft.config.search_rules import check_grace
+from raytune_ft.config.search_rules import check_examples
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def make_plan(
 
     budget = total_examples(config.train, len(data.train))
     if config.search is not None:
-        check_grace(config.search, budget)
+        check_examples(config.search, budget)
     schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
     steps = schedule.total_steps
     midway = any(

@@ -51,7 +51,8 @@ class StudySearcher(OfThisProcess, Searcher):
     """Hands out trials: first the ones that an earlier driver left unfinished, then new ones.
 
     `prepare` makes a trial's directory and says how many examples it will see; a ConfigError of
-    it fails that trial, and the next one is drawn. Nothing is drawn while `held` is true.
+    it fails that trial, and the next one is drawn. Nothing is drawn while `held` is true, and
+    nothing any more once `over` is.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class StudySearcher(OfThisProcess, Searcher):
         prepare: Prepare,
         held: Callable[[], bool] = lambda: False,
         points: Sequence[Point] = (),
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(metric=search.metric, mode=search.mode)
         self._study, self._search = study, search
         self._trials = trial_count(search)
         study.sampler = self._sampler = JointSampler(search, seed, points)
-        self._prepare, self._held = prepare, held
+        self._prepare, self._held, self._over = prepare, held, over
         self._numbers: dict[str, int] = {}  # by Tune's id of the trial
         self._unfinished = [trial.number for trial in unfinished(study)]
 
@@ -92,6 +94,8 @@ class StudySearcher(OfThisProcess, Searcher):
         """An earlier driver's trial: it may have died while it drew, and a trial without a value
         would run with that of the config file. Else a new one.
         """
+        if self._over():
+            return None
         if self._unfinished:
             return live(self._study, self._unfinished.pop(0))
         if len(self._study.trials) >= self._trials:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune.error import TuneError
+from ray.tune.stopper import CombinedStopper
 
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.points import Point, trial_count
@@ -28,8 +30,10 @@ from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.model.build import load_model_config
 from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
+from raytune_ft.search.budget import Spending
 from raytune_ft.search.first import first_points
 from raytune_ft.search.progress import progress_for
+from raytune_ft.search.ray_budget import StopAtBudget
 from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import StudySearcher
 from raytune_ft.search.ray_trial import (
@@ -55,7 +59,7 @@ from raytune_ft.train.ray_group import end_group
 from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.signals import interruptible
 
-MAKESPAN = "makespan_s"
+MAKESPAN, GPU_SECONDS = "makespan_s", "gpu_s"
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
@@ -115,6 +119,13 @@ class _Sweep:
             config.name, sweep_dir, self._search.storage, self._search.mode, resume
         )
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
+        self._spending = Spending(
+            self._search.budget,
+            {row.id: row.examples for row in self._rows()},
+            float(self._study.user_attrs.get(GPU_SECONDS, 0.0)),
+            config.parallel.max_workers * config.parallel.resources_per_worker.get("GPU", 0.0),
+            self._elapsed_s,
+        )
         saved = sweep_dir / CONFIG
         self._written = load_config(saved) if saved.is_file() else config
         self._examples = len(open_prepared(data_dir).train)
@@ -134,7 +145,7 @@ class _Sweep:
         """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
         kept = sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
         left = trial_count(self._search) - kept
-        if left <= 0:
+        if left <= 0 or self._spending.over():
             return
         progress = progress_for(tell, left)
         progress.note(
@@ -167,6 +178,7 @@ class _Sweep:
             base = base or (left.base if left else None)
         makespan = self._study.user_attrs.get(MAKESPAN, 0.0)
         result = sweep_result(trials, base, makespan, interrupted, self._search.mode)
+        result = replace(result, ended_by=self._spending.over())
         write_json_atomic(self._shared.sweep_dir / RESULT, result)
         return result
 
@@ -194,6 +206,7 @@ class _Sweep:
         interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(IsolatedTrial, shared=self._shared)
+        budget = StopAtBudget(self._spending, self._remember_makespan)
         return tune.Tuner(
             tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
@@ -206,6 +219,7 @@ class _Sweep:
                     self._prepare,
                     interrupted.is_set,
                     self._points(),
+                    lambda: self._spending.over() is not None,
                 ),
                 scheduler=self._scheduler(),
                 reuse_actors=True,
@@ -214,8 +228,8 @@ class _Sweep:
                 name=self._shared.config.name,
                 storage_path=storage,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[reports],
-                stop=stop,
+                callbacks=[reports, budget],
+                stop=CombinedStopper(stop, budget),
                 verbose=0,
             ),
         )
@@ -245,8 +259,11 @@ class _Sweep:
 
     def _remember_makespan(self) -> None:
         """Seconds of this driver and of the ones before it, in the study: it may be killed."""
-        seconds = self._before_s + time.monotonic() - self._begun
-        self._study.set_user_attr(MAKESPAN, round(seconds, 3))
+        self._study.set_user_attr(MAKESPAN, round(self._elapsed_s(), 3))
+        self._study.set_user_attr(GPU_SECONDS, round(self._spending.gpu_s, 3))
+
+    def _elapsed_s(self) -> float:
+        return self._before_s + time.monotonic() - self._begun
 
 
 def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:

@@ -16,7 +16,9 @@ USABLE = ("completed", "early_stopped", "pruned")
 
 @dataclass(frozen=True)
 class SweepResult:
-    """`result.json` of a sweep. `best` is None where no trial is usable."""
+    """`result.json` of a sweep. `best` is None where no trial is usable; `ended_by` is the key of
+    `search.budget` that was used up.
+    """
 
     status: SweepStatus
     base: Mapping[str, float] | None
@@ -25,6 +27,7 @@ class SweepResult:
     makespan_s: float
     execution: str = "isolated"
     error: str | None = None
+    ended_by: str | None = None
 
 
 def sweep_result(

@@ -12,7 +12,7 @@ from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.reference import keys, methods
 from raytune_ft.config.schema import Config, DataConfig, SourceConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.search_rules import check_grace
+from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError
 
 CONFIG = Config(name="a", data=DataConfig(train=SourceConfig(path="/x.jsonl")))
@@ -92,6 +92,7 @@ def test_one_epoch_written_or_not_is_the_same_budget() -> None:
 def test_a_sweep_may_gain_trials_and_nothing_else() -> None:
     sweep = apply_overrides(CONFIG, SEARCH)
     check_resume(sweep, apply_overrides(sweep, {"search.trials": 9, "search.max_concurrent": 1}))
+    check_resume(sweep, apply_overrides(sweep, {"search.budget.examples": 5000}))
     for change in ({"search.trials": 3}, {"search.space.train.lr": {"choice": [3.0]}}):
         with pytest.raises(ConfigError):
             check_resume(sweep, apply_overrides(sweep, change))
@@ -106,9 +107,17 @@ def test_the_budget_of_a_sweep_stays() -> None:
 def test_a_grace_period_beyond_the_budget_is_refused_once_the_data_is_known() -> None:
     search = apply_overrides(CONFIG, SEARCH).search
     assert search is not None
-    check_grace(search, 1000)
+    check_examples(search, 1000)
     with pytest.raises(ConfigError, match=r"grace_examples=1000 is more than the 999 examples"):
-        check_grace(search, 999)
+        check_examples(search, 999)
+
+
+def test_a_budget_below_one_trial_is_refused_once_the_data_is_known() -> None:
+    search = apply_overrides(CONFIG, SEARCH | {"search.budget.examples": 1500}).search
+    assert search is not None
+    check_examples(search, 1500)
+    with pytest.raises(ConfigError, match=r"examples=1500 is less than the 1501 examples of one"):
+        check_examples(search, 1501)
 
 
 def test_the_reference_knows_every_key() -> None:

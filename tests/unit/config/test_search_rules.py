@@ -78,6 +78,9 @@ def with_search(**search: Any) -> Config:
         ({"constraints": ["train.lr <"]}, "search.constraints: train.lr < is not a condition;"),
         ({"constraints": ["train.lrr < 1"]}, "which is no line of search.space; did you mean"),
         ({"constraints": ["method.rank < 'a'"]}, "cannot be computed at method.rank="),
+        ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is no span of time;"),
+        ({"budget": {"wall_s": 0}}, "search.budget.wall_s=0 is not a number above 0 or text"),
+        ({"budget": {"gpu_hours": 1.0}}, "counts GPUs, and parallel.resources_per_worker has none"),
         (
             {"constraints": ["train.lr > 1"]},
             "search.constraints: train.lr > 1 is met by none of 10,000 draws; widen search.space",

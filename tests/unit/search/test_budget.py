@@ -1,0 +1,97 @@
+"""What a sweep may spend, and what happens when it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+
+from raytune_ft.config.search import BudgetConfig, SearchConfig
+from raytune_ft.search.budget import Spending
+from raytune_ft.search.ray_budget import StopAtBudget
+from raytune_ft.search.ray_optuna import StudySearcher
+from raytune_ft.search.study import open_study
+
+
+def spending(clock: list[float], gpu_s: float = 0.0, **budget: Any) -> Spending:
+    config = BudgetConfig.model_validate(budget) if budget else None
+    return Spending(config, {"a": 100}, gpu_s, 2.0, lambda: clock[0])
+
+
+def test_whatever_is_used_up_first_ends_it() -> None:
+    clock = [0.0]
+    spent = spending(clock, examples=300, wall_s="1m", gpu_hours=0.05)
+    assert spent.over() is None
+    spent.trained("b", 150)
+    spent.trained("b", 140)  # it goes on from a checkpoint and reports once more
+    spent.trained("a", 149)
+    assert spent.over() is None
+    spent.trained("a", 150)
+    assert spent.over() == "examples"
+
+    spent = spending(clock, wall_s="1m", gpu_hours=0.05)
+    spent.began("a")
+    clock[0] = 59.0
+    assert spent.over() is None
+    clock[0] = 60.0
+    assert spent.over() == "wall_s"
+
+    spent = spending(clock, gpu_s=100.0, gpu_hours=0.05)  # of 180 s, 80 are left
+    spent.began("a")
+    clock[0] += 20
+    spent.ended("a")
+    spent.began("b")
+    clock[0] += 10
+    assert (spent.gpu_s, spent.over()) == (160.0, None)
+    clock[0] += 10
+    assert (spent.gpu_s, spent.over()) == (180.0, "gpu_hours")
+
+
+def test_no_budget_is_never_used_up() -> None:
+    spent = spending([1e12])
+    spent.trained("a", 10**12)
+    assert spent.over() is None
+
+
+def test_running_trials_stop_at_their_next_report() -> None:
+    kept: list[int] = []
+    stop = StopAtBudget(spending([0.0], examples=300), lambda: kept.append(1))
+    for name in "ab":
+        trial = SimpleNamespace(trial_id=f"tune-{name}", config={"trial": name})
+        stop.on_trial_start(0, [], trial)
+    assert not stop("tune-a", {"examples": 200})
+    assert stop("tune-b", {"examples": 100})
+    assert stop("tune-a", {"examples": 200})
+    assert not stop("tune-a", {"examples": 200, "done": True, "outcome": "completed"})
+    assert not stop.stop_all()
+    assert len(kept) == 4
+
+
+def test_no_trial_begins_once_it_is_over(tmp_path: Path) -> None:
+    search = SearchConfig.model_validate({"space": {"train.lr": {"uniform": [0, 1]}}})
+    study = open_study("s", tmp_path, None, "min", False)
+    over: list[bool] = []
+    searcher = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
+    assert isinstance(searcher.suggest("a"), dict)
+    over.append(True)
+    assert searcher.suggest("b") == Searcher.FINISHED
+    again = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
+    assert again.suggest("a") == Searcher.FINISHED  # the first one waits for a larger budget
+    over.clear()
+    resumed = again.suggest("a")
+    assert isinstance(resumed, dict)
+    assert resumed["number"] == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [(90, 90.0), ("90s", 90.0), ("1.5h", 5400.0), ("2d", 172800.0)]
+)
+def test_time_is_written_as_people_do(written: float | str, seconds: float) -> None:
+    clock = [seconds - 1]
+    spent = spending(clock, wall_s=written)
+    assert spent.over() is None
+    clock[0] += 1
+    assert spent.over() == "wall_s"
