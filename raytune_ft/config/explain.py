@@ -29,14 +29,17 @@ def explain(error: ValidationError, data: dict[str, Any]) -> ConfigError:
         pair for pair in located if not any(_is_below(other, pair[0]) for other, _ in located)
     ]
     path, item = longest_first[0]
-    method = _method(data)
+    method = _scheduler(data) if path[:2] == ("search", "scheduler") else _method(data)
     if item["type"] == "extra_forbidden":
         return unknown_key(path, method)
     if item["type"] == "missing":
         return _missing(path, method)
     if item["type"] == "union_tag_invalid":
         tag = shown_value(_at(data, path).get("name"))
-        return _not_one_of((*path, "name"), tag, sorted(reference.methods()))
+        field = reference.field_at(path)
+        assert field is not None
+        named = map(reference.name_of, reference.sections_of(field.annotation))
+        return _not_one_of((*path, "name"), tag, sorted(filter(None, named)))
     if item["type"] == "value_error":
         rule, _, remedy = str(item["ctx"]["error"]).partition("; ")
         remedy = remedy or "write for example {choice: [8, 16]} or {uniform: [0.1, 0.5]}"
@@ -58,8 +61,8 @@ def unknown_key(path: Sequence[str], method: object = None) -> ConfigError:
         remedy = f"did you mean {near}?"
     else:
         remedy = f"the keys {f'of {section}' if section else 'there'} are {', '.join(siblings)}"
-    of_method = f" of method {method}" if section == "method" else ""
-    return ConfigError(_short(dotted), f"is not a key{of_method}", remedy)
+    of_name = f" of {path[-2]} {method}" if section in ("method", "search.scheduler") else ""
+    return ConfigError(_short(dotted), f"is not a key{of_name}", remedy)
 
 
 def wrong_value(path: Sequence[str], value: Any, method: object = None) -> ConfigError:
@@ -154,6 +157,12 @@ def _at(data: Any, path: Sequence[str]) -> Any:
     for part in path:
         data = data[part]
     return data
+
+
+def _scheduler(data: dict[str, Any]) -> object:
+    search = data.get("search")
+    scheduler = search.get("scheduler") if isinstance(search, dict) else None
+    return scheduler.get("name", "asha") if isinstance(scheduler, dict) else None
 
 
 def _method(data: dict[str, Any]) -> object:

@@ -139,7 +139,7 @@ def suggestion(parts: Sequence[str], method: object = None) -> str | None:
         return ELSEWHERE[parts[-1]]
     fixed = list(dict.fromkeys(key.dotted for key in keys() if MADE_UP not in key.dotted))
     moved = [dotted for dotted in fixed if dotted.split(".")[-1] == parts[-1]]
-    if len(moved) == 1:
+    if len(moved) == 1 and moved != [".".join(parts)]:
         return moved[0]
     return None if siblings else closest(".".join(parts), fixed)
 

@@ -17,6 +17,32 @@ class AshaConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
 
 
+class HyperbandConfig(Section):
+    """ASHA with several first rungs, for when it is unknown how early a trial can be judged."""
+
+    name: Literal["hyperband"]
+    grace_examples: Positive = Field(1000, description="the first rung of the first bracket")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
+    brackets: Annotated[int, Field(ge=2)] = Field(
+        3, description="each begins a rung later; most trials are in the first"
+    )
+
+
+class MedianConfig(Section):
+    """The median stopping rule of Google Vizier (Golovin et al., 2017)."""
+
+    name: Literal["median"]
+    grace_examples: Positive = Field(1000, description="nobody is stopped before")
+    min_trials: Positive = Field(
+        3, description="others that must have come as far before anybody is stopped"
+    )
+
+
+SchedulerConfig = Annotated[
+    AshaConfig | HyperbandConfig | MedianConfig, Field(discriminator="name")
+]
+
+
 class BudgetConfig(Section):
     """What all trials together may spend, over resumes too; whichever is used up first ends it."""
 
@@ -107,7 +133,7 @@ class SearchConfig(Section):
         description="points to try first, such as [{train.lr: 1e-4}]; the rest of a point is as "
         "in this file, or drawn where that lies outside the space",
     )
-    scheduler: AshaConfig | None = Field(
+    scheduler: SchedulerConfig | None = Field(
         default_factory=AshaConfig, description="null runs every trial to its end"
     )
     storage: str | None = Field(

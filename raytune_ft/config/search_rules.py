@@ -80,7 +80,7 @@ def check_examples(search: SearchConfig, budget: int) -> None:
         raise ConfigError(
             f"search.scheduler.grace_examples={scheduler.grace_examples}",
             f"is more than the {budget} examples that a trial sees",
-            f"write at most {max(1, budget // scheduler.reduction_factor)}, or scheduler: null",
+            f"write at most {max(1, budget // 3)}, or scheduler: null",
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.config.search import AshaConfig
+from raytune_ft.config.search import AshaConfig, SchedulerConfig
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import held_by
 from raytune_ft.estimate.shell import Shell, elements
@@ -177,13 +177,13 @@ def _ring_s(message: Message, size: int, parallel: ParallelConfig, hardware: Har
     return message.factor * (seconds + (size - 1) * latency)
 
 
-def asha_share(scheduler: AshaConfig | None, budget: int) -> float:
+def asha_share(scheduler: SchedulerConfig | None, budget: int) -> float:
     """The least share of the full cost of a sweep that successive halving leaves: of those that
     reach a rung, one in `reduction_factor` goes on.
 
-    An asynchronous scheduler promotes some too early, so a sweep takes more.
+    An asynchronous scheduler promotes some too early, so a sweep takes more. 1 for other rules.
     """
-    if scheduler is None or scheduler.grace_examples >= budget:
+    if not isinstance(scheduler, AshaConfig) or scheduler.grace_examples >= budget:
         return 1.0
     spent, before, alive = 0.0, 0, 1.0
     rung = scheduler.grace_examples

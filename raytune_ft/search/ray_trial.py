@@ -1,20 +1,16 @@
-"""One trial as Ray Tune sees it, and when ASHA lets it go on."""
+"""One trial as Ray Tune sees it."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray.tune import PlacementGroupFactory, Trainable
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from raytune_ft.config.schema import Config
-from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import TRIALS
@@ -141,49 +137,3 @@ def outcome_of(result: RunResult, metric: str) -> dict[str, Any]:
         "value": getattr(best, metric) if best else None,
         "examples": final.examples if final else 0,
     }
-
-
-class Asha(AsyncHyperBandScheduler):
-    """Ray's ASHA over examples, with rungs that know a trial by its name and survive a resume.
-
-    The untouched base is no rung, and nobody is stopped at the end of its own budget, where there
-    is nothing left to save. `budget_examples` is the budget of a usual trial, for the rungs.
-    """
-
-    def __init__(self, config: AshaConfig, budget_examples: int, metric: str, mode: str) -> None:
-        super().__init__(
-            time_attr="examples",
-            metric=metric,
-            mode=mode,
-            max_t=max(budget_examples, config.grace_examples),
-            grace_period=config.grace_examples,
-            reduction_factor=config.reduction_factor,
-            stop_last_trials=False,
-        )
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
-        super().on_trial_add(tune_controller, _named(trial))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """See `TrialScheduler`."""
-        if not 0 < result.get("examples", 0) < trial.config["budget"]:
-            return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, _named(trial), result))
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """See `TrialScheduler`; an outcome is no evaluation, so that no rung hears of it."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
-
-    def recall(self, trial: str, values: dict[int, float]) -> None:
-        """Puts an earlier driver's evaluations of a trial, by examples, back on their rungs."""
-        stub = SimpleNamespace(config={"trial": trial, "budget": math.inf})
-        self.on_trial_add(None, stub)
-        for examples, value in sorted(values.items()):
-            self.on_trial_result(None, stub, {"examples": examples, self.metric: value})
-
-
-def _named(trial: Any) -> Any:
-    return SimpleNamespace(trial_id=trial.config["trial"])

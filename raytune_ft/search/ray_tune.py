@@ -36,8 +36,8 @@ from raytune_ft.search.progress import progress_for
 from raytune_ft.search.ray_budget import StopAtBudget
 from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import StudySearcher
+from raytune_ft.search.ray_schedulers import Asha, Median, scheduler_for
 from raytune_ft.search.ray_trial import (
-    Asha,
     IsolatedTrial,
     Shared,
     driver_place,
@@ -240,14 +240,14 @@ class _Sweep:
         width = getattr(text, "hidden_size", None)
         return first_points(self._shared.config, str(text.model_type), width)
 
-    def _scheduler(self) -> Asha | None:
+    def _scheduler(self) -> Asha | Median | None:
         if self._search.scheduler is None:
             return None
         budget = total_examples(self._shared.config.train, self._examples)
-        asha = Asha(self._search.scheduler, budget, self._search.metric, self._search.mode)
+        rule = scheduler_for(self._search.scheduler, budget, self._search.metric, self._search.mode)
         for trial in self._study.get_trials(deepcopy=False):
-            asha.recall(trial_name(trial.number), trial.intermediate_values)
-        return asha
+            rule.recall(trial_name(trial.number), trial.intermediate_values)
+        return rule
 
     def _prepare(self, trial: str, params: dict[str, Any]) -> int:
         """A trial's directory with its config; returns its budget in examples."""

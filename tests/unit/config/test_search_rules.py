@@ -78,6 +78,12 @@ def with_search(**search: Any) -> Config:
         ({"constraints": ["train.lr <"]}, "search.constraints: train.lr < is not a condition;"),
         ({"constraints": ["train.lrr < 1"]}, "which is no line of search.space; did you mean"),
         ({"constraints": ["method.rank < 'a'"]}, "cannot be computed at method.rank="),
+        ({"scheduler": {"name": "medain"}}, "search.scheduler.name=medain is not asha, hyperband"),
+        (
+            {"scheduler": {"name": "median", "reduction_factor": 3}},
+            "search.scheduler.reduction_factor is not a key of scheduler median; the keys of",
+        ),
+        ({"scheduler": {"graze": 3}}, "search.scheduler.graze is not a key of scheduler asha; the keys"),
         ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is no span of time;"),
         ({"budget": {"wall_s": 0}}, "search.budget.wall_s=0 is not a number above 0 or text"),
         ({"budget": {"gpu_hours": 1.0}}, "counts GPUs, and parallel.resources_per_worker has none"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from raytune_ft.config.search import AshaConfig
-from raytune_ft.search.ray_trial import Asha
+from raytune_ft.config.search import AshaConfig, HyperbandConfig, MedianConfig
+from raytune_ft.search.ray_schedulers import Asha, Hyperband, Median, scheduler_for
 
 BUDGET = 900
 
@@ -19,13 +19,13 @@ def asha(mode: str = "min") -> Asha:
     return Asha(AshaConfig(grace_examples=100, reduction_factor=3), BUDGET, "eval_loss", mode)
 
 
-def begin(scheduler: Asha, name: str, budget: float = BUDGET) -> Any:
+def begin(scheduler: Asha | Median, name: str, budget: float = BUDGET) -> Any:
     trial = SimpleNamespace(trial_id=f"tune-{name}", config={"trial": name, "budget": budget})
     scheduler.on_trial_add(None, trial)
     return trial
 
 
-def decide(scheduler: Asha, trial: Any, examples: int, loss: float) -> str:
+def decide(scheduler: Asha | Median, trial: Any, examples: int, loss: float) -> str:
     return scheduler.on_trial_result(None, trial, {"examples": examples, "eval_loss": loss})
 
 
@@ -70,3 +70,52 @@ def test_a_budget_below_the_grace_period_stops_nobody() -> None:
     scheduler = Asha(AshaConfig(grace_examples=100), 50, "eval_loss", "min")
     assert decide(scheduler, begin(scheduler, "a", math.inf), 60, 1.0) == TrialScheduler.CONTINUE
     assert decide(scheduler, begin(scheduler, "b", math.inf), 60, 2.0) == TrialScheduler.CONTINUE
+
+
+def median(mode: str = "min") -> Median:
+    return Median(MedianConfig(name="median", grace_examples=100, min_trials=2), "eval_loss", mode)
+
+
+@pytest.mark.parametrize(("mode", "good", "bad"), [("min", 1.0, 2.0), ("max", 2.0, 1.0)])
+def test_median_stops_who_is_worse_than_most_and_never_pauses(
+    mode: str, good: float, bad: float
+) -> None:
+    rule = median(mode)
+    trials = [begin(rule, name) for name in "abc"]
+    assert decide(rule, trials[2], 110, bad) == TrialScheduler.CONTINUE  # nobody to compare with
+    for trial in trials[:2]:
+        assert decide(rule, trial, 110, good) == TrialScheduler.CONTINUE
+        assert decide(rule, trial, 220, good) == TrialScheduler.CONTINUE
+    late = begin(rule, "d")
+    assert decide(rule, late, 50, bad) == TrialScheduler.CONTINUE
+    assert decide(rule, late, 110, bad) == TrialScheduler.STOP
+    assert decide(rule, begin(rule, "e", 110), 110, bad) == TrialScheduler.CONTINUE
+
+
+def test_median_remembers_an_earlier_driver_and_counts_nothing_twice() -> None:
+    rule = median()
+    for name in "ab":
+        rule.recall(name, {100: 1.0, 200: 1.0})
+    again = begin(rule, "a")
+    assert decide(rule, again, 200, 9.0) == TrialScheduler.CONTINUE
+    assert decide(rule, begin(rule, "c"), 200, 1.1) == TrialScheduler.STOP
+
+
+def test_hyperband_gives_a_trial_the_same_bracket_again() -> None:
+    config = HyperbandConfig(name="hyperband", grace_examples=100, brackets=3)
+    names = [f"trial-{number:03d}" for number in range(60)]
+    found = []
+    for _ in range(2):
+        rule = scheduler_for(config, BUDGET, "eval_loss", "min")
+        assert isinstance(rule, Hyperband)
+        for name in names:
+            begin(rule, name)
+        found.append([rule._brackets.index(rule._trial_info[name]) for name in names])
+    assert found[0] == found[1]
+    assert found[0].count(0) > found[0].count(1) > found[0].count(2) > 0
+    early, late = (names[found[0].index(bracket)] for bracket in (0, 1))
+    others = [name for name in names if name not in (early, late)]
+    for name in others:
+        decide(rule, begin(rule, name), 100, 1.0)
+    assert decide(rule, begin(rule, late), 100, 2.0) == TrialScheduler.CONTINUE
+    assert decide(rule, begin(rule, early), 100, 2.0) == TrialScheduler.STOP
