@@ -9,26 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import RunFailed
 from raytune_ft.search.progress import Progress
 from raytune_ft.search.ray_optuna import OfThisProcess
+from raytune_ft.search.ray_places import Place
 from raytune_ft.search.study import rows, tell_failed
-from raytune_ft.train.ray_group import end_groups_of
 
 
 class StopWith(OfThisProcess, tune.Stopper):
     """Ends the sweep when a signal has come: trials are told to leave, which ends their steps.
 
     Tune kills whoever is still there 10 s after it heard of the end. So it hears of it only when no
-    trial holds workers any more, or when the grace for their checkpoints has passed.
+    trial holds a place any more, or when the grace for their checkpoints has passed.
     """
 
-    def __init__(self, interrupted: threading.Event, switchboard: Any, grace_s: float) -> None:
-        self._interrupted, self._switchboard, self._grace_s = interrupted, switchboard, grace_s
+    def __init__(self, interrupted: threading.Event, place: Place, grace_s: float) -> None:
+        self._interrupted, self._place, self._grace_s = interrupted, place, grace_s
         self._told_at: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -41,10 +40,10 @@ class StopWith(OfThisProcess, tune.Stopper):
             return False
         if self._told_at is None:
             self._told_at = time.monotonic()
-            ray.get(self._switchboard.stop_everybody.remote())
+            self._place.stop_everybody()
         if time.monotonic() - self._told_at > self._grace_s:
             return True
-        return not ray.get(self._switchboard.open_runs.remote())
+        return not self._place.open_runs()
 
 
 class Reports(OfThisProcess, tune.Callback):
@@ -56,10 +55,10 @@ class Reports(OfThisProcess, tune.Callback):
         study: optuna.Study,
         search: SearchConfig,
         after_trial: Callable[[], None],
-        switchboard: Any,
+        place: Place,
     ) -> None:
         self._progress, self._study, self._search = progress, study, search
-        self._after_trial, self._switchboard = after_trial, switchboard
+        self._after_trial, self._place = after_trial, place
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `Callback`."""
@@ -82,7 +81,7 @@ class Reports(OfThisProcess, tune.Callback):
         It ended nothing that it had started, and others wait for its place.
         """
         try:
-            end_groups_of(trial.config["trial"], self._switchboard)
+            self._place.give_up(trial.config["trial"])
         except RunFailed as error:
             self._progress.note(f"{trial.config['trial']}: {error}")
         tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))

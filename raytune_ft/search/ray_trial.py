@@ -14,10 +14,11 @@ from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import TRIALS
+from raytune_ft.search.ray_places import Place
 from raytune_ft.search.space import apply_params
 from raytune_ft.train.ended import read_result, write_ended
 from raytune_ft.train.ray_cluster import set_train_defaults, stop_grace_s
-from raytune_ft.train.ray_train import Ended, Report, StopRequested, TrainJob
+from raytune_ft.train.ray_job import Ended, Job, Report, StopRequested
 from raytune_ft.train.spec import RunSpec
 
 
@@ -40,11 +41,10 @@ class Shared:
     metric: str
     mode: str
     environment: dict[str, str]
-    switchboard: Any
 
 
-class IsolatedTrial(Trainable):
-    """A trial with a worker group of its own, started by the first step and ended with the trial.
+class SweepTrial(Trainable):
+    """A trial, whose run trains at a `Place` from its first step on, and leaves it with the trial.
 
     A class and not a function: Tune calls `reset_config` before the actor's next trial and
     `cleanup` after its last, and both return only when nothing of the trial is left, however it
@@ -52,10 +52,10 @@ class IsolatedTrial(Trainable):
     Each step is one evaluation; training goes on while Tune thinks about it.
     """
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
-        """See `Trainable`; `shared` comes by `tune.with_parameters`."""
+    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
+        """See `Trainable`; `shared` and `place` come by `tune.with_parameters`."""
         set_train_defaults(shared.environment)
-        self._shared = shared
+        self._shared, self._place = shared, place
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -70,7 +70,7 @@ class IsolatedTrial(Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._spec = spec_of(self._shared, config["trial"], config["params"])
-        self._job: TrainJob | None = None
+        self._job: Job | None = None
         self._over = False
         self._begun = time.monotonic()
 
@@ -78,7 +78,7 @@ class IsolatedTrial(Trainable):
         """The next evaluation, or the outcome."""
         try:
             if self._job is None:
-                self._job = TrainJob(self._spec, self._shared.switchboard)
+                self._job = self._place.job(self._spec)
                 self._job.start()
             while True:
                 event = self._job.next()
@@ -106,7 +106,7 @@ class IsolatedTrial(Trainable):
     def _end(self, stopping: bool = False) -> None:
         if self._job is None:
             return
-        stopping = stopping or ray.get(self._shared.switchboard.is_stopping.remote())
+        stopping = stopping or self._place.is_stopping()
         if stopping and not self._over:
             # The whole sweep stops. The trial stays unfinished, for the next driver.
             self._over = True

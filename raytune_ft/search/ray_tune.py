@@ -9,15 +9,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
-from ray.exceptions import RayError
 from ray.tune.error import TuneError
 from ray.tune.stopper import CombinedStopper
 
@@ -36,15 +34,17 @@ from raytune_ft.search.progress import progress_for
 from raytune_ft.search.ray_budget import StopAtBudget
 from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import StudySearcher
+from raytune_ft.search.ray_places import Place, engines, groups
 from raytune_ft.search.ray_schedulers import Asha, Median, scheduler_for
 from raytune_ft.search.ray_trial import (
-    IsolatedTrial,
     Shared,
+    SweepTrial,
     driver_place,
     outcome_of,
     spec_of,
 )
 from raytune_ft.search.results import SweepResult, sweep_result
+from raytune_ft.search.slots import arrange, choose_execution
 from raytune_ft.search.space import apply_params, trial_name
 from raytune_ft.search.study import open_study, rows, tell_outcome, unfinished
 from raytune_ft.train.ended import load_result, write_ended
@@ -55,8 +55,6 @@ from raytune_ft.train.ray_cluster import (
     stop_grace_s,
     train_environment,
 )
-from raytune_ft.train.ray_group import end_group
-from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.signals import interruptible
 
 MAKESPAN, GPU_SECONDS = "makespan_s", "gpu_s"
@@ -112,12 +110,9 @@ class _Sweep:
         assert config.search is not None
         self._begun = time.monotonic()
         self._search: SearchConfig = config.search
-        self._concurrent, self._lowered = concurrency(
-            self._search, require_capacity(config.parallel)
-        )
-        self._study = open_study(
-            config.name, sweep_dir, self._search.storage, self._search.mode, resume
-        )
+        self._fit = require_capacity(config.parallel)
+        self._execution, self._why = choose_execution(config)
+        self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
         self._spending = Spending(
             self._search.budget,
@@ -136,7 +131,6 @@ class _Sweep:
             self._search.metric,
             self._search.mode,
             train_environment(),
-            start_switchboard(self._concurrent),
         )
         if resume:
             _reconcile(self._study, self._search, self._shared)
@@ -148,27 +142,44 @@ class _Sweep:
         if left <= 0 or self._spending.over():
             return
         progress = progress_for(tell, left)
-        progress.note(
-            f"{left} trials, {self._concurrent} at a time" + (f", {kept} kept" if kept else "")
-        )
-        if self._lowered:
-            progress.note(self._lowered)
-        stop = StopWith(interrupted, self._shared.switchboard, stop_grace_s())
-        reports = Reports(
-            progress,
-            self._study,
-            self._search,
-            self._remember_makespan,
-            self._shared.switchboard,
-        )
+        if kept:
+            progress.note(f"{kept} trials are kept")
         try:
-            with progress.live(), _tune_storage() as storage, _settings(TUNE_SETTINGS):
-                self._tuner(left, storage, stop, reports, interrupted).fit()
+            with (
+                progress.live(),
+                self._place(left, progress.note) as (place, concurrent),
+                _tune_storage() as storage,
+                _settings(TUNE_SETTINGS),
+            ):
+                stop = StopWith(interrupted, place, stop_grace_s())
+                reports = Reports(
+                    progress, self._study, self._search, self._remember_makespan, place
+                )
+                self._tuner(left, concurrent, place, storage, stop, reports, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
             self._remember_makespan()
-            _end_all(self._shared.switchboard, progress.note)
+
+    @contextmanager
+    def _place(self, trials: int, note: Callable[[str], None]) -> Iterator[tuple[Place, int]]:
+        """Where trials train, and how many of them at a time."""
+        shared = self._shared
+        if self._execution == "packed":
+            found = arrange(shared.config, self._fit, trials)
+            note(
+                f"{trials} trials, {found.at_once} at a time in {found.engines} "
+                f"engine{'s' * (found.engines != 1)} ({self._why})"
+            )
+            with engines(shared.config, shared.sweep_dir, shared.data_dir, found, note) as slots:
+                yield slots, found.at_once
+            return
+        concurrent, lowered = concurrency(self._search, self._fit)
+        note(f"{trials} trials, {concurrent} at a time, each on its own ({self._why})")
+        if lowered:
+            note(lowered)
+        with groups(concurrent, note) as own:
+            yield own, concurrent
 
     def write_result(self, interrupted: bool) -> SweepResult:
         """`result.json`, from the study and from what the trials left."""
@@ -177,7 +188,9 @@ class _Sweep:
             left = self._ended(row)
             base = base or (left.base if left else None)
         makespan = self._study.user_attrs.get(MAKESPAN, 0.0)
-        result = sweep_result(trials, base, makespan, interrupted, self._search.mode)
+        result = sweep_result(
+            trials, base, makespan, interrupted, self._search.mode, self._execution
+        )
         result = replace(result, ended_by=self._spending.over())
         write_json_atomic(self._shared.sweep_dir / RESULT, result)
         return result
@@ -200,18 +213,20 @@ class _Sweep:
     def _tuner(
         self,
         trials: int,
+        concurrent: int,
+        place: Place,
         storage: str,
         stop: tune.Stopper,
         reports: tune.Callback,
         interrupted: threading.Event,
     ) -> tune.Tuner:
-        shared = tune.with_parameters(IsolatedTrial, shared=self._shared)
+        shared = tune.with_parameters(SweepTrial, shared=self._shared, place=place)
         budget = StopAtBudget(self._spending, self._remember_makespan)
         return tune.Tuner(
             tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
                 num_samples=trials,
-                max_concurrent_trials=self._concurrent,
+                max_concurrent_trials=concurrent,
                 search_alg=StudySearcher(
                     self._study,
                     self._search,
@@ -282,17 +297,6 @@ def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> Non
         result = load_result(run_dir)
         if result is not None and result.status in ("completed", "early_stopped", "failed"):
             tell_outcome(study, trial.number, outcome_of(result, search.metric))
-
-
-def _end_all(switchboard: Any, note: Callable[[str], None]) -> None:
-    """Whatever a trial left on the cluster because its own process died."""
-    with suppress(RayError):
-        for run in ray.get(switchboard.open_runs.remote()):
-            try:
-                end_group(run, switchboard)
-            except RunFailed as error:
-                note(f"{run}: {error}")
-        ray.kill(switchboard)
 
 
 @contextmanager

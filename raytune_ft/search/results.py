@@ -25,7 +25,7 @@ class SweepResult:
     best: Mapping[str, Any] | None
     trials: tuple[TrialRecord, ...]
     makespan_s: float
-    execution: str = "isolated"
+    execution: str
     error: str | None = None
     ended_by: str | None = None
 
@@ -36,6 +36,7 @@ def sweep_result(
     makespan_s: float,
     interrupted: bool,
     mode: str,
+    execution: str,
 ) -> SweepResult:
     """Rows in the order of their numbers, and the best usable one."""
     ranked = ranking(trials, mode)
@@ -54,6 +55,7 @@ def sweep_result(
         else None,
         trials=tuple(sorted(trials, key=lambda trial: trial.id)),
         makespan_s=makespan_s,
+        execution=execution,
         error=error,
     )
 

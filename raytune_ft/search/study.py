@@ -10,35 +10,39 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.records import TrialRecord, TrialStatus
+from raytune_ft.rundir import TRIALS
 from raytune_ft.search.space import decode, trial_name
 
 STUDY_FILE = "study.db"
+SEARCH = "search"
+CONNECT_TIMEOUT_S = 8
+SERVERS = ("postgresql", "mysql", "mariadb")
+DRIVERS = {"postgresql": "postgresql+psycopg"}  # the driver that the `postgres` extra installs
 FACTS = ("eval_loss", "examples", "wall_s")
 
 
-def open_study(
-    name: str, sweep_dir: Path, storage: str | None, mode: str, resume: bool
-) -> optuna.Study:
+def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -> optuna.Study:
     """The study of one sweep: a file of its own, or a name of its own in a shared storage.
 
     Raises:
-        StorageError: the storage cannot be opened, or holds a study of that name already.
+        StorageError: the storage cannot be opened, holds a study of that name already, or another
+            one than the sweep began with.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    url = storage or f"sqlite:///{sweep_dir / STUDY_FILE}"
+    url = search.storage or f"sqlite:///{sweep_dir / STUDY_FILE}"
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=name,
-            storage=url,
-            direction="minimize" if mode == "min" else "maximize",
-            load_if_exists=resume or storage is None,
+            storage=open_storage(url),
+            direction="minimize" if search.mode == "min" else "maximize",
+            load_if_exists=resume or search.storage is None,
         )
     except DuplicatedStudyError:
         raise StorageError(
@@ -46,10 +50,63 @@ def open_study(
             "exists in search.storage, and sweeps are not merged",
             "write another name, or --resume to continue that sweep",
         ) from None
+    _check_same(study, search, sweep_dir)
+    return study
+
+
+def open_storage(url: str) -> BaseStorage:
+    """What Optuna calls a storage, made where there is none yet.
+
+    Raises:
+        StorageError: no such URL, no driver, or nobody answers there within `CONNECT_TIMEOUT_S`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    scheme, _, rest = url.partition("://")
+    try:
+        if scheme.split("+")[0] not in SERVERS:
+            return optuna.storages.get_storage(url)
+        return optuna.storages.RDBStorage(
+            f"{DRIVERS.get(scheme, scheme)}://{rest}",
+            engine_kwargs={
+                "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S},
+                "pool_pre_ping": True,  # a connection that lay idle for one long trial may be gone
+            },
+        )
     except (ImportError, OSError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(
-            "search.storage", f"cannot be opened ({_first_line(error)})", "write an Optuna URL"
+            f"search.storage={shown_value(url)}",
+            f"cannot be opened ({_reason(error)})",
+            "write an Optuna URL that answers here"
+            if not isinstance(error, ImportError)
+            else "install the driver: pip install 'raytune-ft[postgres]' for PostgreSQL",
         ) from error
+
+
+def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> None:
+    """The study is the one that the sweep began with, and says what its trials were drawn from."""
+    plain = search.model_dump(mode="json", exclude_none=True)
+    now = {key: plain[key] for key in ("space", "metric", "mode")}
+    saved = study.user_attrs.get(SEARCH)
+    if saved is None:
+        if (sweep_dir / TRIALS).is_dir():
+            raise StorageError(
+                f"study {study.study_name}",
+                f"is not in search.storage, and {sweep_dir / TRIALS} holds its trials",
+                "write the storage that the sweep began with",
+            )
+        study.set_user_attr(SEARCH, now)
+    elif saved != now:
+        differing = [key for key in now if key != "space" and saved[key] != now[key]]
+        lines = {**saved["space"], **now["space"]}
+        differing += [
+            f"space.{key}" for key in lines if saved["space"].get(key) != now["space"].get(key)
+        ]
+        raise StorageError(
+            f"study {study.study_name}",
+            f"was begun with another {', '.join(f'search.{key}' for key in differing)}",
+            "write the storage that the sweep began with, or another name",
+        )
 
 
 def unfinished(study: optuna.Study) -> list[FrozenTrial]:
@@ -125,5 +182,7 @@ def live(study: optuna.Study, number: int) -> optuna.Trial:
     return optuna.Trial(study, study.trials[number]._trial_id)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """The first line, without SQLAlchemy's link to an explanation and without a password."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return shown_value(lines[0]).strip("'\"")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train import ray_trainer
+from raytune_ft.train import ray_train, ray_trainer
 from raytune_ft.train.ray_train import fit
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
@@ -25,7 +25,7 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
 @pytest.fixture(autouse=True)
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a node dies or arrives before the run is over."""
-    monkeypatch.setattr(ray_trainer, "train_worker", slow_worker)
+    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
 
 
 def test_a_run_goes_on_with_the_workers_that_are_left(

@@ -13,7 +13,7 @@ from raytune_ft.config.load import dump_yaml
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.records import EvalMetrics
 from raytune_ft.search.ray_tune import run_sweep
-from raytune_ft.train import ray_trainer
+from raytune_ft.train import ray_train
 from raytune_ft.train.ended import load_result
 from raytune_ft.train.ray_train import fit
 from raytune_ft.train.spec import RunSpec
@@ -40,7 +40,7 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
 def test_a_hang_is_found_told_and_survived(
     inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_trainer, "train_worker", worker_that_hangs_once)
+    monkeypatch.setattr(ray_train, "train_worker", worker_that_hangs_once)
     spec = spec_of(inputs, tmp_path / "run", parallel__hang_timeout_s=8.0, parallel__max_failures=1)
     lines: list[str] = []
     at: dict[str, float] = {}
@@ -85,7 +85,7 @@ def test_a_stopped_worker_is_named_and_failures_are_bounded(inputs: Inputs, tmp_
 def test_a_worker_that_is_told_to_leave_saves_first(
     inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_trainer, "train_worker", slow_worker)
+    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
     changes = {"parallel__max_failures": 0, "checkpoint__every_examples": 1000}
     spec = spec_of(inputs, tmp_path / "run", **changes)
     lines: list[str] = []
@@ -114,7 +114,7 @@ def test_a_worker_that_is_told_to_leave_saves_first(
 @pytest.mark.slow
 def test_trials_save_before_their_sweep_is_interrupted(inputs: Inputs, tmp_path: Path) -> None:
     space = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
-    search = {"trials": 1, "scheduler": None, "space": space}
+    search = {"trials": 1, "scheduler": None, "space": space, "execution": "isolated"}
     changes = {"train__max_examples": 7 * 200, "checkpoint__every_examples": 10_000}
     config = inputs.config(search=search, **changes)
     sweep_dir = tmp_path / "sweep"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from ray.util.placement_group import placement_group_table
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.ray
 
 SEARCH = {
     "trials": 3,
+    "execution": "isolated",
     "scheduler": {"name": "asha", "grace_examples": 70, "reduction_factor": 2},
     "space": {"train.lr": {"log_uniform": [1e-9, 1e30]}},
 }
@@ -42,7 +44,7 @@ def begin(inputs: Inputs, sweep_dir: Path, **changes: Any) -> Config:
 def plan_trials(config: Config, sweep_dir: Path, rates: list[float]) -> None:
     """Trials with these learning rates, as a driver that died at once leaves them."""
     assert config.search is not None
-    study = open_study(config.name, sweep_dir, None, "min", False)
+    study = open_study(config.name, sweep_dir, config.search, False)
     for rate in rates:
         study.enqueue_trial({"train.lr": rate})
         study.ask(distributions(config.search.space))
@@ -80,7 +82,7 @@ def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
     def kill_the_first_driver(line: str) -> None:
         lines.append(line)
         if line.startswith("trial-000: eval_loss") and not killed:
-            killed.extend(process.pid for process in processes("IsolatedTrial"))
+            killed.extend(process.pid for process in processes("SweepTrial"))
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
@@ -150,8 +152,8 @@ def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
     assert result.makespan_s > first["makespan_s"]
 
     # The trial that was not planned is what the seed draws, resumed or not.
-    study = open_study(config.name, sweep_dir, None, "min", True)
-    replay = open_study("replay", tmp_path, None, "min", False)
+    study = open_study(config.name, sweep_dir, shorter, True)
+    replay = optuna.create_study()
     replay.add_trials(study.trials[:2])
     replay.sampler = JointSampler(shorter, config.seed)
     drawn = replay.ask(distributions(shorter.space)).params

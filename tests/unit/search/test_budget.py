@@ -72,7 +72,7 @@ def test_running_trials_stop_at_their_next_report() -> None:
 
 def test_no_trial_begins_once_it_is_over(tmp_path: Path) -> None:
     search = SearchConfig.model_validate({"space": {"train.lr": {"uniform": [0, 1]}}})
-    study = open_study("s", tmp_path, None, "min", False)
+    study = open_study("s", tmp_path, search, False)
     over: list[bool] = []
     searcher = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
     assert isinstance(searcher.suggest("a"), dict)

@@ -30,7 +30,9 @@ def test_the_lowest_usable_value_is_the_best() -> None:
     ]
     assert [trial.id[-1] for trial in ranking(trials, "min")] == ["2", "6", "3", "0"]
     assert [trial.id[-1] for trial in ranking(trials, "max")] == ["0", "3", "2", "6"]
-    result = sweep_result(trials, {"eval_loss": 3.0}, 9.0, interrupted=False, mode="min")
+    result = sweep_result(
+        trials, {"eval_loss": 3.0}, 9.0, interrupted=False, mode="min", execution="packed"
+    )
     assert result.status == "completed"
     assert result.best == {
         "trial": "trial-002", "params": {"train.lr": 0.01}, "eval_loss": 1.5
@@ -39,7 +41,7 @@ def test_the_lowest_usable_value_is_the_best() -> None:
 
 def test_a_sweep_without_a_usable_trial_failed_and_says_why() -> None:
     trials = [row(1, "failed", None, "Diverged: step 3"), row(0, "failed", None, "OutOfMemory")]
-    result = sweep_result(trials, None, 1.0, interrupted=False, mode="min")
+    result = sweep_result(trials, None, 1.0, interrupted=False, mode="min", execution="packed")
     assert (result.status, result.best) == ("failed", None)
     assert result.error == "none of 2 trials is usable: Diverged: step 3"
     assert [trial.id for trial in result.trials] == ["trial-000", "trial-001"]
@@ -47,11 +49,13 @@ def test_a_sweep_without_a_usable_trial_failed_and_says_why() -> None:
 
 @pytest.mark.parametrize("trials", [[], [row(0, "completed", 1.0)]])
 def test_an_interrupted_sweep_says_so(trials: list[TrialRecord]) -> None:
-    assert sweep_result(trials, None, 1.0, True, "min").status == "interrupted"
+    assert sweep_result(trials, None, 1.0, True, "min", "packed").status == "interrupted"
 
 
 def test_the_file_has_the_keys_of_the_contract() -> None:
-    result = sweep_result([row(0, "completed", 1.0)], {"eval_loss": 2.0}, 3.0, False, "min")
+    result = sweep_result(
+        [row(0, "completed", 1.0)], {"eval_loss": 2.0}, 3.0, False, "min", "isolated"
+    )
     written = json.loads(to_json(result))
     assert {"status", "base", "best", "trials", "makespan_s", "execution"} <= written.keys()
     keys = {"id", "params", "status", "eval_loss", "examples", "wall_s"}

@@ -80,20 +80,18 @@ def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
     draws = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        draws.append(
-            drive(searcher(open_study("s", tmp_path / name, None, "min", False), search), 20)
-        )
+        draws.append(drive(searcher(open_study("s", tmp_path / name, search, False), search), 20))
     assert draws[0] == draws[1]
     assert len(draws[0]) == 12
     assert len({tuple(params.values()) for params in draws[0]}) == 12
 
     (tmp_path / "c").mkdir()
-    first = drive(searcher(open_study("s", tmp_path / "c", None, "min", False), search), 5)
-    rest = drive(searcher(open_study("s", tmp_path / "c", None, "min", True), search), 20)
+    first = drive(searcher(open_study("s", tmp_path / "c", search, False), search), 5)
+    rest = drive(searcher(open_study("s", tmp_path / "c", search, True), search), 20)
     assert first + rest == draws[0]
 
     (tmp_path / "d").mkdir()
-    study = open_study("s", tmp_path / "d", None, "min", False)
+    study = open_study("s", tmp_path / "d", search, False)
     assert drive(searcher(study, search, seed=1), 20) != draws[0]
 
 
@@ -102,12 +100,12 @@ def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
     tmp_path: Path, known: int
 ) -> None:
     search = search_config()
-    draws = drive(searcher(open_study("whole", tmp_path, None, "min", False), search), 7)
-    study = open_study("cut", tmp_path, None, "min", False)
+    draws = drive(searcher(open_study("whole", tmp_path, search, False), search), 7)
+    study = open_study("cut", tmp_path, search, False)
     drive(searcher(study, search), 6)
     study.sampler = JointSampler(search, 0)
     study.ask(dict(list(distributions(search.space).items())[:known]))
-    again = searcher(open_study("cut", tmp_path, None, "min", True), search)
+    again = searcher(open_study("cut", tmp_path, search, True), search)
     first, second = again.suggest("x"), again.suggest("y")
     assert isinstance(first, dict)
     assert isinstance(second, dict)
@@ -118,15 +116,15 @@ def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
 
 def test_tpe_looks_where_it_is_good(tmp_path: Path) -> None:
     search = search_config(trials=30)
-    study = open_study("s", tmp_path, None, "min", False)
+    study = open_study("s", tmp_path, search, False)
     drawn = drive(searcher(study, search), 30)
     late = [params["method.rank"] for params in drawn[10:]]
     assert late.count(8) > len(late) / 2  # a third by chance
 
 
 def test_ends_are_told_as_what_they_are(tmp_path: Path) -> None:
-    study = open_study("s", tmp_path, None, "min", False)
     search = search_config(trials=6)
+    study = open_study("s", tmp_path, search, False)
     one = searcher(study, search, refused=("trial-001",))
     for name in "abcd":
         one.suggest(name)
@@ -164,21 +162,24 @@ def test_ends_are_told_as_what_they_are(tmp_path: Path) -> None:
 
 
 def test_nothing_is_drawn_while_the_sweep_is_held(tmp_path: Path) -> None:
-    study = open_study("held", tmp_path, None, "min", False)
-    one = StudySearcher(study, search_config(), 0, lambda trial, params: 100, lambda: True)
+    search = search_config()
+    study = open_study("held", tmp_path, search, False)
+    one = StudySearcher(study, search, 0, lambda trial, params: 100, lambda: True)
     assert one.suggest("tune-0") is None
     assert study.trials == []
 
 
 def test_a_shared_storage_never_merges_two_sweeps(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    open_study("s", tmp_path / "one", url, "min", False).ask()
-    open_study("other", tmp_path / "two", url, "min", False)
+    open_study("s", tmp_path / "one", search_config(storage=url), False).ask()
+    open_study("other", tmp_path / "two", search_config(storage=url), False)
     with pytest.raises(StorageError, match=r"study s exists in search\.storage"):
-        open_study("s", tmp_path / "three", url, "min", False)
-    assert len(open_study("s", tmp_path / "one", url, "min", True).trials) == 1
+        open_study("s", tmp_path / "three", search_config(storage=url), False)
+    assert len(open_study("s", tmp_path / "one", search_config(storage=url), True).trials) == 1
 
 
 def test_a_storage_that_cannot_be_opened_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"search\.storage cannot be opened"):
-        open_study("s", tmp_path, f"sqlite:///{tmp_path}/none/there.db", "min", False)
+        open_study(
+            "s", tmp_path, search_config(storage=f"sqlite:///{tmp_path}/none/there.db"), False
+        )

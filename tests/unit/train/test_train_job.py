@@ -33,7 +33,7 @@ def job(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
     """One whose switchboard says that there are two workers."""
     group = SimpleNamespace(remote=lambda run: SimpleNamespace(workers=["a", "b"]))
     monkeypatch.setattr(ray_train, "ray", SimpleNamespace(get=lambda answer: answer))
-    return TrainJob(spec, SimpleNamespace(end=group, group=group))
+    return TrainJob(spec, SimpleNamespace(end=group, group=group), lambda payload: "")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,213 @@
+"""Where the trials of a sweep train: in worker groups of their own, or in slots of engines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.search.slots import Arrangement
+from raytune_ft.train.ray_cluster import stop_grace_s
+from raytune_ft.train.ray_job import Ended, Job, Note, StopRequested
+from raytune_ft.train.ray_slots import SlotJob, start_board
+from raytune_ft.train.ray_switchboard import start_switchboard
+from raytune_ft.train.spec import RunSpec
+
+ENGINES = "engines"
+Tell = Callable[[str], None]
+
+
+class Place(Protocol):
+    """What a trial's process and the driver need to know of it; goes to every trial."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """The trial's run, not yet started."""
+
+    def is_stopping(self) -> bool:
+        """Was everybody told to stop?"""
+
+    def stop_everybody(self) -> None:
+        """Tell every trial to save and to leave."""
+
+    def open_runs(self) -> list[str]:
+        """What trials still hold."""
+
+    def give_up(self, trial: str) -> None:
+        """End what a trial has left behind, whose process died.
+
+        Raises:
+            RunFailed: not all of it is gone; it is on its way.
+        """
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A worker group for each trial."""
+
+    switchboard: Any
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        from raytune_ft.train.ray_train import TrainJob
+        from raytune_ft.train.ray_worker import train_worker
+
+        return TrainJob(spec, self.switchboard, train_worker)
+
+    def is_stopping(self) -> bool:
+        """See `Place`."""
+        return bool(ray.get(self.switchboard.is_stopping.remote()))
+
+    def stop_everybody(self) -> None:
+        """See `Place`."""
+        ray.get(self.switchboard.stop_everybody.remote())
+
+    def open_runs(self) -> list[str]:
+        """See `Place`."""
+        return list(ray.get(self.switchboard.open_runs.remote()))
+
+    def give_up(self, trial: str) -> None:
+        """See `Place`."""
+        from raytune_ft.train.ray_group import end_groups_of
+
+        end_groups_of(trial, self.switchboard)
+
+    def close(self, note: Tell) -> None:
+        """The sweep is over; whatever is left of it on the cluster is ended."""
+        from raytune_ft.train.ray_group import end_group
+
+        with suppress(RayError):
+            for run in self.open_runs():
+                try:
+                    end_group(run, self.switchboard)
+                except RunFailed as error:
+                    note(f"{run}: {error}")
+            ray.kill(self.switchboard)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A slot of an engine for each trial."""
+
+    board: Any
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        return SlotJob(spec, self.board)
+
+    def is_stopping(self) -> bool:
+        """See `Place`."""
+        return bool(ray.get(self.board.is_stopping.remote()))
+
+    def stop_everybody(self) -> None:
+        """See `Place`."""
+        ray.get(self.board.stop_everybody.remote())
+
+    def open_runs(self) -> list[str]:
+        """See `Place`."""
+        return list(ray.get(self.board.open_runs.remote()))
+
+    def give_up(self, trial: str) -> None:
+        """See `Place`."""
+        ray.get(self.board.give_up.remote(trial))
+
+
+@contextmanager
+def groups(concurrent: int, tell: Tell) -> Iterator[Groups]:
+    """So many trials at a time; whatever is left of them at the end is ended."""
+    place = Groups(start_switchboard(concurrent))
+    try:
+        yield place
+    finally:
+        place.close(tell)
+
+
+@contextmanager
+def engines(
+    config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
+) -> Iterator[Slots]:
+    """Engines with their slots, until the sweep is over.
+
+    Each is a worker group as a run has one. It is started again like one when a worker is lost,
+    with its trials where their last checkpoints were.
+    """
+    board, switchboard = start_board(), start_switchboard(arrangement.engines)
+    running = [
+        _Engine(_engine_spec(config, sweep_dir, data_dir, number), board, switchboard, arrangement)
+        for number in range(arrangement.engines)
+    ]
+    try:
+        for engine in running:
+            engine.start(tell)
+        yield Slots(board)
+    finally:
+        with suppress(RayError):
+            ray.get(board.finish.remote())
+        for engine in running:
+            engine.stop()
+        Groups(switchboard).close(tell)
+        with suppress(RayError):
+            ray.kill(board)
+
+
+def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:
+    name = f"engine-{number}"
+    run_dir = sweep_dir / ENGINES / name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    own = config.model_copy(update={"name": name, "storage": str(run_dir.parent), "search": None})
+    return RunSpec(own, run_dir, data_dir)
+
+
+class _Engine:
+    """A worker group, and a thread of the driver that hears from it."""
+
+    def __init__(
+        self, spec: RunSpec, board: Any, switchboard: Any, arrangement: Arrangement
+    ) -> None:
+        from raytune_ft.train.ray_engine import engine_worker
+        from raytune_ft.train.ray_train import TrainJob
+
+        self._name, self._board = spec.run_dir.name, board
+        self._job = TrainJob(
+            spec,
+            switchboard,
+            engine_worker,
+            board=board,
+            slots=arrangement.slots,
+            rank=arrangement.rank,
+        )
+        self._thread: threading.Thread | None = None
+
+    def start(self, tell: Tell) -> None:
+        self._job.start()
+        self._thread = threading.Thread(target=self._listen, args=(tell,), daemon=True)
+        self._thread.start()
+
+    def _listen(self, tell: Tell) -> None:
+        error: RaytuneFtError | None = None
+        try:
+            while not isinstance(event := self._job.next(), Ended):
+                if isinstance(event, Note):
+                    tell(f"{self._name}: {event.text}")
+            error = event.error
+        except StopRequested:
+            pass
+        except (RayError, RaytuneFtError) as failure:
+            error = RunFailed(str(failure).splitlines()[0])
+        with suppress(RayError):
+            ray.get(self._board.engine_ended.remote(self._name, error))
+
+    def stop(self) -> None:
+        """It was told to finish, which it does after its pass; else its workers are ended."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout=stop_grace_s())
+        with suppress(RunFailed, RayError):
+            self._job.stop()

@@ -1,0 +1,143 @@
+"""A packed sweep on a real cluster: many trials in one engine, with the numbers of single runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import Interrupted
+from raytune_ft.search.ray_tune import run_sweep
+from raytune_ft.search.results import SweepResult
+from raytune_ft.train.report import Silent
+from raytune_ft.train.run import run_training
+from raytune_ft.train.spec import RunSpec
+from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.support.runs import largest_difference, losses, metrics
+
+pytestmark = pytest.mark.ray
+
+SEARCH: dict[str, Any] = {
+    "trials": 6,
+    "execution": "packed",
+    "sampler": "random",
+    "max_concurrent": 3,
+    "scheduler": None,
+    "space": {
+        "train.lr": {"log_uniform": [1e-3, 1e-2]},
+        "train.batch_size": {"choice": [5, 7, 12]},
+        "method.rank": {"choice": [2, 4]},
+    },
+}
+
+
+def begin(inputs: Inputs, sweep_dir: Path, **search: Any) -> Config:
+    config = inputs.config(search=SEARCH | search)
+    sweep_dir.mkdir()
+    (sweep_dir / "config.yaml").write_text(dump_yaml(config))
+    return config
+
+
+def assert_as_alone(inputs: Inputs, sweep_dir: Path, trial: str, root: Path) -> None:
+    """The trial's run against one of the same config in this process, as far as it went."""
+    own = sweep_dir / "trials" / trial
+    alone = root / trial
+    alone.mkdir(parents=True)
+    spec = RunSpec(load_config(own / "config.yaml"), alone, inputs.data_dir)
+    assert run_training(spec, "single", Silent()).status == "completed"
+    assert max(largest_difference(own, alone)) < 1e-5
+
+
+def assert_sound(result: SweepResult, sweep_dir: Path) -> None:
+    written = json.loads((sweep_dir / "result.json").read_text())
+    assert (written["status"], written["execution"]) == ("completed", "packed")
+    assert [row.id for row in result.trials] == [f"trial-{n:03d}" for n in range(6)]
+    for row in result.trials:
+        own = json.loads((sweep_dir / "trials" / row.id / "result.json").read_text())
+        assert own["status"] == row.status
+        best = sweep_dir / "trials" / row.id / own["best"]["checkpoint"]
+        assert PeftConfig.from_pretrained(str(best)).r == row.params["method.rank"]
+
+
+def test_trials_share_an_engine_and_end_like_single_runs(inputs: Inputs, tmp_path: Path) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir)
+    lines: list[str] = []
+    result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append)
+    assert_nothing_left()
+    assert_sound(result, sweep_dir)
+    assert {row.status for row in result.trials} == {"completed"}
+    assert any("3 at a time in 2 engines" in line for line in lines)
+    for trial in ("trial-000", "trial-005"):
+        assert_as_alone(inputs, sweep_dir, trial, tmp_path / "alone")
+
+
+def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path: Path) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir)
+    killed: list[int] = []
+
+    def kill(line: str) -> None:
+        if "after 140" in line and not killed:
+            killed.append(max(process.pid for process in workers()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = run_sweep(config, sweep_dir, inputs.data_dir, kill)
+    assert killed
+    assert_nothing_left()
+    assert_sound(result, sweep_dir)
+    for row in result.trials:
+        assert_as_alone(inputs, sweep_dir, row.id, tmp_path / "alone")
+
+
+def test_an_interrupted_packed_sweep_goes_on(inputs: Inputs, tmp_path: Path) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir)
+    told: list[str] = []
+
+    def interrupt(line: str) -> None:
+        if "after 140" in line and not told:
+            told.append(line.split(":")[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_sweep(config, sweep_dir, inputs.data_dir, interrupt)
+    assert_nothing_left()
+    trial = sweep_dir / "trials" / told[0]
+    steps = [line["step"] for line in metrics(trial) if "loss" in line]
+    assert (trial / "checkpoints" / f"step-{steps[-1]:06d}").is_dir()
+    result = run_sweep(config, sweep_dir, inputs.data_dir, told.append, resume=True)
+    assert_nothing_left()
+    assert_sound(result, sweep_dir)
+    assert_as_alone(inputs, sweep_dir, trial.name, tmp_path / "alone")
+
+
+def test_bad_trials_hurt_nobody_and_good_ones_take_their_slots(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    search = {
+        "space": {
+            "train.lr": {"choice": [1e-8, 3e-3, 1e29]},
+            "train.max_grad_norm": {"choice": [None]},
+        },
+        "sampler": "grid",
+        "trials": 3,
+        "max_concurrent": 1,
+        "scheduler": {"name": "asha", "grace_examples": 70, "reduction_factor": 2},
+    }
+    config = begin(inputs, sweep_dir, **search)
+    result = run_sweep(config, sweep_dir, inputs.data_dir, print)
+    assert_nothing_left()
+    ends = {row.params["train.lr"]: row for row in result.trials}
+    assert "Diverged" in (ends[1e29].error or "")
+    assert ends[3e-3].status == "completed"
+    assert ends[1e-8].status in ("pruned", "completed")
+    assert len(losses(sweep_dir / "trials" / ends[3e-3].id)) == 40
