@@ -99,6 +99,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
     with placed(written) as (config, _), open_run(config, resume) as run:
         config = _as_it_began(written, config, run)
         if not _has_ended(run, config):
+            _ask_storage(config)
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
             check_examples(spec.config.search, _examples(config, data))
@@ -241,6 +242,15 @@ def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResul
     size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
     tell(f"starting {size} workers ({parallel.strategy}: {reason})")
     return fit(spec, reporter.evaluation, tell)
+
+
+def _ask_storage(config: Config) -> None:
+    """Whether a shared study answers, before anything is spent. Raises StorageError."""
+    from raytune_ft.search.study import open_storage
+
+    search = expand_env(config).search
+    if search is not None and search.storage is not None:
+        open_storage(search.storage)
 
 
 def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:

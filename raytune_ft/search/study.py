@@ -12,7 +12,7 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import SearchConfig
@@ -24,6 +24,7 @@ from raytune_ft.search.space import decode, trial_name
 STUDY_FILE = "study.db"
 SEARCH = "search"
 CONNECT_TIMEOUT_S = 8
+MAX_REASON = 200
 SERVERS = ("postgresql", "mysql", "mariadb")
 DRIVERS = {"postgresql": "postgresql+psycopg"}  # the driver that the `postgres` extra installs
 FACTS = ("eval_loss", "examples", "wall_s")
@@ -77,9 +78,9 @@ def open_storage(url: str) -> BaseStorage:
         raise StorageError(
             f"search.storage={shown_value(url)}",
             f"cannot be opened ({_reason(error)})",
-            "write an Optuna URL that answers here"
-            if not isinstance(error, ImportError)
-            else "install the driver: pip install 'raytune-ft[postgres]' for PostgreSQL",
+            "install its driver, for PostgreSQL with pip install 'raytune-ft[postgres]'"
+            if isinstance(error, ImportError | NoSuchModuleError)
+            else "write an Optuna URL that answers here",
         ) from error
 
 
@@ -183,6 +184,6 @@ def live(study: optuna.Study, number: int) -> optuna.Trial:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line, without SQLAlchemy's link to an explanation and without a password."""
+    """The first line of it; drivers go on with hints and links."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return shown_value(lines[0]).strip("'\"")
+    return lines[0][:MAX_REASON]

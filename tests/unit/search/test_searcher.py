@@ -179,7 +179,6 @@ def test_a_shared_storage_never_merges_two_sweeps(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_opened_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"search\.storage cannot be opened"):
-        open_study(
-            "s", tmp_path, search_config(storage=f"sqlite:///{tmp_path}/none/there.db"), False
-        )
+    search = search_config(storage=f"sqlite:///{tmp_path}/none/there.db")
+    with pytest.raises(StorageError, match=r"search\.storage=sqlite.* cannot be opened"):
+        open_study("s", tmp_path, search, False)
