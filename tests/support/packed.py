@@ -27,9 +27,13 @@ class Packed:
 
     def enter(self, name: str, config: Config, reporter: Reporter | None = None) -> RunSpec:
         """Into the next free slot."""
-        spec = RunSpec(config, self.root / name, self.data.path)
+        spec = self.spec(name, config)
         self.engine.enter(spec, reporter or Silent())
         return spec
+
+    def spec(self, name: str, config: Config) -> RunSpec:
+        """Of a run over the engine's data."""
+        return RunSpec(config, self.root / name, self.data.path)
 
     def passes(self, count: int) -> list[str]:
         """Names of the runs that ended in so many passes."""
