@@ -63,7 +63,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One row of `trials` in a sweep's `result.json`; `value` is its best of `search.metric`."""
+    """One row of `trials` in a sweep's `result.json`. `value` is its best of `search.metric`, of
+    the first one where there are several; `values` are then all of them at that checkpoint.
+    """
 
     id: str
     params: dict[str, Any]
@@ -73,6 +75,7 @@ class TrialRecord:
     wall_s: float
     error: str | None = None
     value: float | None = None
+    values: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ def resolve(
     if config.search is not None:
         data["search"]["execution"] = "isolated"
         data["search"]["trials"] = trial_count(config.search)
+        modes = config.search.modes
+        data["search"]["mode"] = modes[0] if isinstance(config.search.metric, str) else modes
         data["search"]["storage"] = paths.study(config.search.storage, here)
     return _validated(data)
 

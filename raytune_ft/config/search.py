@@ -97,14 +97,22 @@ class Distribution(Section):
         return self
 
 
+Metric = Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"]
+
+
 class SearchConfig(Section):
     """Which trials are run."""
 
     trials: Literal["auto"] | Positive = Field(
         "auto", description="auto is 16; under sampler: grid the whole grid, which limits a number"
     )
-    metric: Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"] = "eval_loss"
-    mode: Literal["min", "max"] = "min"
+    metric: Metric | list[Metric] = Field(
+        "eval_loss",
+        description="of a list, the first ranks and stops trials and chooses their checkpoints",
+    )
+    mode: Literal["auto", "min", "max"] | list[Literal["min", "max"]] = Field(
+        "auto", description="auto: min for eval_loss, max for the others; a list goes with a list"
+    )
     budget: BudgetConfig | None = Field(
         None,
         description="beside trials: no trial begins after it, running ones end at their next "
@@ -147,3 +155,13 @@ class SearchConfig(Section):
         description="what every trial must meet, such as train.batch_size * method.rank <= 512: "
         "arithmetic, comparisons, and, or, not over lines of the space",
     )
+
+    @property
+    def metrics(self) -> list[str]:
+        """What trials are judged by, the first first."""
+        return [self.metric] if isinstance(self.metric, str) else list(self.metric)
+
+    @property
+    def modes(self) -> list[Literal["min", "max"]]:
+        """Which way each metric is better."""
+        return ["min" if metric == "eval_loss" else "max" for metric in self.metrics]

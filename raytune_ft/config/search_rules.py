@@ -40,12 +40,25 @@ Apply = Callable[[Config, Mapping[str, Any]], Config]
 
 
 def check_search(search: SearchConfig) -> None:
-    best = "min" if search.metric == "eval_loss" else "max"
-    if search.mode != best:
+    """Each metric once, and each looked for in its own direction."""
+    metrics, modes = search.metrics, search.modes
+    if not metrics or len(set(metrics)) < len(metrics):
         raise ConfigError(
-            f"search.mode={search.mode}",
-            f"looks for the worst {search.metric}",
-            f"write search.mode: {best}",
+            f"search.metric={shown_value(metrics)}",
+            "is empty or names one twice",
+            "write one metric, or a list of different ones",
+        )
+    written = [search.mode] if isinstance(search.mode, str) else search.mode
+    if search.mode != "auto" and list(written) != modes:
+        wrong = [m for m, now, best in zip(metrics, written, modes, strict=False) if now != best]
+        raise ConfigError(
+            f"search.mode={shown_value(search.mode)}",
+            f"looks for the worst {wrong[0]}" if wrong else f"is not one for each of {metrics}",
+            f"write search.mode: {shown_value(modes[0] if len(modes) == 1 else modes)}",
+        )
+    if len(metrics) > 1 and search.sampler == "cmaes":
+        raise ConfigError(
+            "search.sampler=cmaes", "follows one metric alone", "write sampler: tpe, gp or random"
         )
 
 

@@ -63,7 +63,7 @@ def select(directory: Path, tell: Callable[[str], None]) -> Selection:
     sweep = "trials" in result
     metric, mode = ("eval_loss", "min")
     if sweep and config.search is not None:
-        metric, mode = config.search.metric, config.search.mode
+        metric, mode = config.search.metrics[0], config.search.modes[0]
     ranked = (
         _ranked_trials(directory, result, metric, mode)
         if sweep

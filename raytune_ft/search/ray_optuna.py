@@ -65,7 +65,7 @@ class StudySearcher(OfThisProcess, Searcher):
         points: Sequence[Point] = (),
         over: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(metric=search.metric, mode=search.mode)
+        super().__init__(metric=search.metrics[0], mode=search.modes[0])
         self._study, self._search = study, search
         self._trials = trial_count(search)
         study.sampler = self._sampler = JointSampler(search, seed, points)

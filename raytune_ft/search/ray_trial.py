@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class SweepTrial(Trainable):
             return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
         return {
             "done": True,
-            **outcome_of(result, self._shared.metric),
+            **outcome_of(result, self._metrics()),
             "wall_s": self._wall_s(),
         }
 
@@ -116,6 +117,11 @@ class SweepTrial(Trainable):
             write_ended(self._spec, "pruned")
         self._job, self._over = None, True
 
+    def _metrics(self) -> list[str]:
+        search = self._shared.config.search
+        assert search is not None
+        return search.metrics
+
     def _wall_s(self) -> float:
         return round(time.monotonic() - self._begun, 3)
 
@@ -127,13 +133,13 @@ def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
     return RunSpec(config, trials / trial, shared.data_dir, shared.metric, shared.mode)
 
 
-def outcome_of(result: RunResult, metric: str) -> dict[str, Any]:
-    """How a run ended, for the study: its status, and its best by the search's metric."""
+def outcome_of(result: RunResult, metrics: Sequence[str]) -> dict[str, Any]:
+    """How a run ended, for the study: its status, and the metrics of its best by the first."""
     best, final = result.best, result.final
     return {
         "outcome": result.status,
         "error": result.error,
         "best_eval_loss": best.eval_loss if best else None,
-        "value": getattr(best, metric) if best else None,
+        "values": [getattr(best, metric) for metric in metrics] if best else None,
         "examples": final.examples if final else 0,
     }

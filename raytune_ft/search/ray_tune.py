@@ -46,7 +46,7 @@ from raytune_ft.search.ray_trial import (
 from raytune_ft.search.results import SweepResult, sweep_result
 from raytune_ft.search.slots import arrange, choose_execution
 from raytune_ft.search.space import apply_params, trial_name
-from raytune_ft.search.study import open_study, rows, tell_outcome, unfinished
+from raytune_ft.search.study import open_study, pareto, reports, rows, tell_outcome, unfinished
 from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import (
@@ -114,13 +114,6 @@ class _Sweep:
         self._execution, self._why = choose_execution(config)
         self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
-        self._spending = Spending(
-            self._search.budget,
-            {row.id: row.examples for row in self._rows()},
-            float(self._study.user_attrs.get(GPU_SECONDS, 0.0)),
-            config.parallel.max_workers * config.parallel.resources_per_worker.get("GPU", 0.0),
-            self._elapsed_s,
-        )
         saved = sweep_dir / CONFIG
         self._written = load_config(saved) if saved.is_file() else config
         self._examples = len(open_prepared(data_dir).train)
@@ -128,9 +121,16 @@ class _Sweep:
             config,
             sweep_dir,
             data_dir,
-            self._search.metric,
-            self._search.mode,
+            self._search.metrics[0],
+            self._search.modes[0],
             train_environment(),
+        )
+        self._spending = Spending(
+            self._search.budget,
+            {row.id: row.examples for row in self._rows()},
+            float(self._study.user_attrs.get(GPU_SECONDS, 0.0)),
+            self._gpus(),
+            self._elapsed_s,
         )
         if resume:
             _reconcile(self._study, self._search, self._shared)
@@ -152,10 +152,8 @@ class _Sweep:
                 _settings(TUNE_SETTINGS),
             ):
                 stop = StopWith(interrupted, place, stop_grace_s())
-                reports = Reports(
-                    progress, self._study, self._search, self._remember_makespan, place
-                )
-                self._tuner(left, concurrent, place, storage, stop, reports, interrupted).fit()
+                told = Reports(progress, self._study, self._search, self._remember_makespan, place)
+                self._tuner(left, concurrent, place, storage, stop, told, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
@@ -189,9 +187,9 @@ class _Sweep:
             base = base or (left.base if left else None)
         makespan = self._study.user_attrs.get(MAKESPAN, 0.0)
         result = sweep_result(
-            trials, base, makespan, interrupted, self._search.mode, self._execution
+            trials, base, makespan, interrupted, self._search.modes[0], self._execution
         )
-        result = replace(result, ended_by=self._spending.over())
+        result = replace(result, ended_by=self._spending.over(), pareto=pareto(self._study))
         write_json_atomic(self._shared.sweep_dir / RESULT, result)
         return result
 
@@ -217,7 +215,7 @@ class _Sweep:
         place: Place,
         storage: str,
         stop: tune.Stopper,
-        reports: tune.Callback,
+        told: tune.Callback,
         interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(SweepTrial, shared=self._shared, place=place)
@@ -243,7 +241,7 @@ class _Sweep:
                 name=self._shared.config.name,
                 storage_path=storage,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[reports, budget],
+                callbacks=[told, budget],
                 stop=CombinedStopper(stop, budget),
                 verbose=0,
             ),
@@ -259,9 +257,10 @@ class _Sweep:
         if self._search.scheduler is None:
             return None
         budget = total_examples(self._shared.config.train, self._examples)
-        rule = scheduler_for(self._search.scheduler, budget, self._search.metric, self._search.mode)
+        metric, mode = self._search.metrics[0], self._search.modes[0]
+        rule = scheduler_for(self._search.scheduler, budget, metric, mode)
         for trial in self._study.get_trials(deepcopy=False):
-            rule.recall(trial_name(trial.number), trial.intermediate_values)
+            rule.recall(trial_name(trial.number), reports(trial))
         return rule
 
     def _prepare(self, trial: str, params: dict[str, Any]) -> int:
@@ -276,6 +275,14 @@ class _Sweep:
         """Seconds of this driver and of the ones before it, in the study: it may be killed."""
         self._study.set_user_attr(MAKESPAN, round(self._elapsed_s(), 3))
         self._study.set_user_attr(GPU_SECONDS, round(self._spending.gpu_s, 3))
+
+    def _gpus(self) -> float:
+        """Of one trial; a trial in an engine has a slot's share."""
+        parallel = self._shared.config.parallel
+        gpus = parallel.max_workers * parallel.resources_per_worker.get("GPU", 0.0)
+        if self._execution != "packed":
+            return gpus
+        return gpus / arrange(self._shared.config, self._fit, trial_count(self._search)).slots
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun
@@ -296,7 +303,7 @@ def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> Non
         run_dir = shared.sweep_dir / TRIALS / trial_name(trial.number)
         result = load_result(run_dir)
         if result is not None and result.status in ("completed", "early_stopped", "failed"):
-            tell_outcome(study, trial.number, outcome_of(result, search.metric))
+            tell_outcome(study, trial.number, outcome_of(result, search.metrics))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ USABLE = ("completed", "early_stopped", "pruned")
 @dataclass(frozen=True)
 class SweepResult:
     """`result.json` of a sweep. `best` is None where no trial is usable; `ended_by` is the key of
-    `search.budget` that was used up.
+    `search.budget` that was used up, `pareto` the completed trials that no other one beats in every
+    metric, None where there is one metric.
     """
 
     status: SweepStatus
@@ -28,6 +29,7 @@ class SweepResult:
     execution: str
     error: str | None = None
     ended_by: str | None = None
+    pareto: tuple[str, ...] | None = None
 
 
 def sweep_result(

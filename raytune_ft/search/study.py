@@ -22,7 +22,7 @@ from raytune_ft.rundir import TRIALS
 from raytune_ft.search.space import decode, trial_name
 
 STUDY_FILE = "study.db"
-SEARCH = "search"
+SEARCH, REPORTS = "search", "reports"
 CONNECT_TIMEOUT_S = 8
 MAX_REASON = 200
 SERVERS = ("postgresql", "mysql", "mariadb")
@@ -42,7 +42,7 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
         study = optuna.create_study(
             study_name=name,
             storage=open_storage(url),
-            direction="minimize" if search.mode == "min" else "maximize",
+            directions=["minimize" if mode == "min" else "maximize" for mode in search.modes],
             load_if_exists=resume or search.storage is None,
         )
     except DuplicatedStudyError:
@@ -87,7 +87,7 @@ def open_storage(url: str) -> BaseStorage:
 def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> None:
     """The study is the one that the sweep began with, and says what its trials were drawn from."""
     plain = search.model_dump(mode="json", exclude_none=True)
-    now = {key: plain[key] for key in ("space", "metric", "mode")}
+    now = {"space": plain["space"], "metric": search.metrics, "mode": search.modes}
     saved = study.user_attrs.get(SEARCH)
     if saved is None:
         if (sweep_dir / TRIALS).is_dir():
@@ -118,18 +118,36 @@ def unfinished(study: optuna.Study) -> list[FrozenTrial]:
 def report(study: optuna.Study, number: int, result: Mapping[str, Any], metric: str) -> None:
     """An intermediate value at so many examples; the untouched base is none."""
     value, examples = result.get(metric), result.get("examples", 0)
-    if examples > 0 and isinstance(value, float) and math.isfinite(value):
-        live(study, number).report(value, step=int(examples))
+    if not (examples > 0 and isinstance(value, float) and math.isfinite(value)):
+        return
+    trial = live(study, number)
+    if len(study.directions) == 1:
+        trial.report(value, step=int(examples))
+    else:  # which Optuna does not take where there are several metrics
+        trial.set_user_attr(REPORTS, {**trial.user_attrs.get(REPORTS, {}), str(examples): value})
+
+
+def reports(trial: FrozenTrial) -> dict[int, float]:
+    """Its evaluations by the first metric, by the examples seen."""
+    kept = trial.user_attrs.get(REPORTS, {})
+    return {int(examples): value for examples, value in kept.items()} or trial.intermediate_values
+
+
+def pareto(study: optuna.Study) -> tuple[str, ...] | None:
+    """The trials that no other one beats in every metric; None where there is one metric."""
+    if len(study.directions) == 1:
+        return None
+    return tuple(sorted(trial_name(trial.number) for trial in study.best_trials))
 
 
 def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
-    """A run that ended by itself: `outcome` is its status, `value` its best of the metric."""
-    if result["outcome"] == "failed" or result.get("value") is None:
+    """A run that ended by itself: `outcome` is its status, `values` its metrics at its best."""
+    if result["outcome"] == "failed" or result.get("values") is None:
         set_attributes(study, number, facts(result))
         tell_failed(study, number, result.get("error") or "it ended without an evaluation")
         return
     set_attributes(study, number, {**facts(result), "status": result["outcome"]})
-    study.tell(number, float(result["value"]))
+    study.tell(number, [float(value) for value in result["values"]])
 
 
 def tell_failed(study: optuna.Study, number: int, error: str) -> None:
@@ -145,12 +163,13 @@ def rows(study: optuna.Study, search: SearchConfig) -> list[TrialRecord]:
 
 def _row(trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
     known = trial.user_attrs
-    values = trial.intermediate_values
-    value = (max if search.mode == "max" else min)(values.values(), default=None)
-    eval_loss = value if search.metric == "eval_loss" else known.get("eval_loss")
+    seen, metrics, values = reports(trial), search.metrics, None
+    value = (max if search.modes[0] == "max" else min)(seen.values(), default=None)
+    eval_loss = value if metrics[0] == "eval_loss" else known.get("eval_loss")
     status: TrialStatus = "interrupted"
     if trial.state == TrialState.COMPLETE:
-        status, value, eval_loss = known["status"], trial.value, known["eval_loss"]
+        status, value, eval_loss = known["status"], trial.values[0], known["eval_loss"]
+        values = dict(zip(metrics, trial.values, strict=True)) if len(metrics) > 1 else None
     elif trial.state == TrialState.PRUNED:
         status = "pruned"
     elif trial.state == TrialState.FAIL:
@@ -160,10 +179,11 @@ def _row(trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
         params=decode(search.space, trial.params),
         status=status,
         eval_loss=eval_loss,
-        examples=known.get("examples", max(values, default=0)),
+        examples=known.get("examples", max(seen, default=0)),
         wall_s=known.get("wall_s", 0.0),
         error=known.get("error"),
         value=value,
+        values=values,
     )
 
 

@@ -247,7 +247,10 @@ def test_methods_are_branches_of_a_space(write: Write) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ("{metric: eval_exact_match, %s}", "search.mode=min looks for the worst eval_exact_match"),
+        (
+            "{metric: eval_exact_match, mode: min, %s}",
+            "search.mode=min looks for the worst eval_exact_match",
+        ),
         ("{scheduler: {grace_examples: 101}, %s}", "is more than the 100 examples that a trial"),
     ],
 )

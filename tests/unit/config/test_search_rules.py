@@ -78,12 +78,22 @@ def with_search(**search: Any) -> Config:
         ({"constraints": ["train.lr <"]}, "search.constraints: train.lr < is not a condition;"),
         ({"constraints": ["train.lrr < 1"]}, "which is no line of search.space; did you mean"),
         ({"constraints": ["method.rank < 'a'"]}, "cannot be computed at method.rank="),
+        ({"metric": ["eval_loss", "eval_loss"]}, "is empty or names one twice; write one metric"),
+        (
+            {"metric": ["eval_loss", "eval_exact_match"], "mode": ["min", "min"]},
+            "search.mode=[min, min] looks for the worst eval_exact_match; write search.mode",
+        ),
+        ({"metric": ["eval_loss", "eval_exact_match"], "mode": "min"}, "is not one for each of"),
+        (
+            {"metric": ["eval_loss", "eval_exact_match"], "sampler": "cmaes"},
+            "search.sampler=cmaes follows one metric alone; write sampler: tpe, gp or random",
+        ),
         ({"scheduler": {"name": "medain"}}, "search.scheduler.name=medain is not asha, hyperband"),
         (
             {"scheduler": {"name": "median", "reduction_factor": 3}},
             "search.scheduler.reduction_factor is not a key of scheduler median; the keys of",
         ),
-        ({"scheduler": {"graze": 3}}, "search.scheduler.graze is not a key of scheduler asha; the keys"),
+        ({"scheduler": {"graze": 3}}, "search.scheduler.graze is not a key of scheduler asha;"),
         ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is no span of time;"),
         ({"budget": {"wall_s": 0}}, "search.budget.wall_s=0 is not a number above 0 or text"),
         ({"budget": {"gpu_hours": 1.0}}, "counts GPUs, and parallel.resources_per_worker has none"),

@@ -54,7 +54,7 @@ def drive(one: StudySearcher, count: int) -> list[dict[str, Any]]:
             report = {"examples": examples, "eval_loss": loss(config["params"], examples)}
             one.on_trial_result(f"tune-{index}", report)
         value = report["eval_loss"]
-        end = {"outcome": "completed", "value": value, "best_eval_loss": value, "examples": 100}
+        end = {"outcome": "completed", "values": [value], "best_eval_loss": value, "examples": 100}
         one.on_trial_complete(f"tune-{index}", {**end, "wall_s": 1.0})
     return drawn
 
@@ -135,7 +135,7 @@ def test_ends_are_told_as_what_they_are(tmp_path: Path) -> None:
     one.on_trial_complete("b", {"outcome": "failed", "error": "Diverged: step 2", "examples": 50})
     one.on_trial_result("c", {"examples": 50, "eval_loss": float("nan")})
     one.on_trial_complete(
-        "c", {"outcome": "early_stopped", "value": 1.0, "best_eval_loss": 1.0, "examples": 90}
+        "c", {"outcome": "early_stopped", "values": [1.0], "best_eval_loss": 1.0, "examples": 90}
     )
     found = rows(study, search)
     assert [(row.status, row.eval_loss, row.examples) for row in found] == [

@@ -40,7 +40,7 @@ def drive(search: SearchConfig, sweep_dir: Path, count: int, resume: bool) -> li
             break
         loss = config["params"]["train.lr"]
         searcher.on_trial_result(str(index), {"examples": 50, "eval_loss": loss})
-        end = {"outcome": "completed", "value": loss, "best_eval_loss": loss, "examples": 100}
+        end = {"outcome": "completed", "values": [loss], "best_eval_loss": loss, "examples": 100}
         searcher.on_trial_complete(str(index), end)
         drawn.append(config["params"])
     return drawn
