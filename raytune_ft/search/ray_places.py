@@ -159,7 +159,7 @@ def engines(
 
 def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:
     name = f"engine-{number}"
-    run_dir = sweep_dir / ENGINES / name
+    run_dir = sweep_dir / ENGINES / name  # for its hang.log
     run_dir.mkdir(parents=True, exist_ok=True)
     own = config.model_copy(update={"name": name, "storage": str(run_dir.parent), "search": None})
     return RunSpec(own, run_dir, data_dir)
