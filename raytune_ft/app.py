@@ -26,6 +26,7 @@ from raytune_ft.config.load import (
     resolve,
     to_plain,
 )
+from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
@@ -96,10 +97,11 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
+    choose_execution(written)  # refused now if it is to be refused
     with placed(written) as (config, _), open_run(config, resume) as run:
         config = _as_it_began(written, config, run)
         if not _has_ended(run, config):
-            _ask_storage(config)
+            _ask_studies(config, begun=run.saved is not None)
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
             check_examples(spec.config.search, _examples(config, data))
@@ -244,13 +246,19 @@ def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResul
     return fit(spec, reporter.evaluation, tell)
 
 
-def _ask_storage(config: Config) -> None:
-    """Whether a shared study answers, before anything is spent. Raises StorageError."""
-    from raytune_ft.search.study import open_storage
+def _ask_studies(config: Config, begun: bool) -> None:
+    """Whether studies answer before anything is spent, earlier ones too where this sweep has not
+    begun and learns from them. Raises StorageError.
+    """
+    from raytune_ft.search.storage import open_storage
+    from raytune_ft.search.warm import earlier_trials
 
     search = expand_env(config).search
-    if search is not None and search.storage is not None:
+    assert search is not None
+    if search.storage is not None:
         open_storage(search.storage)
+    if not begun:
+        earlier_trials(search)
 
 
 def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:

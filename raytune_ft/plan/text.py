@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config.load import dump_yaml
+from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.points import trial_count
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
 from raytune_ft.plan.options import NodeChoice, Option, fastest
@@ -57,6 +58,9 @@ def _summary(plan: Plan) -> list[str]:
     ]
     if plan.own.rejected:
         lines.append(f"  {plan.own.rejected}")
+    if plan.config.search is not None:
+        execution, why = choose_execution(plan.config)
+        lines.insert(1, f"trials: {execution} ({why})")
     return lines
 
 

@@ -20,6 +20,7 @@ from ray.tune.error import TuneError
 from ray.tune.stopper import CombinedStopper
 
 from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.points import Point, trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
@@ -44,9 +45,17 @@ from raytune_ft.search.ray_trial import (
     spec_of,
 )
 from raytune_ft.search.results import SweepResult, sweep_result
-from raytune_ft.search.slots import arrange, choose_execution
+from raytune_ft.search.slots import arrange
 from raytune_ft.search.space import apply_params, trial_name
-from raytune_ft.search.study import open_study, pareto, reports, rows, tell_outcome, unfinished
+from raytune_ft.search.study import (
+    open_study,
+    own_trials,
+    pareto,
+    reports,
+    rows,
+    tell_outcome,
+    unfinished,
+)
 from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import (
@@ -137,7 +146,7 @@ class _Sweep:
 
     def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
         """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
-        kept = sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
+        kept = sum(trial.state.is_finished() for trial in own_trials(self._study))
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
             return
@@ -259,8 +268,8 @@ class _Sweep:
         budget = total_examples(self._shared.config.train, self._examples)
         metric, mode = self._search.metrics[0], self._search.modes[0]
         rule = scheduler_for(self._search.scheduler, budget, metric, mode)
-        for trial in self._study.get_trials(deepcopy=False):
-            rule.recall(trial_name(trial.number), reports(trial))
+        for number, trial in enumerate(own_trials(self._study)):
+            rule.recall(trial_name(number), reports(trial))
         return rule
 
     def _prepare(self, trial: str, params: dict[str, Any]) -> int:
@@ -299,11 +308,11 @@ def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:
 
 def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> None:
     """Tell the study of trials that ended while nobody was there to listen."""
-    for trial in unfinished(study):
-        run_dir = shared.sweep_dir / TRIALS / trial_name(trial.number)
+    for number in unfinished(study):
+        run_dir = shared.sweep_dir / TRIALS / trial_name(number)
         result = load_result(run_dir)
         if result is not None and result.status in ("completed", "early_stopped", "failed"):
-            tell_outcome(study, trial.number, outcome_of(result, search.metrics))
+            tell_outcome(study, number, outcome_of(result, search.metrics))
 
 
 @contextmanager

@@ -1,19 +1,12 @@
-"""Which trials may share an engine, and how many. Pure: no torch, no ray."""
+"""How many trials share an engine. Pure: no torch, no ray."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from typing import Any
 
-from raytune_ft.config.load import apply_overrides, choose_strategy
-from raytune_ft.config.packable import packable
-from raytune_ft.config.reference import method_keys
+from raytune_ft.config.packable import variants
 from raytune_ft.config.schema import Config, LoraMethod
-from raytune_ft.errors import ConfigError
 
-# What all slots of an engine have in common, since they share its base and its passes.
-OF_THE_ENGINE = ("model", "data", "train.precision", "train.micro_tokens", "train.objective")
 MAX_SLOTS = 16
 """More slots cost more memory and gain little: a pass is large enough by then."""
 
@@ -28,66 +21,11 @@ class Arrangement:
     rank: int
 
 
-def reason_against(config: Config) -> str | None:
-    """None where any trial that the space allows can share an engine with any other."""
-    assert config.search is not None
-    strategy = choose_strategy(config)[0]
-    if strategy != "single":
-        return f"an engine is one process, and parallel.strategy is {strategy}"
-    for key in config.search.space:
-        for prefix in OF_THE_ENGINE:
-            if key == prefix or key.startswith(f"{prefix}."):
-                return f"search.space.{key} varies what trials of one engine share"
-    return next(filter(None, map(packable, _extremes(config))), None)
-
-
-def choose_execution(config: Config) -> tuple[str, str]:
-    """`packed` or `isolated`, and why.
-
-    Raises:
-        ConfigError: `search.execution: packed` for trials that cannot be packed.
-    """
-    assert config.search is not None
-    written, reason = config.search.execution, reason_against(config)
-    if written == "isolated":
-        return "isolated", "written in the config"
-    if reason is None:
-        return "packed", "trials share one frozen base"
-    if written == "packed":
-        raise ConfigError(
-            "search.execution=packed",
-            f"trains LoRA trials on one frozen base, and {reason}",
-            "write search.execution: isolated, or auto",
-        )
-    return "isolated", reason
-
-
 def arrange(config: Config, fit: int, trials: int) -> Arrangement:
     """Engines and slots for `trials` trials on a cluster that holds `fit` worker groups."""
     assert config.search is not None
     written = config.search.max_concurrent
     at_once = min(fit * MAX_SLOTS if written == "auto" else written, trials)
     engines = min(fit, at_once)
-    ranks = [each.method.rank for each in _extremes(config) if isinstance(each.method, LoraMethod)]
+    ranks = [each.method.rank for each in variants(config) if isinstance(each.method, LoraMethod)]
     return Arrangement(at_once, engines, -(-at_once // engines), max(ranks))
-
-
-def _extremes(config: Config) -> list[Config]:
-    """A config for each method of the space with every bound and choice of its method's keys."""
-    assert config.search is not None
-    alone = config.model_copy(update={"search": None})
-    space = config.search.space
-    names = space["method.name"].values if "method.name" in space else [config.method.name]
-    found = []
-    for name in names:
-        own: dict[str, list[Any]] = {
-            key: line.values
-            for key, line in space.items()
-            if key.startswith("method.") and key != "method.name" and key in method_keys(name)
-        }
-        for values in itertools.zip_longest(*own.values()):
-            params = {k: v for k, v in zip(own, values, strict=True) if v is not None}
-            found.append(apply_overrides(alone, {"method.name": name, **params}))
-        if not own:
-            found.append(apply_overrides(alone, {"method.name": name}))
-    return found

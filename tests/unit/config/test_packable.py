@@ -1,0 +1,73 @@
+"""Which sweeps are packed, and why others are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_ft.config.packable import choose_execution
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ConfigError
+from raytune_ft.search.slots import Arrangement, arrange
+
+LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
+
+
+def config(space: dict[str, Any] | None = None, **sections: Any) -> Config:
+    search = {"trials": 40, "space": LR | (space or {}), **sections.pop("search", {})}
+    data = {"train": {"path": "rows.jsonl"}}
+    return Config.model_validate({"name": "run", "data": data, "search": search, **sections})
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {},
+        {"method.rank": {"choice": [4, 64]}, "train.batch_size": {"choice": [8, 16]}},
+        {"method.targets": {"choice": ["all-linear", ["q_proj"]]}, "seed": {"choice": [1, 2]}},
+        {"method.name": {"choice": ["lora"]}, "method.rslora": {"choice": [True, False]}},
+    ],
+)
+def test_lora_trials_of_one_worker_are_packed(space: dict[str, Any]) -> None:
+    assert choose_execution(config(space)) == ("packed", "trials share one frozen base")
+
+
+@pytest.mark.parametrize(
+    ("space", "sections", "reason"),
+    [
+        ({}, {"method": {"name": "full"}}, "method.name=full moves the weights"),
+        ({"method.name": {"choice": ["lora", "full"]}}, {}, "method.name=full moves the weights"),
+        ({"method.dropout": {"uniform": [0.0, 0.1]}}, {}, "method.dropout=0.1 draws noise"),
+        ({"method.dora": {"choice": [False, True]}}, {}, "method.dora=true"),
+        ({"data.packing": {"choice": [True, False]}}, {}, "search.space.data.packing varies"),
+        ({"train.precision": {"choice": ["float32"]}}, {}, "search.space.train.precision varies"),
+        ({}, {"parallel": {"workers": 2}}, "an engine is one process"),
+    ],
+)
+def test_others_are_not(space: dict[str, Any], sections: dict[str, Any], reason: str) -> None:
+    execution, why = choose_execution(config(space, **sections))
+    assert execution == "isolated"
+    assert why.startswith(reason)
+    with pytest.raises(ConfigError, match=reason):
+        choose_execution(config(space, search={"execution": "packed"}, **sections))
+
+
+def test_what_is_written_is_done() -> None:
+    assert choose_execution(config(search={"execution": "isolated"}))[0] == "isolated"
+
+
+@pytest.mark.parametrize(
+    ("written", "fit", "trials", "expected"),
+    [
+        ("auto", 2, 40, Arrangement(32, 2, 16, 64)),
+        ("auto", 2, 5, Arrangement(5, 2, 3, 64)),
+        ("auto", 4, 2, Arrangement(2, 2, 1, 64)),
+        (3, 2, 40, Arrangement(3, 2, 2, 64)),
+        (100, 1, 40, Arrangement(40, 1, 40, 64)),
+    ],
+)
+def test_slots_and_engines(written: Any, fit: int, trials: int, expected: Arrangement) -> None:
+    space = {"method.rank": {"int_uniform": [4, 64]}}
+    found = arrange(config(space, search={"max_concurrent": written}), fit, trials)
+    assert found == expected
