@@ -178,14 +178,11 @@ def test_a_sick_slot_leaves_the_others_untouched_to_the_bit(
                 packed.engine.leave(tmp_path / name / "1", "pruned")
                 going -= {"1"}
         packed.engine.close()
-    if failed_after is not None:
-        assert '"failed"' in (tmp_path / "sick" / "1" / "result.json").read_text()
-    assert sickness == "lr" or failed_after is not None
+    assert failed_after is not None
+    assert '"failed"' in (tmp_path / "sick" / "1" / "result.json").read_text()
     for other in ("0", "2"):
         ours, theirs = tmp_path / "sick" / other, tmp_path / "well" / other
         assert losses(ours) == losses(theirs)
         assert evaluations(ours) == evaluations(theirs)
         weights = final_weights(theirs)
         assert all(torch.equal(value, weights[key]) for key, value in final_weights(ours).items())
-    if sickness == "lr":
-        assert max(losses(tmp_path / "sick" / "1")) > max(losses(tmp_path / "well" / "1")) + 1
