@@ -122,6 +122,7 @@ def resolve(
     if config.search is not None:
         data["search"]["execution"] = "isolated"
         data["search"]["trials"] = trial_count(config.search)
+        data["search"]["warm_start"] = paths.folders(config.search.warm_start, here)
         modes = config.search.modes
         data["search"]["mode"] = modes[0] if isinstance(config.search.metric, str) else modes
         data["search"]["storage"] = paths.study(config.search.storage, here)

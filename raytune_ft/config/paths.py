@@ -73,6 +73,14 @@ def study(written: str | None, cwd: Path) -> str | None:
     return _SQLITE + absolute(written.removeprefix(_SQLITE), cwd, "search.storage")
 
 
+def folders(written: str | list[str] | None, cwd: Path) -> list[str] | None:
+    """The directories of earlier sweeps, made absolute."""
+    if written is None:
+        return None
+    names = [written] if isinstance(written, str) else written
+    return [absolute(name, cwd, "search.warm_start") for name in names]
+
+
 def absolute(written: str, cwd: Path, key: str) -> str:
     """An absolute path, `~` expanded, `${NAME}` kept."""
     if not _is_relative(written, key):

@@ -149,6 +149,10 @@ class SearchConfig(Section):
         description="Optuna storage URL; null is study.db in the sweep's directory. A password "
         "is written as ${ENV_NAME}",
     )
+    warm_start: str | list[str] | None = Field(
+        None,
+        description="directories of earlier sweeps, from whose completed trials tpe and gp learn",
+    )
     space: dict[str, Distribution] = Field(min_length=1)
     constraints: list[str] = Field(
         default_factory=list,

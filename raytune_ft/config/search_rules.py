@@ -125,6 +125,12 @@ def _check_sampler(search: SearchConfig, tree: Branches) -> None:
             "is of no use under search.sampler=grid, which tries every point",
             "delete search.first",
         )
+    if search.warm_start and search.sampler not in ("tpe", "gp"):
+        raise ConfigError(
+            "search.warm_start",
+            f"is of no use under search.sampler={search.sampler}, which learns nothing from it",
+            "write sampler: tpe or gp, or delete search.warm_start",
+        )
     if search.sampler != "cmaes":
         return
     for key, line in search.space.items():

@@ -23,6 +23,7 @@ from raytune_ft.config.points import allowed, conditions, grid, trial_count, uni
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.space import decode, distributions, encode
+from raytune_ft.search.study import number_of, own_trials
 
 MIN_RANDOM_TRIALS, MAX_RANDOM_TRIALS = 4, 10
 MAX_SAMPLED, MAX_UNIFORM = 20, 100_000
@@ -71,24 +72,20 @@ class JointSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See `BaseSampler`."""
-        known = decode(self._search.space, trial.params)
-        if trial.number < len(self._points):
-            known = {**self._points[trial.number], **known}
-        others = [
-            other.params
-            for other in study.get_trials(deepcopy=False)
-            if other.number != trial.number
-        ]
+        known, number = decode(self._search.space, trial.params), number_of(study, trial)
+        if number < len(self._points):
+            known = {**self._points[number], **known}
+        others = [other.params for other in own_trials(study) if other.number != trial.number]
         repeated = None
         for attempt in range(MAX_SAMPLED):
-            point = self._draw(study, trial, known, attempt)
+            point = self._draw(study, trial, known, self._sampler(number, attempt))
             if allowed(point, self._constraints):
                 repeated = encode(self._search.space, point)
                 if repeated not in others:
                     return repeated
         if repeated is not None:
             return repeated
-        rng = random.Random(f"{self._seed} {trial.number}")
+        rng = random.Random(f"{self._seed} {number}")
         for _ in range(MAX_UNIFORM):
             point = uniform_point(self._search.space, self._tree, rng, known)
             if allowed(point, self._constraints):
@@ -110,9 +107,12 @@ class JointSampler(BaseSampler):
         raise AssertionError(f"{param_name} was not drawn with the rest")
 
     def _draw(
-        self, study: optuna.Study, trial: FrozenTrial, known: Mapping[str, Any], attempt: int
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        known: Mapping[str, Any],
+        sampler: BaseSampler,
     ) -> dict[str, Any]:
-        sampler = self._sampler(trial.number, attempt)
         together = sampler.infer_relative_search_space(study, trial)
         joint = sampler.sample_relative(study, trial, together)
         point: dict[str, Any] = {}

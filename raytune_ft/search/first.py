@@ -29,7 +29,7 @@ def first_points(config: Config, family: str, width: int | None) -> list[Point]:
     assert search is not None
     if search.sampler == "grid":
         return []
-    written = _written(config, search)
+    written = written_values(config, search)
     wanted: list[tuple[Point, Point]] = [(point, written) for point in search.first]
     if search.defaults:
         wanted.insert(0, ({}, written))
@@ -59,7 +59,7 @@ def published_lr(method: str, family: str, width: int) -> float:
     return BASE_LR * factor * float((REFERENCE_WIDTH / width) ** power)
 
 
-def _written(config: Config, search: SearchConfig) -> Point:
+def written_values(config: Config, search: SearchConfig) -> Point:
     """The file's own values of the lines that could have drawn them."""
     plain: dict[str, Any] = config.model_dump()
     found: Point = {}

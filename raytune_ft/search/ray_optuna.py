@@ -21,6 +21,7 @@ from raytune_ft.search.space import decode, trial_name
 from raytune_ft.search.study import (
     facts,
     live,
+    own_trials,
     report,
     set_attributes,
     tell_failed,
@@ -71,14 +72,14 @@ class StudySearcher(OfThisProcess, Searcher):
         study.sampler = self._sampler = JointSampler(search, seed, points)
         self._prepare, self._held, self._over = prepare, held, over
         self._numbers: dict[str, int] = {}  # by Tune's id of the trial
-        self._unfinished = [trial.number for trial in unfinished(study)]
+        self._unfinished = unfinished(study)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; `FINISHED` after the last one, None for nothing at the moment."""
         if self._held():
             return None
-        while (trial := self._next()) is not None:
-            number, name = trial.number, trial_name(trial.number)
+        while (number := self._next()) is not None:
+            trial, name = live(self._study, number), trial_name(number)
             try:
                 self._sampler.suggest(trial)
                 params = decode(self._search.space, trial.params)
@@ -90,17 +91,19 @@ class StudySearcher(OfThisProcess, Searcher):
             return {"trial": name, "number": number, "params": params, "budget": budget}
         return str(Searcher.FINISHED)
 
-    def _next(self) -> optuna.Trial | None:
+    def _next(self) -> int | None:
         """An earlier driver's trial: it may have died while it drew, and a trial without a value
         would run with that of the config file. Else a new one.
         """
         if self._over():
             return None
         if self._unfinished:
-            return live(self._study, self._unfinished.pop(0))
-        if len(self._study.trials) >= self._trials:
+            return self._unfinished.pop(0)
+        number = len(own_trials(self._study))
+        if number >= self._trials:
             return None
-        return self._study.ask()
+        self._study.ask()
+        return number
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An evaluation on the way."""
@@ -123,7 +126,7 @@ class StudySearcher(OfThisProcess, Searcher):
         else:
             report(self._study, number, result, self.metric)
             set_attributes(self._study, number, facts(result))
-            self._study.tell(number, state=TrialState.PRUNED)
+            self._study.tell(live(self._study, number), state=TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its storage already."""

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, StorageInternalError
-from optuna.storages import BaseStorage
+from optuna.exceptions import DuplicatedStudyError
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.records import TrialRecord, TrialStatus
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.space import decode, trial_name
+from raytune_ft.search.storage import STUDY_FILE, open_storage
+from raytune_ft.search.warm import FROM, earlier_trials
 
-STUDY_FILE = "study.db"
 SEARCH, REPORTS = "search", "reports"
-CONNECT_TIMEOUT_S = 8
-MAX_REASON = 200
-SERVERS = ("postgresql", "mysql", "mariadb")
-DRIVERS = {"postgresql": "postgresql+psycopg"}  # the driver that the `postgres` extra installs
 FACTS = ("eval_loss", "examples", "wall_s")
 
 
@@ -55,35 +49,6 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
     return study
 
 
-def open_storage(url: str) -> BaseStorage:
-    """What Optuna calls a storage, made where there is none yet.
-
-    Raises:
-        StorageError: no such URL, no driver, or nobody answers there within `CONNECT_TIMEOUT_S`.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    scheme, _, rest = url.partition("://")
-    try:
-        if scheme.split("+")[0] not in SERVERS:
-            return optuna.storages.get_storage(url)
-        return optuna.storages.RDBStorage(
-            f"{DRIVERS.get(scheme, scheme)}://{rest}",
-            engine_kwargs={
-                "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S},
-                "pool_pre_ping": True,  # a connection that lay idle for one long trial may be gone
-            },
-        )
-    except (ImportError, OSError, ValueError, SQLAlchemyError, StorageInternalError) as error:
-        raise StorageError(
-            f"search.storage={shown_value(url)}",
-            f"cannot be opened ({_reason(error)})",
-            "install its driver, for PostgreSQL with pip install 'raytune-ft[postgres]'"
-            if isinstance(error, ImportError | NoSuchModuleError)
-            else "write an Optuna URL that answers here",
-        ) from error
-
-
 def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> None:
     """The study is the one that the sweep began with, and says what its trials were drawn from."""
     plain = search.model_dump(mode="json", exclude_none=True)
@@ -96,6 +61,10 @@ def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> N
                 f"is not in search.storage, and {sweep_dir / TRIALS} holds its trials",
                 "write the storage that the sweep began with",
             )
+        known = {trial.user_attrs.get(FROM) for trial in study.get_trials(deepcopy=False)}
+        for trial in earlier_trials(search):
+            if trial.user_attrs[FROM] not in known:  # else a driver died between two of them
+                study.add_trial(trial)
         study.set_user_attr(SEARCH, now)
     elif saved != now:
         differing = [key for key in now if key != "space" and saved[key] != now[key]]
@@ -110,9 +79,20 @@ def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> N
         )
 
 
-def unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that were begun and not ended."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+def own_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The sweep's trials by their numbers, without the earlier sweeps' that come before them."""
+    return [each for each in study.get_trials(deepcopy=False) if FROM not in each.user_attrs]
+
+
+def number_of(study: optuna.Study, trial: FrozenTrial) -> int:
+    """The sweep's number of a trial."""
+    return [each.number for each in own_trials(study)].index(trial.number)
+
+
+def unfinished(study: optuna.Study) -> list[int]:
+    """Numbers of trials that were begun and not ended."""
+    every = enumerate(own_trials(study))
+    return [number for number, trial in every if trial.state == TrialState.RUNNING]
 
 
 def report(study: optuna.Study, number: int, result: Mapping[str, Any], metric: str) -> None:
@@ -137,7 +117,20 @@ def pareto(study: optuna.Study) -> tuple[str, ...] | None:
     """The trials that no other one beats in every metric; None where there is one metric."""
     if len(study.directions) == 1:
         return None
-    return tuple(sorted(trial_name(trial.number) for trial in study.best_trials))
+    signs = [1 if each == StudyDirection.MINIMIZE else -1 for each in study.directions]
+    points = {
+        trial_name(number): [s * value for s, value in zip(signs, trial.values, strict=True)]
+        for number, trial in enumerate(own_trials(study))
+        if trial.state == TrialState.COMPLETE
+    }
+    return tuple(
+        name
+        for name, point in points.items()
+        if not any(
+            other != point and all(a <= b for a, b in zip(other, point, strict=True))
+            for other in points.values()
+        )
+    )
 
 
 def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
@@ -147,21 +140,21 @@ def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) ->
         tell_failed(study, number, result.get("error") or "it ended without an evaluation")
         return
     set_attributes(study, number, {**facts(result), "status": result["outcome"]})
-    study.tell(number, [float(value) for value in result["values"]])
+    study.tell(live(study, number), [float(value) for value in result["values"]])
 
 
 def tell_failed(study: optuna.Study, number: int, error: str) -> None:
     """A trial that is no use to anybody, and why."""
     set_attributes(study, number, {"error": error})
-    study.tell(number, state=TrialState.FAIL)
+    study.tell(live(study, number), state=TrialState.FAIL)
 
 
 def rows(study: optuna.Study, search: SearchConfig) -> list[TrialRecord]:
     """What the study knows of every trial; of a pruned one, what was known when it was stopped."""
-    return [_row(trial, search) for trial in study.get_trials(deepcopy=False)]
+    return [_row(number, trial, search) for number, trial in enumerate(own_trials(study))]
 
 
-def _row(trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
+def _row(number: int, trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
     known = trial.user_attrs
     seen, metrics, values = reports(trial), search.metrics, None
     value = (max if search.modes[0] == "max" else min)(seen.values(), default=None)
@@ -175,7 +168,7 @@ def _row(trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
     elif trial.state == TrialState.FAIL:
         status, value, eval_loss = "failed", None, None
     return TrialRecord(
-        id=trial_name(trial.number),
+        id=trial_name(number),
         params=decode(search.space, trial.params),
         status=status,
         eval_loss=eval_loss,
@@ -200,10 +193,4 @@ def set_attributes(study: optuna.Study, number: int, values: Mapping[str, Any]) 
 
 def live(study: optuna.Study, number: int) -> optuna.Trial:
     """The trial as one that may still be written to, whoever began it."""
-    return optuna.Trial(study, study.trials[number]._trial_id)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of it; drivers go on with hints and links."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:MAX_REASON]
+    return optuna.Trial(study, own_trials(study)[number]._trial_id)

@@ -78,6 +78,7 @@ def with_search(**search: Any) -> Config:
         ({"constraints": ["train.lr <"]}, "search.constraints: train.lr < is not a condition;"),
         ({"constraints": ["train.lrr < 1"]}, "which is no line of search.space; did you mean"),
         ({"constraints": ["method.rank < 'a'"]}, "cannot be computed at method.rank="),
+        ({"warm_start": "runs/a", "sampler": "random"}, "which learns nothing from it;"),
         ({"metric": ["eval_loss", "eval_loss"]}, "is empty or names one twice; write one metric"),
         (
             {"metric": ["eval_loss", "eval_exact_match"], "mode": ["min", "min"]},

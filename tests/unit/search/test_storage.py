@@ -13,7 +13,8 @@ import pytest
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.search.ray_optuna import StudySearcher
-from raytune_ft.search.study import CONNECT_TIMEOUT_S, open_storage, open_study, rows
+from raytune_ft.search.storage import CONNECT_TIMEOUT_S, open_storage
+from raytune_ft.search.study import open_study, rows
 from tests.support.postgres import PASSWORD, free_port, server
 
 SPACE = {"train.lr": {"log_uniform": [1e-5, 1e-1]}, "method.rank": {"choice": [2, 4]}}
