@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -34,22 +34,73 @@ class Progress(Protocol):
         """Anything else."""
 
 
-@dataclass
-class _Row:
-    params: str
-    status: str = "starting"
-    examples: int = 0
-    eval_loss: float | None = None
-    begun: float = field(default_factory=time.monotonic)
+STOPPED = ("pruned", "early_stopped")
+
+
+class _Tally:
+    """Which trials run, stopped and ended, the lowest loss, and how long the rest will take."""
+
+    def __init__(self, total: int, now: Callable[[], float]) -> None:
+        self._total, self._now = total, now
+        self._running: set[str] = set()
+        self._stopped = self._completed = self._failed = 0
+        self._lowest: dict[str, float] = {}
+        self._begun = now()
+
+    @property
+    def done(self) -> int:
+        return self._stopped + self._completed + self._failed
+
+    def started(self, trial: str) -> None:
+        self._running.add(trial)
+
+    def reported(self, trial: str, eval_loss: float) -> None:
+        self._lowest[trial] = min(eval_loss, self._lowest.get(trial, eval_loss))
+
+    def finished(self, trial: str, status: str) -> None:
+        self._running.discard(trial)
+        if status == "failed":
+            self._failed += 1
+            self._lowest.pop(trial, None)
+        elif status in STOPPED:
+            self._stopped += 1
+        else:
+            self._completed += 1
+
+    def best(self) -> str:
+        """`; lowest so far 1.2500 (trial-000)`, or nothing."""
+        if not self._lowest:
+            return ""
+        name = min(self._lowest, key=lambda each: self._lowest[each])
+        return f"; lowest so far {self._lowest[name]:.4f} ({name})"
+
+    def left(self) -> str:
+        """`; about 12m left`, at the rate at which trials ended until now, whatever their number
+        at a time; nothing before the first one and after the last.
+        """
+        rest = self._total - self.done
+        if not self.done or rest <= 0:
+            return ""
+        return f"; about {span((self._now() - self._begun) / self.done * rest)} left"
+
+    def counts(self) -> str:
+        """`2 running, 3 stopped, 4 completed, 1 failed of 24 trials`."""
+        states = {
+            "running": len(self._running),
+            "stopped": self._stopped,
+            "completed": self._completed,
+            "failed": self._failed,
+        }
+        shown = [f"{count} {state}" for state, count in states.items() if count]
+        return f"{', '.join(shown) or 'none begun'} of {self._total} trials"
 
 
 class Lines:
     """One line for everything that happens."""
 
-    def __init__(self, tell: Tell, total: int) -> None:
+    def __init__(self, tell: Tell, total: int, now: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._total = tell, total
-        self._done = 0
-        self._lowest: dict[str, float] = {}
+        self._tally = _Tally(total, now)
 
     def live(self) -> AbstractContextManager[Any]:
         """See `Progress`."""
@@ -57,39 +108,47 @@ class Lines:
 
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
         """See `Progress`."""
+        self._tally.started(trial)
         self._tell(f"{trial} started: {shown_params(params)}")
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
         """See `Progress`."""
         if examples:
-            self._lowest[trial] = min(eval_loss, self._lowest.get(trial, eval_loss))
+            self._tally.reported(trial, eval_loss)
             self._tell(f"{trial}: eval_loss {eval_loss:.4f} after {examples:,} examples")
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
         """See `Progress`."""
-        self._done += 1
-        if status == "failed":
-            self._lowest.pop(trial, None)
+        tally = self._tally
+        tally.finished(trial, status)
         loss = "" if eval_loss is None else f", eval_loss {eval_loss:.4f}"
         why = f": {error}" if error else ""
-        best = ""
-        if self._lowest:
-            name = min(self._lowest, key=lambda each: self._lowest[each])
-            best = f"; lowest so far {self._lowest[name]:.4f} ({name})"
-        self._tell(f"{trial} {status}{loss}{why} [{self._done}/{self._total} trials{best}]")
+        state = f"{tally.done}/{self._total} trials{tally.best()}{tally.left()}"
+        self._tell(f"{trial} {status}{loss}{why} [{state}]")
 
     def note(self, line: str) -> None:
         """See `Progress`."""
         self._tell(line)
 
 
+@dataclass
+class _Row:
+    params: str
+    status: str = "starting"
+    examples: int = 0
+    eval_loss: float | None = None
+    over: bool = False
+
+
 class LiveTable:
     """A table of all trials that redraws itself; it is gone when the sweep is over."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total = console, total
+    def __init__(
+        self, console: Console, total: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
         self._rows: dict[str, _Row] = {}
-        self._done = 0
+        self._tally = _Tally(total, now)
 
     def live(self) -> AbstractContextManager[Any]:
         """See `Progress`."""
@@ -102,39 +161,37 @@ class LiveTable:
 
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
         """See `Progress`."""
+        self._tally.started(trial)
         self._rows[trial] = _Row(shown_params(params))
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
         """See `Progress`."""
         row = self._rows[trial]
         row.status, row.examples, row.eval_loss = "training", examples, eval_loss
+        if examples:
+            self._tally.reported(trial, eval_loss)
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
         """See `Progress`."""
-        self._done += 1
+        self._tally.finished(trial, status)
         row = self._rows.setdefault(trial, _Row(""))
         row.status = f"{status}: {error}" if error else status
-        row.eval_loss = eval_loss
+        row.eval_loss, row.over = eval_loss, True
 
     def note(self, line: str) -> None:
         """See `Progress`."""
         self._console.print(line)
 
     def table(self) -> Table:
-        """The trials so far, the latest last."""
+        """As many trials as fit: those that are over, the latest last, and then the running."""
         table = Table("trial", "params", "status", "examples", "eval loss")
-        rows = list(self._rows.items())
+        rows = sorted(self._rows.items(), key=lambda item: not item[1].over)
         room = max(4, self._console.height - 6)
         for trial, row in rows[-room:]:
             loss = "" if row.eval_loss is None else f"{row.eval_loss:.4f}"
             table.add_row(trial, row.params, row.status, f"{row.examples:,}", loss)
-        ended = [
-            row.eval_loss
-            for row in self._rows.values()
-            if row.eval_loss is not None and row.examples
-        ]
-        best = f", lowest eval loss {min(ended):.4f}" if ended else ""
-        table.caption = f"{self._done} of {self._total} trials done{best}"
+        tally = self._tally
+        table.caption = f"{tally.counts()}{tally.best()}{tally.left()}"
         return table
 
 
@@ -147,6 +204,14 @@ def progress_for(tell: Tell, total: int, console: Console | None = None) -> Prog
 def shown_params(params: Mapping[str, Any]) -> str:
     """`train.lr=0.000123 method.rank=8`."""
     return " ".join(f"{key}={_shown(value)}" for key, value in params.items())
+
+
+def span(seconds: float) -> str:
+    """`40s`, `12m`, `3h 05m`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return f"{minutes}m" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
 
 
 def _shown(value: Any) -> str:

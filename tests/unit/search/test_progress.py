@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from raytune_ft.search.progress import Lines, LiveTable, progress_for
+from raytune_ft.search.progress import Lines, LiveTable, progress_for, span
 
 
 def test_a_log_gets_a_line_for_everything() -> None:
     lines: list[str] = []
-    progress = progress_for(lines.append, 3, Console(file=io.StringIO()))
-    assert isinstance(progress, Lines)
+    assert isinstance(progress_for(print, 3, Console(file=io.StringIO())), Lines)
+    progress = Lines(lines.append, 3, iter([0.0, 120.0, 150.0]).__next__)
     progress.started("trial-000", {"train.lr": 0.000123456, "method.rank": 8})
     progress.reported("trial-000", 0, 9.0)
     progress.reported("trial-000", 1000, 1.25)
@@ -22,9 +23,11 @@ def test_a_log_gets_a_line_for_everything() -> None:
     assert lines == [
         "trial-000 started: train.lr=0.000123 method.rank=8",
         "trial-000: eval_loss 1.2500 after 1,000 examples",
-        "trial-000 pruned, eval_loss 1.2500 [1/3 trials; lowest so far 1.2500 (trial-000)]",
+        "trial-000 pruned, eval_loss 1.2500 [1/3 trials; lowest so far 1.2500 (trial-000); about "
+        "4m left]",
         "trial-001: eval_loss 0.5000 after 1,000 examples",
-        "trial-001 failed: Diverged: step 3 [2/3 trials; lowest so far 1.2500 (trial-000)]",
+        "trial-001 failed: Diverged: step 3 [2/3 trials; lowest so far 1.2500 (trial-000); about "
+        "1m left]",
     ]
 
 
@@ -34,10 +37,18 @@ def test_a_terminal_gets_a_table_that_fits_it() -> None:
     progress = progress_for(print, 30, console)
     assert isinstance(progress, LiveTable)
     with progress.live():
+        assert progress.table().caption == "none begun of 30 trials"
         for number in range(25):
             progress.started(f"trial-{number:03d}", {"train.lr": 0.1})
         progress.reported("trial-024", 10, 1.5)
         progress.finished("trial-024", "completed", 1.4, None)
     table = progress.table()
     assert table.row_count == 14
-    assert table.caption == "1 of 30 trials done, lowest eval loss 1.4000"
+    assert table.caption is not None
+    begun = "24 running, 1 completed of 30 trials; lowest so far 1.5000 (trial-024); about"
+    assert str(table.caption).startswith(begun)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(40, "40s"), (700, "12m"), (11100, "3h 05m")])
+def test_spans_are_short(seconds: float, shown: str) -> None:
+    assert span(seconds) == shown
