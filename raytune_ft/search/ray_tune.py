@@ -206,15 +206,13 @@ class _Sweep:
         return rows(self._study, self._search)
 
     def _ended(self, row: TrialRecord) -> RunResult | None:
-        """The trial's own result; one that nobody was left to write is written now."""
-        left = load_result(self._shared.sweep_dir / TRIALS / row.id)
-        if left is None and row.status in ("pruned", "failed"):
-            run_dir = self._shared.sweep_dir / TRIALS / row.id
-            if run_dir.is_dir():
-                spec = spec_of(self._shared, row.id, row.params)
-                return write_ended(
-                    spec, "pruned" if row.status == "pruned" else "failed", row.error
-                )
+        """The trial's own result; an end that only the study knows of is written now."""
+        run_dir = self._shared.sweep_dir / TRIALS / row.id
+        left = load_result(run_dir)
+        agrees = left is not None and left.status == row.status
+        if row.status in ("pruned", "failed") and not agrees and run_dir.is_dir():
+            spec = spec_of(self._shared, row.id, row.params)
+            return write_ended(spec, "pruned" if row.status == "pruned" else "failed", row.error)
         return left
 
     def _tuner(
