@@ -201,16 +201,10 @@ class _LinearWithAdapters(torch.autograd.Function):
         x_GTI, weight_OI, a_GRI, b_GRO, scales_G11, h_GTR = ctx.saved_tensors
         da_GRI, db_GRO = ctx.gradients
         dh_GTR = torch.bmm(dy_GTO, b_GRO.mT).mul_(scales_G11)
-        _add_product(da_GRI, dh_GTR.mT, x_GTI)
-        _add_product(db_GRO, h_GTR.mT, dy_GTO)
+        # Not baddbmm: into views with gaps between the slots it goes slot by slot.
+        da_GRI += torch.bmm(dh_GTR.mT, x_GTI)
+        db_GRO += torch.bmm(h_GTR.mT, dy_GTO)
         dx_GTI = None
         if ctx.needs_input_grad[0]:
             dx_GTI = torch.matmul(dy_GTO, weight_OI).baddbmm_(dh_GTR, a_GRI)
         return dx_GTI, *[None] * 8
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += torch.bmm(left, right)

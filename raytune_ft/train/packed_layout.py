@@ -13,6 +13,10 @@ from raytune_ft.data.layout import Row, fill_rows
 
 PASS_TOKENS = 256
 """What a pass costs beside its tokens, in tokens: launching its operators."""
+ROW_TOKENS = 512
+"""A token of a row of this length costs twice as much as one that stands alone."""
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+"""Numbers of rows that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,16 @@ def plan_pass(
     one, longest first. At most `micro_tokens` tokens, padding included, but always one row of one
     slot. Among the numbers of rows that fit, the one with the most tokens for their cost.
     """
-    count, width = _participants(waiting[first:], micro_tokens)
+    count, longest = _participants(waiting[first:], micro_tokens)
     slots = waiting[first : first + count]
+    width = _width(slots, longest, micro_tokens // count) if packing else longest
     rows = [_fullest_first(lengths, width, packing) for lengths in slots]
-    room = max(1, micro_tokens // (count * width))
-    height = _best_height(
-        [
-            [sum(map(of.__getitem__, row)) for row in own]
-            for own, of in zip(rows, slots, strict=True)
-        ],
-        width,
-        room,
-    )
+    filled = [
+        [sum(lengths[position] for position in row) for row in own]
+        for own, lengths in zip(rows, slots, strict=True)
+    ]
+    width = max(own[0] for own in filled)
+    height = _height(filled, width, max(1, micro_tokens // (count * width)))
     return PackedPass(first, tuple(tuple((own + [()] * height)[:height]) for own in rows))
 
 
@@ -68,10 +70,34 @@ def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Ro
     return sorted(rows, key=lambda row: -sum(lengths[position] for position in row))
 
 
-def _best_height(filled: Sequence[Sequence[int]], width: int, room: int) -> int:
-    """`filled` has the tokens of every row of every slot, fullest first."""
+def _width(slots: Sequence[Sequence[int]], longest: int, room: int) -> int:
+    """Of rows as many examples as fit; wider rows leave fewer gaps, and cost attention more.
+
+    No wider than `room`, unless an example is.
+    """
+    tokens = max(map(sum, slots))
+
+    def cost(rows: int) -> float:
+        width = wide(rows)
+        at_least = max(sum(2 * length > width for length in lengths) for lengths in slots)
+        return max(rows, at_least) * width * (1 + width / ROW_TOKENS)
+
+    def wide(rows: int) -> int:
+        gaps = longest // 2 if rows > 1 else 0
+        return max(longest, -(-tokens // rows) + gaps)
+
+    candidates = [rows for rows in ROWS if wide(rows) <= max(room, longest)]
+    return wide(min(candidates, key=cost)) if candidates else longest
+
+
+def _height(filled: Sequence[Sequence[int]], width: int, room: int) -> int:
+    """How many rows, of which there is room for some; `filled` has the tokens of every row of
+    every slot, fullest first.
+    """
+    most = max(map(len, filled))
+    even = -(-most // -(-most // room))
     best, best_worth, tokens = 1, 0.0, 0
-    for height in range(1, min(room, max(map(len, filled))) + 1):
+    for height in range(1, even + 1):
         tokens += sum(own[height - 1] for own in filled if len(own) >= height)
         worth = tokens / (PASS_TOKENS + len(filled) * height * width)
         if worth >= best_worth:
