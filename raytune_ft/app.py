@@ -23,10 +23,10 @@ from raytune_ft.config.load import (
     expand_env,
     load_config,
     memory_decides,
-    resolve,
     to_plain,
 )
 from raytune_ft.config.packable import choose_execution
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed

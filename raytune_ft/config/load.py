@@ -1,6 +1,5 @@
-"""From a YAML file and overrides to a checked Config, and from that to a resolved one.
+"""From a YAML file and overrides to a checked Config.
 
-`load_config` checks what was written; `resolve` is the one place where values are derived.
 Importing this module loads neither torch nor ray nor transformers.
 """
 
@@ -13,17 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytune_ft.config import (
-    deepspeed_json,
-    environment,
-    paths,
-    reference,
-    rules,
-    search_rules,
-    yaml_text,
-)
+from raytune_ft.config import environment, reference, rules, search_rules, yaml_text
 from raytune_ft.config.explain import explain, shown_value
-from raytune_ft.config.points import trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.errors import ConfigError
@@ -72,7 +62,7 @@ def dump_yaml(config: Config) -> str:
 
 def expand_env(config: Config) -> Config:
     """A copy with every `${ENV_NAME}` replaced; ConfigError where one is not set."""
-    return _validated(environment.expand(to_plain(config)))
+    return validated(environment.expand(to_plain(config)))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -91,42 +81,6 @@ def parse_override(text: str) -> tuple[str, Any]:
     if expected == "text or null" and not quoted:
         return dotted, None if written in ("null", "~", "") else written
     return dotted, yaml_text.parse(written, dotted)
-
-
-def resolve(
-    config: Config,
-    cwd: Path | None = None,
-    disposable_cwd: bool | None = None,
-    shortage: str | None = None,
-) -> Config:
-    """A copy in which paths are absolute and `auto` values that need no model are concrete.
-
-    `disposable_cwd`: the current directory does not outlive the run or is not the same on every
-    node, so that a relative storage goes under RAYTUNE_FT_STORAGE; None asks whether this is a
-    Ray job. `shortage`: see `choose_strategy`. Raises StorageError where that variable is not set.
-    """
-    here = Path.cwd() if cwd is None else cwd
-    disposable = environment.in_ray_job() if disposable_cwd is None else disposable_cwd
-    data = to_plain(config)
-    data["storage"] = paths.storage(config.storage, here, disposable)
-    data["model"]["path"] = paths.model(config.model.path, here)
-    for name in ("train", "validation", "test"):
-        source = data["data"][name]
-        if isinstance(source, dict):
-            source["path"] = paths.source(source["path"], here, f"data.{name}.path")
-    data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
-    if config.parallel.deepspeed is not None:
-        file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)
-        deepspeed_json.check(config, environment.expand_text(file, deepspeed_json.KEY))
-        data["parallel"]["deepspeed"] = file
-    if config.search is not None:
-        data["search"]["execution"] = "isolated"
-        data["search"]["trials"] = trial_count(config.search)
-        data["search"]["warm_start"] = paths.folders(config.search.warm_start, here)
-        modes = config.search.modes
-        data["search"]["mode"] = modes[0] if isinstance(config.search.metric, str) else modes
-        data["search"]["storage"] = paths.study(config.search.storage, here)
-    return _validated(data)
 
 
 def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, str]:
@@ -161,7 +115,7 @@ def memory_decides(config: Config) -> bool:
 
 
 def _checked(data: dict[str, Any]) -> Config:
-    config = _validated(data)
+    config = validated(data)
     environment.refuse_secrets(to_plain(config))
     rules.check(config)
     if config.search is not None:
@@ -169,7 +123,7 @@ def _checked(data: dict[str, Any]) -> Config:
     return config
 
 
-def _validated(data: dict[str, Any]) -> Config:
+def validated(data: dict[str, Any]) -> Config:
     method = data.get("method")
     if isinstance(method, dict):  # the discriminator of a union has no default of its own
         data = {**data, "method": {"name": "lora", **method}}

@@ -48,7 +48,7 @@ def choose_execution(config: Config) -> tuple[str, str]:
     assert config.search is not None
     written, reason = config.search.execution, reason_against(config)
     if written == "isolated":
-        return "isolated", "written in the config"
+        return "isolated", reason or "written in the config"
     if reason is None:
         return "packed", "trials share one frozen base"
     if written == "packed":

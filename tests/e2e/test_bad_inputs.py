@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.cli import run_command
-from raytune_ft.config.load import load_config, resolve
+from raytune_ft.config.load import load_config
+from raytune_ft.config.resolve import resolve
 from raytune_ft.rundir import open_run
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.deepspeed_json import passed_on
-from raytune_ft.config.load import apply_overrides, resolve
+from raytune_ft.config.load import apply_overrides
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 

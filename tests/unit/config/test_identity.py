@@ -128,7 +128,8 @@ def test_the_reference_knows_every_key() -> None:
 
 
 def test_shipped_files_load() -> None:
-    from raytune_ft.config.load import load_config, resolve
+    from raytune_ft.config.load import load_config
+    from raytune_ft.config.resolve import resolve
 
     shipped = sorted((Path(__file__).parents[3] / "jobs").glob("*.yaml"))
     assert len(shipped) >= 2

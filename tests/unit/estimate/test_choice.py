@@ -8,13 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from raytune_ft.app import placed
-from raytune_ft.config.load import (
-    apply_overrides,
-    choose_strategy,
-    load_config,
-    memory_decides,
-    resolve,
-)
+from raytune_ft.config.load import apply_overrides, choose_strategy, load_config, memory_decides
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate import hardware

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.config.load import load_config, resolve
+from raytune_ft.config.load import load_config
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.estimate.hardware import USABLE

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_ft.config.load import dump_yaml, load_config, resolve
+from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer

@@ -1,0 +1,47 @@
+"""From a checked Config to a resolved one: the one place where values are derived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raytune_ft.config import deepspeed_json, environment, paths
+from raytune_ft.config.load import choose_strategy, to_plain, validated
+from raytune_ft.config.packable import choose_execution
+from raytune_ft.config.points import trial_count
+from raytune_ft.config.schema import Config
+
+
+def resolve(
+    config: Config,
+    cwd: Path | None = None,
+    disposable_cwd: bool | None = None,
+    shortage: str | None = None,
+) -> Config:
+    """A copy in which paths are absolute and `auto` values that need no model are concrete.
+
+    `disposable_cwd`: the current directory does not outlive the run or is not the same on every
+    node, so that a relative storage goes under RAYTUNE_FT_STORAGE; None asks whether this is a
+    Ray job. `shortage`: see `choose_strategy`. Raises StorageError where that variable is not set.
+    """
+    here = Path.cwd() if cwd is None else cwd
+    disposable = environment.in_ray_job() if disposable_cwd is None else disposable_cwd
+    data = to_plain(config)
+    data["storage"] = paths.storage(config.storage, here, disposable)
+    data["model"]["path"] = paths.model(config.model.path, here)
+    for name in ("train", "validation", "test"):
+        source = data["data"][name]
+        if isinstance(source, dict):
+            source["path"] = paths.source(source["path"], here, f"data.{name}.path")
+    data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
+    if config.parallel.deepspeed is not None:
+        file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)
+        deepspeed_json.check(config, environment.expand_text(file, deepspeed_json.KEY))
+        data["parallel"]["deepspeed"] = file
+    if config.search is not None:
+        data["search"]["execution"] = choose_execution(config)[0]
+        data["search"]["trials"] = trial_count(config.search)
+        data["search"]["warm_start"] = paths.folders(config.search.warm_start, here)
+        modes = config.search.modes
+        data["search"]["mode"] = modes[0] if isinstance(config.search.metric, str) else modes
+        data["search"]["storage"] = paths.study(config.search.storage, here)
+    return validated(data)
