@@ -9,6 +9,8 @@ from raytune_ft.config.schema import Config, LoraMethod
 
 MAX_SLOTS = 16
 """More slots cost more memory and gain little: a pass is large enough by then."""
+TRIALS_PER_SLOT = 6
+"""A slot costs a process of Ray Tune's, about 2 s of a core, which fewer trials do not earn."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ def arrange(config: Config, fit: int, trials: int) -> Arrangement:
     """Engines and slots for `trials` trials on a cluster that holds `fit` worker groups."""
     assert config.search is not None
     written = config.search.max_concurrent
-    at_once = min(fit * MAX_SLOTS if written == "auto" else written, trials)
+    useful = max(2, min(MAX_SLOTS, trials // (fit * TRIALS_PER_SLOT)))
+    at_once = min(fit * useful if written == "auto" else written, trials)
     engines = min(fit, at_once)
     ranks = [each.method.rank for each in variants(config) if isinstance(each.method, LoraMethod)]
     return Arrangement(at_once, engines, -(-at_once // engines), max(ranks))

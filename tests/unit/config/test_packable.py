@@ -60,8 +60,9 @@ def test_what_is_written_is_done() -> None:
 @pytest.mark.parametrize(
     ("written", "fit", "trials", "expected"),
     [
-        ("auto", 2, 40, Arrangement(32, 2, 16, 64)),
-        ("auto", 2, 5, Arrangement(5, 2, 3, 64)),
+        ("auto", 2, 40, Arrangement(6, 2, 3, 64)),
+        ("auto", 1, 400, Arrangement(16, 1, 16, 64)),
+        ("auto", 2, 5, Arrangement(4, 2, 2, 64)),
         ("auto", 4, 2, Arrangement(2, 2, 1, 64)),
         (3, 2, 40, Arrangement(3, 2, 2, 64)),
         (100, 1, 40, Arrangement(40, 1, 40, 64)),
