@@ -66,25 +66,14 @@ def assert_sound(result: SweepResult, sweep_dir: Path) -> None:
         assert PeftConfig.from_pretrained(str(best)).r == row.params["method.rank"]
 
 
-def test_trials_share_an_engine_and_end_like_single_runs(inputs: Inputs, tmp_path: Path) -> None:
-    sweep_dir = tmp_path / "sweep"
-    config = begin(inputs, sweep_dir)
-    lines: list[str] = []
-    result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append)
-    assert_nothing_left()
-    assert_sound(result, sweep_dir)
-    assert {row.status for row in result.trials} == {"completed"}
-    assert any("3 at a time in 2 engines" in line for line in lines)
-    for trial in ("trial-000", "trial-005"):
-        assert_as_alone(inputs, sweep_dir, trial, tmp_path / "alone")
-
-
 def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path: Path) -> None:
     sweep_dir = tmp_path / "sweep"
     config = begin(inputs, sweep_dir)
     killed: list[int] = []
+    lines: list[str] = []
 
     def kill(line: str) -> None:
+        lines.append(line)
         if "after 140" in line and not killed:
             killed.append(max(process.pid for process in workers()))
             os.kill(killed[0], signal.SIGKILL)
@@ -93,10 +82,12 @@ def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path
     assert killed
     assert_nothing_left()
     assert_sound(result, sweep_dir)
+    assert any("3 at a time in 2 engines" in line for line in lines)
     for row in result.trials:
         assert_as_alone(inputs, sweep_dir, row.id, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_an_interrupted_packed_sweep_goes_on(inputs: Inputs, tmp_path: Path) -> None:
     sweep_dir = tmp_path / "sweep"
     config = begin(inputs, sweep_dir)

@@ -82,6 +82,7 @@ def test_a_stopped_worker_is_named_and_failures_are_bounded(inputs: Inputs, tmp_
     assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_leave_saves_first(
     inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
