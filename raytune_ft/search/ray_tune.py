@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +33,7 @@ from raytune_ft.search.ray_events import Reports, StopWith
 from raytune_ft.search.ray_optuna import StudySearcher
 from raytune_ft.search.ray_places import Place, engines, groups
 from raytune_ft.search.ray_schedulers import Asha, Median, scheduler_for
+from raytune_ft.search.ray_settings import settings_of_tune, tune_storage
 from raytune_ft.search.ray_trial import (
     Shared,
     SweepTrial,
@@ -67,13 +64,6 @@ from raytune_ft.train.ray_cluster import (
 from raytune_ft.train.signals import interruptible
 
 MAKESPAN, GPU_SECONDS = "makespan_s", "gpu_s"
-TUNE_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the outcome of a failed trial has no metric
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
-    "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
-}
 
 
 def run_sweep(
@@ -157,8 +147,8 @@ class _Sweep:
             with (
                 progress.live(),
                 self._place(left, progress.note) as (place, concurrent),
-                _tune_storage() as storage,
-                _settings(TUNE_SETTINGS),
+                tune_storage() as storage,
+                settings_of_tune(),
             ):
                 stop = StopWith(interrupted, place, stop_grace_s())
                 told = Reports(progress, self._study, self._search, self._remember_makespan, place)
@@ -311,30 +301,3 @@ def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> Non
         result = load_result(run_dir)
         if result is not None and result.status in ("completed", "early_stopped", "failed"):
             tell_outcome(study, number, outcome_of(result, search.metrics))
-
-
-@contextmanager
-def _tune_storage() -> Iterator[str]:
-    """Tune's own notes, pickles among them: nothing is ever read from them again."""
-    path = tempfile.mkdtemp(prefix="raytune-ft-")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _settings(values: Mapping[str, str]) -> Iterator[None]:
-    """Tune reads its settings from the environment."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    level = logging.getLogger("ray.tune").level
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.getLogger("ray.tune").setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
