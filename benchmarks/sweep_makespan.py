@@ -161,6 +161,7 @@ def ours(job: dict[str, Any], arm: str, number: int) -> tuple[list[str], Path]:
             "validation": {"path": f"{job['root']}/validation.jsonl", **source},
             "separator": "",
             "max_length": MAX_LENGTH,
+            "max_bad_fraction": 0.1,  # some questions alone are longer
         },
         "train": {
             "precision": "float32",
