@@ -25,7 +25,6 @@ from raytune_ft.config.load import (
     memory_decides,
     to_plain,
 )
-from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
@@ -97,7 +96,6 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
-    choose_execution(written)  # refused now if it is to be refused
     with placed(written) as (config, _), open_run(config, resume) as run:
         config = _as_it_began(written, config, run)
         if not _has_ended(run, config):

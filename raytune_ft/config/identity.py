@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
+from raytune_ft.config.reference import is_under
 from raytune_ft.config.schema import Config, TrainConfig
 from raytune_ft.errors import ConfigError
 
@@ -37,7 +38,7 @@ def config_sha256(config: Config) -> str:
     """
     flat = _flat(to_plain(expand_env(config)))
     ignored = (*FREE, "name", "search", *(() if depends_on_horizon(config.train) else BUDGET))
-    kept = {key: value for key, value in flat.items() if not _is_under(key, ignored)}
+    kept = {key: value for key, value in flat.items() if not is_under(key, ignored)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -51,7 +52,7 @@ def check_resume(saved: Config, new: Config) -> None:
     old_flat, new_flat = _flat(to_plain(saved)), _flat(to_plain(new))
     for key in [*old_flat, *(key for key in new_flat if key not in old_flat)]:
         old, now = old_flat.get(key, _MISSING), new_flat.get(key, _MISSING)
-        if old == now or _is_under(key, (*FREE, *BUDGET)):
+        if old == now or is_under(key, (*FREE, *BUDGET)):
             continue
         if key == "search.trials" and isinstance(old, int) and isinstance(now, int) and now > old:
             continue
@@ -99,7 +100,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat.update(_flat(item, f"{prefix}.{key}" if prefix else key))
     return flat
-
-
-def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
-from raytune_ft.config.reference import method_keys
+from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.errors import ConfigError
 
@@ -33,9 +34,8 @@ def reason_against(config: Config) -> str | None:
     if strategy != "single":
         return f"an engine is one process, and parallel.strategy is {strategy}"
     for key in config.search.space:
-        for prefix in OF_THE_ENGINE:
-            if key == prefix or key.startswith(f"{prefix}."):
-                return f"search.space.{key} varies what trials of one engine share"
+        if is_under(key, OF_THE_ENGINE):
+            return f"search.space.{key} varies what trials of one engine share"
     return next(filter(None, map(packable, variants(config))), None)
 
 
@@ -65,17 +65,15 @@ def variants(config: Config) -> list[Config]:
     assert config.search is not None
     alone = config.model_copy(update={"search": None})
     space = config.search.space
-    names = space["method.name"].values if "method.name" in space else [config.method.name]
+    names = space[METHOD].values if METHOD in space else [config.method.name]
     found = []
     for name in names:
         own: dict[str, list[Any]] = {
             key: line.values
             for key, line in space.items()
-            if key.startswith("method.") and key != "method.name" and key in method_keys(name)
+            if key.startswith("method.") and key != METHOD and key in method_keys(name)
         }
-        for values in itertools.zip_longest(*own.values()):
+        for values in list(itertools.zip_longest(*own.values())) or [()]:
             params = {k: v for k, v in zip(own, values, strict=True) if v is not None}
-            found.append(apply_overrides(alone, {"method.name": name, **params}))
-        if not own:
-            found.append(apply_overrides(alone, {"method.name": name}))
+            found.append(apply_overrides(alone, {METHOD: name, **params}))
     return found

@@ -240,3 +240,8 @@ def _bound(limit: Any) -> str:
         case annotated_types.MinLen():
             return "that is not empty"
     return "made of letters, digits, '.', '_' and '-' that begins with a letter or a digit"
+
+
+def is_under(key: str, prefixes: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these, or a key of a section that is."""
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -246,13 +246,12 @@ def _method_names(config: Config) -> list[str]:
 
 def _check_searched(key: str, names: list[str]) -> None:
     line = f"search.space.{key}"
-    for prefix in NOT_SEARCHED:
-        if key == prefix or key.startswith(prefix + "."):
-            raise ConfigError(
-                line,
-                "cannot be searched over: trials would not be comparable",
-                f"delete the line and set {key} once",
-            )
+    if reference.is_under(key, NOT_SEARCHED):
+        raise ConfigError(
+            line,
+            "cannot be searched over: trials would not be comparable",
+            f"delete the line and set {key} once",
+        )
     parts = tuple(key.split("."))
     field = reference.field_at(parts)
     if field is None or (reference.sections_of(field.annotation) and not field.description):

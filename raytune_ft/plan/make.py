@@ -167,11 +167,8 @@ def _per_node(config: Config, asked: Asked) -> int:
         return asked.per_node
     if asked.nodes is not None and asked.accelerator is not None:
         return PER_NODE
-    return (
-        min(PER_NODE, config.parallel.max_workers)
-        if asked.accelerator
-        else (config.parallel.max_workers)
-    )
+    workers = config.parallel.max_workers
+    return min(PER_NODE, workers) if asked.accelerator is not None else workers
 
 
 def _usable(config: Config, asked: Asked) -> int | None:

@@ -23,7 +23,7 @@ from raytune_ft.config.points import allowed, conditions, grid, trial_count, uni
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.space import decode, distributions, encode
-from raytune_ft.search.study import number_of, own_trials
+from raytune_ft.search.study import own_trials
 
 MIN_RANDOM_TRIALS, MAX_RANDOM_TRIALS = 4, 10
 MAX_SAMPLED, MAX_UNIFORM = 20, 100_000
@@ -72,10 +72,11 @@ class JointSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See `BaseSampler`."""
-        known, number = decode(self._search.space, trial.params), number_of(study, trial)
+        known, own = decode(self._search.space, trial.params), own_trials(study)
+        number = [each.number for each in own].index(trial.number)
         if number < len(self._points):
             known = {**self._points[number], **known}
-        others = [other.params for other in own_trials(study) if other.number != trial.number]
+        others = [other.params for other in own if other.number != trial.number]
         repeated = None
         for attempt in range(MAX_SAMPLED):
             point = self._draw(study, trial, known, self._sampler(number, attempt))

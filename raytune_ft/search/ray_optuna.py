@@ -125,8 +125,9 @@ class StudySearcher(OfThisProcess, Searcher):
             tell_outcome(self._study, number, result)
         else:
             report(self._study, number, result, self.metric)
-            set_attributes(self._study, number, facts(result))
-            self._study.tell(live(self._study, number), state=TrialState.PRUNED)
+            trial = live(self._study, number)
+            set_attributes(trial, facts(result))
+            self._study.tell(trial, state=TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its storage already."""

@@ -49,58 +49,10 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Groups:
-    """A worker group for each trial."""
-
-    switchboard: Any
-
-    def job(self, spec: RunSpec) -> Job:
-        """See `Place`."""
-        from raytune_ft.train.ray_train import TrainJob
-        from raytune_ft.train.ray_worker import train_worker
-
-        return TrainJob(spec, self.switchboard, train_worker)
-
-    def is_stopping(self) -> bool:
-        """See `Place`."""
-        return bool(ray.get(self.switchboard.is_stopping.remote()))
-
-    def stop_everybody(self) -> None:
-        """See `Place`."""
-        ray.get(self.switchboard.stop_everybody.remote())
-
-    def open_runs(self) -> list[str]:
-        """See `Place`."""
-        return list(ray.get(self.switchboard.open_runs.remote()))
-
-    def give_up(self, trial: str) -> None:
-        """See `Place`."""
-        from raytune_ft.train.ray_group import end_groups_of
-
-        end_groups_of(trial, self.switchboard)
-
-    def close(self, note: Tell) -> None:
-        """The sweep is over; whatever is left of it on the cluster is ended."""
-        from raytune_ft.train.ray_group import end_group
-
-        with suppress(RayError):
-            for run in self.open_runs():
-                try:
-                    end_group(run, self.switchboard)
-                except RunFailed as error:
-                    note(f"{run}: {error}")
-            ray.kill(self.switchboard)
-
-
-@dataclass(frozen=True)
-class Slots:
-    """A slot of an engine for each trial."""
+class _Board:
+    """What an actor of the driver knows of the trials, whichever actor it is."""
 
     board: Any
-
-    def job(self, spec: RunSpec) -> Job:
-        """See `Place`."""
-        return SlotJob(spec, self.board)
 
     def is_stopping(self) -> bool:
         """See `Place`."""
@@ -113,6 +65,43 @@ class Slots:
     def open_runs(self) -> list[str]:
         """See `Place`."""
         return list(ray.get(self.board.open_runs.remote()))
+
+
+class Groups(_Board):
+    """A worker group for each trial; the board is a `Switchboard`."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        from raytune_ft.train.ray_train import TrainJob
+        from raytune_ft.train.ray_worker import train_worker
+
+        return TrainJob(spec, self.board, train_worker)
+
+    def give_up(self, trial: str) -> None:
+        """See `Place`."""
+        from raytune_ft.train.ray_group import end_groups_of
+
+        end_groups_of(trial, self.board)
+
+    def close(self, note: Tell) -> None:
+        """The sweep is over; whatever is left of it on the cluster is ended."""
+        from raytune_ft.train.ray_group import end_group
+
+        with suppress(RayError):
+            for run in self.open_runs():
+                try:
+                    end_group(run, self.board)
+                except RunFailed as error:
+                    note(f"{run}: {error}")
+            ray.kill(self.board)
+
+
+class Slots(_Board):
+    """A slot of an engine for each trial; the board is a `SlotBoard`."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        return SlotJob(spec, self.board)
 
     def give_up(self, trial: str) -> None:
         """See `Place`."""

@@ -151,12 +151,12 @@ class _Sweep:
                 settings_of_tune(),
             ):
                 stop = StopWith(interrupted, place, stop_grace_s())
-                told = Reports(progress, self._study, self._search, self._remember_makespan, place)
+                told = Reports(progress, self._study, self._search, self._remember, place)
                 self._tuner(left, concurrent, place, storage, stop, told, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
-            self._remember_makespan()
+            self._remember()
 
     @contextmanager
     def _place(self, trials: int, note: Callable[[str], None]) -> Iterator[tuple[Place, int]]:
@@ -216,7 +216,8 @@ class _Sweep:
         interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(SweepTrial, shared=self._shared, place=place)
-        budget = StopAtBudget(self._spending, self._remember_makespan)
+        at_reports = self._remember if self._search.budget else lambda: None
+        budget = StopAtBudget(self._spending, at_reports)
         return tune.Tuner(
             tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
@@ -268,7 +269,7 @@ class _Sweep:
         write_text_atomic(trials / trial / CONFIG, dump_yaml(own))
         return total_examples(own.train, self._examples)
 
-    def _remember_makespan(self) -> None:
+    def _remember(self) -> None:
         """Seconds of this driver and of the ones before it, in the study: it may be killed."""
         self._study.set_user_attr(MAKESPAN, round(self._elapsed_s(), 3))
         self._study.set_user_attr(GPU_SECONDS, round(self._spending.gpu_s, 3))

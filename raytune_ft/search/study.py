@@ -84,11 +84,6 @@ def own_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [each for each in study.get_trials(deepcopy=False) if FROM not in each.user_attrs]
 
 
-def number_of(study: optuna.Study, trial: FrozenTrial) -> int:
-    """The sweep's number of a trial."""
-    return [each.number for each in own_trials(study)].index(trial.number)
-
-
 def unfinished(study: optuna.Study) -> list[int]:
     """Numbers of trials that were begun and not ended."""
     every = enumerate(own_trials(study))
@@ -135,18 +130,20 @@ def pareto(study: optuna.Study) -> tuple[str, ...] | None:
 
 def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
     """A run that ended by itself: `outcome` is its status, `values` its metrics at its best."""
+    trial = live(study, number)
+    set_attributes(trial, facts(result))
     if result["outcome"] == "failed" or result.get("values") is None:
-        set_attributes(study, number, facts(result))
         tell_failed(study, number, result.get("error") or "it ended without an evaluation")
         return
-    set_attributes(study, number, {**facts(result), "status": result["outcome"]})
-    study.tell(live(study, number), [float(value) for value in result["values"]])
+    trial.set_user_attr("status", result["outcome"])
+    study.tell(trial, [float(value) for value in result["values"]])
 
 
 def tell_failed(study: optuna.Study, number: int, error: str) -> None:
     """A trial that is no use to anybody, and why."""
-    set_attributes(study, number, {"error": error})
-    study.tell(live(study, number), state=TrialState.FAIL)
+    trial = live(study, number)
+    trial.set_user_attr("error", error)
+    study.tell(trial, state=TrialState.FAIL)
 
 
 def rows(study: optuna.Study, search: SearchConfig) -> list[TrialRecord]:
@@ -181,12 +178,13 @@ def _row(number: int, trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
 
 
 def facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial's row needs of a message, where it says so."""
     known = {name: result.get(f"best_{name}", result.get(name)) for name in FACTS}
     return {name: value for name, value in known.items() if value is not None}
 
 
-def set_attributes(study: optuna.Study, number: int, values: Mapping[str, Any]) -> None:
-    trial = live(study, number)
+def set_attributes(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
+    """Kept with the trial."""
     for name, value in values.items():
         trial.set_user_attr(name, value)
 

@@ -21,7 +21,7 @@ def ended_result(spec: RunSpec, status: Ending, error: str | None = None) -> Run
     """The best of what a run had evaluated and saved, by `metrics.jsonl`."""
     evaluations = _evaluations(spec.run_dir / METRICS)
     base = next((point for point in evaluations if point.examples == 0), None)
-    points = [_with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
+    points = [with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
     saved = [point for point in points if point.checkpoint] or points
     sign = 1 if spec.mode == "min" else -1
     return RunResult(
@@ -86,8 +86,14 @@ def _evaluations(path: Path) -> list[Point]:
     return points
 
 
-def _with_checkpoint(point: Point, run_dir: Path) -> Point:
-    path = f"{CHECKPOINTS}/{step_name(point.step)}"
+def checkpoint_path(step: int) -> str:
+    """Of a run's checkpoint, relative to the run."""
+    return f"{CHECKPOINTS}/{step_name(step)}"
+
+
+def with_checkpoint(point: Point, run_dir: Path) -> Point:
+    """With the checkpoint of its step, where the run has kept it."""
+    path = checkpoint_path(point.step)
     kept = path if (run_dir / path).is_dir() else None
     return Point(**_numbers(point), checkpoint=kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import Diverged
 from raytune_ft.model.loss import label_positions, token_losses
+from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.heartbeat import Beat, unheard
 
@@ -28,6 +31,12 @@ class Scores:
     loss: float
     token_accuracy: float
     exact_match: float
+
+    def after(self, step: int, examples: int) -> EvalMetrics:
+        """As what a run has come to. Raises Diverged where the loss is not finite."""
+        if not math.isfinite(self.loss):
+            raise Diverged(f"step {step}: evaluation loss {self.loss}")
+        return EvalMetrics(step, examples, self.loss, self.token_accuracy, self.exact_match)
 
 
 def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,9 @@ import torch
 from raytune_ft.config.schema import TrainConfig
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import Diverged
 from raytune_ft.model.methods import without_method
 from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.train.ended import checkpoint_path
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
 from raytune_ft.train.heartbeat import Heartbeat
@@ -27,7 +26,7 @@ from raytune_ft.train.rules import (
     Outcome,
     Schedule,
     after_evaluation,
-    checkpoint_path,
+    check_finite,
     exhausted,
     outcome,
 )
@@ -89,8 +88,7 @@ def train(
             grad_norm = engine.strategy.step(lr, settings.max_grad_norm)
             if not writing:
                 reports.release()
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+            check_finite(step, loss, grad_norm)
 
             now = time.perf_counter()
             progress = replace(progress, step=step, examples=examples, wall_s=now - started)
@@ -130,10 +128,7 @@ def _measure(
     engine: Engine, validation: TokenizedSplit, step: int, examples: int, heart: Heartbeat
 ) -> EvalMetrics:
     heart.enter(f"evaluation after step {step}")
-    scores = evaluate(engine, validation, heart.beat)
-    if not math.isfinite(scores.loss):
-        raise Diverged(f"step {step}: evaluation loss {scores.loss}")
-    return EvalMetrics(step, examples, scores.loss, scores.token_accuracy, scores.exact_match)
+    return evaluate(engine, validation, heart.beat).after(step, examples)
 
 
 def _seed_noise(seed: int, step: int, rank: int) -> None:

@@ -31,7 +31,6 @@ class PackedAdamW:
     """Row k of each tensor is slot k's; no operation reads one row and writes another."""
 
     def __init__(self, slots: int, strategy: Strategy) -> None:
-        self._strategy = strategy
         dtype = torch.float64 if strategy.precision == "float64" else torch.float32
         empty = torch.zeros(slots, 0, dtype=dtype, device=strategy.device)
         self.numbers_KN, self.gradients_KN, self.exp_avg_KN, self.exp_avg_sq_KN = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -24,7 +23,7 @@ from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.ended import write_ended, write_result
+from raytune_ft.train.ended import checkpoint_path, write_ended, write_result
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.packed_holder import SlotHolder
@@ -36,7 +35,7 @@ from raytune_ft.train.rules import (
     Objective,
     Schedule,
     after_evaluation,
-    checkpoint_path,
+    check_finite,
     exhausted,
     outcome,
 )
@@ -150,8 +149,7 @@ class SlotRun:
             Diverged: the loss or the gradient is not finite.
         """
         step, loss = self.progress.step + 1, self._loss_sum / self.label_tokens
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+        check_finite(step, loss, grad_norm)
         now = time.perf_counter()
         self._stopped = self._should_stop()
         self._evaluation = None
@@ -215,7 +213,7 @@ class SlotRun:
         status = outcome(self.progress, self._settings, self._schedule)
         config = self.spec.config
         write_result(
-            self.spec.run_dir, run_result(status, self.progress, self._store, config, notes)
+            self.spec.run_dir, run_result(status, self.progress, self.spec.run_dir, config, notes)
         )
         self._log.close()
 
@@ -243,7 +241,4 @@ class SlotRun:
         self.finish(notes)
 
     def _metrics_of(self, scores: Scores) -> EvalMetrics:
-        step, examples = self.progress.step, self.progress.examples
-        if not math.isfinite(scores.loss):
-            raise Diverged(f"step {step}: evaluation loss {scores.loss}")
-        return EvalMetrics(step, examples, scores.loss, scores.token_accuracy, scores.exact_match)
+        return scores.after(self.progress.step, self.progress.examples)

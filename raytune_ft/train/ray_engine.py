@@ -72,7 +72,10 @@ class _Desk:
 
     def begin(self, slots: int) -> list[RunSpec]:
         """Trials that an engine which was lost has left behind."""
-        return self._strategy.agree(self._first(self._board.begin.remote, self._name, slots) or [])
+        held: list[RunSpec] = []
+        if self._strategy.rank == 0:
+            held = ray.get(self._board.begin.remote(self._name, slots))
+        return self._strategy.agree(held)
 
     def commands(self, wait: bool) -> list[Command]:
         """What has come; without `wait`, without a delay."""
@@ -93,9 +96,6 @@ class _Desk:
         """A slot is free."""
         if self._strategy.rank == 0:
             ray.get(self._board.gone.remote(run))
-
-    def _first(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return ray.get(call(*arguments)) if self._strategy.rank == 0 else None
 
 
 class _Work:

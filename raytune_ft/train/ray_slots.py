@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.rundir import RESULT
 from raytune_ft.train.ray_job import Ended, Note, Report, StopRequested
+from raytune_ft.train.ray_switchboard import start_beside_driver
 from raytune_ft.train.spec import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]
@@ -224,10 +224,8 @@ class SlotBoard:
 
 
 def start_board() -> Any:
-    """An actor of 0 CPU on this node: it lives exactly as long as the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(SlotBoard)
-    return actor.remote()
+    """See `start_beside_driver`."""
+    return start_beside_driver(SlotBoard)
 
 
 class SlotJob:

@@ -139,7 +139,12 @@ class Switchboard:
 
 
 def start_switchboard(slots: int) -> Any:
+    """See `start_beside_driver`."""
+    return start_beside_driver(Switchboard, slots)
+
+
+def start_beside_driver(kind: type, *arguments: Any) -> Any:
     """An actor of 0 CPU on this node: it lives exactly as long as the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Switchboard)
-    return actor.remote(slots)
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(kind)
+    return actor.remote(*arguments)

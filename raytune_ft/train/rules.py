@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from raytune_ft.checkpoints.store import step_name
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.schema import TrainConfig
+from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics, Point
+from raytune_ft.train.ended import checkpoint_path
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.state import Progress
 
@@ -79,6 +80,12 @@ class Schedule:
         return examples == self.examples_after(step)
 
 
+def check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """Raises Diverged where a step went nowhere."""
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+
+
 def exhausted(progress: Progress, settings: TrainConfig) -> bool:
     """Is patience at an end?"""
     stopping = settings.early_stopping
@@ -105,8 +112,3 @@ def after_evaluation(
     return replace(
         progress, best=best, final=point, unimproved=0 if enough else progress.unimproved + 1
     )
-
-
-def checkpoint_path(step: int) -> str:
-    """Of a run's checkpoint, relative to the run."""
-    return f"checkpoints/{step_name(step)}"

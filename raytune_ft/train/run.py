@@ -113,7 +113,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             near.heart,
         )
     pool.shutdown(wait=True)
-    result = run_result(status, progress, store, config, engine.notes)
+    result = run_result(status, progress, spec.run_dir, config, engine.notes)
     if writes and (status != "interrupted" or host is None):
         write_result(spec.run_dir, result)
     return result

@@ -256,7 +256,12 @@ def test_resume_to_and_from_one_process(
     tmp_path: Path, inputs: Inputs, references: References
 ) -> None:
     single, stage_2, stage_3 = Layout("single"), Layout("deepspeed", 2, 2), Layout("deepspeed", 2)
-    ways = [(single, stage_3, "lora"), (stage_3, stage_2, "full"), (stage_2, single, "full")]
+    ways = [
+        (stage_3, single, "lora"),
+        (single, stage_3, "lora"),
+        (stage_2, stage_3, "full"),
+        (stage_3, stage_2, "full"),
+    ]
     _check_resumes(tmp_path, inputs, references, ways)
 
 

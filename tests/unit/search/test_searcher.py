@@ -84,6 +84,8 @@ def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
     assert draws[0] == draws[1]
     assert len(draws[0]) == 12
     assert len({tuple(params.values()) for params in draws[0]}) == 12
+    if space != LEVELS:
+        assert len({params["train.lr"] for params in draws[0]}) == 12
 
     (tmp_path / "c").mkdir()
     first = drive(searcher(open_study("s", tmp_path / "c", search, False), search), 5)
