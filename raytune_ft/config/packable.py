@@ -30,9 +30,8 @@ def packable(config: Config) -> str | None:
 def reason_against(config: Config) -> str | None:
     """None where any trial that the space allows can share an engine with any other."""
     assert config.search is not None
-    strategy = choose_strategy(config)[0]
-    if strategy != "single":
-        return f"an engine is one process, and parallel.strategy is {strategy}"
+    if choose_strategy(config)[0] == "deepspeed":
+        return "parallel.strategy=deepspeed builds on weights that it trains, and a base is frozen"
     for key in config.search.space:
         if is_under(key, OF_THE_ENGINE):
             return f"search.space.{key} varies what trials of one engine share"

@@ -222,7 +222,11 @@ def build_frozen(model: ModelConfig, precision: Precision) -> nn.Module:
     Raises:
         ModelError: see `load_base`.
     """
-    base = load_base(model, dtype_of(model, LoraMethod(), precision))
+    return freeze(load_base(model, dtype_of(model, LoraMethod(), precision)), precision)
+
+
+def freeze(base: nn.Module, precision: Precision) -> nn.Module:
+    """See `build_frozen`; the weights of `base` may be on the meta device."""
     _set_up(base, precision)
     return base.requires_grad_(False)
 

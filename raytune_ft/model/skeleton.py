@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_ft.config.schema import MethodConfig, ModelConfig
+from raytune_ft.config.schema import LoraMethod, MethodConfig, ModelConfig
 from raytune_ft.errors import CheckpointError
-from raytune_ft.model.build import Precision, apply_method, build_model, dtype_of, load_base
+from raytune_ft.model.build import (
+    Precision,
+    apply_method,
+    build_frozen,
+    build_model,
+    dtype_of,
+    freeze,
+    load_base,
+)
 from raytune_ft.model.sources import (
     FileWeights,
     NotInParts,
@@ -56,20 +65,39 @@ def build(
     Raises:
         ModelError: see `load_base`.
     """
+    whole = partial(build_model, model, method, precision, seed)
     if not in_parts:
-        return Built(build_model(model, method, precision, seed))
+        return Built(whole())
+    dress = partial(apply_method, method=method, precision=precision, seed=seed)
+    return _in_parts_or(whole, model, dtype_of(model, method, precision), dress)
+
+
+def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Built:
+    """What `build_frozen` builds, likewise."""
+    whole = partial(build_frozen, model, precision)
+    if not in_parts:
+        return Built(whole())
+    dress = partial(freeze, precision=precision)
+    return _in_parts_or(whole, model, dtype_of(model, LoraMethod(), precision), dress)
+
+
+Dress = Callable[[nn.Module], nn.Module]
+"""Makes of a base what is trained."""
+
+
+def _in_parts_or(
+    whole: Callable[[], nn.Module], model: ModelConfig, dtype: torch.dtype, dress: Dress
+) -> Built:
     try:
-        return _build_in_parts(model, method, precision, seed)
+        return _build_in_parts(model, dtype, dress)
     except NotInParts as reason:
         note = f"every worker reads the whole model, because {reason}"
-        return Built(build_model(model, method, precision, seed), notes=(note,))
+        return Built(whole(), notes=(note,))
 
 
-def _build_in_parts(
-    model: ModelConfig, method: MethodConfig, precision: Precision, seed: int
-) -> Built:
+def _build_in_parts(model: ModelConfig, dtype: torch.dtype, dress: Dress) -> Built:
     with _shadows() as seen:
-        base = load_base(model, dtype_of(model, method, precision))
+        base = load_base(model, dtype)
     if not seen.files:
         raise NotInParts("transformers reads its files in a way of its own")
     pattern = copy.deepcopy(base)
@@ -86,9 +114,9 @@ def _build_in_parts(
 
         try:
             with _beside_absent_weights(whole):
-                built = apply_method(base, method, precision, seed)
+                built = dress(base)
         except (RuntimeError, NotImplementedError, KeyError) as error:
-            raise NotInParts(f"method.name={method.name} needs them ({error})") from error
+            raise NotInParts(f"the method needs them ({error})") from error
     places = {n: loaded[id(p)] for n, p in built.named_parameters() if id(p) in loaded}
     for name, parameter in built.named_parameters():
         if parameter.is_meta != (name in places):

@@ -22,8 +22,11 @@ class Ddp(Grouped):
         """Buffers of a language model never change, so they are not sent again every step.
 
         Looking for weights that a step did not use costs a walk over its graph, and is needed for
-        models that hold some which text does not reach, such as a vision tower.
+        models that hold some which text does not reach, such as a vision tower. A frozen model has
+        no gradients to reduce, and torch refuses it.
         """
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model.to(self.device)
         self.wrapped = DistributedDataParallel(
             model.to(self.device),
             forward_sync_buffers=False,

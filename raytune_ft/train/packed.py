@@ -1,4 +1,4 @@
-"""Many LoRA runs at once in one process, against one copy of the frozen base.
+"""Many LoRA runs at once against one frozen base, in one process or on several ranks.
 
 Each of them is the run that it would be alone, with its own seed, schedule, batch and end; only
 the passes through the model are shared. When one ends, the next enters its slot.
@@ -6,7 +6,7 @@ the passes through the model are shared. When one ends, the next enters its slot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,13 +22,13 @@ from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.data.layout import Row
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, RunFailed
-from raytune_ft.model.build import build_frozen
 from raytune_ft.model.drawn import Drawn, draw_adapter
 from raytune_ft.model.multi_lora import MultiLora, Window
-from raytune_ft.model.skeleton import Built, shapes_of
+from raytune_ft.model.skeleton import build_base, shapes_of
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.ended import write_ended
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
+from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.packed_holder import SlotHolder
 from raytune_ft.train.packed_layout import PackedPass, plan_pass
 from raytune_ft.train.packed_optim import PackedAdamW
@@ -41,10 +41,6 @@ from raytune_ft.train.spec import RunSpec
 Left = Literal["pruned", "interrupted"]
 
 
-def _never() -> bool:
-    return False
-
-
 def _of_nothing(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The base is frozen, and the slots have an optimizer of their own."""
     return torch.optim.SGD([{"params": list(parameters)}])
@@ -53,9 +49,12 @@ def _of_nothing(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class PackedEngine:
     """Slots `0 .. n - 1` are those of the n runs that train; who leaves is replaced by the last.
 
+    Every rank makes the same calls and has the same runs in the same slots. Adapters and moments
+    are whole on each of them; the rows of a pass are shared out, and gradients summed once a step.
+
     Raises:
         ModelError: see `build_engine`.
-        ConfigError: likewise, or there is more than one process.
+        ConfigError: likewise.
     """
 
     def __init__(
@@ -65,20 +64,18 @@ class PackedEngine:
         slots: int,
         largest_rank: int,
         strategy: Strategy,
+        heart: Heartbeat | None = None,
     ) -> None:
         """`config` says what all runs share: the model, its precision, the layout of passes."""
-        if strategy.world_size > 1:
-            raise ConfigError(
-                f"parallel.strategy={config.parallel.strategy}",
-                "packs runs in one process only",
-                "write single, or search.execution: isolated",
-            )
         self._config, self._data, self._slots = config, data, slots
-        base = build_frozen(config.model, config.train.precision)
+        self._heart = heart or Heartbeat()
+        built = build_base(config.model, config.train.precision, strategy.takes_parts)
+        base = built.model
         check_vocabulary(base, data)
         self._shapes = shapes_of(base)
         self._optimizer = PackedAdamW(slots, strategy)
-        self._engine = build_engine(Built(base), config, strategy, _of_nothing)
+        self._engine = build_engine(built, config, strategy, _of_nothing)
+        self._line = strategy.exchange()
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, which must then stay as they are.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -95,9 +92,7 @@ class PackedEngine:
         """Slots that nobody trains in."""
         return self._slots - len(self._runs)
 
-    def enter(
-        self, spec: RunSpec, reporter: Reporter, should_stop: Callable[[], bool] = _never
-    ) -> None:
+    def enter(self, spec: RunSpec, reporter: Reporter) -> None:
         """Take a free slot, and go on from the run's newest sound checkpoint if it has one.
 
         A run that fails here has ended, and the next `advance` says so.
@@ -111,7 +106,7 @@ class PackedEngine:
         self._stack.adapt(list(drawn.layers))
         self._optimizer.widen(self._stack.numbers)
         self._windows.clear()
-        holder = SlotHolder(self._stack, self._optimizer, drawn, len(self._runs))
+        holder = SlotHolder(self._stack, self._optimizer, drawn, len(self._runs), self._line)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             run = SlotRun(
@@ -121,12 +116,13 @@ class PackedEngine:
                 holder,
                 self._engine.strategy,
                 reporter,
-                should_stop,
+                self._heart,
                 self._pool,
             )
             run.begin(self._base)
         except RunFailed as error:
-            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+            if self._engine.strategy.rank == 0:
+                write_ended(spec, "failed", f"{type(error).__name__}: {error}")
             self._ended.append(spec.run_dir)
             return
         (self._closing if run.over else self._runs).append(run)
@@ -156,9 +152,10 @@ class PackedEngine:
         """
         if self._runs:
             self._pass()
-        for run in [run for run in self._closing if not run.writing or not self._runs]:
+        settled = self._settled()
+        for run in [run for run in self._closing if run in settled or not self._runs]:
             self._close(run)
-        for run in list(self._runs):
+        for run in [run for run in self._runs if run in settled]:
             with self._failing(run):
                 run.pass_on()
         ended, self._ended = self._ended, []
@@ -191,12 +188,25 @@ class PackedEngine:
     @cached_property
     def _base(self) -> Scores:
         """The base's own scores, which are the same for every run."""
-        return evaluate(self._engine, self._data.validation)
+        return evaluate(self._engine, self._data.validation, self._heart.beat)
+
+    def _settled(self) -> set[SlotRun]:
+        """Runs with no checkpoint on its way on any rank, so that to wait for it takes no time."""
+        runs = [*self._closing, *self._runs]
+        pending = [run for run in runs if run.pending]
+        if not pending:
+            return set(runs)
+        strategy = self._engine.strategy
+        writing = torch.tensor([float(run.writing) for run in pending], device=strategy.device)
+        counts = strategy.sum(writing).tolist()
+        return set(runs) - {run for run, count in zip(pending, counts, strict=True) if count}
 
     def _pass(self) -> None:
         waiting = [run.waiting_lengths for run in self._runs]
         first = self._next if self._next < len(waiting) else 0
-        plan = plan_pass(waiting, first, self._engine.micro_tokens, self._engine.packing)
+        engine = self._engine
+        ranks = engine.strategy.world_size
+        plan = plan_pass(waiting, first, engine.micro_tokens, engine.packing, ranks)
         self._next = first + len(plan.rows)
         runs = self._runs[first : self._next]
         self._accumulate(plan, runs)
@@ -205,13 +215,14 @@ class PackedEngine:
             self._step(done)
 
     def _accumulate(self, plan: PackedPass, runs: Sequence[SlotRun]) -> None:
+        engine = self._engine
+        rank, ranks = engine.strategy.rank, engine.strategy.world_size
         examples: list[int] = []
         layout: list[Row] = []
         for run, rows in zip(runs, plan.rows, strict=True):
-            for row in run.take(rows):
+            for row in run.take(rows)[rank::ranks]:
                 layout.append(tuple(range(len(examples), len(examples) + len(row))))
                 examples += row
-        engine = self._engine
         batch = engine.collate(self._data.train, np.array(examples), tuple(layout))
         label_tokens = [run.label_tokens for run in runs]
         window = self._window(plan.first, runs)
@@ -222,10 +233,13 @@ class PackedEngine:
     def _step(self, done: Sequence[SlotRun]) -> None:
         steps = [run.next_step() for run in done]
         norms = self._optimizer.step(steps)
+        strategy = self._engine.strategy
+        shares = torch.tensor([run.loss_sum for run in done], dtype=torch.float64)
+        loss_sums = strategy.sum(shares.to(strategy.device)).tolist()
         going, due = [], []
-        for run, step, norm in zip(done, steps, norms, strict=True):
+        for run, step, norm, loss_sum in zip(done, steps, norms, loss_sums, strict=True):
             with self._failing(run):
-                is_due = run.after_step(step.lr, norm)
+                is_due = run.after_step(loss_sum, step.lr, norm)
                 going.append(run)
                 due += [run] if is_due else []
         scores = dict(zip(due, self._evaluate(due), strict=True))
@@ -243,7 +257,7 @@ class PackedEngine:
         numbers_KN = self._optimizer.numbers_KN
         numbers_GN = numbers_KN[[run.holder.slot for run in runs]]
         with self._stack.applied(self._window_over(numbers_GN, None, runs)):
-            return evaluate_groups(self._engine, self._data.validation, len(runs))
+            return evaluate_groups(self._engine, self._data.validation, len(runs), self._heart.beat)
 
     def _window(self, first: int, runs: Sequence[SlotRun]) -> Window:
         key = first, len(runs)

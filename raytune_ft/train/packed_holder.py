@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raytune_ft.model.drawn import Drawn
 from raytune_ft.model.multi_lora import MultiLora
-from raytune_ft.strategy.exchange import Alone, Exchange
+from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.part import Part
 from raytune_ft.train.packed_optim import PackedAdamW
 
@@ -15,9 +15,11 @@ from raytune_ft.train.packed_optim import PackedAdamW
 class SlotHolder:
     """A `Holder` whose weights begin as they were drawn. `slot` changes when the run moves."""
 
-    def __init__(self, stack: MultiLora, optimizer: PackedAdamW, drawn: Drawn, slot: int) -> None:
+    def __init__(
+        self, stack: MultiLora, optimizer: PackedAdamW, drawn: Drawn, slot: int, line: Exchange
+    ) -> None:
         self._stack, self._optimizer, self._rank = stack, optimizer, drawn.rank
-        self.slot = slot
+        self.slot, self._line = slot, line
         self.names = list(drawn.weights)
         self._places = {
             name: (stack.places[layer], which)
@@ -41,7 +43,7 @@ class SlotHolder:
 
     def parts(self, name: str) -> dict[str, Part]:
         """Copies, as PEFT has them; what is filled into them between `start_from` and `loaded`
-        goes to the slot.
+        goes to the slot. Every rank has all of them, and the first saves them.
         """
         rows = {
             "": self._optimizer.numbers_KN,
@@ -54,7 +56,8 @@ class SlotHolder:
             values = view.clone(memory_format=torch.contiguous_format)
             if self._filling is not None:
                 self._filling.append((view, values))
-            found[key] = Part(tuple(values.shape), 0, values.view(-1))
+            shape, writes = tuple(values.shape), self._line.rank == 0
+            found[key] = Part(shape, 0, values.view(-1), writes)
         return found
 
     def loaded(self) -> None:
@@ -64,8 +67,8 @@ class SlotHolder:
         self._filling = None
 
     def exchange(self) -> Exchange:
-        """Adapters are the same on every rank, and the first saves them."""
-        return Alone()
+        """That of all slots, whose checkpoints are written one after another."""
+        return self._line
 
     def _view(self, numbers_KN: Tensor, name: str) -> Tensor:
         """`A_RI` or `B_OR` at the slot's own rank."""

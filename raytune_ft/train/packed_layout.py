@@ -23,7 +23,8 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 class PackedPass:
     """The slots `first .. first + len(rows) - 1`, each with `len(rows[0])` rows.
 
-    A row holds positions in the slot's list of waiting examples; it may be empty.
+    A row holds positions in the slot's list of waiting examples; it may be empty. Of R ranks each
+    takes every R-th row, and all of them as many.
     """
 
     first: int
@@ -31,24 +32,25 @@ class PackedPass:
 
 
 def plan_pass(
-    waiting: Sequence[Sequence[int]], first: int, micro_tokens: int, packing: bool
+    waiting: Sequence[Sequence[int]], first: int, micro_tokens: int, packing: bool, ranks: int = 1
 ) -> PackedPass:
     """The pass that begins with slot `first`.
 
     `waiting` has, for each slot, the lengths of the examples that its step still lacks, at least
-    one, longest first. At most `micro_tokens` tokens, padding included, but always one row of one
-    slot. Among the numbers of rows that fit, the one with the most tokens for their cost.
+    one, longest first. At most `micro_tokens` tokens for each of `ranks` ranks, padding included,
+    but always one row of one slot. Among the numbers of rows that fit, the one with the most tokens
+    for their cost, which is a rank's.
     """
     count, longest = _participants(waiting[first:], micro_tokens)
     slots = waiting[first : first + count]
-    width = _width(slots, longest, micro_tokens // count) if packing else longest
+    width = _width(slots, longest, micro_tokens // count, ranks) if packing else longest
     rows = [_fullest_first(lengths, width, packing) for lengths in slots]
     filled = [
         [sum(lengths[position] for position in row) for row in own]
         for own, lengths in zip(rows, slots, strict=True)
     ]
     width = max(own[0] for own in filled)
-    height = _height(filled, width, max(1, micro_tokens // (count * width)))
+    height = ranks * _height(filled, width, max(1, micro_tokens // (count * width)), ranks)
     return PackedPass(first, tuple(tuple((own + [()] * height)[:height]) for own in rows))
 
 
@@ -70,7 +72,7 @@ def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Ro
     return sorted(rows, key=lambda row: -sum(lengths[position] for position in row))
 
 
-def _width(slots: Sequence[Sequence[int]], longest: int, room: int) -> int:
+def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) -> int:
     """Of rows as many examples as fit; wider rows leave fewer gaps, and cost attention more.
 
     No wider than `room`, unless an example is.
@@ -80,7 +82,7 @@ def _width(slots: Sequence[Sequence[int]], longest: int, room: int) -> int:
     def cost(rows: int) -> float:
         width = wide(rows)
         at_least = max(sum(2 * length > width for length in lengths) for lengths in slots)
-        return max(rows, at_least) * width * (1 + width / ROW_TOKENS)
+        return -(-max(rows, at_least) // ranks) * width * (1 + width / ROW_TOKENS)
 
     def wide(rows: int) -> int:
         gaps = longest // 2 if rows > 1 else 0
@@ -90,15 +92,15 @@ def _width(slots: Sequence[Sequence[int]], longest: int, room: int) -> int:
     return wide(min(candidates, key=cost)) if candidates else longest
 
 
-def _height(filled: Sequence[Sequence[int]], width: int, room: int) -> int:
-    """How many rows, of which there is room for some; `filled` has the tokens of every row of
-    every slot, fullest first.
+def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int) -> int:
+    """How many rows a rank, of which there is room for some; `filled` has the tokens of every row
+    of every slot, fullest first.
     """
-    most = max(map(len, filled))
+    most = -(-max(map(len, filled)) // ranks)
     even = -(-most // -(-most // room))
     best, best_worth, tokens = 1, 0.0, 0
     for height in range(1, even + 1):
-        tokens += sum(own[height - 1] for own in filled if len(own) >= height)
+        tokens += sum(sum(own[(height - 1) * ranks : height * ranks]) for own in filled)
         worth = tokens / (PASS_TOKENS + len(filled) * height * width)
         if worth >= best_worth:
             best, best_worth = height, worth

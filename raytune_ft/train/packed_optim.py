@@ -31,6 +31,7 @@ class PackedAdamW:
     """Row k of each tensor is slot k's; no operation reads one row and writes another."""
 
     def __init__(self, slots: int, strategy: Strategy) -> None:
+        self._strategy = strategy
         dtype = torch.float64 if strategy.precision == "float64" else torch.float32
         empty = torch.zeros(slots, 0, dtype=dtype, device=strategy.device)
         self.numbers_KN, self.gradients_KN, self.exp_avg_KN, self.exp_avg_sq_KN = (
@@ -57,7 +58,8 @@ class PackedAdamW:
             each[target].copy_(each[source])
 
     def step(self, steps: Sequence[Step]) -> list[float]:
-        """Clip each slot's gradient, take its step, forget the gradient; the norms before.
+        """Sum each slot's gradient over ranks, clip it, take its step, forget the gradient; the
+        norms before.
 
         A gradient that is not finite moves nothing.
         """
@@ -65,6 +67,10 @@ class PackedAdamW:
         together = slots == list(range(slots[0], slots[-1] + 1))
         gradients_KN = self.gradients_KN
         chosen_GN = gradients_KN[slots[0] : slots[-1] + 1] if together else gradients_KN[slots]
+        if self._strategy.world_size > 1:
+            self._strategy.sum(chosen_GN)
+            if not together:
+                gradients_KN[slots] = chosen_GN
         norms: list[float] = torch.linalg.vector_norm(chosen_GN, dim=1).tolist()
         for each, norm in zip(steps, norms, strict=True):
             if math.isfinite(norm):

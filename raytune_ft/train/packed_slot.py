@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from raytune_ft.rundir import CHECKPOINTS, METRICS
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.ended import checkpoint_path, write_ended, write_result
 from raytune_ft.train.evaluation import Scores
+from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.packed_holder import SlotHolder
 from raytune_ft.train.packed_optim import Step
@@ -48,6 +50,8 @@ from raytune_ft.train.state import Progress, load_state
 class SlotRun:
     """Does for one slot what `train.loop` does for a run, while the engine runs the model.
 
+    Every rank has it and decides alike, by sums over ranks; the first one writes its files.
+
     Raises:
         CheckpointError: the checkpoint to go on from is of another model or method.
     """
@@ -60,17 +64,17 @@ class SlotRun:
         holder: SlotHolder,
         strategy: Strategy,
         reporter: Reporter,
-        should_stop: Callable[[], bool],
+        heart: Heartbeat,
         pool: Executor,
     ) -> None:
         config = spec.config
         self.spec, self.drawn, self.holder = spec, drawn, holder
-        self._data, self._settings, self._should_stop = data, config.train, should_stop
+        self._data, self._settings = data, config.train
         self._objective = Objective(spec.metric, spec.mode)
         self._schedule = Schedule.of(config.train, len(data), config.checkpoint.every_examples)
         self._store = CheckpointStore(spec.run_dir / CHECKPOINTS)
         checkpoint = where_to_resume(self._store, self._schedule, strategy)
-        self.progress = load_state(checkpoint, holder, holder.names) if checkpoint else Progress()
+        self.progress = _load(checkpoint, holder, strategy) if checkpoint else Progress()
         self._started = time.perf_counter() - self.progress.wall_s
         self._saver = Saver(
             self._store,
@@ -81,11 +85,13 @@ class SlotRun:
             Exporter(drawn.model, torch.float32),
             pool,
         )
-        log = MetricsFile(spec.run_dir / METRICS, self.progress.step if checkpoint else None)
-        self._log, self._both = log, Several([log, reporter])
+        self._saver.alive = heart.alive
+        resume_step = self.progress.step if checkpoint else None
+        path, writes = spec.run_dir / METRICS, strategy.rank == 0
+        self._log = MetricsFile(path, resume_step) if writes else None
+        self._both = Several([self._log, reporter] if self._log else [reporter])
         self._reports = Reports(self._saver, reporter)
         self._evaluation: EvalMetrics | None = None
-        self._stopped = False
         self._begin_step()
 
     def begin(self, base: Scores) -> None:
@@ -103,11 +109,16 @@ class SlotRun:
     def over(self) -> bool:
         """Does the run go no further?"""
         done = self.progress.step >= self._schedule.total_steps
-        return done or self._stopped or exhausted(self.progress, self._settings)
+        return done or exhausted(self.progress, self._settings)
+
+    @property
+    def pending(self) -> bool:
+        """Has a checkpoint been begun that nobody has waited for? Alike on all ranks."""
+        return self._saver.pending
 
     @property
     def writing(self) -> bool:
-        """Is a checkpoint being written?"""
+        """Is a checkpoint being written on this rank?"""
         return self._saver.busy
 
     def _begin_step(self) -> None:
@@ -121,7 +132,7 @@ class SlotRun:
         self._waiting = indices[np.argsort(-lengths, kind="stable")]
         self.waiting_lengths: list[int] = self._data.lengths[self._waiting].tolist()
         self.label_tokens = int(self._data.label_counts[indices].sum())
-        self._tokens, self._loss_sum = int(lengths.sum()), 0.0
+        self._tokens, self.loss_sum = int(lengths.sum()), 0.0
         self._step_started = time.perf_counter()
 
     def take(self, rows: Sequence[Row]) -> list[list[int]]:
@@ -134,24 +145,23 @@ class SlotRun:
         return taken
 
     def add_loss(self, loss_sum: float) -> None:
-        """Of the examples taken last."""
-        self._loss_sum += loss_sum
+        """Of this rank's share of the examples taken last."""
+        self.loss_sum += loss_sum
 
     def next_step(self) -> Step:
         """What the optimizer is to do once no example waits."""
         lr = learning_rate(self._settings, self.progress.step, self._schedule.total_steps)
         return Step(self.holder.slot, lr, self._settings)
 
-    def after_step(self, lr: float, grad_norm: float) -> bool:
-        """Note the step; is an evaluation due?
+    def after_step(self, loss_sum: float, lr: float, grad_norm: float) -> bool:
+        """Note the step; is an evaluation due? `loss_sum` and `grad_norm` are those of all ranks.
 
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        step, loss = self.progress.step + 1, self._loss_sum / self.label_tokens
+        step, loss = self.progress.step + 1, loss_sum / self.label_tokens
         check_finite(step, loss, grad_norm)
         now = time.perf_counter()
-        self._stopped = self._should_stop()
         self._evaluation = None
         self.progress = replace(
             self.progress, step=step, examples=self._examples, wall_s=now - self._started
@@ -185,7 +195,8 @@ class SlotRun:
             self.progress = after_evaluation(
                 self.progress, evaluation, self._settings, self._objective
             )
-            self._log.evaluation(evaluation, None)
+            if self._log:
+                self._log.evaluation(evaluation, None)
         if is_best or self.over or self._schedule.save_due(step):
             self._reports.release()
             self._saver.save(self.progress, self._evaluation)
@@ -195,13 +206,12 @@ class SlotRun:
             self._begin_step()
 
     def pass_on(self) -> None:
-        """Tell the reporter what waited for a checkpoint that is committed by now.
+        """Tell the reporter what waited for the last checkpoint.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        if not self._saver.busy:
-            self._reports.release()
+        self._reports.release()
 
     def finish(self, notes: tuple[str, ...]) -> None:
         """Wait for the last checkpoint and leave the result of a run that is over.
@@ -211,19 +221,17 @@ class SlotRun:
         """
         self._reports.release()
         status = outcome(self.progress, self._settings, self._schedule)
-        config = self.spec.config
-        write_result(
-            self.spec.run_dir, run_result(status, self.progress, self.spec.run_dir, config, notes)
-        )
-        self._log.close()
+        if self._log:
+            run_dir, config = self.spec.run_dir, self.spec.config
+            write_result(run_dir, run_result(status, self.progress, run_dir, config, notes))
+            self._log.close()
 
     def fail(self, error: RunFailed) -> None:
         """Leave the result of a run that failed."""
         if isinstance(error, Diverged):
             with suppress(CheckpointError):
                 self._reports.release()
-        write_ended(self.spec, "failed", f"{type(error).__name__}: {error}")
-        self._log.close()
+        self._end("failed", f"{type(error).__name__}: {error}")
 
     def leave(self, status: Literal["pruned", "interrupted"], notes: tuple[str, ...]) -> None:
         """End after the last whole step; an interrupted run has a checkpoint of it.
@@ -233,12 +241,29 @@ class SlotRun:
         """
         if status == "pruned":
             self._saver.wait()
-            write_ended(self.spec, "pruned")
-            self._log.close()
+            self._end("pruned")
             return
         if self.progress.step:
             self._saver.save(self.progress, self._evaluation)
         self.finish(notes)
 
+    def _end(self, status: Literal["failed", "pruned"], error: str | None = None) -> None:
+        if self._log:
+            write_ended(self.spec, status, error)
+            self._log.close()
+
     def _metrics_of(self, scores: Scores) -> EvalMetrics:
         return scores.after(self.progress.step, self.progress.examples)
+
+
+def _load(checkpoint: Path, holder: SlotHolder, strategy: Strategy) -> Progress:
+    """Every rank reads all of it; where one cannot, none goes on. Raises CheckpointError."""
+    progress, failure = Progress(), None
+    try:
+        progress = load_state(checkpoint, holder, holder.names)
+    except CheckpointError as error:
+        failure = error
+    failed = torch.tensor([float(failure is not None)], device=strategy.device)
+    if strategy.sum(failed).item() > 0:
+        raise failure or CheckpointError(f"{checkpoint} cannot be read on another rank")
+    return progress

@@ -1,4 +1,4 @@
-"""The worker of an engine: it trains the trials that hold its slots, until no more will come."""
+"""A worker of an engine: it trains the trials that hold its slots, until no more will come."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def engine_worker(payload: dict[str, Any]) -> str:
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]
     strategy = STRATEGIES[name](parallel, spec.config.train.precision)
-    engine = PackedEngine(
-        spec.config, open_prepared(spec.data_dir), payload["slots"], payload["rank"], strategy
-    )
+    data = open_prepared(spec.data_dir)
     host = host_of(payload["run"], payload["switchboard"])
+    engine = PackedEngine(
+        spec.config, data, payload["slots"], payload["rank"], strategy, host.heart
+    )
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         desk = _Desk(payload["board"], spec.run_dir.name, strategy)
         work = _Work(engine, desk)
@@ -51,7 +52,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
                 work.enter(held)
             while not work.finished:
                 host.heart.enter(f"{len(work.specs)} trials")
-                if strategy.agree(host.should_stop()):
+                if desk.any_rank(host.should_stop()):
                     work.interrupt()
                     return "interrupted"
                 for command in desk.commands(wait=not work.specs):
@@ -77,6 +78,13 @@ class _Desk:
             held = ray.get(self._board.begin.remote(self._name, slots))
         return self._strategy.agree(held)
 
+    def any_rank(self, vote: bool) -> bool:
+        """Does some rank say yes?"""
+        import torch
+
+        votes = torch.tensor([float(vote)], device=self._strategy.device)
+        return self._strategy.sum(votes).item() > 0
+
     def commands(self, wait: bool) -> list[Command]:
         """What has come; without `wait`, without a delay."""
         found: list[Command] = []
@@ -91,6 +99,13 @@ class _Desk:
         """To a trial."""
         if self._strategy.rank == 0:
             self._board.post.remote(run, event)
+
+    def refuse(self, spec: RunSpec, error: InputError) -> None:
+        """A trial that cannot be trained has failed, and holds no slot."""
+        if self._strategy.rank == 0:
+            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+        self.post(spec.run_dir.name, {"ended": error})
+        self.gone(spec.run_dir.name)
 
     def gone(self, run: str) -> None:
         """A slot is free."""
@@ -124,9 +139,7 @@ class _Work:
         try:
             self._engine.enter(spec, _ToTrial(partial(self._desk.post, run)))
         except InputError as error:
-            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
-            self._desk.post(run, {"ended": error})
-            self._desk.gone(run)
+            self._desk.refuse(spec, error)
         else:
             self.specs[spec.run_dir] = spec
 

@@ -77,6 +77,11 @@ class Saver:
             self.wait()
 
     @property
+    def pending(self) -> bool:
+        """Was something saved that nobody has waited for yet? Alike on all ranks."""
+        return self._pending is not None
+
+    @property
     def busy(self) -> bool:
         """Is a checkpoint being written?"""
         return self._pending is not None and not self._pending.done()

@@ -29,8 +29,10 @@ def config(space: dict[str, Any] | None = None, **sections: Any) -> Config:
         {"method.name": {"choice": ["lora"]}, "method.rslora": {"choice": [True, False]}},
     ],
 )
-def test_lora_trials_of_one_worker_are_packed(space: dict[str, Any]) -> None:
-    assert choose_execution(config(space)) == ("packed", "trials share one frozen base")
+@pytest.mark.parametrize("parallel", [{}, {"workers": 2}, {"workers": 2, "strategy": "fsdp"}])
+def test_lora_trials_are_packed(space: dict[str, Any], parallel: dict[str, Any]) -> None:
+    found = choose_execution(config(space, parallel=parallel))
+    assert found == ("packed", "trials share one frozen base")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,11 @@ def test_lora_trials_of_one_worker_are_packed(space: dict[str, Any]) -> None:
         ({"method.dora": {"choice": [False, True]}}, {}, "method.dora=true"),
         ({"data.packing": {"choice": [True, False]}}, {}, "search.space.data.packing varies"),
         ({"train.precision": {"choice": ["float32"]}}, {}, "search.space.train.precision varies"),
-        ({}, {"parallel": {"workers": 2}}, "an engine is one process"),
+        (
+            {},
+            {"parallel": {"workers": 2, "strategy": "deepspeed"}},
+            "parallel.strategy=deepspeed builds on weights that it trains",
+        ),
     ],
 )
 def test_others_are_not(space: dict[str, Any], sections: dict[str, Any], reason: str) -> None:

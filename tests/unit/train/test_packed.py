@@ -7,52 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from raytune_ft.config.schema import Config
 from tests.support.models import true_float64
-from tests.support.packed import Packed, run_packed
+from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_run, run_packed
 from tests.support.runs import (
     evaluations,
-    final_weights,
     largest_difference,
-    losses,
     make_config,
     make_inputs,
     run,
 )
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
-# Different in all that a run has of its own; the last one enters a slot that another has used.
-RUNS: dict[str, dict[str, Any]] = {
-    "short": {
-        "method.rank": 8,
-        "method.alpha": 8.0,
-        "train.lr": 1e-3,
-        "train.batch_size": 3,
-        "train.max_examples": 50,
-        "train.eval_every_examples": 20,
-    },
-    "long": {"train.max_examples": 50 * 7 - 3},
-    "wide": {
-        "method.rank": 2,
-        "train.batch_size": 16,
-        "train.lr_schedule": "linear",
-        "train.weight_decay": 0.1,
-        "train.max_grad_norm": 0.05,
-        "train.max_examples": 16 * 9,
-    },
-    "late": {
-        "seed": 3,
-        "method.targets": ["q_proj", "down_proj"],
-        "method.rslora": True,
-        "train.lr_schedule": "constant",
-        "train.max_grad_norm": None,
-        "train.adam_beta1": 0.8,
-        "train.adam_epsilon": 1e-6,
-        "train.max_examples": 100,
-    },
-}
 LAYOUTS: list[dict[str, Any]] = [
     {"data.packing": True},
     {"data.packing": False, "train.micro_tokens": 100},
@@ -158,31 +125,5 @@ def test_numbers_beyond_a_rank_and_outside_targets_stay_zero(
 def test_a_sick_slot_leaves_the_others_untouched_to_the_bit(
     tmp_path: Path, inputs: tuple[Path, Path], sickness: str
 ) -> None:
-    """Against the same packing with a healthy run in its place, which leaves when it fails."""
-    well = {"train.max_examples": 84, "train.eval_every_examples": 42}
-    sick = well | ({"train.lr": 1e3, "train.max_grad_norm": None} if sickness == "lr" else {})
-    failed_after = None
-    for name, changes in (("sick", sick), ("well", well)):
-        packed = Packed(make_config(*inputs, well), tmp_path / name, slots=3)
-        for number, own in enumerate((well, changes, well)):
-            packed.enter(str(number), make_config(*inputs, {**own, "method.rank": number + 2}))
-        going, passes = {"0", "1", "2"}, 0
-        while going:
-            if (name, sickness, passes) == ("sick", "nan", 8):
-                packed.engine._optimizer.numbers_KN[1] = torch.nan
-            ended, passes = packed.passes(1), passes + 1
-            going -= set(ended)
-            if "1" in ended and len(going) == 2:
-                failed_after = passes
-            if name == "well" and passes == failed_after:
-                packed.engine.leave(tmp_path / name / "1", "pruned")
-                going -= {"1"}
-        packed.engine.close()
-    assert failed_after is not None
-    assert '"failed"' in (tmp_path / "sick" / "1" / "result.json").read_text()
-    for other in ("0", "2"):
-        ours, theirs = tmp_path / "sick" / other, tmp_path / "well" / other
-        assert losses(ours) == losses(theirs)
-        assert evaluations(ours) == evaluations(theirs)
-        weights = final_weights(theirs)
-        assert all(torch.equal(value, weights[key]) for key, value in final_weights(ours).items())
+    beside_a_sick_run(inputs, tmp_path, sickness)
+    assert_untouched(tmp_path)

@@ -166,12 +166,15 @@ def test_reports_of_checkpoints_that_are_committed(
     assert heard.evaluations[1][1] == "checkpoints/step-000004"
 
 
-def test_who_stops_a_run_finds_a_checkpoint(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+def test_who_interrupts_a_run_finds_a_checkpoint(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     config = make_config(*inputs)
     packed = Packed(config, tmp_path, slots=1)
-    packed.engine.enter(packed.spec("a", config), Recorder(), lambda: len(losses(a)) >= 4)
+    packed.enter("a", config)
     a = tmp_path / "a"
-    packed.finish(1)
+    while len(losses(a)) < 5:
+        packed.passes(1)
+    packed.engine.leave(a, "interrupted")
+    packed.engine.close()
     assert _result(a)["status"] == "interrupted"
     assert _steps_kept(a)[-1] == len(losses(a)) == 5
 

@@ -9,13 +9,15 @@ from raytune_ft.train.packed_layout import plan_pass
 
 
 def _passes(
-    waiting: list[list[int]], micro_tokens: int, packing: bool
+    waiting: list[list[int]], micro_tokens: int, packing: bool, ranks: int = 1
 ) -> list[tuple[int, list[list[list[int]]]]]:
     """Until nobody waits: the first slot, and the lengths in every row of every slot."""
     waiting = [sorted(lengths, reverse=True) for lengths in waiting]
     found, first = [], 0
     while all(waiting):
-        plan = plan_pass(waiting, first if first < len(waiting) else 0, micro_tokens, packing)
+        plan = plan_pass(
+            waiting, first if first < len(waiting) else 0, micro_tokens, packing, ranks
+        )
         rows = []
         for slot, own in enumerate(plan.rows, start=plan.first):
             rows.append([[waiting[slot][position] for position in row] for row in own])
@@ -28,23 +30,39 @@ def _passes(
     return found
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro_tokens", [1, 100, 2000])
-def test_passes_are_rectangles_within_the_budget(micro_tokens: int, packing: bool) -> None:
+def test_passes_are_rectangles_within_the_budget(
+    micro_tokens: int, packing: bool, ranks: int
+) -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         waiting = [rng.integers(2, 40, rng.integers(1, 20)).tolist() for _ in range(5)]
-        for _, rows in _passes(waiting, micro_tokens, packing):
+        for _, rows in _passes(waiting, micro_tokens, packing, ranks):
             heights = {len(own) for own in rows}
             assert len(heights) == 1
-            width = max(sum(row) for own in rows for row in own)
-            least = len(rows) == heights.pop() == 1
-            assert least or len(rows) * len(rows[0]) * width <= micro_tokens
+            assert len(rows[0]) % ranks == 0
+            for rank in range(ranks):
+                mine = [own[rank::ranks] for own in rows]
+                width = max(sum(row) for own in mine for row in own)
+                least = len(mine) == len(mine[0]) == 1
+                assert least or len(mine) * len(mine[0]) * width <= micro_tokens
             assert packing or all(len(row) <= 1 for own in rows for row in own)
 
 
 def test_equal_steps_take_one_pass() -> None:
     assert len(_passes([[10] * 8] * 4, 2000, True)) == 1
+
+
+def test_ranks_share_the_rows_of_each_slot() -> None:
+    ((_, rows),) = _passes([[10] * 8, [10] * 2], 2000, False, ranks=2)
+    assert [[sum(map(sum, own[rank::2])) for rank in range(2)] for own in rows] == [
+        [40, 40],
+        [10, 10],
+    ]
+    ((_, rows),) = _passes([[10], [20]], 2000, True, ranks=2)
+    assert rows == [[[10], []], [[20], []]]
 
 
 def test_a_larger_batch_takes_several_passes() -> None:

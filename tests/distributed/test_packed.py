@@ -1,0 +1,196 @@
+"""An engine of two ranks trains its runs as one process does, and its ranks never part."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.schema import Config
+from tests.support.distributed import run_distributed
+from tests.support.models import save_tiny, true_float64
+from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_run, run_packed
+from tests.support.runs import (
+    largest_difference,
+    make_config,
+    make_inputs,
+    metrics,
+    write_rows,
+)
+
+pytestmark = pytest.mark.distributed
+BOUNDS = {"float64": 1e-9, "float32": 1e-5}
+BUDGETS = {"short": 49, "long": 120, "wide": 16 * 5, "late": 60}  # a last step of 1 example
+RANKS = 2
+
+Inputs = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _configs(inputs: Inputs, shared: dict[str, Any]) -> dict[str, Config]:
+    data = {"data.validation": {"path": str(inputs[1])}}
+    return {
+        name: make_config(*inputs, {**data, **own, "train.max_examples": BUDGETS[name], **shared})
+        for name, own in RUNS.items()
+    }
+
+
+def _train(inputs: Inputs, root: Path, precision: str, strategy: str, **shared: Any) -> None:
+    """The last run enters a slot that another one has used."""
+    changes = {key.replace("__", "."): value for key, value in shared.items()}
+    with true_float64() if precision == "float64" else nullcontext():
+        configs = _configs(inputs, {"train.precision": precision, **changes})
+        assert set(run_packed(configs, root, 3, strategy=strategy)) == set(RUNS)
+
+
+CASES = {  # directory: precision and what else is different
+    "float64": ("float64", {"data__packing": False}),
+    "float32": ("float32", {}),
+    "selective": (
+        "float32",
+        {"parallel__activation_checkpointing": "selective", "train__micro_tokens": 100},
+    ),
+    "full": ("float32", {"parallel__activation_checkpointing": "full"}),
+}
+OF = {"ddp": ["float64", "float32"], "fsdp": list(CASES)}
+
+
+def _train_on_ranks(inputs: Inputs, root: Path, strategy: str) -> None:
+    for case in OF[strategy]:
+        precision, shared = CASES[case]
+        _train(inputs, root / case, precision, strategy, **shared)
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs) -> Path:
+    root = tmp_path_factory.mktemp("one")
+    for precision in BOUNDS:
+        _train(inputs, root / precision, precision, "single")
+    return root
+
+
+@pytest.mark.parametrize("strategy", OF)
+def test_two_ranks_as_one_process(
+    tmp_path: Path, inputs: Inputs, of_one_process: Path, strategy: str
+) -> None:
+    run_distributed(_train_on_ranks, RANKS, inputs, tmp_path, strategy)
+    for case in OF[strategy]:
+        precision, _ = CASES[case]
+        for name in RUNS:
+            one = of_one_process / precision / name
+            differences = largest_difference(tmp_path / case / name, one)
+            assert max(differences) < BOUNDS[precision], (case, name, differences)
+
+
+def _shard(inputs: Inputs, root: Path) -> None:
+    packed = Packed(make_config(*inputs), root, 1, strategy="fsdp")
+    packed.enter("a", make_config(*inputs))
+    parts = [p.to_local().numel() for p in packed.engine._stack.model.parameters()]  # type: ignore[attr-defined]
+    whole = [p.numel() for p in packed.engine._stack.model.parameters()]
+    assert sum(parts) < 0.6 * sum(whole)
+    packed.passes(2)
+    assert [p.to_local().numel() for p in packed.engine._stack.model.parameters()] == parts  # type: ignore[attr-defined]
+    packed.engine.leave(root / "a", "pruned")
+    packed.engine.close()
+
+
+def test_the_base_is_sharded(tmp_path: Path, inputs: Inputs) -> None:
+    run_distributed(_shard, RANKS, inputs, tmp_path)
+
+
+def _train_gpt2(inputs: Inputs, root: Path, strategy: str) -> None:
+    for precision in ("float32", "bfloat16"):
+        changes = {"train.precision": precision, "train.max_examples": 70}
+        configs = {
+            str(rank): make_config(*inputs, changes | {"method.rank": rank}) for rank in (2, 5)
+        }
+        run_packed(configs, root / precision, strategy=strategy)
+
+
+def test_transposed_layers_with_biases_and_mixed_precision(tmp_path: Path) -> None:
+    inputs = save_tiny("gpt2", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 60)
+    run_distributed(_train_gpt2, RANKS, inputs, tmp_path / "two", "fsdp")
+    _train_gpt2(inputs, tmp_path / "one", "single")
+    for precision, bound in (("float32", 1e-5), ("bfloat16", 0.05)):
+        for rank in ("2", "5"):
+            two, one = tmp_path / "two" / precision / rank, tmp_path / "one" / precision / rank
+            assert max(largest_difference(two, one)[:2]) < bound
+
+
+@pytest.mark.parametrize(("strategy", "sickness"), [("ddp", "nan"), ("fsdp", "lr")])
+def test_a_sick_slot_leaves_the_others_untouched_to_the_bit(
+    tmp_path: Path, inputs: Inputs, strategy: str, sickness: str
+) -> None:
+    """Also where one rank alone finds the numbers sick."""
+    run_distributed(beside_a_sick_run, RANKS, inputs, tmp_path, sickness, strategy)
+    assert_untouched(tmp_path)
+
+
+def _with_a_disk_that_fails_once(inputs: Inputs, root: Path) -> None:
+    """For one of two runs, and on the rank that writes."""
+    finish = CheckpointStore.finish
+
+    def fail(store: CheckpointStore, *arguments: Any) -> None:
+        if dist.get_rank() == 0 and store.root.parent.name == "a":
+            raise OSError("no space left on device")
+        finish(store, *arguments)
+
+    config = make_config(*inputs, {"train.max_examples": 70})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "finish", fail)
+        run_packed({"a": config, "b": config}, root, strategy="ddp")
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_that_run_alone(
+    tmp_path: Path, inputs: Inputs
+) -> None:
+    run_distributed(_with_a_disk_that_fails_once, RANKS, inputs, tmp_path)
+    assert "no space left" in json.loads((tmp_path / "a" / "result.json").read_text())["error"]
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["status"] == "completed"
+
+
+RESUMED = {"train.precision": "float64", "train.max_examples": 140}
+
+
+def _interrupted(inputs: Inputs, root: Path, strategy: str) -> None:
+    """In the middle, beside another run."""
+    config = make_config(*inputs, RESUMED)
+    with true_float64():
+        packed = Packed(config, root, 2, strategy=strategy)
+        for name in ("neighbour", "run"):
+            packed.enter(name, config)
+        packed.passes(9)
+        for name in ("neighbour", "run"):
+            packed.engine.leave(root / name, "interrupted")
+        packed.engine.close()
+
+
+def _go_on(inputs: Inputs, root: Path, strategy: str) -> None:
+    with true_float64():
+        run_packed({"run": make_config(*inputs, RESUMED)}, root, strategy=strategy)
+
+
+def _there_and_back(inputs: Inputs, root: Path) -> None:
+    _interrupted(inputs, root / "to-one", "fsdp")
+    _go_on(inputs, root / "to-two", "fsdp")
+
+
+def test_resumed_on_another_number_of_ranks(tmp_path: Path, inputs: Inputs) -> None:
+    _interrupted(inputs, tmp_path / "to-two", "single")
+    run_distributed(_there_and_back, RANKS, inputs, tmp_path)
+    _go_on(inputs, tmp_path / "to-one", "single")
+    _go_on(inputs, tmp_path / "whole", "single")
+    for name in ("to-one", "to-two"):
+        steps = [line["step"] for line in metrics(tmp_path / name / "run") if "loss" in line]
+        assert steps == list(range(1, 21))
+        differences = largest_difference(tmp_path / name / "run", tmp_path / "whole" / "run")
+        assert max(differences) < BOUNDS["float64"], (name, differences)
