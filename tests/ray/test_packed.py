@@ -38,8 +38,10 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def begin(inputs: Inputs, sweep_dir: Path, **search: Any) -> Config:
-    config = inputs.config(search=SEARCH | search)
+def begin(
+    inputs: Inputs, sweep_dir: Path, parallel: dict[str, Any] | None = None, **search: Any
+) -> Config:
+    config = inputs.config(search=SEARCH | search, parallel=parallel or {})
     sweep_dir.mkdir()
     (sweep_dir / "config.yaml").write_text(dump_yaml(config))
     return config
@@ -88,9 +90,36 @@ def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path
 
 
 @pytest.mark.slow
-def test_an_interrupted_packed_sweep_goes_on(inputs: Inputs, tmp_path: Path) -> None:
+def test_an_engine_of_two_workers_that_loses_one(inputs: Inputs, tmp_path: Path) -> None:
     sweep_dir = tmp_path / "sweep"
-    config = begin(inputs, sweep_dir)
+    config = begin(inputs, sweep_dir, {"workers": 2, "strategy": "fsdp"})
+    groups: list[set[int]] = []
+    lines: list[str] = []
+
+    def kill(line: str) -> None:
+        lines.append(line)
+        if "after 140" in line:
+            groups.append({process.pid for process in workers()})
+            if len(groups) == 1:
+                os.kill(max(groups[0]), signal.SIGKILL)
+
+    result = run_sweep(config, sweep_dir, inputs.data_dir, kill)
+    assert [len(group) for group in (groups[0], groups[-1])] == [2, 2]
+    assert groups[0].isdisjoint(groups[-1])
+    assert_nothing_left()
+    assert_sound(result, sweep_dir)
+    assert any("3 at a time in 1 engine " in line for line in lines)
+    for row in result.trials:
+        assert_as_alone(inputs, sweep_dir, row.id, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_workers", [1, 2])
+def test_an_interrupted_packed_sweep_goes_on(
+    inputs: Inputs, tmp_path: Path, engine_workers: int
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    config = begin(inputs, sweep_dir, {"workers": engine_workers})
     told: list[str] = []
 
     def interrupt(line: str) -> None:
