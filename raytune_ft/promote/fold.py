@@ -1,115 +1,112 @@
 """Turn a checkpoint into a plain model directory, and prove that it computes the same.
 
-The fold is done by PEFT on a base held in float32, so that W + B@A * scale (and what rsLoRA, DoRA
-and rank patterns make of it) is added up in float32 and rounded once, into the dtype that the
-base has on disk.
+No model is loaded. W + B@A * scale (and what rsLoRA, DoRA, patterns, embeddings and saved modules
+make of it) is added up in float32, some rows of a tensor at a time, and rounded once, into the
+dtype that the base has on disk. What was interrupted goes on where it was.
 
-What is proved before anybody gets to see the directory:
+What is proved, by models whose weights are read layer by layer, before `manifest.json` is written:
 
-1. In float32, before rounding, the folded model has the logits of base + adapter, to 1e-4 (or to
-   1e-5 of the largest logit, where that is more: float32 holds seven digits).
-2. The directory, loaded by plain transformers, holds the very bits that the fold made.
+1. In float32, before rounding, the folded model has the logits of base + adapter in PEFT, to 1e-4
+   (or to 1e-5 of the largest logit, where that is more: float32 holds seven digits).
+2. The written directory, built by transformers and read back, has them too where it is float32.
 3. Rounded to bfloat16 or float16, its logits stay within 1/32 (root mean square, relative to the
    logits' spread) of those of base + adapter. One rounding moves a weight by up to 2^-9 of itself
    and a model of a few dozen layers by about 1 %; this bound catches a base whose dtype cannot
-   hold what was learned, and is not needed to catch a wrong fold, which 1 and 2 do.
+   hold what was learned, and is not needed to catch a wrong fold, which 1 does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import CheckpointError, MergeError
-from raytune_ft.model.build import disk_dtype, load_base
+from raytune_ft.errors import MergeError, ModelError
+from raytune_ft.files import sha256_of
+from raytune_ft.model.build import disk_dtype, load_model_config, resolve_model_path
+from raytune_ft.model.outline import Outline, outline
+from raytune_ft.promote.adapted import Adapted
+from raytune_ft.promote.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from raytune_ft.promote.verify import (
+    ABSOLUTE_TOLERANCE,
+    FoldCheck,
+    compare,
+    run_adapter,
+    run_weights,
+)
+from raytune_ft.promote.weights import Weights
+from raytune_ft.promote.write_model import (
+    MAX_SHARD_SIZE,
+    forget_journal,
+    parse_size,
+    plan_hash,
+    write_weights,
+)
+from raytune_ft.records import FileRecord
+from raytune_ft.rundir import write_json_atomic
+from raytune_ft.tensors.model_files import TensorFiles, open_model
 
-ABSOLUTE_TOLERANCE = 1e-4
-RELATIVE_TOLERANCE = 1e-5
-ROUNDING_TOLERANCE = 2.0**-5
+__all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
+
 CHECKED_EXAMPLES = 8
-CHECKED_TOKENS = 64  # of each; a vocabulary of 150,000 makes 40 MB of logits of them
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CHECKED_TOKENS = 64  # of each
+MANIFEST = "manifest.json"
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class FoldCheck:
-    """How far the written model is from base + adapter, on `tokens` held-out tokens.
+class Opened:
+    """A checkpoint as `Weights`. `tied`: the head is the input embedding.
 
-    Attributes:
-        dtype: of the written weights.
-        tolerance: largest absolute difference of a logit allowed where nothing is rounded.
-        fold_difference: the largest in float32, before rounding; held to `tolerance`.
-        written_difference: likewise of the written directory; held to it in float32 alone.
-        rounding: root mean square of that difference, relative to the spread of the logits.
-        rounding_tolerance: what it was held to, None where nothing is rounded.
+    `reference` gives the logits `[N, V]` of base + adapter in PEFT, None of a whole model.
     """
 
-    dtype: str
-    tokens: int
-    tolerance: float
-    fold_difference: float
-    written_difference: float
-    rounding: float
-    rounding_tolerance: float | None
+    weights: Weights
+    outline: Outline
+    tied: bool
+    reference: Callable[[Sequence[Tensor]], Tensor] | None
+    identity: object
 
 
 def fold(
-    model: ModelConfig, checkpoint: Path, target: Path, examples: Sequence[Tensor]
+    model: ModelConfig,
+    checkpoint: Path,
+    target: Path,
+    examples: Sequence[Tensor],
+    max_shard_size: str = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+    tell: Tell = lambda line: None,
 ) -> FoldCheck:
     """Write `checkpoint` (an adapter of `model`, or a whole model) into `target`, and check it.
 
-    `examples` are token ids `[S]` that training has not seen, see `held_out`.
+    `examples` are token ids `[S]` that training has not seen, see `held_out`. `dtype`: another
+    than the base's. A `target` in which the same fold was interrupted is completed.
 
     Raises:
         CheckpointError: the checkpoint holds no safetensors weights, or those of another model.
         MergeError: the written model differs from base + adapter beyond the tolerance.
-        ModelError: the base cannot be loaded, or is quantised.
+        ModelError: the base cannot be read, is quantised, or would run code of its own.
+        StorageError: `target` holds something else.
     """
-    dtype = disk_dtype(model)
-    combined = _load_combined(model, checkpoint).eval()
-    reference = _logits(combined, examples)
-    folded = merge(combined) if isinstance(combined, PeftModel) else combined
-    exact = _logits(folded, examples)
-    folded.to(dtype)
-    folded.save_pretrained(str(target))
-    reloaded = _reload(target, model)
-    _require_same_bits(folded, reloaded, dtype)
-    return _check(reference, exact, _logits(reloaded.float(), examples), dtype)
-
-
-def merge(combined: PeftModel) -> Any:
-    """The base with the adapter's delta in its weights, in the dtype of `combined`.
-
-    An output head that shares its weight with the input embedding is given its own copy first if
-    the adapter touches either of them; shared, one delta would change both or be lost on saving.
-
-    Raises:
-        MergeError: the delta holds values that are not finite.
-    """
-    base: Any = combined.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if any(isinstance(module, BaseTunerLayer) for module in (head, embedding)):
-        plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        plain.weight = nn.Parameter(plain.weight.detach().clone())
-        base.config.get_text_config().tie_word_embeddings = False
-        base.config.tie_word_embeddings = False
-        base.all_tied_weights_keys = {}
-    try:
-        return combined.merge_and_unload(safe_merge=True)
-    except ValueError as cause:
-        raise MergeError(f"the adapter cannot be folded into its base: {cause}") from cause
+    written_dtype = dtype or disk_dtype(model)
+    with open_checkpoint(model, checkpoint) as opened:
+        files = write_model(opened, target, max_shard_size, written_dtype, tell)
+        reference = opened.reference(examples) if opened.reference else None
+        check = check_written(model, opened, target, examples, reference, written_dtype)
+        require_bytes(target, files)
+    write_manifest(target, files, check, {"base": model.path, "checkpoint": str(checkpoint)})
+    return check
 
 
 def held_out(split: TokenizedSplit) -> list[Tensor]:
@@ -120,98 +117,132 @@ def held_out(split: TokenizedSplit) -> list[Tensor]:
     ]
 
 
-def _load_combined(model: ModelConfig, checkpoint: Path) -> Any:
-    """Base + adapter in float32, or the whole model that the checkpoint holds."""
+@contextmanager
+def open_checkpoint(model: ModelConfig, checkpoint: Path) -> Iterator[Opened]:
+    """An adapter of `model`, or a whole model, without loading it.
+
+    Raises: see `fold`.
+    """
     if (checkpoint / "config.json").is_file():
-        whole = model.model_copy(update={"path": str(checkpoint), "revision": None})
-        return load_base(whole, torch.float32)
-    if not (checkpoint / ADAPTER_WEIGHTS).is_file():
-        # PEFT would look for a pickle next.
-        raise CheckpointError(f"{checkpoint} holds neither config.json nor {ADAPTER_WEIGHTS}")
-    base = load_base(model, torch.float32)
-    try:
-        combined = PeftModel.from_pretrained(base, str(checkpoint), is_trainable=False)
-    except (RuntimeError, ValueError, KeyError) as cause:
-        reason = str(cause).strip().splitlines()[0]
-        raise CheckpointError(f"{checkpoint} is no adapter of {model.path}: {reason}") from cause
-    _require_whole_adapter(combined, checkpoint / ADAPTER_WEIGHTS)
-    return combined
+        own = model.model_copy(update={"path": str(checkpoint), "revision": None})
+        refuse_code(checkpoint, own)
+        with open_model(checkpoint) as files:
+            found = outline(own)
+            tied = bool(getattr(found.model, "all_tied_weights_keys", None))
+            yield Opened(files, found, tied, None, _identity(files))
+        return
+    read_adapter_config(checkpoint)
+    disk_dtype(model)
+    folder = base_folder(model)
+    refuse_code(folder, model)
+    with open_model(folder) as base:
+        found = outline(model)
+        adapted = Adapted(base, found, checkpoint)
+        hashes = [sha256_of(checkpoint / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+        try:
+            yield Opened(
+                adapted,
+                found,
+                adapted.tied,
+                partial(run_adapter, found, base, adapted),
+                [_identity(base), hashes],
+            )
+        finally:
+            adapted.close()
 
 
-def _reload(directory: Path, model: ModelConfig) -> Any:
-    """As anybody would load it."""
-    return AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype="auto", trust_remote_code=model.trust_remote_code
-    )
+def base_folder(model: ModelConfig) -> Path:
+    """The directory of a base; of a hub id, where its files were downloaded to."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
 
 
-def _require_whole_adapter(combined: PeftModel, weights: Path) -> None:
-    """PEFT takes an adapter of another shape of model with a warning, and leaves the rest at 0."""
-    with safe_open(weights, "pt") as tensors:
-        saved = set(tensors.keys())
-    loaded = set(get_peft_model_state_dict(combined, save_embedding_layers=False))
-    if saved != loaded:
-        odd = sorted(saved ^ loaded)
-        raise CheckpointError(
-            f"{weights} is the adapter of another model: {len(odd)} weights differ, "
-            f"among them {odd[0]}"
+def refuse_code(folder: Path, model: ModelConfig) -> None:
+    """
+    Raises:
+        ModelError: the model's config.json names code of its own and nobody allowed it.
+    """
+    config = load_model_config(model)
+    if getattr(config, "auto_map", None) and not model.trust_remote_code:
+        raise ModelError(
+            str(folder),
+            "would run Python code of its own (auto_map in its config.json)",
+            "write model.trust_remote_code: true if you have read that code",
         )
 
 
-@torch.no_grad()
-def _logits(model: Any, examples: Sequence[Tensor]) -> Tensor:
-    """`[N, V]`: the logits of all examples one after another, each computed alone."""
-    model.eval()
-    return torch.cat([model(ids_S[None], use_cache=False).logits[0] for ids_S in examples])
+def write_model(
+    opened: Opened, target: Path, max_shard_size: str, dtype: torch.dtype, tell: Tell
+) -> list[FileRecord]:
+    """Config and weights; `target` is completed if the same work was interrupted there."""
+    size = parse_size(max_shard_size)
+    plan = plan_hash(opened.identity, size, str(dtype))
+    files = write_weights(opened.weights, target, plan, size, dtype, tell)
+    _save_config(opened, target, dtype)
+    return files
 
 
-def _require_same_bits(folded: Any, reloaded: Any, dtype: torch.dtype) -> None:
-    """Every weight that was loaded back is the one that was folded."""
-    expected, found = folded.state_dict(), reloaded.state_dict()
-    odd = expected.keys() ^ found.keys()
-    odd |= {
-        name
-        for name in expected.keys() & found.keys()
-        if not torch.equal(found[name].to(expected[name].dtype), expected[name])
-    }
-    if reloaded.dtype != dtype:
-        raise MergeError(f"the folded model was written in {reloaded.dtype}, not in {dtype}")
-    if odd:
-        raise MergeError(f"{len(odd)} folded weights were not written, among them {min(odd)}")
-
-
-def _check(reference: Tensor, exact: Tensor, written: Tensor, dtype: torch.dtype) -> FoldCheck:
-    """Compare logits `[N, V]`.
+def check_written(
+    model: ModelConfig,
+    opened: Opened,
+    target: Path,
+    examples: Sequence[Tensor],
+    reference: Tensor | None,
+    dtype: torch.dtype,
+    of: str = "base + adapter",
+) -> FoldCheck:
+    """Compare what was written with `reference`, or else with its own weights before rounding.
 
     Raises:
-        MergeError: a difference is larger than its tolerance, or not a number.
+        MergeError: see `compare`.
     """
-    rounds = dtype.itemsize < torch.float32.itemsize
-    tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * reference.abs().max().item())
-    spread = (reference - reference.mean(-1, keepdim=True)).square().mean().sqrt().item()
-    check = FoldCheck(
-        dtype=str(dtype).removeprefix("torch."),
-        tokens=len(reference),
-        tolerance=tolerance,
-        fold_difference=(exact - reference).abs().max().item(),
-        written_difference=(written - reference).abs().max().item(),
-        rounding=(written - reference).square().mean().sqrt().item() / (spread or 1.0),
-        rounding_tolerance=ROUNDING_TOLERANCE if rounds else None,
-    )
-    # Written so that NaN is refused.
-    if not check.fold_difference <= tolerance:
-        raise MergeError(
-            f"the folded model's logits differ from base + adapter by {check.fold_difference:.1e}, "
-            f"more than {tolerance:.1e}"
-        )
-    if not rounds and not check.written_difference <= tolerance:
-        raise MergeError(
-            f"the written model's logits differ from base + adapter by "
-            f"{check.written_difference:.1e}, more than {tolerance:.1e}"
-        )
-    if rounds and not check.rounding <= ROUNDING_TOLERANCE:
-        raise MergeError(
-            f"rounding to {check.dtype} moves the logits by {check.rounding:.1%} of their spread, "
-            f"more than {ROUNDING_TOLERANCE:.1%}"
-        )
-    return check
+    own = model.model_copy(update={"path": str(target), "revision": None})
+    with open_model(target) as files:
+        exact = run_weights(outline(own), opened.weights, examples)
+        written = run_weights(outline(own), files, examples)
+    return compare(exact if reference is None else reference, exact, written, dtype, of)
+
+
+def require_bytes(target: Path, files: Sequence[FileRecord]) -> None:
+    """
+    Raises:
+        MergeError: a file does not hold what was written into it.
+    """
+    for record in files:
+        if sha256_of(target / record.path) != record.sha256:
+            raise MergeError(f"{target / record.path} does not hold the bytes that were written")
+
+
+def write_manifest(
+    target: Path, files: Sequence[FileRecord], check: FoldCheck, lineage: dict[str, Any]
+) -> None:
+    """`manifest.json`, which says that the directory is whole; the journal goes."""
+    content = {"files": [asdict(file) for file in files], "check": asdict(check), **lineage}
+    write_json_atomic(target / MANIFEST, content)
+    forget_journal(target)
+
+
+def _save_config(opened: Opened, target: Path, dtype: torch.dtype) -> None:
+    """As `save_pretrained` would, with the head untied where it has become its own."""
+    shell = opened.outline.pattern
+    if not opened.tied:
+        for config in (shell.config, shell.config.get_text_config()):
+            config.tie_word_embeddings = False
+    shell.config.dtype = str(dtype).removeprefix("torch.")
+    shell.config.architectures = [type(shell).__name__]
+    if shell.is_remote_code():
+        custom_object_save(shell, str(target), config=shell.config)
+    shell.config.save_pretrained(str(target))
+    if shell.can_generate():
+        shell.generation_config.save_pretrained(str(target))
+
+
+def _identity(files: TensorFiles) -> list[list[object]]:
+    """Files by name, size and time: another fold of the same ones may go on with the journal."""
+    stats = [(file.name, file.stat()) for file in files.files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -1,0 +1,51 @@
+"""A model without its weights, and which tensors of its files they are."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.errors import ModelError
+from raytune_ft.model.build import load_base
+from raytune_ft.model.skeleton import _fill_buffers, _shadows
+from raytune_ft.model.sources import NotInParts, Source
+from raytune_ft.tensors.read import open_files
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model whose weights are on the meta device, and which tensors of its files they are.
+
+    `sources` go by the names of the model's weights and of the buffers that lie in the files. The
+    other buffers are there. `pattern` is a copy that stays as it is, whatever is put into `model`.
+    """
+
+    model: Any
+    pattern: Any
+    sources: dict[str, Source]
+
+
+def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
+    """The model as `from_pretrained` would build it, and nothing of its files but their headers.
+
+    Raises:
+        ModelError: see `load_base`; or its weights can only be read all together.
+    """
+    try:
+        with _shadows() as seen:
+            base = load_base(model, dtype)
+        if not seen.files:
+            raise NotInParts("transformers reads its files in a way of its own")
+        with open_files(seen.files) as shards:
+            _fill_buffers(base, seen.sources, shards)
+    except NotInParts as reason:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"cannot be read tensor by tensor, because {reason}",
+            "write a model that transformers reads from safetensors as it is",
+        ) from reason
+    return Outline(base, copy.deepcopy(base), seen.sources)

@@ -1,0 +1,194 @@
+"""What an adapter does to each weight of its base, as PEFT itself would lay it out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+
+from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.model.outline import Outline
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+_NAME = "default"
+# Initialisations that subtract what the adapter begins with from the base itself.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to one weight: keys of the adapter's file, and PEFT's scale.
+
+    rows: W[out, in] + scale * B @ A; columns: W[in, out] + scale * (B @ A).T; experts: PEFT
+    computes it; bias: b + scale * B's bias. With a magnitude (DoRA), every output's row is then
+    brought to that length.
+    """
+
+    kind: Literal["rows", "columns", "experts", "bias"]
+    a: str
+    b: str
+    scale: float
+    magnitude: str | None = None
+    layer: Any = None
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """`deltas` and `replaced` go by the names of the model's weights; `peft` is the model that
+    PEFT made, without a single value in it. `replaced` are keys of whole weights in the file.
+    """
+
+    peft: Any
+    config: Any
+    deltas: Mapping[str, Delta]
+    replaced: Mapping[str, str]
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the weights that are not those of the base."""
+        return set(self.deltas) | set(self.replaced)
+
+
+def read_adapter_config(adapter: Path) -> Any:
+    """A PEFT adapter's configuration.
+
+    Raises:
+        CheckpointError: the folder holds none, or its weights are pickles or absent.
+        ModelError: of a kind that has no delta, or whose delta is not its weights' alone.
+    """
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        pickled = (adapter / "adapter_model.bin").is_file()
+        raise CheckpointError(
+            f"{adapter} holds neither config.json nor {ADAPTER_WEIGHTS}"
+            + (" (pickles are not loaded: they run code)" if pickled else "")
+        )
+    try:
+        written = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind = written.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
+    if kind != "LORA":
+        raise _refused(adapter, f"peft_type={kind}", "has no delta that is folded here")
+    for key in _REFUSED:
+        if written.get(key):
+            raise _refused(adapter, key, "cannot be folded")
+    start = written.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"init_lora_weights={start} of {adapter}",
+            "changed the base that the adapter was trained on",
+            "save it with PEFT's path_initial_model_for_weight_conversion first",
+        )
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
+
+
+def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int, ...]]) -> Any:
+    """Lay the adapter out over a base without weights; `found` are the shapes in its file.
+
+    Raises:
+        CheckpointError: the file is not of this base.
+        ModelError: see `read_adapter_config`.
+    """
+    config = read_adapter_config(adapter)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft: PeftModel = get_peft_model(outline.model, config)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as cause:
+        reason = str(cause).strip().splitlines()[0]
+        raise CheckpointError(f"{adapter} is no adapter of its base: {reason}") from cause
+    peft.eval()
+    parameters = dict(peft.named_parameters(remove_duplicate=False))
+    own = {key_of(name): name for name in parameters if is_adapters(name)}
+    replaced = {key: base_name(key) for key in found if key not in own}
+    replaced |= {key: base_name(key) for key, name in own.items() if "lora_" not in name}
+    base = {base_name(n): tuple(p.shape) for n, p in parameters.items() if not is_adapters(n)}
+    expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
+    expected |= {key: base[name] for key, name in replaced.items() if name in base}
+    _require_same(adapter / ADAPTER_WEIGHTS, found, expected)
+    deltas: dict[str, Delta] = {}
+    for name, module in peft.named_modules():
+        if isinstance(module, LoraLayer):
+            deltas |= dict(_deltas(name, module, adapter))
+    return AdapterPlan(peft, config, deltas, {name: key for key, name in replaced.items()})
+
+
+def key_of(name: str) -> str:
+    """What PEFT calls a parameter of the adapter in its file."""
+    name = name.replace(f".modules_to_save.{_NAME}.", ".")
+    name = name.replace(f".lora_magnitude_vector.{_NAME}.weight", ".lora_magnitude_vector")
+    return name.replace(f".{_NAME}", "")
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter of PEFT's model is the adapter's own."""
+    return ".lora_" in name or f".modules_to_save.{_NAME}." in name
+
+
+def base_name(name: str) -> str:
+    """What the base calls the weight behind a name in PEFT's model or file."""
+    name = name.removeprefix(PREFIX)
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _deltas(name: str, module: Any, adapter: Path) -> Iterable[tuple[str, Delta]]:
+    variant = type(module.lora_variant.get(_NAME)).__name__
+    if variant not in ("NoneType", "DoraLinearVariant", "DoraEmbeddingVariant"):
+        raise _refused(adapter, variant, "cannot be folded")
+    scale = float(module.scaling[_NAME])
+    target = base_name(name)
+    if isinstance(module, ParamWrapper):
+        parameter = module.get_param()
+        kind: Any = "rows" if parameter.ndim == 2 else "experts"
+        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        yield f"{target}.{module.parameter_name}", Delta(kind, *keys, scale, layer=module)
+        return
+    magnitude = f"{name}.lora_magnitude_vector" if variant != "NoneType" else None
+    if isinstance(module, Embedding):
+        keys = f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+        yield f"{target}.weight", Delta("columns", *keys, scale, magnitude)
+        return
+    if not isinstance(module, Linear):
+        raise _refused(adapter, f"{type(module).__name__} of {target}", "cannot be folded")
+    kind = "columns" if module.fan_in_fan_out else "rows"
+    keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    yield f"{target}.weight", Delta(kind, *keys, scale, magnitude)
+    if module.lora_bias.get(_NAME):
+        if magnitude is not None:
+            raise _refused(adapter, "lora_bias with use_dora", "cannot be folded")
+        yield f"{target}.bias", Delta("bias", "", f"{name}.lora_B.bias", scale)
+
+
+def _require_same(
+    file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """PEFT takes an adapter of another shape of model with a warning, and leaves the rest at 0."""
+    if odd := sorted(set(found) ^ set(expected)):
+        raise CheckpointError(
+            f"{file} is the adapter of another model: {len(odd)} weights differ, "
+            f"among them {odd[0]}"
+        )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"{file} is no adapter of its base: {name} has the shape {list(shape)}, "
+                f"and the base asks for {list(expected[name])}"
+            )
+
+
+def _refused(adapter: Path, what: str, rule: str) -> ModelError:
+    return ModelError(
+        f"{what} of {adapter}", rule, "write an adapter of LoRA, rsLoRA or DoRA, or a whole model"
+    )

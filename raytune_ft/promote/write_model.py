@@ -1,0 +1,171 @@
+"""Write a model's weights in shards, one after another, so that what was killed can go on.
+
+.journal.json                       the shards that have reached the disk, with their hashes
+.model-00002-of-00003.safetensors   being written, or left by a process that died
+model-00001-of-00003.safetensors    whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raytune_ft.errors import ConfigError, MergeError, StorageError
+from raytune_ft.files import fsync, sha256_of
+from raytune_ft.promote.weights import Weights, spans
+from raytune_ft.records import FileRecord
+from raytune_ft.rundir import write_json_atomic
+from raytune_ft.tensors.model_files import INDEX
+from raytune_ft.tensors.read import shard_name
+from raytune_ft.tensors.write import Entry, write_tensors
+
+JOURNAL = ".journal.json"
+MAX_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Tell = Callable[[str], None]
+
+
+def parse_size(text: str, key: str = "--max-shard-size") -> int:
+    """Bytes of a size such as 5GB (10^9), 500MB or 2GiB.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise ConfigError(f"{key}={text}", "is no size", "write one such as 5GB or 500MB")
+    return size
+
+
+def plan_hash(*facts: object) -> str:
+    """Names what is written, so that only the same work goes on with it."""
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def write_weights(
+    weights: Weights,
+    target: Path,
+    plan: str,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None = None,
+    tell: Tell = lambda line: None,
+) -> list[FileRecord]:
+    """The shards and, if there are several, their index; what the journal has is not done again.
+
+    Floating-point tensors are cast once, to `dtype` or to their own.
+
+    Raises:
+        MergeError: a value is not finite; names the tensor.
+        StorageError: `target` holds weights that are not of this `plan`.
+    """
+    shards = _layout(weights, max_shard_bytes, dtype)
+    done = _resume(target, plan, [name for name, _ in shards], tell)
+    for name, entries in shards:
+        if name in done:
+            continue
+        temporary = f".{name}"
+        record = write_tensors(target, temporary, entries, _cast(weights, entries))
+        (target / temporary).replace(target / name)
+        fsync(target)
+        done[name] = FileRecord(name, record.bytes, record.sha256)
+        _write_journal(target, plan, done.values())
+    records = [done[name] for name, _ in shards]
+    if len(shards) > 1:
+        records.append(_write_index(target, shards))
+    return records
+
+
+def forget_journal(target: Path) -> None:
+    """Once a manifest says more."""
+    (target / JOURNAL).unlink(missing_ok=True)
+    fsync(target)
+
+
+def _layout(
+    weights: Weights, max_shard_bytes: int, dtype: torch.dtype | None
+) -> list[tuple[str, list[Entry]]]:
+    """Tensors in order, as many to a file as fit, and at least one."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for name, shape in weights.shapes.items():
+        own = weights.dtype(name)
+        entry = Entry(name, dtype if dtype and own.is_floating_point else own, shape)
+        count = math.prod(shape) * entry.dtype.itemsize
+        if groups[-1] and size + count > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += count
+    return [(shard_name("model", n, len(groups)), group) for n, group in enumerate(groups)]
+
+
+@torch.no_grad()
+def _cast(weights: Weights, entries: Iterable[Entry]) -> Iterator[Tensor]:
+    for entry in entries:
+        for start, end in spans(entry.shape):
+            rows = weights.rows(entry.name, start, end).to(entry.dtype)
+            if entry.dtype.is_floating_point and not torch.isfinite(rows).all():
+                raise MergeError(
+                    f"{entry.name} is not finite (NaN or infinity) in {entry.dtype}; "
+                    "nothing can be made of these weights"
+                )
+            yield rows
+
+
+def _resume(target: Path, plan: str, names: list[str], tell: Tell) -> dict[str, FileRecord]:
+    """Shards of an earlier attempt at the same work whose bytes are those that were written."""
+    target.mkdir(parents=True, exist_ok=True)
+    for rubbish in target.glob(".model*.safetensors"):
+        rubbish.unlink()
+    try:
+        journal = json.loads((target / JOURNAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        journal = None
+    held = sorted(path.name for path in target.glob("*.safetensors"))
+    if journal is None and not held:
+        _write_journal(target, plan, [])
+        return {}
+    if journal is None or journal["plan"] != plan:
+        raise StorageError(
+            str(target),
+            f"holds {held[0] if held else 'a beginning'} of other work, and nothing is overwritten",
+            "write another directory, or delete this one",
+        )
+    records = [FileRecord(**record) for record in journal["shards"]]
+    sound = {
+        record.path: record
+        for record in records
+        if record.path in names
+        and (target / record.path).is_file()
+        and (target / record.path).stat().st_size == record.bytes
+        and sha256_of(target / record.path) == record.sha256
+    }
+    for name in held:
+        if name not in sound:
+            (target / name).unlink()
+    if sound:
+        tell(f"{len(sound)} of {len(names)} shards are there already")
+    return sound
+
+
+def _write_journal(target: Path, plan: str, records: Iterable[FileRecord]) -> None:
+    write_json_atomic(target / JOURNAL, {"plan": plan, "shards": [asdict(r) for r in records]})
+
+
+def _write_index(target: Path, shards: list[tuple[str, list[Entry]]]) -> FileRecord:
+    files = {entry.name: name for name, entries in shards for entry in entries}
+    size = sum(math.prod(e.shape) * e.dtype.itemsize for _, held in shards for e in held)
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    write_json_atomic(target / INDEX, content)
+    return FileRecord(INDEX, (target / INDEX).stat().st_size, sha256_of(target / INDEX))
