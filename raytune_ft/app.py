@@ -126,14 +126,18 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
+    from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
+    from raytune_ft.promote.custom import check_functions
 
     positions = getattr(
         load_model_config(config.model).get_text_config(), "max_position_embeddings", None
     )
+    check_functions(config.promote.metrics)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    check_overlap(config.data, data.report, config.promote.max_overlap)
     splits = (data.train, data.validation, data.test)
     longest = max(int(split.lengths.max()) for split in splits if split is not None)
     if positions is not None and longest > positions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytune_ft.config import deepspeed_json, environment, paths
+from raytune_ft.config import deepspeed_json, environment, metrics, paths
 from raytune_ft.config.load import choose_strategy, to_plain, validated
 from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.points import trial_count
@@ -32,6 +32,10 @@ def resolve(
         source = data["data"][name]
         if isinstance(source, dict):
             source["path"] = paths.source(source["path"], here, f"data.{name}.path")
+    if data["promote"]["retention"] is not None:
+        retained = data["promote"]["retention"]
+        retained["path"] = paths.source(retained["path"], here, "promote.retention.path")
+    data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:
         file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)

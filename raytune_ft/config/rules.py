@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytune_ft.config import paths
+from raytune_ft.config import metrics, paths
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
@@ -16,6 +16,8 @@ def check(config: Config) -> None:
     paths.check_storage(config.storage)
     _check_layout(config)
     _check_method(config)
+    metrics.check(config.promote)
+    _check_splits(config)
     if config.seed > MAX_SEED:
         raise ConfigError(f"seed={config.seed}", f"is above {MAX_SEED}", "write a smaller one")
     if config.search is not None:
@@ -121,3 +123,17 @@ def _check_method(config: Config) -> None:
     method = config.method
     if isinstance(method, LoraMethod) and method.targets == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
+
+
+def _check_splits(config: Config) -> None:
+    """What is chosen on is not what is measured in the end."""
+    data = config.data
+    if data.test is None or config.promote.max_overlap == 1:
+        return
+    for name, other in (("validation", data.validation), ("train", data.train)):
+        if other == data.test:
+            raise ConfigError(
+                f"data.test={shown_value(data.test.path)}",
+                f"is data.{name} too, and selecting on the test set is refused",
+                "write another source, or none",
+            )

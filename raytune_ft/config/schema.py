@@ -236,6 +236,32 @@ class PromoteConfig(Section):
         3, description="trials looked at; merge: best takes the first whose checkpoint is sound"
     )
     merge: Literal["best"] = "best"
+    metrics: list[str] = Field(
+        ["loss"],
+        description="what candidates and the promoted model are measured by: loss, answer, rouge, "
+        "classification, lm_eval:TASK, lm_eval:FILE.yaml, or FILE.py:FUNCTION",
+    )
+    metric: str | None = Field(
+        None,
+        description="the figure that decides on validation, such as answer_exact_match; null is "
+        "that of the search",
+    )
+    answer: str = Field(
+        r"####\s*(\S+)",
+        description="metrics: answer compares what the group of this regular expression finds",
+    )
+    max_new_tokens: Positive = Field(256, description="longest greedy continuation of a prompt")
+    generation: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="auto: vLLM where it and a GPU are there, else transformers"
+    )
+    retention: SourceConfig | None = Field(
+        None, description="a general set, for loss and KL against the base: what was forgotten"
+    )
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1,
+        description="more of the prompts of data.test (or of a data.validation of its own) than "
+        "this in train, and it is refused",
+    )
 
 
 class Config(Section):

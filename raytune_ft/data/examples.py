@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 
 from raytune_ft.config.schema import SourceConfig
+from raytune_ft.data.overlap import prompt_key
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit
 from raytune_ft.data.text_rows import BadRow, Row, valid_unicode
 from raytune_ft.errors import DataError
@@ -28,11 +29,15 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and the label mask of one row; the first token is never a label."""
+    """Token ids and the label mask of one row; the first token is never a label.
+
+    `prompt` is `overlap.prompt_key` of the row.
+    """
 
     origin: str
     ids: TokenIds
     mask: Mask
+    prompt: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,10 @@ def encode_rows(
     sound = [row for row in checked if isinstance(row, Row)]
     encoded = iter(chosen.encode(encoder, source, separator, sound))
     for row in checked:
-        yield row if isinstance(row, BadRow) else next(encoded)
+        result = row if isinstance(row, BadRow) else next(encoded)
+        if isinstance(row, Row) and isinstance(result, Example):
+            result = replace(result, prompt=prompt_key(source, row))
+        yield result
 
 
 # prompt_completion

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from raytune_ft.config.schema import DataConfig, SourceConfig
 from raytune_ft.data.examples import FORMATS, Encoder, Example, encode_rows
+from raytune_ft.data.overlap import count_overlaps
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
 from raytune_ft.data.sources import BATCH_ROWS, Source, open_source
 from raytune_ft.data.split import TokenizedSplit
@@ -29,7 +30,7 @@ from raytune_ft.errors import DataError, RunFailed, StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raise it when the same rows and keys would give other tokens or other files."""
 
 REPORT = "report.json"
@@ -93,6 +94,7 @@ def prepare_data(
         sources=reports,
         splits={name: describe_split(split) for name, split in splits.items()},
         duplicates=count_duplicates(splits),
+        overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
         notes=_notes(encoder, configs.values()),
     )
     try:
@@ -259,7 +261,7 @@ def _fitted(
         return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
     if length > limit:
         tally.truncated += 1
-    return Example(result.origin, result.ids[:limit], result.mask[:limit])
+    return replace(result, ids=result.ids[:limit], mask=result.mask[:limit])
 
 
 def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally, usable: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from raytune_ft.data.split import TokenizedSplit
@@ -60,6 +60,8 @@ class DataReport:
         splits: "train", "validation" and, if there is one, "test".
         duplicates: "train/validation" -> examples of validation that train holds too (same tokens
             and same mask), and so for every pair.
+        overlaps: likewise, examples of validation whose prompt train holds too, whatever its case,
+            blanks and punctuation.
         notes: what a person should know, one sentence each.
     """
 
@@ -67,6 +69,7 @@ class DataReport:
     splits: dict[str, SplitReport]
     duplicates: dict[str, int]
     notes: tuple[str, ...] = ()
+    overlaps: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Indented JSON of all of it."""
@@ -85,6 +88,7 @@ class DataReport:
             splits={name: SplitReport(**item) for name, item in content["splits"].items()},
             duplicates=dict(content["duplicates"]),
             notes=tuple(content["notes"]),
+            overlaps=dict(content.get("overlaps", {})),
         )
 
 

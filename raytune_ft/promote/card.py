@@ -16,6 +16,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.build import resolve_model_path
 from raytune_ft.promote.fold import FoldCheck
+from raytune_ft.promote.record import Evaluation, Sample
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
 _HASHED = (".safetensors", ".json", ".model", ".jinja")
@@ -24,29 +25,15 @@ _METRIC_NAMES = {
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
     "exact_match": "exact match",
+    "answer_exact_match": "exact match of the answer",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "macro_f1": "macro F1",
+    "calibration_error": "expected calibration error",
+    "retention_loss": "loss on the general set",
+    "retention_kl": "KL from the base on the general set",
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`evaluation.json`; `looks` counts how often this test split has been measured."""
-
-    split: str
-    examples: int
-    base: dict[str, float]
-    promoted: dict[str, float]
-    looks: int
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out prompt with its reference, and how base and promoted model continue it."""
-
-    prompt: str
-    reference: str
-    base: str
-    promoted: str
 
 
 @dataclass(frozen=True)
@@ -60,8 +47,8 @@ class Lineage:
     data: DataReport
     trial: str | None
     params: Mapping[str, Any]
-    step: int
-    examples: int
+    step: int | None
+    examples: int | None
     versions: dict[str, str]
 
 
@@ -93,7 +80,7 @@ def package_versions() -> dict[str, str]:
 
 
 def model_card(
-    lineage: Lineage, evaluation: Evaluation, check: FoldCheck, samples: Sequence[Sample]
+    lineage: Lineage, evaluation: Evaluation, check: FoldCheck | None, samples: Sequence[Sample]
 ) -> ModelCard:
     """The card as `huggingface_hub` reads it: YAML metadata, then Markdown."""
     config = lineage.config
@@ -111,7 +98,7 @@ def model_card(
                 dataset_name=_measured_source(lineage.data, evaluation.split),
                 dataset_split=evaluation.split,
                 metric_type=name,
-                metric_name=_METRIC_NAMES[name],
+                metric_name=_metric_name(name),
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
@@ -123,29 +110,53 @@ def model_card(
             f"{base_name(config.model)}, fine-tuned with raytune_ft (method {config.method.name}).",
             f"**Verdict: {evaluation.verdict}.**",
             _evaluation_section(evaluation),
+            _candidates_section(evaluation),
             _samples_section(samples),
             _loading_section(),
             _lineage_section(lineage),
-            _fold_section(check, config.method.name),
+            "" if check is None else _fold_section(check, config.method.name),
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
 def _evaluation_section(evaluation: Evaluation) -> str:
-    rows = [
-        (_METRIC_NAMES[name], _figure(base), _figure(evaluation.promoted[name]))
-        for name, base in evaluation.base.items()
-    ]
+    rows = []
+    for name, value in evaluation.promoted.items():
+        new = evaluation.differences.get(name)
+        shown = "" if new is None else _figure(new["difference"])
+        interval = "" if new is None else " to ".join(map(_figure, new["interval"]))
+        base = evaluation.base.get(name)
+        known = "" if base is None else _figure(base)
+        rows.append((_metric_name(name), known, _figure(value), shown, interval))
     looks = f"measured {evaluation.looks} time{'s' if evaluation.looks > 1 else ''} so far"
     caution = (
         ""
         if evaluation.split == "test"
         else " There was no test data: these examples also chose the model, so the figures flatter."
     )
+    head = ("metric", "base", "promoted", "difference", f"{evaluation.confidence:.0%} interval")
     return (
         f"## Evaluation\n\nOn {evaluation.examples:,} examples of the {evaluation.split} split, "
-        f"{looks}.{caution}\n\n{_table(('metric', 'base', 'promoted'), rows)}"
+        f"{looks}.{caution} Intervals are of a paired bootstrap over examples.\n\n"
+        f"{_table(head, rows)}"
+    )
+
+
+def _candidates_section(evaluation: Evaluation) -> str:
+    """Who else might have been promoted."""
+    figure = evaluation.metric
+    rows = []
+    for one in evaluation.candidates:
+        gap = "" if one.difference is None else _figure(one.difference)
+        interval = "" if one.interval is None else " to ".join(map(_figure, one.interval))
+        mark = f"**{one.name}**" if one.name == evaluation.winner else one.name
+        rows.append((mark, _figure(one.figures[figure]), gap, interval))
+    head = ("candidate", _metric_name(figure), "difference to the best", "interval")
+    return (
+        f"## Candidates\n\nCompared on {evaluation.validation_examples:,} examples of the "
+        f"validation split alone. Of those that the data do not tell from the best one, the "
+        f"simplest is promoted.\n\n{_table(head, rows)}"
     )
 
 
@@ -179,8 +190,10 @@ def _lineage_section(lineage: Lineage) -> str:
         ("base model", base_name(lineage.config.model)),
         ("config sha256", lineage.config_sha256),
         ("seed", str(lineage.config.seed)),
-        ("trained for", f"{lineage.examples:,} examples, {lineage.step:,} steps"),
     ]
+    if lineage.examples is not None:
+        steps = f"{lineage.examples:,} examples, {lineage.step:,} steps"
+        facts.append(("trained for", steps))
     if lineage.config.model.revision:
         facts.insert(1, ("revision", lineage.config.model.revision))
     if lineage.trial is not None:
@@ -192,12 +205,14 @@ def _lineage_section(lineage: Lineage) -> str:
         (f"data.{split}: {source.name}", source.sha256)
         for split, source in lineage.data.sources.items()
     ]
-    duplicates = ", ".join(
-        f"{pair} {count:,}" for pair, count in lineage.data.duplicates.items() if count
+    duplicates, overlaps = (
+        ", ".join(f"{pair} {count:,}" for pair, count in counts.items() if count)
+        for counts in (lineage.data.duplicates, lineage.data.overlaps)
     )
     return (
         f"## Lineage\n\n{_table(('', ''), facts)}\n\n{_table(('file', 'sha256'), files)}\n\n"
-        f"Identical examples in two splits: {duplicates or 'none'}."
+        f"Identical examples in two splits: {duplicates or 'none'}. Examples whose prompt another "
+        f"split has too: {overlaps or 'none'}."
     )
 
 
@@ -220,6 +235,10 @@ def _fold_section(check: FoldCheck, method: str) -> str:
 def _measured_source(data: DataReport, split: str) -> str:
     """The file that a split was read from; a drawn validation split comes from train."""
     return data.sources.get(split, data.sources["train"]).name
+
+
+def _metric_name(figure: str) -> str:
+    return _METRIC_NAMES.get(figure, figure)
 
 
 def _figure(value: float) -> str:

@@ -1,142 +1,159 @@
-"""What a model directory scores on a split, and what it says to some of its prompts."""
+"""What a model directory scores on a split: every figure with one value for each example."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.config.schema import Config, DataConfig, ModelConfig, PromoteConfig
+from raytune_ft.data.overlap import check_overlap
+from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.build import disk_dtype, load_base, load_tokenizer, pad_token
-from raytune_ft.strategy.single import Single
-from raytune_ft.train.engine import Engine, choose_micro_tokens
-from raytune_ft.train.evaluation import evaluate
-
-SAMPLE_TOKENS = 64
-_LARGEST_EXPONENT = 700.0
+from raytune_ft.model.build import load_tokenizer
+from raytune_ft.promote.custom import check_functions
+from raytune_ft.promote.forced import retention
+from raytune_ft.promote.metrics import metric_named
+from raytune_ft.promote.scores import Scores
+from raytune_ft.promote.subject import Continuation, Subject, engine_of
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Token ids up to the first one that carries loss, and the labels from there on."""
+class Job:
+    """Plain facts: what a process needs to measure one model. Paths are absolute.
 
-    ids: tuple[int, ...]
-    reference: tuple[int, ...]
+    Attributes:
+        model: what is measured; its path is a directory, a hub id or `builtin:`.
+        base: for retention, what is compared with.
+        split: "validation" or "test".
+        retained: tokens of `promote.retention`, None where there is none.
+        samples: prompts of the split's beginning to continue, for people to read.
+    """
+
+    model: ModelConfig
+    base: ModelConfig
+    settings: PromoteConfig
+    data_dir: Path
+    split: str
+    retained: Path | None = None
+    samples: int = 0
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of a split, and the greedy continuation of each prompt as text."""
+    """Figures by name, of which `retention_...` are over another set; and texts.
 
-    metrics: dict[str, float]
-    continuations: tuple[str, ...]
+    `continuations` are of all examples where a metric needs them, else of the samples alone.
+    """
+
+    scores: Mapping[str, Scores]
+    continuations: tuple[Continuation, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Name -> value."""
+        return {name: score.value for name, score in self.scores.items()}
+
+
+def run_job(job: Job) -> Measured:
+    """Load, measure, forget.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ConfigError, DataError, RunFailed: a metric cannot be computed.
+    """
+    data = open_prepared(job.data_dir)
+    tokenizer = load_tokenizer(job.model)
+    subject = Subject(
+        job.model, tokenizer, split_named(data, job.split), data.train, job.settings, job.is_chat
+    )
+    scores = measure(subject)
+    if job.retained is not None:
+        general = open_prepared(job.retained).train
+        same = job.model == job.base
+        base = subject.engine if same else engine_of(job.base, tokenizer)
+        scores |= retention(subject.engine, base, general)
+    made = "continuations" in vars(subject)  # some metric has asked for them
+    return Measured(scores, tuple(subject.continuations if made else subject.first(job.samples)))
+
+
+def measure(subject: Subject) -> dict[str, Scores]:
+    """Every figure of `promote.metrics`; those of `loss` always."""
+    scores: dict[str, Scores] = {}
+    for name in dict.fromkeys(["loss", *subject.settings.metrics]):
+        scores |= metric_named(name)(subject)
+    return scores
 
 
 def evaluate_directory(
     directory: Path, config: Config, cache_dir: Path
 ) -> tuple[str, int, dict[str, float]]:
-    """(split, examples, metrics) of any model directory on the test data of `config`.
+    """(split, examples, figures) of any model directory on the test data of `config`.
 
     The tokens are those of the directory's own tokenizer. Without data.test the split is
-    "validation". See `measure` for the metrics.
+    "validation". Retention is against `model` of the config.
 
     Raises:
-        DataError, ModelError: the data or the directory cannot be read.
+        ConfigError: a metric of the user's own is not there.
+        DataError, ModelError: the data or the directory cannot be read, or they overlap.
     """
+    check_functions(config.promote.metrics)
     model = config.model.model_copy(update={"path": str(directory), "revision": None})
     tokenizer = load_tokenizer(model)
-    name, split = measured_split(prepare_data(config.data, tokenizer, config.seed, cache_dir))
-    return name, len(split), measure(model, tokenizer, split).metrics
+    data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
+    check_overlap(config.data, data.report, config.promote.max_overlap)
+    name = measured_split(data)
+    retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir)
+    job = Job(
+        model,
+        config.model,
+        config.promote,
+        data.path,
+        name,
+        retained,
+        is_chat=is_chat(config.data),
+    )
+    return name, len(split_named(data, name)), run_job(job).figures
 
 
-def measured_split(data: PreparedData) -> tuple[str, TokenizedSplit]:
-    """The test split if there is one, else the validation split; with its name."""
-    return ("validation", data.validation) if data.test is None else ("test", data.test)
-
-
-def measure(
-    model: ModelConfig,
+def prepare_retention(
+    settings: PromoteConfig,
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    split: TokenizedSplit,
-    prompts: Sequence[Prompt] = (),
-) -> Measured:
-    """Scores of a model with its weights in the dtype that they have on disk.
-
-    `eval_loss` is the loss per label token, `perplexity` its exponential, `token_accuracy` the
-    share of label tokens that are the most likely one given the reference before them.
-    `exact_match` is the share of examples of which all label tokens are: greedy decoding picks
-    the first of them, so sees the reference before the second, picks it too, and so on; it
-    reproduces the whole completion, end token included, exactly where every single one is right.
+    cache_dir: Path,
+) -> Path | None:
+    """Tokens of `promote.retention`, cut to the lengths of `data`; None where there is none.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        DataError: the source cannot be read.
     """
-    engine = _engine(model, tokenizer)
-    scores = evaluate(engine, split)
-    metrics = {
-        "eval_loss": scores.loss,
-        "perplexity": math.exp(min(scores.loss, _LARGEST_EXPONENT)),
-        "token_accuracy": scores.token_accuracy,
-        "exact_match": scores.exact_match,
+    if settings.retention is None:
+        return None
+    # Its rows fill the split "train"; a validation split, which nobody reads, is a copy of it.
+    changes: dict[str, Any] = {
+        "train": settings.retention,
+        "validation": settings.retention,
+        "test": None,
     }
-    return Measured(metrics, tuple(_continue(engine, tokenizer, prompt) for prompt in prompts))
+    return prepare_data(data.model_copy(update=changes), tokenizer, 0, cache_dir).path
 
 
-def sample_prompts(split: TokenizedSplit, count: int) -> list[Prompt]:
-    """The first examples of a split that begin with something to continue."""
-    prompts: list[Prompt] = []
-    for i in range(len(split)):
-        if len(prompts) == count:
-            break
-        ids, mask = split.example(i)
-        start = int(np.argmax(mask))
-        if start > 1:
-            length = int(np.argmin(np.append(mask[start:], False)))
-            prompts.append(
-                Prompt(tuple(ids[:start].tolist()), tuple(ids[start : start + length].tolist()))
-            )
-    return prompts
+def is_chat(data: DataConfig) -> bool:
+    """Whether models are trained on conversations."""
+    return data.train.format == "messages"
 
 
-def _engine(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    strategy = Single(ParallelConfig(), "float32")  # no autocast: computes in the dtype on disk
-    built: Any = load_base(model, disk_dtype(model)).eval()
-    return Engine(
-        model=built,
-        wrapped=strategy.lay_out(built),
-        head=built.get_output_embeddings(),
-        names=[],
-        strategy=strategy,
-        precision=strategy.precision,
-        pad_token=pad_token(tokenizer),
-        micro_tokens=choose_micro_tokens("auto", strategy.device),
-        packing=False,
-    )
+def measured_split(data: PreparedData) -> str:
+    """The test split if there is one, else the validation split."""
+    return "validation" if data.test is None else "test"
 
 
-@torch.no_grad()
-def _continue(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    ids_BS = torch.tensor([prompt.ids], device=engine.strategy.device)
-    model: Any = engine.model
-    # The model's own generation config may ask for sampling.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=min(len(prompt.reference) + 8, SAMPLE_TOKENS),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=engine.pad_token,
-    )
-    generated_BS = model.generate(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
-    return decode(tokenizer, generated_BS[0, len(prompt.ids) :].tolist())
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids without special tokens and outer blanks."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+def split_named(data: PreparedData, name: str) -> TokenizedSplit:
+    """`data.validation` or `data.test`."""
+    split = data.test if name == "test" else data.validation
+    assert split is not None
+    return split

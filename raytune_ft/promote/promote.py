@@ -1,60 +1,72 @@
-"""From a run or a sweep to `promoted/`: select, fold, measure, describe, publish by one rename."""
+"""From a run or a sweep to `promoted/`: select, make candidates, decide, measure, publish."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+import numpy as np
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
+from raytune_ft.checkpoints.manifest import flush_files
 from raytune_ft.config.load import expand_env
+from raytune_ft.config.schema import Config
+from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
 from raytune_ft.errors import StorageError
-from raytune_ft.files import fsync
 from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.card import (
-    Evaluation,
-    Lineage,
-    Sample,
-    base_file_hashes,
-    model_card,
-    package_versions,
+from raytune_ft.promote.candidates import BASE_NAME, Entry, entries
+from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
+from raytune_ft.promote.custom import check_functions
+from raytune_ft.promote.evaluate import (
+    Job,
+    Measured,
+    is_chat,
+    measured_split,
+    prepare_retention,
+    run_job,
+    split_named,
 )
-from raytune_ft.promote.evaluate import decode, measure, measured_split, sample_prompts
-from raytune_ft.promote.fold import FoldCheck, fold, held_out
+from raytune_ft.promote.fold import FoldCheck, held_out
+from raytune_ft.promote.generate import choose_backend
+from raytune_ft.promote.publish import (
+    CARD,
+    EVALUATION,
+    MODEL,
+    SCORES,
+    UNFINISHED,
+    locked,
+    looks_so_far,
+    publish,
+)
+from raytune_ft.promote.record import Evaluation, Sample, evaluation_of, score_lines
 from raytune_ft.promote.select import Selection, select
+from raytune_ft.promote.verdict import Contender, Verdict, decide
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
-
-MODEL, EVALUATION, CARD = "model", "evaluation.json", "README.md"
-_UNFINISHED = ".promoted.new"
-_LOCK = ".promoted.lock"
-_METRIC = {
-    "eval_loss": "eval_loss",
-    "eval_token_accuracy": "token_accuracy",
-    "eval_exact_match": "exact_match",
-}
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it. `better`: than the base, by the metric that chose the model."""
+    """What came of it. `trial` is the one that was promoted, None for the base, a merge or a run.
+
+    `better`: than the base, by the figure that decided, beyond the interval. `check` is None where
+    the base was kept.
+    """
 
     path: Path
     trial: str | None
     better: bool
     evaluation: Evaluation
-    check: FoldCheck
+    check: FoldCheck | None
     samples: tuple[Sample, ...]
 
     @property
@@ -70,21 +82,24 @@ def promote(
     tell: Tell = lambda line: None,
     samples: int = 3,
 ) -> Promotion:
-    """Write `directory/promoted` from the best checkpoint of a run or a sweep that has ended.
+    """Write `directory/promoted` from a run or a sweep that has ended.
 
-    The test split is measured here and nowhere else, once for the base and once for the promoted
-    model. A model that is not better than its base is written all the same, and called so. With
+    Candidates are compared on validation alone, and the base is one of them. The test split is
+    measured here and nowhere else, once for the base and once for the promoted model. With
     `again` an earlier `promoted` is kept as `promoted-1`, and so on. What is killed half-way
     leaves `promoted` as it was.
 
     Raises:
         StorageError: no run that ended, `promoted` exists and not `again`, or no room to write.
         RunFailed: nothing usable (CheckpointError: nothing sound; MergeError: a wrong fold).
-        DataError: the data are gone, or not what they were when the run began.
+        DataError: the data are gone, overlap, or are not what they were when the run began.
+        ConfigError: a metric that cannot be computed.
         ModelError: the base is gone.
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
+    check_functions(selection.settings.metrics)
+    choose_backend(selection.settings.generation)
     if target.exists() and not again:
         raise StorageError(
             str(target),
@@ -92,15 +107,14 @@ def promote(
             "write --again to do so; the earlier one is kept beside it",
         )
     tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
-    with _locked(directory):
-        unfinished = directory / _UNFINISHED
+    with locked(directory):
+        unfinished = directory / UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)  # of a promotion that was killed
         try:
             unfinished.mkdir()
-            looks = _looks(directory) + 1
-            promotion = _build(selection, directory, unfinished, tokens, looks, tell, samples)
+            promotion = _Promoter(selection, directory, unfinished, tokens, tell, samples).run()
             list(flush_files(unfinished))
-            _publish(unfinished, target, tell)
+            publish(unfinished, target, tell)
         except (OSError, SafetensorError) as cause:
             raise StorageError(
                 str(target), f"cannot be written ({cause})", "make room there and promote again"
@@ -108,93 +122,184 @@ def promote(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     tell(promotion.evaluation.verdict)
-    return Promotion(
-        target,
-        promotion.trial,
-        promotion.better,
-        promotion.evaluation,
-        promotion.check,
-        promotion.samples,
-    )
+    return replace(promotion, path=target)
 
 
-def _build(
-    selection: Selection,
-    directory: Path,
-    folder: Path,
-    cache_dir: Path,
-    looks: int,
-    tell: Tell,
-    samples: int,
-) -> Promotion:
-    """Fill `folder` from the run or sweep in `directory`.
+class _Promoter:
+    """Fills `folder` from the run or sweep in `directory`."""
 
-    Everything that can be refused is refused before the test split is measured.
-    """
-    chosen, config = selection.candidate, expand_env(selection.config)
-    tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {selection.manifest.step}")
-    tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer, selection.data_seed, cache_dir, tell)
-    if (directory / DATA).exists():
-        check_same(directory / DATA, data.report)
-    else:  # of a trial by itself, or of an earlier version
-        tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
-    check = fold(config.model, chosen.checkpoint, folder / MODEL, held_out(data.validation))
-    tell(f"folded; logits differ by at most {check.written_difference:.1e} as written")
-    _save_tokenizer(tokenizer, folder / MODEL)
-    evaluation, better, shown = _evaluate(
-        selection, folder / MODEL, tokenizer, data, looks, tell, samples
-    )
-    lineage = Lineage(
-        name=selection.name,
-        config=config,
-        config_sha256=selection.manifest.config_sha256,
-        base_files=base_file_hashes(config.model),
-        data=data.report,
-        trial=chosen.trial,
-        params=chosen.params,
-        step=selection.manifest.step,
-        examples=selection.manifest.examples,
-        versions=package_versions(),
-    )
-    (folder / EVALUATION).write_text(to_json(evaluation, indent=2) + "\n", encoding="utf-8")
-    model_card(lineage, evaluation, check, shown).save(folder / CARD)
-    return Promotion(folder, chosen.trial, better, evaluation, check, shown)
+    def __init__(
+        self,
+        selection: Selection,
+        directory: Path,
+        folder: Path,
+        cache_dir: Path,
+        tell: Tell,
+        samples: int,
+    ) -> None:
+        self._selection, self._directory, self._folder = selection, directory, folder
+        self._tell, self._samples = tell, samples
+        self._config: Config = expand_env(selection.config)
+        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
+        data, settings = self._config.data, selection.settings
+        self._data: PreparedData = prepare_data(
+            data, self._tokenizer, selection.data_seed, cache_dir, tell
+        )
+        if (directory / DATA).exists():
+            check_same(directory / DATA, self._data.report)
+        else:  # of a trial by itself, or of an earlier version
+            tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
+        check_overlap(data, self._data.report, settings.max_overlap)
+        self._retained = prepare_retention(settings, data, self._tokenizer, cache_dir)
+
+    def run(self) -> Promotion:
+        """Everything that can be refused is refused before the test split is measured."""
+        chosen, manifest = self._selection.candidate, self._selection.manifest
+        self._tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {manifest.step}")
+        found = entries(
+            self._selection, self._config.model, held_out(self._data.validation), self._score
+        )
+        checks = {entry.name: self._write(entry) for entry in found if entry.name != BASE_NAME}
+        contenders = self._validate(found)
+        verdict = decide(contenders, self._selection.figure)
+        winner = next(entry for entry in found if entry.name == verdict.winner)
+        self._take(winner)
+        evaluation = self._test(verdict, contenders, {one.name: one.settings for one in found})
+        check = checks.get(winner.name)
+        self._describe(winner, evaluation, check)
+        trial = chosen.trial if winner.name == chosen.trial else None
+        return Promotion(
+            self._folder,
+            trial,
+            evaluation.improved,
+            evaluation,
+            check,
+            evaluation.samples[: self._samples],
+        )
+
+    def _directory_of(self, name: str) -> Path:
+        base = Path(self._config.model.path)
+        return base if name == BASE_NAME else self._folder / "candidates" / name
+
+    def _write(self, entry: Entry) -> FoldCheck | None:
+        directory = self._directory_of(entry.name)
+        check = entry.write(directory)
+        save_tokenizer(self._tokenizer, directory)
+        if check is not None:
+            difference = f"logits differ by at most {check.written_difference:.1e} as written"
+            self._tell(f"folded; {difference}")
+        return check
+
+    def _validate(self, found: Sequence[Entry]) -> list[Contender]:
+        """Every candidate on validation, and on the general set."""
+        count = len(self._data.validation)
+        self._tell(f"measuring {len(found)} candidates on {count:,} examples (validation)")
+        jobs = [self._job(self._directory_of(entry.name), "validation") for entry in found]
+        measured = measure_all(jobs, self._config)
+        self._keep("validation", dict(zip([one.name for one in found], measured, strict=True)))
+        contenders = [
+            Contender(entry.name, entry.simplicity, one)
+            for entry, one in zip(found, measured, strict=True)
+        ]
+        for one in contenders[1:]:
+            if same_scores(contenders[0].measured, one.measured):
+                self._tell(f"{one.name} scores exactly as the base: it changes nothing")
+        return contenders
+
+    def _test(
+        self, verdict: Verdict, contenders: Sequence[Contender], settings: dict[str, dict[str, Any]]
+    ) -> Evaluation:
+        """The base and the winner on the test split; without one, once more as on validation."""
+        name = measured_split(self._data)
+        count = len(split_named(self._data, name))
+        self._tell(f"measuring base and promoted model on {count:,} examples ({name})")
+        looks = looks_so_far(self._directory) + 1
+        jobs = [
+            self._job(Path(self._config.model.path), name, self._samples),
+            self._job(self._folder / MODEL, name, self._samples),
+        ]
+        kept = verdict.winner == BASE_NAME
+        measured = measure_all(jobs[: 1 if kept else 2], self._config)
+        base, promoted = measured[0], measured[-1]
+        if name == "test":
+            self._keep(name, {BASE_NAME: base} | ({} if kept else {verdict.winner: promoted}))
+        return evaluation_of(verdict, contenders, settings, name, base, promoted, looks)
+
+    def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
+        base = self._config.model
+        is_base = str(directory) == base.path
+        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
+        return Job(
+            base if is_base else own,
+            base,
+            self._selection.settings,
+            self._data.path,
+            split,
+            self._retained,
+            samples,
+            is_chat(self._config.data),
+        )
+
+    def _score(self, directory: Path) -> float:
+        """For merges that look before they add; on validation."""
+        if not (directory / "tokenizer_config.json").is_file():
+            save_tokenizer(self._tokenizer, directory)
+        scores = run_job(replace(self._job(directory, "validation"), retained=None)).scores
+        found = scores[self._selection.figure]
+        return found.value if found.mode == "min" else -found.value
+
+    def _take(self, winner: Entry) -> None:
+        """The winner's directory becomes the promoted model, the others go."""
+        if winner.name == BASE_NAME:
+            winner.write(self._folder / MODEL)
+            save_tokenizer(self._tokenizer, self._folder / MODEL)
+        else:
+            self._directory_of(winner.name).rename(self._folder / MODEL)
+        shutil.rmtree(self._folder / "candidates")
+
+    def _keep(self, split: str, measured: Mapping[str, Measured]) -> None:
+        with (self._folder / SCORES).open("a", encoding="utf-8") as file:
+            for name, one in measured.items():
+                file.writelines(score_lines(split, name, one))
+
+    def _describe(self, winner: Entry, evaluation: Evaluation, check: FoldCheck | None) -> None:
+        chosen, manifest = self._selection.candidate, self._selection.manifest
+        single = winner.name == (chosen.trial or self._selection.name)
+        lineage = Lineage(
+            name=self._selection.name,
+            config=self._config,
+            config_sha256=manifest.config_sha256,
+            base_files=base_file_hashes(self._config.model),
+            data=self._data.report,
+            trial=chosen.trial if single else None,
+            params=chosen.params if single else winner.settings,
+            step=manifest.step if single else None,
+            examples=manifest.examples if single else None,
+            versions=package_versions(),
+        )
+        text = to_json(evaluation, indent=2) + "\n"
+        (self._folder / EVALUATION).write_text(text, encoding="utf-8")
+        shown = evaluation.samples[: self._samples]
+        model_card(lineage, evaluation, check, shown).save(self._folder / CARD)
 
 
-def _evaluate(
-    selection: Selection,
-    promoted: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    looks: int,
-    tell: Tell,
-    samples: int,
-) -> tuple[Evaluation, bool, tuple[Sample, ...]]:
-    """Base and promoted model on the same tokens; whether the second is better; what both say."""
-    name, split = measured_split(data)
-    prompts = sample_prompts(split, samples)
-    model = expand_env(selection.config).model
-    tell(f"measuring base and promoted model on {len(split):,} examples ({name})")
-    base = measure(model, tokenizer, split, prompts)
-    own = model.model_copy(update={"path": str(promoted), "revision": None})
-    new = measure(own, tokenizer, split, prompts)
-    metric = _METRIC[selection.metric]
-    before, after = base.metrics[metric], new.metrics[metric]
-    better = after < before if selection.mode == "min" else after > before
-    verdict = (
-        f"promoted is {'better' if better else 'not better'} than base "
-        f"({metric} {after:.4f} against {before:.4f})"
-    )
-    shown = tuple(
-        Sample(decode(tokenizer, prompt.ids), decode(tokenizer, prompt.reference), *texts)
-        for prompt, *texts in zip(prompts, base.continuations, new.continuations, strict=True)
-    )
-    evaluation = Evaluation(name, len(split), base.metrics, new.metrics, looks, verdict)
-    return evaluation, better, shown
+def measure_all(jobs: Sequence[Job], config: Config) -> list[Measured]:
+    """In order; at the same time where this process is part of a Ray cluster."""
+    if len(jobs) > 1:
+        from raytune_ft.promote import ray_evaluate
+
+        if ray_evaluate.joined():
+            return ray_evaluate.measure_all(jobs, config.parallel)
+    return [run_job(job) for job in jobs]
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+def same_scores(a: Measured, b: Measured) -> bool:
+    """Whether every example has the very same loss, as if an adapter had not been applied."""
+    one, other = (each.scores["eval_loss"].columns[0] for each in (a, b))
+    return bool(np.array_equal(one, other))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     """Tokenizer and chat template; and the end token that training used ends generation too."""
     tokenizer.save_pretrained(str(model))
     path = model / "generation_config.json"
@@ -206,43 +311,3 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     ends = [*known, tokenizer.eos_token_id]
     settings["eos_token_id"] = ends if known else tokenizer.eos_token_id
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _looks(directory: Path) -> int:
-    """How often the held-out split of this run or sweep has been measured so far."""
-    counts = [0]
-    for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
-        counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
-    return max(counts)
-
-
-def _publish(unfinished: Path, target: Path, tell: Tell) -> None:
-    fsync_folders(unfinished)
-    if target.exists():
-        number = 1
-        while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
-            number += 1
-        target.rename(kept)
-        tell(f"the earlier {PROMOTED} is kept as {kept.name}")
-    unfinished.rename(target)
-    fsync(target.parent)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One promotion at a time; the kernel gives the lock up when its holder dies."""
-    lock = FileLock(directory / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StorageError(
-            str(directory), "is being promoted by another process", "wait for it to end"
-        ) from None
-    except OSError as error:
-        raise StorageError(
-            str(directory), f"cannot be written ({error.strerror})", "make it writable"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.checkpoints.store import CheckpointStore
-from raytune_ft.config.load import load_config
-from raytune_ft.config.schema import Config
+from raytune_ft.config.load import expand_env, load_config
+from raytune_ft.config.metrics import deciding
+from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
 from raytune_ft.records import CheckpointManifest
 from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, TRIALS
@@ -33,10 +34,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is promoted. `metric` and `mode` say what was best, `config` is the run's own.
+    """What may be promoted. `metric` and `mode` say what was best, `config` is the run's own.
 
-    `name` and `data_seed` are those of the directory: a sweep draws its splits once, by its own
-    seed, whatever seed a trial trains with.
+    `name`, `data_seed` and `settings` are those of the directory: a sweep draws its splits once, by
+    its own seed, whatever seed a trial trains with. `figure` decides between `candidate`, the
+    base and what is merged; `others` are the sound candidates after the best, for merges.
     """
 
     candidate: Candidate
@@ -46,6 +48,9 @@ class Selection:
     data_seed: int
     metric: str
     mode: str
+    settings: PromoteConfig
+    figure: str
+    others: tuple[Candidate, ...] = ()
 
 
 def select(directory: Path, tell: Callable[[str], None]) -> Selection:
@@ -69,18 +74,32 @@ def select(directory: Path, tell: Callable[[str], None]) -> Selection:
         if sweep
         else _the_run(directory, result, metric, mode)
     )
-    for candidate in ranked[: config.promote.top_k]:
+    sound: list[tuple[Candidate, CheckpointManifest]] = []
+    looked_at = ranked[: config.promote.top_k]
+    for candidate in looked_at:
+        if sound and config.promote.merge == "best":
+            break
         store = CheckpointStore(candidate.checkpoint.parent)
         try:
-            manifest = store.verify(candidate.checkpoint)
+            sound.append((candidate, store.verify(candidate.checkpoint)))
         except CheckpointError as error:
             tell(f"{candidate.trial or directory.name} is passed over: {error}")
-            continue
-        own = load_config(candidate.run_dir / CONFIG)
-        return Selection(candidate, manifest, own, config.name, config.seed, metric, mode)
-    looked_at = min(len(ranked), config.promote.top_k)
-    raise CheckpointError(
-        f"{directory} has no sound checkpoint to promote among its best {looked_at}"
+    if not sound:
+        raise CheckpointError(
+            f"{directory} has no sound checkpoint to promote among its best {len(looked_at)}"
+        )
+    best, manifest = sound[0]
+    return Selection(
+        best,
+        manifest,
+        load_config(best.run_dir / CONFIG),
+        config.name,
+        config.seed,
+        metric,
+        mode,
+        expand_env(config).promote,
+        deciding(config.promote, config.search if sweep else None),
+        tuple(candidate for candidate, _ in sound[1:]),
     )
 
 

@@ -39,9 +39,14 @@ HERE = [
     "model.path=builtin:tiny",
     f"data.train={{path: {ROWS.relative_to(ROOT)}, {COLUMNS}}}",
     f"data.test={{path: short.jsonl, {COLUMNS}}}",
+    "promote.max_overlap=1",
 ]
 # For runs: 60 rows, in this process.
-SHRUNK = [*HERE, f"data.train={{path: short.jsonl, {COLUMNS}}}", "parallel={}"]
+SHRUNK = [
+    *HERE,
+    f"data.train={{path: short.jsonl, {COLUMNS}}}",
+    "parallel={}",
+]
 
 pytestmark = pytest.mark.e2e
 

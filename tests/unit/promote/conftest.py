@@ -74,6 +74,7 @@ def train(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
           validation: 0.1
           test: {{path: {inputs}/test.jsonl}}
         train: {{batch_size: 8, lr: 1e-2, epochs: 3, eval_every_examples: 100, precision: float32}}
+        promote: {{max_overlap: 1.0}}  # there are eight letters
         """
     )
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.evaluate import evaluate_directory, measure, sample_prompts
+from raytune_ft.promote.evaluate import evaluate_directory, measure
 from raytune_ft.promote.promote import promote
+from raytune_ft.promote.subject import Subject, prompt_of
 from tests.unit.promote.conftest import TEST, config_of
 
 
@@ -28,10 +29,15 @@ def random_split(count: int, seed: int) -> TokenizedSplit:
     return TokenizedSplit.from_examples(examples)
 
 
+def figures(model: ModelConfig, split: TokenizedSplit) -> dict[str, float]:
+    subject = Subject(model, load_tokenizer(model), split, split, PromoteConfig())
+    return {name: scores.value for name, scores in measure(subject).items()}
+
+
 def test_the_metrics_are_those_of_a_plain_loop(inputs: Path) -> None:
     model = ModelConfig(path=str(inputs / "base"))
     split = random_split(25, 0)
-    found = measure(model, load_tokenizer(model), split).metrics
+    found = figures(model, split)
     reference = AutoModelForCausalLM.from_pretrained(inputs / "base").eval()
     loss = right = labels = exact = 0.0
     for i in range(len(split)):
@@ -64,7 +70,7 @@ def test_exact_match_is_what_greedy_decoding_reproduces(run_dir: Path) -> None:
     split = TokenizedSplit.from_examples(rows)
     plain = AutoModelForCausalLM.from_pretrained(promoted).eval()
     reproduced = []
-    for prompt in sample_prompts(split, 10):
+    for prompt in (prompt_of(split, i) for i in range(len(split))):
         prompt_BS = torch.tensor([prompt.ids])
         generated = plain.generate(
             prompt_BS,
@@ -74,7 +80,7 @@ def test_exact_match_is_what_greedy_decoding_reproduces(run_dir: Path) -> None:
         )
         reproduced.append(tuple(generated[0, len(prompt.ids) :].tolist()) == prompt.reference)
     assert reproduced[:3] == [True, True, False]
-    assert measure(model, tokenizer, split).metrics["exact_match"] == sum(reproduced) / 6
+    assert figures(model, split)["exact_match"] == sum(reproduced) / 6
     # And `evaluate MODEL_DIR` gives the figures of the promotion.
     name, count, metrics = evaluate_directory(promoted, config, run_dir.parent / "cache")
     assert (name, count) == ("test", TEST)
@@ -91,8 +97,7 @@ def test_prompts_end_where_labels_begin() -> None:
             (np.array([1, 2, 3], np.int32), np.array([0, 0, 1], np.bool_)),
         ]
     )
-    first, second = sample_prompts(split, 5)
+    nothing, first, second = (prompt_of(split, i) for i in range(3))
+    assert (nothing.ids, nothing.reference) == ((), (5, 6, 7))
     assert (first.ids, first.reference) == ((1, 2), (3, 4))
     assert (second.ids, second.reference) == ((1, 2), (3,))
-    assert len(sample_prompts(split, 1)) == 1
-    assert sample_prompts(split, 0) == []

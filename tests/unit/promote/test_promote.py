@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, DataError, MergeError, StorageError
+from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
 from raytune_ft.promote.promote import promote
+from raytune_ft.promote.publish import locked
 from tests.unit.promote.conftest import TEST, Train, write_rows
 
 
@@ -87,14 +89,29 @@ def test_the_promoted_model_is_base_and_adapter(run_dir: Path, inputs: Path) -> 
 def test_evaluation_json_is_the_contract(run_dir: Path) -> None:
     promotion = promote(run_dir)
     content = json.loads((run_dir / "promoted/evaluation.json").read_text())
-    assert content.keys() == {"split", "examples", "base", "promoted", "looks", "verdict"}
+    assert content.keys() >= {"split", "examples", "base", "promoted", "looks", "verdict"}
     assert (content["split"], content["examples"], content["looks"]) == ("test", TEST, 1)
     metrics = {"eval_loss", "perplexity", "token_accuracy", "exact_match"}
     assert content["base"].keys() == content["promoted"].keys() == metrics
+    assert content["differences"].keys() == metrics
     assert content["promoted"]["eval_loss"] < 0.5 * content["base"]["eval_loss"]
     assert content["promoted"]["exact_match"] > 0.8 > content["base"]["exact_match"]
+    low, high = content["differences"]["eval_loss"]["interval"]
+    assert low < content["promoted"]["eval_loss"] - content["base"]["eval_loss"] < high < 0
     assert promotion.better
     assert content["verdict"].startswith("promoted is better than base (eval_loss ")
+    # Both candidates were compared on validation, and every example's scores are kept.
+    names = [candidate["name"] for candidate in content["candidates"]]
+    assert (names, content["winner"], content["tied"]) == (["base", "trained"], "trained", False)
+    lines = (run_dir / "promoted/scores.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {(row["split"], row["candidate"]) for row in rows} == {
+        (split, name) for split in ("validation", "test") for name in names
+    }
+    tested = [row for row in rows if (row["split"], row["candidate"]) == ("test", "trained")]
+    assert [row["example"] for row in tested] == list(range(TEST))
+    share = sum(row["exact_match"] for row in tested) / TEST
+    assert share == pytest.approx(content["promoted"]["exact_match"])
 
 
 def test_the_card_says_where_the_model_comes_from(run_dir: Path, inputs: Path) -> None:
@@ -146,30 +163,32 @@ def test_without_test_data_validation_is_measured_and_marked(train: Train) -> No
     assert "these examples also chose the model" in (run / "promoted/README.md").read_text()
 
 
-def test_a_model_that_is_not_better_is_written_and_called_so(run_dir: Path) -> None:
-    tamper_with_best(run_dir, -3.0)
+@pytest.mark.parametrize(("scale", "tied"), [(-3.0, False), (0.0, True)])
+def test_what_is_not_better_than_the_base_is_not_promoted(
+    run_dir: Path, inputs: Path, scale: float, tied: bool
+) -> None:
+    """An adapter that makes it worse, and one that is not applied at all."""
+    tamper_with_best(run_dir, scale)
     said: list[str] = []
     promotion = promote(run_dir, tell=said.append)
     assert not promotion.better
-    assert "promoted is not better than base" in said[-1]
+    assert (promotion.trial, promotion.check) == (None, None)
+    found = load_file(promotion.model / "model.safetensors")
+    base = load_file(inputs / "base/model.safetensors")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in found.items())
+    assert ("trained scores exactly as the base: it changes nothing" in said) == tied
     content = json.loads((run_dir / "promoted/evaluation.json").read_text())
-    assert content["verdict"].startswith("promoted is not better than base")
-    assert (
-        "Verdict: promoted is not better than base" in (run_dir / "promoted/README.md").read_text()
-    )
-
-
-def test_a_model_equal_to_its_base_is_not_better(run_dir: Path) -> None:
-    tamper_with_best(run_dir, 0.0)
-    promotion = promote(run_dir)
-    assert promotion.evaluation.base == promotion.evaluation.promoted
-    assert not promotion.better
+    assert content["winner"] == "base"
+    assert content["verdict"].startswith("the base is kept: no candidate is better on validation")
+    assert content["base"] == content["promoted"]
+    assert content["verdict"] in (run_dir / "promoted/README.md").read_text()
 
 
 @pytest.mark.parametrize("overrides", [["method.rslora=true"], ["method.dora=true"]])
 def test_other_adapters(train: Train, overrides: list[str]) -> None:
     promotion = promote(train("-".join(overrides).replace("=", "-"), *overrides))
     assert promotion.better
+    assert promotion.check is not None
     assert promotion.check.written_difference <= 1e-4
 
 
@@ -186,7 +205,7 @@ def test_a_full_fine_tune(train: Train) -> None:
 def test_a_sweep_promotes_its_best_trial(train: Train, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     records = []
-    for name, lr in (("t0", "1e-5"), ("t1", "1e-2")):
+    for name, lr in (("t0", "3e-3"), ("t1", "1e-2")):
         run = train(f"sweep-{name}", f"train.lr={lr}")
         shutil.copytree(run, sweep / "trials" / name)
         best = json.loads((run / "result.json").read_text())["best"]["eval_loss"]
@@ -201,7 +220,7 @@ def test_a_sweep_promotes_its_best_trial(train: Train, tmp_path: Path) -> None:
     shutil.copy(sweep / "trials/t0/config.yaml", sweep / "config.yaml")
     with (sweep / "config.yaml").open() as file:
         text = file.read().replace("search: null\n", "")
-    text = text.replace("search:\n", "") + "\nsearch: {space: {train.lr: {choice: [1e-5, 1e-2]}}}\n"
+    text = text.replace("search:\n", "") + "\nsearch: {space: {train.lr: {choice: [3e-3, 1e-2]}}}\n"
     (sweep / "config.yaml").write_text(text)
     (sweep / "result.json").write_text(
         json.dumps({"status": "completed", "best": {"trial": "t1"}, "trials": records})
@@ -254,8 +273,8 @@ def test_a_refused_fold_measures_nothing_and_leaves_nothing(
         raise AssertionError("the test split was read")
 
     before = names(run_dir)
-    monkeypatch.setattr(promote_module, "fold", refuse)
-    monkeypatch.setattr(promote_module, "measure", measured)
+    monkeypatch.setattr(candidates, "fold", refuse)
+    monkeypatch.setattr(promote_module, "measure_all", measured)
     with pytest.raises(MergeError):
         promote(run_dir)
     assert names(run_dir) - before <= {".promoted.lock"}
@@ -290,7 +309,7 @@ def test_a_kill_while_promoting_leaves_the_earlier_promotion(run_dir: Path) -> N
 
 def test_two_promotions_at_once_are_refused(run_dir: Path) -> None:
     with (
-        promote_module._locked(run_dir),
+        locked(run_dir),
         pytest.raises(StorageError, match="is being promoted by another process"),
     ):
         promote(run_dir)

@@ -1,0 +1,127 @@
+"""What `promote.metrics` may name, and the figures that each of them gives. Loads no file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from raytune_ft.config import paths
+from raytune_ft.config.explain import shown_value
+from raytune_ft.config.reference import closest
+from raytune_ft.config.schema import PromoteConfig
+from raytune_ft.config.search import SearchConfig
+from raytune_ft.errors import ConfigError
+
+Mode = Literal["min", "max"]
+
+FIGURES: dict[str, dict[str, Mode]] = {
+    "loss": {
+        "eval_loss": "min",
+        "perplexity": "min",
+        "token_accuracy": "max",
+        "exact_match": "max",
+    },
+    "answer": {"answer_exact_match": "max"},
+    "rouge": {"rouge1": "max", "rouge2": "max", "rougeL": "max"},
+    "classification": {"accuracy": "max", "macro_f1": "max", "calibration_error": "min"},
+}
+RETENTION: dict[str, Mode] = {"retention_loss": "min", "retention_kl": "min"}
+HARNESS = "lm_eval:"
+OF_THE_SEARCH = {
+    "eval_loss": "eval_loss",
+    "eval_token_accuracy": "token_accuracy",
+    "eval_exact_match": "exact_match",
+}
+_FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
+
+
+def function_of(name: str) -> tuple[str, str] | None:
+    """File and function of a metric of the user's own; None for any other."""
+    found = _FUNCTION.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def check(promote: PromoteConfig) -> None:
+    """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern."""
+    for name in promote.metrics:
+        if name in FIGURES or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
+            continue
+        near = closest(name, list(FIGURES))
+        raise ConfigError(
+            f"promote.metrics={shown_value(name)}",
+            f"is none of {', '.join(FIGURES)}, {HARNESS}TASK or FILE.py:FUNCTION",
+            f"did you mean {near}?" if near else "write one of those",
+        )
+    if len(set(promote.metrics)) < len(promote.metrics):
+        raise ConfigError(
+            f"promote.metrics={shown_value(promote.metrics)}", "names one twice", "write it once"
+        )
+    _check_pattern(promote.answer)
+    _check_figure(promote)
+
+
+def figures(metrics: Sequence[str]) -> dict[str, Mode]:
+    """The figures of these metrics whose names are known beforehand, and which way is better."""
+    known: dict[str, Mode] = dict(FIGURES["loss"])
+    for name in metrics:
+        found = function_of(name)
+        known |= {found[1]: "max"} if found else FIGURES.get(name, {})
+    return known
+
+
+def deciding(promote: PromoteConfig, search: SearchConfig | None) -> str:
+    """The figure that decides what is promoted."""
+    if promote.metric is not None:
+        return promote.metric
+    return OF_THE_SEARCH[search.metrics[0] if search else "eval_loss"]
+
+
+def located(name: str, cwd: Path) -> str:
+    """With the path of a file in it made absolute."""
+    found = function_of(name)
+    if found:
+        return f"{paths.absolute(found[0], cwd, 'promote.metrics')}:{found[1]}"
+    task = name.removeprefix(HARNESS)
+    if task != name and task.endswith((".yaml", ".yml")):
+        return HARNESS + paths.absolute(os.path.expanduser(task), cwd, "promote.metrics")
+    return name
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ConfigError(
+            f"promote.answer={shown_value(pattern)}",
+            f"is no regular expression ({error})",
+            r"write one such as '####\s*(\S+)'",
+        ) from None
+    if groups != 1:
+        raise ConfigError(
+            f"promote.answer={shown_value(pattern)}",
+            f"has {groups} groups, and the answer is what one group finds",
+            r"write one such as '####\s*(\S+)'",
+        )
+
+
+def _check_figure(promote: PromoteConfig) -> None:
+    known = figures(promote.metrics)
+    harness = any(name.startswith(HARNESS) for name in promote.metrics)
+    if promote.metric is None or promote.metric in known:
+        return
+    if harness and "/" in promote.metric:  # such as arc_easy/acc
+        return
+    owner = next((name for name, given in FIGURES.items() if promote.metric in given), None)
+    near = closest(promote.metric, list(known))
+    raise ConfigError(
+        f"promote.metric={shown_value(promote.metric)}",
+        f"is no figure of promote.metrics={shown_value(promote.metrics)}",
+        f"add {owner} to promote.metrics"
+        if owner
+        else f"did you mean {near}?"
+        if near
+        else f"write one of {', '.join(known)}",
+    )

@@ -1,0 +1,60 @@
+"""`promoted/` appears by one rename or not at all; an earlier one is kept beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from raytune_ft.checkpoints.manifest import fsync_folders
+from raytune_ft.errors import StorageError
+from raytune_ft.files import fsync
+from raytune_ft.rundir import PROMOTED
+
+MODEL, EVALUATION, CARD, SCORES = "model", "evaluation.json", "README.md", "scores.jsonl"
+UNFINISHED = ".promoted.new"
+_LOCK = ".promoted.lock"
+
+
+def looks_so_far(directory: Path) -> int:
+    """How often the held-out split of this run or sweep has been measured."""
+    counts = [0]
+    for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
+        counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
+    return max(counts)
+
+
+def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None:
+    """Move `unfinished` to `target`, whose earlier content becomes `promoted-1`, and so on."""
+    fsync_folders(unfinished)
+    if target.exists():
+        number = 1
+        while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
+            number += 1
+        target.rename(kept)
+        tell(f"the earlier {PROMOTED} is kept as {kept.name}")
+    unfinished.rename(target)
+    fsync(target.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One promotion at a time; the kernel gives the lock up when its holder dies."""
+    lock = FileLock(directory / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageError(
+            str(directory), "is being promoted by another process", "wait for it to end"
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            str(directory), f"cannot be written ({error.strerror})", "make it writable"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

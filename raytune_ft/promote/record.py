@@ -1,0 +1,159 @@
+"""`evaluation.json` and `scores.jsonl`: what was measured, on what, and what it shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_ft.promote.evaluate import Measured
+from raytune_ft.promote.scores import CONFIDENCE, Difference
+from raytune_ft.promote.verdict import Contender, Verdict, better, compared
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt with its reference, and how base and promoted model continue it."""
+
+    prompt: str
+    reference: str
+    base: str
+    promoted: str
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """A candidate on validation: `difference` and `interval` are to the best one, of `metric`."""
+
+    name: str
+    simplicity: int
+    figures: dict[str, float]
+    difference: float | None
+    interval: tuple[float, float] | None
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`evaluation.json`.
+
+    Attributes:
+        split, examples: what `base`, `promoted` and `differences` were measured on.
+        looks: how often this run's or sweep's split has been measured.
+        metric, mode: the figure that decided, and which way it is better.
+        winner: the candidate that was promoted; `tied` with a less simple one that looks better.
+        differences: figure -> promoted minus base, with a 95% interval.
+        candidates: all of them, on the validation split.
+        improved: whether the promoted model is better than the base beyond the interval.
+    """
+
+    split: str
+    examples: int
+    base: dict[str, float]
+    promoted: dict[str, float]
+    looks: int
+    verdict: str
+    metric: str
+    mode: str
+    winner: str
+    tied: bool
+    improved: bool
+    differences: dict[str, dict[str, Any]]
+    candidates: tuple[CandidateRecord, ...]
+    validation_examples: int
+    confidence: float = CONFIDENCE
+    samples: tuple[Sample, ...] = field(default=())
+
+
+def evaluation_of(
+    verdict: Verdict,
+    contenders: Sequence[Contender],
+    settings: Mapping[str, dict[str, Any]],
+    split: str,
+    base: Measured,
+    promoted: Measured,
+    looks: int,
+) -> Evaluation:
+    """The record of a promotion; `base` and `promoted` were measured on `split`."""
+    differences = compared(base, promoted)
+    new = differences[verdict.figure]
+    held_out = Difference(new["difference"], *new["interval"])
+    return Evaluation(
+        split=split,
+        examples=_examples(base),
+        base=base.figures,
+        promoted=promoted.figures,
+        looks=looks,
+        verdict=_sentence(verdict, base, promoted, held_out, split),
+        metric=verdict.figure,
+        mode=verdict.mode,
+        winner=verdict.winner,
+        tied=verdict.tied,
+        improved=better(held_out, verdict.mode),
+        differences=differences,
+        candidates=tuple(_candidate(one, verdict, settings[one.name]) for one in contenders),
+        validation_examples=_examples(contenders[0].measured),
+        samples=samples_of(base, promoted),
+    )
+
+
+def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
+    """One JSON object for each example: split, candidate, example and its figures.
+
+    Figures over another set, such as retention, follow under that set's own name.
+    """
+    by_length: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for figure, scores in measured.scores.items():
+        group = "retention" if figure.startswith("retention_") else figure.rpartition("/")[0]
+        each = scores.each.tolist()
+        by_length.setdefault((group, len(each)), {})[figure.rpartition("/")[2]] = each
+    for (group, count), figures in by_length.items():
+        for i in range(count):
+            facts: dict[str, Any] = {"split": group or split, "candidate": name, "example": i}
+            if not group and count == len(measured.continuations):
+                facts["generated"] = measured.continuations[i].generated
+            values = {figure: round(each[i], 6) for figure, each in figures.items()}
+            yield json.dumps(facts | values, ensure_ascii=False) + "\n"
+
+
+def samples_of(base: Measured, promoted: Measured, count: int = 8) -> tuple[Sample, ...]:
+    """The first prompts, as both models continue them."""
+    pairs = zip(base.continuations, promoted.continuations, strict=True)
+    return tuple(
+        Sample(old.prompt, old.reference, old.generated, new.generated)
+        for old, new in list(pairs)[:count]
+    )
+
+
+def _candidate(contender: Contender, verdict: Verdict, settings: dict[str, Any]) -> CandidateRecord:
+    to_best = verdict.differences.get(contender.name)
+    return CandidateRecord(
+        contender.name,
+        contender.simplicity,
+        contender.measured.figures,
+        to_best.value if to_best else None,
+        (to_best.low, to_best.high) if to_best else None,
+        settings,
+    )
+
+
+def _examples(measured: Measured) -> int:
+    return len(measured.scores["eval_loss"].columns[0])
+
+
+def _sentence(
+    verdict: Verdict, base: Measured, promoted: Measured, held_out: Difference, split: str
+) -> str:
+    figure = verdict.figure
+    old, new = base.figures[figure], promoted.figures[figure]
+    simpler = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
+    if verdict.winner == "base":
+        return f"the base is kept: no candidate is better on validation{simpler}"
+    how = "tied with" if held_out.covers_zero else "not better than"
+    if better(held_out, verdict.mode):
+        how = "better than"
+    return (
+        f"promoted is {how} base ({figure} {new:.4f} against {old:.4f}, {CONFIDENCE:.0%} interval "
+        f"of the difference {held_out.low:.4f} to {held_out.high:.4f} on {split}){simpler}"
+    )
