@@ -6,6 +6,7 @@ from raytune_ft.config import metrics, paths
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
+from raytune_ft.config.sizes import parse_size
 from raytune_ft.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
@@ -17,6 +18,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_method(config)
     metrics.check(config.promote)
+    parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     _check_splits(config)
     if config.seed > MAX_SEED:
         raise ConfigError(f"seed={config.seed}", f"is above {MAX_SEED}", "write a smaller one")

@@ -229,13 +229,55 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="write in the background while training goes on")
 
 
+MergeName = Literal[
+    "best",
+    "uniform_soup",
+    "greedy_soup",
+    "task_arithmetic",
+    "slerp",
+    "ties",
+    "dare",
+    "dare_ties",
+    "wise_ft",
+    "auto",
+]
+
+
+class MergingConfig(Section):
+    """How several models become one; null is the method's own default."""
+
+    scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the sum of deltas; task_arithmetic and dare 0.4, ties, dare_ties 1"
+    )
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of each delta that is kept; ties 0.2, dare and dare_ties 0.5"
+    )
+    alphas: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = Field(
+        [0.2, 0.4, 0.6, 0.8, 1.0], description="wise_ft: shares of the tuned model to try"
+    )
+    adapter_rank: Positive | None = Field(
+        None, description="also write the merge of adapters as one PEFT adapter of this rank"
+    )
+
+
 class PromoteConfig(Section):
     """Which model leaves the sweep."""
 
     top_k: Positive = Field(
         3, description="trials looked at; merge: best takes the first whose checkpoint is sound"
     )
-    merge: Literal["best"] = "best"
+    merge: MergeName = Field(
+        "best",
+        description="how the trials looked at become one model; auto tries the cheap ones and "
+        "keeps the winner",
+    )
+    merging: MergingConfig = MergingConfig()
+    base: str | None = Field(
+        None,
+        description="fold onto this model instead of model.path: to be written where that one is "
+        "quantised",
+    )
+    max_shard_size: str = Field("5GB", description="of the promoted model's files, at most")
     metrics: list[str] = Field(
         ["loss"],
         description="what candidates and the promoted model are measured by: loss, answer, rouge, "

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.sizes import parse_size
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import MergeError, ModelError
 from raytune_ft.files import sha256_of
@@ -48,7 +49,6 @@ from raytune_ft.promote.weights import Weights
 from raytune_ft.promote.write_model import (
     MAX_SHARD_SIZE,
     forget_journal,
-    parse_size,
     plan_hash,
     write_weights,
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raytune_ft.errors import ConfigError, MergeError, StorageError
+from raytune_ft.errors import MergeError, StorageError
 from raytune_ft.files import fsync, sha256_of
 from raytune_ft.promote.weights import Weights, spans
 from raytune_ft.records import FileRecord
@@ -29,23 +28,8 @@ from raytune_ft.tensors.write import Entry, write_tensors
 
 JOURNAL = ".journal.json"
 MAX_SHARD_SIZE = "5GB"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Tell = Callable[[str], None]
-
-
-def parse_size(text: str, key: str = "--max-shard-size") -> int:
-    """Bytes of a size such as 5GB (10^9), 500MB or 2GiB.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise ConfigError(f"{key}={text}", "is no size", "write one such as 5GB or 500MB")
-    return size
 
 
 def plan_hash(*facts: object) -> str:

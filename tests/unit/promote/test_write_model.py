@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.sizes import parse_size
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.promote.fold import fold
-from raytune_ft.promote.write_model import JOURNAL, parse_size
+from raytune_ft.promote.write_model import JOURNAL
 from tests.support.models import save_tiny_llama
 from tests.unit.promote.test_fold_variants import LINEAR, TOKENS, adapt
 

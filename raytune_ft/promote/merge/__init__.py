@@ -1,0 +1,1 @@
+"""Models made of several: pure functions of tensors, and the walk that applies them to files."""

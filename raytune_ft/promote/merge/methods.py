@@ -1,0 +1,268 @@
+"""How several tensors become one: pure functions of float32 tensors, one dict entry each.
+
+A function gets the same rows of the tensor of every member, those of the base, and the facts that
+its `measure` has learned of the whole tensors, since rows do not know them: norms, thresholds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rows = Iterable[tuple[Sequence[Tensor], Tensor]]
+"""All rows, a few at a time: of every member, and of the base."""
+
+TASK_ARITHMETIC_SCALE = 0.4
+TIES_DENSITY, DARE_DENSITY = 0.2, 0.5
+SLERP_PARALLEL = 0.9995
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What a merge is asked for; None stands for the method's own default.
+
+    Attributes:
+        weights: one for every member; equal ones.
+        scale: of the sum of deltas (lambda); task_arithmetic and dare 0.4, ties and dare_ties 1.
+        density: share of every delta that is kept; ties 0.2, dare and dare_ties 0.5.
+        position: slerp's t, from the first member to the second; 0.5.
+        seed: of dare's random choice.
+    """
+
+    weights: tuple[float, ...] | None = None
+    scale: float | None = None
+    density: float | None = None
+    position: float = 0.5
+    seed: int = 0
+
+    def weight(self, index: int) -> float:
+        """Of a member."""
+        return 1.0 if self.weights is None else self.weights[index]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rows these are: dare's choice depends on where an element lies and on nothing else."""
+
+    name: str
+    first_element: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """`combine(tensors, base, settings, facts, place)`; `measure(all_rows, count, settings)`.
+
+    `count` is the number of elements of the whole tensor. `most`: of members, None without end.
+    """
+
+    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, Place], Tensor]
+    measure: Callable[[Callable[[], Rows], int, MergeSettings], Any] | None = None
+    least: int = 1
+    most: int | None = None
+
+
+def linear(
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+) -> Tensor:
+    """The weighted mean (model soups, arXiv 2203.05482)."""
+    total = torch.zeros_like(tensors[0])
+    for index, tensor in enumerate(tensors):
+        total.add_(tensor, alpha=settings.weight(index))
+    return total / sum(settings.weight(index) for index in range(len(tensors)))
+
+
+def task_arithmetic(
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+) -> Tensor:
+    """base + scale * sum of weighted deltas (arXiv 2212.04089)."""
+    total = torch.zeros_like(base)
+    for index, tensor in enumerate(tensors):
+        total.add_(tensor - base, alpha=settings.weight(index))
+    return base + _scale(settings, TASK_ARITHMETIC_SCALE) * total
+
+
+def slerp(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: tuple[float, float],
+    place: Place,
+) -> Tensor:
+    """Along the great circle through two tensors; along the line where they are nearly parallel."""
+    return facts[0] * tensors[0] + facts[1] * tensors[1]
+
+
+def measure_slerp(
+    rows: Callable[[], Rows], count: int, settings: MergeSettings
+) -> tuple[float, float]:
+    """The two tensors' factors."""
+    squares, dot = [0.0, 0.0], 0.0
+    for tensors, _ in rows():
+        first, second = tensors[0].double(), tensors[1].double()
+        squares[0] += first.square().sum().item()
+        squares[1] += second.square().sum().item()
+        dot += (first * second).sum().item()
+    lengths = [math.sqrt(square) if square > 1e-16 else 1.0 for square in squares]
+    cosine = max(-1.0, min(1.0, dot / (lengths[0] * lengths[1])))
+    t = settings.position
+    if abs(cosine) > SLERP_PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def ties(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: Sequence[float],
+    place: Place,
+) -> Tensor:
+    """Trim, elect sign, merge disjointly (arXiv 2306.01708).
+
+    `facts`: the smallest magnitude of every member's delta that is kept.
+    """
+    deltas = []
+    for index, (tensor, threshold) in enumerate(zip(tensors, facts, strict=True)):
+        delta = tensor - base
+        deltas.append(settings.weight(index) * delta * (delta.abs() >= threshold))
+    return base + _scale(settings, 1.0) * _agreeing_mean(deltas, settings)
+
+
+def measure_ties(
+    rows: Callable[[], Rows], count: int, settings: MergeSettings
+) -> tuple[float, ...]:
+    """The k-th largest magnitude of every member's delta, exactly, in two passes and no sort.
+
+    Bits of floats that are not negative sort as the floats do: the first pass counts their upper
+    halves, the second the lower ones of those that share the upper half looked for.
+    """
+    kept = max(1, int(_density(settings, TIES_DENSITY) * count))
+    uppers, lefts = [], []
+    for counts in _histograms(rows, lambda bits, _: bits >> 16):
+        upper, left = _bucket(counts, kept)
+        uppers.append(upper)
+        lefts.append(left)
+
+    def lower(bits: Any, member: int) -> Any:
+        return bits[(bits >> 16) == uppers[member]] & 0xFFFF
+
+    thresholds = []
+    for member, counts in enumerate(_histograms(rows, lower)):
+        low, _ = _bucket(counts, lefts[member])
+        bits = np.array([(uppers[member] << 16) | low], np.int32)
+        thresholds.append(float(bits.view(np.float32)[0]))
+    return tuple(thresholds)
+
+
+def dare(
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+) -> Tensor:
+    """Drop a random share of every delta, rescale the rest, add up (arXiv 2311.03099)."""
+    deltas = _dropped(tensors, base, settings, place)
+    total = sum(deltas[1:], deltas[0])
+    return base + _scale(settings, TASK_ARITHMETIC_SCALE) * total
+
+
+def dare_ties(
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+) -> Tensor:
+    """Drop as in dare, then elect sign and merge as in ties."""
+    deltas = _dropped(tensors, base, settings, place)
+    return base + _scale(settings, 1.0) * _agreeing_mean(deltas, settings)
+
+
+MERGES: dict[str, Method] = {
+    "linear": Method(linear),
+    "task_arithmetic": Method(task_arithmetic),
+    "slerp": Method(slerp, measure_slerp, least=2, most=2),
+    "ties": Method(ties, measure_ties),
+    "dare": Method(dare),
+    "dare_ties": Method(dare_ties),
+}
+
+
+def merge_tensors(
+    method: str,
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings | None = None,
+    name: str = "",
+) -> Tensor:
+    """A whole tensor at once, all in float32 and of one shape; `name` seeds dare."""
+    settings = settings or MergeSettings()
+    found = MERGES[method]
+    facts = None
+    if found.measure is not None:
+        facts = found.measure(lambda: [(tensors, base)], base.numel(), settings)
+    return found.combine(tensors, base, settings, facts, Place(name))
+
+
+def _scale(settings: MergeSettings, default: float) -> float:
+    return default if settings.scale is None else settings.scale
+
+
+def _density(settings: MergeSettings, default: float) -> float:
+    return default if settings.density is None else settings.density
+
+
+def _agreeing_mean(deltas: Sequence[Tensor], settings: MergeSettings) -> Tensor:
+    """Per element the mean over the members whose delta has the sign of the weighted sum."""
+    majority = (sum(deltas[1:], deltas[0]) >= 0).float() * 2 - 1
+    total, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for index, delta in enumerate(deltas):
+        agrees = delta.sign() == majority
+        total += delta * agrees
+        divisor += settings.weight(index) * agrees
+    return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+def _dropped(
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, place: Place
+) -> list[Tensor]:
+    density = _density(settings, DARE_DENSITY)
+    deltas = []
+    for index, tensor in enumerate(tensors):
+        delta = settings.weight(index) * (tensor - base)
+        if density < 1:
+            chosen = _uniform(f"{settings.seed} {index} {place.name}", place, delta.numel())
+            delta = delta * (chosen.view(delta.shape) < density) / density
+        deltas.append(delta)
+    return deltas
+
+
+def _uniform(key: str, place: Place, count: int) -> Tensor:
+    """Numbers in [0, 1) for elements by where they lie, whatever else was asked before.
+
+    Philox makes 8 of them for every value of its counter.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    counter, skipped = divmod(place.first_element, 8)
+    philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=counter)
+    drawn = np.random.Generator(philox).random(skipped + count, dtype=np.float32)
+    return torch.from_numpy(drawn[skipped:])
+
+
+def _histograms(rows: Callable[[], Rows], of: Callable[[Any, int], Any]) -> list[Any]:
+    """For every member, how often each of 65,536 values occurs among the bits of its delta."""
+    counts: list[Any] = []
+    for tensors, base in rows():
+        counts = counts or [np.zeros(1 << 16, np.int64) for _ in tensors]
+        for member, tensor in enumerate(tensors):
+            bits = (tensor - base).abs().contiguous().view(-1).numpy().view(np.int32)
+            counts[member] += np.bincount(of(bits, member), minlength=1 << 16)
+    return counts
+
+
+def _bucket(counts: Any, kept: int) -> tuple[int, int]:
+    """The value that holds the `kept`-th largest, and how many of it are still wanted."""
+    above = np.cumsum(counts[::-1])[::-1]  # of this value or more
+    value = int(np.nonzero(above >= min(kept, above[0]))[0][-1])
+    return value, kept - int(above[value] - counts[value])
