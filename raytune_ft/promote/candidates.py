@@ -9,17 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
 from raytune_ft.model.build import disk_dtype, load_base
 from raytune_ft.promote.fold import FoldCheck, fold
-from raytune_ft.promote.select import Selection
-
-BASE_NAME = "base"
-BASE, BEST = 0, 1
-"""How simple candidates are: nothing, one trial, then merges of several."""
+from raytune_ft.promote.merge.make import merge
+from raytune_ft.promote.merge.methods import MergeSettings
 
 Score = Callable[[Path], float]
 """The deciding figure of a model directory on validation, turned so that less is better."""
+Tell = Callable[[str], None]
+BASE_NAME = "base"
+BASE, BEST, INTERPOLATED, MERGED = range(4)
+"""How simple candidates are: nothing, one trial, one trial and the base, several trials."""
+AUTO: tuple[MergeName, ...] = ("wise_ft", "uniform_soup", "greedy_soup", "task_arithmetic")
+"""What `merge: auto` tries: cheap to make, and seldom worse than one trial."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +35,107 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def entries(
-    selection: Selection, model: ModelConfig, examples: Sequence[Tensor], score: Score
-) -> list[Entry]:
-    """All candidates of `promote.merge`, the simplest first.
+@dataclass(frozen=True)
+class Pantry:
+    """What candidates are made of: the base, the trials' checkpoints (the best first) and names.
 
-    `examples` are held-out token ids `[S]` that folds are checked on.
+    `examples` are held-out token ids `[S]` that what is written is checked on; `score` is asked by
+    merges that look before they add.
     """
-    best = selection.candidate
 
-    def write_best(target: Path) -> FoldCheck:
-        return fold(model, best.checkpoint, target, examples)
+    model: ModelConfig
+    checkpoints: Sequence[Path]
+    trials: Sequence[str]
+    examples: Sequence[Tensor]
+    settings: PromoteConfig
+    seed: int
+    score: Score
+    tell: Tell
 
-    return [
-        Entry(BASE_NAME, BASE, lambda target: write_base(model, target)),
-        Entry(best.trial or selection.name, BEST, write_best, {"trials": [best.trial or "run"]}),
+    @property
+    def merging(self) -> MergeSettings:
+        """As `promote.merging` says."""
+        written = self.settings.merging
+        return MergeSettings(scale=written.scale, density=written.density, seed=self.seed)
+
+
+def entries(pantry: Pantry) -> list[Entry]:
+    """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges."""
+    written, shard = pantry.settings.merge, pantry.settings.max_shard_size
+    found = [
+        Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target)),
+        Entry(
+            pantry.trials[0],
+            BEST,
+            lambda target: fold(
+                pantry.model,
+                pantry.checkpoints[0],
+                target,
+                pantry.examples,
+                shard,
+                tell=pantry.tell,
+            ),
+            {"trials": [pantry.trials[0]]},
+        ),
     ]
+    for name in AUTO if written == "auto" else () if written == "best" else (written,):
+        if name == "wise_ft":
+            found += [_interpolated(pantry, alpha) for alpha in _between(pantry)]
+        elif len(pantry.checkpoints) > 1:
+            found.append(_merged(pantry, name))
+        else:
+            pantry.tell(f"{name} needs two sound trials, and there is one")
+    return found
 
 
 def write_base(model: ModelConfig, target: Path) -> None:
     """The base as it is. Raises ModelError."""
     built: Any = load_base(model, disk_dtype(model))
     built.save_pretrained(str(target))
+
+
+def _between(pantry: Pantry) -> list[float]:
+    """The alphas but 0 and 1, which are candidates of their own."""
+    return [alpha for alpha in pantry.settings.merging.alphas if 0 < alpha < 1]
+
+
+def _interpolated(pantry: Pantry, alpha: float) -> Entry:
+    """One point between the base and the best trial."""
+
+    def write(target: Path) -> FoldCheck:
+        first = pantry.checkpoints[:1]
+        return merge(
+            pantry.model,
+            first,
+            target,
+            "wise_ft",
+            pantry.examples,
+            score=lambda _: 0.0,  # there is one alpha to choose from
+            alphas=(alpha,),
+            max_shard_size=pantry.settings.max_shard_size,
+        ).check
+
+    settings = {"merge": "wise_ft", "alpha": alpha, "trials": [pantry.trials[0]]}
+    return Entry(f"wise_ft-{alpha}", INTERPOLATED, write, settings)
+
+
+def _merged(pantry: Pantry, name: MergeName) -> Entry:
+    """A merge of several trials; which of them took part is known once it is written."""
+    settings: dict[str, Any] = {"merge": name}
+
+    def write(target: Path) -> FoldCheck:
+        report = merge(
+            pantry.model,
+            pantry.checkpoints,
+            target,
+            name,
+            pantry.examples,
+            score=pantry.score,
+            settings=pantry.merging,
+            max_shard_size=pantry.settings.max_shard_size,
+            tell=pantry.tell,
+        )
+        settings["trials"] = [pantry.trials[i] for i in report.members]
+        return report.check
+
+    return Entry(name, MERGED, write, settings)

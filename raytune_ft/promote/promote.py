@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.manifest import flush_files
 from raytune_ft.config.load import expand_env
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
 from raytune_ft.errors import StorageError
 from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.candidates import BASE_NAME, Entry, entries
+from raytune_ft.promote.candidates import BASE_NAME, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.evaluate import (
@@ -140,6 +140,10 @@ class _Promoter:
         self._selection, self._directory, self._folder = selection, directory, folder
         self._tell, self._samples = tell, samples
         self._config: Config = expand_env(selection.config)
+        base = selection.settings.base
+        self._model: ModelConfig = self._config.model.model_copy(
+            update={"path": base, "revision": None} if base else {}
+        )
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
         self._data: PreparedData = prepare_data(
@@ -156,9 +160,18 @@ class _Promoter:
         """Everything that can be refused is refused before the test split is measured."""
         chosen, manifest = self._selection.candidate, self._selection.manifest
         self._tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {manifest.step}")
-        found = entries(
-            self._selection, self._config.model, held_out(self._data.validation), self._score
+        others = self._selection.others
+        pantry = Pantry(
+            self._model,
+            [one.checkpoint for one in (chosen, *others)],
+            [one.trial or self._selection.name for one in (chosen, *others)],
+            held_out(self._data.validation),
+            self._selection.settings,
+            self._config.seed,
+            self._score,
+            self._tell,
         )
+        found = entries(pantry)
         checks = {entry.name: self._write(entry) for entry in found if entry.name != BASE_NAME}
         contenders = self._validate(found)
         verdict = decide(contenders, self._selection.figure)
@@ -178,7 +191,7 @@ class _Promoter:
         )
 
     def _directory_of(self, name: str) -> Path:
-        base = Path(self._config.model.path)
+        base = Path(self._model.path)
         return base if name == BASE_NAME else self._folder / "candidates" / name
 
     def _write(self, entry: Entry) -> FoldCheck | None:
@@ -187,7 +200,7 @@ class _Promoter:
         save_tokenizer(self._tokenizer, directory)
         if check is not None:
             difference = f"logits differ by at most {check.written_difference:.1e} as written"
-            self._tell(f"folded; {difference}")
+            self._tell(f"{entry.name}: {difference}")
         return check
 
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
@@ -215,7 +228,7 @@ class _Promoter:
         self._tell(f"measuring base and promoted model on {count:,} examples ({name})")
         looks = looks_so_far(self._directory) + 1
         jobs = [
-            self._job(Path(self._config.model.path), name, self._samples),
+            self._job(Path(self._model.path), name, self._samples),
             self._job(self._folder / MODEL, name, self._samples),
         ]
         kept = verdict.winner == BASE_NAME
@@ -226,7 +239,7 @@ class _Promoter:
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks)
 
     def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
-        base = self._config.model
+        base = self._model
         is_base = str(directory) == base.path
         own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
         return Job(
@@ -269,7 +282,7 @@ class _Promoter:
             name=self._selection.name,
             config=self._config,
             config_sha256=manifest.config_sha256,
-            base_files=base_file_hashes(self._config.model),
+            base_files=base_file_hashes(self._model),
             data=self._data.report,
             trial=chosen.trial if single else None,
             params=chosen.params if single else winner.settings,

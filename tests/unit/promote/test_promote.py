@@ -266,7 +266,7 @@ def test_a_sweep_that_searches_seeds_is_measured_on_its_own_split(
 def test_a_refused_fold_measures_nothing_and_leaves_nothing(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise MergeError("differs")
 
     def measured(*_: object) -> None:
@@ -369,3 +369,42 @@ def test_data_that_changed_are_refused_before_anything_is_measured(
     assert not (run / "promoted").exists()
     rows.write_text("".join(lines))
     assert promote(run).evaluation.looks == 1
+
+
+def test_merges_compete_with_the_best_trial(train: Train, tmp_path: Path) -> None:
+    """All that `auto` tries are candidates on validation; the test split is measured twice only."""
+    sweep = tmp_path / "sweep"
+    records = []
+    for name, lr in (("t0", "8e-3"), ("t1", "1e-2")):
+        run = train(f"merged-{name}", f"train.lr={lr}", f"seed={name[1]}")
+        shutil.copytree(run, sweep / "trials" / name)
+        loss = json.loads((run / "result.json").read_text())["best"]["eval_loss"]
+        records.append({"id": name, "params": {}, "status": "completed", "eval_loss": loss})
+    (sweep / "result.json").write_text(json.dumps({"status": "completed", "trials": records}))
+    text = (sweep / "trials/t0/config.yaml").read_text()
+    assert "merge: best" in text
+    (sweep / "config.yaml").write_text(text.replace("merge: best", "merge: auto"))
+    said: list[str] = []
+    promotion = promote(sweep, tell=said.append)
+    content = json.loads((sweep / "promoted/evaluation.json").read_text())
+    names = [row["name"] for row in content["candidates"]]
+    best = min(records, key=lambda record: record["eval_loss"])["id"]
+    wise = [f"wise_ft-{alpha}" for alpha in (0.2, 0.4, 0.6, 0.8)]
+    merges = ["uniform_soup", "greedy_soup", "task_arithmetic"]
+    assert names == ["base", best, *wise, *merges]
+    soup = next(row for row in content["candidates"] if row["name"] == "uniform_soup")
+    assert sorted(soup["settings"]["trials"]) == ["t0", "t1"]
+    figures = {row["name"]: row["figures"]["eval_loss"] for row in content["candidates"]}
+    assert figures["wise_ft-0.2"] < figures["base"]
+    assert len(set(figures.values())) >= 8  # every candidate is a model of its own
+    assert content["winner"] in names
+    assert content["examples"] == TEST
+    lines = (sweep / "promoted/scores.jsonl").read_text().splitlines()
+    tested = {row["candidate"] for row in map(json.loads, lines) if row["split"] == "test"}
+    assert tested == {"base", content["winner"]}
+    assert names_of_folders(sweep / "promoted") == {"model"}
+    assert promotion.better
+
+
+def names_of_folders(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_dir()}
