@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from ray.exceptions import RayError
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.estimate.hardware import PROCESS
+from raytune_ft.estimate.ray_memory import cluster_worker_memory
 from raytune_ft.search.slots import Arrangement
 from raytune_ft.train.ray_cluster import stop_grace_s
 from raytune_ft.train.ray_job import Ended, Job, Note, StopRequested
@@ -128,6 +130,7 @@ def engines(
     with its trials where their last checkpoints were.
     """
     board, switchboard = start_board(), start_switchboard(arrangement.engines)
+    config = config.model_copy(update={"method": arrangement.method})
     running = [
         _Engine(_engine_spec(config, sweep_dir, data_dir, number), board, switchboard, arrangement)
         for number in range(arrangement.engines)
@@ -154,6 +157,13 @@ def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -
     return RunSpec(own, run_dir, data_dir)
 
 
+def _memory(resources_per_worker: Mapping[str, float]) -> int | None:
+    """For the weights and activations of a worker; None where nobody knows."""
+    usable = cluster_worker_memory(resources_per_worker)
+    device = "cuda" if resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
+    return None if usable is None else usable - PROCESS[device]
+
+
 class _Engine:
     """A worker group, and a thread of the driver that hears from it."""
 
@@ -170,7 +180,9 @@ class _Engine:
             engine_worker,
             board=board,
             slots=arrangement.slots,
-            rank=arrangement.rank,
+            rank=arrangement.method.rank,
+            measured=arrangement.measured and arrangement.slots > 1,
+            memory=_memory(spec.config.parallel.resources_per_worker),
         )
         self._thread: threading.Thread | None = None
 

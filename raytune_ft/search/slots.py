@@ -15,12 +15,15 @@ TRIALS_PER_SLOT = 6
 
 @dataclass(frozen=True)
 class Arrangement:
-    """`at_once` trials in `engines` processes of `slots` slots each, for adapters up to `rank`."""
+    """`at_once` trials in `engines` worker groups of `slots` slots each, for adapters up to that of
+    `method`. `measured`: an engine is to find out whether fewer slots do as well.
+    """
 
     at_once: int
     engines: int
     slots: int
-    rank: int
+    method: LoraMethod
+    measured: bool
 
 
 def arrange(config: Config, fit: int, trials: int) -> Arrangement:
@@ -30,5 +33,6 @@ def arrange(config: Config, fit: int, trials: int) -> Arrangement:
     useful = max(2, min(MAX_SLOTS, trials // (fit * TRIALS_PER_SLOT)))
     at_once = min(fit * useful if written == "auto" else written, trials)
     engines = min(fit, at_once)
-    ranks = [each.method.rank for each in variants(config) if isinstance(each.method, LoraMethod)]
-    return Arrangement(at_once, engines, -(-at_once // engines), max(ranks))
+    methods = [each.method for each in variants(config) if isinstance(each.method, LoraMethod)]
+    largest = max(methods, key=lambda method: method.rank)
+    return Arrangement(at_once, engines, -(-at_once // engines), largest, written == "auto")

@@ -6,51 +6,39 @@ the passes through the model are shared. When one ends, the next enters its slot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from raytune_ft.config.packable import packable
 from raytune_ft.config.schema import Config, LoraMethod
-from raytune_ft.data.layout import Row
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.model.drawn import Drawn, draw_adapter
-from raytune_ft.model.multi_lora import MultiLora, Window
-from raytune_ft.model.skeleton import build_base, shapes_of
+from raytune_ft.model.multi_lora import Window
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.ended import write_ended
-from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
+from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.packed_holder import SlotHolder
-from raytune_ft.train.packed_layout import PackedPass, plan_pass
-from raytune_ft.train.packed_optim import PackedAdamW
+from raytune_ft.train.packed_passes import Passes
 from raytune_ft.train.packed_slot import SlotRun
-from raytune_ft.train.packed_step import accumulate_packed
 from raytune_ft.train.report import Reporter
-from raytune_ft.train.setup import build_engine, check_vocabulary
 from raytune_ft.train.spec import RunSpec
 
 Left = Literal["pruned", "interrupted"]
 
 
-def _of_nothing(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The base is frozen, and the slots have an optimizer of their own."""
-    return torch.optim.SGD([{"params": list(parameters)}])
-
-
 class PackedEngine:
     """Slots `0 .. n - 1` are those of the n runs that train; who leaves is replaced by the last.
 
-    Every rank makes the same calls and has the same runs in the same slots. Adapters and moments
-    are whole on each of them; the rows of a pass are shared out, and gradients summed once a step.
+    Every rank makes the same calls and has the same runs in the same slots. Gradients and losses
+    are summed over ranks once a step.
 
     Raises:
         ModelError: see `build_engine`.
@@ -67,19 +55,11 @@ class PackedEngine:
         heart: Heartbeat | None = None,
     ) -> None:
         """`config` says what all runs share: the model, its precision, the layout of passes."""
-        self._config, self._data, self._slots = config, data, slots
+        self._config, self._data = config, data
         self._heart = heart or Heartbeat()
-        built = build_base(config.model, config.train.precision, strategy.takes_parts)
-        base = built.model
-        check_vocabulary(base, data)
-        self._shapes = shapes_of(base)
-        self._optimizer = PackedAdamW(slots, strategy)
-        self._engine = build_engine(built, config, strategy, _of_nothing)
+        self.passes = Passes(config, data, slots, largest_rank, strategy, self._heart.beat)
+        self._notes, self._strategy = self.passes.engine.notes, strategy
         self._line = strategy.exchange()
-        self._dtype = getattr(torch, config.train.precision)
-        # Selective checkpointing keeps results of products, which must then stay as they are.
-        in_place = config.parallel.activation_checkpointing != "selective"
-        self._stack = MultiLora(base, largest_rank, in_place)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._runs: list[SlotRun] = []
         self._closing: list[SlotRun] = []
@@ -90,7 +70,7 @@ class PackedEngine:
     @property
     def free(self) -> int:
         """Slots that nobody trains in."""
-        return self._slots - len(self._runs)
+        return self.passes.slots - len(self._runs)
 
     def enter(self, spec: RunSpec, reporter: Reporter) -> None:
         """Take a free slot, and go on from the run's newest sound checkpoint if it has one.
@@ -103,10 +83,11 @@ class PackedEngine:
         """
         assert self.free, "no slot is free"
         drawn = self._draw(spec)
-        self._stack.adapt(list(drawn.layers))
-        self._optimizer.widen(self._stack.numbers)
+        stack, optimizer = self.passes.stack, self.passes.optimizer
+        stack.adapt(list(drawn.layers))
+        optimizer.widen(stack.numbers)
         self._windows.clear()
-        holder = SlotHolder(self._stack, self._optimizer, drawn, len(self._runs), self._line)
+        holder = SlotHolder(stack, optimizer, drawn, len(self._runs), self._line)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             run = SlotRun(
@@ -114,14 +95,14 @@ class PackedEngine:
                 self._data.train,
                 drawn,
                 holder,
-                self._engine.strategy,
+                self._strategy,
                 reporter,
                 self._heart,
                 self._pool,
             )
             run.begin(self._base)
         except RunFailed as error:
-            if self._engine.strategy.rank == 0:
+            if self._strategy.rank == 0:
                 write_ended(spec, "failed", f"{type(error).__name__}: {error}")
             self._ended.append(spec.run_dir)
             return
@@ -139,7 +120,7 @@ class PackedEngine:
         for run in self._runs:
             if run.spec.run_dir == run_dir:
                 with self._failing(run):
-                    run.leave(status, self._engine.notes)
+                    run.leave(status, self._notes)
                     self._vacate(run)
                 break
         self._ended = [path for path in self._ended if path != run_dir]
@@ -169,26 +150,26 @@ class PackedEngine:
 
     def _draw(self, spec: RunSpec) -> Drawn:
         ours, theirs = self._config, spec.config
-        method = theirs.method
+        method, largest = theirs.method, self.passes.stack.rank
         reason = packable(theirs)
         if theirs.model != ours.model or theirs.train.precision != ours.train.precision:
             reason = "its model or precision is not the one loaded here"
         elif spec.data_dir != self._data.path:
             reason = "its data are not those loaded here"
-        elif isinstance(method, LoraMethod) and method.rank > self._stack.rank:
-            reason = f"method.rank={method.rank} is above {self._stack.rank}, which slots have"
+        elif isinstance(method, LoraMethod) and method.rank > largest:
+            reason = f"method.rank={method.rank} is above {largest}, which slots have"
         if reason is not None or not isinstance(method, LoraMethod):
             raise ConfigError(
                 f"run {theirs.name}",
                 f"cannot be packed: {reason}",
                 "write search.execution: isolated",
             )
-        return draw_adapter(self._shapes, method, theirs.train.precision, theirs.seed)
+        return draw_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
 
     @cached_property
     def _base(self) -> Scores:
         """The base's own scores, which are the same for every run."""
-        return evaluate(self._engine, self._data.validation, self._heart.beat)
+        return self.passes.base_scores()
 
     def _settled(self) -> set[SlotRun]:
         """Runs with no checkpoint on its way on any rank, so that to wait for it takes no time."""
@@ -196,46 +177,25 @@ class PackedEngine:
         pending = [run for run in runs if run.pending]
         if not pending:
             return set(runs)
-        strategy = self._engine.strategy
-        writing = torch.tensor([float(run.writing) for run in pending], device=strategy.device)
-        counts = strategy.sum(writing).tolist()
+        writing = torch.tensor([float(run.writing) for run in pending])
+        counts = self._strategy.sum(writing.to(self._strategy.device)).tolist()
         return set(runs) - {run for run, count in zip(pending, counts, strict=True) if count}
 
     def _pass(self) -> None:
-        waiting = [run.waiting_lengths for run in self._runs]
-        first = self._next if self._next < len(waiting) else 0
-        engine = self._engine
-        ranks = engine.strategy.world_size
-        plan = plan_pass(waiting, first, engine.micro_tokens, engine.packing, ranks)
+        first = self._next if self._next < len(self._runs) else 0
+        plan = self.passes.plan([run.open for run in self._runs], first)
         self._next = first + len(plan.rows)
         runs = self._runs[first : self._next]
-        self._accumulate(plan, runs)
-        done = [run for run in runs if not run.waiting_lengths]
+        self.passes.accumulate(plan, [run.open for run in runs], self._window(first, runs))
+        done = [run for run in runs if not run.open.waiting_lengths]
         if done:
             self._step(done)
 
-    def _accumulate(self, plan: PackedPass, runs: Sequence[SlotRun]) -> None:
-        engine = self._engine
-        rank, ranks = engine.strategy.rank, engine.strategy.world_size
-        examples: list[int] = []
-        layout: list[Row] = []
-        for run, rows in zip(runs, plan.rows, strict=True):
-            for row in run.take(rows)[rank::ranks]:
-                layout.append(tuple(range(len(examples), len(examples) + len(row))))
-                examples += row
-        batch = engine.collate(self._data.train, np.array(examples), tuple(layout))
-        label_tokens = [run.label_tokens for run in runs]
-        window = self._window(plan.first, runs)
-        sums = accumulate_packed(engine, self._stack, window, batch, label_tokens)
-        for run, loss_sum in zip(runs, sums, strict=True):
-            run.add_loss(loss_sum)
-
     def _step(self, done: Sequence[SlotRun]) -> None:
         steps = [run.next_step() for run in done]
-        norms = self._optimizer.step(steps)
-        strategy = self._engine.strategy
-        shares = torch.tensor([run.loss_sum for run in done], dtype=torch.float64)
-        loss_sums = strategy.sum(shares.to(strategy.device)).tolist()
+        norms = self.passes.optimizer.step(steps)
+        shares = torch.tensor([run.open.loss_sum for run in done], dtype=torch.float64)
+        loss_sums = self._strategy.sum(shares.to(self._strategy.device)).tolist()
         going, due = [], []
         for run, step, norm, loss_sum in zip(done, steps, norms, loss_sums, strict=True):
             with self._failing(run):
@@ -251,36 +211,16 @@ class PackedEngine:
                     self._closing.append(run)
 
     def _evaluate(self, runs: Sequence[SlotRun]) -> list[Scores]:
-        """Of several runs, together."""
         if not runs:
             return []
-        numbers_KN = self._optimizer.numbers_KN
-        numbers_GN = numbers_KN[[run.holder.slot for run in runs]]
-        with self._stack.applied(self._window_over(numbers_GN, None, runs)):
-            return evaluate_groups(self._engine, self._data.validation, len(runs), self._heart.beat)
+        return self.passes.scores([run.holder.slot for run in runs], [run.drawn for run in runs])
 
     def _window(self, first: int, runs: Sequence[SlotRun]) -> Window:
+        """Kept for as long as the same runs are in the same slots."""
         key = first, len(runs)
         if key not in self._windows:
-            slots = slice(first, first + len(runs))
-            optimizer = self._optimizer
-            self._windows[key] = self._window_over(
-                optimizer.numbers_KN[slots], optimizer.gradients_KN[slots], runs
-            )
+            self._windows[key] = self.passes.window(first, [run.drawn for run in runs])
         return self._windows[key]
-
-    def _window_over(
-        self, numbers_GN: Tensor, gradients_GN: Tensor | None, runs: Sequence[SlotRun]
-    ) -> Window:
-        scales_G = torch.tensor([run.drawn.scale for run in runs], dtype=numbers_GN.dtype)
-        return Window(
-            self._stack.places,
-            numbers_GN,
-            gradients_GN,
-            scales_G.to(numbers_GN.device),
-            max(run.drawn.rank for run in runs),
-            self._dtype,
-        )
 
     @contextmanager
     def _failing(self, run: SlotRun) -> Iterator[None]:
@@ -297,14 +237,14 @@ class PackedEngine:
         last = self._runs.pop()
         if last is not run:
             slot = run.holder.slot
-            self._optimizer.move(last.holder.slot, slot)
+            self.passes.optimizer.move(last.holder.slot, slot)
             last.holder.slot, self._runs[slot] = slot, last
         self._windows.clear()
 
     def _close(self, run: SlotRun) -> None:
         self._closing.remove(run)
         try:
-            run.finish(self._engine.notes)
+            run.finish(self._notes)
         except RunFailed as error:
             run.fail(error)
         self._ended.append(run.spec.run_dir)

@@ -47,6 +47,14 @@ class PackedAdamW:
         self.exp_avg_KN = F.pad(self.exp_avg_KN, extra)
         self.exp_avg_sq_KN = F.pad(self.exp_avg_sq_KN, extra)
 
+    def keep(self, slots: int) -> None:
+        """The first ones, and the memory of the others no longer."""
+        self.numbers_KN = self.numbers_KN[:slots].clone()
+        self.gradients_KN = self.gradients_KN[:slots].clone()
+        self.exp_avg_KN = self.exp_avg_KN[:slots].clone()
+        self.exp_avg_sq_KN = self.exp_avg_sq_KN[:slots].clone()
+        self.steps_K = self.steps_K[:slots].clone()
+
     def clear(self, slot: int) -> None:
         """A new adapter begins here: everything is zero."""
         for each in self._rows():

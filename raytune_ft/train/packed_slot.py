@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.data.layout import Row
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
@@ -29,6 +26,7 @@ from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.packed_holder import SlotHolder
+from raytune_ft.train.packed_open import OpenStep
 from raytune_ft.train.packed_optim import Step
 from raytune_ft.train.report import MetricsFile, Reporter, Several
 from raytune_ft.train.reports import Reports
@@ -122,31 +120,13 @@ class SlotRun:
         return self._saver.busy
 
     def _begin_step(self) -> None:
-        """The examples of the next step, longest first."""
         seen, step = self.progress.examples, self.progress.step + 1
         self._examples = self._schedule.examples_after(step)
         indices = example_indices(
             self.spec.config.seed, seen, self._examples - seen, len(self._data)
         )
-        lengths = self._data.lengths[indices]
-        self._waiting = indices[np.argsort(-lengths, kind="stable")]
-        self.waiting_lengths: list[int] = self._data.lengths[self._waiting].tolist()
-        self.label_tokens = int(self._data.label_counts[indices].sum())
-        self._tokens, self.loss_sum = int(lengths.sum()), 0.0
+        self.open = OpenStep(self._data, indices)
         self._step_started = time.perf_counter()
-
-    def take(self, rows: Sequence[Row]) -> list[list[int]]:
-        """The examples at these positions of `waiting_lengths`, which wait no longer."""
-        taken = [self._waiting[list(row)].tolist() if row else [] for row in rows]
-        left = np.ones(len(self._waiting), bool)
-        left[[position for row in rows for position in row]] = False
-        self._waiting = self._waiting[left]
-        self.waiting_lengths = self._data.lengths[self._waiting].tolist()
-        return taken
-
-    def add_loss(self, loss_sum: float) -> None:
-        """Of this rank's share of the examples taken last."""
-        self.loss_sum += loss_sum
 
     def next_step(self) -> Step:
         """What the optimizer is to do once no example waits."""
@@ -159,7 +139,7 @@ class SlotRun:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        step, loss = self.progress.step + 1, loss_sum / self.label_tokens
+        step, loss = self.progress.step + 1, loss_sum / self.open.label_tokens
         check_finite(step, loss, grad_norm)
         now = time.perf_counter()
         self._evaluation = None
@@ -170,12 +150,12 @@ class SlotRun:
             StepMetrics(
                 step=step,
                 examples=self._examples,
-                tokens=self._tokens,
-                label_tokens=self.label_tokens,
+                tokens=self.open.tokens,
+                label_tokens=self.open.label_tokens,
                 loss=loss,
                 lr=lr,
                 grad_norm=grad_norm,
-                tokens_per_s=self._tokens / (now - self._step_started),
+                tokens_per_s=self.open.tokens / (now - self._step_started),
                 wall_s=self.progress.wall_s,
             )
         )

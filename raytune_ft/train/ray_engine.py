@@ -41,14 +41,18 @@ def engine_worker(payload: dict[str, Any]) -> str:
     strategy = STRATEGIES[name](parallel, spec.config.train.precision)
     data = open_prepared(spec.data_dir)
     host = host_of(payload["run"], payload["switchboard"])
-    engine = PackedEngine(
-        spec.config, data, payload["slots"], payload["rank"], strategy, host.heart
-    )
+    desk = _Desk(payload["board"], spec.run_dir.name, strategy)
+    before = desk.slots_before()
+    slots = payload["slots"] if before is None else before
+    engine = PackedEngine(spec.config, data, slots, payload["rank"], strategy, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
-        desk = _Desk(payload["board"], spec.run_dir.name, strategy)
         work = _Work(engine, desk)
         try:
-            for held in desk.begin(payload["slots"]):
+            if before is None:
+                why = engine.passes.settle(payload["memory"], payload["measured"])
+                if strategy.rank == 0:
+                    payload["switchboard"].post.remote(payload["run"], {"note": why})
+            for held in desk.begin(engine.passes.slots):
                 work.enter(held)
             while not work.finished:
                 host.heart.enter(f"{len(work.specs)} trials")
@@ -70,6 +74,13 @@ class _Desk:
     def __init__(self, board: Any, name: str, strategy: Strategy) -> None:
         self._board, self._name, self._strategy = board, name, strategy
         self._asked: Any = None
+
+    def slots_before(self) -> int | None:
+        """Those of an engine of this name that was lost, whose trials need them again."""
+        found: int | None = None
+        if self._strategy.rank == 0:
+            found = ray.get(self._board.slots_of.remote(self._name))
+        return self._strategy.agree(found)
 
     def begin(self, slots: int) -> list[RunSpec]:
         """Trials that an engine which was lost has left behind."""

@@ -143,6 +143,11 @@ class SlotBoard:
 
     # Called by engines.
 
+    async def slots_of(self, engine: str) -> int | None:
+        """How many an engine had when it was there before."""
+        known = self._engines.get(engine)
+        return known.slots if known else None
+
     async def begin(self, engine: str, slots: int) -> list[RunSpec]:
         """An engine is there, maybe again; returns the trials that it holds.
 

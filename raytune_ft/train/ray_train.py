@@ -112,6 +112,8 @@ class TrainJob:
             self._hang, self._silent = None, set()
             size = event["workers"]
             return [Note(f"training on {size} worker{'s' * (size != 1)}")]
+        if "note" in event:
+            return [Note(event["note"])]
         if "hang" in event:
             self._silent.add(event["hang"].rank)
             if self._hang is None:

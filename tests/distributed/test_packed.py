@@ -94,11 +94,11 @@ def test_two_ranks_as_one_process(
 def _shard(inputs: Inputs, root: Path) -> None:
     packed = Packed(make_config(*inputs), root, 1, strategy="fsdp")
     packed.enter("a", make_config(*inputs))
-    parts = [p.to_local().numel() for p in packed.engine._stack.model.parameters()]  # type: ignore[attr-defined]
-    whole = [p.numel() for p in packed.engine._stack.model.parameters()]
+    parts = [p.to_local().numel() for p in packed.engine.passes.stack.model.parameters()]  # type: ignore[attr-defined]
+    whole = [p.numel() for p in packed.engine.passes.stack.model.parameters()]
     assert sum(parts) < 0.6 * sum(whole)
     packed.passes(2)
-    assert [p.to_local().numel() for p in packed.engine._stack.model.parameters()] == parts  # type: ignore[attr-defined]
+    assert [p.to_local().numel() for p in packed.engine.passes.stack.model.parameters()] == parts  # type: ignore[attr-defined]
     packed.engine.leave(root / "a", "pruned")
     packed.engine.close()
 

@@ -120,11 +120,11 @@ def beside_a_sick_run(
         for number, own in enumerate((well, changes, well)):
             packed.enter(str(number), make_config(*inputs, {**own, "method.rank": number + 2}))
         going, passes = {"0", "1", "2"}, 0
-        laid_out = packed.engine._engine.strategy
+        laid_out = packed.engine.passes.engine.strategy
         while going:
             here = laid_out.rank == laid_out.world_size - 1
             if here and (name, sickness, passes) == ("sick", "nan", 8):
-                packed.engine._optimizer.numbers_KN[1] = torch.nan
+                packed.engine.passes.optimizer.numbers_KN[1] = torch.nan
             ended, passes = packed.passes(1), passes + 1
             going -= set(ended)
             if "1" in ended and len(going) == 2:

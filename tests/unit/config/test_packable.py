@@ -9,7 +9,7 @@ import pytest
 from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
-from raytune_ft.search.slots import Arrangement, arrange
+from raytune_ft.search.slots import arrange
 
 LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
 
@@ -66,15 +66,18 @@ def test_what_is_written_is_done() -> None:
 @pytest.mark.parametrize(
     ("written", "fit", "trials", "expected"),
     [
-        ("auto", 2, 40, Arrangement(6, 2, 3, 64)),
-        ("auto", 1, 400, Arrangement(16, 1, 16, 64)),
-        ("auto", 2, 5, Arrangement(4, 2, 2, 64)),
-        ("auto", 4, 2, Arrangement(2, 2, 1, 64)),
-        (3, 2, 40, Arrangement(3, 2, 2, 64)),
-        (100, 1, 40, Arrangement(40, 1, 40, 64)),
+        ("auto", 2, 40, (6, 2, 3)),
+        ("auto", 1, 400, (16, 1, 16)),
+        ("auto", 2, 5, (4, 2, 2)),
+        ("auto", 4, 2, (2, 2, 1)),
+        (3, 2, 40, (3, 2, 2)),
+        (100, 1, 40, (40, 1, 40)),
     ],
 )
-def test_slots_and_engines(written: Any, fit: int, trials: int, expected: Arrangement) -> None:
+def test_slots_and_engines(
+    written: Any, fit: int, trials: int, expected: tuple[int, int, int]
+) -> None:
     space = {"method.rank": {"int_uniform": [4, 64]}}
     found = arrange(config(space, search={"max_concurrent": written}), fit, trials)
-    assert found == expected
+    assert (found.at_once, found.engines, found.slots) == expected
+    assert (found.method.rank, found.measured) == (64, written == "auto")

@@ -78,7 +78,9 @@ def test_a_trial_that_leaves_is_gone_when_its_engine_says_so() -> None:
 
 def test_an_engine_that_starts_again_finds_its_trials() -> None:
     async def story(board: SlotBoard) -> None:
+        assert await board.slots_of("one") is None
         await board.begin("one", 3)
+        assert await board.slots_of("one") == 3
         await enter(board, "a", "b", "c")
         await board.gone("a")
         leaving = asyncio.create_task(board.leave("c", "pruned", timeout_s=5))
