@@ -68,6 +68,35 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         ["search.scheduler.grace_examples=100000"],
         "grace_examples=100000 is more than the",
     ),
+    "methods that cannot be packed together": (
+        "sweep",
+        [
+            "search.execution=packed",
+            "search.space.method.name.choice=[lora, full]",
+            "search.space.method.rank=null",
+        ],
+        "search.execution=packed trains LoRA trials on one frozen base, and method.name=full moves",
+    ),
+    "packed under deepspeed": (
+        "sweep",
+        ["search.execution=packed", "parallel.workers=2", "parallel.strategy=deepspeed"],
+        "parallel.strategy=deepspeed builds on weights that it trains",
+    ),
+    "impossible constraint": (
+        "sweep",
+        ["search.constraints=[train.lr > 1]"],
+        "search.constraints: train.lr > 1 is met by none of 10,000 draws",
+    ),
+    "storage that does not answer": (
+        "sweep",
+        ["search.storage=postgresql://me@127.0.0.1:1/db"],
+        "search.storage=postgresql://me@127.0.0.1:1/db cannot be opened",
+    ),
+    "budget smaller than one trial": (
+        "sweep",
+        ["search.budget.examples=100"],
+        "search.budget.examples=100 is less than the 2764 examples of one trial",
+    ),
     "sweep without a search": ("sweep", ["search=null"], "has no search section"),
     "resume without a run": ("train", ["--resume"], "holds no run to resume"),
     "password in the clear": (
@@ -152,6 +181,17 @@ def test_a_resume_that_changes_the_math(run: Run, tmp_path: Path) -> None:
         pass
     message = run("train", QUICKSTART, "--resume", "train.batch_size=4")
     assert "train.batch_size=4 (the run has 16)" in message
+
+
+def test_a_resume_with_another_space(run: Run, tmp_path: Path) -> None:
+    written = load_config(QUICKSTART, [f"storage={tmp_path}/runs", "name=bad"])
+    with open_run(resolve(written), resume=False):
+        pass
+    other = "search.space.train.lr.log_uniform=[1e-5,1e-4]"
+    message = run("sweep", QUICKSTART, "--resume", other)
+    assert (
+        "search.space.train.lr.log_uniform=[1e-05, 0.0001] (the run has [0.0003, 0.01])" in message
+    )
 
 
 def test_no_storage_that_outlives_a_job(
