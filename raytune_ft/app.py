@@ -30,6 +30,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
+from raytune_ft.report.write import try_report
 from raytune_ft.rundir import (
     DATA,
     PROMOTED,
@@ -82,6 +83,7 @@ def train(
         spec, data = _prepare(config, run, tell)
         with run.begun(config):
             result = _run(spec, reason, reporter(_examples(config, data)), tell)
+        try_report(run.path, tell)
     if result.status == "interrupted":
         raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -105,7 +107,20 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
             check_examples(spec.config.search, _examples(config, data))
             with run.begun(config):
                 _search(spec, tell, resume)
-        return Swept(run.path, _read_json(run.path / RESULT), _promote_once(run.path, tell))
+        try:
+            promotion = _promote_once(run.path, tell)
+        finally:
+            try_report(run.path, tell)
+        return Swept(run.path, _read_json(run.path / RESULT), promotion)
+
+
+def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
+    """What is best of a run or a sweep, and the report of it. See `promote.promote`."""
+    from raytune_ft.promote.promote import promote as make
+
+    promotion = make(directory, again, tell=tell)
+    try_report(directory, tell)
+    return promotion
 
 
 def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +20,8 @@ from raytune_ft import show
 from raytune_ft.errors import Interrupted, RaytuneFtError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
 
@@ -164,9 +167,9 @@ def promote(
 
     Example: raytune-ft promote runs/quickstart
     """
-    from raytune_ft.promote.promote import promote as make
+    from raytune_ft import app as run
 
-    _show_promotion(make(directory.absolute(), again, tell=show.tell))
+    _show_promotion(run.promote(directory.absolute(), again, show.tell))
 
 
 @app.command()
@@ -184,6 +187,32 @@ def evaluate(
 
     facts = run.evaluate(model, config, overrides or (), show.tell)
     show.console().print(show.facts_table(facts))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="SWEEP_OR_RUN_DIR")],
+    debug: Debug = False,
+) -> None:
+    """Write report.html of a run or a sweep, one file for a browser, and show its facts here.
+
+    Example: raytune-ft report runs/quickstart
+    """
+    from raytune_ft.report.collect import collect
+    from raytune_ft.report.sections import headline
+    from raytune_ft.report.write import write_report
+
+    path = write_report(directory.absolute())
+    facts = collect(directory.absolute())
+    verdict = headline(facts)
+    for line in (verdict["title"], *verdict["lines"]):
+        show.tell(line)
+    if facts.promoted is not None:
+        show.console().print(show.candidates_table(facts.promoted))
+        show.console().print(_measured_table(facts.promoted))
+    if facts.is_sweep:
+        show.console().print(show.trials_table(facts.result["trials"], facts.best))
+    show.tell(f"report: {path}")
 
 
 def main(*command: str) -> NoReturn:
@@ -238,15 +267,19 @@ def _reporter(total_examples: int, stack: ExitStack) -> Reporter:
 
 
 def _show_promotion(promotion: Promotion) -> None:
-    measured = promotion.evaluation
-    show.console().print(
-        show.evaluation_table(
-            f"{measured.split} ({measured.examples:,} examples)", measured.base, measured.promoted
-        )
-    )
+    measured = asdict(promotion.evaluation)
+    show.console().print(show.candidates_table(measured))
+    show.console().print(_measured_table(measured))
     for sample in promotion.samples:
-        show.tell(f"prompt:    {' '.join(sample.prompt.split())}")
-        show.tell(f"  expected {' '.join(sample.reference.split())}")
-        show.tell(f"  base     {' '.join(sample.base.split())}")
-        show.tell(f"  promoted {' '.join(sample.promoted.split())}")
+        show.tell(f"prompt:    {show.one_line(sample.prompt)}")
+        show.tell(f"  expected {show.one_line(sample.reference)}")
+        show.tell(f"  base     {show.one_line(sample.base)}")
+        show.tell(f"  promoted {show.one_line(sample.promoted)}")
     show.tell(f"model: {promotion.model}")
+
+
+def _measured_table(measured: Mapping[str, Any]) -> Table:
+    split = f"{measured['split']} ({measured['examples']:,} examples)"
+    return show.evaluation_table(
+        split, measured["base"], measured["promoted"], measured["differences"]
+    )

@@ -15,6 +15,7 @@ from raytune_ft.records import EvalMetrics, StepMetrics
 
 LOG_EVERY_S = 10.0
 MAX_ERROR = 1000
+MAX_TEXT = 200
 
 
 def console() -> Console:
@@ -26,6 +27,12 @@ def console() -> Console:
 def tell(line: str) -> None:
     """One line of progress, at once."""
     print(line, flush=True)
+
+
+def one_line(text: str, limit: int = MAX_TEXT) -> str:
+    """A text without line breaks, its end cut off where it is long."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
 
 
 def error_line(error: object) -> str:
@@ -102,11 +109,38 @@ def trials_table(trials: Sequence[Mapping[str, Any]], best: str | None) -> Table
     return table
 
 
-def evaluation_table(split: str, base: Mapping[str, float], promoted: Mapping[str, float]) -> Table:
-    """Base against promoted."""
-    table = Table(f"on {split}", "base", "promoted")
-    for name, value in base.items():
-        table.add_row(name, _value(value), _value(promoted.get(name)))
+def evaluation_table(
+    split: str,
+    base: Mapping[str, float],
+    promoted: Mapping[str, float],
+    differences: Mapping[str, Mapping[str, Any]],
+) -> Table:
+    """Base against promoted, with the interval of their difference."""
+    table = Table(f"on {split}", "base", "promoted", "difference", "95% interval")
+    for name, value in promoted.items():
+        gap = differences.get(name)
+        shown = [_value(gap["difference"]), _interval(gap["interval"])] if gap else ["-", "-"]
+        table.add_row(name, _value(base.get(name)), _value(value), *shown)
+    return table
+
+
+def candidates_table(evaluation: Mapping[str, Any]) -> Table:
+    """All candidates on validation, the promoted one marked."""
+    figure = evaluation["metric"]
+    others = [
+        name
+        for name in ("answer_exact_match", "exact_match", "retention_loss", "retention_kl")
+        if name != figure and name in evaluation["candidates"][0]["figures"]
+    ]
+    count = f"{evaluation['validation_examples']:,}"
+    title = f"candidates on validation ({count} examples)"
+    table = Table("candidate", figure, "to the best", "95% interval", *others, title=title)
+    for row in evaluation["candidates"]:
+        mark = " *" if row["name"] == evaluation["winner"] else ""
+        figures = [_value(row["figures"].get(name)) for name in others]
+        gap, interval = row["difference"], row["interval"]
+        to_best = ["-", "-"] if gap is None else [_value(gap), _interval(interval)]
+        table.add_row(row["name"] + mark, _value(row["figures"][figure]), *to_best, *figures)
     return table
 
 
@@ -116,6 +150,10 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(name, _value(value))
     return table
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return " to ".join(map(_value, ends))
 
 
 def _value(value: Any) -> str:

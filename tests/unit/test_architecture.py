@@ -21,6 +21,7 @@ LAYERS = [
     {"train"},
     {"estimate"},
     {"promote", "search"},
+    {"report"},
     {"show"},
     {"app"},
     {"plan"},
