@@ -82,7 +82,8 @@ def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) 
     def cost(rows: int) -> float:
         width = wide(rows)
         at_least = max(sum(2 * length > width for length in lengths) for lengths in slots)
-        return -(-max(rows, at_least) // ranks) * width * (1 + width / ROW_TOKENS)
+        needed = max(-(-tokens // width), at_least)
+        return -(-needed // ranks) * width * (1 + width / ROW_TOKENS)
 
     def wide(rows: int) -> int:
         gaps = longest // 2 if rows > 1 else 0
