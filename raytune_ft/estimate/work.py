@@ -41,6 +41,14 @@ def micro_tokens(config: Config, device: str) -> int:
     return written if isinstance(written, int) else MICRO_TOKENS[device]
 
 
+def steps_in_a_pass(config: Config, length: float) -> int:
+    """How many steps on examples of this mean length a pass of all workers holds; at least 1."""
+    parallel = config.parallel
+    device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
+    room = micro_tokens(config, device) * parallel.max_workers
+    return max(1, int(room // (length * config.train.batch_size)))
+
+
 def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) -> Work:
     """From the layout of the first steps, as the run would lay them out."""
     batch, budget = config.train.batch_size, micro_tokens(config, device)

@@ -22,6 +22,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Interrupted, RunFailed
+from raytune_ft.estimate.work import steps_in_a_pass
 from raytune_ft.model.build import load_model_config
 from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
@@ -115,7 +116,9 @@ class _Sweep:
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
         saved = sweep_dir / CONFIG
         self._written = load_config(saved) if saved.is_file() else config
-        self._examples = len(open_prepared(data_dir).train)
+        train = open_prepared(data_dir).train
+        self._examples = len(train)
+        self._fill_pass = steps_in_a_pass(config, float(train.lengths.mean()))
         self._shared = Shared(
             config,
             sweep_dir,
@@ -163,7 +166,7 @@ class _Sweep:
         """Where trials train, and how many of them at a time."""
         shared = self._shared
         if self._execution == "packed":
-            found = arrange(shared.config, self._fit, trials)
+            found = arrange(shared.config, self._fit, trials, self._fill_pass)
             note(
                 f"{trials} trials, {found.at_once} at a time in {found.engines} "
                 f"engine{'s' * (found.engines != 1)} ({self._why})"
@@ -280,7 +283,8 @@ class _Sweep:
         gpus = parallel.max_workers * parallel.resources_per_worker.get("GPU", 0.0)
         if self._execution != "packed":
             return gpus
-        return gpus / arrange(self._shared.config, self._fit, trial_count(self._search)).slots
+        trials = trial_count(self._search)
+        return gpus / arrange(self._shared.config, self._fit, trials, self._fill_pass).slots
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun

@@ -26,11 +26,15 @@ class Arrangement:
     measured: bool
 
 
-def arrange(config: Config, fit: int, trials: int) -> Arrangement:
-    """Engines and slots for `trials` trials on a cluster that holds `fit` worker groups."""
+def arrange(config: Config, fit: int, trials: int, fill_pass: int) -> Arrangement:
+    """Engines and slots for `trials` trials on a cluster that holds `fit` worker groups.
+
+    `fill_pass`: so many steps of usual trials fill a pass. One trial more waits at least, so that
+    no engine stands still while Ray Tune thinks of the next.
+    """
     assert config.search is not None
     written = config.search.max_concurrent
-    useful = max(2, min(MAX_SLOTS, trials // (fit * TRIALS_PER_SLOT)))
+    useful = max(2, min(MAX_SLOTS, trials // (fit * TRIALS_PER_SLOT), fill_pass))
     at_once = min(fit * useful if written == "auto" else written, trials)
     engines = min(fit, at_once)
     methods = [each.method for each in variants(config) if isinstance(each.method, LoraMethod)]

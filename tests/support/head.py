@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ class Head:
 
     process: subprocess.Popen[bytes]
     port: int
+    folder: Path
 
     @property
     def environment(self) -> dict[str, str]:
@@ -36,6 +38,7 @@ class Head:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(everything, timeout=30)
         self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
         return len(everything)
 
 
@@ -44,11 +47,12 @@ def start_head() -> Head:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
     head = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"),
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
-            f"--temp-dir=/tmp/rtft-{os.getpid()}-{port}",  # the path of a socket has to be short
+            f"--temp-dir={folder}",
         ],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.DEVNULL,
@@ -61,5 +65,5 @@ def start_head() -> Head:
         assert time.monotonic() < deadline, "ray start does not answer"
         workers = psutil.Process(head.pid).children(recursive=True)
         if any("raylet" in process.name() for process in workers):
-            return Head(head, port)
+            return Head(head, port, folder)
         time.sleep(0.5)

@@ -9,6 +9,7 @@ import pytest
 from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.estimate.work import steps_in_a_pass
 from raytune_ft.search.slots import arrange
 
 LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
@@ -64,20 +65,30 @@ def test_what_is_written_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "fit", "trials", "expected"),
+    ("written", "fit", "trials", "fill_pass", "expected"),
     [
-        ("auto", 2, 40, (6, 2, 3)),
-        ("auto", 1, 400, (16, 1, 16)),
-        ("auto", 2, 5, (4, 2, 2)),
-        ("auto", 4, 2, (2, 2, 1)),
-        (3, 2, 40, (3, 2, 2)),
-        (100, 1, 40, (40, 1, 40)),
+        ("auto", 2, 40, 20, (6, 2, 3)),
+        ("auto", 1, 400, 20, (16, 1, 16)),
+        ("auto", 1, 400, 9, (9, 1, 9)),
+        ("auto", 1, 400, 1, (2, 1, 2)),
+        ("auto", 2, 5, 20, (4, 2, 2)),
+        ("auto", 4, 2, 20, (2, 2, 1)),
+        (3, 2, 40, 1, (3, 2, 2)),
+        (100, 1, 40, 20, (40, 1, 40)),
     ],
 )
 def test_slots_and_engines(
-    written: Any, fit: int, trials: int, expected: tuple[int, int, int]
+    written: Any, fit: int, trials: int, fill_pass: int, expected: tuple[int, int, int]
 ) -> None:
     space = {"method.rank": {"int_uniform": [4, 64]}}
-    found = arrange(config(space, search={"max_concurrent": written}), fit, trials)
+    found = arrange(config(space, search={"max_concurrent": written}), fit, trials, fill_pass)
     assert (found.at_once, found.engines, found.slots) == expected
     assert (found.method.rank, found.measured) == (64, written == "auto")
+
+
+@pytest.mark.parametrize(
+    ("length", "workers", "expected"), [(12.5, 1, 10), (243.0, 1, 1), (100.0, 2, 2)]
+)
+def test_steps_that_fill_a_pass(length: float, workers: int, expected: int) -> None:
+    """2048 tokens a worker on a CPU, 16 examples a step."""
+    assert steps_in_a_pass(config(parallel={"workers": workers}), length) == expected
