@@ -145,11 +145,13 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
     from raytune_ft.promote.custom import check_functions
+    from raytune_ft.train.trackers import check_trackers
 
     positions = getattr(
         load_model_config(config.model).get_text_config(), "max_position_embeddings", None
     )
     check_functions(config.promote.metrics)
+    check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)

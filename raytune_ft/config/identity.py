@@ -25,6 +25,7 @@ FREE = (
     "search.storage",
     "search.budget",
     "promote",
+    "tracking",
 )
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()

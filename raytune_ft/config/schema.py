@@ -12,6 +12,7 @@ from pydantic import Field
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.section import Fraction, Positive, Section
+from raytune_ft.config.tracking import TrackingConfig
 
 
 class ModelConfig(Section):
@@ -322,3 +323,4 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     search: SearchConfig | None = None
     promote: PromoteConfig = PromoteConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -33,6 +33,7 @@ NOT_SEARCHED = (
     "checkpoint",
     "search",
     "promote",
+    "tracking",
 )
 MIN_DRAWS, MAX_DRAWS = 100, 10_000
 

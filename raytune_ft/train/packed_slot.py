@@ -19,16 +19,17 @@ from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.model.drawn import Drawn
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, StepMetrics
-from raytune_ft.rundir import CHECKPOINTS, METRICS
+from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.ended import checkpoint_path, write_ended, write_result
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.heartbeat import Heartbeat
+from raytune_ft.train.log import Log
 from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.packed_holder import SlotHolder
 from raytune_ft.train.packed_open import OpenStep
 from raytune_ft.train.packed_optim import Step
-from raytune_ft.train.report import MetricsFile, Reporter, Several
+from raytune_ft.train.report import Reporter, Several
 from raytune_ft.train.reports import Reports
 from raytune_ft.train.result import run_result
 from raytune_ft.train.rules import (
@@ -85,8 +86,7 @@ class SlotRun:
         )
         self._saver.alive = heart.alive
         resume_step = self.progress.step if checkpoint else None
-        path, writes = spec.run_dir / METRICS, strategy.rank == 0
-        self._log = MetricsFile(path, resume_step) if writes else None
+        self._log = Log(spec, resume_step) if strategy.rank == 0 else None
         self._both = Several([self._log, reporter] if self._log else [reporter])
         self._reports = Reports(self._saver, reporter)
         self._evaluation: EvalMetrics | None = None

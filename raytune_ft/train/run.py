@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -16,14 +16,15 @@ from raytune_ft.model.build import disk_dtype
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.skeleton import build
 from raytune_ft.records import RunResult
-from raytune_ft.rundir import CHECKPOINTS, METRICS
+from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import STRATEGIES, Strategy
 from raytune_ft.train.ended import ended_result, write_result
 from raytune_ft.train.heartbeat import watched
 from raytune_ft.train.host import Host, own_host
+from raytune_ft.train.log import Log
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.report import MetricsFile, Reporter, Silent
+from raytune_ft.train.report import Reporter, Silent
 from raytune_ft.train.result import run_result
 from raytune_ft.train.rules import Objective, Schedule
 from raytune_ft.train.saver import Identity, Saver
@@ -90,9 +91,10 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     )
     writes = strategy.rank == 0
     resume_step = progress.step if checkpoint else None
-    log = MetricsFile(spec.run_dir / METRICS, resume_step) if writes else Silent()
+    log = Log(spec, resume_step) if writes else None
     alone = host is None and strategy.world_size == 1
     with (
+        closing(log) if log else nullcontext(),
         own_host(spec) if alone else nullcontext(host or Host()) as near,
         watched(near.heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
     ):
@@ -107,7 +109,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             Objective(spec.metric, spec.mode),
             progress,
             saver,
-            log,
+            log or Silent(),
             reporter,
             near.should_stop,
             near.heart,

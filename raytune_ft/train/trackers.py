@@ -1,0 +1,309 @@
+"""Metrics for TensorBoard, MLflow, Weights & Biases and Trackio: one run for each run or trial.
+
+A tracker is one small class and one entry of `TRACKERS`. It is called in the process of rank 0 that
+trains, never through Ray. What talks to a server does so in a thread of its own, so that a slow one
+costs no step; what fails is told once, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from raytune_ft.config.tracking import PACKAGES, TrackingConfig
+from raytune_ft.errors import ConfigError
+from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.rundir import write_text_atomic
+
+CLOSE_S = 20.0
+"""How long the end of a run waits for a server to take what is left."""
+MLFLOW_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+}
+"""Its own are 7 times and 120 s, which the end of a run would wait for."""
+IDS, EVENTS = "tracking.json", "tensorboard"
+STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose metrics these are. `group` is the sweep's name; of a run alone its own.
+
+    `params` is the config with dotted keys, as it is written: `${ENV_NAME}` is not filled in.
+    `resume_step` is that of the checkpoint that the run goes on from, None for a new run.
+    """
+
+    name: str
+    group: str
+    run_dir: Path
+    params: Mapping[str, Any]
+    resume_step: int | None
+
+
+class Tracker(Protocol):
+    """Takes figures of one run. Any exception ends it, and nothing else."""
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Such as {"train/loss": 2.3, "train/examples": 128}."""
+
+    def close(self) -> None:
+        """The run is over; what is left is sent."""
+
+
+class TensorBoard:
+    """Event files below the run's directory: `tensorboard --logdir` takes a run or a sweep."""
+
+    def __init__(self, tracking: TrackingConfig, run: Identity) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        directory = run.run_dir / EVENTS
+        directory.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        if run.resume_step is not None:  # what came after that checkpoint comes once more
+            self._write(run.resume_step + 1, restart=True)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """One event, however many figures."""
+        self._write(step, figures)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._events.close()
+
+    def _write(
+        self, step: int, figures: Mapping[str, float] | None = None, restart: bool = False
+    ) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        event = Event(wall_time=time.time(), step=step)
+        if restart:
+            event.session_log.CopyFrom(SessionLog(status=SessionLog.START))
+        else:
+            values = [
+                Summary.Value(tag=name, simple_value=v) for name, v in (figures or {}).items()
+            ]
+            event.summary.CopyFrom(Summary(value=values))
+        self._events.write_event(event)
+        if any(name.startswith("eval/") for name in figures or ()):
+            self._events.flush()
+
+
+class MLflow:
+    """A run of MLflow with the trial's name, in the experiment PROJECT/SWEEP."""
+
+    def __init__(self, tracking: TrackingConfig, run: Identity) -> None:
+        for variable, value in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._client, self._metric = MlflowClient(tracking_uri=tracking.uri), Metric
+        name = f"{tracking.project}/{run.group}"
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._created(name)
+        self._id = _kept_id(run, "mlflow")
+        if self._id is None:
+            tags = {"mlflow.runName": run.name, "raytune_ft.sweep": run.group}
+            self._id = self._client.create_run(experiment, tags=tags).info.run_id
+            params = [Param(key, str(value)[:500]) for key, value in run.params.items()]
+            for start in range(0, len(params), 100):  # the server's own limit
+                self._client.log_batch(self._id, params=params[start : start + 100])
+            _keep_id(run, "mlflow", self._id)
+        else:
+            self._client.update_run(self._id, status="RUNNING")
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        now = int(time.time() * 1000)
+        metrics = [self._metric(name, value, now, step) for name, value in figures.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._client.set_terminated(self._id)
+
+    def _created(self, name: str) -> str:
+        """Another trial may be faster."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+
+class Wandb:
+    """A run of Weights & Biases with the trial's name, in the group of the sweep's name."""
+
+    def __init__(self, tracking: TrackingConfig, run: Identity) -> None:
+        import wandb
+
+        kept = _kept_id(run, "wandb")
+        self._run = wandb.init(
+            project=tracking.project,
+            group=run.group,
+            name=run.name,
+            id=kept,
+            resume="allow" if kept else None,
+            dir=str(run.run_dir),
+            config=dict(run.params),
+            reinit="create_new",  # several runs may train in one process
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        _keep_id(run, "wandb", self._run.id)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Steps are a figure of their own: wandb drops what is not in ascending order."""
+        self._run.log({**figures, "step": step})
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run of Trackio with the trial's name, in the group of the sweep's name, on this machine."""
+
+    def __init__(self, tracking: TrackingConfig, run: Identity) -> None:
+        import trackio
+
+        with Path("/dev/null").open("w") as nowhere, redirect_stdout(nowhere):
+            self._run = trackio.init(
+                project=tracking.project,
+                name=f"{run.group}/{run.name}",
+                group=run.group,
+                config=dict(run.params),
+                resume="never" if run.resume_step is None else "allow",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackingConfig, Identity], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+
+
+def check_trackers(tracking: TrackingConfig) -> None:
+    """Raises ConfigError for a tracker whose package is not installed."""
+    for name in tracking.to:
+        if find_spec(PACKAGES[name]) is None:
+            raise ConfigError(
+                f"tracking.to={name}",
+                f"needs the package {PACKAGES[name]}, which is not installed",
+                f"pip install 'raytune-ft[{name}]', or leave it out",
+            )
+
+
+class Tracked:
+    """A `Reporter` over one tracker, which works in a thread of its own and may fail."""
+
+    def __init__(self, name: str, tracking: TrackingConfig, run: Identity) -> None:
+        self._name, self._every, self._run = name, tracking.every_steps, run
+        self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(
+            target=self._work, args=(tracking,), name=f"tracking-{name}", daemon=True
+        )
+        self._thread.start()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Reporter`."""
+        if metrics.step % self._every == 0:
+            figures = {f"train/{name}": float(getattr(metrics, name)) for name in STEP}
+            self._put({**figures, "train/examples": float(metrics.examples)}, metrics.step)
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """See `Reporter`."""
+        figures = {
+            "eval/loss": metrics.eval_loss,
+            "eval/token_accuracy": metrics.eval_token_accuracy,
+            "eval/exact_match": metrics.eval_exact_match,
+            "eval/examples": float(metrics.examples),
+        }
+        self._put(figures, metrics.step)
+
+    def close(self) -> None:
+        """Waits for what is left, but not for ever."""
+        self._waiting.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._tell(f"is left behind with what it did not take within {CLOSE_S:.0f} s")
+
+    def _put(self, figures: dict[str, float], step: int) -> None:
+        if not self._failed:
+            self._waiting.put((figures, step))
+
+    def _work(self, tracking: TrackingConfig) -> None:
+        try:
+            tracker = TRACKERS[self._name](tracking, self._run)
+            while (item := self._waiting.get()) is not None:
+                tracker.log(*item)
+            tracker.close()
+        except Exception as error:  # noqa: BLE001 - whatever a server does, the run goes on
+            self._failed = True
+            lines = str(error).strip().splitlines() or [""]
+            self._tell(
+                f"failed, and the run goes on without it: {type(error).__name__}: {lines[0]}"
+            )
+
+    def _tell(self, what: str) -> None:
+        """On stderr, and in the run's directory, since nobody listens to a worker."""
+        text = f"tracking by {self._name} {what}"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            _keep(self._run, f"{self._name}_warning", text)
+
+
+_IDS_LOCK = threading.Lock()
+
+
+def _kept_id(run: Identity, tracker: str) -> str | None:
+    """The server's id of a run that is resumed."""
+    return _ids(run).get(tracker) if run.resume_step is not None else None
+
+
+def _keep_id(run: Identity, tracker: str, value: str) -> None:
+    _keep(run, tracker, value)
+
+
+def _keep(run: Identity, key: str, value: str) -> None:
+    with _IDS_LOCK:
+        content = json.dumps({**_ids(run), key: value}, indent=2) + "\n"
+        write_text_atomic(run.run_dir / IDS, content)
+
+
+def _ids(run: Identity) -> dict[str, str]:
+    try:
+        found = json.loads((run.run_dir / IDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
