@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from peft import PeftConfig
+from ray.tune.schedulers import TrialScheduler
 
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import Interrupted
+from raytune_ft.search.ray_schedulers import Asha
 from raytune_ft.search.ray_tune import run_sweep
 from raytune_ft.search.results import SweepResult
 from raytune_ft.train.report import Silent
@@ -174,3 +179,85 @@ def test_trials_that_end_badly_hurt_nobody_and_others_take_their_slots(
         if row.params["train.lr"] == 1e29 and row not in lost:
             assert "Diverged" in (row.error or "")
     assert any(row.status == "completed" for row in result.trials)
+
+
+@pytest.mark.slow
+def test_branches_a_budget_and_the_median_rule(inputs: Inputs, tmp_path: Path) -> None:
+    sweep_dir = tmp_path / "sweep"
+    search = {
+        "trials": 12,
+        "space": {
+            "train.lr": {"log_uniform": [1e-5, 1e-2]},
+            "method.rslora": {"choice": [True, False]},
+            "method.alpha": {"uniform": [8, 64], "when": {"method.rslora": [True]}},
+        },
+        "scheduler": {"name": "median", "grace_examples": 70, "min_trials": 2},
+        "budget": {"examples": 1200},
+    }
+    config = begin(inputs, sweep_dir, **search)
+    result = run_sweep(config, sweep_dir, inputs.data_dir, print)
+    assert_nothing_left()
+    assert (result.status, result.execution) == ("completed", "packed")
+    assert result.ended_by == "examples"
+    assert 4 <= len(result.trials) < 12
+    assert {row.status for row in result.trials} <= {"completed", "pruned"}
+    # Who runs when the budget is used up goes on to its next evaluation.
+    assert 1200 <= sum(row.examples for row in result.trials) < 1200 + 3 * 100
+    branches = {row.params["method.rslora"] for row in result.trials}
+    assert branches == {True, False}
+    for row in result.trials:
+        own = load_config(sweep_dir / "trials" / row.id / "config.yaml")
+        assert ("method.alpha" in row.params) == row.params["method.rslora"]
+        assert own.method.rslora == row.params["method.rslora"]  # type: ignore[union-attr]
+    first = next(row.id for row in result.trials if row.status == "completed")
+    assert_as_alone(inputs, sweep_dir, first, tmp_path / "alone")
+
+
+REPORT = re.compile(r"(trial-\d+): eval_loss \S+ after (\d+) examples")
+
+
+@pytest.mark.slow
+def test_asha_decides_alike_on_the_same_reports(inputs: Inputs, tmp_path: Path) -> None:
+    """The order in which each sweep reported, replayed with its own losses and the other's."""
+    values: dict[str, dict[tuple[str, int], float]] = {}
+    orders: dict[str, list[tuple[str, int]]] = {}
+    pruned: dict[str, dict[str, int]] = {}
+    for execution in ("packed", "isolated"):
+        sweep_dir = tmp_path / execution
+        halving = {"name": "asha", "grace_examples": 70, "reduction_factor": 2}
+        config = begin(inputs, sweep_dir, execution=execution, scheduler=halving, trials=4)
+        lines: list[str] = []
+        result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append)
+        assert result.execution == execution
+        heard = [found.groups() for line in lines if (found := REPORT.match(line))]
+        orders[execution] = [(name, int(examples)) for name, examples in heard]
+        pruned[execution] = {r.id: r.examples for r in result.trials if r.status == "pruned"}
+        values[execution] = {
+            (row.id, line["examples"]): line["eval_loss"]
+            for row in result.trials
+            for line in metrics(sweep_dir / "trials" / row.id)
+            if "eval_loss" in line
+        }
+    assert pruned["packed"]
+    packed, isolated = values["packed"], values["isolated"]
+    common = packed.keys() & isolated.keys()
+    assert len(common) >= 4
+    assert max(abs(packed[report] - isolated[report]) for report in common) < 1e-5
+    for execution, order in orders.items():
+        for losses in (isolated | packed, packed | isolated):
+            assert _stopped_by_asha(order, losses) == pruned[execution], (execution, order)
+
+
+def _stopped_by_asha(
+    order: list[tuple[str, int]], losses: dict[tuple[str, int], float]
+) -> dict[str, int]:
+    rule = Asha(AshaConfig(grace_examples=70, reduction_factor=2), 277, "eval_loss", "min")
+    trials, stopped = {}, {}
+    for name, examples in order:
+        if name not in trials:
+            trials[name] = SimpleNamespace(config={"trial": name, "budget": 277})
+            rule.on_trial_add(None, trials[name])
+        report = {"examples": examples, "eval_loss": losses[name, examples]}
+        if rule.on_trial_result(None, trials[name], report) == TrialScheduler.STOP:
+            stopped[name] = examples
+    return stopped
