@@ -13,6 +13,7 @@ from raytune_ft.config.schema import Config, LoraMethod
 from raytune_ft.data.layout import Row
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.prepare import PreparedData
+from raytune_ft.errors import InputError
 from raytune_ft.model.drawn import Drawn, draw_adapter
 from raytune_ft.model.multi_lora import MultiLora, Window
 from raytune_ft.model.skeleton import build_base, shapes_of
@@ -78,7 +79,10 @@ class Passes:
         """
         config, strategy, optimizer = self._config, self.engine.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
-        drawn = draw_adapter(self.shapes, config.method, config.train.precision, config.seed)
+        try:
+            drawn = draw_adapter(self.shapes, config.method, config.train.precision, config.seed)
+        except InputError as error:  # which is that of the trials that have it
+            return f"{self.slots} slots (not tried: {error})"
         self.stack.adapt(list(drawn.layers))
         why = "as written"
         if memory is not None:

@@ -47,25 +47,26 @@ def engine_worker(payload: dict[str, Any]) -> str:
     engine = PackedEngine(spec.config, data, slots, payload["rank"], strategy, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         work = _Work(engine, desk)
-        try:
-            if before is None:
-                why = engine.passes.settle(payload["memory"], payload["measured"])
-                if strategy.rank == 0:
-                    payload["switchboard"].post.remote(payload["run"], {"note": why})
-            for held in desk.begin(engine.passes.slots):
-                work.enter(held)
-            while not work.finished:
-                host.heart.enter(f"{len(work.specs)} trials")
-                if desk.any_rank(host.should_stop()):
-                    work.interrupt()
-                    return "interrupted"
-                for command in desk.commands(wait=not work.specs):
-                    work.do(command)
-                if work.specs:
-                    work.advance()
-        finally:
-            engine.close()
-    return "completed"
+        if before is None:
+            why = engine.passes.settle(payload["memory"], payload["measured"])
+            if strategy.rank == 0:
+                payload["switchboard"].post.remote(payload["run"], {"note": why})
+        for held in desk.begin(engine.passes.slots):
+            work.enter(held)
+        interrupted = False
+        while not (work.finished or interrupted):
+            host.heart.enter(f"{len(work.specs)} trials")
+            interrupted = desk.any_rank(host.should_stop())
+            if interrupted:
+                work.interrupt()
+                continue
+            for command in desk.commands(wait=not work.specs):
+                work.do(command)
+            if work.specs:
+                work.advance()
+        # Not where this rank fails: what it would wait for, others may never write.
+        engine.close()
+    return "interrupted" if interrupted else "completed"
 
 
 class _Desk:

@@ -91,3 +91,15 @@ def test_memory_bounds_slots(tmp_path: Path) -> None:
     assert packed.engine.free == 1
     packed.enter("a", config)
     assert packed.finish(1) == ["a"]
+
+
+def test_an_adapter_that_some_trials_cannot_have_stops_nobody(tmp_path: Path) -> None:
+    config = make_config(*make_inputs(tmp_path / "inputs"), SHORT)
+    odd = config.model_copy(
+        update={"method": config.method.model_copy(update={"targets": ["nothing"]})}
+    )
+    packed = Packed(odd, tmp_path, slots=3)
+    assert "names no layer" in packed.engine.passes.settle(None, measured=True)
+    assert packed.engine.free == 3
+    packed.enter("a", config)
+    assert packed.finish(1) == ["a"]
