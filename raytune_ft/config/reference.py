@@ -205,6 +205,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
         return one_of(str(item) for item in args)
     if origin is list and annotated_types.MaxLen(2) in metadata:
         return "[min, max]"
+    if origin is list and typing.get_origin(args[0]) is typing.Literal:
+        return f"a list of {', '.join(map(str, typing.get_args(args[0])))}"
     if origin is list:
         return f"a list of {_plural(args[0])}"
     if origin is dict:

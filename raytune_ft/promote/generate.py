@@ -13,7 +13,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.train.engine import Engine
 
-TOKENS = {"cpu": 8192, "cuda": 131072}
+TOKENS = {"cpu": 32768, "cuda": 131072}
 """Of one batch, prompts, padding and continuations."""
 
 Ids = Sequence[int]
@@ -51,7 +51,7 @@ def with_transformers(
     while waiting:
         longest = max(1, len(prompts[waiting[0]]))
         new = limit if positions is None else min(limit, positions - longest)
-        batch = waiting[: max(1, TOKENS.get(device.type, 8192) // (longest + max(new, 1)))]
+        batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
         del waiting[: len(batch)]
         if new > 0:
             texts = _generate(built, [prompts[i] for i in batch], new, end, engine.pad_token)

@@ -122,7 +122,7 @@ class Plot:
 
     def label(self, x: float, y: float, text: str) -> None:
         """A text beside a point, on its left near the right edge, moved where others stand."""
-        width, left, at = 6.2 * len(text), self.px(x), self.py(y) + 4
+        width, left, at = 7.1 * len(text), self.px(x), self.py(y) + 4
         start = left + 9 if left + 9 + width < WIDTH - RIGHT else left - 9 - width
         for shift in (0, -14, 14, -28, 28, -42, 42, -56):
             if not any(

@@ -15,7 +15,7 @@ from raytune_ft.errors import StorageError
 from raytune_ft.report import write
 from raytune_ft.report.svg import Plot, bounds, shown, ticks
 from raytune_ft.report.write import try_report, write_report
-from tests.unit.report.conftest import EVIL
+from tests.support.reports import EVIL
 
 
 class Page(HTMLParser):
