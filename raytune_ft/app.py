@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ from raytune_ft.rundir import (
     cache_path,
     open_run,
     probe_storage,
+    remote_url,
+    run_path,
     write_text_atomic,
 )
 
@@ -75,7 +77,11 @@ def train(
 ) -> Trained:
     """One run. Raises InputError, RunFailed or Interrupted."""
     written = load_config(file, overrides, tell, ignore_search=True)
-    with placed(written) as (config, reason), open_run(config, resume) as run:
+    with (
+        placed(written) as (config, reason),
+        _mirrored(config, resume, tell),
+        open_run(config, resume) as run,
+    ):
         config = _as_it_began(written, config, run)
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
@@ -98,7 +104,11 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
-    with placed(written) as (config, _), open_run(config, resume) as run:
+    with (
+        placed(written) as (config, _),
+        _mirrored(config, resume, tell),
+        open_run(config, resume) as run,
+    ):
         config = _as_it_began(written, config, run)
         if not _has_ended(run, config):
             _ask_studies(config, begun=run.saved is not None)
@@ -126,7 +136,7 @@ def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
 def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:
     """The test metrics of a config for any model directory, hub id or `builtin:` model."""
     config = expand_env(resolve(load_config(file, overrides, tell)))
-    probe_storage(Path(config.storage))
+    probe_storage(run_path(config).parent)
     from raytune_ft.promote.evaluate import evaluate_directory
 
     if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
@@ -215,6 +225,15 @@ def _as_it_began(written: Config, config: Config, run: OpenRun) -> Config:
     if not same or before.strategy not in ("ddp", "fsdp"):
         return config
     return apply_overrides(config, {"parallel.strategy": before.strategy})
+
+
+def _mirrored(config: Config, resume: bool, tell: Tell) -> AbstractContextManager[None]:
+    """Copies a run to its object store, where its storage is one."""
+    if remote_url(config) is None:
+        return nullcontext()
+    from raytune_ft.checkpoints.mirror import mirrored
+
+    return mirrored(remote_url(config), run_path(config), resume, tell)
 
 
 def joins_cluster(config: Config) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from raytune_ft import show
+from raytune_ft.cli_checkpoints import app as checkpoints
 from raytune_ft.errors import Interrupted, RaytuneFtError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(checkpoints, name="checkpoints")
 PROGRAM = "raytune-ft"
 INTERRUPTED = "interrupted; a run continues with --resume"
 # typer may bring a click of its own, and shows this class through its subclasses alone.

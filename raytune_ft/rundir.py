@@ -12,9 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raytune_ft.config.environment import expand_text
+from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
 from raytune_ft.config.identity import check_resume
 from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, StorageError
 from raytune_ft.files import fsync
@@ -22,13 +23,26 @@ from raytune_ft.records import to_json
 
 CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
 DATA, TRIALS, PROMOTED = "data.json", "trials", "promoted"
-_LOCK = ".lock"
+LOCK = ".lock"
 _REMEDY = "write a storage directory that this user can write to"
 
 
 def run_path(config: Config) -> Path:
-    """STORAGE/NAME of a resolved config."""
-    return Path(expand_text(config.storage, "storage")) / config.name
+    """STORAGE/NAME of a resolved config; of an object store, where its run lives meanwhile."""
+    storage = expand_text(config.storage, "storage")
+    return (_live(storage) if storage.startswith(OBJECT_STORE) else Path(storage)) / config.name
+
+
+def remote_url(config: Config) -> str | None:
+    """The s3:// URL of a storage that is one."""
+    storage = expand_text(config.storage, "storage")
+    return storage if storage.startswith(OBJECT_STORE) else None
+
+
+def _live(url: str) -> Path:
+    """On the driver's disk, or wherever RAYTUNE_FT_STORAGE says."""
+    root = os.environ.get(STORAGE_VARIABLE) or "~/.cache/raytune_ft/s3"
+    return Path(root).expanduser() / url.removeprefix(OBJECT_STORE).strip("/")
 
 
 def cache_path(config: Config) -> Path:
@@ -171,7 +185,7 @@ def _undo(path: Path, made: bool) -> None:
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != _LOCK:
+        elif entry.name != LOCK:
             entry.unlink(missing_ok=True)
 
 
@@ -179,7 +193,7 @@ def _undo(path: Path, made: bool) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Holds an flock, which the kernel gives up when its holder dies, however it dies."""
     try:
-        lock = FileLock(path / _LOCK, timeout=0)
+        lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
         raise StorageError(
@@ -199,7 +213,7 @@ def _refuse_existing(path: Path) -> None:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     except OSError as error:
         raise _unwritable(path, error) from None
-    strange = [name for name in names if name != _LOCK and not name.startswith(f".{CONFIG}.")]
+    strange = [name for name in names if name != LOCK and not name.startswith(f".{CONFIG}.")]
     if strange or (path.exists() and not path.is_dir()):
         raise StorageError(
             f"run {path.name}",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from raytune_ft.records import EvalMetrics, StepMetrics
+
+if TYPE_CHECKING:
+    from raytune_ft.checkpoints.manage import Row
 
 LOG_EVERY_S = 10.0
 MAX_ERROR = 1000
@@ -106,6 +109,24 @@ def trials_table(trials: Sequence[Mapping[str, Any]], best: str | None) -> Table
         mark = " *" if trial["id"] == best else ""
         loss, examples = _value(trial["eval_loss"]), f"{trial['examples']:,}"
         table.add_row(str(trial["id"]) + mark, trial["status"], *params, loss, examples)
+    return table
+
+
+def checkpoints_table(rows: Sequence[Row]) -> Table:
+    """One row a checkpoint."""
+    table = Table("run", "checkpoint", "examples", "eval loss", "MB", "", title="checkpoints")
+    for row in rows:
+        manifest = row.manifest
+        figures = (
+            ["-", "-", "-"]
+            if manifest is None
+            else [
+                f"{manifest.examples:,}",
+                _value(manifest.eval_loss),
+                f"{row.bytes / 1e6:,.1f}",
+            ]
+        )
+        table.add_row(row.run, row.name, *figures, row.error or "referred to" * row.referred)
     return table
 
 

@@ -39,6 +39,14 @@ def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
 def _read_manifest(path: Path) -> CheckpointManifest:
     with _readable(path):
         raw = path.read_bytes()
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, path: str) -> CheckpointManifest:
+    """
+    Raises:
+        CheckpointError: it is damaged; `path` is for the message.
+    """
     try:
         fields = json.loads(raw)
         declared = fields.pop("manifest_sha256")

@@ -154,7 +154,7 @@ class CheckpointStore:
     def list(self) -> Sequence[tuple[Path, CheckpointManifest]]:
         """Checkpoints by ascending step, whose manifest is sound and whose files have its sizes."""
         found = []
-        for path in self._paths():
+        for path in self.paths():
             try:
                 found.append((path, check_sizes(path)))
             except CheckpointError:
@@ -165,7 +165,7 @@ class CheckpointStore:
         self, accept: Callable[[CheckpointManifest], bool] = lambda manifest: True
     ) -> Path | None:
         """The latest checkpoint that verifies to the last byte; says which ones it passed over."""
-        for path in reversed(self._paths()):
+        for path in reversed(self.paths()):
             try:
                 if not accept(check_sizes(path)):
                     continue
@@ -183,12 +183,35 @@ class CheckpointStore:
         mode: Literal["min", "max"],
         protect: Collection[str] = (),
         metric: str = "eval_loss",
+        keep_every_examples: int | None = None,
     ) -> Sequence[str]:
-        """Delete all but the newest, the best by `metric` and the protected; names of the deleted.
+        """Delete all but the newest, the best by `metric`, milestones and the protected; names of
+        the deleted.
 
-        `protect` takes names or paths that end in one. Damaged folders are neither counted nor
-        deleted. Hidden rubbish of dead processes is cleared too.
+        `protect` takes names or paths that end in one. A milestone is the first checkpoint at or
+        past a multiple of `keep_every_examples`. Damaged folders are neither counted nor deleted.
+        Hidden rubbish of dead processes is cleared too.
         """
+        deleted = self.to_delete(keep_last, keep_best, mode, protect, metric, keep_every_examples)
+        self.delete(deleted)
+        return [path.name for path in deleted]
+
+    def delete(self, paths: Iterable[Path]) -> None:
+        """Each disappears by one rename. Hidden rubbish of dead processes is cleared too."""
+        for path in paths:
+            self._delete(path)
+        self._clear_rubbish()
+
+    def to_delete(
+        self,
+        keep_last: int,
+        keep_best: int,
+        mode: Literal["min", "max"],
+        protect: Collection[str] = (),
+        metric: str = "eval_loss",
+        keep_every_examples: int | None = None,
+    ) -> Sequence[Path]:
+        """What `retain` would delete."""
         checkpoints = self.list()
         kept = {Path(name).name for name in protect}
         kept |= {path.name for path, _ in checkpoints[-max(keep_last, 1) :]}
@@ -199,13 +222,24 @@ class CheckpointStore:
             if (value := manifest.metrics.get(metric)) is not None
         ]
         kept |= {name for _, _, name in sorted(scored)[: max(keep_best, 1)]}
-        deleted = [path for path, _ in checkpoints if path.name not in kept]
-        for path in deleted:
-            self._delete(path)
-        self._clear_rubbish()
-        return [path.name for path in deleted]
+        if keep_every_examples is not None:
+            milestones: dict[int, str] = {}
+            for path, manifest in checkpoints:
+                milestones.setdefault(manifest.examples // keep_every_examples, path.name)
+            kept |= {name for multiple, name in milestones.items() if multiple}
+        return [path for path, _ in checkpoints if path.name not in kept]
 
-    def _paths(self) -> Sequence[Path]:
+    def quarantine(self, path: Path) -> Path:
+        """Move a damaged checkpoint out of the way, under a name that says so; where it went."""
+        number = 1
+        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        fsync(self.root)
+        return aside
+
+    def paths(self) -> Sequence[Path]:
+        """Folders of checkpoints by ascending step, sound or not."""
         if not self.root.is_dir():
             return []
         steps = [

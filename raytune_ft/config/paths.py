@@ -10,8 +10,10 @@ from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
 from raytune_ft.errors import ConfigError, StorageError
 
 BUILTIN = "builtin:"
+OBJECT_STORE = "s3://"
 _SQLITE = "sqlite:///"
 _LOCAL = ("./", "../", "~", "/")
+_BUCKET = re.compile(r"[a-z0-9$][\w.${}-]*(/[^@]*)?$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 """Extensions of sources. Nothing else behind a dot makes a file: hub ids hold version numbers."""
@@ -20,15 +22,18 @@ FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
     """The directory that runs go to; StorageError for one that would not outlive the run."""
     check_storage(written)
-    if not _is_relative(written, "storage"):
-        return absolute(written, cwd, "storage")
-    if not disposable_cwd:
-        return absolute(written, cwd, "storage")
+    remote = expand_text(written, "storage").startswith(OBJECT_STORE)
+    if not disposable_cwd or not (remote or _is_relative(written, "storage")):
+        return written.rstrip("/") if remote else absolute(written, cwd, "storage")
     root = os.environ.get(STORAGE_VARIABLE, "")
+    if remote and os.path.isabs(root):
+        return written.rstrip("/")
     if not os.path.isabs(root):
         raise StorageError(
             f"storage={written}",
-            "is relative, and inside a Ray job or on several nodes the current directory is "
+            "needs a place where the run lives meanwhile, inside a Ray job or on several nodes"
+            if remote
+            else "is relative, and inside a Ray job or on several nodes the current directory is "
             "disposable",
             f"write a path that every node reaches, or set {STORAGE_VARIABLE} to one",
         )
@@ -36,14 +41,15 @@ def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
 
 
 def check_storage(written: str) -> None:
-    """ConfigError for an object store, which is not built yet."""
-    scheme, colon, _ = written.partition("://")
-    if colon:
-        raise ConfigError(
-            f"storage={scheme}://...",
-            "is a URL, and storage on an object store is not built yet",
-            "write a directory that every node can reach",
-        )
+    """ConfigError for a URL that is not s3://bucket/prefix."""
+    scheme, colon, rest = written.partition("://")
+    if not colon or (scheme == "s3" and _BUCKET.match(rest)):
+        return
+    raise ConfigError(
+        f"storage={scheme}://...",
+        "is a URL, and not one of a bucket",
+        "write a directory, or s3://bucket/prefix with credentials in the environment",
+    )
 
 
 def model(written: str, cwd: Path) -> str:

@@ -227,6 +227,10 @@ class CheckpointConfig(Section):
     )
     keep_last: Annotated[int, Field(ge=2)] = 2
     keep_best: Positive = 1
+    keep_every_examples: Positive | None = Field(
+        None,
+        description="also keep, for good, the first checkpoint at or past each multiple",
+    )
     asynchronous: bool = Field(True, description="write in the background while training goes on")
 
 

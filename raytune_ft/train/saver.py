@@ -153,6 +153,7 @@ class Saver:
                 self.identity.mode,  # type: ignore[arg-type]
                 protect=_referred(progress),
                 metric=self.identity.metric,
+                keep_every_examples=self.settings.keep_every_examples,
             )
         except OSError as error:  # the new checkpoint is there all the same
             logging.getLogger(__name__).warning(f"old checkpoints are kept: {error}")

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     ),
     "unwritable storage": ("train", ["storage=/proc/runs"], "write a storage directory that this"),
     "storage is a file": ("train", ["storage={tmp}/empty.jsonl"], "cannot be written"),
-    "object store": ("train", ["storage=s3://bucket/runs"], "is not built yet"),
+    "object store": ("train", ["storage=gs://bucket/runs"], "is a URL, and not one of a bucket"),
     "unknown key in the search space": (
         "sweep",
         ["search.space.train.lrr.choice=[1.0]"],

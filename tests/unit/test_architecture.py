@@ -25,6 +25,7 @@ LAYERS = [
     {"show"},
     {"app"},
     {"plan"},
+    {"cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]

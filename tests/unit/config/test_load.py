@@ -150,7 +150,10 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("a: [1", "line 8 is not YAML"),
         ("3: 4", "has the key 3, which is not text; quote it"),
         ("model: {path: !!python/name:os.system x}", "is not YAML"),
-        ("storage: s3://bucket/runs", "storage on an object store is not built yet; write a dir"),
+        (
+            "storage: gs://bucket/runs",
+            "is a URL, and not one of a bucket; write a directory, or s3",
+        ),
         ("storage: https://me:hunter2@host/x", "storage holds a password, and the config is saved"),
         ("train: {batch_size: 4}\nparallel: {workers: 8}", "is smaller than parallel.workers=8; w"),
         ("parallel: {strategy: single, workers: 2}", "parallel.strategy=single is one process"),

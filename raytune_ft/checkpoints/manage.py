@@ -1,0 +1,223 @@
+"""What `raytune-ft checkpoints` does: list, verify and prune those of a run, a sweep or a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from raytune_ft.checkpoints.manifest import check_sizes
+from raytune_ft.checkpoints.references import referred, run_folders, sweep_of
+from raytune_ft.checkpoints.remote import RemoteCheckpoints
+from raytune_ft.checkpoints.s3 import SCHEME, Bucket
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.load import load_config
+from raytune_ft.errors import CheckpointError, StorageError
+from raytune_ft.records import CheckpointManifest
+from raytune_ft.rundir import CHECKPOINTS, CONFIG, LOCK
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint; `error` where it is damaged, `referred` where something names it."""
+
+    run: str
+    name: str
+    manifest: CheckpointManifest | None
+    referred: bool = False
+    error: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of its files."""
+        return sum(file.bytes for file in self.manifest.files) if self.manifest else 0
+
+
+class Place(Protocol):
+    """A folder of checkpoints, here or on an object store."""
+
+    def rows(self) -> list[Row]:
+        """What a listing shows: manifests and, on a disk, sizes."""
+        ...
+
+    def verify(self, name: str) -> CheckpointManifest:
+        """Reads every byte; CheckpointError."""
+        ...
+
+    def quarantine(self, name: str) -> str:
+        """Where a damaged one went."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Local:
+    run: Path
+    label: str
+    kept: frozenset[Path]
+
+    def rows(self) -> list[Row]:
+        found = []
+        for path in CheckpointStore(self.run / CHECKPOINTS).paths():
+            named = path.resolve() in self.kept
+            try:
+                found.append(Row(self.label, path.name, check_sizes(path), named))
+            except CheckpointError as error:
+                found.append(Row(self.label, path.name, None, named, str(error)))
+        return found
+
+    def verify(self, name: str) -> CheckpointManifest:
+        return CheckpointStore(self.run / CHECKPOINTS).verify(self.run / CHECKPOINTS / name)
+
+    def quarantine(self, name: str) -> str:
+        store = CheckpointStore(self.run / CHECKPOINTS)
+        return str(store.quarantine(self.run / CHECKPOINTS / name))
+
+
+@dataclass(frozen=True)
+class _Remote:
+    store: RemoteCheckpoints
+    label: str
+
+    def rows(self) -> list[Row]:
+        found = []
+        for name in self.store.names():
+            try:
+                found.append(Row(self.label, name, self.store.manifest(name)))
+            except CheckpointError as error:
+                found.append(Row(self.label, name, None, error=str(error)))
+        return found
+
+    def verify(self, name: str) -> CheckpointManifest:
+        return self.store.verify(name)
+
+    def quarantine(self, name: str) -> str:
+        return self.store.quarantine(name)
+
+
+def places(where: str) -> list[Place]:
+    """The folders of checkpoints below a directory or an s3:// URL.
+
+    Raises:
+        StorageError: there is no such directory, or no checkpoint in it.
+    """
+    if where.startswith(SCHEME):
+        bucket = Bucket(where)
+        roots = {
+            key.split(f"{CHECKPOINTS}/")[0] for key in bucket.sizes() if f"{CHECKPOINTS}/" in key
+        }
+        found: list[Place] = [
+            _Remote(RemoteCheckpoints(bucket, f"{root}{CHECKPOINTS}"), root.rstrip("/") or ".")
+            for root in sorted(roots)
+        ]
+    else:
+        directory = Path(where).absolute()
+        found = [
+            _Local(run, _label(run, directory), frozenset(_kept(run)))
+            for run in run_folders(directory)
+            if (run / CHECKPOINTS).is_dir()
+        ]
+    if not found:
+        raise StorageError(
+            where, "holds no checkpoints", "write the directory of a run, a sweep or an s3:// URL"
+        )
+    return found
+
+
+def listed(where: str) -> list[Row]:
+    """All checkpoints, by run and step."""
+    return [row for place in places(where) for row in place.rows()]
+
+
+def verified(where: str, tell: Tell) -> list[Row]:
+    """Read every byte of every checkpoint; damaged ones are moved aside and named.
+
+    Raises:
+        StorageError: a run is being driven; what it replaces at this moment is not damaged.
+    """
+    _require_idle(where)
+    found = []
+    for place in places(where):
+        for row in place.rows():
+            try:
+                place.verify(row.name)
+                found.append(row)
+            except CheckpointError as error:
+                tell(f"{error}; moved to {place.quarantine(row.name)}")
+                found.append(Row(row.run, row.name, row.manifest, row.referred, str(error)))
+    return found
+
+
+def pruned(
+    where: str, keep_last: int | None, keep_best: int | None, dry_run: bool, tell: Tell
+) -> list[str]:
+    """Thin the runs out as their configs say, or as told; names of what was deleted.
+
+    What a result, a merge or a promotion names is kept, whatever is asked for. Damaged ones are
+    moved aside.
+
+    Raises:
+        StorageError: a run is being driven, or the directory is a URL.
+    """
+    if where.startswith(SCHEME):
+        raise StorageError(
+            where, "is a copy, which follows the run's own directory", "prune that and resume it"
+        )
+    _require_idle(where)
+    deleted = []
+    for run in run_folders(Path(where).absolute()):
+        if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
+            continue
+        config = load_config(run / CONFIG)
+        above = sweep_of(run)
+        search = (load_config(above / CONFIG) if above != run else config).search
+        store = CheckpointStore(run / CHECKPOINTS)
+        for row in _Local(run, run.name, frozenset()).rows():
+            if row.error and not dry_run:
+                tell(f"{row.error}; moved to {store.quarantine(run / CHECKPOINTS / row.name)}")
+        settings = config.checkpoint
+        chosen = store.to_delete(
+            keep_last or settings.keep_last,
+            keep_best or settings.keep_best,
+            search.modes[0] if search else "min",
+            [path.name for path in _kept(run)],
+            search.metrics[0] if search else "eval_loss",
+            settings.keep_every_examples,
+        )
+        if not dry_run:
+            store.delete(chosen)
+        deleted += [str(path) for path in chosen]
+    return deleted
+
+
+def _kept(run: Path) -> set[Path]:
+    folder = (run / CHECKPOINTS).resolve()
+    return {path for path in referred(run) | referred(sweep_of(run)) if path.parent == folder}
+
+
+def _label(run: Path, directory: Path) -> str:
+    return (
+        run.name
+        if run == directory or not run.is_relative_to(directory)
+        else str(run.relative_to(directory))
+    )
+
+
+def _require_idle(where: str) -> None:
+    if where.startswith(SCHEME):
+        return
+    for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
+        if not (run / LOCK).exists():
+            continue
+        lock = FileLock(run / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StorageError(
+                str(run), "is driven by another process", "wait for it to end"
+            ) from None
+        lock.release()

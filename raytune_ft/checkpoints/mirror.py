@@ -1,0 +1,249 @@
+"""A run whose storage is an object store: it lives on the driver's disk, and all of it is copied.
+
+Object stores have no append, no rename and no SQLite. So files are written where they always are,
+in a local directory, and a thread copies what has changed: checkpoints first, each committed by its
+manifest, then the files that speak of them. `mirror.json` says which copy is the newest: whoever
+resumes on another machine fetches the run first, and the earlier driver notices.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raytune_ft.checkpoints.manifest import MANIFEST, STEP_NAME
+from raytune_ft.checkpoints.remote import RemoteCheckpoints
+from raytune_ft.checkpoints.s3 import Bucket, Timing
+from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.errors import CheckpointError, StorageError
+from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, write_text_atomic
+
+OWNER = "mirror.json"
+INTERVAL_S = 10.0
+_LATEST = (RESULT, CONFIG)  # the last of a folder to be copied, since they speak of the others
+
+Tell = Callable[[str], None]
+
+
+class Mirror:
+    """One run or sweep, here and there."""
+
+    def __init__(self, bucket: Bucket, run: Path, tell: Tell) -> None:
+        self.bucket, self.run, self.name = bucket, run, run.name
+        self._tell = tell
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._owner = uuid.uuid4().hex
+        self._claimed = self._resumed = False
+
+    def begin(self, resume: bool) -> None:
+        """Make the local directory the newest copy.
+
+        Raises:
+            StorageError: a run of that name is there and is not resumed; or no answer.
+        """
+        there = self.bucket.get(f"{self.name}/{CONFIG}") is not None
+        if there and not resume:
+            raise StorageError(
+                f"run {self.name}",
+                f"exists in {self.bucket.url}, and names are used once",
+                "write --resume to continue it, or another name",
+            )
+        self._resumed = there
+        owner = self.bucket.get(f"{self.name}/{OWNER}")
+        here = self.run / OWNER
+        if there and not (here.is_file() and here.read_bytes() == owner):
+            self._fetch()
+
+    def sync(self) -> None:
+        """Copy what is new, then forget there what retention has deleted here.
+
+        Raises:
+            StorageError: the store does not answer, or another driver has taken the run over;
+                nothing is half-committed.
+        """
+        if not (self.run / CONFIG).is_file():  # a mistake was undone, or it has not begun
+            if self._claimed and not self._resumed:
+                for key in self.bucket.sizes(f"{self.name}/"):
+                    self.bucket.delete(key)
+            return
+        self._claim()
+        folders = sorted(self.run.rglob(CHECKPOINTS))
+        remotes = [(folder, self._remote(folder)) for folder in folders if folder.is_dir()]
+        for folder, remote in remotes:
+            for path, _ in CheckpointStore(folder).list():
+                self._upload_checkpoint(remote, path)
+        for path in self._files():
+            self._upload_file(path)
+        for folder, remote in remotes:
+            kept = [path.name for path, _ in CheckpointStore(folder).list()]
+            if kept:
+                for name in set(remote.names()) - set(kept):
+                    remote.delete(name)
+                remote.clear(keep=kept)
+
+    def _claim(self) -> None:
+        """Refuses to write over what a later driver has written."""
+        key = f"{self.name}/{OWNER}"
+        if self._claimed and self.bucket.get(key) != self._owner.encode():
+            raise StorageError(
+                f"{self.bucket.url}/{self.name}",
+                "was taken over by another driver",
+                f"let that one go on; what this one has done is in {self.run}",
+            )
+        if not self._claimed:
+            self.bucket.put(key, self._owner.encode())
+            write_text_atomic(self.run / OWNER, self._owner)
+            self._claimed = True
+
+    def _remote(self, folder: Path) -> RemoteCheckpoints:
+        key = folder.relative_to(self.run).as_posix()
+        return RemoteCheckpoints(self.bucket, f"{self.name}/{key}")
+
+    def _upload_checkpoint(self, remote: RemoteCheckpoints, path: Path) -> None:
+        key = path.relative_to(self.run).as_posix()
+        try:
+            stat = (path / MANIFEST).stat()
+            mark = stat.st_mtime_ns, stat.st_size
+            if self._seen.get(key) != mark:
+                remote.upload(path)
+                self._seen[key] = mark
+        except FileNotFoundError:  # retention was faster; nothing was committed
+            return
+
+    def _files(self) -> list[Path]:
+        """All but checkpoints, locks and what is being written, those that speak of others last."""
+        found = [
+            path
+            for path in self.run.rglob("*")
+            if path.is_file()
+            and path.name != OWNER
+            and not any(
+                part.startswith(".") or STEP_NAME.fullmatch(part)
+                for part in path.relative_to(self.run).parts
+            )
+        ]
+        return sorted(found, key=lambda path: (path.name in _LATEST, path))
+
+    def _upload_file(self, path: Path) -> None:
+        key = path.relative_to(self.run).as_posix()
+        if path.name.endswith(("-wal", "-shm", "-journal")):
+            return
+        try:
+            stat = path.stat()
+            mark = stat.st_mtime_ns, stat.st_size
+            if self._seen.get(key) == mark:
+                return
+            if path.suffix == ".db":
+                self._upload_database(path, f"{self.name}/{key}")
+            else:
+                self.bucket.upload(path, f"{self.name}/{key}")
+            self._seen[key] = mark
+        except FileNotFoundError:  # replaced or deleted meanwhile
+            return
+
+    def _upload_database(self, path: Path, key: str) -> None:
+        """A copy of one moment, whatever is being written."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / path.name
+            source, target = sqlite3.connect(path), sqlite3.connect(copy)
+            try:
+                source.backup(target)
+            finally:
+                source.close()
+                target.close()
+            self.bucket.upload(copy, key)
+
+    def _fetch(self) -> None:
+        """The whole run, into a hidden directory that takes the local one's place when it is whole.
+
+        An older local copy is kept beside it.
+        """
+        self._tell(f"fetching {self.bucket.url}/{self.name}")
+        fetched = self.run.with_name(f".{self.name}.fetched")
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetched.mkdir(parents=True)
+        checkpoints: set[str] = set()
+        for key, size in self.bucket.sizes(f"{self.name}/").items():
+            parts = Path(key.removeprefix(f"{self.name}/")).parts
+            step = next((n for n, part in enumerate(parts) if STEP_NAME.fullmatch(part)), None)
+            if step is not None:
+                checkpoints.add("/".join(parts[:step]))
+            else:
+                self.bucket.download(key, size, fetched.joinpath(*parts))
+        for folder in sorted(checkpoints):
+            remote = RemoteCheckpoints(self.bucket, f"{self.name}/{folder}")
+            (fetched / folder).mkdir(parents=True, exist_ok=True)
+            for name in remote.names():
+                try:
+                    remote.fetch(name, fetched / folder)
+                except CheckpointError as error:
+                    self._tell(f"checkpoint {name} is passed over: {error}")
+        if self.run.exists():
+            number = 1
+            while (aside := self.run.with_name(f"{self.name}.older-{number}")).exists():
+                number += 1
+            self.run.rename(aside)
+            self._tell(f"the older local copy is kept as {aside}")
+        fetched.rename(self.run)
+
+
+@contextmanager
+def mirrored(
+    url: str | None,
+    run: Path,
+    resume: bool,
+    tell: Tell,
+    interval_s: float = INTERVAL_S,
+    timing: Timing | None = None,
+) -> Iterator[None]:
+    """Inside, the run in the local directory `run` is copied to `url` as it goes on.
+
+    Nothing happens where `url` is None. A store that does not answer for a while holds nobody up;
+    one that does not at the end is an error, and nothing is lost.
+
+    Raises:
+        StorageError: see `Mirror.begin`; or at the end, what could not be copied is kept here.
+        ConfigError: the client is not installed.
+    """
+    if url is None:
+        yield
+        return
+    mirror = Mirror(Bucket(url, timing), run, tell)
+    mirror.begin(resume)
+    ended = threading.Event()
+
+    def copy() -> None:
+        silent = False
+        while not ended.wait(interval_s):
+            try:
+                mirror.sync()
+                silent = False
+            except (StorageError, OSError) as error:
+                if not silent:
+                    tell(f"not copied for now: {error}")
+                silent = True
+
+    thread = threading.Thread(target=copy, name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        _end(ended, thread)
+        try:
+            mirror.sync()
+        except (StorageError, OSError) as error:
+            tell(f"not copied: {error}")
+        raise
+    _end(ended, thread)
+    mirror.sync()
+
+
+def _end(ended: threading.Event, thread: threading.Thread) -> None:
+    ended.set()
+    thread.join()
