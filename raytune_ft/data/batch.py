@@ -6,7 +6,7 @@ Shapes: B rows, S tokens of the longest row, E examples, T tokens of all example
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ class MicroBatch:
         return inputs
 
     def repeated(self, times: int) -> MicroBatch:
-        """All rows again and again; `spans` are those of the first time."""
+        """All rows again and again, with the same examples."""
+        rows = len(self.tokens_BS)
 
         def again(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else rows.repeat(times, 1)
@@ -63,7 +64,11 @@ class MicroBatch:
             self.targets_BS.repeat(times, 1),
             again(self.positions_BS),
             again(self.attention_BS),
-            self.spans,
+            tuple(
+                replace(span, row=span.row + time * rows)
+                for time in range(times)
+                for span in self.spans
+            ),
         )
 
     def owners_BS(self) -> Tensor:

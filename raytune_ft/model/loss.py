@@ -5,6 +5,9 @@ Shapes: B rows, S tokens, N label tokens, H hidden units, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +16,7 @@ from raytune_ft.data.batch import NO_TARGET, MicroBatch
 
 
 def label_logits(
-    model: nn.Module, head: nn.Module | None, batch: MicroBatch, keep_BS: Tensor
+    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_BS: Tensor
 ) -> Tensor:
     """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
 
@@ -27,7 +30,7 @@ def label_logits(
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        logits: Tensor = model(**batch.model_inputs()).logits
+        logits: Tensor = model(**inputs).logits
     finally:
         if handle is not None:
             handle.remove()

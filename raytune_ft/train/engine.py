@@ -14,6 +14,7 @@ from raytune_ft.data.batch import MicroBatch, collate
 from raytune_ft.data.layout import MicroLayout, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.attention import Examples
 from raytune_ft.model.build import Precision
 from raytune_ft.model.loss import label_logits, label_positions
 from raytune_ft.strategy import Strategy
@@ -26,7 +27,8 @@ MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 class Engine:
     """`wrapped` is `model` as the strategy calls it.
 
-    `names` are those of the trained weights in a single process.
+    `names` are those of the trained weights in a single process. `by_example`: see
+    `model.attention`; else a mask over the row keeps examples apart.
     """
 
     model: nn.Module
@@ -38,13 +40,22 @@ class Engine:
     pad_token: int
     micro_tokens: int
     packing: bool
+    by_example: bool = False
     notes: tuple[str, ...] = ()
 
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""
         keep_BS = label_positions(batch) if keep_BS is None else keep_BS
         with self.autocast():
-            return label_logits(self.wrapped, self.head, batch, keep_BS)
+            return label_logits(self.wrapped, self.head, self._inputs(batch), keep_BS)
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = batch.model_inputs()
+        if not self.by_example:
+            return inputs
+        # With a mask that hides nothing, transformers does not look for examples by itself.
+        inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
+        return inputs | {"examples": Examples.of(batch)}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in bfloat16 while trained weights stay in float32."""

@@ -72,11 +72,11 @@ def _sums(engine: Engine, batch: MicroBatch, groups: int) -> torch.Tensor:
     """`[G, 3]`: loss, right tokens and wholly right examples of one micro-batch."""
     keep_BS = label_positions(batch)
     owners_N = batch.owners_BS()[keep_BS]
+    examples = [span.example for span in batch.spans]
     batch = batch.repeated(groups)
     logits_MV = engine.logits(batch)
     losses_GN = token_losses(logits_MV, batch).view(groups, -1)
     right_GN = (logits_MV.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
-    examples = [span.example for span in batch.spans]
     wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
     wrong_GE.index_add_(1, owners_N, (~right_GN).long())
     exact_G = (wrong_GE[:, examples] == 0).sum(1)

@@ -1,7 +1,8 @@
 """Which examples of which slot go into the next pass. Pure, free of torch.
 
 All slots of a pass contribute equally many rows of one width, so that a product over rows is a
-batch of equal products over slots. A slot's own step takes as many passes as it needs.
+batch of equal products over slots: one row for each rank where examples share rows, else one for
+each example. A slot's own step takes as many passes as it needs.
 """
 
 from __future__ import annotations
@@ -11,12 +12,8 @@ from dataclasses import dataclass
 
 from raytune_ft.data.layout import Row, fill_rows
 
-PASS_TOKENS = 256
+PASS_TOKENS = 512
 """What a pass costs beside its tokens, in tokens: launching its operators."""
-ROW_TOKENS = 512
-"""A token of a row of this length costs twice as much as one that stands alone."""
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
-"""Numbers of rows that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ def plan_pass(
         for own, lengths in zip(rows, slots, strict=True)
     ]
     width = max(own[0] for own in filled)
-    height = ranks * _height(filled, width, max(1, micro_tokens // (count * width)), ranks)
+    room = max(1, micro_tokens // (count * width))
+    height = ranks if packing else ranks * _height(filled, width, room, ranks)
     return PackedPass(first, tuple(tuple((own + [()] * height)[:height]) for own in rows))
 
 
@@ -73,24 +71,17 @@ def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Ro
 
 
 def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) -> int:
-    """Of rows as many examples as fit; wider rows leave fewer gaps, and cost attention more.
+    """Of the one row that each slot has on each rank: as wide as what waits in one of the slots.
 
     No wider than `room`, unless an example is.
     """
-    tokens = max(map(sum, slots))
+    waiting = [-(-sum(lengths) // ranks) for lengths in slots]
 
-    def cost(rows: int) -> float:
-        width = wide(rows)
-        at_least = max(sum(2 * length > width for length in lengths) for lengths in slots)
-        needed = max(-(-tokens // width), at_least)
-        return -(-needed // ranks) * width * (1 + width / ROW_TOKENS)
+    def worth(width: int) -> float:
+        return sum(min(tokens, width) for tokens in waiting) / (PASS_TOKENS + len(slots) * width)
 
-    def wide(rows: int) -> int:
-        gaps = longest // 2 if rows > 1 else 0
-        return max(longest, -(-tokens // rows) + gaps)
-
-    candidates = [rows for rows in ROWS if wide(rows) <= max(room, longest)]
-    return wide(min(candidates, key=cost)) if candidates else longest
+    widths = sorted({max(longest, min(tokens, room)) for tokens in waiting})
+    return max(widths, key=worth)
 
 
 def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int) -> int:

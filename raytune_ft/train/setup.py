@@ -13,6 +13,7 @@ from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
+from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.build import load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.methods import trained_parameters
@@ -86,6 +87,7 @@ def build_engine(
         pad_token=min(pad_token(load_tokenizer(config.model)), vocabulary - 1),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
+        by_example=config.model.attention == "auto" and attend_by_example(model, True),
         notes=built.notes,
     )
     asked = (engine.logits, vocabulary, engine.precision, strategy.device)
@@ -98,6 +100,9 @@ def build_engine(
     if config.data.packing is False:
         return engine
     reason = strategy.agree(probe_packing(*asked))
+    if reason is not None and engine.by_example:
+        engine = replace(engine, by_example=attend_by_example(model, False))
+        reason = strategy.agree(probe_packing(engine.logits, *asked[1:]))
     if reason is None:
         return replace(engine, packing=True)
     if config.data.packing is True:

@@ -123,7 +123,7 @@ def beside_a_sick_run(
         laid_out = packed.engine.passes.engine.strategy
         while going:
             here = laid_out.rank == laid_out.world_size - 1
-            if here and (name, sickness, passes) == ("sick", "nan", 8):
+            if here and (name, sickness, passes) == ("sick", "nan", 1):
                 packed.engine.passes.optimizer.numbers_KN[1] = torch.nan
             ended, passes = packed.passes(1), passes + 1
             going -= set(ended)
