@@ -60,8 +60,8 @@ class DataReport:
         splits: "train", "validation" and, if there is one, "test".
         duplicates: "train/validation" -> examples of validation that train holds too (same tokens
             and same mask), and so for every pair.
-        overlaps: likewise, examples of validation whose prompt train holds too, whatever its case,
-            blanks and punctuation.
+        overlaps: likewise, examples of validation whose prompt train holds too, whatever its case
+            and blanks.
         notes: what a person should know, one sentence each.
     """
 
