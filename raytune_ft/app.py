@@ -125,10 +125,18 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
 
 
 def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
-    """What is best of a run or a sweep, and the report of it. See `promote.promote`."""
+    """What is best of a run or a sweep, and the report of it. See `promote.promote`.
+
+    Candidates are measured at the same time on the cluster that this process is told of.
+    """
     from raytune_ft.promote.promote import promote as make
 
-    promotion = make(directory, again, tell=tell)
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job():
+            from raytune_ft.train.ray_cluster import connected
+
+            stack.enter_context(connected())
+        promotion = make(directory, again, tell=tell)
     try_report(directory, tell)
     return promotion
 

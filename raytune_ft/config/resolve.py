@@ -35,6 +35,8 @@ def resolve(
     if data["promote"]["retention"] is not None:
         retained = data["promote"]["retention"]
         retained["path"] = paths.source(retained["path"], here, "promote.retention.path")
+    if config.promote.base is not None:
+        data["promote"]["base"] = paths.model(config.promote.base, here)
     data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:

@@ -9,10 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    try_to_load_from_cache,
+)
 
 import raytune_ft
 from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.data.prepare import source_configs
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.build import resolve_model_path
 from raytune_ft.promote.fold import FoldCheck
@@ -74,6 +81,28 @@ def base_file_hashes(model: ModelConfig) -> dict[str, str]:
     return hashes
 
 
+def known_license(directory: Path) -> str | None:
+    """What the model card or dataset card in a directory says; None where it says nothing."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        found = RepoCard.load(card).data.to_dict().get("license")
+    except (OSError, ValueError):  # some other README
+        return None
+    return str(found) if found else None
+
+
+def licenses(config: Config) -> dict[str, str]:
+    """ "base", "data.train" and so on -> licence, as far as cards beside them say it."""
+    places = {"base": config.model.path} | {
+        f"data.{name}": str(Path(source.path).parent)
+        for name, source in source_configs(config.data).items()
+    }
+    found = {name: known_license(Path(place)) for name, place in places.items()}
+    return {name: text for name, text in found.items() if text is not None}
+
+
 def package_versions() -> dict[str, str]:
     """What the fold and the evaluation ran with."""
     return {"raytune_ft": raytune_ft.__version__} | {name: version(name) for name in PACKAGES}
@@ -84,9 +113,11 @@ def model_card(
 ) -> ModelCard:
     """The card as `huggingface_hub` reads it: YAML metadata, then Markdown."""
     config = lineage.config
+    known = licenses(config)
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
     data = ModelCardData(
         model_name=lineage.name,
+        license=known.get("base"),
         base_model=config.model.path if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -113,7 +144,7 @@ def model_card(
             _candidates_section(evaluation),
             _samples_section(samples),
             _loading_section(),
-            _lineage_section(lineage),
+            _lineage_section(lineage, known),
             "" if check is None else _fold_section(check, config.method.name),
         ]
     )
@@ -185,7 +216,7 @@ def _loading_section() -> str:
     )
 
 
-def _lineage_section(lineage: Lineage) -> str:
+def _lineage_section(lineage: Lineage, known: Mapping[str, str]) -> str:
     facts = [
         ("base model", base_name(lineage.config.model)),
         ("config sha256", lineage.config_sha256),
@@ -199,6 +230,9 @@ def _lineage_section(lineage: Lineage) -> str:
     if lineage.trial is not None:
         facts.append(("trial", lineage.trial))
     facts += [(key, str(value)) for key, value in lineage.params.items()]
+    facts += [
+        (f"licence of {name}", known.get(name, "not known")) for name in ("base", "data.train")
+    ]
     facts += [(f"version of {name}", found) for name, found in lineage.versions.items()]
     files = [(f"base: {name}", digest) for name, digest in lineage.base_files.items()]
     files += [

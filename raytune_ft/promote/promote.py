@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -298,7 +299,7 @@ class _Promoter:
 
 def measure_all(jobs: Sequence[Job], config: Config) -> list[Measured]:
     """In order; at the same time where this process is part of a Ray cluster."""
-    if len(jobs) > 1:
+    if len(jobs) > 1 and "ray" in sys.modules:  # else nobody has joined a cluster
         from raytune_ft.promote import ray_evaluate
 
         if ray_evaluate.joined():

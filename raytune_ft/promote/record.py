@@ -106,8 +106,10 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
     by_length: dict[tuple[str, int], dict[str, list[float]]] = {}
     for figure, scores in measured.scores.items():
         group = "retention" if figure.startswith("retention_") else figure.rpartition("/")[0]
-        each = scores.each.tolist()
-        by_length.setdefault((group, len(each)), {})[figure.rpartition("/")[2]] = each
+        each = scores.each
+        if each is not None:
+            figures = by_length.setdefault((group, len(each)), {})
+            figures[figure.rpartition("/")[2]] = each.tolist()
     for (group, count), figures in by_length.items():
         for i in range(count):
             facts: dict[str, Any] = {"split": group or split, "candidate": name, "example": i}

@@ -15,6 +15,8 @@ Summary = Callable[..., float]
 
 DRAWS = 2000
 CONFIDENCE = 0.95
+FEWEST_DRAWS, MAX_NUMBERS = 400, 200_000_000
+"""Over many examples fewer draws do, and 2,000 would take minutes."""
 _CHUNK = 4_000_000  # numbers drawn at a time
 
 
@@ -43,12 +45,12 @@ class Scores:
         return self.summary(*self.columns)
 
     @property
-    def each(self) -> Column:
-        """`[n]`: the figure of every example by itself, as far as there is such a thing."""
-        if self.summary is ratio:
-            top, bottom = self.columns
-            return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
-        return self.columns[0]
+    def each(self) -> Column | None:
+        """`[n]`: the figure of every example by itself; None where there is no such thing."""
+        if self.summary is not ratio:
+            return None
+        top, bottom = self.columns
+        return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Difference:
 def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Difference:
     """Percentile bootstrap (Efron, 1979): examples are drawn with replacement, for both alike."""
     n, rng = len(a.columns[0]), np.random.default_rng(seed)
+    draws = min(draws, max(FEWEST_DRAWS, MAX_NUMBERS // max(1, n)))
     found: list[npt.NDArray[np.float64]] = []
     step = max(1, min(draws, _CHUNK // max(1, n)))
     for start in range(0, draws, step):

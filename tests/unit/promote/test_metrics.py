@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raytune_ft.config.schema import ModelConfig, PromoteConfig
+from raytune_ft.config.schema import DataConfig, ModelConfig, PromoteConfig, SourceConfig
+from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.model.build import load_tokenizer
@@ -20,9 +21,9 @@ from raytune_ft.promote.evaluate import measure
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.generate import choose_backend
 from raytune_ft.promote.metrics import calibration_error, extracted
-from raytune_ft.promote.promote import promote
+from raytune_ft.promote.promote import promote, save_tokenizer
 from raytune_ft.promote.scores import Scores
-from raytune_ft.promote.subject import Subject, engine_of
+from raytune_ft.promote.subject import Subject, engine_of, prompt_of
 
 GSM8K = re.compile(r"####\s*(\S+)")
 
@@ -209,3 +210,34 @@ def test_vllm_is_refused_where_it_is_not() -> None:
     assert choose_backend("auto") == "transformers"
     with pytest.raises(ConfigError, match=r"promote\.generation=vllm needs a GPU"):
         choose_backend("vllm")
+
+
+def test_the_chat_template_of_training_is_that_of_evaluation(inputs: Path, tmp_path: Path) -> None:
+    """What is continued is what the template writes to prompt the assistant, token by token."""
+    model = ModelConfig(path=str(inputs / "base"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [
+        [{"role": "user", "content": f"say {c}"}, {"role": "assistant", "content": c * 2}]
+        for c in "abcd"
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    source = SourceConfig(path=str(file), format="messages")
+    data = DataConfig(train=source, validation=0.5, test=source)
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
+    assert prepared.test is not None
+    for i, each in enumerate(turns):
+        rendered = tokenizer.apply_chat_template(
+            each[:1], tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        prompt = prompt_of(prepared.test, i)
+        assert list(prompt.ids) == rendered["input_ids"]
+        assert tokenizer.decode(prompt.reference).startswith(each[1]["content"])
+    # And the template goes along with the model.
+    save_tokenizer(tokenizer, tmp_path / "model")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved.chat_template == tokenizer.chat_template
