@@ -75,6 +75,21 @@ class Adapted:
         delta = self.plan.deltas.get(target)
         return base if delta is None else self._fold(target, base, delta, start)
 
+    def replaced(self) -> list[str]:
+        """Weights that the adapter holds whole; PEFT also saves some that are still the base's."""
+        return [
+            target
+            for target, key in self.plan.replaced.items()
+            if not torch.equal(
+                whole(self.adapter, key).float(), whole(self._base, self.stored(target)).float()
+            )
+        ]
+
+    def stored(self, target: str) -> str:
+        """What the files call one of the model's weights that lies in them as it is."""
+        name = self._sources[target].tensors[0][1]
+        return self._extra.get(name, name)
+
     def _fold(self, target: str, base: Tensor, delta: Delta, start: int) -> Tensor:
         folded = self._add(target, base, delta, start)
         if delta.magnitude is None:
@@ -102,8 +117,7 @@ class Adapted:
     def _measure_lengths(self, target: str) -> Tensor:
         """The length of every output's row of W + delta, whose direction DoRA keeps."""
         delta = self.plan.deltas[target]
-        stored = next(name for name, held in self._targets.items() if held == target)
-        name = self._extra.get(stored, stored)
+        name = self.stored(target)
         squares = []
         for start, end in spans(self._base.shapes[name]):
             moved = self._add(target, self._base.rows(name, start, end).float(), delta, start)
