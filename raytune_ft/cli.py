@@ -217,6 +217,38 @@ def report(
     show.tell(f"report: {path}")
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Or a checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET")],
+    kind: Annotated[str, typer.Option("--format", help="hf, adapter or gguf.")] = "hf",
+    base: Annotated[
+        str | None, typer.Option("--base", help="Fold an adapter into this model.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of the files of weights.")
+    ] = "5GB",
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push-to", metavar="OWNER/NAME", help="Also to the hub, private."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model or a checkpoint as a Hugging Face directory, a PEFT adapter or a GGUF file.
+
+    Example: raytune-ft export runs/quickstart/promoted/model out --dtype bfloat16
+    """
+    from raytune_ft.promote import export as make
+
+    made = make.export(source, target, kind, base, dtype, max_shard_size, show.tell)
+    show.tell(f"written: {made}")
+    if push_to is not None:
+        show.tell(f"pushed: {make.push(made, push_to)}")
+
+
 def main(*command: str) -> NoReturn:
     """The console script; and of a job, with the name of its command."""
     if not sys.warnoptions:  # what libraries have deprecated is no news for their users' users
