@@ -12,6 +12,7 @@ from torch import Tensor
 from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
 from raytune_ft.model.build import disk_dtype, load_base
 from raytune_ft.promote.fold import FoldCheck, fold
+from raytune_ft.promote.merge.factors import Refactored, refactor
 from raytune_ft.promote.merge.make import merge
 from raytune_ft.promote.merge.methods import MergeSettings
 
@@ -27,12 +28,16 @@ AUTO: tuple[MergeName, ...] = ("wise_ft", "uniform_soup", "greedy_soup", "task_a
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate; `write` makes its model directory. `settings` are what it was made with."""
+    """A candidate; `write` makes its model directory. `settings` are what it was made with.
+
+    `adapter` writes a merge as one PEFT adapter of a rank, once it was written as a model.
+    """
 
     name: str
     simplicity: int
     write: Callable[[Path], FoldCheck | None]
     settings: dict[str, Any] = field(default_factory=dict)
+    adapter: Callable[[Path, int], Refactored] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,19 @@ def _interpolated(pantry: Pantry, alpha: float) -> Entry:
             max_shard_size=pantry.settings.max_shard_size,
         ).check
 
+    def adapter(target: Path, rank: int) -> Refactored:
+        share = MergeSettings(scale=alpha)
+        first = pantry.checkpoints[:1]
+        return refactor(pantry.model, first, target, rank, "task_arithmetic", share)
+
     settings = {"merge": "wise_ft", "alpha": alpha, "trials": [pantry.trials[0]]}
-    return Entry(f"wise_ft-{alpha}", INTERPOLATED, write, settings)
+    return Entry(f"wise_ft-{alpha}", INTERPOLATED, write, settings, adapter)
 
 
 def _merged(pantry: Pantry, name: MergeName) -> Entry:
     """A merge of several trials; which of them took part is known once it is written."""
     settings: dict[str, Any] = {"merge": name}
+    taken: list[Path] = []
 
     def write(target: Path) -> FoldCheck:
         report = merge(
@@ -136,6 +147,11 @@ def _merged(pantry: Pantry, name: MergeName) -> Entry:
             tell=pantry.tell,
         )
         settings["trials"] = [pantry.trials[i] for i in report.members]
+        taken[:] = [pantry.checkpoints[i] for i in report.members]
         return report.check
 
-    return Entry(name, MERGED, write, settings)
+    def adapter(target: Path, rank: int) -> Refactored:
+        method = "linear" if name.endswith("soup") else name
+        return refactor(pantry.model, taken, target, rank, method, pantry.merging)
+
+    return Entry(name, MERGED, write, settings, adapter)

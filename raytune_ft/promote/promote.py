@@ -37,6 +37,7 @@ from raytune_ft.promote.evaluate import (
 from raytune_ft.promote.fold import FoldCheck, held_out
 from raytune_ft.promote.generate import choose_backend
 from raytune_ft.promote.publish import (
+    ADAPTER,
     CARD,
     EVALUATION,
     MODEL,
@@ -178,6 +179,7 @@ class _Promoter:
         verdict = decide(contenders, self._selection.figure)
         winner = next(entry for entry in found if entry.name == verdict.winner)
         self._take(winner)
+        self._write_adapter(winner)
         evaluation = self._test(verdict, contenders, {one.name: one.settings for one in found})
         check = checks.get(winner.name)
         self._describe(winner, evaluation, check)
@@ -270,6 +272,17 @@ class _Promoter:
         else:
             self._directory_of(winner.name).rename(self._folder / MODEL)
         shutil.rmtree(self._folder / "candidates")
+
+    def _write_adapter(self, winner: Entry) -> None:
+        """As `promote.merging.adapter_rank` asks. One trial alone has its adapter already."""
+        rank = self._selection.settings.merging.adapter_rank
+        if rank is None:
+            return
+        if winner.adapter is None:
+            self._tell(f"{winner.name} is no merge: nothing is factored to rank {rank}")
+            return
+        made = winner.adapter(self._folder / ADAPTER, rank)
+        self._tell(f"{ADAPTER}: rank {rank}, which loses {made.lost:.2%} of what was merged")
 
     def _keep(self, split: str, measured: Mapping[str, Measured]) -> None:
         with (self._folder / SCORES).open("a", encoding="utf-8") as file:

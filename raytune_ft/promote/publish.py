@@ -15,6 +15,7 @@ from raytune_ft.files import fsync
 from raytune_ft.rundir import PROMOTED
 
 MODEL, EVALUATION, CARD, SCORES = "model", "evaluation.json", "README.md", "scores.jsonl"
+ADAPTER = "adapter"
 UNFINISHED = ".promoted.new"
 _LOCK = ".promoted.lock"
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,8 +385,7 @@ def test_merges_compete_with_the_best_trial(train: Train, tmp_path: Path) -> Non
     text = (sweep / "trials/t0/config.yaml").read_text()
     assert "merge: best" in text
     (sweep / "config.yaml").write_text(text.replace("merge: best", "merge: auto"))
-    said: list[str] = []
-    promotion = promote(sweep, tell=said.append)
+    promotion = promote(sweep)
     content = json.loads((sweep / "promoted/evaluation.json").read_text())
     names = [row["name"] for row in content["candidates"]]
     best = min(records, key=lambda record: record["eval_loss"])["id"]
@@ -404,6 +404,39 @@ def test_merges_compete_with_the_best_trial(train: Train, tmp_path: Path) -> Non
     assert tested == {"base", content["winner"]}
     assert names_of_folders(sweep / "promoted") == {"model"}
     assert promotion.better
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, of what it wrote itself
+def test_a_merge_that_wins_is_also_an_adapter(
+    train: Train, tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The winner is forced here: what it is made of is what counts."""
+    sweep = tmp_path / "sweep"
+    records = []
+    for name, lr in (("t0", "8e-3"), ("t1", "1e-2")):
+        run = train(f"factored-{name}", f"train.lr={lr}", f"seed={name[1]}")
+        shutil.copytree(run, sweep / "trials" / name)
+        loss = json.loads((run / "result.json").read_text())["best"]["eval_loss"]
+        records.append({"id": name, "params": {}, "status": "completed", "eval_loss": loss})
+    (sweep / "result.json").write_text(json.dumps({"status": "completed", "trials": records}))
+    text = (sweep / "trials/t0/config.yaml").read_text()
+    text = text.replace("merge: best", "merge: uniform_soup").replace(
+        "adapter_rank:", "adapter_rank: 8"
+    )
+    (sweep / "config.yaml").write_text(text)
+    decide = promote_module.decide
+    monkeypatch.setattr(
+        promote_module, "decide", lambda *facts: replace(decide(*facts), winner="uniform_soup")
+    )
+    promotion = promote(sweep)
+    assert promotion.trial is None
+    merged = AutoModelForCausalLM.from_pretrained(promotion.model)
+    base = AutoModelForCausalLM.from_pretrained(inputs / "base")
+    adapted = PeftModel.from_pretrained(base, promotion.path / "adapter").eval()
+    ids = AutoTokenizer.from_pretrained(promotion.model)("say a", return_tensors="pt")["input_ids"]
+    with torch.no_grad():  # two adapters of rank 4 are one of rank 8
+        assert (merged(ids).logits - adapted(ids).logits).abs().max() <= 1e-4
+    assert "uniform_soup" in (promotion.path / "README.md").read_text()
 
 
 def names_of_folders(directory: Path) -> set[str]:
