@@ -99,8 +99,8 @@ def fold(
         ModelError: the base cannot be read, is quantised, or would run code of its own.
         StorageError: `target` holds something else.
     """
-    written_dtype = dtype or disk_dtype(model)
     with open_checkpoint(model, checkpoint) as opened:
+        written_dtype = dtype or disk_dtype(model)
         files = write_model(opened, target, max_shard_size, written_dtype, tell)
         reference = opened.reference(examples) if opened.reference else None
         check = check_written(model, opened, target, examples, reference, written_dtype)
@@ -132,7 +132,7 @@ def open_checkpoint(model: ModelConfig, checkpoint: Path) -> Iterator[Opened]:
             yield Opened(files, found, tied, None, _identity(files))
         return
     read_adapter_config(checkpoint)
-    disk_dtype(model)
+    _refuse_quantised(model)
     folder = base_folder(model)
     refuse_code(folder, model)
     with open_model(folder) as base:
@@ -173,6 +173,16 @@ def refuse_code(folder: Path, model: ModelConfig) -> None:
             str(folder),
             "would run Python code of its own (auto_map in its config.json)",
             "write model.trust_remote_code: true if you have read that code",
+        )
+
+
+def _refuse_quantised(model: ModelConfig) -> None:
+    config = load_model_config(model).get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path={model.path}",
+            "holds quantised weights, into which nothing can be folded",
+            "write promote.base (--base of export): the model that it was quantised from",
         )
 
 

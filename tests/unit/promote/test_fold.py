@@ -328,6 +328,9 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantised"):
         disk_dtype(ModelConfig(path=str(base)))
+    adapter = random_adapter(tiny_llama(tmp_path / "whole"), tmp_path / "adapter", r=2)
+    with pytest.raises(ModelError, match=r"nothing can be folded; write promote\.base"):
+        fold(ModelConfig(path=str(base)), adapter, tmp_path / "out", [torch.arange(5)])
 
 
 def test_the_dtype_of_a_config_without_one_is_that_of_the_weights(tmp_path: Path) -> None:
