@@ -82,7 +82,7 @@ def rungs(facts: Facts) -> Markup:
     for level, found in at.items():
         on = sum(goes_on for _, _, goes_on in found)
         plot.vertical(level, f"{on} of {len(found)} went on")
-        for trial, value, goes_on in found:
+        for trial, value, goes_on in sorted(found, key=lambda one: one[0].id == facts.best):
             colour = COLOURS[0] if trial.id == facts.best else STATUS.get(trial.status, QUIET)
             title = f"{trial.id} ({trial.status}): {shown(value)} at {level:,}. {_params(trial)}"
             plot.point(level, value, colour, title, 5, hollow=not goes_on)

@@ -10,6 +10,8 @@ from raytune_ft.report.collect import Record
 from raytune_ft.report.svg import COLOURS, QUIET, Plot, bounds, shown
 
 WON, TIED = "#059669", "#d97706"
+FAMILY = (QUIET, COLOURS[0], "#7c3aed", TIED)
+"""By simplicity: the base, one trial, between the two, merges of several."""
 FAR = 4.0
 """How many times further than the middle one an interval may reach to be drawn."""
 SPAN = 5.0
@@ -77,14 +79,16 @@ def gain_and_retention(promoted: Record) -> Markup:
         f"{metric} (validation)",
         log_y=_wide(ys),
     )
-    for i, (row, x, y) in enumerate(zip(rows, xs, ys, strict=True)):
-        is_winner = row["name"] == promoted["winner"]
+    points = [
+        (row["name"] == promoted["winner"], row, x, y)
+        for row, x, y in zip(rows, xs, ys, strict=True)
+    ]
+    for is_winner, row, x, y in sorted(points, key=lambda one: one[0]):
         title = f"{row['name']}: {metric} {shown(y)}, KL {shown(x)}"
-        plot.point(x, y, WON if is_winner else COLOURS[i % len(COLOURS)], title, 6)
-    for row, x, y in sorted(
-        zip(rows, xs, ys, strict=True), key=lambda one: one[0]["name"] != promoted["winner"]
-    ):
-        plot.label(x, y, _mark(row["name"], row["name"] == promoted["winner"]))
+        colour = WON if is_winner else FAMILY[min(row["simplicity"], len(FAMILY) - 1)]
+        plot.point(x, y, colour, title, 6)
+    for is_winner, row, x, y in sorted(points, key=lambda one: not one[0]):
+        plot.label(x, y, _mark(row["name"], is_winner))
     return plot.render()
 
 
