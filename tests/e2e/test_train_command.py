@@ -49,6 +49,8 @@ def test_train_resume_promote_evaluate(
     assert (run / first["best"]["checkpoint"] / "manifest.json").is_file()
     assert "best eval loss" in capsys.readouterr().out
     lines = (run / "metrics.jsonl").read_text()
+    assert "Nothing was promoted yet" in (run / "report.html").read_text()
+    assert list((run / "tensorboard").iterdir())
 
     assert run_command(["train", *arguments, "train.max_examples=80", "--resume"]) == 0
     assert "is complete; nothing is left to do" in capsys.readouterr().out
@@ -64,6 +66,7 @@ def test_train_resume_promote_evaluate(
     measured = _read(run / "promoted" / "evaluation.json")
     assert measured["split"] == "test"
     assert measured["promoted"]["eval_loss"] < measured["base"]["eval_loss"]
+    assert "is promoted: eval_loss" in (run / "report.html").read_text()
     capsys.readouterr()
 
     for model, column in ((str(run / "promoted" / "model"), "promoted"), ("builtin:tiny", "base")):
