@@ -17,7 +17,7 @@ from raytune_ft.config.points import Point, trial_count
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.draw import JointSampler
-from raytune_ft.search.space import decode, trial_name
+from raytune_ft.search.space import decode
 from raytune_ft.search.study import (
     facts,
     live,
@@ -28,6 +28,7 @@ from raytune_ft.search.study import (
     tell_outcome,
     unfinished,
 )
+from raytune_ft.search.trial import trial_name
 
 Prepare = Callable[[str, dict[str, Any]], int]
 

@@ -16,7 +16,7 @@ from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.ray_places import Place
-from raytune_ft.search.space import apply_params
+from raytune_ft.search.trial import apply_params
 from raytune_ft.train.ended import read_result, write_ended
 from raytune_ft.train.ray_cluster import set_train_defaults, stop_grace_s
 from raytune_ft.train.ray_job import Ended, Job, Report, StopRequested

@@ -44,7 +44,6 @@ from raytune_ft.search.ray_trial import (
 )
 from raytune_ft.search.results import SweepResult, sweep_result
 from raytune_ft.search.slots import arrange
-from raytune_ft.search.space import apply_params, trial_name
 from raytune_ft.search.study import (
     open_study,
     own_trials,
@@ -54,6 +53,7 @@ from raytune_ft.search.study import (
     tell_outcome,
     unfinished,
 )
+from raytune_ft.search.trial import apply_params, trial_name
 from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.ray_cluster import (

@@ -1,4 +1,4 @@
-"""The search space: lines of the config as Optuna distributions, drawn values as a trial's config.
+"""The search space: lines of the config as Optuna distributions, drawn values as the file has them.
 
 Imports no ray.
 """
@@ -16,8 +16,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from raytune_ft.config.load import apply_overrides
-from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution
 
 SCALARS = (bool, int, float, str, type(None))
@@ -39,21 +37,6 @@ def encode(space: Mapping[str, Distribution], values: Mapping[str, Any]) -> dict
 def decode(space: Mapping[str, Distribution], drawn: Mapping[str, Any]) -> dict[str, Any]:
     """The values that Optuna drew, as the config file would have them."""
     return {key: _decode(space[key], value) for key, value in drawn.items()}
-
-
-def apply_params(config: Config, params: Mapping[str, Any], trial: str, storage: str) -> Config:
-    """The config of one trial: a run called `trial` in `storage`, without a search of its own.
-
-    Raises:
-        ConfigError: the values are each right and wrong together.
-    """
-    own = config.model_copy(update={"search": None, "name": trial, "storage": storage})
-    return apply_overrides(own, params)
-
-
-def trial_name(number: int) -> str:
-    """`trial-007`, by Optuna's number of the trial."""
-    return f"trial-{number:03d}"
 
 
 def _distribution(line: Distribution) -> BaseDistribution:
