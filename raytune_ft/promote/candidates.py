@@ -26,7 +26,7 @@ AUTO: tuple[MergeName, ...] = ("wise_ft", "uniform_soup", "greedy_soup", "task_a
 """What `merge: auto` tries: cheap to make, and seldom worse than one trial."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A candidate; `write` makes its model directory. `settings` are what it was made with.
 

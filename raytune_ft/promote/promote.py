@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,9 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
-from raytune_ft.errors import StorageError
+from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
 from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.candidates import BASE_NAME, Entry, Pantry, entries
+from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.evaluate import (
@@ -46,6 +45,7 @@ from raytune_ft.promote.publish import (
     locked,
     looks_so_far,
     publish,
+    save_tokenizer,
 )
 from raytune_ft.promote.record import Evaluation, Sample, evaluation_of, score_lines
 from raytune_ft.promote.select import Selection, select
@@ -173,15 +173,15 @@ class _Promoter:
             self._score,
             self._tell,
         )
-        found = entries(pantry)
-        checks = {entry.name: self._write(entry) for entry in found if entry.name != BASE_NAME}
+        checks = self._write_all(entries(pantry))
+        found = list(checks)
         contenders = self._validate(found)
         verdict = decide(contenders, self._selection.figure)
         winner = next(entry for entry in found if entry.name == verdict.winner)
         self._take(winner)
         self._write_adapter(winner)
         evaluation = self._test(verdict, contenders, {one.name: one.settings for one in found})
-        check = checks.get(winner.name)
+        check = checks[winner]
         self._describe(winner, evaluation, check)
         trial = chosen.trial if winner.name == chosen.trial else None
         return Promotion(
@@ -196,6 +196,18 @@ class _Promoter:
     def _directory_of(self, name: str) -> Path:
         base = Path(self._model.path)
         return base if name == BASE_NAME else self._folder / "candidates" / name
+
+    def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, FoldCheck | None]:
+        """Of what `merge: auto` tries, a merge that cannot be made is passed over."""
+        written: dict[Entry, FoldCheck | None] = {}
+        for entry in wanted:
+            try:
+                written[entry] = None if entry.name == BASE_NAME else self._write(entry)
+            except (MergeError, CheckpointError, ModelError) as error:
+                if self._selection.settings.merge != "auto" or entry.simplicity <= BEST:
+                    raise
+                self._tell(f"{entry.name} is passed over: {error}")
+        return written
 
     def _write(self, entry: Entry) -> FoldCheck | None:
         directory = self._directory_of(entry.name)
@@ -324,17 +336,3 @@ def same_scores(a: Measured, b: Measured) -> bool:
     """Whether every example has the very same loss, as if an adapter had not been applied."""
     one, other = (each.scores["eval_loss"].columns[0] for each in (a, b))
     return bool(np.array_equal(one, other))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
-    """Tokenizer and chat template; and the end token that training used ends generation too."""
-    tokenizer.save_pretrained(str(model))
-    path = model / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    written = settings.get("eos_token_id")
-    known = written if isinstance(written, list) else [written] if written is not None else []
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
-        return
-    ends = [*known, tokenizer.eos_token_id]
-    settings["eos_token_id"] = ends if known else tokenizer.eos_token_id
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.manifest import fsync_folders
 from raytune_ft.errors import StorageError
@@ -39,6 +40,20 @@ def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None
         tell(f"the earlier {PROMOTED} is kept as {kept.name}")
     unfinished.rename(target)
     fsync(target.parent)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+    """Tokenizer and chat template; and the end token that training used ends generation too."""
+    tokenizer.save_pretrained(str(model))
+    path = model / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    written = settings.get("eos_token_id")
+    known = written if isinstance(written, list) else [written] if written is not None else []
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
+        return
+    ends = [*known, tokenizer.eos_token_id]
+    settings["eos_token_id"] = ends if known else tokenizer.eos_token_id
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

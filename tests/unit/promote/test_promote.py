@@ -439,5 +439,24 @@ def test_a_merge_that_wins_is_also_an_adapter(
     assert "uniform_soup" in (promotion.path / "README.md").read_text()
 
 
+def test_auto_passes_over_what_cannot_be_merged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MergeError("weights that are not finite")
+
+    monkeypatch.setattr(candidates, "merge", refuse)
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("merge: best", "merge: auto"))
+    said: list[str] = []
+    promotion = promote(run_dir, tell=said.append)
+    assert "wise_ft-0.2 is passed over: weights that are not finite" in said
+    assert "uniform_soup needs two sound trials, and there is one" in said
+    assert [row.name for row in promotion.evaluation.candidates] == ["base", "trained"]
+    (run_dir / "config.yaml").write_text(text.replace("merge: best", "merge: wise_ft"))
+    with pytest.raises(MergeError):  # what is asked for by name is not left out
+        promote(run_dir, again=True)
+
+
 def names_of_folders(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir() if path.is_dir()}
