@@ -18,6 +18,7 @@ from huggingface_hub import (
 )
 
 import raytune_ft
+from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import source_configs
 from raytune_ft.data.report import DataReport
@@ -133,6 +134,7 @@ def model_card(
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
+            if name not in RETENTION and "/" not in name  # which are of other data
         ],
     )
     body = "\n\n".join(
@@ -145,7 +147,7 @@ def model_card(
             _samples_section(samples),
             _loading_section(),
             _lineage_section(lineage, known),
-            "" if check is None else _fold_section(check, config.method.name),
+            "" if check is None else _fold_section(check, lineage),
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -250,8 +252,12 @@ def _lineage_section(lineage: Lineage, known: Mapping[str, str]) -> str:
     )
 
 
-def _fold_section(check: FoldCheck, method: str) -> str:
-    reference = "the trained checkpoint" if method == "full" else "base + adapter"
+def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
+    reference = "base + adapter"
+    if lineage.step is None:  # of no single checkpoint
+        reference = "the merge in float32"
+    elif lineage.config.method.name == "full":
+        reference = "the trained checkpoint"
     text = (
         f"## Fold\n\nWeights are added up in float32 and written in {check.dtype}. On "
         f"{check.tokens} held-out tokens the logits differ from those of {reference} by at most "

@@ -460,3 +460,26 @@ def test_auto_passes_over_what_cannot_be_merged(
 
 def names_of_folders(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir() if path.is_dir()}
+
+
+def test_the_card_says_what_is_known_of_licences_and_of_other_data(
+    run_dir: Path, inputs: Path, tmp_path: Path
+) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "a text that is general"}\n{"text": "another one"}\n')
+    base = Path(shutil.copytree(inputs / "base", tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# A base\n")
+    text = (run_dir / "config.yaml").read_text()
+    text = text.replace(f"{inputs}/base", str(base))
+    text = text.replace("retention:", f"retention: {{path: {general}, format: text}}")
+    (run_dir / "config.yaml").write_text(text)
+    promotion = promote(run_dir)
+    assert promotion.evaluation.promoted["retention_kl"] > 0
+    card = ModelCard.load(run_dir / "promoted/README.md")
+    assert card.data.license == "mit"
+    assert "| licence of base | mit |" in card.text
+    assert "| licence of data.train | not known |" in card.text
+    # Figures of the general set are no results on the test data.
+    named = {result.metric_type for result in card.data.eval_results}
+    assert named == {"eval_loss", "perplexity", "token_accuracy", "exact_match"}
+    assert "KL from the base on the general set" in card.text
