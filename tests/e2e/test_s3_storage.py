@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +69,33 @@ def test_a_run_goes_on_elsewhere(
     assert run_command(["checkpoints", "list", f"{URL}/some"]) == 0
     assert "step-" in capsys.readouterr().out
     assert run_command(["checkpoints", "verify", f"{URL}/some"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_goes_on_elsewhere(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (ROOT / "jobs/data/tiny_instructions/train.jsonl").read_text().splitlines()[:200]
+    (machine / "short.jsonl").write_text("\n".join(rows) + "\n")
+    source = (
+        f"data.train={{path: {machine}/short.jsonl, prompt: instruction, completion: response}}"
+    )
+    command = [sys.executable, "-m", "raytune_ft", "sweep", str(ROOT / "jobs/quickstart.yaml")]
+    command += [source, "data.test=null", f"storage={URL}", "name=some", "search.trials=2"]
+    command += ["search.scheduler=null", "train.max_examples=2000", "train.epochs=null"]
+    command += ["train.eval_every_examples=64", "search.max_concurrent=1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:  # until a checkpoint is there
+            if any(key.endswith("manifest.json") for key in Bucket(URL).sizes()):
+                break
+            time.sleep(1)
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == 130
+    monkeypatch.setenv("RAYTUNE_FT_STORAGE", str(machine / "second"))
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"fetching {URL}/some" in done.stdout
+    keys = Bucket(URL).sizes()
+    assert {"some/result.json", "some/promoted/model/model.safetensors"} <= set(keys)
+    result = json.loads((machine / "second/models/runs/some/result.json").read_text())
+    assert [trial["status"] for trial in result["trials"]] == ["completed"] * 2
