@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.config.sizes import parse_size
 from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.promote import write_model
 from raytune_ft.promote.fold import fold
 from raytune_ft.promote.write_model import JOURNAL
 from tests.support.models import save_tiny_llama
@@ -50,6 +52,33 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
 
 
+def test_an_interrupted_fold_goes_on(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = ModelConfig(path=str(inputs[0])), tmp_path / "out"
+    fold(model, inputs[1], tmp_path / "once", TOKENS, "20KB")
+    written: list[str] = []
+    write = write_model.write_tensors
+
+    def interrupted(root: Path, name: str, *arguments: Any) -> Any:
+        if len(written) == 2:
+            (root / name).write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(name)
+        return write(root, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write_model, "write_tensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fold(model, inputs[1], target, TOKENS, "20KB")
+    told: list[str] = []
+    fold(model, inputs[1], target, TOKENS, "20KB", tell=told.append)
+    assert told == [f"2 of {len(content(target))} shards are there already"]
+    assert content(target) == content(tmp_path / "once")
+    assert not list(target.glob(".*"))
+
+
+@pytest.mark.stress
 def test_killed_three_times_and_damaged_it_gives_the_same_bytes(
     tmp_path: Path, inputs: tuple[Path, Path]
 ) -> None:
