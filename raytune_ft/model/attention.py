@@ -164,7 +164,8 @@ def _causal(
     length, size = query.shape[-2:]
     small = size <= MAX_HEAD and length <= MAX_LENGTH and not dropout
     exact = query.dtype in (torch.float32, torch.float64) and query.device.type == "cpu"
-    if small and exact:
+    alike = key.dtype == value.dtype == query.dtype and not torch.is_autocast_enabled("cpu")
+    if small and exact and alike:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         scale = size**-0.5 if scaling is None else scaling
         out_NLD: Tensor = CausalBlocks.apply(

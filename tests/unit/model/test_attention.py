@@ -40,6 +40,30 @@ def test_blocks_are_causal_attention(length: int) -> None:
     torch.testing.assert_close((found, *ours), (expected, *theirs), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_blocks_leave_mixed_precision_to_torch(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast rounds what torch's kernel is given, and keys may be wider than values."""
+    calls: list[Any] = []
+    kernel = F.scaled_dot_product_attention
+
+    def counted(*heads: Tensor, **options: Any) -> Tensor:
+        calls.append(heads)
+        return kernel(*(head.float() for head in heads), **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    examples = Examples((), None, torch.zeros(1, 5, dtype=torch.long))
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    module = torch.nn.Module()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mixed = value if autocast else value.bfloat16()
+        attention(module, query, key, mixed, None, examples=examples)
+    assert len(calls) == 1
+    attention(module, query, key, value, None, examples=examples)
+    assert len(calls) == 1
+
+
 def _split() -> TokenizedSplit:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, VOCABULARY, length).astype(np.int32) for length in LENGTHS]
