@@ -11,7 +11,7 @@ import torch
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_base
-from raytune_ft.model.skeleton import _fill_buffers, _shadows
+from raytune_ft.model.skeleton import fill_buffers, shadows
 from raytune_ft.model.sources import NotInParts, Source
 from raytune_ft.tensors.read import open_files
 
@@ -36,12 +36,12 @@ def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
         ModelError: see `load_base`; or its weights can only be read all together.
     """
     try:
-        with _shadows() as seen:
+        with shadows() as seen:
             base = load_base(model, dtype)
         if not seen.files:
             raise NotInParts("transformers reads its files in a way of its own")
         with open_files(seen.files) as shards:
-            _fill_buffers(base, seen.sources, shards)
+            fill_buffers(base, seen.sources, shards)
     except NotInParts as reason:
         raise ModelError(
             f"model.path={model.path}",

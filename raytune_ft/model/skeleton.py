@@ -96,7 +96,7 @@ def _in_parts_or(
 
 
 def _build_in_parts(model: ModelConfig, dtype: torch.dtype, dress: Dress) -> Built:
-    with _shadows() as seen:
+    with shadows() as seen:
         base = load_base(model, dtype)
     if not seen.files:
         raise NotInParts("transformers reads its files in a way of its own")
@@ -107,7 +107,7 @@ def _build_in_parts(model: ModelConfig, dtype: torch.dtype, dress: Dress) -> Bui
         if name in seen.sources
     }
     with open_files(seen.files) as shards:
-        _fill_buffers(base, seen.sources, shards)
+        fill_buffers(base, seen.sources, shards)
 
         def whole(parameter: nn.Parameter) -> Tensor:
             return loaded[id(parameter)].whole(pattern, shards)
@@ -149,7 +149,7 @@ def apply_beside_shapes(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What was learned while `from_pretrained` ran; `parameters` keeps them alive, and their ids
     with them.
     """
@@ -174,9 +174,13 @@ class _Shadow:
 
 
 @contextmanager
-def _shadows() -> Iterator[_Seen]:
-    """Inside, `from_pretrained` loads shadows in place of tensors."""
-    seen = _Seen()
+def shadows() -> Iterator[Seen]:
+    """Inside, `from_pretrained` loads shadows in place of tensors.
+
+    Raises:
+        NotInParts: the weights cannot be read tensor by tensor; see its text.
+    """
+    seen = Seen()
     original = PreTrainedModel._load_pretrained_model
 
     def load(
@@ -191,14 +195,14 @@ def _shadows() -> Iterator[_Seen]:
             with open_files(seen.files) as shards:
                 seen.sources = find_sources(model, shards, settings.weight_mapping or [])
                 again = _tied_twice(model, seen.sources, shards, settings.dtype)
-                shadows = {
+                stand_ins = {
                     name: _Shadow(shape, shards.dtype(name))
                     for name, shape in shards.shapes.items()
                     if name not in again
                 }
         except CheckpointError as error:
             raise OSError(str(error)) from error
-        result = original(model, shadows, None, settings, expected)
+        result = original(model, stand_ins, None, settings, expected)
         if result[0].conversion_errors:
             raise NotInParts("its weights are converted by their values")
         seen.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -230,8 +234,12 @@ def _tied_twice(
 
 
 @torch.no_grad()
-def _fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) -> None:
-    """The buffers that lie in the files, which every process holds whole."""
+def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) -> None:
+    """The buffers that lie in the files, which every process holds whole.
+
+    Raises:
+        NotInParts: one without a value is in none of the files.
+    """
     for path, module in base.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             key = f"{path}.{name}" if path else name
