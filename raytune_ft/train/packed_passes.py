@@ -86,7 +86,9 @@ class Passes:
         self.stack.adapt(list(drawn.layers))
         why = "as written"
         if memory is not None:
-            room = slots_in(memory, self.stack, optimizer.numbers_KN.dtype, strategy.device)
+            room = self._fit_everywhere(
+                slots_in(memory, self.stack, optimizer.numbers_KN.dtype, strategy.device)
+            )
             if room < self.slots:
                 self.slots, why = room, f"memory holds {room}"
         optimizer.keep(self.slots)
@@ -99,6 +101,13 @@ class Passes:
             self.slots, why = fewest_near_best(seconds), told(seconds)
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
+
+    def _fit_everywhere(self, here: int) -> int:
+        """Slots on the rank with the least room: shards are uneven, and so are hosts."""
+        strategy = self.engine.strategy
+        fit_K = [float(count <= here) for count in range(1, self.slots + 1)]
+        ranks_K = strategy.sum(torch.tensor(fit_K, device=strategy.device))
+        return max(1, int((ranks_K == strategy.world_size).sum()))
 
     def _try(self, drawn: Drawn, count: int) -> int:
         """A pass with so many slots and what follows it; how many tokens that were."""

@@ -22,8 +22,9 @@ from raytune_ft.train.ray_switchboard import start_beside_driver
 from raytune_ft.train.spec import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]
-LEAVE_TIMEOUT_S = 60.0
-"""An engine answers between two passes; one that does not for so long is about to be restarted."""
+LEAVE_TIMEOUT_S = 10.0
+"""For how long a trial that was stopped waits for its engine, which answers between two passes, but
+not while it evaluates or starts again. The slot is free when it did."""
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,8 @@ class SlotJob:
         ray.get(self._board.leave.remote(self._run, "interrupted", grace_s))
 
     def stop(self) -> None:
-        """See `Job`.
-
-        Raises:
-            RunFailed: its engine does not answer.
-        """
-        if not ray.get(self._board.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S)):
-            raise RunFailed(f"{self._run} still holds its slot after {LEAVE_TIMEOUT_S:g} s")
+        """See `Job`. Where the engine is busy, it lets the trial go later."""
+        ray.get(self._board.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S))
 
 
 def _heard(event: dict[str, Any]) -> Report | Ended:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
+from raytune_ft.train import packed_fit
 from tests.support.distributed import run_distributed
 from tests.support.models import save_tiny, true_float64
 from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_run, run_packed
@@ -105,6 +107,23 @@ def _shard(inputs: Inputs, root: Path) -> None:
 
 def test_the_base_is_sharded(tmp_path: Path, inputs: Inputs) -> None:
     run_distributed(_shard, RANKS, inputs, tmp_path)
+
+
+def _settle(inputs: Inputs, root: Path) -> None:
+    packed = Packed(make_config(*inputs), root, 6, strategy="fsdp")
+    passes, rank = packed.engine.passes, packed.engine.passes.engine.strategy.rank
+    passes.settle(None, measured=False)  # the adapted layers are there, and the size of a slot
+    base = sum(4 * p.to_local().numel() for p in passes.stack.model.parameters())  # type: ignore[attr-defined]
+    of_slot = 4 * passes.stack.numbers * packed_fit.COPIES["cpu"]
+    memory = base + int((2 + rank) * of_slot / packed_fit.SHARE)
+    assert packed_fit.slots_in(memory, passes.stack, torch.float32, torch.device("cpu")) == 2 + rank
+    assert passes.settle(memory, measured=True).startswith(("1 slot", "2 slots"))
+    assert passes.slots == passes.engine.strategy.agree(passes.slots)
+    packed.engine.close()
+
+
+def test_the_rank_with_the_least_memory_bounds_slots(tmp_path: Path, inputs: Inputs) -> None:
+    run_distributed(_settle, RANKS, inputs, tmp_path)
 
 
 def _train_gpt2(inputs: Inputs, root: Path, strategy: str) -> None:

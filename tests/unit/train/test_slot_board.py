@@ -76,6 +76,20 @@ def test_a_trial_that_leaves_is_gone_when_its_engine_says_so() -> None:
     play(story)
 
 
+def test_a_slot_is_free_when_a_busy_engine_has_let_its_trial_go() -> None:
+    async def story(board: SlotBoard) -> None:
+        await board.begin("one", 1)
+        await enter(board, "a")
+        assert not await board.leave("a", "pruned", timeout_s=0.01)
+        waiting = asyncio.create_task(board.enter("b", spec("b")))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await board.gone("a")
+        assert await waiting
+
+    play(story)
+
+
 def test_an_engine_that_starts_again_finds_its_trials() -> None:
     async def story(board: SlotBoard) -> None:
         assert await board.slots_of("one") is None
