@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote
 
 from raytune_ft.errors import ConfigError
 
@@ -14,6 +15,12 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # A password in the user part of a URL or in its query; group 1 is the password.
 _IN_USER_PART = re.compile(r"://[^/\s:@]*:([^\s]+)@")
 _IN_QUERY = re.compile(r"[?&;](?:password|passwd|pwd|secret|token|api_key)=([^&;\s]+)", re.I)
+
+# What stands before an @, with the scheme apart; of text that nobody parses.
+_BEFORE_AT = re.compile(r"(\w+://)?[^\s'\"]*@")
+_PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # with blanks, too
+_SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+HIDDEN = "***"
 
 
 def in_ray_job() -> bool:
@@ -63,6 +70,27 @@ def refuse_secrets(value: Any, key: str = "") -> None:
     elif isinstance(value, list):
         for item in value:
             refuse_secrets(item, key)
+
+
+def without_secrets(text: str, *written: str) -> str:
+    """What somebody else's error says, without user parts of URLs and values that are secret.
+
+    Those are the values of the `${NAME}`s and the passwords in `written`, whether a URL quotes them
+    or not, and keys of services that are in the environment.
+    """
+    names = [*_SECRET, *(name for each in written for name in _REFERENCE.findall(each))]
+    secrets = {os.environ[name] for name in names if os.environ.get(name)}
+    for each in [*written, *secrets]:
+        for pattern in (_IN_QUERY, _PASSWORD):
+            secrets |= set(pattern.findall(each))
+    forms = {form(one) for one in secrets for form in (str, quote, quote_plus, unquote, _quoted)}
+    for form in sorted(forms - {""}, key=len, reverse=True):  # a part of another comes after it
+        text = text.replace(form, HIDDEN)
+    return _BEFORE_AT.sub(lambda match: f"{match[1] or ''}{HIDDEN}@", text)
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
 
 
 def _join(key: str, name: str) -> str:

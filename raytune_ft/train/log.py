@@ -35,21 +35,20 @@ def identity_of(spec: RunSpec, resume_step: int | None) -> Identity:
     """A trial's group is its sweep, by the directories that they have."""
     run_dir = spec.run_dir
     in_sweep = run_dir.parent.name == TRIALS
+    saved = _saved(run_dir / CONFIG)
     return Identity(
         spec.config.name,
         run_dir.parent.parent.name if in_sweep else spec.config.name,
         run_dir,
-        _params(run_dir / CONFIG),
+        _flat({key: value for key, value in saved.items() if key in SHOWN}),
         resume_step,
+        str((saved.get("tracking") or {}).get("uri") or ""),
     )
 
 
-def _params(saved: Path) -> dict[str, Any]:
-    """Of the config as it was saved, in which `${ENV_NAME}` stands for what is secret."""
-    if not saved.is_file():
-        return {}
-    sections = {key: value for key, value in read_mapping(saved).items() if key in SHOWN}
-    return _flat(sections)
+def _saved(path: Path) -> dict[str, Any]:
+    """The config as it was saved, in which `${ENV_NAME}` stands for what is secret."""
+    return read_mapping(path) if path.is_file() else {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_ft.config.environment import without_secrets
 from raytune_ft.config.tracking import PACKAGES, TrackingConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.records import EvalMetrics, StepMetrics
@@ -33,6 +34,7 @@ MLFLOW_PATIENCE = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
 """Its own are 7 times and 120 s, which the end of a run would wait for."""
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
 IDS, EVENTS = "tracking.json", "tensorboard"
 STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
 
@@ -42,7 +44,8 @@ class Identity:
     """Whose metrics these are. `group` is the sweep's name; of a run alone its own.
 
     `params` is the config with dotted keys, as it is written: `${ENV_NAME}` is not filled in.
-    `resume_step` is that of the checkpoint that the run goes on from, None for a new run.
+    `resume_step` is that of the checkpoint that the run goes on from, None for a new run. `uri` is
+    `tracking.uri` as it is written, whose secrets nobody is told.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Identity:
     run_dir: Path
     params: Mapping[str, Any]
     resume_step: int | None
+    uri: str = ""
 
 
 class Tracker(Protocol):
@@ -228,6 +232,8 @@ class Tracked:
 
     def __init__(self, name: str, tracking: TrackingConfig, run: Identity) -> None:
         self._name, self._every, self._run = name, tracking.every_steps, run
+        # A client may name its server in full in what it raises.
+        self._hidden = (run.uri, tracking.uri or "", os.environ.get(MLFLOW_URI, ""))
         self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
         self._failed = False
         self._thread = threading.Thread(
@@ -277,7 +283,7 @@ class Tracked:
 
     def _tell(self, what: str) -> None:
         """On stderr, and in the run's directory, since nobody listens to a worker."""
-        text = f"tracking by {self._name} {what}"
+        text = without_secrets(f"tracking by {self._name} {what}", *self._hidden)
         print(f"warning: {text}", file=sys.stderr, flush=True)
         with suppress(OSError):
             _keep(self._run, f"{self._name}_warning", text)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -129,6 +130,42 @@ def test_a_tracker_that_fails_is_told_and_ends_nothing(
     assert len(events(tmp_path / "run" / "tensorboard")) == 1 + 9
 
 
+@pytest.mark.parametrize("password", ["hunter2", "p@s/s wor:d", "ä%"])
+def test_a_password_is_not_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    password: str,
+) -> None:
+    """A client that names its server, with the password as it is and as URLs have it."""
+
+    class Naming:
+        def __init__(self, tracking: TrackingConfig, _: object) -> None:
+            quoted = quote(password, safe="")
+            raise ConnectionError(
+                f"no answer: {tracking.uri}, http://me:{quoted}@host/x, http://h?token={quoted}"
+            )
+
+    monkeypatch.setenv("PW", password)
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Naming)
+    uri = f"http://me:{password}@host:5000/x"
+    written = trackers.Identity("n", "n", tmp_path, {}, None, "http://me:${PW}@host:5000/x")
+    trackers.Tracked("mlflow", TrackingConfig(uri=uri), written).close()
+    told = capsys.readouterr().err + (tmp_path / "tracking.json").read_text()
+    assert "ConnectionError: no answer: http://***@host:5000/x, http://***@host/x" in told
+    for secret in (password, quote(password), quote(password, safe=""), "me:"):
+        assert secret not in told
+
+
+def test_the_written_address_tells_what_is_secret(
+    tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    config = make_config(*inputs, {"tracking.uri": "http://host/${PW}"})
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    identity = identity_of(RunSpec(config, tmp_path, tmp_path), None)
+    assert identity.uri == "http://host/${PW}"
+
+
 def test_a_tracker_that_hangs_costs_its_patience_once(
     tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,14 +217,14 @@ def test_nobody_listens(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
+    uri = f"http://me:hunter2@127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         _, lines = trained(inputs, tmp_path / "run", ["mlflow"], uri=uri)
     assert len(lines) == 9
-    assert (
-        "failed" in json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow_warning"]
-    )
+    told = json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow_warning"]
+    assert "failed" in told
+    assert "hunter2" not in told
 
 
 @pytest.mark.slow
