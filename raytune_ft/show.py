@@ -173,8 +173,8 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return " to ".join(map(_value, ends))
+def _interval(ends: Sequence[float] | None) -> str:
+    return "too few examples" if ends is None else " to ".join(map(_value, ends))
 
 
 def _value(value: Any) -> str:

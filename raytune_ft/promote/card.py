@@ -158,7 +158,7 @@ def _evaluation_section(evaluation: Evaluation) -> str:
     for name, value in evaluation.promoted.items():
         new = evaluation.differences.get(name)
         shown = "" if new is None else _figure(new["difference"])
-        interval = "" if new is None else " to ".join(map(_figure, new["interval"]))
+        interval = "" if new is None else _interval(new["interval"])
         base = evaluation.base.get(name)
         known = "" if base is None else _figure(base)
         rows.append((_metric_name(name), known, _figure(value), shown, interval))
@@ -182,7 +182,7 @@ def _candidates_section(evaluation: Evaluation) -> str:
     rows = []
     for one in evaluation.candidates:
         gap = "" if one.difference is None else _figure(one.difference)
-        interval = "" if one.interval is None else " to ".join(map(_figure, one.interval))
+        interval = "" if one.difference is None else _interval(one.interval)
         mark = f"**{one.name}**" if one.name == evaluation.winner else one.name
         rows.append((mark, _figure(one.figures[figure]), gap, interval))
     head = ("candidate", _metric_name(figure), "difference to the best", "interval")
@@ -279,6 +279,10 @@ def _measured_source(data: DataReport, split: str) -> str:
 
 def _metric_name(figure: str) -> str:
     return _METRIC_NAMES.get(figure, figure)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "too few examples" if ends is None else " to ".join(map(_figure, ends))
 
 
 def _figure(value: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_ft.promote.evaluate import Measured
-from raytune_ft.promote.scores import CONFIDENCE, Difference
+from raytune_ft.promote.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, difference
 from raytune_ft.promote.verdict import Contender, Verdict, better, compared
 
 
@@ -24,7 +24,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """A candidate on validation: `difference` and `interval` are to the best one, of `metric`."""
+    """A candidate on validation: `difference` and `interval` are to the best one, of `metric`.
+
+    Of the best one itself both are None; `interval` is, too, where the examples are too few.
+    """
 
     name: str
     simplicity: int
@@ -43,7 +46,7 @@ class Evaluation:
         looks: how often this run's or sweep's split has been measured.
         metric, mode: the figure that decided, and which way it is better.
         winner: the candidate that was promoted; `tied` with a less simple one that looks better.
-        differences: figure -> promoted minus base, with a 95% interval.
+        differences: figure -> promoted minus base, with a 95% interval, None of too few examples.
         candidates: all of them, on the validation split.
         improved: whether the promoted model is better than the base beyond the interval.
     """
@@ -77,15 +80,14 @@ def evaluation_of(
 ) -> Evaluation:
     """The record of a promotion; `base` and `promoted` were measured on `split`."""
     differences = compared(base, promoted)
-    new = differences[verdict.figure]
-    held_out = Difference(new["difference"], *new["interval"])
+    held_out = difference(base.scores[verdict.figure], promoted.scores[verdict.figure])
     return Evaluation(
         split=split,
         examples=_examples(base),
         base=base.figures,
         promoted=promoted.figures,
         looks=looks,
-        verdict=_sentence(verdict, base, promoted, held_out, split),
+        verdict=_sentence(verdict, contenders[0].measured, base, promoted, held_out, split),
         metric=verdict.figure,
         mode=verdict.mode,
         winner=verdict.winner,
@@ -135,27 +137,47 @@ def _candidate(contender: Contender, verdict: Verdict, settings: dict[str, Any])
         contender.simplicity,
         contender.measured.figures,
         to_best.value if to_best else None,
-        (to_best.low, to_best.high) if to_best else None,
+        to_best.interval if to_best else None,
         settings,
     )
 
 
 def _examples(measured: Measured) -> int:
-    return len(measured.scores["eval_loss"].columns[0])
+    return _count(measured, "eval_loss")
 
 
 def _sentence(
-    verdict: Verdict, base: Measured, promoted: Measured, held_out: Difference, split: str
+    verdict: Verdict,
+    validation: Measured,
+    base: Measured,
+    promoted: Measured,
+    held_out: Difference,
+    split: str,
 ) -> str:
     figure = verdict.figure
     old, new = base.figures[figure], promoted.figures[figure]
     simpler = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
     if verdict.winner == "base":
+        count = _count(validation, figure)
+        if count < FEWEST_EXAMPLES:
+            return f"the base is kept: {_too_few(count)} on validation"
         return f"the base is kept: no candidate is better on validation{simpler}"
     how = "tied with" if held_out.covers_zero else "not better than"
     if better(held_out, verdict.mode):
         how = "better than"
+    sure = f"{CONFIDENCE:.0%} interval of the difference"
+    if held_out.interval is None:
+        how, sure = "not told from", _too_few(_count(base, figure))
+    else:
+        sure += f" {held_out.low:.4f} to {held_out.high:.4f}"
     return (
-        f"promoted is {how} base ({figure} {new:.4f} against {old:.4f}, {CONFIDENCE:.0%} interval "
-        f"of the difference {held_out.low:.4f} to {held_out.high:.4f} on {split}){simpler}"
+        f"promoted is {how} base ({figure} {new:.4f} against {old:.4f}, {sure} on {split}){simpler}"
     )
+
+
+def _count(measured: Measured, figure: str) -> int:
+    return len(measured.scores[figure].columns[0])
+
+
+def _too_few(count: int) -> str:
+    return f"{count} examples are too few to tell"

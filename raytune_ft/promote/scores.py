@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ Column = npt.NDArray[np.float64]
 Summary = Callable[..., float]
 
 DRAWS = 2000
+FEWEST_EXAMPLES = 10
+"""Of fewer, the draws are of the same few values, and say nothing about any other."""
 CONFIDENCE = 0.95
 FEWEST_DRAWS, MAX_NUMBERS = 400, 200_000_000
 """Over many examples fewer draws do, and 2,000 would take minutes."""
@@ -55,7 +58,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Difference:
-    """`b - a` of a figure over the same examples, with a paired bootstrap interval."""
+    """`b - a` of a figure over the same examples, with a paired bootstrap interval.
+
+    Of fewer than `FEWEST_EXAMPLES` it has no ends: such data tell nothing apart.
+    """
 
     value: float
     low: float
@@ -66,10 +72,17 @@ class Difference:
         """Whether the data do not tell the two apart."""
         return self.low <= 0 <= self.high
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """`(low, high)`; None where the examples are too few, or are not numbers."""
+        return (self.low, self.high) if math.isfinite(self.high - self.low) else None
+
 
 def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Difference:
     """Percentile bootstrap (Efron, 1979): examples are drawn with replacement, for both alike."""
     n, rng = len(a.columns[0]), np.random.default_rng(seed)
+    if n < FEWEST_EXAMPLES:
+        return Difference(b.value - a.value, -math.inf, math.inf)
     draws = min(draws, max(FEWEST_DRAWS, MAX_NUMBERS // max(1, n)))
     found: list[npt.NDArray[np.float64]] = []
     step = max(1, min(draws, _CHUNK // max(1, n)))

@@ -75,12 +75,16 @@ def better(new: Difference, mode: Mode) -> bool:
 
 
 def compared(base: Measured, promoted: Measured) -> dict[str, dict[str, Any]]:
-    """Every figure that both have: the difference to the base with its interval."""
-    found = {}
+    """Every figure that both have: the difference to the base with its interval.
+
+    The interval is None where the examples are too few.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for name, scores in promoted.scores.items():
         if name in base.scores:
             new = difference(base.scores[name], scores)
-            found[name] = {"difference": new.value, "interval": [new.low, new.high]}
+            ends = None if new.interval is None else list(new.interval)
+            found[name] = {"difference": new.value, "interval": ends}
     return found
 
 

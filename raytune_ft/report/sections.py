@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from raytune_ft.config.metrics import RETENTION
@@ -49,13 +50,12 @@ def _verdict(promoted: Record) -> Record:
     metric, winner = promoted["metric"], promoted["winner"]
     old, new = promoted["base"][metric], promoted["promoted"][metric]
     gap = promoted["differences"][metric]
-    low, high = gap["interval"]
-    sure = f"{promoted['confidence']:.0%} interval {shown(low)} to {shown(high)}"
+    sure = f"{promoted['confidence']:.0%} interval {_interval(gap['interval'])}"
     if winner == "base":
         title, colour = "The base is kept: no candidate is better", NEUTRAL
     elif promoted["improved"]:
         title, colour = f"{winner} is promoted: {metric} {shown(old)} → {shown(new)}", GOOD
-    elif low <= 0 <= high:
+    elif _covers_zero(gap["interval"]):
         title, colour = f"{winner} is promoted, tied with the base on {promoted['split']}", NEUTRAL
     else:
         title, colour = f"{winner} is promoted, and worse than the base", BAD
@@ -69,7 +69,7 @@ def _verdict(promoted: Record) -> Record:
     if promoted["split"] != "test":
         lines.append("There was no test data: these examples also chose the model, and flatter.")
     if promoted["tied"]:
-        best = next(row["name"] for row in promoted["candidates"] if row["interval"] is None)
+        best = next(row["name"] for row in promoted["candidates"] if row["difference"] is None)
         lines.append(
             f"Tied on validation: {best} looks better than {winner} there, but the interval of "
             "their difference covers zero, so the simpler one was taken."
@@ -115,7 +115,7 @@ def figures(promoted: Record) -> Record:
                 "base": NONE if base is None else shown(base),
                 "promoted": shown(value),
                 "difference": NONE if gap is None else shown(gap["difference"]),
-                "interval": NONE if gap is None else " to ".join(map(shown, gap["interval"])),
+                "interval": NONE if gap is None else _interval(gap["interval"]),
                 "tone": _tone(name, gap, promoted),
             }
         )
@@ -179,9 +179,17 @@ def _tone(name: str, gap: Record | None, promoted: Record) -> str:
     """up for an improvement, down for the contrary; nothing where the interval covers zero."""
     modes = {**known_figures(["loss", "answer", "rouge", "classification"]), **RETENTION}
     mode = promoted["mode"] if name == promoted["metric"] else modes.get(name)
-    if gap is None or mode is None or gap["interval"][0] <= 0 <= gap["interval"][1]:
+    if gap is None or mode is None or _covers_zero(gap["interval"]):
         return ""
     return "up" if (gap["difference"] < 0) == (mode == "min") else "down"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "not known of so few examples" if ends is None else " to ".join(map(shown, ends))
+
+
+def _covers_zero(ends: Sequence[float] | None) -> bool:
+    return ends is None or ends[0] <= 0 <= ends[1]
 
 
 def _value(value: Any) -> str:

@@ -38,9 +38,12 @@ def forest(promoted: Record) -> Markup:
         value = row["figures"][promoted["metric"]]
         is_winner = row["name"] == promoted["winner"]
         title = f"{row['name']}: {promoted['metric']} {shown(value)}"
-        if row["interval"] is None:
+        if row["difference"] is None:  # the best one
             plot.point(0.0, i, WON if is_winner else TIED, title, 7)
             plot.label(0.0, i, _mark(shown(value), is_winner))
+            continue
+        if row["interval"] is None:  # too few examples
+            plot.label(0.0, i, _mark(f"{shown(value)}, too few examples", is_winner))
             continue
         low, high = row["interval"]
         colour = WON if is_winner else TIED if low <= 0 <= high else QUIET

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
 from raytune_ft.errors import ConfigError
 from raytune_ft.promote.evaluate import Measured
+from raytune_ft.promote.record import evaluation_of
 from raytune_ft.promote.scores import Scores, difference
 from raytune_ft.promote.verdict import Contender, better, decide
+from raytune_ft.records import to_json
 
 
 def losses(values: np.ndarray) -> Scores:
@@ -37,12 +42,13 @@ def test_the_interval_is_that_of_scipy() -> None:
 
 
 def test_a_loss_is_weighed_by_tokens_in_every_draw() -> None:
-    tokens = np.array([1.0, 99.0])
-    long_is_worse = Scores((np.array([1.0, 198.0]), tokens), "min")
-    even = Scores((np.array([1.0, 99.0]), tokens), "min")
+    tokens = np.array([1.0, 99.0] * 5)
+    long_is_worse = Scores((np.array([1.0, 198.0] * 5), tokens), "min")
+    even = Scores((np.array([1.0, 99.0] * 5), tokens), "min")
     found = difference(even, long_is_worse)
     assert found.value == pytest.approx(199 / 100 - 1)
-    assert (found.low, found.high) == (0.0, 1.0)
+    # Of ten examples two are long in one draw, eight in another.
+    assert (found.low, found.high) == pytest.approx((198 / 206, 792 / 794))
 
 
 def test_coverage_is_what_it_says() -> None:
@@ -54,6 +60,35 @@ def test_coverage_is_what_it_says() -> None:
         found = difference(Scores.mean(a.tolist()), Scores.mean(b.tolist()), trial, draws=400)
         covered += found.covers_zero
     assert 180 <= covered <= 198
+
+
+@pytest.mark.parametrize("count", [1, 9, 10])
+def test_a_few_examples_tell_nothing(count: int) -> None:
+    """Drawn from one, every draw is the same, and its interval would be a point."""
+    base, new = np.full(count, 8.0), np.full(count, 4.0)
+    found = difference(losses(base), losses(new))
+    assert found.value == -1.0
+    assert found.interval == ((-1.0, -1.0) if count == 10 else None)
+    assert better(found, "min") == (count == 10)
+    verdict = decide([contender("base", 0, base), contender("t1", 1, new)], "eval_loss")
+    assert (verdict.best, verdict.winner) == ("t1", "t1" if count == 10 else "base")
+    one, other = (Measured({"eval_loss": losses(each)}) for each in (base, new))
+    both = [Contender("base", 0, one), Contender("t1", 1, other)]
+    kept = evaluation_of(verdict, both, {"base": {}, "t1": {}}, "test", one, other, 1)
+    gap = json.loads(to_json(kept))["differences"]["eval_loss"]
+    assert gap == {"difference": -1.0, "interval": [-1.0, -1.0] if count == 10 else None}
+    if count < 10:
+        assert (
+            kept.verdict == f"the base is kept: {count} examples are too few to tell on validation"
+        )
+    forced = evaluation_of(
+        replace(verdict, winner="t1"), both, {"base": {}, "t1": {}}, "test", one, other, 1
+    )
+    few = (
+        f"promoted is not told from base (eval_loss 1.0000 against 2.0000, {count} examples are too"
+    )
+    assert forced.verdict.startswith(few) == (count < 10)
+    assert forced.improved == (count == 10)
 
 
 def contender(name: str, simplicity: int, values: np.ndarray) -> Contender:

@@ -70,6 +70,20 @@ def test_the_page_of_a_sweep(sweep_dir: Path) -> None:
     assert re.search(r'class="number down">0\.5<', text)
 
 
+def test_a_promotion_on_a_few_examples(sweep_dir: Path) -> None:
+    """They give no intervals."""
+    path = sweep_dir / "promoted/evaluation.json"
+    content = json.loads(path.read_text()) | {"improved": False}
+    for row in [*content["candidates"], *content["differences"].values()]:
+        row["interval"] = None
+    path.write_text(json.dumps(content))
+    said = " ".join(Page(write_report(sweep_dir).read_text()).words)
+    assert "trial-000 is promoted, tied with the base on test" in said
+    assert "95% interval not known of so few examples" in said
+    assert "uniform_soup looks better than trial-000 there" in said
+    assert "too few examples" in said
+
+
 def test_what_data_hold_is_text(sweep_dir: Path) -> None:
     text = write_report(sweep_dir).read_text()
     assert EVIL not in text
