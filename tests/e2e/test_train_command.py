@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run of a second: 80 rows, the packaged model."""
+    """A run of a second: 80 rows, the packaged model, and enough of validation to tell."""
     monkeypatch.chdir(ROOT)
     rows = Path("jobs/data/tiny_instructions/train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:80]))
@@ -29,6 +29,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "name=a",
         f"data.train.path={tmp_path}/train.jsonl",
         f"data.test.path={tmp_path}/test.jsonl",
+        "data.validation=0.2",
         "train.epochs=null",
         "train.lr=1e-2",
         "train.lr_schedule=constant",  # so that a resume may raise the budget

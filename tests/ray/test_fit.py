@@ -145,11 +145,12 @@ def test_a_worker_that_dies_for_good_fails_the_run(inputs: Inputs, tmp_path: Pat
 
 def test_more_workers_than_fit_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     spec = spec_of(inputs, tmp_path / "run", parallel__workers=4)
+    before = threading.active_count()
     with pytest.raises(ClusterError) as raised:
         fit(spec)
     assert str(raised.value) == (
         "parallel.workers=4 with {CPU: 1} each needs 4 CPU; the cluster has 2 CPU on 1 node; "
         "write at most 2 workers or add nodes"
     )
-    assert threading.active_count() < 50
+    assert threading.active_count() <= before
     assert not list(spec.run_dir.iterdir())

@@ -100,10 +100,12 @@ def test_connections_that_break_lose_nothing(tmp_path: Path, bucket: Bucket, pro
     remote.verify("step-000003")
     (tmp_path / "there").mkdir()
     remote.fetch("step-000003", tmp_path / "there")
-    proxy.every = 3
-    for _ in range(8):
+    proxy.every, wanted = 3, {"fail", "reset", "cut", "stall", "lose"}
+    for _ in range(40):  # how many pieces a connection comes in differs from run to run
         assert remote.names() == ["step-000003"]
-    assert {"fail", "reset", "cut", "stall", "lose"} <= set(proxy.done)
+        if wanted <= set(proxy.done):
+            break
+    assert wanted <= set(proxy.done)
     assert content(tmp_path / "there/step-000003") == content(folder)
 
 

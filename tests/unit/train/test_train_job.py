@@ -86,8 +86,12 @@ def test_a_second_signal_leaves_a_result_too(
     monkeypatch.setattr(ray_train, "connected", nullcontext)
     monkeypatch.setattr(ray_train, "require_capacity", lambda parallel: 1)
     monkeypatch.setattr(ray_train, "start_switchboard", lambda slots: None)
-    with pytest.raises(KeyboardInterrupt if when == "stop" else Interrupted):
-        fit(spec)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray may have left its own
+    try:
+        with pytest.raises(KeyboardInterrupt if when == "stop" else Interrupted):
+            fit(spec)
+    finally:
+        signal.signal(signal.SIGINT, before)
     result = load_result(spec.run_dir)
     assert result is not None
     assert result.status == "interrupted"
