@@ -39,7 +39,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig, ParallelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig, ParallelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.build import build_model
 from raytune_ft.model.skeleton import build

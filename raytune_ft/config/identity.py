@@ -10,7 +10,8 @@ from typing import Any
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
 from raytune_ft.config.reference import is_under
-from raytune_ft.config.schema import Config, TrainConfig
+from raytune_ft.config.schema import Config
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
 
 # Layout and housekeeping: nothing here moves a weight, so a resume may change all of it.

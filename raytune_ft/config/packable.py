@@ -7,8 +7,9 @@ from typing import Any
 
 from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.reference import is_under, method_keys
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 
 # What all slots of an engine have in common, since they share its base and its passes.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from raytune_ft.config import metrics, paths
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.sizes import parse_size
 from raytune_ft.errors import ConfigError

@@ -10,9 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.section import Fraction, Positive, Section
+from raytune_ft.config.section import Positive, Section
 from raytune_ft.config.tracking import TrackingConfig
+from raytune_ft.config.train import TrainConfig
 
 
 class ModelConfig(Section):
@@ -34,118 +37,6 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; off unless you mean it"
-    )
-
-
-class FullMethod(Section):
-    """Every weight moves."""
-
-    name: Literal["full"]
-
-
-class LoraMethod(Section):
-    """Low-rank adapters on a frozen base (arXiv 2106.09685), through PEFT."""
-
-    name: Literal["lora"] = "lora"
-    rank: Positive = Field(16, description="columns of A, rows of B")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        32.0, description="the delta is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
-    )
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear, or endings of module names such as q_proj"
-    )
-    dropout: Fraction = Field(0.0, description="on the adapter's input")
-    rslora: bool = Field(False, description="rank-stabilised scaling (arXiv 2312.03732)")
-    dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
-
-
-MethodConfig = Annotated[FullMethod | LoraMethod, Field(discriminator="name")]
-
-
-class SourceConfig(Section):
-    """Where rows come from and which of their columns make an example."""
-
-    path: str = Field(
-        min_length=1,
-        description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
-        "by datasets, or a hub id",
-    )
-    format: Literal["prompt_completion", "messages", "text"] = "prompt_completion"
-    prompt: str = Field("prompt", description="column of the prompt, for prompt_completion")
-    completion: str = Field("completion", description="column of the completion, likewise")
-    messages: str = Field("messages", description="column of the chat turns, for messages")
-    text: str = Field("text", description="column of the document, for text")
-    split: str | None = Field(None, description="split of a hub or saved data set, such as train")
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    columns: list[str] | None = Field(
-        None, description="column names of a .csv or .tsv file without a header line"
-    )
-
-
-class DataConfig(Section):
-    """What is trained on, what is measured on, and how rows become tokens."""
-
-    train: SourceConfig
-    validation: Annotated[float, Field(gt=0, lt=1)] | SourceConfig = Field(
-        0.05, description="a fraction of train, drawn once by seed, or a source like train"
-    )
-    test: SourceConfig | None = Field(None, description="measured by promotion alone, once")
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of one example")
-    separator: str = Field("\n", description="between prompt and completion")
-    too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="what happens to rows over max_length; truncate cuts the end"
-    )
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="more unusable rows than this and the run refuses to start"
-    )
-    packing: Literal["auto"] | bool = Field(
-        "auto",
-        description="several examples to a row; auto packs where a probe of the built model "
-        "shows that it changes nothing, true refuses where it would",
-    )
-
-
-class EarlyStopping(Section):
-    """Stop when the evaluation has not improved."""
-
-    patience: Positive = Field(3, description="evaluations in a row without improvement")
-    min_delta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="an improvement is larger than this"
-    )
-
-
-class TrainConfig(Section):
-    """How weights move."""
-
-    objective: Literal["sft"] = Field("sft", description="what is optimised")
-    batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
-    lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_fraction: Fraction = Field(0.0, description="of the steps, rising linearly from 0")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="decoupled (AdamW); on matrices, not on norms and biases"
-    )
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1.0e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="clip by global norm; null does not clip"
-    )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="budget in passes; with max_examples too, whichever ends first"
-    )
-    max_examples: Positive | None = Field(
-        None, description="budget in examples; neither written means one epoch"
-    )
-    eval_every_examples: Positive = Field(
-        1000, description="evaluate at the first step at or past each multiple, and at the end"
-    )
-    early_stopping: EarlyStopping | None = None
-    precision: Literal["float32", "bfloat16", "float64"] = Field(
-        "bfloat16", description="compute precision; float64 is for verification"
-    )
-    micro_tokens: Literal["auto"] | Positive = Field(
-        "auto", description="tokens of one forward pass on one worker, padding included"
     )
 
 

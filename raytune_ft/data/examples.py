@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from raytune_ft.config.schema import SourceConfig
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.overlap import prompt_key
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit
 from raytune_ft.data.text_rows import BadRow, Row, valid_unicode

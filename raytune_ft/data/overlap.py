@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from raytune_ft.config.schema import DataConfig, SourceConfig
+from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.text_rows import Row
 from raytune_ft.errors import DataError

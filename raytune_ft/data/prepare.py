@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raytune_ft.config.schema import DataConfig, SourceConfig
+from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.data.examples import FORMATS, Encoder, Example, encode_rows
 from raytune_ft.data.overlap import count_overlaps
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.paths import FILE_KINDS, is_hub_id
-from raytune_ft.config.schema import SourceConfig
 from raytune_ft.data.text_rows import (
     TEXT_COLUMN,
     BadRow,

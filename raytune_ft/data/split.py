@@ -6,8 +6,8 @@ Every worker and every trial of a machine maps the same file, so the tokens are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from raytune_ft.errors import RunFailed
 
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+Column = npt.NDArray[np.float32]
 
 SCHEMA = pa.schema(
     [("input_ids", pa.large_list(pa.int32())), ("label_mask", pa.large_list(pa.uint8()))]
@@ -34,20 +35,27 @@ class TokenizedSplit:
         label_mask: [tokens], True where the token is a label, that is, where predicting it
             carries loss. It sits on the predicted token and not on the one before it.
         offsets: [n + 1], example `i` is `input_ids[offsets[i]:offsets[i + 1]]`.
+        columns: name -> [n, width], what an example has beside its tokens, such as its weight.
     """
 
     input_ids: TokenIds
     label_mask: Mask
     offsets: npt.NDArray[np.int64]
+    columns: Mapping[str, Column] = field(default_factory=dict)
 
     @classmethod
-    def from_examples(cls, examples: Sequence[tuple[TokenIds, Mask]]) -> TokenizedSplit:
+    def from_examples(
+        cls,
+        examples: Sequence[tuple[TokenIds, Mask]],
+        columns: Mapping[str, Column] | None = None,
+    ) -> TokenizedSplit:
         """Join examples, each of them (ids, mask) of one length."""
         lengths = np.array([len(ids) for ids, _ in examples], dtype=np.int64)
         return cls(
             input_ids=np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)]),
             label_mask=np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in examples)]),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            columns=columns or {},
         )
 
     @classmethod
@@ -59,15 +67,22 @@ class TokenizedSplit:
         """
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            if reader.schema != SCHEMA or reader.num_record_batches != 1:
+            own = list(reader.schema)[len(SCHEMA) :]
+            if list(reader.schema)[: len(SCHEMA)] != list(SCHEMA) or reader.num_record_batches != 1:
                 raise RunFailed(f"{path} is an Arrow file, but no token cache")
-            ids, mask = reader.get_batch(0).columns
+            ids, mask, *columns = reader.get_batch(0).columns
         except (OSError, pa.ArrowException) as error:
             raise RunFailed(f"{path} cannot be read as a token cache: {error}") from error
         return cls(
             input_ids=ids.values.to_numpy(zero_copy_only=True),
             label_mask=mask.values.to_numpy(zero_copy_only=True).view(np.bool_),
             offsets=ids.offsets.to_numpy(zero_copy_only=True),
+            columns={
+                field.name: column.values.to_numpy(zero_copy_only=True).reshape(
+                    len(column), field.type.list_size
+                )
+                for field, column in zip(own, columns, strict=True)
+            },
         )
 
     def write(self, path: Path) -> None:
@@ -77,9 +92,14 @@ class TokenizedSplit:
             pa.LargeListArray.from_arrays(offsets, pa.array(self.input_ids)),
             pa.LargeListArray.from_arrays(offsets, pa.array(self.label_mask.view(np.uint8))),
         ]
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        schema = SCHEMA
+        for name, values in self.columns.items():
+            flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+            schema = schema.append(pa.field(name, columns[-1].type))
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             # One batch, because only that can be mapped as one flat array.
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -112,6 +132,9 @@ class TokenizedSplit:
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
         for array in (self.offsets, self.input_ids, self.label_mask):
             digest.update(np.ascontiguousarray(array).data)
+        for name, column in sorted(self.columns.items()):
+            digest.update(f"{name} {column.shape[1]}".encode())
+            digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     def fingerprints(self) -> list[bytes]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import MethodConfig, ModelConfig
+from raytune_ft.config.methods import MethodConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.build import Precision, load_model_config
 from raytune_ft.model.methods import METHODS

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
-from raytune_ft.config.schema import LoraMethod, MethodConfig, ModelConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
 from raytune_ft.tensors.write import DTYPES

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from raytune_ft.config.schema import LoraMethod
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.build import Precision
 from raytune_ft.model.methods import trained_parameters

@@ -22,7 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_ft.config.schema import LoraMethod, MethodConfig, ModelConfig
+from raytune_ft.config.methods import LoraMethod, MethodConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError
 from raytune_ft.model.build import (
     Precision,

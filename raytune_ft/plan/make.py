@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from raytune_ft.app import joins_cluster, placed, prepare
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.rundir import probe_storage, run_path
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.schema import Config, DataConfig, ModelConfig, PromoteConfig
+from raytune_ft.config.data import DataConfig
+from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.packable import variants
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.schema import Config
 
 MAX_SLOTS = 16
 """More slots cost more memory and gain little: a pass is large enough by then."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from raytune_ft.config.schema import TrainConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.methods import without_method

@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.packable import packable
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.model.drawn import Drawn, draw_adapter

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from raytune_ft.config.schema import TrainConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.strategy import Strategy
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.config.schema import Config, LoraMethod
+from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.schema import Config
 from raytune_ft.data.layout import Row
 from raytune_ft.data.order import example_indices
 from raytune_ft.data.prepare import PreparedData

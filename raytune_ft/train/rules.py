@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from raytune_ft.config.identity import depends_on_horizon
-from raytune_ft.config.schema import TrainConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics, Point
 from raytune_ft.train.ended import checkpoint_path

@@ -12,13 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import (
-    FullMethod,
-    LoraMethod,
-    MethodConfig,
-    ModelConfig,
-    ParallelConfig,
-)
+from raytune_ft.config.methods import FullMethod, LoraMethod, MethodConfig
+from raytune_ft.config.schema import ModelConfig, ParallelConfig
 from raytune_ft.model.build import Precision, build_model
 from raytune_ft.model.skeleton import build
 from raytune_ft.strategy.fsdp import Fsdp

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.identity import check_resume, config_sha256
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.reference import keys, methods
-from raytune_ft.config.schema import Config, DataConfig, SourceConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError

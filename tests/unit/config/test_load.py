@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.load import apply_overrides, dump_yaml, expand_env, load_config
+from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.reference import keys
 from raytune_ft.config.resolve import resolve
-from raytune_ft.config.schema import Config, FullMethod, LoraMethod, SourceConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, InputError, StorageError
 
 TEXT = """

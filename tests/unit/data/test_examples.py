@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.schema import SourceConfig
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.examples import FORMATS, Encoder, Example, describe_example, encode_rows
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.text_rows import BadRow, Row

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.config.schema import DataConfig, ModelConfig, SourceConfig
+from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.overlap import check_overlap, prompt_key
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.text_rows import Row

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from raytune_ft.config.schema import DataConfig
+from raytune_ft.config.data import DataConfig
 from raytune_ft.data.examples import Encoder
 from raytune_ft.data.prepare import PreparedData, draw_validation, open_prepared, prepare_data
 from raytune_ft.data.report import DataReport
@@ -393,7 +393,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from raytune_ft.config.schema import DataConfig
+from raytune_ft.config.data import DataConfig
 from raytune_ft.data.prepare import prepare_data
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])

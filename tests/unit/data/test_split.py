@@ -101,3 +101,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
                 writer.write_batch(batch)
     with pytest.raises(RunFailed, match=r"a\.arrow"):
         TokenizedSplit.open(path)
+
+
+def test_columns_are_written_mapped_and_part_of_the_content(tmp_path: Path) -> None:
+    examples = random_examples(1, 5)
+    weights = np.arange(5, dtype=np.float32)[:, None]
+    targets = np.random.default_rng(0).random((5, 3), np.float32)
+    split = TokenizedSplit.from_examples(examples, {"weight": weights, "target": targets})
+    split.write(tmp_path / "a.arrow")
+    read = TokenizedSplit.open(tmp_path / "a.arrow")
+    assert read.columns.keys() == split.columns.keys()
+    assert np.array_equal(read.columns["weight"], weights)
+    assert np.array_equal(read.columns["target"], targets)
+    plain = TokenizedSplit.from_examples(examples)
+    other = TokenizedSplit.from_examples(examples, {"weight": weights + 1, "target": targets})
+    assert len({plain.sha256, split.sha256, other.sha256, read.sha256}) == 3

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.estimate.shell import build_shell
 from raytune_ft.estimate.trace import trace, trace_head
 from raytune_ft.model.build import build_model, count_parameters

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from raytune_ft.config.schema import LoraMethod
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.methods import apply_lora
+from raytune_ft.model.methods.lora import apply_lora
 from tests.support.models import FAMILIES
 
 BLOCKS = {"gpt2": "transformer.h", "bert": "bert.encoder.layer"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import build_model, load_base, load_model_config
 from raytune_ft.model.export import Exporter

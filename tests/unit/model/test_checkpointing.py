@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raytune_ft.config.schema import FullMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model import checkpointing
 from raytune_ft.model.build import build_model
 from raytune_ft.model.checkpointing import Activations, checkpoint_activations

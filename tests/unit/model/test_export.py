@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.files import sha256_of
 from raytune_ft.model.build import build_model
 from raytune_ft.model.export import Exporter

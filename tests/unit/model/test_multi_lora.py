@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from raytune_ft.config.schema import LoraMethod, ModelConfig
+from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import Precision, build_model, load_base
 from raytune_ft.model.drawn import draw_adapter

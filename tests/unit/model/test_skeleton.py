@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model import skeleton
 from raytune_ft.model.build import build_model, disk_dtype

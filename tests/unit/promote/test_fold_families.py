@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.config.schema import LoraMethod, ModelConfig
+from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.build import build_model
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.methods import trained_parameters

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raytune_ft.config.schema import DataConfig, ModelConfig, PromoteConfig, SourceConfig
+from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed

@@ -8,9 +8,10 @@ from typing import Any
 import optuna
 import pytest
 
+from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.points import grid
-from raytune_ft.config.schema import Config, DataConfig, SourceConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.draw import JointSampler

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.load import apply_overrides, dump_yaml
-from raytune_ft.config.schema import Config, DataConfig, SourceConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.search.ray_optuna import StudySearcher

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_ft.config.schema import FullMethod, LoraMethod, ModelConfig
+from raytune_ft.config.methods import FullMethod, LoraMethod
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.build import Precision, build_model
 from raytune_ft.strategy.reach import unreached
 from tests.support.models import FAMILIES, save_tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from raytune_ft.config.schema import TrainConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.train.optim import build_optimizer, learning_rate, total_examples
 from raytune_ft.train.rules import Schedule
 

@@ -1,25 +1,16 @@
-"""Which weights move: one function per method, one dict entry."""
+"""Low-rank adapters, through PEFT."""
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from raytune_ft.config.schema import LoraMethod
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.errors import ModelError
-
-
-def apply_full(base: nn.Module, method: Any) -> nn.Module:
-    """Every weight moves."""
-    base.requires_grad_(True)
-    return base
 
 
 def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
@@ -60,30 +51,11 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
     return model
 
 
-METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
-    "full": apply_full,
-    "lora": apply_lora,
-}
-
-
 def leave_casts_to_autocast(model: nn.Module) -> None:
     """Keep PEFT from casting activations to float32, only for autocast to cast them back."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer moves, under the names that the unwrapped model gives."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def without_method(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, an adapted model computes what its base does.
-
-    A fully trained model has no base beside it: there the base is the model before its first step.
-    """
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def _check_targets(base: nn.Module, targets: list[str]) -> None:
