@@ -7,14 +7,16 @@ same number of trials from the same space with Optuna's TPE, train each on the s
 examples and evaluate it as often on the same rows:
 
 - A: Ray Tune, OptunaSearch, TRL's `SFTTrainer` in each trial, as many trials at a time as cores;
-- B: A with `reuse_actors` and rows that are tokenised once;
+- B: A with `reuse_actors`, its processes and their rows kept from trial to trial;
 - E: A with ASHA;
 - C: ours, a worker group per trial (`execution: isolated`), no early stop;
 - D: ours, packed, no early stop;
 - F: ours, packed, with ASHA.
 
-Ours also keep a verified checkpoint of each trial's best, fold and evaluate the winner, and export
-it; the others only search. It needs the extra `bench`.
+TRL is given the tokens that ours trains on, since it would make others of the same text, so that
+losses can be compared; it saves its trials the tokenising. Ours also keep a verified checkpoint of
+each trial's best, fold and evaluate the winner, and export it; the others only search. It needs the
+extra `bench`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 
 ARMS = {
     "A": "Tune + TRL",
-    "B": "Tune + TRL, reused actors, cached tokens",
+    "B": "Tune + TRL, reused actors",
     "C": "ours, isolated",
     "D": "ours, packed",
     "E": "Tune + TRL, ASHA",
@@ -101,6 +103,9 @@ def make_job(root: Path, cell: str, arguments: argparse.Namespace) -> dict[str, 
 
         build_base(root / "base", shared)
         base = root / "base"
+    for name, part in (("train", train), ("validation", validation)):
+        text = "".join(json.dumps(row) + "\n" for row in tokens_of(part, base))
+        (root / f"{name}-tokens.jsonl").write_text(text, encoding="utf-8")
     return {
         "root": str(root),
         "base": str(base),
@@ -108,6 +113,26 @@ def make_job(root: Path, cell: str, arguments: argparse.Namespace) -> dict[str, 
         "examples": arguments.examples,
         "eval_every": arguments.examples // 4,
     }
+
+
+def tokens_of(rows: list[dict[str, str]], base: Path) -> list[dict[str, list[int]]]:
+    """What this package makes of the rows, in TRL's columns; without rows that have no label."""
+    from transformers import AutoTokenizer
+
+    from raytune_ft.config.data import SourceConfig
+    from raytune_ft.data.examples import Encoder, Example, encode_rows
+    from raytune_ft.data.text_rows import Row
+
+    encoder = Encoder.of(AutoTokenizer.from_pretrained(base))
+    texts = [Row(str(number), row) for number, row in enumerate(rows)]
+    found = []
+    for one in encode_rows(encoder, SourceConfig(path="rows.jsonl"), "", texts):
+        assert isinstance(one, Example)
+        ids, mask = one.ids[:MAX_LENGTH], one.mask[:MAX_LENGTH]
+        if mask.any():
+            labels = [int(token) if own else -100 for token, own in zip(ids, mask, strict=True)]
+            found.append({"input_ids": ids.tolist(), "labels": labels})
+    return found
 
 
 def short_rows(shared: Path) -> list[dict[str, str]]:
@@ -280,14 +305,14 @@ def _rows(job: dict[str, Any]) -> tuple[Any, Any]:
     from datasets import Dataset
 
     return tuple(
-        Dataset.from_json(f"{job['root']}/{name}.jsonl") for name in ("train", "validation")
+        Dataset.from_json(f"{job['root']}/{name}-tokens.jsonl") for name in ("train", "validation")
     )
 
 
 def _train(
     config: dict[str, Any], job: dict[str, Any], rows: tuple[Any, Any], report: Any
 ) -> tuple[Any, Any]:
-    """One trial with TRL; returns its rows, tokenised."""
+    """One trial with TRL; returns its rows as it has prepared them."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -303,7 +328,7 @@ def _train(
         settings = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=config["batch_size"],
-            per_device_eval_batch_size=32,
+            per_device_eval_batch_size=128,  # all in one: a mean over tokens, not over batches
             max_steps=job["examples"] // config["batch_size"],
             learning_rate=config["lr"],
             lr_scheduler_type="cosine",
@@ -317,7 +342,6 @@ def _train(
             bf16=False,
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
-            completion_only_loss=True,
             max_length=MAX_LENGTH,
             seed=job["seed"],
         )
