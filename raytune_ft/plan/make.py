@@ -93,6 +93,7 @@ def make_plan(
     data = prepare(expanded, tell)
 
     from raytune_ft.data.examples import describe_example
+    from raytune_ft.data.mixture import pass_length
     from raytune_ft.estimate.cost import asha_share, evaluation_flops, step_flops
     from raytune_ft.estimate.shell import build_shell
     from raytune_ft.model.build import load_tokenizer
@@ -100,10 +101,11 @@ def make_plan(
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.rules import Schedule
 
-    budget = total_examples(config.train, len(data.train))
+    available = pass_length(config.data, data.train)
+    budget = total_examples(config.train, available)
     if config.search is not None:
         check_examples(config.search, budget)
-    schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
+    schedule = Schedule.of(config.train, available, config.checkpoint.every_examples)
     steps = schedule.total_steps
     midway = any(
         schedule.due(step, every)

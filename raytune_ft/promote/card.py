@@ -18,9 +18,9 @@ from huggingface_hub import (
 )
 
 import raytune_ft
+from raytune_ft.config.data import source_configs
 from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.prepare import source_configs
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.build import resolve_model_path
 from raytune_ft.promote.fold import FoldCheck
