@@ -6,7 +6,6 @@ Heavy modules are imported inside, so that `raytune-ft --help` and config errors
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -30,6 +29,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.records import RunResult
+from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
 from raytune_ft.rundir import (
     DATA,
@@ -121,7 +121,7 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
             promotion = _promote_once(run.path, tell)
         finally:
             try_report(run.path, tell)
-        return Swept(run.path, _read_json(run.path / RESULT), promotion)
+        return Swept(run.path, read_json(run.path / RESULT) or {}, promotion)
 
 
 def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
@@ -159,6 +159,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
+    from raytune_ft.data.mixture import pass_length
     from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
@@ -173,6 +174,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
+    pass_length(config.data, data.train)
     splits = (data.train, data.validation, data.test)
     longest = max(int(split.lengths.max()) for split in splits if split is not None)
     if positions is not None and longest > positions:
@@ -254,8 +256,10 @@ def _needs_ray(config: Config) -> bool:
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
+    from raytune_ft.promote.difficulty import rated
+
     expanded = expand_env(config)
-    data = prepare(expanded, tell)
+    data = rated(expanded, prepare(expanded, tell), tell)
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
@@ -323,16 +327,17 @@ def _promote_once(path: Path, tell: Tell) -> Promotion | None:
 
 
 def _examples(config: Config, data: PreparedData) -> int:
+    from raytune_ft.data.mixture import pass_length
     from raytune_ft.train.optim import total_examples
 
-    return total_examples(config.train, len(data.train))
+    return total_examples(config.train, pass_length(config.data, data.train))
 
 
 def _has_ended(run: OpenRun, config: Config) -> bool:
     """Whether a resume finds the run complete, and no other budget or number of trials."""
     if run.saved is None or not (run.path / RESULT).is_file():
         return False
-    if _read_json(run.path / RESULT).get("status") not in ("completed", "early_stopped"):
+    if (read_json(run.path / RESULT) or {}).get("status") not in ("completed", "early_stopped"):
         return False
     searches = [each.search for each in (run.saved, config)]
     limits = [(each.trials, each.budget) if each else None for each in searches]
@@ -342,9 +347,3 @@ def _has_ended(run: OpenRun, config: Config) -> bool:
 def _budget(config: Config) -> list[Any]:
     plain = to_plain(config)
     return [plain["train"][key.removeprefix("train.")] for key in BUDGET]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
-    return content

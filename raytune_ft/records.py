@@ -31,13 +31,18 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """One evaluation of the whole validation set, taken after `examples` training examples."""
+    """One evaluation of the whole validation set, taken after `examples` training examples.
+
+    `eval_loss_by_source` has the name of each source that the set has examples of; it is empty
+    where nobody tells sources apart.
+    """
 
     step: int
     examples: int
     eval_loss: float
     eval_token_accuracy: float
     eval_exact_match: float
+    eval_loss_by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class RunResult:
     """`result.json` of a run directory. `notes` says what was chosen by measurement, and why."""
 
     status: RunStatus | Literal["pruned"]
-    base: dict[str, float] | None
+    base: dict[str, Any] | None
     best: Point | None
     final: Point | None
     seed: int

@@ -64,7 +64,10 @@ class LineReporter:
         """See `Reporter`."""
         best = f"  best so far, {checkpoint}" if checkpoint else ""
         name = "base eval_loss" if metrics.step == 0 else "eval_loss"
-        tell(f"{_progress(metrics, self._total)}  {name} {metrics.eval_loss:.4f}{best}")
+        own = [f"{source} {loss:.4f}" for source, loss in metrics.eval_loss_by_source.items()]
+        by_source = f" ({', '.join(own)})" if own else ""
+        shown = f"{name} {metrics.eval_loss:.4f}{by_source}"
+        tell(f"{_progress(metrics, self._total)}  {shown}{best}")
 
 
 class BarReporter:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raytune_ft.config.section import Section
+from raytune_ft.config.section import Positive, Section
 
 
 class SourceConfig(Section):
@@ -29,14 +32,93 @@ class SourceConfig(Section):
     )
 
 
+Share = Annotated[float, Field(ge=0)]
+
+
+class NamedSource(SourceConfig):
+    """One of several sources."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="what figures of this source are called; null is the file's name",
+    )
+
+    @property
+    def called(self) -> str:
+        """The name, as written or by the file."""
+        return self.name or name_of_path(self.path)
+
+
+class MixedSource(NamedSource):
+    """One of several sources that are trained on together."""
+
+    weight: Share | None = Field(
+        None, description="its share of the mix, over the sum of all weights"
+    )
+    epochs: Share | None = Field(
+        None, description="how often a pass of the mix sees each of its examples; 1 by default"
+    )
+
+
+class MixtureConfig(Section):
+    """How much of each source a pass of the mix holds, where no source says it for itself."""
+
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="a source of n examples has a share in proportion to n^(1/temperature): 1 is "
+        "as it comes, and a large one makes all alike",
+    )
+    examples: Literal["total", "shortest", "longest"] | Positive = Field(
+        "total",
+        description="of one pass: as many as all sources hold, as many until the first of them is "
+        "used up or until the last one is, or a number",
+    )
+
+
+class CurriculumConfig(Section):
+    """Which examples come first. It orders each source by itself, so that the mix stays."""
+
+    by: Literal["length", "column", "base_loss"] = Field(
+        "length",
+        description="what is difficult: many tokens, a number in a column of the rows, or a high "
+        "loss under the model before training",
+    )
+    column: str | None = Field(None, description="by: column, the one of that name in every source")
+    order: Literal["easy_first", "hard_first"] = "easy_first"
+    schedule: Literal["sort", "linear", "sqrt"] = Field(
+        "sqrt",
+        description="sort: every pass in order; linear and sqrt draw from a share of the examples "
+        "that grows from start to all of them (arXiv 1903.09848)",
+    )
+    start: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="linear and sqrt: the share that the first step draws from"
+    )
+    until: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="linear and sqrt: the fraction of the run after which all are drawn from"
+    )
+
+
 class DataConfig(Section):
     """What is trained on, what is measured on, and how rows become tokens."""
 
-    train: SourceConfig
-    validation: Annotated[float, Field(gt=0, lt=1)] | SourceConfig = Field(
-        0.05, description="a fraction of train, drawn once by seed, or a source like train"
+    train: SourceConfig | list[MixedSource] = Field(
+        description="a source, or a list of them that are trained on together"
     )
-    test: SourceConfig | None = Field(None, description="measured by promotion alone, once")
+    validation: Annotated[float, Field(gt=0, lt=1)] | SourceConfig | list[NamedSource] = Field(
+        0.05,
+        description="a fraction of every source of train, drawn once by seed, or a source like "
+        "train, or a list of them",
+    )
+    test: SourceConfig | list[NamedSource] | None = Field(
+        None, description="likewise, measured by promotion alone, once"
+    )
+    mixture: MixtureConfig | None = Field(
+        None, description="how much of each source of train a pass holds"
+    )
+    curriculum: CurriculumConfig | None = Field(
+        None, description="which examples of train come first; null is a new order every epoch"
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of one example")
     separator: str = Field("\n", description="between prompt and completion")
     too_long: Literal["truncate", "drop", "error"] = Field(
@@ -50,3 +132,64 @@ class DataConfig(Section):
         description="several examples to a row; auto packs where a probe of the built model "
         "shows that it changes nothing, true refuses where it would",
     )
+
+
+def name_of_path(path: str) -> str:
+    """What a source is called by its path: the file's name without its end."""
+    stem = PurePath(path).name.partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "source"
+
+
+def called(items: Sequence[Any], name: str) -> dict[str, Any]:
+    """The plain source of that name, or of that number, in a list as it is written.
+
+    Raises:
+        KeyError: there is none; its argument lists those that there are.
+    """
+    names = [
+        str(item.get("name") or name_of_path(str(item.get("path", ""))))
+        if isinstance(item, dict)
+        else ""
+        for item in items
+    ]
+    numbered = [str(number) for number in range(len(items))]
+    for keys in (names, numbered):
+        if name in keys and isinstance(found := items[keys.index(name)], dict):
+            return found
+    raise KeyError(", ".join(filter(None, names)))
+
+
+def listed(sources: Any) -> Sequence[SourceConfig]:
+    """The sources of a split: none of a fraction, one, or those of a list."""
+    if isinstance(sources, SourceConfig):
+        return [sources]
+    return sources if isinstance(sources, list) else []
+
+
+def source_configs(data: DataConfig) -> Mapping[str, SourceConfig]:
+    """The sources that are read: `train`, or `train.NAME` where there are several."""
+    found: dict[str, SourceConfig] = {}
+    for split in ("train", "validation", "test"):
+        written = getattr(data, split)
+        for source in listed(written):
+            name = f"{split}.{source.called}" if isinstance(source, NamedSource) else split
+            found[name] = source
+    return found
+
+
+def source_names(data: DataConfig) -> tuple[str, ...]:
+    """Names by the number in the column `source`: those of train, then what only others have.
+
+    Empty where no split has several sources.
+    """
+    several = [getattr(data, split) for split in ("train", "validation", "test")]
+    if not any(isinstance(each, list) for each in several):
+        return ()
+    train = [name_of_path(data.train.path)] if isinstance(data.train, SourceConfig) else []
+    others = (each.called for some in several if isinstance(some, list) for each in some)
+    return tuple(dict.fromkeys([*train, *others]))
+
+
+def difficulty_column(data: DataConfig) -> str | None:
+    """The column of the rows that a curriculum goes by."""
+    return data.curriculum.column if data.curriculum is not None else None

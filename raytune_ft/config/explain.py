@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from raytune_ft.config import reference
+from raytune_ft.config.data import called
 from raytune_ft.errors import ConfigError
 
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
@@ -57,7 +58,11 @@ def unknown_key(path: Sequence[str], method: object = None) -> ConfigError:
             dotted, "is nested", f"write the key with its dots, `{wanted}:`, below search.space"
         )
     near = reference.suggestion(path, method)
-    if near:
+    field = reference.field_at(path[:-1], method) if section else None
+    items = reference.listed_sections(field.annotation) if field else []
+    if any(path[-1] in item.model_fields for item in items):
+        remedy = f"it is of one of several: write {section} as a list"
+    elif near:
         remedy = f"did you mean {near}?"
     else:
         remedy = f"the keys {f'of {section}' if section else 'there'} are {', '.join(siblings)}"
@@ -134,11 +139,20 @@ def _not_one_of(path: Sequence[str], tag: str, choices: list[str]) -> ConfigErro
 
 
 def _path(item: ErrorDetails, data: Any) -> tuple[str, ...]:
-    """The keys of pydantic's location, without the tags of unions and the indices of lists."""
+    """The keys of pydantic's location, without the tags of unions and the indices of lists.
+
+    In a list of sections the name of one is a key, or its number where it has none.
+    """
     path: list[str] = []
     here = data
     for position, part in enumerate(item["loc"]):
         is_last = position == len(item["loc"]) - 1
+        if isinstance(part, int) and isinstance(here, list) and isinstance(here[part], dict):
+            here = here[part]
+            path.append(name if isinstance(name := here.get("name"), str) else str(part))
+            continue
+        if isinstance(part, str) and isinstance(here, list):
+            continue  # a tag of a union
         if isinstance(part, int) or not isinstance(here, dict):
             break
         if part in here:
@@ -155,7 +169,7 @@ def _is_below(path: Sequence[str], above: Sequence[str]) -> bool:
 
 def _at(data: Any, path: Sequence[str]) -> Any:
     for part in path:
-        data = data[part]
+        data = called(data, part) if isinstance(data, list) else data[part]
     return data
 
 

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
 from raytune_ft.config.reference import is_under
@@ -28,6 +29,9 @@ FREE = (
     "promote",
     "tracking",
 )
+# Keys that were added later: left out where they have their default, so that an older run, whose
+# config did not have them, keeps its hash.
+ADDED = {"data.mixture": None, "data.curriculum": None}
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
 
@@ -39,14 +43,25 @@ def config_sha256(config: Config) -> str:
     first; a search counts not at all, its trials have their own.
     """
     flat = _flat(to_plain(expand_env(config)))
-    ignored = (*FREE, "name", "search", *(() if depends_on_horizon(config.train) else BUDGET))
-    kept = {key: value for key, value in flat.items() if not is_under(key, ignored)}
+    depends = depends_on_horizon(config.train, config.data.curriculum)
+    ignored = (*FREE, "name", "search", *(() if depends else BUDGET))
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if not is_under(key, ignored) and not (key in ADDED and value == ADDED[key])
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def depends_on_horizon(train: TrainConfig) -> bool:
-    """Whether the learning rate of a step depends on how many there will be."""
-    return train.lr_schedule != "constant" or train.warmup_fraction > 0
+def depends_on_horizon(
+    train: TrainConfig, curriculum: CurriculumConfig | None = None
+) -> str | None:
+    """What of a step depends on how many there will be, in words; None where nothing does."""
+    if train.lr_schedule != "constant" or train.warmup_fraction > 0:
+        return f"a {train.lr_schedule} schedule"
+    if curriculum is not None and curriculum.schedule != "sort":
+        return f"a {curriculum.schedule} curriculum"
+    return None
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -59,23 +74,22 @@ def check_resume(saved: Config, new: Config) -> None:
         if key == "search.trials" and isinstance(old, int) and isinstance(now, int) and now > old:
             continue
         raise _differs(key, old, now, "is what a resume must keep")
-    _check_budget(saved.train, new.train, old_flat, new_flat)
+    _check_budget(saved, new, old_flat, new_flat)
 
 
 def _check_budget(
-    saved: TrainConfig, new: TrainConfig, old_flat: dict[str, Any], new_flat: dict[str, Any]
+    saved: Config, new: Config, old_flat: dict[str, Any], new_flat: dict[str, Any]
 ) -> None:
-    if _budget(saved) == _budget(new):
+    before, after = _budget(saved.train), _budget(new.train)
+    if before == after:
         return
     key = next(key for key in reversed(BUDGET) if old_flat[key] != new_flat[key])
     if old_flat.get("search") is not None or "search.trials" in old_flat:
         rule = "cannot change in a sweep, whose trials are compared at one budget"
         raise _differs(key, old_flat[key], new_flat[key], rule)
-    if depends_on_horizon(new):
-        raise _differs(
-            key, old_flat[key], new_flat[key], f"cannot change under a {new.lr_schedule} schedule"
-        )
-    if any(now < old for old, now in zip(_budget(saved), _budget(new), strict=True)):
+    if depends := depends_on_horizon(new.train, new.data.curriculum):
+        raise _differs(key, old_flat[key], new_flat[key], f"cannot change under {depends}")
+    if any(now < old for old, now in zip(before, after, strict=True)):
         raise _differs(key, old_flat[key], new_flat[key], "may only be raised")
 
 
@@ -95,7 +109,9 @@ def _differs(key: str, old: Any, now: Any, rule: str) -> ConfigError:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and values; lists and empty mappings are values."""
+    """Dotted keys and values; lists and empty mappings are values, lists of sections are not."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     flat: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytune_ft.config import environment, reference, rules, search_rules, yaml_text
+from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
@@ -187,6 +188,10 @@ def _split(dotted: str) -> tuple[str, ...]:
 def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
     here = data
     for depth, part in enumerate(parts[:-1], start=1):
+        inner = here.get(part)
+        if isinstance(inner, list) and reference.is_listed(parts[:depth]):
+            _set_in_list(inner, parts, depth, value)
+            return
         if not isinstance(here.get(part), dict):
             field = reference.field_at(parts[:depth])
             default = (
@@ -201,6 +206,23 @@ def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
         for kind in KINDS:
             here.pop(kind, None)
     here[parts[-1]] = copy.deepcopy(value)
+
+
+def _set_in_list(items: list[Any], parts: tuple[str, ...], depth: int, value: Any) -> None:
+    """`data.train.NAME.KEY`: a key of one of several sources."""
+    path, name = ".".join(parts[:depth]), parts[depth]
+    if len(parts) != depth + 2:
+        raise ConfigError(
+            f"{'.'.join(parts)}={shown_value(value)}",
+            f"names no key of a source, and {path} is a list of them",
+            f"write {path}.NAME.KEY",
+        )
+    try:
+        called(items, name)[parts[-1]] = copy.deepcopy(value)
+    except KeyError as error:
+        raise ConfigError(
+            ".".join(parts), f"names no source of {path}, which has {error.args[0]}", "write one"
+        ) from None
 
 
 def _expected(parts: tuple[str, ...]) -> str:

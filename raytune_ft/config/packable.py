@@ -10,10 +10,13 @@ from raytune_ft.config.load import apply_overrides, choose_strategy
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search_rules import is_share
 from raytune_ft.errors import ConfigError
 
 # What all slots of an engine have in common, since they share its base and its passes.
 OF_THE_ENGINE = ("model", "data", "train.precision", "train.micro_tokens", "train.objective")
+# Each slot has an order of its own over the tokens that all share.
+OF_A_SLOT = ("data.mixture", "data.curriculum")
 
 
 def packable(config: Config) -> str | None:
@@ -34,7 +37,8 @@ def reason_against(config: Config) -> str | None:
     if choose_strategy(config)[0] == "deepspeed":
         return "parallel.strategy=deepspeed builds on weights that it trains, and a base is frozen"
     for key in config.search.space:
-        if is_under(key, OF_THE_ENGINE):
+        own = is_under(key, OF_A_SLOT) or is_share(key)
+        if is_under(key, OF_THE_ENGINE) and not own:
             return f"search.space.{key} varies what trials of one engine share"
     return next(filter(None, map(packable, variants(config))), None)
 

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "num_workers": "parallel.workers",
 }
 MADE_UP = "KEY"  # stands in the reference for a key that the user makes up
+NAMED = "NAME"  # and for the name of one section of a list
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,22 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
         return [found for item in typing.get_args(annotation) for found in sections_of(item)]
     return []
+
+
+def listed_sections(annotation: Any) -> list[type[Section]]:
+    """The section classes of the list that a field may hold instead of one of its own."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is list:
+        return sections_of(args[0])
+    if origin in (typing.Annotated, typing.Union, types.UnionType):
+        return [found for item in args for found in listed_sections(item)]
+    return []
+
+
+def is_listed(parts: Sequence[str]) -> bool:
+    """Whether the key at that path may hold a list of sections."""
+    field = field_at(parts)
+    return field is not None and bool(listed_sections(field.annotation))
 
 
 def name_of(section: type[Section]) -> str | None:
@@ -91,6 +108,9 @@ def fields_at(parts: Sequence[str], method: object = None) -> dict[str, FieldInf
         if typing.get_origin(field.annotation) is dict and remaining:
             remaining.pop(0)
             sections = sections_of(typing.get_args(field.annotation)[1])
+        elif remaining and (listed := listed_sections(field.annotation)):
+            remaining.pop(0)
+            sections = listed
     return _fields(sections, method)
 
 
@@ -118,6 +138,11 @@ def _keys(parts: tuple[str, ...], sections: list[type[Section]]) -> Iterator[Key
                 default = None if field.is_required() else shown_default(field)
                 yield Key(".".join(path), words(field), default, field.description or "")
             yield from _keys(path, inner)
+            for item in listed_sections(field.annotation):
+                own = item.model_fields.keys() - _fields(inner, None).keys()
+                for key in _keys((*path, NAMED), [item]):
+                    if key.dotted.rpartition(".")[2] in own:
+                        yield key
             if typing.get_origin(field.annotation) is dict:
                 made_up = sections_of(typing.get_args(field.annotation)[1])
                 yield from _keys((*path, MADE_UP), made_up)
@@ -137,11 +162,15 @@ def suggestion(parts: Sequence[str], method: object = None) -> str | None:
         return ".".join([*parts[:-1], near])
     if parts[-1] in ELSEWHERE:
         return ELSEWHERE[parts[-1]]
-    fixed = list(dict.fromkeys(key.dotted for key in keys() if MADE_UP not in key.dotted))
+    fixed = list(dict.fromkeys(key.dotted for key in keys() if not _made_up(key.dotted)))
     moved = [dotted for dotted in fixed if dotted.split(".")[-1] == parts[-1]]
     if len(moved) == 1 and moved != [".".join(parts)]:
         return moved[0]
     return None if siblings else closest(".".join(parts), fixed)
+
+
+def _made_up(dotted: str) -> bool:
+    return not {MADE_UP, NAMED}.isdisjoint(dotted.split("."))
 
 
 def choices(annotation: Any) -> list[str]:
@@ -226,6 +255,8 @@ _BASIC: dict[Any, str] = {
 
 
 def _plural(annotation: Any) -> str:
+    if sections_of(annotation):
+        return "sections"
     return {str: "text", int: "whole numbers", float: "numbers"}.get(annotation, "values")
 
 

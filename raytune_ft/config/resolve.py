@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raytune_ft.config import deepspeed_json, environment, metrics, paths
+from raytune_ft.config.data import NamedSource, listed
 from raytune_ft.config.load import choose_strategy, to_plain, validated
 from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.points import trial_count
@@ -29,9 +30,14 @@ def resolve(
     data["storage"] = paths.storage(config.storage, here, disposable)
     data["model"]["path"] = paths.model(config.model.path, here)
     for name in ("train", "validation", "test"):
-        source = data["data"][name]
-        if isinstance(source, dict):
-            source["path"] = paths.source(source["path"], here, f"data.{name}.path")
+        plain = data["data"][name]
+        for number, source in enumerate(listed(getattr(config.data, name))):
+            if isinstance(source, NamedSource):
+                key = f"data.{name}.{source.called}.path"
+                found = {"path": paths.source(source.path, here, key), "name": source.called}
+                plain[number] |= found
+            else:
+                plain["path"] = paths.source(source.path, here, f"data.{name}.path")
     if data["promote"]["retention"] is not None:
         retained = data["promote"]["retention"]
         retained["path"] = paths.source(retained["path"], here, "promote.retention.path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config import metrics, paths
+from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
@@ -20,7 +21,9 @@ def check(config: Config) -> None:
     _check_method(config)
     metrics.check(config.promote)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
-    _check_splits(config)
+    check_data(config.data)
+    if config.promote.max_overlap < 1:
+        check_apart(config.data)
     if config.seed > MAX_SEED:
         raise ConfigError(f"seed={config.seed}", f"is above {MAX_SEED}", "write a smaller one")
     if config.search is not None:
@@ -126,17 +129,3 @@ def _check_method(config: Config) -> None:
     method = config.method
     if isinstance(method, LoraMethod) and method.targets == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
-
-
-def _check_splits(config: Config) -> None:
-    """What is chosen on is not what is measured in the end."""
-    data = config.data
-    if data.test is None or config.promote.max_overlap == 1:
-        return
-    for name, other in (("validation", data.validation), ("train", data.train)):
-        if other == data.test:
-            raise ConfigError(
-                f"data.test={shown_value(data.test.path)}",
-                f"is data.{name} too, and selecting on the test set is refused",
-                "write another source, or none",
-            )

@@ -29,6 +29,8 @@ NOT_SEARCHED = (
     "data.too_long",
     "data.separator",
     "data.max_bad_fraction",
+    "data.curriculum.by",
+    "data.curriculum.column",
     "parallel",
     "checkpoint",
     "search",
@@ -36,6 +38,9 @@ NOT_SEARCHED = (
     "tracking",
 )
 MIN_DRAWS, MAX_DRAWS = 100, 10_000
+
+# Of a source of data.train, what decides how often it is seen and not what is measured.
+SHARES = ("weight", "epochs")
 
 Apply = Callable[[Config, Mapping[str, Any]], Config]
 
@@ -236,6 +241,12 @@ def _check_point(
             )
 
 
+def is_share(key: str) -> bool:
+    """Whether a dotted key is the weight or the epochs of one of several sources of train."""
+    parts = key.split(".")
+    return len(parts) == 4 and parts[:2] == ["data", "train"] and parts[3] in SHARES
+
+
 def _method_names(config: Config) -> list[str]:
     """The methods that trials may have."""
     assert config.search is not None
@@ -247,7 +258,7 @@ def _method_names(config: Config) -> list[str]:
 
 def _check_searched(key: str, names: list[str]) -> None:
     line = f"search.space.{key}"
-    if reference.is_under(key, NOT_SEARCHED):
+    if reference.is_under(key, NOT_SEARCHED) and not is_share(key):
         raise ConfigError(
             line,
             "cannot be searched over: trials would not be comparable",

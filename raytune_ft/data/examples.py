@@ -31,13 +31,16 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Example:
     """Token ids and the label mask of one row; the first token is never a label.
 
-    `prompt` is `overlap.prompt_key` of the row.
+    `prompt` is `overlap.prompt_key` of the row, `difficulty` what a curriculum goes by, `source`
+    the number of the row's source.
     """
 
     origin: str
     ids: TokenIds
     mask: Mask
     prompt: bytes = b""
+    difficulty: float = 0.0
+    source: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,147 @@
 """The one stream of training examples, as a pure function of the seed.
 
-Example `i` of the stream is `permutation(seed, i // n)[i % n]`, so any step of any run can be
-computed without having read what came before it: resuming needs a counter, not a loader's state.
+Of one source, example `i` of the stream is `permutation(seed, i // n)[i % n]`. Of several, a pass
+of the mix holds a fixed number of examples of each, its quota. The places of a pass are dealt out
+to the sources by a permutation of their own, and each place takes the next example of its source's
+own stream. So any step of any run can be computed without having read what came before it:
+resuming needs a counter, not a loader's state.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from raytune_ft.data.split import TokenizedSplit
+
 Indices = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
+
+# Of what is drawn for a pass as a whole, where a source has its number.
+PLACES, CHANCES = 2**32 - 1, 2**32 - 2
 
 
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, n: int) -> Indices:
-    """The order of `n` examples in one epoch; every epoch has its own."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def permutation(seed: int, number: int, n: int, stream: int = 0) -> Indices:
+    """The order of `n` things in pass `number`; every pass has its own."""
+    return np.random.default_rng([seed, number, stream]).permutation(n)
 
 
-def example_indices(seed: int, start: int, count: int, n: int) -> Indices:
-    """Indices of stream positions `start .. start + count - 1`; they may straddle epochs."""
-    parts = []
+@dataclass(frozen=True, eq=False)
+class Curriculum:
+    """What comes first. Positions are of the stream, ranks of a source's own examples.
+
+    Attributes:
+        ranked: of each source, its examples (by their place in the source) from the first to come
+            to the last.
+        schedule: `sort` puts every pass in that order. The others draw from the first ones of
+            `ranked`, with replacement, a share that grows from `start` at position 0 to all of
+            them at position `end`; from there on the stream is the plain one.
+    """
+
+    ranked: tuple[Indices, ...]
+    schedule: Literal["sort", "linear", "sqrt"]
+    start: float = 1.0
+    end: int = 0
+
+    def share(self, positions: Indices) -> Numbers:
+        """What part of a source is drawn from: the competence of arXiv 1903.09848."""
+        time = np.minimum(positions / max(1, self.end), 1.0)
+        if self.schedule == "linear":
+            return self.start + time * (1 - self.start)
+        return np.sqrt(self.start**2 + time * (1 - self.start**2))
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The stream over a split.
+
+    Attributes:
+        members: of each source, its examples in the split.
+        quotas: of each source, how many examples of it a pass holds.
+    """
+
+    seed: int
+    members: tuple[Indices, ...]
+    quotas: tuple[int, ...]
+    curriculum: Curriculum | None = None
+
+    @classmethod
+    def plain(cls, seed: int, n: int) -> Order:
+        """Over `n` examples of one source."""
+        return cls(seed, (np.arange(n),), (n,))
+
+    def __len__(self) -> int:
+        """Examples of a pass, which is what an epoch is."""
+        return sum(self.quotas)
+
+    def indices(self, start: int, count: int) -> Indices:
+        """Examples at positions `start .. start + count - 1`; they may straddle passes."""
+        parts = [np.empty(0, np.int64)]
+        position, end = start, start + count
+        while position < end:
+            number, offset = divmod(position, len(self))
+            take = min(len(self) - offset, end - position)
+            parts.append(_whole_pass(self, number)[offset : offset + take])
+            position += take
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=16)
+def _whole_pass(order: Order, number: int) -> Indices:
+    """`[len(order)]`: the examples of a pass."""
+    sources_P = np.repeat(np.arange(len(order.quotas)), order.quotas)
+    if len(order.members) > 1:
+        sources_P = sources_P[permutation(order.seed, number, len(order), PLACES)]
+    found_P = np.empty(len(order), np.int64)
+    for source, (members, quota) in enumerate(zip(order.members, order.quotas, strict=True)):
+        places = np.flatnonzero(sources_P == source)
+        found_P[places] = members[_own(order, source, number * quota, quota)]
+    curriculum = order.curriculum
+    if curriculum is None or curriculum.schedule == "sort":
+        return found_P
+    positions_P = number * len(order) + np.arange(len(order))
+    chances_P = np.random.default_rng([order.seed, number, CHANCES]).random(len(order))
+    for source, members in enumerate(order.members):
+        places = np.flatnonzero((sources_P == source) & (positions_P < curriculum.end))
+        open_P = np.ceil(curriculum.share(positions_P[places]) * len(members))
+        picks = (chances_P[places] * open_P).astype(np.int64)
+        found_P[places] = members[curriculum.ranked[source][picks]]
+    return found_P
+
+
+def _own(order: Order, source: int, start: int, count: int) -> Indices:
+    """Examples `start .. start + count - 1` of a source's own stream, by their place in it."""
+    n = len(order.members[source])
+    parts = [np.empty(0, np.int64)]
     position, end = start, start + count
     while position < end:
-        epoch, offset = divmod(position, n)
+        number, offset = divmod(position, n)
         take = min(n - offset, end - position)
-        parts.append(permutation(seed, epoch, n)[offset : offset + take])
+        parts.append(permutation(order.seed, number, n, source)[offset : offset + take])
         position += take
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    drawn = np.concatenate(parts)
+    curriculum = order.curriculum
+    if curriculum is None or curriculum.schedule != "sort":
+        return drawn
+    ranks = np.argsort(curriculum.ranked[source])
+    return drawn[np.argsort(ranks[drawn], kind="stable")]
+
+
+def ranked(
+    members: tuple[Indices, ...], difficulty: Numbers, hard_first: bool
+) -> tuple[Indices, ...]:
+    """For `Curriculum`: equal ones stay in the order of the rows."""
+    signed = -difficulty if hard_first else difficulty
+    return tuple(np.argsort(signed[each], kind="stable") for each in members)
+
+
+def members_of(split: TokenizedSplit, count: int) -> tuple[Indices, ...]:
+    """The examples of each of `count` sources; all of them of the only one."""
+    numbers = split.source_numbers
+    if numbers is None:
+        return (np.arange(len(split)),)
+    return tuple(np.flatnonzero(numbers == number) for number in range(count))

@@ -43,7 +43,7 @@ def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
     for pair, count in report.overlaps.items():
         other, name = pair.split("/")
         total = report.splits[name].examples
-        if name == "validation" and not isinstance(data.validation, SourceConfig):
+        if name == "validation" and isinstance(data.validation, float):
             continue
         if count > limit * total:
             why = (

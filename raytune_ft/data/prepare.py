@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-import uuid
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -18,14 +15,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.data import (
+    DataConfig,
+    NamedSource,
+    SourceConfig,
+    difficulty_column,
+    source_configs,
+    source_names,
+)
+from raytune_ft.data.cache import keep_folder, tokenizer_sha256
 from raytune_ft.data.examples import FORMATS, Encoder, Example, encode_rows
+from raytune_ft.data.mixture import hold_out
 from raytune_ft.data.overlap import count_overlaps
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
 from raytune_ft.data.sources import BATCH_ROWS, Source, open_source
-from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.data.text_rows import BadRow
-from raytune_ft.errors import DataError, RunFailed, StorageError
+from raytune_ft.data.split import Column, TokenizedSplit
+from raytune_ft.data.text_rows import BadRow, Row
+from raytune_ft.errors import DataError, RunFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +40,9 @@ CACHE_FORMAT = 2
 """Raise it when the same rows and keys would give other tokens or other files."""
 
 REPORT = "report.json"
+BASE_LOSS = "base_loss.npy"
+NO_TOKENS = {"path", "weight", "epochs"}
+"""Keys of a source that its tokens do not depend on."""
 PROGRESS_ROWS = 20_000
 
 Progress = Callable[[str], None]
@@ -41,13 +50,18 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The splits of a run, memory-mapped from `path`."""
+    """The splits of a run, memory-mapped from `path`.
+
+    `base_loss` is [n] of train: the loss of each example under the model before training, where
+    somebody measured it (see `with_base_loss`).
+    """
 
     train: TokenizedSplit
     validation: TokenizedSplit
     test: TokenizedSplit | None
     report: DataReport
     path: Path
+    base_loss: Column | None = None
 
 
 def prepare_data(
@@ -72,21 +86,25 @@ def prepare_data(
     configs = source_configs(data)
     opened = {name: open_source(f"data.{name}", source) for name, source in configs.items()}
     target = cache_dir / cache_key(data, opened, encoder, seed)
-    cached = _sound(target)
+    cached = sound_at(target)
     if cached is not None:
         tell(f"data: tokens of an earlier run, {target}")
         return cached
+    names = source_names(data)
     examples: dict[str, list[Example]] = {}
     reports: dict[str, SourceReport] = {}
     for name, source in configs.items():
-        examples[name], reports[name] = _tokenise(opened[name], source, data, encoder, tell)
+        rows, reports[name] = _tokenise(opened[name], source, data, encoder, tell)
+        number = names.index(source.called) if isinstance(source, NamedSource) else 0
+        examples.setdefault(name.partition(".")[0], []).extend(
+            replace(one, source=number) if number else one for one in rows
+        )
     if isinstance(data.validation, float):
-        train, validation = draw_validation(len(examples["train"]), data.validation, seed)
-        rows = examples["train"]
-        examples["validation"] = [rows[i] for i in validation]
-        examples["train"] = [rows[i] for i in train]
+        examples["train"], examples["validation"] = hold_out(
+            examples["train"], data.validation, seed, names
+        )
     splits: dict[str, TokenizedSplit] = {
-        name: TokenizedSplit.from_examples([(one.ids, one.mask) for one in examples[name]])
+        name: _split_of(name, examples[name], data, names)
         for name in ("train", "validation", "test")
         if name in examples
     }
@@ -96,12 +114,15 @@ def prepare_data(
         duplicates=count_duplicates(splits),
         overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
         notes=_notes(encoder, configs.values()),
+        names=names,
     )
-    try:
-        _write(splits, report, target)
-    except OSError as error:
-        remedy = "write a storage with room that this user may write"
-        raise StorageError(str(cache_dir), f"cannot hold tokens ({error})", remedy) from error
+
+    def fill(folder: Path) -> None:
+        for name, split in splits.items():
+            split.write(folder / f"{name}.arrow")
+        (folder / REPORT).write_text(report.to_json())
+
+    keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)
 
 
@@ -115,37 +136,53 @@ def open_prepared(path: Path) -> PreparedData:
         report = DataReport.from_json((path / REPORT).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFailed(f"{path / REPORT} cannot be read as a data report: {error}") from error
-    splits = {name: TokenizedSplit.open(path / f"{name}.arrow") for name in report.splits}
+    splits = {
+        name: replace(TokenizedSplit.open(path / f"{name}.arrow"), sources=report.names)
+        for name in report.splits
+    }
     for name, split in splits.items():
         written = report.splits[name]
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
         raise RunFailed(f"{path / REPORT} names no train and validation split")
-    return PreparedData(splits["train"], splits["validation"], splits.get("test"), report, path)
+    losses = path / BASE_LOSS
+    return PreparedData(
+        splits["train"],
+        splits["validation"],
+        splits.get("test"),
+        report,
+        path,
+        np.load(losses, allow_pickle=False) if losses.is_file() else None,
+    )
 
 
-def source_configs(data: DataConfig) -> dict[str, SourceConfig]:
-    """The sources that are read, by the split that they fill."""
-    sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {name: one for name, one in sources.items() if isinstance(one, SourceConfig)}
+def sound_at(path: Path) -> PreparedData | None:
+    """What lies at `path`, if every token of it is what the report says."""
+    if not path.is_dir():
+        return None
+    try:
+        prepared = open_prepared(path)
+    except RunFailed:
+        return None
+    splits = {"train": prepared.train, "validation": prepared.validation, "test": prepared.test}
+    for name, split in splits.items():
+        if split is not None and split.sha256 != prepared.report.splits[name].sha256:
+            return None
+    return prepared
 
 
-def draw_validation(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for train and for validation out of `count` examples, both in ascending order.
-
-    Raises:
-        DataError: one of the two would be empty.
-    """
-    if count < 2:
-        raise DataError(
-            f"data.validation={fraction}",
-            f"cannot be drawn from {count} usable train example",
-            "write at least 2 train rows, or a validation source",
-        )
-    size = min(max(1, round(count * fraction)), count - 1)
-    order = np.random.default_rng(seed).permutation(count)
-    return sorted(order[size:].tolist()), sorted(order[:size].tolist())
+def _split_of(
+    name: str, rows: list[Example], data: DataConfig, names: tuple[str, ...]
+) -> TokenizedSplit:
+    written = getattr(data, name)
+    columns: dict[str, Column] = {}
+    if isinstance(data.train if isinstance(written, float) else written, list):
+        columns["source"] = np.array([[one.source] for one in rows], np.float32)
+    if name == "train" and difficulty_column(data) is not None:
+        columns["difficulty"] = np.array([[one.difficulty] for one in rows], np.float32)
+    split = TokenizedSplit.from_examples([(one.ids, one.mask) for one in rows], columns)
+    return replace(split, sources=names)
 
 
 def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, seed: int) -> str:
@@ -158,33 +195,20 @@ def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, see
     content = {
         "format": CACHE_FORMAT,
         "versions": [version("transformers"), version("tokenizers")],
-        "tokenizer": _tokenizer_sha256(encoder),
+        "tokenizer": tokenizer_sha256(encoder),
         "seed": seed if drawn else None,
         "validation": data.validation if drawn else None,
         "limits": [data.max_length, data.too_long, data.max_bad_fraction, data.separator],
         "sources": {
-            name: [source.name, source.sha256, configs[name].model_dump(exclude={"path"})]
+            name: [source.name, source.sha256, configs[name].model_dump(exclude=NO_TOKENS)]
             for name, source in opened.items()
         },
     }
+    if source_names(data):
+        content["names"] = source_names(data)
+    if difficulty_column(data) is not None:
+        content["difficulty"] = difficulty_column(data)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenizer_sha256(encoder: Encoder) -> str:
-    """Of the files that the tokenizer saves, whatever its kind.
-
-    tokenizer_config.json is left out, because it also says how the tokenizer was loaded; what
-    tokens depend on in it is taken from the object.
-    """
-    tokenizer = encoder.tokenizer
-    facts = [encoder.prefix, encoder.eos, tokenizer.chat_template, tokenizer.special_tokens_map]
-    digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for file in sorted(Path(folder).rglob("*")):
-            if file.is_file() and file.name != "tokenizer_config.json":
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -208,10 +232,14 @@ def _tokenise(
 ) -> tuple[list[Example], SourceReport]:
     """The usable examples of one source, and what became of its other rows."""
     tally, examples = _Tally(), list[Example]()
-    rows = opened.rows(FORMATS[source.format].columns(source))
+    column = difficulty_column(data) if opened.label.startswith("data.train") else None
+    wanted = {} if column is None else {"data.curriculum.column": column}
+    rows = opened.rows(FORMATS[source.format].columns(source) | wanted)
     while chunk := list(islice(rows, BATCH_ROWS)):
-        for result in encode_rows(encoder, source, data.separator, chunk):
-            fitted = _fitted(result, opened.label, data, tally)
+        results = encode_rows(encoder, source, data.separator, chunk)
+        for row, result in zip(chunk, results, strict=True):
+            rated = result if column is None else _rated(result, row, column)
+            fitted = _fitted(rated, opened.label, data, tally)
             if isinstance(fitted, Example):
                 examples.append(fitted)
             elif fitted is not None:
@@ -236,6 +264,20 @@ def _tokenise(
     )
     tell(f"{opened.label}: {_summary(report)}")
     return examples, report
+
+
+def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example | BadRow:
+    """With the number in the column that a curriculum goes by; text formats hold it as text."""
+    if isinstance(result, BadRow) or isinstance(row, BadRow):
+        return result
+    value = row.values[column]
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        return BadRow(row.origin, "bad_difficulty", f"{column!r} is no number")
+    return replace(result, difficulty=number)
 
 
 def _fitted(
@@ -299,46 +341,3 @@ def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]
     if "strftime_now" in template and any(source.format == "messages" for source in sources):
         notes.append("the chat template may write today's date into every example")
     return tuple(notes)
-
-
-def _sound(path: Path) -> PreparedData | None:
-    """What lies at `path`, if every token of it is what the report says."""
-    if not path.is_dir():
-        return None
-    try:
-        prepared = open_prepared(path)
-    except RunFailed:
-        return None
-    splits = {"train": prepared.train, "validation": prepared.validation, "test": prepared.test}
-    for name, split in splits.items():
-        if split is not None and split.sha256 != prepared.report.splits[name].sha256:
-            return None
-    return prepared
-
-
-def _write(splits: dict[str, TokenizedSplit], report: DataReport, target: Path) -> None:
-    """Write beside `target`, then rename: two processes may do so at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=target.parent, prefix=".building-", ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name) / "data"
-        folder.mkdir()
-        for split_name, split in splits.items():
-            split.write(folder / f"{split_name}.arrow")
-        (folder / REPORT).write_text(report.to_json())
-        while True:
-            try:
-                folder.rename(target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-            else:
-                return
-            if _sound(target) is not None:
-                return
-            # Damaged: out of the way first. Another process may be quicker, which is as good.
-            aside = target.with_name(f".damaged-{uuid.uuid4().hex}")
-            with suppress(FileNotFoundError):
-                target.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
+import numpy as np
+
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.records import to_json
 
@@ -43,12 +45,16 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split; `sha256` is that of its tokens, masks and their order."""
+    """One split; `sha256` is that of its tokens, masks and their order.
+
+    `sources` are the examples of each source by its name, where the split has several.
+    """
 
     examples: int
     tokens: int
     label_tokens: int
     sha256: str
+    sources: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,16 @@ class DataReport:
     """All sources and splits.
 
     Attributes:
-        sources: "train" and, where they are sources of their own, "validation" and "test".
+        sources: "train" and, where they are sources of their own, "validation" and "test"; of
+            several, "train.NAME" and so on.
         splits: "train", "validation" and, if there is one, "test".
         duplicates: "train/validation" -> examples of validation that train holds too (same tokens
-            and same mask), and so for every pair.
+            and same mask), and so for every pair; "train.A/train.B" of two sources of train.
         overlaps: likewise, examples of validation whose prompt train holds too, whatever its case
             and blanks.
         notes: what a person should know, one sentence each.
+        names: of the numbers in the column `source`; empty where no split has several sources.
+        base_loss: sha256 of the losses that a curriculum goes by.
     """
 
     sources: dict[str, SourceReport]
@@ -70,6 +79,8 @@ class DataReport:
     duplicates: dict[str, int]
     notes: tuple[str, ...] = ()
     overlaps: dict[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    base_loss: str | None = None
 
     def to_json(self) -> str:
         """Indented JSON of all of it."""
@@ -89,23 +100,40 @@ class DataReport:
             duplicates=dict(content["duplicates"]),
             notes=tuple(content["notes"]),
             overlaps=dict(content.get("overlaps", {})),
+            names=tuple(content.get("names", ())),
+            base_loss=content.get("base_loss"),
         )
 
 
 def describe_split(split: TokenizedSplit) -> SplitReport:
     """The figures of one split."""
+    numbers = split.source_numbers
+    counts = [] if numbers is None else np.bincount(numbers, minlength=len(split.sources)).tolist()
     return SplitReport(
         examples=len(split),
         tokens=len(split.input_ids),
         label_tokens=int(split.label_counts.sum()),
         sha256=split.sha256,
+        sources={name: n for name, n in zip(split.sources, counts, strict=False) if n},
     )
 
 
 def count_duplicates(splits: Mapping[str, TokenizedSplit]) -> dict[str, int]:
-    """For every pair "a/b" of splits, how many examples of b are identical to one of a."""
+    """For every pair "a/b" of splits, how many examples of b are identical to one of a; likewise of
+    two sources of train, where some are.
+    """
     prints = {name: split.fingerprints() for name, split in splits.items()}
+    train = splits["train"]
+    apart: dict[str, list[bytes]] = {}
+    if train.source_numbers is not None:
+        for one, number in zip(prints["train"], train.source_numbers.tolist(), strict=True):
+            apart.setdefault(f"train.{train.sources[number]}", []).append(one)
+    within = {pair: count for pair, count in _in_both(apart).items() if count}
+    return _in_both(prints) | within
+
+
+def _in_both(prints: Mapping[str, list[bytes]]) -> dict[str, int]:
     known = {name: set(hashes) for name, hashes in prints.items()}
     return {
-        f"{a}/{b}": sum(one in known[a] for one in prints[b]) for a, b in combinations(splits, 2)
+        f"{a}/{b}": sum(one in known[a] for one in prints[b]) for a, b in combinations(prints, 2)
     }

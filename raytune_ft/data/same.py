@@ -12,7 +12,8 @@ def check_same(saved: Path, now: DataReport) -> None:
     """Compares content: a moved source and tokens that were made anew are the same data.
 
     Raises:
-        DataError: a split has other examples than in the report at `saved`.
+        DataError: a split has other examples than in the report at `saved`, or they have other
+            losses under the base.
         StorageError: there is no report at `saved`.
     """
     try:
@@ -29,6 +30,13 @@ def check_same(saved: Path, now: DataReport) -> None:
                 f"is not what the run began with, {_shown(old)}",
                 "bring back the rows that it had, or train under another name",
             )
+    if before.base_loss and now.base_loss and before.base_loss != now.base_loss:
+        raise DataError(
+            f"data.curriculum with losses of sha256 {now.base_loss[:12]}",
+            f"is not what the run began with, {before.base_loss[:12]}: measured again, they put "
+            "examples in another order",
+            "bring back the token cache that it had, or train under another name",
+        )
 
 
 def _sha256(split: SplitReport | None) -> str | None:

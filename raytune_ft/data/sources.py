@@ -59,7 +59,8 @@ class Source:
         """Every row, as one that has all wanted columns or as a bad one.
 
         Args:
-            wanted: config key (such as `prompt`) -> column.
+            wanted: config key of the source (such as `prompt`), or a whole one (such as
+                `data.curriculum.column`) -> column.
 
         Raises:
             DataError: there is no row at all, or a column that no row has.
@@ -88,11 +89,12 @@ class Source:
     def _refuse_absent(self, wanted: Mapping[str, str], columns: Sequence[str]) -> None:
         for key, column in wanted.items():
             if column not in columns:
+                where = key if "." in key else f"{self.label}.{key}"
                 rule = f"is no column of {self.name}, which has {_shown(columns)}"
-                remedy = _nearest(column, columns, f"{self.label}.{key}=") or "write one of those"
+                remedy = _nearest(column, columns, f"{where}=") or "write one of those"
                 if self.name.lower().endswith((".csv", ".tsv")):
                     remedy += f" (a file without a header line needs {self.label}.columns)"
-                raise DataError(f"{self.label}.{key}={column}", rule, remedy)
+                raise DataError(f"{where}={column}", rule, remedy)
 
 
 def open_source(label: str, source: SourceConfig) -> Source:

@@ -36,12 +36,14 @@ class TokenizedSplit:
             carries loss. It sits on the predicted token and not on the one before it.
         offsets: [n + 1], example `i` is `input_ids[offsets[i]:offsets[i + 1]]`.
         columns: name -> [n, width], what an example has beside its tokens, such as its weight.
+        sources: names of the numbers in the column `source`; they are not part of the file.
     """
 
     input_ids: TokenIds
     label_mask: Mask
     offsets: npt.NDArray[np.int64]
     columns: Mapping[str, Column] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def from_examples(
@@ -125,6 +127,12 @@ class TokenizedSplit:
         filled = self.lengths > 0
         counts[filled] -= self.label_mask[self.offsets[:-1][filled]]
         return counts
+
+    @cached_property
+    def source_numbers(self) -> npt.NDArray[np.int64] | None:
+        """[n], the number of each example's source; None where nobody tells sources apart."""
+        column = self.columns.get("source")
+        return None if column is None else column[:, 0].astype(np.int64)
 
     @cached_property
     def sha256(self) -> str:

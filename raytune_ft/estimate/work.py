@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.layout import lay_out
-from raytune_ft.data.order import example_indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.engine import MICRO_TOKENS
 from raytune_ft.train.optim import total_examples
+from raytune_ft.train.stream import plain_order
 
 LOOKED_AT = 20
 """Steps that are laid out to find the largest micro-batch."""
@@ -50,14 +50,17 @@ def steps_in_a_pass(config: Config, length: float) -> int:
 
 
 def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) -> Work:
-    """From the layout of the first steps, as the run would lay them out."""
+    """From the layout of the first steps, as the run would lay them out without a curriculum,
+    under which they are not like those to come.
+    """
     batch, budget = config.train.batch_size, micro_tokens(config, device)
     packing = config.data.packing is not False
     tokens = labels = rows = width = most = most_labels = passes = 0
-    whole = total_examples(config.train, len(split)) // batch
+    order = plain_order(config, split)
+    whole = total_examples(config.train, len(order)) // batch
     steps = min(LOOKED_AT, max(1, whole))
     for step in range(steps):
-        indices = example_indices(config.seed, step * batch, batch, len(split))
+        indices = order.indices(step * batch, batch)
         lengths = split.lengths[indices].tolist()
         counts = split.label_counts[indices]
         for rank in lay_out(lengths, workers, budget, packing):

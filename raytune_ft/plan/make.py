@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,7 @@ class Plan:
     node_durations: tuple[Duration | None, ...]
     asha_share: float
     report: DataReport
+    quotas: Mapping[str, int]
     example: str
     budget_examples: int
     steps: int
@@ -99,11 +100,13 @@ def make_plan(
     from raytune_ft.plan.options import Planner
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.rules import Schedule
+    from raytune_ft.train.stream import plain_order
 
-    budget = total_examples(config.train, len(data.train))
+    order = plain_order(expanded, data.train)
+    budget = total_examples(config.train, len(order))
     if config.search is not None:
         check_examples(config.search, budget)
-    schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
+    schedule = Schedule.of(config.train, len(order), config.checkpoint.every_examples)
     steps = schedule.total_steps
     midway = any(
         schedule.due(step, every)
@@ -143,10 +146,11 @@ def make_plan(
         node_durations=tuple(duration(c.option) if c.option else None for c in choices),
         asha_share=asha_share(config.search.scheduler, budget) if config.search else 1.0,
         report=data.report,
+        quotas=dict(zip(data.report.names, order.quotas, strict=False)),
         example="".join(shown),
         budget_examples=budget,
         steps=steps,
-        tokens=round(budget * len(data.train.input_ids) / len(data.train)),
+        tokens=round(budget * data.train.lengths[order.indices(0, len(order))].mean()),
         flops=flops,
         notes=_notes(config, data, planner.exact),
     )

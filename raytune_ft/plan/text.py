@@ -176,9 +176,16 @@ def _data(plan: Plan) -> list[str]:
     ]
     splits = ", ".join(f"{name} {split.examples:,}" for name, split in report.splits.items())
     twice = ", ".join(f"{pair} {count:,}" for pair, count in report.duplicates.items() if count)
+    held = report.splits["train"].sources
+    mix = ", ".join(
+        f"{name} {quota:,} ({quota / held[name]:.2f} epochs)"
+        for name, quota in plan.quotas.items()
+        if name in held
+    )
     return [
         "data:",
         *sources,
+        *([f"  a pass of {sum(plan.quotas.values()):,} examples: {mix}"] if held else []),
         f"  splits: {splits}",
         f"  examples in two splits: {twice or 'none'}",
     ]

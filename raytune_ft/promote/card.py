@@ -18,9 +18,9 @@ from huggingface_hub import (
 )
 
 import raytune_ft
+from raytune_ft.config.data import source_configs
 from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.prepare import source_configs
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.build import resolve_model_path
 from raytune_ft.promote.fold import FoldCheck
@@ -232,9 +232,8 @@ def _lineage_section(lineage: Lineage, known: Mapping[str, str]) -> str:
     if lineage.trial is not None:
         facts.append(("trial", lineage.trial))
     facts += [(key, str(value)) for key, value in lineage.params.items()]
-    facts += [
-        (f"licence of {name}", known.get(name, "not known")) for name in ("base", "data.train")
-    ]
+    trained = [f"data.{name}" for name in source_configs(lineage.config.data) if _is_of(name)]
+    facts += [(f"licence of {name}", known.get(name, "not known")) for name in ["base", *trained]]
     facts += [(f"version of {name}", found) for name, found in lineage.versions.items()]
     files = [(f"base: {name}", digest) for name, digest in lineage.base_files.items()]
     files += [
@@ -273,8 +272,15 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
 
 
 def _measured_source(data: DataReport, split: str) -> str:
-    """The file that a split was read from; a drawn validation split comes from train."""
-    return data.sources.get(split, data.sources["train"]).name
+    """The files that a split was read from; a drawn validation split comes from train."""
+    own = [source.name for name, source in data.sources.items() if _is_of(name, split)]
+    drawn = [source.name for name, source in data.sources.items() if _is_of(name)]
+    return ", ".join(own or drawn)
+
+
+def _is_of(name: str, split: str = "train") -> bool:
+    """Whether a source fills a split, alone or as one of several."""
+    return name.partition(".")[0] == split
 
 
 def _metric_name(figure: str) -> str:

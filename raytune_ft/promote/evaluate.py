@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.data import DataConfig
+from raytune_ft.config.data import DataConfig, listed
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
@@ -139,13 +139,15 @@ def prepare_retention(
         "train": settings.retention,
         "validation": settings.retention,
         "test": None,
+        "mixture": None,
+        "curriculum": None,
     }
     return prepare_data(data.model_copy(update=changes), tokenizer, 0, cache_dir).path
 
 
 def is_chat(data: DataConfig) -> bool:
     """Whether models are trained on conversations."""
-    return data.train.format == "messages"
+    return any(source.format == "messages" for source in listed(data.train))
 
 
 def measured_split(data: PreparedData) -> str:

@@ -32,12 +32,24 @@ def loss(subject: Subject) -> dict[str, Scores]:
     on: it reproduces a whole completion where every single token of it is the likeliest.
     """
     seen = subject.forced
+    numbers = subject.split.source_numbers
+    each = {} if numbers is None else dict(enumerate(subject.split.sources))
+    own = {name: np.flatnonzero(numbers == number) for number, name in each.items()}
     return {
         "eval_loss": Scores((seen.losses, seen.tokens), "min"),
         "perplexity": Scores((seen.losses, seen.tokens), "min", _perplexity),
         "token_accuracy": Scores((seen.right, seen.tokens)),
         "exact_match": Scores.mean((seen.right == seen.tokens).astype(float).tolist()),
+    } | {
+        f"eval_loss_{name}": Scores((seen.losses[rows], seen.tokens[rows]), "min", _of_a_source)
+        for name, rows in own.items()
+        if len(rows)
     }
+
+
+def _of_a_source(losses: Column, tokens: Column) -> float:
+    """A summary of its own, so that `scores.jsonl`, which has every loss once, leaves it out."""
+    return ratio(losses, tokens)
 
 
 def answer(subject: Subject) -> dict[str, Scores]:

@@ -58,6 +58,30 @@ def learning_curves(facts: Facts) -> Markup:
     return plot.render() + legend([*(best if facts.best else []), *keys])
 
 
+def source_curves(facts: Facts) -> Markup:
+    """The loss on each source over examples, of the best trial."""
+    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for each in trial.evaluations if trial else ():
+        for name, value in (each.get("eval_loss_by_source") or {}).items():
+            if value is not None:
+                lines.setdefault(name, []).append((each["examples"], value))
+    if not lines:
+        return Markup("")
+    values = [y for points in lines.values() for _, y in points]
+    longest = max(x for points in lines.values() for x, _ in points)
+    log = min(values) > 0 and max(values) > SPAN * min(values)
+    plot = Plot((0, longest), bounds(values, log), "examples", "eval_loss", log_y=log)
+    keys = []
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        plot.line(points, colour, name, 2)
+        for x, y in points:
+            plot.point(x, y, colour, f"{name}: {shown(y)} after {x:,.0f}", 3)
+        keys.append((name, colour))
+    return plot.render() + legend(keys)
+
+
 def rungs(facts: Facts) -> Markup:
     """Who was stopped at which rung: every trial's value there, a ring where it went no further."""
     search = facts.config.search

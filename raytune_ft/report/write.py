@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 import raytune_ft
 from raytune_ft.report.collect import Facts, collect
-from raytune_ft.report.curves import learning_curves, rungs, times
+from raytune_ft.report.curves import learning_curves, rungs, source_curves, times
 from raytune_ft.report.sections import cards, commands, figures, headline, kind, lineage, trial_rows
 from raytune_ft.report.verdicts import alpha_curve, forest, gain_and_retention
 from raytune_ft.rundir import write_text_atomic
@@ -82,7 +82,13 @@ def _rows(facts: Facts) -> list[list[dict[str, Any]]]:
             "Learning curves" if facts.is_sweep else "Learning curve",
             f"{metric} on the validation set.",
             learning_curves(facts),
-        )
+        ),
+        (
+            "Sources",
+            "Loss on the validation examples of each source"
+            + (f", {facts.best}." if facts.is_sweep else "."),
+            source_curves(facts),
+        ),
     ]
     if promoted:
         count = f"{promoted['validation_examples']:,}"

@@ -20,7 +20,9 @@ from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.points import Point, trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
+from raytune_ft.data.mixture import pass_length
 from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.estimate.work import steps_in_a_pass
 from raytune_ft.model.build import load_model_config
@@ -117,7 +119,7 @@ class _Sweep:
         saved = sweep_dir / CONFIG
         self._written = load_config(saved) if saved.is_file() else config
         train = open_prepared(data_dir).train
-        self._examples = len(train)
+        self._train = train
         self._fill_pass = steps_in_a_pass(config, float(train.lengths.mean()))
         self._shared = Shared(
             config,
@@ -257,7 +259,7 @@ class _Sweep:
     def _scheduler(self) -> Asha | Median | None:
         if self._search.scheduler is None:
             return None
-        budget = total_examples(self._shared.config.train, self._examples)
+        budget = _budget(self._shared.config, self._train)
         metric, mode = self._search.metrics[0], self._search.modes[0]
         rule = scheduler_for(self._search.scheduler, budget, metric, mode)
         for number, trial in enumerate(own_trials(self._study)):
@@ -270,7 +272,7 @@ class _Sweep:
         own = apply_params(self._written, params, trial, str(trials))
         (trials / trial).mkdir(parents=True, exist_ok=True)
         write_text_atomic(trials / trial / CONFIG, dump_yaml(own))
-        return total_examples(own.train, self._examples)
+        return _budget(own, self._train)
 
     def _remember(self) -> None:
         """Seconds of this driver and of the ones before it, in the study: it may be killed."""
@@ -288,6 +290,11 @@ class _Sweep:
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun
+
+
+def _budget(config: Config, train: TokenizedSplit) -> int:
+    """Examples that a run sees. Raises ConfigError where its mix leaves a source out."""
+    return total_examples(config.train, pass_length(config.data, train))
 
 
 def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:

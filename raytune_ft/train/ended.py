@@ -82,7 +82,8 @@ def _evaluations(path: Path) -> list[Point]:
         with contextlib.suppress(json.JSONDecodeError):  # the half line of a killed writer
             record = json.loads(line)
             if record.get("eval_loss") is not None:
-                points.append(Point(**{key: record[key] for key in EvalMetrics.__annotations__}))
+                known = EvalMetrics.__annotations__.keys() & record.keys()
+                points.append(Point(**{key: record[key] for key in known}))
     return points
 
 

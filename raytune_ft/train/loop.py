@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.order import example_indices
+from raytune_ft.data.order import Order
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.methods import without_method
 from raytune_ft.records import EvalMetrics, StepMetrics
@@ -38,6 +38,7 @@ from raytune_ft.train.step import accumulate_gradients
 def train(
     engine: Engine,
     data: TokenizedSplit,
+    order: Order,
     validation: TokenizedSplit,
     settings: TrainConfig,
     schedule: Schedule,
@@ -78,7 +79,7 @@ def train(
             seen, step = progress.examples, progress.step + 1
             heart.enter(f"step {step}")
             examples = schedule.examples_after(step)
-            indices = example_indices(seed, seen, examples - seen, len(data))
+            indices = order.indices(seen, examples - seen)
             _seed_noise(seed, step, engine.strategy.rank)
 
             loss, (stopped, writing) = accumulate_gradients(

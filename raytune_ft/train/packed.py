@@ -93,7 +93,7 @@ class PackedEngine:
         try:
             run = SlotRun(
                 spec,
-                self._data.train,
+                self._data,
                 drawn,
                 holder,
                 self._strategy,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.data.layout import Row
-from raytune_ft.data.order import example_indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import InputError
 from raytune_ft.model.drawn import Drawn, draw_adapter
@@ -33,6 +32,7 @@ from raytune_ft.train.packed_open import OpenStep
 from raytune_ft.train.packed_optim import PackedAdamW, Step
 from raytune_ft.train.packed_step import accumulate_packed
 from raytune_ft.train.setup import build_engine, check_vocabulary
+from raytune_ft.train.stream import plain_order
 
 
 def _of_nothing(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -113,11 +113,8 @@ class Passes:
     def _try(self, drawn: Drawn, count: int) -> int:
         """A pass with so many slots and what follows it; how many tokens that were."""
         settings, data, optimizer = self._config.train, self._data.train, self.optimizer
-        batch = settings.batch_size
-        steps = [
-            OpenStep(data, example_indices(self._config.seed, number * batch, batch, len(data)))
-            for number in range(count)
-        ]
+        batch, order = settings.batch_size, plain_order(self._config, data)
+        steps = [OpenStep(data, order.indices(number * batch, batch)) for number in range(count)]
         plan = self.plan(steps, 0)
         steps = steps[: len(plan.rows)]
         self.accumulate(plan, steps, self.window(0, [drawn] * len(steps)))

@@ -13,8 +13,7 @@ import torch
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.data.order import example_indices
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.model.drawn import Drawn
 from raytune_ft.model.export import Exporter
@@ -44,6 +43,7 @@ from raytune_ft.train.saver import Identity, Saver
 from raytune_ft.train.setup import where_to_resume
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state
+from raytune_ft.train.stream import order_of
 
 
 class SlotRun:
@@ -58,7 +58,7 @@ class SlotRun:
     def __init__(
         self,
         spec: RunSpec,
-        data: TokenizedSplit,
+        data: PreparedData,
         drawn: Drawn,
         holder: SlotHolder,
         strategy: Strategy,
@@ -68,9 +68,15 @@ class SlotRun:
     ) -> None:
         config = spec.config
         self.spec, self.drawn, self.holder = spec, drawn, holder
-        self._data, self._settings = data, config.train
+        self._data, self._settings = data.train, config.train
+        self._order = order_of(config, data)
         self._objective = Objective(spec.metric, spec.mode)
-        self._schedule = Schedule.of(config.train, len(data), config.checkpoint.every_examples)
+        self._schedule = Schedule.of(
+            config.train,
+            len(self._order),
+            config.checkpoint.every_examples,
+            config.data.curriculum,
+        )
         self._store = CheckpointStore(spec.run_dir / CHECKPOINTS)
         checkpoint = where_to_resume(self._store, self._schedule, strategy)
         self.progress = _load(checkpoint, holder, strategy) if checkpoint else Progress()
@@ -122,9 +128,7 @@ class SlotRun:
     def _begin_step(self) -> None:
         seen, step = self.progress.examples, self.progress.step + 1
         self._examples = self._schedule.examples_after(step)
-        indices = example_indices(
-            self.spec.config.seed, seen, self._examples - seen, len(self._data)
-        )
+        indices = self._order.indices(seen, self._examples - seen)
         self.open = OpenStep(self._data, indices)
         self._step_started = time.perf_counter()
 

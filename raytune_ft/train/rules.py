@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import Diverged
@@ -43,14 +44,20 @@ class Schedule:
     extendable: bool
 
     @classmethod
-    def of(cls, train: TrainConfig, available: int, save_every: int) -> Schedule:
-        """The schedule of a run over `available` training examples."""
+    def of(
+        cls,
+        train: TrainConfig,
+        available: int,
+        save_every: int,
+        curriculum: CurriculumConfig | None = None,
+    ) -> Schedule:
+        """The schedule of a run whose epochs have `available` training examples."""
         return cls(
             train.batch_size,
             total_examples(train, available),
             train.eval_every_examples,
             save_every,
-            extendable=not depends_on_horizon(train),
+            extendable=depends_on_horizon(train, curriculum) is None,
         )
 
     @property

@@ -31,6 +31,7 @@ from raytune_ft.train.saver import Identity, Saver
 from raytune_ft.train.setup import build_engine, check_vocabulary, where_to_resume
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.state import Progress, load_state
+from raytune_ft.train.stream import order_of
 
 
 def run_training(
@@ -76,7 +77,10 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     exporter = Exporter(built.model, disk_dtype(config.model))
     engine = build_engine(built, config, strategy, partial(build_optimizer, train=config.train))
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
-    schedule = Schedule.of(config.train, len(data.train), config.checkpoint.every_examples)
+    order = order_of(config, data)
+    schedule = Schedule.of(
+        config.train, len(order), config.checkpoint.every_examples, config.data.curriculum
+    )
     checkpoint = where_to_resume(store, schedule, strategy)
     progress = load_state(checkpoint, strategy, engine.names) if checkpoint else Progress()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -102,6 +106,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         status, progress = train(
             engine,
             data.train,
+            order,
             data.validation,
             config.train,
             schedule,

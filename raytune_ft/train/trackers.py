@@ -254,6 +254,7 @@ class Tracked:
             "eval/token_accuracy": metrics.eval_token_accuracy,
             "eval/exact_match": metrics.eval_exact_match,
             "eval/examples": float(metrics.examples),
+            **{f"eval/loss/{name}": loss for name, loss in metrics.eval_loss_by_source.items()},
         }
         self._put(figures, metrics.step)
 

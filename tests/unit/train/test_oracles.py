@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.order import example_indices
-from raytune_ft.data.prepare import draw_validation
+from raytune_ft.data.mixture import draw_validation
+from raytune_ft.data.order import Order
 from tests.support.runs import evaluations, losses, make_config, make_inputs, run
 
 STEPS, BATCH = 20, 7
@@ -84,7 +84,7 @@ def _plain_loop(config: Config) -> tuple[list[float], list[float], dict[str, Ten
     with torch.no_grad():
         measured = [loss(validation).item()]
     for step in range(STEPS):
-        indices = example_indices(config.seed, step * BATCH, BATCH, len(train))
+        indices = Order.plain(config.seed, len(train)).indices(step * BATCH, BATCH)
         value = loss([train[int(index)] for index in indices])
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)

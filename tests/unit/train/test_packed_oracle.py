@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.order import example_indices
+from raytune_ft.data.order import Order
 from raytune_ft.data.split import TokenizedSplit
 from tests.support.models import true_float64
 from tests.support.packed import Packed
@@ -71,9 +71,9 @@ def _plain_loop(config: Config, data: TokenizedSplit) -> tuple[list[float], dict
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=train.lr, weight_decay=train.weight_decay)
-    found = []
+    found, order = [], Order.plain(config.seed, len(data))
     for step in range(STEPS):
-        indices = example_indices(config.seed, step * train.batch_size, train.batch_size, len(data))
+        indices = order.indices(step * train.batch_size, train.batch_size)
         losses_N = torch.cat([_token_losses(model, data, int(index)) for index in indices])
         losses_N.mean().backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), train.max_grad_norm)
