@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config import metrics, paths
+from raytune_ft.config.activations import check_activations
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
@@ -126,6 +127,7 @@ def _check_method(config: Config) -> None:
     method = config.method
     if isinstance(method, LoraMethod) and method.targets == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
+    check_activations(method)
 
 
 def _check_splits(config: Config) -> None:
