@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raytune_ft.config.activations import ActivationMethod
 from raytune_ft.config.section import Fraction, Positive, Section
 
 
@@ -31,4 +32,4 @@ class LoraMethod(Section):
     dora: bool = Field(False, description="weight-decomposed LoRA (arXiv 2402.09353)")
 
 
-MethodConfig = Annotated[FullMethod | LoraMethod, Field(discriminator="name")]
+MethodConfig = Annotated[FullMethod | LoraMethod | ActivationMethod, Field(discriminator="name")]

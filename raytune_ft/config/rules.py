@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config import metrics, paths
+from raytune_ft.config.activations import check_activations
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import LoraMethod
@@ -129,3 +130,4 @@ def _check_method(config: Config) -> None:
     method = config.method
     if isinstance(method, LoraMethod) and method.targets == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
+    check_activations(method)

@@ -31,7 +31,9 @@ class Span:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`targets_BS[b, s]` is the token after `tokens_BS[b, s]` in its own example, or NO_TARGET.
+    """Every span begins with `virtual` places for tokens of a method, which predict nothing.
+
+    `targets_BS[b, s]` is the token after `tokens_BS[b, s]` in its own example, or NO_TARGET.
 
     `positions_BS` restarts at every example of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
@@ -42,6 +44,7 @@ class MicroBatch:
     positions_BS: Tensor | None
     attention_BS: Tensor | None
     spans: tuple[Span, ...]
+    virtual: int = 0
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
         """Keyword arguments of a Hugging Face model's forward."""
@@ -69,6 +72,7 @@ class MicroBatch:
                 for time in range(times)
                 for span in self.spans
             ),
+            self.virtual,
         )
 
     def owners_BS(self) -> Tensor:
@@ -85,8 +89,10 @@ def collate(
     layout: MicroLayout,
     pad_token: int,
     device: torch.device,
+    virtual: int = 0,
 ) -> MicroBatch:
-    """Write the examples `indices` of `split` into rows as `layout` says.
+    """Write the examples `indices` of `split` into rows as `layout` says, with room for `virtual`
+    tokens before each of them.
 
     An empty layout gives one token that predicts nothing: a forward of weight zero, for ranks
     that have no work left while others still communicate. An empty row is padding alone.
@@ -94,7 +100,7 @@ def collate(
     counts_B = np.array([len(row) for row in layout] or [0])
     ordered = [position for row in layout for position in row]
     chosen_E = np.asarray(indices, np.int64)[ordered]
-    lengths_E = split.lengths[chosen_E]
+    lengths_E = split.lengths[chosen_E] + virtual
     rows_E = np.repeat(np.arange(len(counts_B)), counts_B)
     used_B = np.bincount(rows_E, lengths_E, minlength=len(counts_B)).astype(np.int64)
     begins_E = np.cumsum(lengths_E) - lengths_E
@@ -104,8 +110,9 @@ def collate(
     # For each token (T of them): its place in its example, in its row and in the split.
     offsets_T = np.arange(lengths_E.sum()) - np.repeat(begins_E, lengths_E)
     places_T = np.repeat(rows_E * width + starts_E, lengths_E) + offsets_T
-    sources_T = np.repeat(split.offsets[chosen_E], lengths_E) + offsets_T
-    followed_T = offsets_T + 1 < np.repeat(lengths_E, lengths_E)
+    sources_T = np.repeat(split.offsets[chosen_E], lengths_E) + offsets_T - virtual
+    real_T = offsets_T >= virtual
+    followed_T = real_T & (offsets_T + 1 < np.repeat(lengths_E, lengths_E))
     nexts_T = sources_T[followed_T] + 1
 
     shape = (len(counts_B), width)
@@ -114,7 +121,7 @@ def collate(
     targets_BS = np.full(shape, NO_TARGET, np.int64)
     # Padding is a document of its own: under a mask from positions no example sees it.
     positions_BS = columns_S - used_B[:, None]
-    tokens_BS.flat[places_T] = split.input_ids[sources_T]
+    tokens_BS.flat[places_T[real_T]] = split.input_ids[sources_T[real_T]]
     targets_BS.flat[places_T[followed_T]] = np.where(
         split.label_mask[nexts_T], split.input_ids[nexts_T], NO_TARGET
     )
@@ -136,4 +143,5 @@ def collate(
         tensor(positions_BS) if packed else None,
         tensor(attention_BS) if padded and not packed else None,
         spans,
+        virtual,
     )

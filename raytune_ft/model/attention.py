@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from raytune_ft.data.batch import MicroBatch
+from raytune_ft.model.methods.attached import attached
 
 NAME = "by_example"
 MIN_LENGTH = 32
@@ -112,7 +113,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def attend_by_example(model: nn.Module, wanted: bool) -> bool:
     """Have the model attend so, or as it did before; can it?
 
-    It leaves attention to transformers' `sdpa`, and hands on what its forward is given.
+    It leaves attention to transformers' `sdpa`, and hands on what its forward is given; and its
+    method wants nothing else of attention.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
@@ -120,8 +122,10 @@ def attend_by_example(model: nn.Module, wanted: bool) -> bool:
         base.set_attn_implementation("sdpa")
         return False
     named = inspect.signature(type(base).forward).parameters.values()
+    method = attached(model)
     can = (
-        base.config._attn_implementation == "sdpa"
+        (method is None or method.by_example)
+        and base.config._attn_implementation == "sdpa"
         and not getattr(base.config.get_text_config(), "output_router_logits", False)
         and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in named)
     )

@@ -1,4 +1,4 @@
-"""Write what Hugging Face reads: a PEFT adapter, or a model in the dtype of its base."""
+"""Write what others read: a method's adapter, or a Hugging Face model in the dtype of its base."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.files import flush_file
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods import adapter_writer, trained_parameters
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
@@ -33,9 +32,8 @@ class Exporter:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._adapter = model if isinstance(model, PeftModel) else None
-        self._names = list(trained_parameters(model))
-        if self._adapter is None:
+        self._write_adapter = adapter_writer(model)
+        if self._write_adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
 
     def save(
@@ -51,17 +49,12 @@ class Exporter:
         An adapter is small, and rank 0's. Of a model each rank writes some blocks, one after
         another, so that it holds one of them at a time.
         """
-        if self._adapter is None:
+        if self._write_adapter is None:
             return self._model.save(read, directory, rank, world_size, wrote)
         if rank > 0:
             return []
         before = set(directory.rglob("*"))
-        # "auto" would ask the hub whether the embeddings were resized.
-        self._adapter.save_pretrained(
-            str(directory),
-            state_dict={name: read(name) for name in self._names},
-            save_embedding_layers=False,
-        )
+        self._write_adapter(read, directory)
         made = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
         return [flush_file(path, directory) for path in made]
 

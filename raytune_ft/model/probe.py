@@ -26,18 +26,18 @@ PACKED: MicroLayout = ((0, 1), (2,))
 
 
 def probe_packing(
-    logits: Logits, vocabulary: int, precision: Precision, device: torch.device
+    logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
 ) -> str | None:
     """None where packed rows compute what their documents compute alone, else the reason.
 
     Two questions: do the documents keep their logits (positions, virtual tokens), and do the
     others stay the same when the first one is exchanged (attention across documents)? The second
-    is a sharp instrument even where bfloat16 blunts the first.
+    is a sharp instrument even where bfloat16 blunts the first. `virtual`: see `collate`.
     """
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
     other = [rng.integers(0, vocabulary, LENGTHS[0]).astype(np.int32), *documents[1:]]
-    of = partial(_logits_of, logits, device)
+    of = partial(_logits_of, logits, device, virtual)
     alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
     packed, exchanged = of(documents, PACKED), of(other, PACKED)
     spread = alone.std().item() or 1.0
@@ -51,7 +51,9 @@ def probe_packing(
     return None
 
 
-def is_causal(logits: Logits, vocabulary: int, precision: Precision, device: torch.device) -> bool:
+def is_causal(
+    logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
+) -> bool:
     """Do the logits of a document stay when its last token, which they precede, is exchanged?
 
     Where they do not, tokens see their own targets, and a loss of nothing would be learnt.
@@ -59,15 +61,26 @@ def is_causal(logits: Logits, vocabulary: int, precision: Precision, device: tor
     document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
     other = document.copy()
     other[-1] = (other[-1] + 1) % vocabulary
-    one, two = (_logits_of(logits, device, [ids], ((0,),))[:-1] for ids in (document, other))
+    of = partial(_logits_of, logits, device, virtual)
+    one, two = (of([ids], ((0,),))[:-1] for ids in (document, other))
     spread = one.std().item() or 1.0
     return bool((one - two).abs().max().item() / spread <= TOLERANCE[precision] / 10)
 
 
 @torch.no_grad()
 def _logits_of(
-    logits: Logits, device: torch.device, documents: Sequence[TokenIds], layout: MicroLayout
+    logits: Logits,
+    device: torch.device,
+    virtual: int,
+    documents: Sequence[TokenIds],
+    layout: MicroLayout,
 ) -> Tensor:
-    split = TokenizedSplit.from_examples([(ids, np.ones(len(ids), bool)) for ids in documents])
-    batch = collate(split, range(len(documents)), layout, 0, device)
-    return logits(batch, batch.owners_BS() >= 0)
+    """At the documents' own tokens, of which the last half are labels."""
+    split = TokenizedSplit.from_examples(
+        [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
+    )
+    batch = collate(split, range(len(documents)), layout, 0, device, virtual)
+    keep_BS = torch.zeros(batch.tokens_BS.shape, dtype=torch.bool)
+    for span in batch.spans:
+        keep_BS[span.row, span.start + virtual : span.stop] = True
+    return logits(batch, keep_BS.to(device))

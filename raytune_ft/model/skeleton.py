@@ -34,6 +34,7 @@ from raytune_ft.model.build import (
     freeze,
     load_base,
 )
+from raytune_ft.model.methods import virtual
 from raytune_ft.model.sources import (
     FileWeights,
     NotInParts,
@@ -285,7 +286,7 @@ def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[
         enter = stack.enter_context
         enter(_replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", device_and_dtype))
         enter(_replaced(nn.Module, "to", to))
-        for module in (peft.tuners.lora.dora, peft.tuners.lora.layer):
+        for module in (peft.tuners.lora.dora, peft.tuners.lora.layer, virtual):
             enter(_replaced(module, "gather_params_ctx", gathered))
         yield
 

@@ -17,6 +17,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
 from raytune_ft.model.build import Precision
 from raytune_ft.model.loss import label_logits, label_positions
+from raytune_ft.model.methods.attached import seeing, virtual_tokens
 from raytune_ft.strategy import Strategy
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -46,7 +47,7 @@ class Engine:
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""
         keep_BS = label_positions(batch) if keep_BS is None else keep_BS
-        with self.autocast():
+        with self.autocast(), seeing(self.model, batch):
             return label_logits(self.wrapped, self.head, self._inputs(batch), keep_BS)
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
@@ -65,12 +66,15 @@ class Engine:
 
     def layout(self, lengths: Sequence[int]) -> list[MicroLayout]:
         """This rank's micro-batches of a step with examples of these lengths."""
+        virtual = virtual_tokens(self.model)
+        lengths = [length + virtual for length in lengths] if virtual else lengths
         ranks = lay_out(lengths, self.strategy.world_size, self.micro_tokens, self.packing)
         return ranks[self.strategy.rank]
 
     def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
         """See `data.batch.collate`."""
-        return collate(split, indices, layout, self.pad_token, self.strategy.device)
+        virtual = virtual_tokens(self.model)
+        return collate(split, indices, layout, self.pad_token, self.strategy.device, virtual)
 
 
 def choose_micro_tokens(configured: int | str, device: torch.device) -> int:

@@ -17,6 +17,7 @@ from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.build import load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods.attached import attached, virtual_tokens
 from raytune_ft.model.probe import is_causal, probe_packing
 from raytune_ft.model.skeleton import Built
 from raytune_ft.strategy import OptimizerOf, Strategy
@@ -90,7 +91,8 @@ def build_engine(
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
         notes=built.notes,
     )
-    asked = (engine.logits, vocabulary, engine.precision, strategy.device)
+    virtual = virtual_tokens(model)
+    asked = (engine.logits, vocabulary, engine.precision, strategy.device, virtual)
     if not strategy.agree(is_causal(*asked)):
         raise ModelError(
             f"model.path={config.model.path}",
@@ -99,7 +101,9 @@ def build_engine(
         )
     if config.data.packing is False:
         return engine
-    reason = strategy.agree(probe_packing(*asked))
+    method = attached(model)
+    reason = method.unpackable if method else None
+    reason = reason or strategy.agree(probe_packing(*asked))
     if reason is not None and engine.by_example:
         engine = replace(engine, by_example=attend_by_example(model, False))
         reason = strategy.agree(probe_packing(engine.logits, *asked[1:]))

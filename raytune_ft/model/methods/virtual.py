@@ -1,0 +1,185 @@
+"""Virtual tokens before every example: prompt tuning (arXiv 2104.08691), p-tuning (2103.10385).
+
+PEFT puts them at the front of a row. Here every example has room for them in its row, where the
+output of the model's embedding is replaced, so that packed rows compute what examples alone do.
+The modules and the files are PEFT's.
+
+Shapes: V virtual tokens, otherwise as in `attached`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuningConfig
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+
+from raytune_ft.config.activations import PromptMethod, PTuningMethod
+from raytune_ft.errors import ModelError
+from raytune_ft.model.methods.attached import Attached, Read, base_name, begins_cache
+
+ENCODER = "prompt_encoder"
+KEY = "prompt_embeddings"
+"""The one tensor of PEFT's file."""
+
+
+def apply_prompt(base: nn.Module, method: PromptMethod) -> nn.Module:
+    """Freeze the base and train embeddings of virtual tokens, which begin as those of words.
+
+    Raises:
+        ModelError: `init_text` cannot be tokenised here.
+    """
+    base.requires_grad_(False)
+    config = PromptTuningConfig(**_facts(base, method.tokens), inference_mode=True)
+    encoder = PromptEmbedding(config, None)  # which would draw what it begins with: see below
+    Virtual(base, encoder, PromptTuningConfig(**_facts(base, method.tokens)))
+    _begin(base, encoder, _first_ids(base, method))
+    return base
+
+
+def apply_p_tuning(base: nn.Module, method: PTuningMethod) -> nn.Module:
+    """Freeze the base and train an MLP that computes virtual tokens."""
+    base.requires_grad_(False)
+    facts = _facts(base, method.tokens)
+    size = {"encoder_hidden_size": method.hidden or facts["token_dim"]}
+    Virtual(base, PromptEncoder(PromptEncoderConfig(**facts, **size)), PromptEncoderConfig(**facts))
+    return base
+
+
+class Virtual(Attached):
+    """See `apply_prompt` and `apply_p_tuning`. `config` is what PEFT writes beside the weights."""
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
+        super().__init__(model)
+        self._model, self._config = model, config
+        self._tokens: int = config.num_virtual_tokens
+        self._places: tuple[Tensor, Tensor] | None = None
+        self._placed = False
+        config.base_model_name_or_path, config.inference_mode = base_name(model), True
+        encoder.train()
+        model.add_module(ENCODER, encoder)
+        self._blank = copy.deepcopy(encoder)
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        embedding.register_forward_hook(self._replace)
+
+    @property
+    def virtual(self) -> int:
+        """See `Attached.virtual`."""
+        return self._tokens if self.enabled else 0
+
+    @contextmanager
+    def generating(self, ids_BS: Tensor, mask_BS: Tensor) -> Iterator[dict[str, Any]]:
+        """Every prompt begins with room for virtual tokens, behind its padding."""
+        room_BV = ids_BS.new_zeros(len(ids_BS), self._tokens)
+        self._placed = True
+        try:
+            yield {
+                "input_ids": torch.cat([room_BV, ids_BS], 1),
+                "attention_mask": torch.cat([mask_BS, torch.ones_like(room_BV)], 1),
+            }
+        finally:
+            self._placed = False
+
+    def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> None:
+        """Places in the rows of this forward, and which virtual token goes there."""
+        starts: list[int] = []
+        if self.enabled and self.batch is not None:
+            width = self.batch.tokens_BS.shape[1]
+            starts = [span.row * width + span.start for span in self.batch.spans]
+        elif self.enabled and self._placed and begins_cache(inputs):
+            mask_BS: Tensor = inputs["attention_mask"]
+            firsts = mask_BS.argmax(1).tolist()
+            starts = [row * mask_BS.shape[1] + first for row, first in enumerate(firsts)]
+        steps_V = torch.arange(self._tokens)
+        places_EV = torch.tensor(starts, dtype=torch.int64)[:, None] + steps_V
+        self._places = places_EV.flatten(), steps_V.repeat(len(starts))
+
+    def _replace(self, embedding: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        """Every virtual token takes part, also in a batch without a place for it."""
+        if not self.enabled or self._places is None:
+            return output
+        encoder: Any = self._model.get_submodule(ENCODER)
+        table_VH = encoder(torch.arange(self._tokens, device=output.device).unsqueeze(0))[0]
+        places_K, which_K = (index.to(output.device) for index in self._places)
+        virtual_KH = table_VH.index_select(0, which_K).to(output.dtype)
+        return output.flatten(0, 1).index_copy(0, places_K, virtual_KH).view_as(output)
+
+    def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Attached.contents`; of an MLP only what it computes is written, as PEFT does."""
+        return peft_contents(self._config, computed(self._blank, ENCODER, read)[0])
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Attached.fill`."""
+        self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
+
+
+def computed(blank: nn.Module, prefix: str, read: Read) -> Tensor:
+    """`[1, V, ...]`: what one of PEFT's encoders makes of trained weights, wherever these are."""
+    encoder = copy.deepcopy(blank)
+    encoder.load_state_dict({name: read(f"{prefix}.{name}") for name in encoder.state_dict()})
+    tokens = encoder.get_submodule("embedding").get_parameter("weight").shape[0]
+    with torch.no_grad():
+        found: Tensor = encoder.eval()(torch.arange(tokens).unsqueeze(0))
+    return found
+
+
+def peft_contents(config: Any, embeddings: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of PEFT's two files."""
+    written = config.to_dict()
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
+    return plain, {KEY: embeddings}
+
+
+def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
+    """What PEFT's configurations of virtual tokens say of a model."""
+    config: Any = base.config.get_text_config()  # type: ignore[operator, union-attr]
+    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "token_dim": embedding.embedding_dim,
+    }
+
+
+def _first_ids(base: nn.Module, method: PromptMethod) -> Tensor:
+    """Words of the vocabulary: at random, or those of a text, again and again."""
+    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
+    if method.init_text is None:
+        return torch.randint(embedding.num_embeddings, (method.tokens,), device="cpu")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_name(base))
+        ids = tokenizer(method.init_text, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"method.init_text={method.init_text}",
+            f"cannot be tokenised ({str(error).splitlines()[0]})",
+            "write null, or a model with its tokenizer",
+        ) from error
+    if not ids:
+        raise ModelError(
+            f"method.init_text={method.init_text}", "has no token", "write another text, or null"
+        )
+    return torch.tensor([ids[i % len(ids)] for i in range(method.tokens)])
+
+
+@torch.no_grad()
+def _begin(base: nn.Module, encoder: nn.Module, ids_V: Tensor) -> None:
+    """As PEFT does it: with what the embedding gives, which some models scale."""
+    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
+    weight = encoder.get_submodule("embedding").get_parameter("weight")
+    if weight.is_meta:
+        return
+    with gather_params_ctx(embedding.parameters()):
+        weight.copy_(embedding(ids_V.to(embedding.weight.device)))
