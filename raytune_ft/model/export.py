@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from raytune_ft.files import flush_file
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods.start import PlainLora
+from raytune_ft.model.outline import BaseFiles
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
@@ -32,11 +35,20 @@ class Exporter:
     Saving a sharded module would communicate, from a thread that the other ranks know nothing of.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, frozen: BaseFiles | None = None
+    ) -> None:
+        """`frozen`: where the weights of a model are of which only some are trained."""
         self._adapter = model if isinstance(model, PeftModel) else None
         self._names = list(trained_parameters(model))
         if self._adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
+            self._frozen = frozen
+            return
+        self._plain = PlainLora(model)
+        written = self._adapter.peft_config
+        written.update({name: self._plain.config(each) for name, each in written.items()})
+        self._shared = _shared_buffers(model)
 
     def save(
         self,
@@ -52,22 +64,36 @@ class Exporter:
         another, so that it holds one of them at a time.
         """
         if self._adapter is None:
-            return self._model.save(read, directory, rank, world_size, wrote)
+            with self._reading(read) as either:
+                return self._model.save(either, directory, rank, world_size, wrote)
         if rank > 0:
             return []
         before = set(directory.rglob("*"))
         # "auto" would ask the hub whether the embeddings were resized.
         self._adapter.save_pretrained(
             str(directory),
-            state_dict={name: read(name) for name in self._names},
+            state_dict=self._plain.weights({name: read(name) for name in self._names})
+            | self._shared,
             save_embedding_layers=False,
         )
         made = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
         return [flush_file(path, directory) for path in made]
 
+    @contextmanager
+    def _reading(self, read: Read) -> Iterator[Read]:
+        """What is not trained is the base's, as it lies in its files, and in no checkpoint's
+        state.
+        """
+        if self._frozen is None:
+            yield read
+            return
+        trained = set(self._names)
+        with self._frozen.open() as of_base:
+            yield lambda name: read(name) if name in trained else of_base(name)
+
 
 class _HuggingFaceModel:
-    """The outside of a fully trained model, without its weights."""
+    """The outside of a model some or all weights of which are trained, without its weights."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -76,8 +102,8 @@ class _HuggingFaceModel:
         self._shell = shell
         self._shell.generation_config = model.generation_config
         self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
-        self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _untrained_state(model))
-        self._shapes = {name: p.shape for name, p in trained_parameters(model).items()}
+        self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _saved_buffers(model))
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self._units = _units(model, list(self._shapes))
 
     def save(
@@ -180,12 +206,21 @@ def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
     return flush_file(path, directory)
 
 
-def _untrained_state(model: nn.Module) -> dict[str, Tensor]:
+def _shared_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what an adapter draws once for all layers, such as VeRA's matrices."""
+    return {
+        name: buffer.cpu().clone()
+        for name, buffer in model.named_buffers()
+        if name.startswith("base_model.") and not name.startswith("base_model.model.")
+    }
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that are saved; tied weights are written once, under one name."""
-    trained = trained_parameters(model)
+    weights = {name for name, _ in model.named_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
-        if name not in trained and name not in tied
+        if name not in weights and name not in tied
     }
