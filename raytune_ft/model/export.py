@@ -210,7 +210,7 @@ def _shared_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what an adapter draws once for all layers, such as VeRA's matrices."""
     return {
         name: buffer.cpu().clone()
-        for name, buffer in model.named_buffers()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
         if name.startswith("base_model.") and not name.startswith("base_model.model.")
     }
 

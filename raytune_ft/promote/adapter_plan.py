@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -118,6 +120,7 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
         reason = str(cause).strip().splitlines()[0]
         raise CheckpointError(f"{adapter} is no adapter of its base: {reason}") from cause
     peft.eval()
+    _draw_indices(peft)
     parameters = dict(peft.named_parameters(remove_duplicate=False))
     own = {key_of(name): name for name in parameters if is_adapters(name)}
     shared = {key_of(name): tuple(buffer.shape) for name, buffer in shared_buffers(peft)}
@@ -138,11 +141,20 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
     return AdapterPlan(peft, config, deltas, names, tuple(shared))
 
 
+def _draw_indices(peft: PeftModel) -> None:
+    """PEFT moved them to where the base has no values; indices without values index nothing, and
+    silently.
+    """
+    for module in peft.modules():
+        if isinstance(module, OFTRotationModule):
+            module.rows, module.cols = torch.triu_indices(module.block_size, module.block_size, 1)
+
+
 def shared_buffers(peft: nn.Module) -> list[tuple[str, Any]]:
     """What an adapter draws once for all layers (VeRA)."""
     return [
         (name, buffer)
-        for name, buffer in peft.named_buffers()
+        for name, buffer in peft.named_buffers(remove_duplicate=False)
         if name.startswith("base_model.") and not name.startswith(PREFIX)
     ]
 
@@ -225,5 +237,7 @@ def _require_same(
 
 def _refused(adapter: Path, what: str, rule: str) -> ModelError:
     return ModelError(
-        f"{what} of {adapter}", rule, "write an adapter of LoRA (rsLoRA, DoRA), IA3, VeRA or OFT, or a whole model"
+        f"{what} of {adapter}",
+        rule,
+        "write an adapter of LoRA (rsLoRA, DoRA), IA3, VeRA or OFT, or a whole model",
     )

@@ -18,8 +18,8 @@ from huggingface_hub import (
 )
 
 import raytune_ft
-from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import source_configs
 from raytune_ft.data.report import DataReport

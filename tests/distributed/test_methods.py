@@ -6,11 +6,13 @@ leaves is read by transformers and PEFT alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytune_ft.config.schema import Config
 from raytune_ft.model.methods import METHODS
@@ -74,8 +76,12 @@ def train(config: Config, directory: Path, strategy: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("methods"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """With one thread, which is faster for models so small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Workshop(tmp_path_factory.mktemp("methods"))
+    torch.set_num_threads(threads)
 
 
 def test_every_method_has_a_small_config() -> None:

@@ -74,7 +74,7 @@ def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
 def test_trained_weights_are_masters_and_frozen_ones_narrow(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "bfloat16", 0)
     for key, parameter in model.named_parameters():
-        own = ".base_layer." not in key and "default" in key or parameter.requires_grad
+        own = (".base_layer." not in key and "default" in key) or parameter.requires_grad
         assert parameter.dtype == (torch.float32 if own else torch.bfloat16), key
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(_logits(model)).all()
@@ -169,9 +169,7 @@ def test_gradual_unfreezing(tmp_path: Path) -> None:
     begins = {"layers.1.": 1, "lm_head": 1, "layers.0.": 4, "embed_tokens": 7}  # ceil(n / 7) + 1
     for part, first in begins.items():
         name = next(key for key in states[0] if part in key and "norm" not in key)
-        moved = [
-            not torch.equal(a[name], b[name]) for a, b in pairwise(states)
-        ]
+        moved = [not torch.equal(a[name], b[name]) for a, b in pairwise(states)]
         assert moved == [step >= first for step in range(1, 13)], name
         # A first step of Adam is the rate itself, whatever the gradient, and the decay beside it.
         before, after = states[first - 1][name], states[first][name]
