@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from raytune_ft.config import environment, reference, rules, search_rules, yaml_text
 from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
+from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.errors import ConfigError
@@ -101,8 +102,11 @@ def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, s
         return "fsdp", "parallel.offload: all"
     if workers == 1:
         return "single", "one worker has nobody to share with"
-    if config.method.name == "full":
-        return "fsdp", f"every weight moves, so {workers} workers share weights and moments"
+    if config.method.name in WHOLE_MODEL:
+        return (
+            "fsdp",
+            f"the model's own weights move, so {workers} workers share weights and moments",
+        )
     if shortage is not None:
         return "fsdp", f"the base is frozen, and {shortage}: {workers} workers share it"
     return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
@@ -112,7 +116,7 @@ def memory_decides(config: Config) -> bool:
     """Does `auto` depend on whether the base fits on a worker?"""
     parallel = config.parallel
     automatic = parallel.strategy == "auto" and parallel.offload == "none"
-    return automatic and parallel.max_workers > 1 and config.method.name != "full"
+    return automatic and parallel.max_workers > 1 and config.method.name not in WHOLE_MODEL
 
 
 def _checked(data: dict[str, Any]) -> Config:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
-from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import is_share
@@ -22,10 +22,19 @@ OF_A_SLOT = ("data.mixture", "data.curriculum")
 def packable(config: Config) -> str | None:
     """None where runs like this one can be trained packed, else the reason why not."""
     method = config.method
-    if not isinstance(method, LoraMethod):
+    if method.name in WHOLE_MODEL:
         return f"method.name={method.name} moves the weights that packed runs share"
+    if not isinstance(method, LoraMethod):
+        return f"method.name={method.name} is not stacked, as plain LoRA is"
     if method.dora:
         return "method.dora=true normalises by the weights of each run's own sum"
+    if method.init in ("pissa", "olora"):
+        return f"method.init={method.init} takes a part of its own out of the base"
+    for key in ("rank_pattern", "alpha_pattern"):
+        if getattr(method, key):
+            return f"method.{key} gives layers of one run several scales, and a slot has one"
+    if method.lr_ratio != 1.0:
+        return f"method.lr_ratio={method.lr_ratio:g} gives one run two learning rates"
     if method.dropout > 0:
         return f"method.dropout={method.dropout} draws noise that depends on the layout"
     return None

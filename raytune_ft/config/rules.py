@@ -6,7 +6,7 @@ from raytune_ft.config import metrics, paths
 from raytune_ft.config.activations import check_activations
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.methods import FreezeMethod, LoraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.sizes import parse_size
@@ -128,6 +128,32 @@ def _check_sharding(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     method = config.method
-    if isinstance(method, LoraMethod) and method.targets == []:
+    if getattr(method, "targets", None) == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
     check_activations(method)
+    if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
+        raise ConfigError(
+            f"method.init={method.init}",
+            "takes a part out of the weights by whose length method.dora=true normalises",
+            "write method.init: default, or method.dora: false",
+        )
+    if isinstance(method, FreezeMethod):
+        _check_freeze(config, method)
+
+
+def _check_freeze(config: Config, method: FreezeMethod) -> None:
+    if method.first is not None and method.last is not None:
+        raise ConfigError(
+            f"method.first={method.first}",
+            f"counts the frozen blocks from below, and method.last={method.last} the others "
+            "from above",
+            "write one of the two",
+        )
+    parallel = config.parallel
+    zero = parallel.strategy == "deepspeed" or parallel.offload == "optimizer"
+    if method.unfreeze_every_examples is not None and zero:
+        raise ConfigError(
+            f"method.unfreeze_every_examples={method.unfreeze_every_examples}",
+            "is nothing that deepspeed can do, whose moments all begin at once",
+            "write parallel.strategy: ddp or fsdp, or leave the key out",
+        )

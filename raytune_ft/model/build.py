@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from raytune_ft.config.methods import LoraMethod, MethodConfig
+from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
@@ -177,11 +178,20 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
-    """In which the weights of the base are held."""
-    if method.name == "full":
-        return _master(precision)
+    """In which the weights of the base are read: masters are not rounded first."""
+    return _master(precision) if method.name in WHOLE_MODEL else _frozen(model, precision)
+
+
+def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, precision if model.dtype == "auto" else model.dtype)
     return dtype
+
+
+def frozen_dtype(
+    model: ModelConfig, method: MethodConfig, precision: Precision
+) -> torch.dtype | None:
+    """In which weights that stay are held, where they are read in another."""
+    return _frozen(model, precision) if method.name == "freeze" else None
 
 
 def _master(precision: Precision) -> torch.dtype:
@@ -198,22 +208,33 @@ def build_model(
     is what the method asks for. New weights are drawn from `seed` alone.
     """
     base = load_base(model, dtype_of(model, method, precision))
-    return apply_method(base, method, precision, seed)
+    return apply_method(base, method, precision, seed, frozen_dtype(model, method, precision))
 
 
 def apply_method(
-    base: nn.Module, method: MethodConfig, precision: Precision, seed: int
+    base: nn.Module,
+    method: MethodConfig,
+    precision: Precision,
+    seed: int,
+    frozen: torch.dtype | None = None,
 ) -> nn.Module:
-    """See `build_model`; the weights of `base` may be on the meta device."""
+    """See `build_model`; the weights of `base` may be on the meta device.
+
+    Weights that stay are brought to `frozen`, where that is written.
+    """
     _set_up(base, precision)
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
     master = _master(precision)
+    for module in built.modules():
+        if isinstance(module, BufferDict):  # of values that trained weights are multiplied by
+            module.to(master)
     for parameter in built.parameters():
-        if parameter.requires_grad and parameter.dtype != master:
-            parameter.data = parameter.data.to(master)
+        dtype = master if parameter.requires_grad else frozen or parameter.dtype
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     return built
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from raytune_ft.files import flush_file
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.methods import adapter_writer, trained_parameters
+from raytune_ft.model.outline import BaseFiles
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
@@ -31,10 +33,15 @@ class Exporter:
     Saving a sharded module would communicate, from a thread that the other ranks know nothing of.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, frozen: BaseFiles | None = None
+    ) -> None:
+        """`frozen`: where the weights of a model are of which only some are trained."""
         self._write_adapter = adapter_writer(model)
+        self._names = list(trained_parameters(model))
         if self._write_adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
+            self._frozen = frozen
 
     def save(
         self,
@@ -50,7 +57,8 @@ class Exporter:
         another, so that it holds one of them at a time.
         """
         if self._write_adapter is None:
-            return self._model.save(read, directory, rank, world_size, wrote)
+            with self._reading(read) as either:
+                return self._model.save(either, directory, rank, world_size, wrote)
         if rank > 0:
             return []
         before = set(directory.rglob("*"))
@@ -58,9 +66,21 @@ class Exporter:
         made = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
         return [flush_file(path, directory) for path in made]
 
+    @contextmanager
+    def _reading(self, read: Read) -> Iterator[Read]:
+        """What is not trained is the base's, as it lies in its files, and in no checkpoint's
+        state.
+        """
+        if self._frozen is None:
+            yield read
+            return
+        trained = set(self._names)
+        with self._frozen.open() as of_base:
+            yield lambda name: read(name) if name in trained else of_base(name)
+
 
 class _HuggingFaceModel:
-    """The outside of a fully trained model, without its weights."""
+    """The outside of a model some or all weights of which are trained, without its weights."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -69,8 +89,8 @@ class _HuggingFaceModel:
         self._shell = shell
         self._shell.generation_config = model.generation_config
         self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
-        self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _untrained_state(model))
-        self._shapes = {name: p.shape for name, p in trained_parameters(model).items()}
+        self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _saved_buffers(model))
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self._units = _units(model, list(self._shapes))
 
     def save(
@@ -173,12 +193,12 @@ def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
     return flush_file(path, directory)
 
 
-def _untrained_state(model: nn.Module) -> dict[str, Tensor]:
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that are saved; tied weights are written once, under one name."""
-    trained = trained_parameters(model)
+    weights = {name for name, _ in model.named_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
-        if name not in trained and name not in tied
+        if name not in weights and name not in tied
     }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
@@ -27,6 +31,7 @@ class Outline:
     model: Any
     pattern: Any
     sources: dict[str, Source]
+    files: tuple[Path, ...] = ()
 
 
 def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
@@ -48,4 +53,28 @@ def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
             f"cannot be read tensor by tensor, because {reason}",
             "write a model that transformers reads from safetensors as it is",
         ) from reason
-    return Outline(base, copy.deepcopy(base), seen.sources)
+    return Outline(base, copy.deepcopy(base), seen.sources, tuple(seen.files))
+
+
+class BaseFiles:
+    """The weights of a pretrained model, read from its files one by one."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        """
+        Raises:
+            ModelError: see `outline`.
+        """
+        self._outline = outline(model)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], Tensor]]:
+        """A weight in its shape, by the name that the model has for it."""
+        with open_files(list(self._outline.files)) as shards:
+
+            def read(name: str) -> Tensor:
+                source = self._outline.sources[name]
+                if source.converter is None:
+                    return shards.whole(source.tensors[0][1])
+                return source.weights(self._outline.pattern, shards.whole)[name]
+
+            yield read

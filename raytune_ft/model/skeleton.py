@@ -32,6 +32,7 @@ from raytune_ft.model.build import (
     build_model,
     dtype_of,
     freeze,
+    frozen_dtype,
     load_base,
 )
 from raytune_ft.model.methods import virtual
@@ -70,7 +71,13 @@ def build(
     whole = partial(build_model, model, method, precision, seed)
     if not in_parts:
         return Built(whole())
-    dress = partial(apply_method, method=method, precision=precision, seed=seed)
+    dress = partial(
+        apply_method,
+        method=method,
+        precision=precision,
+        seed=seed,
+        frozen=frozen_dtype(model, method, precision),
+    )
     return _in_parts_or(whole, model, dtype_of(model, method, precision), dress)
 
 

@@ -14,7 +14,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from raytune_ft.errors import ModelError
 from raytune_ft.model.outline import Outline
 from raytune_ft.model.sources import Source
-from raytune_ft.promote.adapter_plan import ADAPTER_WEIGHTS, AdapterPlan, Delta, plan_adapter
+from raytune_ft.promote.adapter_plan import (
+    ADAPTER_WEIGHTS,
+    AdapterPlan,
+    Delta,
+    is_adapters,
+    key_of,
+    plan_adapter,
+)
 from raytune_ft.promote.weights import converted, spans, whole
 from raytune_ft.tensors.model_files import TensorFiles
 
@@ -49,6 +56,11 @@ class Adapted:
         self._factors = lru_cache(maxsize=1)(self._read_factors)
         self._lengths = lru_cache(maxsize=1)(self._measure_lengths)
         self._group = lru_cache(maxsize=1)(self._compute_group)
+        self._layer = lru_cache(maxsize=1)(self._merge_layer)
+        for key in self.plan.shared:
+            getattr(self.plan.peft.base_model, key.split(".")[1])["default"] = whole(
+                self.adapter, key
+            ).float()
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -73,6 +85,8 @@ class Adapted:
         else:
             base = self._base.rows(stored, start, end).float()
         delta = self.plan.deltas.get(target)
+        if delta is not None and delta.kind == "layer":
+            return self._layer(target.rpartition(".")[0])[target][start:end]
         return base if delta is None else self._fold(target, base, delta, start)
 
     def replaced(self) -> list[str]:
@@ -108,6 +122,35 @@ class Adapted:
         if delta.kind == "rows":
             return base + delta.scale * (b[start:end] @ a)
         return base + delta.scale * (a[:, start:end].T @ b.T)
+
+    @torch.no_grad()
+    def _merge_layer(self, module: str) -> dict[str, Tensor]:
+        """Weight and bias of a layer as PEFT merges them: the one place where a whole layer is in
+        memory, in float32.
+        """
+        ends = [end for end in ("weight", "bias") if f"{module}.{end}" in self.plan.deltas]
+        given = {end: whole(self._base, self.stored(f"{module}.{end}")).float() for end in ends}
+        return self._merged(self.plan.deltas[f"{module}.weight"], module, given)
+
+    def _merged(self, delta: Delta, module: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        layer = delta.layer
+        values = {
+            name: whole(self.adapter, key_of(f"{delta.a}.{name}")).float()
+            for name, _ in layer.named_parameters()
+            if is_adapters(f".{name}")
+        }
+        values |= {f"base_layer.{end}": weight.clone() for end, weight in given.items()}
+        absent = dict(layer.named_parameters())
+        try:
+            for name, value in values.items():
+                _put(layer, name, nn.Parameter(value.view(absent[name].shape), False))
+            layer.merge(adapter_names=["default"])
+            base = layer.get_base_layer()
+            return {f"{module}.{end}": getattr(base, end).detach() for end in given}
+        finally:
+            layer.merged_adapters.clear()
+            for name in values:
+                _put(layer, name, absent[name])
 
     def _read_factors(self, target: str) -> tuple[Tensor, Tensor]:
         delta = self.plan.deltas[target]
@@ -162,7 +205,11 @@ class Adapted:
         for target, weight in state.items():
             if key := self.plan.replaced.get(target):
                 weight = state[target] = whole(self.adapter, key).float()
-            if delta := self.plan.deltas.get(target):
+            delta = self.plan.deltas.get(target)
+            if delta is not None and delta.kind == "layer":
+                module, _, end = target.rpartition(".")
+                state |= self._merged(delta, module, {end: weight})
+            elif delta is not None:
                 state[target] = weight + self._expert_delta(target, delta)
         found: dict[str, Tensor] = revert_weight_conversion(self._outline.pattern, state)
         return found
@@ -187,3 +234,8 @@ class Adapted:
     def close(self) -> None:
         """Close the adapter's file."""
         self.adapter.__exit__()
+
+
+def _put(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    layer.get_submodule(owner)._parameters[last] = parameter

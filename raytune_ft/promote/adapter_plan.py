@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.oft.layer import OFTRotationModule
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from raytune_ft.errors import CheckpointError, ModelError
 from raytune_ft.model.outline import Outline
@@ -19,6 +24,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _NAME = "default"
+# What PEFT begins the names of an adapter's own weights with, by its kind.
+_OWN = {"LORA": "lora_", "IA3": "ia3_", "VERA": "vera_lambda_", "OFT": "oft_"}
 # Initialisations that subtract what the adapter begins with from the base itself.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora")
@@ -30,10 +37,11 @@ class Delta:
 
     rows: W[out, in] + scale * B @ A; columns: W[in, out] + scale * (B @ A).T; experts: PEFT
     computes it; bias: b + scale * B's bias. With a magnitude (DoRA), every output's row is then
-    brought to that length.
+    brought to that length. layer: what is not a sum, PEFT's layer of the name `a` makes of its
+    whole weight.
     """
 
-    kind: Literal["rows", "columns", "experts", "bias"]
+    kind: Literal["rows", "columns", "experts", "bias", "layer"]
     a: str
     b: str
     scale: float
@@ -44,13 +52,15 @@ class Delta:
 @dataclass(frozen=True)
 class AdapterPlan:
     """`deltas` and `replaced` go by the names of the model's weights; `peft` is the model that
-    PEFT made, without a single value in it. `replaced` are keys of whole weights in the file.
+    PEFT made, without a single value in it. `replaced` are keys of whole weights in the file,
+    `shared` those of what all layers use.
     """
 
     peft: Any
     config: Any
     deltas: Mapping[str, Delta]
     replaced: Mapping[str, str]
+    shared: tuple[str, ...] = ()
 
     @property
     def touched(self) -> set[str]:
@@ -76,7 +86,7 @@ def read_adapter_config(adapter: Path) -> Any:
         kind = written.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
-    if kind != "LORA":
+    if kind not in _OWN:
         raise _refused(adapter, f"peft_type={kind}", "has no delta that is folded here")
     for key in _REFUSED:
         if written.get(key):
@@ -110,19 +120,43 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
         reason = str(cause).strip().splitlines()[0]
         raise CheckpointError(f"{adapter} is no adapter of its base: {reason}") from cause
     peft.eval()
+    _draw_indices(peft)
     parameters = dict(peft.named_parameters(remove_duplicate=False))
     own = {key_of(name): name for name in parameters if is_adapters(name)}
-    replaced = {key: base_name(key) for key in found if key not in own}
-    replaced |= {key: base_name(key) for key, name in own.items() if "lora_" not in name}
+    shared = {key_of(name): tuple(buffer.shape) for name, buffer in shared_buffers(peft)}
+    replaced = {key: base_name(key) for key in found if key not in own and key not in shared}
+    replaced |= {key: base_name(key) for key, name in own.items() if not _is_tuners(name)}
     base = {base_name(n): tuple(p.shape) for n, p in parameters.items() if not is_adapters(n)}
     expected = {key: tuple(parameters[name].shape) for key, name in own.items()}
     expected |= {key: base[name] for key, name in replaced.items() if name in base}
+    expected |= shared
     _require_same(adapter / ADAPTER_WEIGHTS, found, expected)
     deltas: dict[str, Delta] = {}
     for name, module in peft.named_modules():
         if isinstance(module, LoraLayer):
             deltas |= dict(_deltas(name, module, adapter))
-    return AdapterPlan(peft, config, deltas, {name: key for key, name in replaced.items()})
+        elif isinstance(module, BaseTunerLayer):
+            deltas |= dict(_layer_deltas(name, module, adapter))
+    names = {name: key for key, name in replaced.items()}
+    return AdapterPlan(peft, config, deltas, names, tuple(shared))
+
+
+def _draw_indices(peft: PeftModel) -> None:
+    """PEFT moved them to where the base has no values; indices without values index nothing, and
+    silently.
+    """
+    for module in peft.modules():
+        if isinstance(module, OFTRotationModule):
+            module.rows, module.cols = torch.triu_indices(module.block_size, module.block_size, 1)
+
+
+def shared_buffers(peft: nn.Module) -> list[tuple[str, Any]]:
+    """What an adapter draws once for all layers (VeRA)."""
+    return [
+        (name, buffer)
+        for name, buffer in peft.named_buffers(remove_duplicate=False)
+        if name.startswith("base_model.") and not name.startswith(PREFIX)
+    ]
 
 
 def key_of(name: str) -> str:
@@ -134,7 +168,11 @@ def key_of(name: str) -> str:
 
 def is_adapters(name: str) -> bool:
     """Whether a parameter of PEFT's model is the adapter's own."""
-    return ".lora_" in name or f".modules_to_save.{_NAME}." in name
+    return _is_tuners(name) or f".modules_to_save.{_NAME}." in name
+
+
+def _is_tuners(name: str) -> bool:
+    return any(f".{prefix}" in name for prefix in _OWN.values())
 
 
 def base_name(name: str) -> str:
@@ -171,6 +209,15 @@ def _deltas(name: str, module: Any, adapter: Path) -> Iterable[tuple[str, Delta]
         yield f"{target}.bias", Delta("bias", "", f"{name}.lora_B.bias", scale)
 
 
+def _layer_deltas(name: str, module: Any, adapter: Path) -> Iterable[tuple[str, Delta]]:
+    layer, target = module.get_base_layer(), base_name(name)
+    if not isinstance(layer, nn.Linear | Conv1D):
+        raise _refused(adapter, f"{type(layer).__name__} of {target}", "cannot be folded")
+    yield f"{target}.weight", Delta("layer", name, "", 1.0, layer=module)
+    if layer.bias is not None:  # which factors of an output scale too
+        yield f"{target}.bias", Delta("layer", name, "", 1.0, layer=module)
+
+
 def _require_same(
     file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -190,5 +237,7 @@ def _require_same(
 
 def _refused(adapter: Path, what: str, rule: str) -> ModelError:
     return ModelError(
-        f"{what} of {adapter}", rule, "write an adapter of LoRA, rsLoRA or DoRA, or a whole model"
+        f"{what} of {adapter}",
+        rule,
+        "write an adapter of LoRA (rsLoRA, DoRA), IA3, VeRA or OFT, or a whole model",
     )

@@ -19,6 +19,7 @@ from huggingface_hub import (
 
 import raytune_ft
 from raytune_ft.config.data import source_configs
+from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
@@ -255,7 +256,7 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
     reference = "base + adapter"
     if lineage.step is None:  # of no single checkpoint
         reference = "the merge in float32"
-    elif lineage.config.method.name == "full":
+    elif lineage.config.method.name in WHOLE_MODEL:
         reference = "the trained checkpoint"
     text = (
         f"## Fold\n\nWeights are added up in float32 and written in {check.dtype}. On "

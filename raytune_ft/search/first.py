@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytune_ft.config.branches import METHOD, branches, contains
+from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.points import Point, allowed, conditions, trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
@@ -55,7 +56,7 @@ def published_lr(method: str, family: str, width: int) -> float:
     it by a table of measured rates since, which lie between 1e-4 and 1e-3. A first guess, no more.
     """
     power = next((each for name, each in WIDTH_POWERS.items() if family.startswith(name)), 0.0)
-    factor = 1.0 if method == "full" else LORA_FACTOR
+    factor = 1.0 if method in WHOLE_MODEL else LORA_FACTOR
     return BASE_LR * factor * float((REFERENCE_WIDTH / width) ** power)
 
 

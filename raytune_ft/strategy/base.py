@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -16,7 +16,9 @@ from raytune_ft.tensors.part import Part
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerOf = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+"""From trained weights by their names. A group may have a `lr_ratio`, by which the rate is
+multiplied, and `waits`, the number of steps of the run before its weights begin to move."""
 
 
 class Strategy(Protocol):

@@ -38,7 +38,7 @@ class DeepSpeed(Grouped):
         """See `Strategy.prepare`; the optimizer is built while parameters have their shapes."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        self.optimizer = optimizer_of(self.parameters.values())
+        self.optimizer = optimizer_of(self.parameters)
         self._leave_alone_what_gets_no_gradient(model)
         config = engine_config(self.parallel, self.precision, self.world_size)
         with warnings.catch_warnings():
@@ -100,7 +100,7 @@ class DeepSpeed(Grouped):
     def step(self, lr: float, max_norm: float | None) -> float:
         """See `Strategy.step`; a gradient that is not finite moves nothing here."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.engine.optimizer.clip_grad = max_norm or 0.0
         self.engine.step()
         return float(self.engine.get_global_grad_norm())

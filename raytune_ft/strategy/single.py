@@ -34,12 +34,13 @@ class Single:
         self.parallel, self.precision = parallel, precision
         self.device = local_device()
         self.parameters: dict[str, nn.Parameter] = {}
+        self.steps = 0
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
         """See `Strategy.prepare`."""
         wrapped = self.lay_out(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer_of(self.parameters.values())
+        self.optimizer = optimizer_of(self.parameters)
         return wrapped
 
     def lay_out(self, model: nn.Module) -> nn.Module:
@@ -57,22 +58,29 @@ class Single:
     def step(self, lr: float, max_norm: float | None) -> float:
         """See `Strategy.step`; a gradient that is not finite moves nothing here."""
         limit = math.inf if max_norm is None else max_norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+            if self.steps < group.get("waits", 0):
+                for parameter in group["params"]:
+                    parameter.grad = None  # neither moved nor decayed, and no moments begin
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.steps += 1
         return float(norm)
 
     def start_from(self, step: int) -> None:
         """See `Strategy.start_from`."""
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
-            }
+        self.steps = step
+        for group in self.optimizer.param_groups:
+            taken = float(max(0, step - group.get("waits", 0)))
+            for parameter in group["params"]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(taken),
+                    **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
+                }
 
     def loaded(self) -> None:
         """The parts are the weights themselves."""

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import astuple
 
 import torch
 from torch import nn
 
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.model.methods.pace import Pace
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with weight decay on matrices only."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decayed if parameter.ndim >= 2 else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    train: TrainConfig,
+    paces: Mapping[str, Pace] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with weight decay on matrices only.
+
+    `paces` are those of weights that have one of their own, by name.
+    """
+    groups: dict[tuple[Pace, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        pace = (paces or {}).get(name, Pace())
+        groups.setdefault((pace, parameter.ndim >= 2), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {
+                "params": held,
+                "weight_decay": train.weight_decay if is_matrix else 0.0,
+                "lr_ratio": pace.lr_ratio,
+                "waits": math.ceil(pace.from_examples / train.batch_size),
+            }
+            for (pace, is_matrix), held in sorted(
+                groups.items(), key=lambda item: (astuple(item[0][0]), not item[0][1])
+            )
+        ],
         lr=train.lr,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,

@@ -14,6 +14,8 @@ from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
 from raytune_ft.model.build import disk_dtype
 from raytune_ft.model.export import Exporter
+from raytune_ft.model.methods import paces
+from raytune_ft.model.outline import BaseFiles
 from raytune_ft.model.skeleton import build
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import CHECKPOINTS
@@ -74,8 +76,12 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts
     )
     check_vocabulary(built.model, data)
-    exporter = Exporter(built.model, disk_dtype(config.model))
-    engine = build_engine(built, config, strategy, partial(build_optimizer, train=config.train))
+    frozen = BaseFiles(config.model) if config.method.name == "freeze" else None
+    exporter = Exporter(built.model, disk_dtype(config.model), frozen)
+    optimizer_of = partial(
+        build_optimizer, train=config.train, paces=paces(built.model, config.method)
+    )
+    engine = build_engine(built, config, strategy, optimizer_of)
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     order = order_of(config, data)
     schedule = Schedule.of(

@@ -8,33 +8,54 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from raytune_ft.model.methods.adapter import apply_adapter
 from raytune_ft.model.methods.attached import Read, attached
+from raytune_ft.model.methods.freeze import apply_freeze, freeze_paces
 from raytune_ft.model.methods.full import apply_full
-from raytune_ft.model.methods.lora import apply_lora, leave_casts_to_autocast
+from raytune_ft.model.methods.lora import apply_lora, leave_casts_to_autocast, lora_paces
 from raytune_ft.model.methods.loreft import apply_loreft
+from raytune_ft.model.methods.pace import Pace
 from raytune_ft.model.methods.prefix import apply_prefix
+from raytune_ft.model.methods.start import PlainLora
+from raytune_ft.model.methods.vectors import apply_ia3, apply_oft, apply_vera
 from raytune_ft.model.methods.virtual import apply_p_tuning, apply_prompt
 
 __all__ = [
     "METHODS",
+    "PACES",
+    "Pace",
     "adapter_writer",
     "leave_casts_to_autocast",
+    "paces",
     "trained_parameters",
     "without_method",
 ]
 
 METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "full": apply_full,
+    "freeze": apply_freeze,
     "lora": apply_lora,
     "loreft": apply_loreft,
     "adapter": apply_adapter,
     "prompt": apply_prompt,
     "p_tuning": apply_p_tuning,
     "prefix": apply_prefix,
+    "ia3": apply_ia3,
+    "vera": apply_vera,
+    "oft": apply_oft,
 }
+
+PACES: dict[str, Callable[[nn.Module, Any], dict[str, Pace]]] = {
+    "freeze": freeze_paces,
+    "lora": lora_paces,
+}
+
+
+def paces(model: nn.Module, method: Any) -> dict[str, Pace]:
+    """The trained weights that have a rate or a beginning of their own."""
+    return PACES[method.name](model, method) if method.name in PACES else {}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,14 +81,25 @@ def adapter_writer(model: nn.Module) -> Callable[[Read, Path], None] | None:
         return found.save
     if not isinstance(model, PeftModel):
         return None
-    names = list(trained_parameters(model))
+    names, plain, shared = list(trained_parameters(model)), PlainLora(model), _shared_buffers(model)
+    written = model.peft_config
+    written.update({name: plain.config(each) for name, each in written.items()})
 
     def write(read: Read, directory: Path) -> None:
         # "auto" would ask the hub whether the embeddings were resized.
         model.save_pretrained(
             str(directory),
-            state_dict={name: read(name) for name in names},
+            state_dict=plain.weights({name: read(name) for name in names}) | shared,
             save_embedding_layers=False,
         )
 
     return write
+
+
+def _shared_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what an adapter draws once for all layers, such as VeRA's matrices."""
+    return {
+        name: buffer.cpu().clone()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name.startswith("base_model.") and not name.startswith("base_model.model.")
+    }

@@ -148,7 +148,7 @@ def test_a_base_in_shards_and_another_dtype(tmp_path: Path) -> None:
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa of .* changed the base"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices of .* cannot be folded"),
-        ({"peft_type": "IA3"}, "peft_type=IA3 of .* has no delta"),
+        ({"peft_type": "LOHA"}, "peft_type=LOHA of .* has no delta"),
     ],
 )
 def test_what_has_no_delta_is_refused(tmp_path: Path, changed: Any, message: str) -> None:

@@ -61,6 +61,8 @@ def test_a_checkpoint_before_a_partial_last_step_where_the_budget_may_grow() -> 
 
 def test_norms_and_biases_do_not_decay() -> None:
     layer = torch.nn.Linear(2, 2)
-    groups = build_optimizer(layer.parameters(), TrainConfig(weight_decay=0.1)).param_groups
+    groups = build_optimizer(
+        dict(layer.named_parameters()), TrainConfig(weight_decay=0.1)
+    ).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(layer.weight): 0.1, id(layer.bias): 0.0}

@@ -1,0 +1,123 @@
+"""LoRA that begins with a part of the weights themselves (PiSSA, OLoRA).
+
+Both set A and B to a part of a weight W and take that part out of W: what is trained is
+W - s B0 A0 + s B A, with s = alpha / rank. Here the base stays as it is and s B0 A0 is taken out of
+the layer's output instead, so that the model begins as its base to the last digit that rounding
+leaves, a base in bfloat16 is not rounded again, and "without the adapter" is the base. A checkpoint
+holds A and B; B0 and A0 are made of the base again. To others it is one plain LoRA of twice the
+rank, with A over A0 and B beside -B0, on the original base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import peft.tuners.lora.layer as lora_layer
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+
+from raytune_ft.errors import ModelError
+
+_NAME = "default"
+_A, _B = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
+
+
+def begin_with_the_weights(model: nn.Module, init: str) -> None:
+    """Set every A and B as PEFT does for `init`, and keep what they begin with beside them.
+
+    Raises:
+        ModelError: an adapted layer is not linear, or has a smaller rank than its adapter.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        rank, shape = layer.r.get(_NAME, 0), (layer.in_features, layer.out_features)
+        if type(layer) is not Linear:
+            raise ModelError(
+                f"method.init={init}",
+                f"begins with the weights of linear layers, and {name} is none",
+                "write method.init: default, or name linear layers in method.targets",
+            )
+        if rank > min(shape):
+            raise ModelError(
+                f"method.rank={rank}",
+                f"is above what {name} has to begin with, a weight of {shape[1]} x {shape[0]}",
+                f"write at most {min(shape)}, or method.init: default",
+            )
+        _draw(layer, init)
+        layer.start_A = _kept(layer.lora_A[_NAME].weight)
+        layer.start_B = _kept(layer.lora_B[_NAME].weight)
+        layer.register_forward_hook(_take_out)
+
+
+def _draw(layer: Any, init: str) -> None:
+    """PEFT's own initialisation, which it has in float32 and which takes W apart."""
+    weight = layer.get_base_layer().weight
+    a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    dtype = a.dtype
+    with lora_layer.gather_params_ctx(weight):
+        if weight.is_meta:  # only shapes are asked for
+            return
+        held, transposed = weight.data, init == "olora" and layer.fan_in_fan_out
+        try:
+            weight.data = (held.T if transposed else held).float().clone()
+            if init == "olora":
+                layer.olora_init(_NAME)
+            else:
+                layer.pissa_init(_NAME, init)
+        finally:
+            weight.data = held
+    a.data, b.data = a.data.to(dtype), b.data.to(dtype).contiguous()
+
+
+def _kept(weight: Tensor) -> nn.Linear:
+    """A linear layer, since those are what strategies gather."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return layer
+
+
+def _take_out(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if layer.disable_adapters:
+        return output
+    x = layer._cast_input_dtype(arguments[0], layer.start_A.weight.dtype)
+    taken: Tensor = layer.start_B(layer.start_A(x)) * layer.scaling[_NAME]
+    return (output - taken).to(output.dtype)
+
+
+class PlainLora:
+    """An adapter as others read it; made before a strategy lays the model out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._starts = {name: weight.detach().cpu().clone() for name, weight in _starts(model)}
+
+    def weights(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Trained weights with what they began with subtracted, where they began with something."""
+        found = dict(trained)
+        for name, start in self._starts.items():
+            weight = found[name]
+            start = start.to(weight)
+            both = (weight, start) if name.endswith(_A) else (weight, -start)
+            found[name] = torch.cat(both, 0 if name.endswith(_A) else 1)
+        return found
+
+    def config(self, written: Any) -> Any:
+        """With twice the rank and the same scale, where there is something to subtract."""
+        if not self._starts:
+            return written
+        config = copy.deepcopy(written)
+        louder = 2**0.5 if config.use_rslora else 2.0
+        config.r, config.lora_alpha = 2 * config.r, louder * config.lora_alpha
+        config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+        config.alpha_pattern = {key: louder * a for key, a in config.alpha_pattern.items()}
+        return config
+
+
+def _starts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and hasattr(layer, "start_A"):
+            yield name + _A, layer.start_A.weight
+            yield name + _B, layer.start_B.weight

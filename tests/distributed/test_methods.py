@@ -1,0 +1,168 @@
+"""One contract for every method: it learns, its layout does not show, it resumes, and what it
+leaves is read by transformers and PEFT alone.
+
+`RAYTUNE_FT_METHODS` names a file for the table that `make test-methods` writes into the docs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_ft.config.schema import Config
+from raytune_ft.model.methods import METHODS
+from raytune_ft.promote.fold import fold
+from raytune_ft.promote.fold import held_out as fold_examples
+from tests.support.distributed import run_distributed, run_in_new_processes
+from tests.support.methods import (
+    REFUSED,
+    SMALL,
+    UNFOLDED,
+    UNPACKED,
+    held_out,
+    plain_loss,
+    small_config,
+)
+from tests.support.models import true_float64
+from tests.support.runs import (
+    BrokenRun,
+    Recorder,
+    evaluations,
+    final_weights,
+    largest_difference,
+    losses,
+    make_inputs,
+    run,
+)
+
+ROW_BY_ROW = {"data__packing": False, "train__micro_tokens": 1}
+PACKED = {"data__packing": "auto", "train__micro_tokens": 96}
+
+
+class Workshop:
+    """Runs of every method, each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inputs = make_inputs(root / "inputs")
+
+    def config(self, name: str, precision: str, **changes: Any) -> Config:
+        return small_config(name, self.inputs, train__precision=precision, **changes)
+
+    def reference(self, name: str, precision: str) -> Path:
+        """One process, one example after another."""
+        directory = self.root / f"{name}-{precision}"
+        if not (directory / "result.json").is_file():
+            train(self.config(name, precision, **ROW_BY_ROW), directory, "single")
+        return directory
+
+    def last(self, name: str, precision: str = "float32") -> Path:
+        """Its last checkpoint."""
+        return sorted((self.reference(name, precision) / "checkpoints").glob("step-*"))[-1]
+
+
+def train(config: Config, directory: Path, strategy: str) -> Any:
+    """On every rank."""
+    wide = config.train.precision == "float64"
+    with true_float64() if wide else nullcontext():
+        result = run(config, directory, strategy)
+    assert result.status == "completed", result.error
+    return result
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """With one thread, which is faster for models so small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Workshop(tmp_path_factory.mktemp("methods"))
+    torch.set_num_threads(threads)
+
+
+def test_every_method_has_a_small_config() -> None:
+    assert SMALL.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns(workshop: Workshop, name: str) -> None:
+    directory = workshop.reference(name, "float64")
+    assert evaluations(directory)[-1] < evaluations(directory)[0] - 0.01
+    assert len(losses(directory)) == 12
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_packed_rows_are_the_rows(workshop: Workshop, name: str, tmp_path: Path) -> None:
+    result = train(workshop.config(name, "float64", **PACKED), tmp_path / "run", "single")
+    assert max(largest_difference(tmp_path / "run", workshop.reference(name, "float64"))) < 1e-9
+    notes = " ".join(result.notes)
+    assert UNPACKED[name] in notes if name in UNPACKED else notes == ""
+
+
+def _train_all(workshop: Workshop, root: Path, strategy: str, precision: str) -> None:
+    for name in METHODS:
+        if (name, strategy) not in REFUSED:
+            config = workshop.config(name, precision, **PACKED)
+            train(config, root / name, strategy)
+
+
+def _compare_all(workshop: Workshop, root: Path, strategy: str, precision: str) -> None:
+    found = {
+        name: max(largest_difference(root / name, workshop.reference(name, precision)))
+        for name in METHODS
+        if (name, strategy) not in REFUSED
+    }
+    bound = {"float64": 1e-9, "float32": 1e-5}[precision]
+    assert all(difference < bound for difference in found.values()), found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(workshop: Workshop, strategy: str, tmp_path: Path) -> None:
+    run_distributed(_train_all, 2, workshop, tmp_path, strategy, "float64")
+    _compare_all(workshop, tmp_path, strategy, "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_deepspeed(workshop: Workshop, tmp_path: Path) -> None:
+    run_in_new_processes(_train_all, 2, workshop, tmp_path, "deepspeed", "float32")
+    _compare_all(workshop, tmp_path, "deepspeed", "float32")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_broken_run_goes_on_as_if_nothing_had_been(
+    workshop: Workshop, name: str, tmp_path: Path
+) -> None:
+    config = workshop.config(name, "float32", **ROW_BY_ROW)
+    with pytest.raises(BrokenRun):
+        run(config, tmp_path / "run", reporter=Recorder(fail_at=9))
+    run(config, tmp_path / "run", resumes=True)
+    reference = workshop.reference(name, "float32")
+    ours, theirs = final_weights(tmp_path / "run"), final_weights(reference)
+    assert losses(tmp_path / "run") == losses(reference)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_it_leaves_is_read_by_transformers_and_peft(
+    workshop: Workshop, name: str, tmp_path: Path
+) -> None:
+    config, checkpoint = workshop.config(name, "float32"), workshop.last(name)
+    split = held_out(config, workshop.root / "cache")
+    measured = evaluations(workshop.reference(name, "float32"))[-1]
+    loss = plain_loss(workshop.inputs[0], checkpoint, split)
+    assert loss == pytest.approx(measured, abs=1e-5)
+    if name in UNFOLDED:
+        with pytest.raises(Exception, match=UNFOLDED[name]):
+            fold(config.model, checkpoint, tmp_path / "model", fold_examples(split))
+        return
+    fold(config.model, checkpoint, tmp_path / "model", fold_examples(split))
+    assert (tmp_path / "model" / "config.json").is_file()
+    loss = plain_loss(workshop.inputs[0], tmp_path / "model", split)
+    assert loss == pytest.approx(measured, abs=1e-5)

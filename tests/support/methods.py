@@ -1,0 +1,80 @@
+"""One small config of every method, for the suites that hold all methods to one contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.build import load_tokenizer
+from tests.support.runs import make_config
+
+SMALL: dict[str, dict[str, Any]] = {
+    "full": {"lr": 1e-3},
+    "freeze": {"lr": 3e-3, "last": 1, "norms": True},
+    "lora": {"rank": 4},
+    "ia3": {"lr": 3e-2},
+    "vera": {"lr": 3e-2, "rank": 32},
+    "oft": {"block_size": 8},
+}
+"""By the name of the method: its keys, and a rate at which it learns something in a dozen steps."""
+
+# What cannot be run so, by method and strategy: the error that says it.
+REFUSED: dict[tuple[str, str], str] = {}
+# Methods whose rows cannot be packed: what the probe then says.
+UNPACKED: dict[str, str] = {}
+# Methods that cannot be folded into a plain model: what promotion then says.
+UNFOLDED: dict[str, str] = {}
+
+
+def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config:
+    """A run of a dozen steps; `changes` are keys with `__` for the dot."""
+    written: Mapping[str, Any] = SMALL[name]
+    method = {key: value for key, value in written.items() if key != "lr"}
+    return make_config(
+        *inputs,
+        {
+            "method": {"name": name, **method},
+            "train.lr": written.get("lr", 1e-2),
+            "train.adam_epsilon": 1e-6,
+            "train.max_examples": 7 * 12 - 3,
+            "train.eval_every_examples": 42,
+            "checkpoint.every_examples": 42,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        },
+    )
+
+
+def held_out(config: Config, cache: Path) -> TokenizedSplit:
+    """The validation set of such a run."""
+    data = prepare_data(config.data, load_tokenizer(config.model), config.seed, cache)
+    assert data.validation is not None
+    return data.validation
+
+
+@torch.no_grad()
+def plain_loss(base: Path, model: Path, split: TokenizedSplit) -> float:
+    """The loss over label tokens by transformers and PEFT alone, one example after another."""
+    if (model / "config.json").is_file():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(plain, str(model))
+    loaded.eval()
+    total, count = 0.0, 0
+    for index in range(len(split)):
+        ids, mask = (torch.from_numpy(array.copy()) for array in split.example(index))
+        ids, keep = ids.long(), mask.bool()[1:]
+        logits = loaded(input_ids=ids[None], use_cache=False).logits[0]
+        logits = logits[-len(ids) :][:-1]  # virtual tokens, if any, come first
+        total += F.cross_entropy(logits[keep].double(), ids[1:][keep], reduction="sum").item()
+        count += int(keep.sum())
+    return total / count
