@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from raytune_ft.config.activations import ACTIVATIONS
 from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
 from raytune_ft.config.methods import LoraMethod
@@ -19,6 +20,8 @@ OF_THE_ENGINE = ("model", "data", "train.precision", "train.micro_tokens", "trai
 def packable(config: Config) -> str | None:
     """None where runs like this one can be trained packed, else the reason why not."""
     method = config.method
+    if method.name in ACTIVATIONS:
+        return f"method.name={method.name} works on activations, which packed runs do not stack"
     if not isinstance(method, LoraMethod):
         return f"method.name={method.name} moves the weights that packed runs share"
     if method.dora:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from raytune_ft.app import joins_cluster, placed, prepare
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
-from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.rundir import probe_storage, run_path
@@ -213,9 +212,10 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
     notes = []
-    if isinstance(config.method, LoraMethod) and config.method.dropout > 0:
+    dropout = getattr(config.method, "dropout", 0.0)
+    if dropout > 0:
         notes.append(
-            f"method.dropout={config.method.dropout} draws noise: the run is reproducible with "
+            f"method.dropout={dropout} draws noise: the run is reproducible with "
             "this number of workers and this packing only"
         )
     if run_path(config).exists():
