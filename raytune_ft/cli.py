@@ -309,7 +309,7 @@ def _show_promotion(promotion: Promotion) -> None:
         show.tell(f"  expected {show.one_line(sample.reference)}")
         show.tell(f"  base     {show.one_line(sample.base)}")
         show.tell(f"  promoted {show.one_line(sample.promoted)}")
-    show.tell(f"model: {promotion.model}")
+    show.tell(f"{promotion.model.name}: {promotion.model}")
 
 
 def _measured_table(measured: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -99,6 +100,26 @@ def check_activations(method: object) -> None:
             f"method.hidden={method.hidden}",
             "is of a projection, and there is none",
             "write method.projection: true, or leave the key out",
+        )
+
+
+def check_promotion(merge: str, metrics: Iterable[str], methods: Iterable[str]) -> None:
+    """Raises ConfigError for a promotion that such a method cannot have."""
+    name = next((name for name in methods if name in ACTIVATIONS), None)
+    if name is None:
+        return
+    if merge != "best":
+        raise ConfigError(
+            f"promote.merge={merge}",
+            f"merges weights, and method.name={name} changes none",
+            "write promote.merge: best",
+        )
+    task = next((metric for metric in metrics if metric.startswith("lm_eval:")), None)
+    if task is not None:
+        raise ConfigError(
+            f"promote.metrics={task}",
+            f"calls a plain model, and method.name={name} works on activations",
+            "leave it out",
         )
 
 

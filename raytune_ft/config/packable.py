@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from raytune_ft.config.activations import ACTIVATIONS
 from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
 from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod
@@ -22,6 +23,8 @@ OF_A_SLOT = ("data.mixture", "data.curriculum")
 def packable(config: Config) -> str | None:
     """None where runs like this one can be trained packed, else the reason why not."""
     method = config.method
+    if method.name in ACTIVATIONS:
+        return f"method.name={method.name} works on activations, which packed runs do not stack"
     if method.name in WHOLE_MODEL:
         return f"method.name={method.name} moves the weights that packed runs share"
     if not isinstance(method, LoraMethod):

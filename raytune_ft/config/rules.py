@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config import metrics, paths
-from raytune_ft.config.activations import check_activations
+from raytune_ft.config.activations import check_activations, check_promotion
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import FreezeMethod, LoraMethod
@@ -126,11 +126,18 @@ def _check_sharding(config: Config) -> None:
         )
 
 
+def methods_of(config: Config) -> list[str]:
+    """Names of the methods of a run, or of the trials of its search."""
+    line = config.search.space.get("method.name") if config.search is not None else None
+    return [config.method.name] if line is None else list(map(str, line.values))
+
+
 def _check_method(config: Config) -> None:
     method = config.method
     if getattr(method, "targets", None) == []:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
     check_activations(method)
+    check_promotion(config.promote.merge, config.promote.metrics, methods_of(config))
     if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
         raise ConfigError(
             f"method.init={method.init}",

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.outline import Outline
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -86,6 +87,12 @@ def read_adapter_config(adapter: Path) -> Any:
         kind = written.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
+    if own := unfoldable(adapter):
+        raise ModelError(
+            f"{own} of {adapter}",
+            "works on activations, and cannot be folded into weights",
+            "use it with its base, as docs/interventions.md says, or write --format adapter",
+        )
     if kind not in _OWN:
         raise _refused(adapter, f"peft_type={kind}", "has no delta that is folded here")
     for key in _REFUSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
 from raytune_ft.model.build import disk_dtype, load_base
+from raytune_ft.model.methods.attached import CONFIG, WEIGHTS
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.fold import FoldCheck, fold
 from raytune_ft.promote.merge.factors import Refactored, refactor
 from raytune_ft.promote.merge.make import merge
@@ -28,7 +31,8 @@ AUTO: tuple[MergeName, ...] = ("wise_ft", "uniform_soup", "greedy_soup", "task_a
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A candidate; `write` makes its model directory. `settings` are what it was made with.
+    """A candidate; `write` makes its model directory, or that of an adapter that cannot be folded.
+    `settings` are what it was made with.
 
     `adapter` writes a merge as one PEFT adapter of a rank, once it was written as a model.
     """
@@ -66,20 +70,13 @@ class Pantry:
 
 def entries(pantry: Pantry) -> list[Entry]:
     """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges."""
-    written, shard = pantry.settings.merge, pantry.settings.max_shard_size
+    written = pantry.settings.merge
     found = [
         Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target)),
         Entry(
             pantry.trials[0],
             BEST,
-            lambda target: fold(
-                pantry.model,
-                pantry.checkpoints[0],
-                target,
-                pantry.examples,
-                shard,
-                tell=pantry.tell,
-            ),
+            lambda target: _write_best(pantry, target),
             {"trials": [pantry.trials[0]]},
         ),
     ]
@@ -91,6 +88,18 @@ def entries(pantry: Pantry) -> list[Entry]:
         else:
             pantry.tell(f"{name} needs two sound trials, and there is one")
     return found
+
+
+def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
+    """Folded into the base, or as it is."""
+    checkpoint = pantry.checkpoints[0]
+    if unfoldable(checkpoint) is None:
+        shard = pantry.settings.max_shard_size
+        return fold(pantry.model, checkpoint, target, pantry.examples, shard, tell=pantry.tell)
+    target.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(checkpoint / name, target / name)
+    return None
 
 
 def write_base(model: ModelConfig, target: Path) -> None:

@@ -111,9 +111,15 @@ def package_versions() -> dict[str, str]:
 
 
 def model_card(
-    lineage: Lineage, evaluation: Evaluation, check: FoldCheck | None, samples: Sequence[Sample]
+    lineage: Lineage,
+    evaluation: Evaluation,
+    check: FoldCheck | None,
+    samples: Sequence[Sample],
+    unfolded: str | None = None,
 ) -> ModelCard:
-    """The card as `huggingface_hub` reads it: YAML metadata, then Markdown."""
+    """The card as `huggingface_hub` reads it: YAML metadata, then Markdown. `unfolded`: the kind of
+    adapter that was promoted as it is.
+    """
     config = lineage.config
     known = licenses(config)
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
@@ -146,7 +152,7 @@ def model_card(
             _evaluation_section(evaluation),
             _candidates_section(evaluation),
             _samples_section(samples),
-            _loading_section(),
+            _loading_section() if unfolded is None else _adapter_section(unfolded, config.model),
             _lineage_section(lineage, known),
             "" if check is None else _fold_section(check, lineage),
         ]
@@ -216,6 +222,27 @@ def _loading_section() -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("promoted/model")\n'
         'tokenizer = AutoTokenizer.from_pretrained("promoted/model")\n```'
+    )
+
+
+def _adapter_section(kind: str, base: ModelConfig) -> str:
+    """How to load what is no model by itself."""
+    path = base_name(base)
+    if kind.isupper():  # PEFT's own
+        return (
+            "## Use\n\nThe directory `adapter` beside this file is a PEFT adapter, which works on "
+            "activations and is not folded into weights:\n\n"
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, "
+            "AutoTokenizer\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{path}")\n'
+            'model = PeftModel.from_pretrained(base, "promoted/adapter")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("promoted/adapter")\n```'
+        )
+    return (
+        f"## Use\n\nThe directory `adapter` beside this file holds the method `{kind}` in "
+        "safetensors and JSON. It works on activations and is not folded into weights. "
+        f"`docs/interventions.md` of raytune_ft has the few lines that put it into {path} with "
+        "transformers alone."
     )
 
 

@@ -27,8 +27,9 @@ class Job:
     """Plain facts: what a process needs to measure one model. Paths are absolute.
 
     Attributes:
-        model: what is measured; its path is a directory, a hub id or `builtin:`.
-        base: for retention, what is compared with.
+        model: what is measured; its path is a directory, a hub id or `builtin:`. It may be an
+            adapter that cannot be folded.
+        base: for retention, what is compared with, and what such an adapter works in.
         split: "validation" or "test".
         retained: tokens of `promote.retention`, None where there is none.
         samples: prompts of the split's beginning to continue, for people to read.
@@ -70,7 +71,13 @@ def run_job(job: Job) -> Measured:
     data = open_prepared(job.data_dir)
     tokenizer = load_tokenizer(job.model)
     subject = Subject(
-        job.model, tokenizer, split_named(data, job.split), data.train, job.settings, job.is_chat
+        job.model,
+        tokenizer,
+        split_named(data, job.split),
+        data.train,
+        job.settings,
+        job.is_chat,
+        job.base,
     )
     scores = measure(subject)
     if job.retained is not None:

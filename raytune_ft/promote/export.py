@@ -17,6 +17,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError
 from raytune_ft.files import fsync
 from raytune_ft.model.build import load_model_config, load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from raytune_ft.promote.fold import MANIFEST, fold
 from raytune_ft.promote.weights import spans
@@ -137,7 +138,8 @@ def _examples(vocabulary: int) -> list[Tensor]:
 def _export_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> Path:
     if (source / "config.json").is_file():
         raise ModelError(str(source), "is a whole model, not an adapter", "write --format hf")
-    read_adapter_config(source)
+    if unfoldable(source) is None:
+        read_adapter_config(source)
     _refuse_existing(target)
     folder = target.with_name(f".{target.name}.new")
     shutil.rmtree(folder, ignore_errors=True)

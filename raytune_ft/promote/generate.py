@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError
+from raytune_ft.model.methods.attached import attached, virtual_tokens
 from raytune_ft.train.engine import Engine
 
 TOKENS = {"cpu": 32768, "cuda": 131072}
@@ -49,7 +51,7 @@ def with_transformers(
     found: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while waiting:
-        longest = max(1, len(prompts[waiting[0]]))
+        longest = max(1, len(prompts[waiting[0]])) + virtual_tokens(built)
         new = limit if positions is None else min(limit, positions - longest)
         batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
         del waiting[: len(batch)]
@@ -75,7 +77,12 @@ def _generate(
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=pad
     )
-    made_BS = model.generate(input_ids=ids_BS, attention_mask=mask_BS)[:, longest:]
+    method = attached(model)
+    if method:  # which knows a prompt by the cache that begins with it
+        model.generation_config.use_cache = True
+    plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
+    with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
+        made_BS = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     return [until(ids, end) for ids in made_BS.tolist()]
 
 

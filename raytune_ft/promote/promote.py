@@ -21,6 +21,7 @@ from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
 from raytune_ft.promote.custom import check_functions
@@ -73,8 +74,9 @@ class Promotion:
 
     @property
     def model(self) -> Path:
-        """The directory that `from_pretrained` takes."""
-        return self.path / MODEL
+        """The directory that `from_pretrained` takes; of an adapter without a fold, that one."""
+        model = self.path / MODEL
+        return model if model.exists() else self.path / ADAPTER
 
 
 def promote(
@@ -156,6 +158,7 @@ class _Promoter:
         else:  # of a trial by itself, or of an earlier version
             tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
         check_overlap(data, self._data.report, settings.max_overlap)
+        self._promoted = folder / MODEL
         self._retained = prepare_retention(settings, data, self._tokenizer, cache_dir)
 
     def run(self) -> Promotion:
@@ -244,7 +247,7 @@ class _Promoter:
         looks = looks_so_far(self._directory) + 1
         jobs = [
             self._job(Path(self._model.path), name, self._samples),
-            self._job(self._folder / MODEL, name, self._samples),
+            self._job(self._promoted, name, self._samples),
         ]
         kept = verdict.winner == BASE_NAME
         measured = measure_all(jobs[: 1 if kept else 2], self._config)
@@ -282,7 +285,11 @@ class _Promoter:
             winner.write(self._folder / MODEL)
             save_tokenizer(self._tokenizer, self._folder / MODEL)
         else:
-            self._directory_of(winner.name).rename(self._folder / MODEL)
+            written = self._directory_of(winner.name)
+            if (kind := unfoldable(written)) is not None:
+                self._promoted = self._folder / ADAPTER
+                self._tell(f"{kind} cannot be folded: {ADAPTER} holds it, to be used with its base")
+            written.rename(self._promoted)
         shutil.rmtree(self._folder / "candidates")
 
     def _write_adapter(self, winner: Entry) -> None:
@@ -319,7 +326,9 @@ class _Promoter:
         text = to_json(evaluation, indent=2) + "\n"
         (self._folder / EVALUATION).write_text(text, encoding="utf-8")
         shown = evaluation.samples[: self._samples]
-        model_card(lineage, evaluation, check, shown).save(self._folder / CARD)
+        model_card(lineage, evaluation, check, shown, unfoldable(self._promoted)).save(
+            self._folder / CARD
+        )
 
 
 def measure_all(jobs: Sequence[Job], config: Config) -> list[Measured]:

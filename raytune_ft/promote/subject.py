@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import disk_dtype, load_base, pad_token
+from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.promote.forced import Forced, forced
 from raytune_ft.promote.generate import BACKENDS, choose_backend
 from raytune_ft.strategy.single import Single
@@ -44,7 +46,7 @@ class Subject:
     """One model on one split.
 
     `train` is where labels are read from; `is_chat` says that rows are conversations, which the
-    tokenizer's chat template writes.
+    tokenizer's chat template writes. `model` may be an adapter that cannot be folded, of `base`.
     """
 
     model: ModelConfig
@@ -53,11 +55,12 @@ class Subject:
     train: TokenizedSplit
     settings: PromoteConfig
     is_chat: bool = False
+    base: ModelConfig | None = None
 
     @cached_property
     def engine(self) -> Engine:
         """The model in the dtype that it has on disk. Raises ModelError."""
-        return engine_of(self.model, self.tokenizer)
+        return engine_of(self.model, self.tokenizer, self.base)
 
     @cached_property
     def forced(self) -> Forced:
@@ -77,7 +80,10 @@ class Subject:
     def _continued(self, examples: Sequence[int], limit: int) -> list[Continuation]:
         """The prompt's tokens are those of training: nothing is rendered or tokenised anew."""
         prompts = [self.prompt(i) for i in examples]
-        generate = BACKENDS[choose_backend(self.settings.generation)]
+        wanted = self.settings.generation
+        # Other backends know nothing of what works on activations.
+        own = unfoldable(Path(self.model.path)) is not None
+        generate = BACKENDS["transformers" if own else choose_backend(wanted)]
         end: Any = self.tokenizer.eos_token_id
         ids = [prompt.ids for prompt in prompts]
         made = generate(self.engine, self.model, ids, limit, end) if prompts else []
@@ -104,14 +110,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def engine_of(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """A model as it is measured: no autocast, no packing, the dtype that it has on disk.
+def engine_of(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, base: ModelConfig | None = None
+) -> Engine:
+    """A model as it is measured: no autocast, no packing, the dtype that it has on disk. Where it
+    is an adapter that cannot be folded, it works in `base`.
 
     Raises:
         ModelError: it cannot be loaded.
+        CheckpointError: such an adapter is of another base.
     """
     strategy = Single(ParallelConfig(), "float32")
-    built: Any = load_base(model, disk_dtype(model)).eval()
+    adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None
+    whole = base if adapter is not None and base is not None else model
+    built: Any = load_base(whole, disk_dtype(whole))
+    if adapter is not None:
+        attach_saved(built, adapter)
+    built.eval()
     return Engine(
         model=built,
         wrapped=strategy.lay_out(built),

@@ -185,7 +185,7 @@ def test_trials_that_end_badly_hurt_nobody_and_others_take_their_slots(
 def test_branches_a_budget_and_the_median_rule(inputs: Inputs, tmp_path: Path) -> None:
     sweep_dir = tmp_path / "sweep"
     search = {
-        "trials": 12,
+        "trials": 40,  # far more than the budget is for, however fast they are stopped
         "space": {
             "train.lr": {"log_uniform": [1e-5, 1e-2]},
             "method.rslora": {"choice": [True, False]},
@@ -199,7 +199,7 @@ def test_branches_a_budget_and_the_median_rule(inputs: Inputs, tmp_path: Path) -
     assert_nothing_left()
     assert (result.status, result.execution) == ("completed", "packed")
     assert result.ended_by == "examples"
-    assert 4 <= len(result.trials) < 12
+    assert 4 <= len(result.trials) < 40
     assert {row.status for row in result.trials} <= {"completed", "pruned"}
     # Who runs when the budget is used up goes on to its next evaluation.
     assert 1200 <= sum(row.examples for row in result.trials) < 1200 + 3 * 100

@@ -59,7 +59,7 @@ class Virtual(Attached):
         self._model, self._config = model, config
         self._tokens: int = config.num_virtual_tokens
         self._places: tuple[Tensor, Tensor] | None = None
-        self._placed = False
+        self._prompts: list[int] = []
         config.base_model_name_or_path, config.inference_mode = base_name(model), True
         encoder.train()
         model.add_module(ENCODER, encoder)
@@ -76,15 +76,17 @@ class Virtual(Attached):
     @contextmanager
     def generating(self, ids_BS: Tensor, mask_BS: Tensor) -> Iterator[dict[str, Any]]:
         """Every prompt begins with room for virtual tokens, behind its padding."""
-        room_BV = ids_BS.new_zeros(len(ids_BS), self._tokens)
-        self._placed = True
+        room_BV = ids_BS.new_zeros(len(ids_BS), self.virtual)
+        width = ids_BS.shape[1] + self.virtual
+        firsts = mask_BS.argmax(1).tolist()
+        self._prompts = [row * width + first for row, first in enumerate(firsts)]
         try:
             yield {
                 "input_ids": torch.cat([room_BV, ids_BS], 1),
                 "attention_mask": torch.cat([mask_BS, torch.ones_like(room_BV)], 1),
             }
         finally:
-            self._placed = False
+            self._prompts = []
 
     def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> None:
         """Places in the rows of this forward, and which virtual token goes there."""
@@ -92,10 +94,8 @@ class Virtual(Attached):
         if self.enabled and self.batch is not None:
             width = self.batch.tokens_BS.shape[1]
             starts = [span.row * width + span.start for span in self.batch.spans]
-        elif self.enabled and self._placed and begins_cache(inputs):
-            mask_BS: Tensor = inputs["attention_mask"]
-            firsts = mask_BS.argmax(1).tolist()
-            starts = [row * mask_BS.shape[1] + first for row, first in enumerate(firsts)]
+        elif self.enabled and begins_cache(inputs):
+            starts = self._prompts
         steps_V = torch.arange(self._tokens)
         places_EV = torch.tensor(starts, dtype=torch.int64)[:, None] + steps_V
         self._places = places_EV.flatten(), steps_V.repeat(len(starts))
