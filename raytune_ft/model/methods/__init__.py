@@ -29,6 +29,7 @@ METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "full": apply_full,
     "freeze": apply_freeze,
     "lora": apply_lora,
+    "qlora": apply_lora,  # on a base that was read in 4 bits
     "ia3": apply_ia3,
     "vera": apply_vera,
     "oft": apply_oft,
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
 PACES: dict[str, Callable[[nn.Module, Any], dict[str, Pace]]] = {
     "freeze": freeze_paces,
     "lora": lora_paces,
+    "qlora": lora_paces,
 }
 
 
