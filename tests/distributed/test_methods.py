@@ -1,7 +1,7 @@
 """One contract for every method: it learns, its layout does not show, it resumes, and what it
 leaves is read by transformers and PEFT alone.
 
-`RAYTUNE_FT_METHODS` names a file for the table that `make test-methods` writes into the docs.
+What cannot be run is refused, and docs/methods.md says so; `make methods-table` writes it there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from raytune_ft.promote.fold import fold
 from raytune_ft.promote.fold import held_out as fold_examples
 from tests.support.distributed import run_distributed, run_in_new_processes
 from tests.support.methods import (
+    ABSENT,
     FLOAT32_ONLY,
     REFUSED,
     SMALL,
@@ -31,6 +32,7 @@ from tests.support.methods import (
     held_out,
     plain_loss,
     small_config,
+    support_table,
 )
 from tests.support.models import true_float64
 from tests.support.runs import (
@@ -48,6 +50,10 @@ ROW_BY_ROW = {"data__packing": False, "train__micro_tokens": 1}
 NAMES = [*METHODS, *VARIANTS]
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weights
 PACKED = {"data__packing": "auto", "train__micro_tokens": 96}
+
+
+def _named(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason="not installed"))
 
 
 class Workshop:
@@ -98,14 +104,21 @@ def test_every_method_has_a_small_config() -> None:
     assert SMALL.keys() == METHODS.keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_the_page_has_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    assert f"<!-- matrix -->\n{support_table()}<!-- /matrix -->" in page.read_text(), (
+        "run `make methods-table`"
+    )
+
+
+@pytest.mark.parametrize("name", [*map(_named, METHODS)])
 def test_it_learns(workshop: Workshop, name: str) -> None:
     directory = workshop.reference(name, workshop.exact(name))
     assert evaluations(directory)[-1] < evaluations(directory)[0] - 0.01
     assert len(losses(directory)) == 12
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*map(_named, NAMES)])
 def test_packed_rows_are_the_rows(workshop: Workshop, name: str, tmp_path: Path) -> None:
     precision = workshop.exact(name)
     result = train(workshop.config(name, precision, **PACKED), tmp_path / "run", "single")
@@ -116,7 +129,7 @@ def test_packed_rows_are_the_rows(workshop: Workshop, name: str, tmp_path: Path)
 
 
 def _runs(name: str, strategy: str) -> bool:
-    return (name, strategy) not in REFUSED
+    return name not in ABSENT and (name, strategy) not in REFUSED
 
 
 def _precision(workshop: Workshop, name: str, strategy: str) -> str:
@@ -158,7 +171,7 @@ def test_deepspeed(workshop: Workshop, tmp_path: Path) -> None:
     _compare_all(workshop, tmp_path, "deepspeed")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*map(_named, NAMES)])
 def test_a_broken_run_goes_on_as_if_nothing_had_been(
     workshop: Workshop, name: str, tmp_path: Path
 ) -> None:
@@ -173,7 +186,7 @@ def test_a_broken_run_goes_on_as_if_nothing_had_been(
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*map(_named, NAMES)])
 def test_what_it_leaves_is_read_by_transformers_and_peft(
     workshop: Workshop, name: str, tmp_path: Path
 ) -> None:

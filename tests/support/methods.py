@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.packable import packable
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
@@ -43,8 +46,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("qlora", "deepspeed"): "neither fsdp nor deepspeed shards",
     ("freeze gradually", "deepspeed"): "nothing that deepspeed can do",
 }
-# Methods that do not compute in float64.
-FLOAT32_ONLY = ("qlora",)
+# Of these the package is not installed.
+ABSENT = ("qlora",) if find_spec("bitsandbytes") is None else ()
+# What is not compared in float64: bitsandbytes and PEFT's PiSSA and OLoRA do not know it.
+FLOAT32_ONLY = ("qlora", "lora pissa", "lora olora")
 # Methods whose rows cannot be packed: what the probe then says.
 UNPACKED: dict[str, str] = {}
 # Methods that cannot be folded into a plain model: what promotion then says.
@@ -103,3 +108,21 @@ def plain_loss(base: Path, model: Path, split: TokenizedSplit, in_4_bits: bool =
         total += F.cross_entropy(logits[keep].double(), ids[1:][keep], reduction="sum").item()
         count += int(keep.sum())
     return total / count
+
+
+def support_table() -> str:
+    """Markdown: what the tables above say, which the suite holds to what happens."""
+    strategies = ("single", "ddp", "fsdp", "deepspeed")
+    lines = [
+        f"| method | {' | '.join(strategies)} | packed rows | trials on one base | folded |",
+        "|---" * 8 + "|",
+    ]
+    for name in [*SMALL, *VARIANTS]:
+        config = small_config(name, (Path("model"), Path("rows")))
+        cells = ["no" if (name, each) in REFUSED else "yes" for each in strategies]
+        cells.append("no" if name in UNPACKED else "yes")
+        cells.append("yes" if packable(config) is None else "no")
+        whole = config.method.name in WHOLE_MODEL
+        cells.append("is a model" if whole else "no" if name in UNFOLDED else "yes")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

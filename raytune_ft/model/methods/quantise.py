@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,7 +33,6 @@ def quantisation_of(method: MethodConfig, compute: torch.dtype) -> dict[str, Any
     check_backend(method)
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method.quantisation,
@@ -50,4 +48,4 @@ def keep_as_rounded(base: nn.Module) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - typed as a Tensor

@@ -32,11 +32,15 @@ from raytune_ft.model.methods.quantise import check_backend
 from raytune_ft.promote.fold import fold
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
-from tests.support.methods import small_config
+from tests.support.methods import ABSENT, small_config
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.support.runs import BrokenRun, Recorder, final_weights, make_inputs, run
 
 TOKENS = torch.arange(2, 34).view(2, 16)
+
+
+def _named(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason="not installed"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def _logits(model: Any) -> torch.Tensor:
     return logits[:, -TOKENS.shape[1] :]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*map(_named, METHODS)])
 def test_only_its_own_weights_move(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "float32", 0)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -67,7 +71,7 @@ def test_only_its_own_weights_move(base: Path, name: str) -> None:
     assert moved == own.keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*map(_named, METHODS)])
 def test_without_the_method_the_base_computes(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "float32", 0)
     if name == "qlora":
@@ -77,7 +81,7 @@ def test_without_the_method_the_base_computes(base: Path, name: str) -> None:
         assert torch.equal(_logits(model), _logits(plain))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*map(_named, METHODS)])
 def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
     method, path = _method(name, base), ModelConfig(path=str(base))
     built = trained_parameters(build_model(path, method, "float32", 0))
@@ -86,7 +90,7 @@ def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
     assert count_parameters(path, method)[1] == shell.trained == size > 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*map(_named, METHODS)])
 def test_trained_weights_are_masters_and_frozen_ones_narrow(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "bfloat16", 0)
     for key, parameter in model.named_parameters():
