@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix methods-table lint types bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test-multihost: $(STAMP)
 # for the table.
 test-matrix: $(STAMP)
 	$(PYTEST) -m matrix -s
+
+# The table of docs/methods.md.
+methods-table: $(STAMP)
+	$(BIN)/python scripts/methods_table.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

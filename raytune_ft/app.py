@@ -163,12 +163,14 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
+    from raytune_ft.model.methods.quantise import check_backend
     from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.trackers import check_trackers
 
     positions = getattr(
         load_model_config(config.model).get_text_config(), "max_position_embeddings", None
     )
+    check_backend(config.method)
     check_functions(config.promote.metrics)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)

@@ -107,6 +107,8 @@ def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, s
             "fsdp",
             f"the model's own weights move, so {workers} workers share weights and moments",
         )
+    if config.method.name == "qlora":
+        return "ddp", f"a base in 4 bits is not sharded: {workers} workers each hold it"
     if shortage is not None:
         return "fsdp", f"the base is frozen, and {shortage}: {workers} workers share it"
     return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
@@ -116,7 +118,9 @@ def memory_decides(config: Config) -> bool:
     """Does `auto` depend on whether the base fits on a worker?"""
     parallel = config.parallel
     automatic = parallel.strategy == "auto" and parallel.offload == "none"
-    return automatic and parallel.max_workers > 1 and config.method.name not in WHOLE_MODEL
+    return (
+        automatic and parallel.max_workers > 1 and config.method.name not in (*WHOLE_MODEL, "qlora")
+    )
 
 
 def _checked(data: dict[str, Any]) -> Config:

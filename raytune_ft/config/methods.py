@@ -88,6 +88,17 @@ class LoraMethod(_LowRank):
     )
 
 
+class QloraMethod(_LowRank):
+    """LoRA on a base held in 4 bits (arXiv 2305.14314), by bitsandbytes.
+
+    Its linear layers are rounded but the head; promotion folds into the base as it lies on disk.
+    """
+
+    name: Literal["qlora"]
+    quantisation: Literal["nf4", "fp4"] = Field("nf4", description="the 16 values of a weight")
+    double_quantisation: bool = Field(True, description="the scales of blocks are rounded too")
+
+
 class Ia3Method(Section):
     """Learned factors of keys, values and what enters the last layer of an MLP (arXiv
     2205.05638).
@@ -140,6 +151,13 @@ WHOLE_MODEL = ("full", "freeze")
 """Methods that train the model's own weights, so that what they leave is a model, no adapter."""
 
 MethodConfig = Annotated[
-    FullMethod | FreezeMethod | LoraMethod | Ia3Method | VeraMethod | OftMethod | ActivationMethod,
+    FullMethod
+    | FreezeMethod
+    | LoraMethod
+    | QloraMethod
+    | Ia3Method
+    | VeraMethod
+    | OftMethod
+    | ActivationMethod,
     Field(discriminator="name"),
 ]

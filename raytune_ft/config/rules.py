@@ -6,7 +6,7 @@ from raytune_ft.config import metrics, paths
 from raytune_ft.config.activations import check_activations, check_promotion
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.methods import FreezeMethod, LoraMethod
+from raytune_ft.config.methods import FreezeMethod, LoraMethod, QloraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.sizes import parse_size
@@ -146,6 +146,25 @@ def _check_method(config: Config) -> None:
         )
     if isinstance(method, FreezeMethod):
         _check_freeze(config, method)
+    if isinstance(method, QloraMethod):
+        _check_quantised(config)
+
+
+def _check_quantised(config: Config) -> None:
+    parallel = config.parallel
+    sharded = parallel.strategy in ("fsdp", "deepspeed") or parallel.offload != "none"
+    if sharded or parallel.replicas > 1:
+        raise ConfigError(
+            "method.name=qlora",
+            "holds a base in 4 bits, which neither fsdp nor deepspeed shards here",
+            "write parallel.strategy: ddp or single without offload, or method.name: lora",
+        )
+    if config.train.precision == "float64":
+        raise ConfigError(
+            "train.precision=float64",
+            "is nothing that a base in 4 bits computes in",
+            "write float32 or bfloat16",
+        )
 
 
 def _check_freeze(config: Config, method: FreezeMethod) -> None:

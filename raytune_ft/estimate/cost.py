@@ -134,7 +134,7 @@ def messages(shell: Shell, parallel: ParallelConfig, micro_batches: int) -> list
         reduce = Message("reduce-scatter", trained, micro_batches)
         if parallel.zero_stage == 2:
             return [reduce, Message("all-gather", trained, 1)]
-        held = sum(w.size * shell.held(w) for w in shell.weights)
+        held = round(sum(w.size * shell.held(w) for w in shell.weights))
         blocks = max(1, len(shell.blocks))
         return [reduce, Message("all-gather", held // blocks, 2 * blocks * micro_batches)]
     return []
@@ -145,7 +145,7 @@ def _fsdp(shell: Shell, parallel: ParallelConfig, micro_batches: int) -> list[Me
     passes = 2 if parallel.reshard_after_forward else 1
     each = shell.compute if shell.compute < shell.master else None
     for number, group in enumerate((shell.root, *shell.blocks)):
-        gathered = sum(w.size * (each or shell.held(w)) for w in group)
+        gathered = round(sum(w.size * (each or shell.held(w)) for w in group))
         times = micro_batches * (2 if number == 0 else passes)
         found.append(Message("all-gather", gathered, times))
         moving = elements(group, trained=True) * shell.master

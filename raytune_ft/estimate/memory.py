@@ -171,7 +171,7 @@ def _fsdp(shell: Shell, parallel: ParallelConfig) -> Held:
     if shards == 1:
         whole = 0
     return Held(
-        parameters=sum(w.share(shards) * shell.held(w) for w in shell.weights),
+        parameters=round(sum(w.share(shards) * shell.held(w) for w in shell.weights)),
         gradients=trained,
         between_passes=trained,
         optimizer=MOMENTS * trained,
@@ -214,7 +214,7 @@ def _offloaded(parallel: ParallelConfig, held: Held) -> int:
 
 
 def _bytes(shell: Shell, weights: tuple[Weight, ...]) -> int:
-    return sum(w.size * shell.held(w) for w in weights)
+    return round(sum(w.size * shell.held(w) for w in weights))
 
 
 def _gathered(shell: Shell, weights: tuple[Weight, ...]) -> int:

@@ -16,6 +16,7 @@ from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.build import Precision, load_model_config
 from raytune_ft.model.methods import METHODS
 
+FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -26,6 +27,7 @@ class Weight:
     shape: tuple[int, ...]
     trained: bool
     active: float = 1.0
+    four_bits: bool = False
 
     @property
     def size(self) -> int:
@@ -86,8 +88,10 @@ class Shell:
         """Elements of those that move."""
         return elements(self.weights, trained=True)
 
-    def held(self, weight: Weight) -> int:
+    def held(self, weight: Weight) -> float:
         """Bytes of an element as it is held between steps."""
+        if weight.four_bits:
+            return FOUR_BITS
         return self.master if weight.trained else self.frozen
 
 
@@ -127,7 +131,9 @@ def build_shell(model: ModelConfig, method: MethodConfig, precision: Precision) 
             in_block = any(name.startswith(f"{block}.") for block in blocks)
             if inside or not in_block:
                 active = routed if ".experts." in f".{name}." else 1.0
-                found.append(Weight(tuple(parameter.shape), parameter.requires_grad, active))
+                shape, trained = tuple(parameter.shape), parameter.requires_grad
+                rounded = inside and method.name == "qlora" and not trained and len(shape) == 2
+                found.append(Weight(shape, trained, active, rounded))
         return tuple(found)
 
     embedding = built.get_input_embeddings()  # type: ignore[operator]

@@ -19,6 +19,7 @@ from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods.quantise import keep_as_rounded, quantisation_of
 from raytune_ft.tensors.write import DTYPES
 
 if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save
@@ -143,7 +144,9 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def load_base(
+    model: ModelConfig, dtype: torch.dtype, quantisation: dict[str, Any] | None = None
+) -> nn.Module:
     """The pretrained model with its weights in `dtype`, from safetensors only.
 
     Raises:
@@ -159,6 +162,7 @@ def load_base(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
             use_safetensors=True,
             output_loading_info=True,
             **attention,
+            **(quantisation or {}),
             **_hub_options(model),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -207,7 +211,9 @@ def build_model(
     says. The module is in eval mode throughout: dropout of the base is off, and the only noise
     is what the method asks for. New weights are drawn from `seed` alone.
     """
-    base = load_base(model, dtype_of(model, method, precision))
+    quantisation = quantisation_of(method, getattr(torch, precision))
+    base = load_base(model, dtype_of(model, method, precision), quantisation)
+    keep_as_rounded(base)
     return apply_method(base, method, precision, seed, frozen_dtype(model, method, precision))
 
 

@@ -36,7 +36,8 @@ def first_points(config: Config, family: str, width: int | None) -> list[Point]:
         wanted.insert(0, ({}, written))
         method = str(written.get(METHOD, config.method.name))
         line = search.space.get(LR)
-        prior = published_lr(method, family, width) if width else None
+        known = method in (*WHOLE_MODEL, "lora", "qlora")
+        prior = published_lr(method, family, width) if width and known else None
         if line is not None and contains(line, prior):
             wanted.append(({LR: prior}, written))
     points: list[Point] = []

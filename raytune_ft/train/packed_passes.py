@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,7 @@ from raytune_ft.train.setup import build_engine, check_vocabulary
 from raytune_ft.train.stream import plain_order
 
 
-def _of_nothing(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def _of_nothing(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The base is frozen, and the slots have an optimizer of their own."""
     return torch.optim.SGD([{"params": list(parameters)}])
 

@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.packable import packable
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.methods.quantise import keep_as_rounded
 from tests.support.runs import make_config
 
 SMALL: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-3},
     "freeze": {"lr": 3e-3, "last": 1, "norms": True},
     "lora": {"rank": 4},
+    "qlora": {"rank": 4},
     "ia3": {"lr": 3e-2},
     "vera": {"lr": 3e-2, "rank": 32},
     "oft": {"block_size": 8},
 }
 """By the name of the method: its keys, and a rate at which it learns something in a dozen steps."""
 
+# Other keys of the same methods, which layouts must not show either.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora pissa": {"rank": 3, "init": "pissa"},
+    "lora olora": {"rank": 3, "init": "olora", "rslora": True},
+    "lora plus": {"rank": 4, "lr_ratio": 4.0, "rank_pattern": {"q_proj": 2}, "lr": 3e-3},
+    "freeze gradually": {"embeddings": True, "unfreeze_every_examples": 20, "lr": 1e-3},
+}
+
 # What cannot be run so, by method and strategy: the error that says it.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("qlora", "fsdp"): "neither fsdp nor deepspeed shards",
+    ("qlora", "deepspeed"): "neither fsdp nor deepspeed shards",
+    ("freeze gradually", "deepspeed"): "nothing that deepspeed can do",
+}
+# Of these the package is not installed.
+ABSENT = ("qlora",) if find_spec("bitsandbytes") is None else ()
+# What is not compared in float64: bitsandbytes and PEFT's PiSSA and OLoRA do not know it.
+FLOAT32_ONLY = ("qlora", "lora pissa", "lora olora")
 # Methods whose rows cannot be packed: what the probe then says.
 UNPACKED: dict[str, str] = {}
 # Methods that cannot be folded into a plain model: what promotion then says.
@@ -36,13 +57,13 @@ UNFOLDED: dict[str, str] = {}
 
 
 def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config:
-    """A run of a dozen steps; `changes` are keys with `__` for the dot."""
-    written: Mapping[str, Any] = SMALL[name]
+    """A run of a dozen steps of a method or a variant; `changes` are keys with `__` for the dot."""
+    written: Mapping[str, Any] = {**SMALL, **VARIANTS}[name]
     method = {key: value for key, value in written.items() if key != "lr"}
     return make_config(
         *inputs,
         {
-            "method": {"name": name, **method},
+            "method": {"name": name.split()[0], **method},
             "train.lr": written.get("lr", 1e-2),
             "train.adam_epsilon": 1e-6,
             "train.max_examples": 7 * 12 - 3,
@@ -61,12 +82,21 @@ def held_out(config: Config, cache: Path) -> TokenizedSplit:
 
 
 @torch.no_grad()
-def plain_loss(base: Path, model: Path, split: TokenizedSplit) -> float:
+def plain_loss(base: Path, model: Path, split: TokenizedSplit, in_4_bits: bool = False) -> float:
     """The loss over label tokens by transformers and PEFT alone, one example after another."""
     if (model / "config.json").is_file():
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     else:
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        rounding: Any = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        plain = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, quantization_config=rounding if in_4_bits else None
+        )
+        keep_as_rounded(plain)
         loaded = PeftModel.from_pretrained(plain, str(model))
     loaded.eval()
     total, count = 0.0, 0
@@ -78,3 +108,21 @@ def plain_loss(base: Path, model: Path, split: TokenizedSplit) -> float:
         total += F.cross_entropy(logits[keep].double(), ids[1:][keep], reduction="sum").item()
         count += int(keep.sum())
     return total / count
+
+
+def support_table() -> str:
+    """Markdown: what the tables above say, which the suite holds to what happens."""
+    strategies = ("single", "ddp", "fsdp", "deepspeed")
+    lines = [
+        f"| method | {' | '.join(strategies)} | packed rows | trials on one base | folded |",
+        "|---" * 8 + "|",
+    ]
+    for name in [*SMALL, *VARIANTS]:
+        config = small_config(name, (Path("model"), Path("rows")))
+        cells = ["no" if (name, each) in REFUSED else "yes" for each in strategies]
+        cells.append("no" if name in UNPACKED else "yes")
+        cells.append("yes" if packable(config) is None else "no")
+        whole = config.method.name in WHOLE_MODEL
+        cells.append("is a model" if whole else "no" if name in UNFOLDED else "yes")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

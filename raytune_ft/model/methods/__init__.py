@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "full": apply_full,
     "freeze": apply_freeze,
     "lora": apply_lora,
+    "qlora": apply_lora,  # on a base that was read in 4 bits
     "loreft": apply_loreft,
     "adapter": apply_adapter,
     "prompt": apply_prompt,
@@ -50,6 +51,7 @@ METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
 PACES: dict[str, Callable[[nn.Module, Any], dict[str, Pace]]] = {
     "freeze": freeze_paces,
     "lora": lora_paces,
+    "qlora": lora_paces,
 }
 
 

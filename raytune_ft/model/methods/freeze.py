@@ -126,7 +126,7 @@ def _matching(key: str, patterns: list[str], names: list[str], base: nn.Module) 
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whole names with `*`, `?` and `[...]`, or some of a name's parts as they follow each other."""
+    """Whole names with `*`, `?` and `[...]`, or parts of a name in the order that they have."""
     if any(sign in pattern for sign in "*?["):
         return fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."
