@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytune_ft.config import metrics, paths
+from raytune_ft.config import metrics, objectives, paths
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
@@ -19,6 +19,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_method(config)
     metrics.check(config.promote)
+    objectives.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     _check_splits(config)
     if config.seed > MAX_SEED:

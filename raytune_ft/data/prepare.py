@@ -7,24 +7,25 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.data.examples import FORMATS, Encoder, Example, encode_rows
+from raytune_ft.data.classified import label_names, with_targets
+from raytune_ft.data.examples import Encoder, Example
 from raytune_ft.data.overlap import count_overlaps
+from raytune_ft.data.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
-from raytune_ft.data.sources import BATCH_ROWS, Source, open_source
+from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.data.text_rows import BadRow
+from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import DataError, RunFailed, StorageError
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ CACHE_FORMAT = 2
 """Raise it when the same rows and keys would give other tokens or other files."""
 
 REPORT = "report.json"
-PROGRESS_ROWS = 20_000
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,19 @@ def prepare_data(
     examples: dict[str, list[Example]] = {}
     reports: dict[str, SourceReport] = {}
     for name, source in configs.items():
-        examples[name], reports[name] = _tokenise(opened[name], source, data, encoder, tell)
+        examples[name], reports[name] = tokenise(opened[name], source, data, encoder, tell)
+    labels: tuple[str, ...] = ()
+    if data.train.format == "classification":
+        labels = label_names(data, examples["train"])
     if isinstance(data.validation, float):
-        train, validation = draw_validation(len(examples["train"]), data.validation, seed)
-        rows = examples["train"]
-        examples["validation"] = [rows[i] for i in validation]
-        examples["train"] = [rows[i] for i in train]
+        examples["train"], examples["validation"] = _drawn(examples["train"], data.validation, seed)
+    for name in examples:
+        if labels:
+            examples[name] = with_targets(name, examples[name], data, labels)
+        elif name != "train":  # measured by the answers alone
+            examples[name] = [one for one in examples[name] if one.columns.get(RATIONALE) != (1.0,)]
     splits: dict[str, TokenizedSplit] = {
-        name: TokenizedSplit.from_examples([(one.ids, one.mask) for one in examples[name]])
+        name: split_of(examples[name])
         for name in ("train", "validation", "test")
         if name in examples
     }
@@ -96,6 +99,8 @@ def prepare_data(
         duplicates=count_duplicates(splits),
         overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
         notes=_notes(encoder, configs.values()),
+        labels=labels,
+        problem=data.problem if labels else None,
     )
     try:
         _write(splits, report, target)
@@ -131,6 +136,26 @@ def source_configs(data: DataConfig) -> dict[str, SourceConfig]:
     return {name: one for name, one in sources.items() if isinstance(one, SourceConfig)}
 
 
+def split_of(examples: Sequence[Example]) -> TokenizedSplit:
+    """With the columns of the examples, which all have the same."""
+    names = examples[0].columns if examples else ()
+    columns = {
+        name: np.array([one.columns[name] for one in examples], np.float32) for name in names
+    }
+    return TokenizedSplit.from_examples([(one.ids, one.mask) for one in examples], columns)
+
+
+def _drawn(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Train and validation. Examples of one row stay together, but for those of an only row."""
+    rows = [list(group) for _, group in groupby(examples, lambda one: one.origin)]
+    if len(rows) == 1:
+        rows = [[one] for one in rows[0]]
+    train, validation = draw_validation(len(rows), fraction, seed)
+    return [one for i in train for one in rows[i]], [one for i in validation for one in rows[i]]
+
+
 def draw_validation(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices for train and for validation out of `count` examples, both in ascending order.
 
@@ -162,6 +187,8 @@ def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, see
         "seed": seed if drawn else None,
         "validation": data.validation if drawn else None,
         "limits": [data.max_length, data.too_long, data.max_bad_fraction, data.separator],
+        "chunk": data.chunk.overlap if data.chunk is not None else None,
+        "labels": [data.problem, data.labels],
         "sources": {
             name: [source.name, source.sha256, configs[name].model_dump(exclude={"path"})]
             for name, source in opened.items()
@@ -185,110 +212,6 @@ def _tokenizer_sha256(encoder: Encoder) -> str:
             if file.is_file() and file.name != "tokenizer_config.json":
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
-
-
-@dataclass
-class _Tally:
-    """Counts of one source while it is read."""
-
-    rows: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    first_bad: dict[str, str] = field(default_factory=dict)
-    truncated: int = 0
-    dropped: int = 0
-    longest: int = 0
-
-    def add_bad(self, row: BadRow) -> None:
-        self.bad[row.cause] += 1
-        self.first_bad.setdefault(row.cause, f"{row.origin}: {row.detail}")
-
-
-def _tokenise(
-    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tell: Progress
-) -> tuple[list[Example], SourceReport]:
-    """The usable examples of one source, and what became of its other rows."""
-    tally, examples = _Tally(), list[Example]()
-    rows = opened.rows(FORMATS[source.format].columns(source))
-    while chunk := list(islice(rows, BATCH_ROWS)):
-        for result in encode_rows(encoder, source, data.separator, chunk):
-            fitted = _fitted(result, opened.label, data, tally)
-            if isinstance(fitted, Example):
-                examples.append(fitted)
-            elif fitted is not None:
-                tally.add_bad(fitted)
-        tally.rows += len(chunk)
-        if tally.rows % PROGRESS_ROWS == 0:
-            tell(f"{opened.label}: {tally.rows:,} rows")
-    _refuse_bad(opened, data, tally, len(examples))
-    report = SourceReport(
-        name=opened.name,
-        format=source.format,
-        sha256=opened.sha256,
-        rows=tally.rows,
-        usable=len(examples),
-        bad=dict(sorted(tally.bad.items())),
-        first_bad=tally.first_bad,
-        truncated=tally.truncated,
-        dropped=tally.dropped,
-        longest=tally.longest,
-        tokens=sum(len(one.ids) for one in examples),
-        label_tokens=sum(int(one.mask.sum()) for one in examples),
-    )
-    tell(f"{opened.label}: {_summary(report)}")
-    return examples, report
-
-
-def _fitted(
-    result: Example | BadRow, label: str, data: DataConfig, tally: _Tally
-) -> Example | BadRow | None:
-    """The example within `data.max_length`; None where it was dropped for its length."""
-    if isinstance(result, BadRow):
-        return result
-    length, limit = len(result.ids), data.max_length
-    tally.longest = max(tally.longest, length)
-    if length > limit:
-        if data.too_long == "error":
-            raise DataError(
-                f"{label}: {result.origin}",
-                f"has {length} tokens, over data.max_length={limit}",
-                f"shorten it, write data.max_length={length}, or data.too_long=truncate or drop",
-            )
-        if data.too_long == "drop":
-            tally.dropped += 1
-            return None
-    if not result.mask[:limit].any():
-        where = f" within its first {limit} tokens" if length > limit else ""
-        return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
-    if length > limit:
-        tally.truncated += 1
-    return replace(result, ids=result.ids[:limit], mask=result.mask[:limit])
-
-
-def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally, usable: int) -> None:
-    bad = tally.bad.total()
-    value = f"{opened.label}.path={opened.name}"
-    if bad > data.max_bad_fraction * tally.rows:
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
-        first = next(iter(tally.first_bad.values()))
-        raise DataError(
-            value,
-            f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
-            f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            "mend them or raise data.max_bad_fraction",
-        )
-    if not usable:
-        rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
-        raise DataError(value, rule, "mend the rows or raise data.max_length")
-
-
-def _summary(report: SourceReport) -> str:
-    facts = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
-    facts += [f"{count:,} {cause}" for cause, count in report.bad.items()]
-    if report.truncated:
-        facts.append(f"{report.truncated:,} truncated")
-    if report.dropped:
-        facts.append(f"{report.dropped:,} dropped as too long")
-    return ", ".join(facts)
 
 
 def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ class DataReport:
         overlaps: likewise, examples of validation whose prompt train holds too, whatever its case
             and blanks.
         notes: what a person should know, one sentence each.
+        labels: of a classification, in the order of their numbers.
+        problem: its `data.problem`, None for everything else.
     """
 
     sources: dict[str, SourceReport]
@@ -70,6 +72,8 @@ class DataReport:
     duplicates: dict[str, int]
     notes: tuple[str, ...] = ()
     overlaps: dict[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    problem: str | None = None
 
     def to_json(self) -> str:
         """Indented JSON of all of it."""
@@ -89,6 +93,8 @@ class DataReport:
             duplicates=dict(content["duplicates"]),
             notes=tuple(content["notes"]),
             overlaps=dict(content.get("overlaps", {})),
+            labels=tuple(content.get("labels", ())),
+            problem=content.get("problem"),
         )
 
 

@@ -82,7 +82,9 @@ def _evaluations(path: Path) -> list[Point]:
         with contextlib.suppress(json.JSONDecodeError):  # the half line of a killed writer
             record = json.loads(line)
             if record.get("eval_loss") is not None:
-                points.append(Point(**{key: record[key] for key in EvalMetrics.__annotations__}))
+                points.append(
+                    Point(**{key: record.get(key) for key in EvalMetrics.__annotations__})
+                )
     return points
 
 
@@ -99,4 +101,4 @@ def with_checkpoint(point: Point, run_dir: Path) -> Point:
 
 
 def _numbers(point: EvalMetrics) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in EvalMetrics.__annotations__}
+    return {"step": point.step, "examples": point.examples, **point.figures}

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
-from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.heartbeat import Beat, unheard
@@ -22,21 +20,16 @@ BLOCK_EXAMPLES = 1024
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over a split, divided once.
+    """Figures of a split, under their names in `EvalMetrics`."""
 
-    `exact_match` is the share of examples of which every label token is the most likely one given
-    the reference before it; that is when greedy decoding reproduces the completion.
-    """
-
-    loss: float
-    token_accuracy: float
-    exact_match: float
+    figures: dict[str, float]
 
     def after(self, step: int, examples: int) -> EvalMetrics:
         """As what a run has come to. Raises Diverged where the loss is not finite."""
-        if not math.isfinite(self.loss):
-            raise Diverged(f"step {step}: evaluation loss {self.loss}")
-        return EvalMetrics(step, examples, self.loss, self.token_accuracy, self.exact_match)
+        loss = self.figures["eval_loss"]
+        if not math.isfinite(loss):
+            raise Diverged(f"step {step}: evaluation loss {loss}")
+        return EvalMetrics(step, examples, **self.figures)
 
 
 def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
@@ -53,31 +46,16 @@ def evaluate_groups(
     The g-th group of rows is the g-th model's.
     """
     engine = replace(engine, micro_tokens=max(1, engine.micro_tokens // groups))
-    sums_G3 = torch.zeros(groups, 3, dtype=torch.float64, device=engine.strategy.device)
+    objective, sums_GK = engine.objective, None
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         layout = engine.layout(split.lengths[indices].tolist())
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
-            sums_G3 += _sums(engine, engine.collate(split, indices, rows), groups)
+            batch = engine.collate(split, indices, rows).repeated(groups)
+            sums = objective.sums(objective.outputs(engine, batch), batch, groups).double()
+            sums_GK = sums if sums_GK is None else sums_GK + sums
             beat(number, len(layout))
-    label_tokens = int(split.label_counts.sum())
-    return [
-        Scores(loss / label_tokens, correct / label_tokens, exact / len(split))
-        for loss, correct, exact in engine.strategy.sum(sums_G3).tolist()
-    ]
-
-
-def _sums(engine: Engine, batch: MicroBatch, groups: int) -> torch.Tensor:
-    """`[G, 3]`: loss, right tokens and wholly right examples of one micro-batch."""
-    keep_BS = label_positions(batch)
-    owners_N = batch.owners_BS()[keep_BS]
-    examples = [span.example for span in batch.spans]
-    batch = batch.repeated(groups)
-    logits_MV = engine.logits(batch)
-    losses_GN = token_losses(logits_MV, batch).view(groups, -1)
-    right_GN = (logits_MV.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
-    wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
-    wrong_GE.index_add_(1, owners_N, (~right_GN).long())
-    exact_G = (wrong_GE[:, examples] == 0).sum(1)
-    return torch.stack([losses_GN.double().sum(1), right_GN.sum(1), exact_G], 1)
+    assert sums_GK is not None
+    summed = engine.strategy.sum(sums_GK).cpu().numpy()
+    return [Scores(objective.figures(sums_K, split)) for sums_K in summed]

@@ -94,6 +94,7 @@ class PackedEngine:
             run = SlotRun(
                 spec,
                 self._data.train,
+                self.passes.open,
                 drawn,
                 holder,
                 self._strategy,

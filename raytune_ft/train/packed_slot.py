@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.data.order import example_indices
+from raytune_ft.data.order import Indices, example_indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.model.drawn import Drawn
@@ -33,7 +34,7 @@ from raytune_ft.train.report import Reporter, Several
 from raytune_ft.train.reports import Reports
 from raytune_ft.train.result import run_result
 from raytune_ft.train.rules import (
-    Objective,
+    Goal,
     Schedule,
     after_evaluation,
     check_finite,
@@ -59,6 +60,7 @@ class SlotRun:
         self,
         spec: RunSpec,
         data: TokenizedSplit,
+        open_step: Callable[[Indices], OpenStep],
         drawn: Drawn,
         holder: SlotHolder,
         strategy: Strategy,
@@ -68,8 +70,8 @@ class SlotRun:
     ) -> None:
         config = spec.config
         self.spec, self.drawn, self.holder = spec, drawn, holder
-        self._data, self._settings = data, config.train
-        self._objective = Objective(spec.metric, spec.mode)
+        self._data, self._open_step, self._settings = data, open_step, config.train
+        self._goal = Goal(spec.metric, spec.mode)
         self._schedule = Schedule.of(config.train, len(data), config.checkpoint.every_examples)
         self._store = CheckpointStore(spec.run_dir / CHECKPOINTS)
         checkpoint = where_to_resume(self._store, self._schedule, strategy)
@@ -125,7 +127,7 @@ class SlotRun:
         indices = example_indices(
             self.spec.config.seed, seen, self._examples - seen, len(self._data)
         )
-        self.open = OpenStep(self._data, indices)
+        self.open = self._open_step(indices)
         self._step_started = time.perf_counter()
 
     def next_step(self) -> Step:
@@ -139,7 +141,7 @@ class SlotRun:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        step, loss = self.progress.step + 1, loss_sum / self.open.label_tokens
+        step, loss = self.progress.step + 1, loss_sum / self.open.count
         check_finite(step, loss, grad_norm)
         now = time.perf_counter()
         self._evaluation = None
@@ -171,10 +173,8 @@ class SlotRun:
         step, is_best = self.progress.step, False
         if scores is not None:
             evaluation = self._evaluation = self._metrics_of(scores)
-            is_best = self._objective.improves(evaluation, self.progress.best)
-            self.progress = after_evaluation(
-                self.progress, evaluation, self._settings, self._objective
-            )
+            is_best = self._goal.improves(evaluation, self.progress.best)
+            self.progress = after_evaluation(self.progress, evaluation, self._settings, self._goal)
             if self._log:
                 self._log.evaluation(evaluation, None)
         if is_best or self.over or self._schedule.save_due(step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.build import load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.heads import Place, reading
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.model.probe import is_causal, probe_packing
+from raytune_ft.model.objectives import Objective, TokenObjective
+from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.model.skeleton import Built
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
@@ -61,7 +65,11 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
 
 
 def build_engine(
-    built: Built, config: Config, strategy: Strategy, optimizer_of: OptimizerOf
+    built: Built,
+    config: Config,
+    strategy: Strategy,
+    optimizer_of: OptimizerOf,
+    objective: Objective | None = None,
 ) -> Engine:
     """Lay the model out as the strategy does, then ask whether packing is exact on it.
 
@@ -89,23 +97,60 @@ def build_engine(
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
         notes=built.notes,
+        objective=objective or TokenObjective(),
+        noise=config.train.neftune_alpha,
     )
-    asked = (engine.logits, vocabulary, engine.precision, strategy.device)
-    if not strategy.agree(is_causal(*asked)):
-        raise ModelError(
-            f"model.path={config.model.path}",
-            "lets tokens see those after them, which they are to predict",
-            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
-        )
+    if engine.objective.of_tokens:
+        _check_causal(engine, vocabulary, config)
+    else:
+        engine = _reading_examples(engine, vocabulary)
     if config.data.packing is False:
         return engine
-    reason = strategy.agree(probe_packing(*asked))
+    reason = _against_packing(engine, vocabulary)
     if reason is not None and engine.by_example:
         engine = replace(engine, by_example=attend_by_example(model, False))
-        reason = strategy.agree(probe_packing(engine.logits, *asked[1:]))
+        reason = _against_packing(engine, vocabulary)
     if reason is None:
         return replace(engine, packing=True)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
     without = f"data.packing: auto goes without, because {reason}"
     return replace(engine, notes=(*engine.notes, without))
+
+
+def _against_packing(engine: Engine, vocabulary: int) -> str | None:
+    def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
+        return engine.example_logits(batch)
+
+    logits = engine.logits if engine.objective.of_tokens else of_examples
+    found = probe_packing(logits, vocabulary, engine.precision, engine.strategy.device)
+    return engine.strategy.agree(found)
+
+
+def _check_causal(engine: Engine, vocabulary: int, config: Config) -> None:
+    strategy = engine.strategy
+    if not strategy.agree(is_causal(engine.logits, vocabulary, engine.precision, strategy.device)):
+        raise ModelError(
+            f"model.path={config.model.path}",
+            "lets tokens see those after them, which they are to predict",
+            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
+        )
+
+
+def _reading_examples(engine: Engine, vocabulary: int) -> Engine:
+    """Find out which token of a text the head reads, by giving it one."""
+    places: list[Place] = ["first", "last", "row"]
+    ways = {place: replace(engine, reading=reading(engine.model, place)) for place in places}
+
+    def of(place: Place) -> Callable[[MicroBatch], torch.Tensor]:
+        return lambda batch: ways[place].example_logits(batch)
+
+    strategy = engine.strategy
+    found = [
+        place
+        for place in places
+        if strategy.agree(
+            same_of_one(of(place), of("row"), vocabulary, engine.precision, strategy.device)
+        )
+    ]
+    return ways[found[0]]

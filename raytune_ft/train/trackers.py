@@ -250,11 +250,8 @@ class Tracked:
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
         """See `Reporter`."""
         figures = {
-            "eval/loss": metrics.eval_loss,
-            "eval/token_accuracy": metrics.eval_token_accuracy,
-            "eval/exact_match": metrics.eval_exact_match,
-            "eval/examples": float(metrics.examples),
-        }
+            f"eval/{name.removeprefix('eval_')}": value for name, value in metrics.figures.items()
+        } | {"eval/examples": float(metrics.examples)}
         self._put(figures, metrics.step)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.errors import ModelError
+from raytune_ft.model.heads import head_modules
 
 
 def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
@@ -28,7 +29,8 @@ def apply_lora(base: nn.Module, method: LoraMethod) -> nn.Module:
         lora_dropout=method.dropout,
         use_rslora=method.rslora,
         use_dora=method.dora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head_modules(base) else "CAUSAL_LM",
+        modules_to_save=head_modules(base) or None,
     )
     with warnings.catch_warnings():
         # PEFT still uses a name that transformers has deprecated, and says what it does for
