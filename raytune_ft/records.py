@@ -35,14 +35,28 @@ class EvalMetrics:
 
     `eval_loss_by_source` has the name of each source that the set has examples of; it is empty
     where nobody tells sources apart.
+    Which figures there are beside the loss depends on the objective; the others are None.
     """
 
     step: int
     examples: int
     eval_loss: float
-    eval_token_accuracy: float
-    eval_exact_match: float
+    eval_token_accuracy: float | None = None
+    eval_exact_match: float | None = None
+    eval_perplexity: float | None = None
+    eval_accuracy: float | None = None
+    eval_macro_f1: float | None = None
+    eval_calibration_error: float | None = None
+    eval_mse: float | None = None
+    eval_r2: float | None = None
+    eval_pearson: float | None = None
     eval_loss_by_source: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that there are, by name."""
+        values = {name: getattr(self, name) for name in FIGURES}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,10 @@ class Point(EvalMetrics):
     """An evaluation that a result refers to; `checkpoint` is relative to the run directory."""
 
     checkpoint: str | None = None
+
+
+FIGURES = tuple(name for name in EvalMetrics.__annotations__ if name.startswith("eval_"))
+OPTIONAL = frozenset(FIGURES) - {"eval_loss"}
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,25 @@ class CheckpointManifest:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def plain_of(record: Any) -> dict[str, Any]:
+    """A record as plain values, without the figures that its objective does not have."""
+    plain: dict[str, Any] = _known(asdict(record))
+    return plain
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _known(item)
+            for key, item in value.items()
+            if item is not None or key not in OPTIONAL
+        }
+    return [_known(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON of a record, a dict or a list of them; NaN and the infinities become null."""
-    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    plain = plain_of(value) if hasattr(value, "__dataclass_fields__") else value
     return json.dumps(_finite(plain), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -120,4 +154,4 @@ def _finite(value: Any) -> Any:
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    return plain_of(value) if hasattr(value, "__dataclass_fields__") else value

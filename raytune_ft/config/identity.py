@@ -10,7 +10,7 @@ from typing import Any
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
-from raytune_ft.config.reference import is_under
+from raytune_ft.config.reference import field_at, is_under
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
@@ -29,9 +29,29 @@ FREE = (
     "promote",
     "tracking",
 )
-# Keys that were added later: left out where they have their default, so that an older run, whose
-# config did not have them, keeps its hash.
-ADDED = {"data.mixture": None, "data.curriculum": None}
+# Keys that earlier versions did not have. At their defaults they change nothing, and no hash.
+LATER = (
+    "train.label_smoothing",
+    "train.neftune_alpha",
+    "train.class_weights",
+    "train.rationale_weight",
+    "train.kd",
+    "data.chunk",
+    "data.problem",
+    "data.labels",
+    "data.mixture",
+    "data.curriculum",
+)
+LATER_OF_SOURCES = (
+    "rationale",
+    "rationale_until",
+    "tools",
+    "train_on",
+    "text_pair",
+    "label",
+    "rows",
+    "example_weight",
+)
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
 
@@ -48,9 +68,16 @@ def config_sha256(config: Config) -> str:
     kept = {
         key: value
         for key, value in flat.items()
-        if not is_under(key, ignored) and not (key in ADDED and value == ADDED[key])
+        if not is_under(key, ignored) and not _unwritten(key, value)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _unwritten(key: str, value: Any) -> bool:
+    """Whether it is as if the key did not exist, which once it did not."""
+    field = field_at(key.split("."))
+    later = key in LATER or (key.rpartition(".")[2] in LATER_OF_SOURCES and key.count(".") == 2)
+    return later and field is not None and bool(value == field.default)
 
 
 def depends_on_horizon(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from raytune_ft.config import objectives
 from raytune_ft.config.activations import ACTIVATIONS
 from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
@@ -15,7 +16,14 @@ from raytune_ft.config.search_rules import is_share
 from raytune_ft.errors import ConfigError
 
 # What all slots of an engine have in common, since they share its base and its passes.
-OF_THE_ENGINE = ("model", "data", "train.precision", "train.micro_tokens", "train.objective")
+OF_THE_ENGINE = (
+    "model",
+    "data",
+    "train.precision",
+    "train.micro_tokens",
+    "train.objective",
+    *(f"train.{key}" for key in objectives.SHARED_KEYS),
+)
 # Each slot has an order of its own over the tokens that all share.
 OF_A_SLOT = ("data.mixture", "data.curriculum")
 
@@ -29,6 +37,11 @@ def packable(config: Config) -> str | None:
         return f"method.name={method.name} moves the weights that packed runs share"
     if not isinstance(method, LoraMethod):
         return f"method.name={method.name} is not stacked, as plain LoRA is"
+    if config.train.objective == "classification":
+        return "train.objective=classification trains a head, which every run has of its own"
+    if config.train.neftune_alpha is not None:
+        noise = f"train.neftune_alpha={config.train.neftune_alpha}"
+        return f"{noise} draws noise that depends on the layout"
     if method.dora:
         return "method.dora=true normalises by the weights of each run's own sum"
     if method.init in ("pissa", "olora"):

@@ -43,6 +43,10 @@ def resolve(
         retained["path"] = paths.source(retained["path"], here, "promote.retention.path")
     if config.promote.base is not None:
         data["promote"]["base"] = paths.model(config.promote.base, here)
+    if config.train.objective == "clm" and config.data.chunk is None:
+        data["data"]["chunk"] = {"overlap": 0}
+    if config.train.kd is not None:
+        data["train"]["kd"]["teacher"] = paths.model(config.train.kd.teacher, here)
     data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:

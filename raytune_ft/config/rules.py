@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytune_ft.config import metrics, paths
+from raytune_ft.config import metrics, objectives, paths
 from raytune_ft.config.activations import check_activations, check_promotion
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
@@ -21,6 +21,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_method(config)
     metrics.check(config.promote)
+    objectives.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
     if config.promote.max_overlap < 1:

@@ -97,7 +97,19 @@ class Distribution(Section):
         return self
 
 
-Metric = Literal["eval_loss", "eval_token_accuracy", "eval_exact_match"]
+Metric = Literal[
+    "eval_loss",
+    "eval_token_accuracy",
+    "eval_exact_match",
+    "eval_perplexity",
+    "eval_accuracy",
+    "eval_macro_f1",
+    "eval_calibration_error",
+    "eval_mse",
+    "eval_r2",
+    "eval_pearson",
+]
+LOWER_IS_BETTER = ("eval_loss", "eval_perplexity", "eval_calibration_error", "eval_mse")
 
 
 class SearchConfig(Section):
@@ -111,7 +123,8 @@ class SearchConfig(Section):
         description="of a list, the first ranks and stops trials and chooses their checkpoints",
     )
     mode: Literal["auto", "min", "max"] | list[Literal["min", "max"]] = Field(
-        "auto", description="auto: min for eval_loss, max for the others; a list goes with a list"
+        "auto",
+        description="auto: min for losses and errors, max for the others; a list goes with a list",
     )
     budget: BudgetConfig | None = Field(
         None,
@@ -168,4 +181,4 @@ class SearchConfig(Section):
     @property
     def modes(self) -> list[Literal["min", "max"]]:
         """Which way each metric is better."""
-        return ["min" if metric == "eval_loss" else "max" for metric in self.metrics]
+        return ["min" if metric in LOWER_IS_BETTER else "max" for metric in self.metrics]

@@ -18,10 +18,47 @@ class EarlyStopping(Section):
     )
 
 
+class KdConfig(Section):
+    """A teacher whose distribution over tokens is learnt beside the labels."""
+
+    teacher: str = Field(min_length=1, description="a model directory or hub id")
+    divergence: Literal["forward", "reverse"] = Field(
+        "forward", description="KL(teacher || student), or KL(student || teacher)"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of both; the divergence is multiplied by its square"
+    )
+    weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="of the divergence; the loss on the labels has the rest"
+    )
+    cache: Literal["memory", "disk"] = Field(
+        "memory",
+        description="memory: every worker holds the teacher; disk: its logits are computed once "
+        "and kept beside the tokens",
+    )
+    max_cache: str = Field("10GB", description="cache: disk refuses to write more than this")
+
+
 class TrainConfig(Section):
     """How weights move."""
 
-    objective: Literal["sft"] = Field("sft", description="what is optimised")
+    objective: Literal["sft", "clm", "classification", "rationale", "kd"] = Field(
+        "sft", description="what is optimised; see docs/objectives.md"
+    )
+    label_smoothing: Fraction = Field(
+        0.0, description="of the loss on tokens and single labels; not in evaluations"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on embeddings (NEFTune, arXiv 2310.05914); not in evaluations"
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
+        "none",
+        description="classification: by label; balanced counts every label alike, however rare",
+    )
+    rationale_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="rationale: of the loss on rationales against that on answers"
+    )
+    kd: KdConfig | None = Field(None, description="objective: kd")
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
     lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"

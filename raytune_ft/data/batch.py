@@ -5,8 +5,9 @@ Shapes: B rows, S tokens of the longest row, E examples, T tokens of all example
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class MicroBatch:
 
     `positions_BS` restarts at every example of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
+    `columns` has those of the split `[E, width]`, in the order of `spans`, which is that of rows.
     """
 
     tokens_BS: Tensor
@@ -45,6 +47,7 @@ class MicroBatch:
     attention_BS: Tensor | None
     spans: tuple[Span, ...]
     virtual: int = 0
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
         """Keyword arguments of a Hugging Face model's forward."""
@@ -59,7 +62,7 @@ class MicroBatch:
         """All rows again and again, with the same examples."""
         rows = len(self.tokens_BS)
 
-        def again(rows: Tensor | None) -> Tensor | None:
+        def again(rows: Tensor | None) -> Any:
             return None if rows is None else rows.repeat(times, 1)
 
         return MicroBatch(
@@ -73,7 +76,58 @@ class MicroBatch:
                 for span in self.spans
             ),
             self.virtual,
+            {name: again(values) for name, values in self.columns.items()},
         )
+
+    def part(self, times: int) -> MicroBatch:
+        """The batch of which this one is so many."""
+        rows, examples = len(self.tokens_BS) // times, len(self.spans) // times
+
+        def first(rows_BS: Tensor | None) -> Tensor | None:
+            return None if rows_BS is None else rows_BS[:rows]
+
+        return MicroBatch(
+            self.tokens_BS[:rows],
+            self.targets_BS[:rows],
+            first(self.positions_BS),
+            first(self.attention_BS),
+            self.spans[:examples],
+            self.virtual,
+            {name: values[:examples] for name, values in self.columns.items()},
+        )
+
+    def unpacked(self, pad_token: int) -> MicroBatch:
+        """The same examples in the same order, each in a row of its own."""
+        if self.positions_BS is None:
+            return self
+        lengths = [span.stop - span.start for span in self.spans]
+        shape = (len(lengths), max(lengths))
+        tokens_ES = self.tokens_BS.new_full(shape, pad_token)
+        targets_ES = self.targets_BS.new_full(shape, NO_TARGET)
+        attention_ES = torch.zeros_like(tokens_ES)
+        for row, (span, length) in enumerate(zip(self.spans, lengths, strict=True)):
+            tokens_ES[row, :length] = self.tokens_BS[span.row, span.start : span.stop]
+            targets_ES[row, :length] = self.targets_BS[span.row, span.start : span.stop]
+            attention_ES[row, :length] = 1
+        spans = tuple(
+            Span(row, 0, length, span.example)
+            for row, (span, length) in enumerate(zip(self.spans, lengths, strict=True))
+        )
+        return replace(
+            self,
+            tokens_BS=tokens_ES,
+            targets_BS=targets_ES,
+            positions_BS=None,
+            attention_BS=attention_ES,
+            spans=spans,
+        )
+
+    def by_token(self, values_E: Tensor) -> Tensor:
+        """`[B, S]`: for every token the value of its example, 0 for padding."""
+        values_BS = values_E.new_zeros(tuple(self.tokens_BS.shape))
+        for span, value in zip(self.spans, values_E, strict=True):
+            values_BS[span.row, span.start : span.stop] = value
+        return values_BS
 
     def owners_BS(self) -> Tensor:
         """For every token, the position of its example in the step's list; -1 for padding."""
@@ -144,4 +198,5 @@ def collate(
         tensor(attention_BS) if padded and not packed else None,
         spans,
         virtual,
+        {name: tensor(values[chosen_E]) for name, values in split.columns.items()},
     )

@@ -6,79 +6,41 @@ tokenizers encode a batch on all cores.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from raytune_ft.config.data import SourceConfig
+from raytune_ft.data.chat import check_messages, encode_messages, message_columns
+from raytune_ft.data.classified import (
+    check_classified,
+    classified_columns,
+    encode_classified,
+)
+from raytune_ft.data.encoder import Encoder, Example, bad_text, example_of
 from raytune_ft.data.overlap import prompt_key
-from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit
-from raytune_ft.data.text_rows import BadRow, Row, valid_unicode
-from raytune_ft.errors import DataError
+from raytune_ft.data.rationale import check_rationale, encode_rationale, rationale_columns
+from raytune_ft.data.split import TokenIds, TokenizedSplit
+from raytune_ft.data.text_rows import BadRow, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Stands in a chat template that marks by itself what the assistant says."""
+__all__ = [
+    "FORMATS",
+    "Encoder",
+    "Example",
+    "Format",
+    "columns_of",
+    "describe_example",
+    "encode_rows",
+]
 
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids and the label mask of one row; the first token is never a label.
-
-    `prompt` is `overlap.prompt_key` of the row, `difficulty` what a curriculum goes by, `source`
-    the number of the row's source.
-    """
-
-    origin: str
-    ids: TokenIds
-    mask: Mask
-    prompt: bytes = b""
-    difficulty: float = 0.0
-    source: int = 0
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer, and what it puts around a text of its own accord.
-
-    Attributes:
-        prefix: what it puts in front (its BOS, where it adds one by default).
-        eos: the end of an example, None where the tokenizer has no such token.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    prefix: tuple[int, ...]
-    eos: int | None
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Ask the tokenizer what it adds, by encoding the same text with and without."""
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        dressed = tokenizer("a")["input_ids"]
-        starts = range(len(dressed) - len(bare) + 1)
-        at = next((i for i in starts if dressed[i : i + len(bare)] == bare), 0)
-        return cls(tokenizer, tuple(dressed[:at]), tokenizer.eos_token_id)
-
-    @property
-    def suffix(self) -> list[int]:
-        """The end of an example."""
-        return [] if self.eos is None else [self.eos]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text and nothing around them."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+WEIGHT = "weight"
+"""Column of examples: by how much one counts."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +67,44 @@ def encode_rows(
         DataError: the tokenizer cannot do what the format needs.
     """
     chosen = FORMATS[source.format]
-    checked = [row if isinstance(row, BadRow) else chosen.check(source, row) or row for row in rows]
+    checked = [row if isinstance(row, BadRow) else _checked(chosen, source, row) for row in rows]
     sound = [row for row in checked if isinstance(row, Row)]
     encoded = iter(chosen.encode(encoder, source, separator, sound))
     for row in checked:
         result = row if isinstance(row, BadRow) else next(encoded)
         if isinstance(row, Row) and isinstance(result, Example):
-            result = replace(result, prompt=prompt_key(source, row))
+            result = _completed(source, row, result)
         yield result
+
+
+def columns_of(source: SourceConfig) -> dict[str, str]:
+    """Config key -> column, for the columns that a row must have."""
+    columns = FORMATS[source.format].columns(source)
+    return columns | ({WEIGHT: source.example_weight} if source.example_weight is not None else {})
+
+
+def _checked(chosen: Format, source: SourceConfig, row: Row) -> Row | BadRow:
+    if source.example_weight is not None and _weight(row.values[source.example_weight]) is None:
+        shown = repr(row.values[source.example_weight])[:40]
+        return BadRow(row.origin, "bad_weight", f"{shown} is no number of at least 0")
+    return chosen.check(source, row) or row
+
+
+def _completed(source: SourceConfig, row: Row, example: Example) -> Example:
+    """With what all formats have in common."""
+    columns, column = dict(example.columns), source.example_weight
+    if column is not None and (weight := _weight(row.values[column])) is not None:
+        columns[WEIGHT] = (weight,)
+    others = tuple(_completed(source, row, other) for other in example.others)
+    return replace(example, prompt=prompt_key(source, row), columns=columns, others=others)
+
+
+def _weight(value: Any) -> float | None:
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return weight if math.isfinite(weight) and weight >= 0 else None
 
 
 # prompt_completion
@@ -123,7 +115,7 @@ def _prompt_columns(source: SourceConfig) -> dict[str, str]:
 
 
 def _check_prompt(source: SourceConfig, row: Row) -> BadRow | None:
-    return _bad_text(row, source.prompt) or _bad_text(row, source.completion)
+    return bad_text(row, source.prompt) or bad_text(row, source.completion)
 
 
 def _encode_prompt(
@@ -133,7 +125,7 @@ def _encode_prompt(
     prompts = encoder.encode([row.values[source.prompt] + separator for row in rows])
     completions = encoder.encode([row.values[source.completion] for row in rows])
     return [
-        _example(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix])
+        example_of(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix])
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
 
@@ -146,7 +138,7 @@ def _text_columns(source: SourceConfig) -> dict[str, str]:
 
 
 def _check_text(source: SourceConfig, row: Row) -> BadRow | None:
-    return _bad_text(row, source.text)
+    return bad_text(row, source.text)
 
 
 def _encode_text(
@@ -154,150 +146,17 @@ def _encode_text(
 ) -> list[Example | BadRow]:
     documents = encoder.encode([row.values[source.text] for row in rows])
     return [
-        _example(row, list(encoder.prefix), [*ids, *encoder.suffix])
+        example_of(row, list(encoder.prefix), [*ids, *encoder.suffix])
         for row, ids in zip(rows, documents, strict=True)
     ]
 
 
-# messages
-
-
-def _message_columns(source: SourceConfig) -> dict[str, str]:
-    return {"messages": source.messages}
-
-
-def _check_messages(source: SourceConfig, row: Row) -> BadRow | None:
-    turns = row.values[source.messages]
-    if isinstance(turns, str) and not valid_unicode(turns):
-        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} is no UTF-8")
-    if turns is None or turns == []:
-        return BadRow(row.origin, "empty", f"{source.messages!r} holds no turn")
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-        detail = f"{source.messages!r} is no list of objects with the texts `role` and `content`"
-        return BadRow(row.origin, "wrong_type", detail)
-    if not all(map(_valid_turn, turns)):
-        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} has half a character")
-    return None
-
-
-def _is_turn(turn: Any) -> bool:
-    """`content` may be absent where a turn calls tools instead."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        return False
-    content = turn.get("content")
-    return isinstance(content, str) or (content is None and bool(turn.get("tool_calls")))
-
-
-def _valid_turn(turn: dict[str, Any]) -> bool:
-    return all(valid_unicode(value) for value in turn.values() if isinstance(value, str))
-
-
-def _encode_messages(
-    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
-) -> list[Example | BadRow]:
-    """The chat template writes the conversation; what the assistant says carries loss.
-
-    The template also writes BOS and ends of turns, so that nothing is added around it.
-
-    Raises:
-        DataError: the tokenizer has no chat template or no offsets, or the template rewrites
-            earlier turns, so that what the assistant said cannot be found in its output.
-    """
-    tokenizer = encoder.tokenizer
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"format={source.format}",
-            "needs a chat template, which this model's tokenizer does not have",
-            "write format: prompt_completion, or a model with a chat template",
-        )
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"format={source.format}",
-            "needs character offsets, which this model's tokenizer (a slow one) does not give",
-            "write format: prompt_completion, or a model with a fast tokenizer",
-        )
-    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    write = _encode_marked if marked else _encode_unmarked
-    return [_conversation(encoder, row, row.values[source.messages], write) for row in rows]
-
-
-Written = tuple[list[int], list[int]]
-"""Token ids of a conversation, and 1 for each of them that the assistant said."""
-
-
-def _conversation(
-    encoder: Encoder,
-    row: Row,
-    turns: list[dict[str, Any]],
-    write: Callable[[Encoder, str, list[dict[str, Any]]], Written],
-) -> Example | BadRow:
-    try:
-        ids, said = write(encoder, row.origin, turns)
-    except TemplateError as error:
-        return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
-    mask = np.array(said, dtype=np.bool_)
-    mask[:1] = False
-    return Example(row.origin, np.array(ids, dtype=np.int32), mask)
-
-
-def _encode_marked(encoder: Encoder, origin: str, turns: list[dict[str, Any]]) -> Written:
-    """For a template with {% generation %}: it says itself what the assistant said."""
-    written = encoder.tokenizer.apply_chat_template(
-        turns,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return written["input_ids"], written["assistant_masks"]
-
-
-def _encode_unmarked(encoder: Encoder, origin: str, turns: list[dict[str, Any]]) -> Written:
-    """Find each assistant turn as what its rendering adds to the rendering up to it.
-
-    The header that the template writes to prompt the assistant belongs to what comes before.
-    """
-    whole = _rendered(encoder, turns)
-    spans = []
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _rendered(encoder, turns[:number], prompt=True) if number else ""
-        until = _rendered(encoder, turns[: number + 1])
-        if not until.startswith(before):
-            # Some templates prompt with more than a header, such as an opened <think>.
-            before = _rendered(encoder, turns[:number])
-        if not (whole.startswith(until) and until.startswith(before)):
-            raise DataError(
-                f"{origin} turn {number + 1}",
-                "is written differently by the chat template once other turns follow it, so that "
-                "what the assistant said cannot be told apart",
-                "write a model whose chat template marks it with {% generation %}, or "
-                "conversations that end with their only assistant turn",
-            )
-        spans.append((len(before), len(until)))
-    encoded = encoder.tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    said = [0] * len(encoded["input_ids"])
-    for start, stop in spans:
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < stop and b > start]
-        # From the first to the last, so that a token of no width between them is not lost.
-        for i in range(inside[0], inside[-1] + 1) if inside else ():
-            said[i] = 1
-    return encoded["input_ids"], said
-
-
-def _rendered(encoder: Encoder, turns: list[dict[str, Any]], prompt: bool = False) -> str:
-    text: str = encoder.tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=prompt
-    )
-    return text
-
-
 FORMATS: dict[str, Format] = {
     "prompt_completion": Format(_prompt_columns, _check_prompt, _encode_prompt),
-    "messages": Format(_message_columns, _check_messages, _encode_messages),
+    "messages": Format(message_columns, check_messages, encode_messages),
     "text": Format(_text_columns, _check_text, _encode_text),
+    "classification": Format(classified_columns, check_classified, encode_classified),
+    "rationale": Format(rationale_columns, check_rationale, encode_rationale),
 }
 
 
@@ -324,24 +183,3 @@ def describe_example(
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> str:
     text: str = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
     return text
-
-
-def _bad_text(row: Row, column: str) -> BadRow | None:
-    value = row.values[column]
-    if value is None:
-        return BadRow(row.origin, "empty", f"{column!r} has no value")
-    if not isinstance(value, str):
-        detail = f"{column!r} is {type(value).__name__} where a text is needed"
-        return BadRow(row.origin, "wrong_type", detail)
-    if not value.strip():
-        return BadRow(row.origin, "empty", f"{column!r} is blank")
-    if not valid_unicode(value):
-        return BadRow(row.origin, "bad_encoding", f"{column!r} has half a character or no UTF-8")
-    return None
-
-
-def _example(row: Row, context: list[int], labels: list[int]) -> Example:
-    mask = np.zeros(len(context) + len(labels), dtype=np.bool_)
-    mask[len(context) :] = True
-    mask[:1] = False
-    return Example(row.origin, np.array(context + labels, dtype=np.int32), mask)

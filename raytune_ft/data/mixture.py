@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -109,12 +110,18 @@ def draw_validation(
 def hold_out(
     rows: list[Example], fraction: float, seed: int, names: Sequence[str]
 ) -> tuple[list[Example], list[Example]]:
-    """Train and validation examples: the fraction of every source, so that each is measured."""
+    """Train and validation examples: the fraction of every source, so that each is measured.
+
+    Examples of one row stay together.
+    """
     kept, held = list[Example](), list[Example]()
     for number in sorted({one.source for one in rows}):
         own = [one for one in rows if one.source == number]
+        groups = [list(group) for _, group in groupby(own, lambda one: one.origin)]
+        if len(groups) == 1:  # an only row, such as a file that is one document
+            groups = [[one] for one in groups[0]]
         label = f"train.{names[number]}" if names else "train"
-        train, validation = draw_validation(len(own), fraction, seed, number, label)
-        kept += [own[i] for i in train]
-        held += [own[i] for i in validation]
+        train, validation = draw_validation(len(groups), fraction, seed, number, label)
+        kept += [one for i in train for one in groups[i]]
+        held += [one for i in validation for one in groups[i]]
     return kept, held

@@ -70,4 +70,8 @@ PROMPTS: dict[str, Callable[[SourceConfig, Row], str]] = {
     "prompt_completion": lambda source, row: str(row.values[source.prompt]),
     "messages": _turns,
     "text": lambda source, row: str(row.values[source.text]),
+    "classification": lambda source, row: "\n".join(
+        str(row.values[column]) for column in (source.text, source.text_pair) if column is not None
+    ),
+    "rationale": lambda source, row: str(row.values[source.prompt]),
 }

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +21,16 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.data.cache import keep_folder, tokenizer_sha256
-from raytune_ft.data.examples import FORMATS, Encoder, Example, encode_rows
+from raytune_ft.data.classified import label_names, with_targets
+from raytune_ft.data.examples import WEIGHT, Encoder, Example
 from raytune_ft.data.mixture import hold_out
 from raytune_ft.data.overlap import count_overlaps
+from raytune_ft.data.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
-from raytune_ft.data.sources import BATCH_ROWS, Source, open_source
+from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit
-from raytune_ft.data.text_rows import BadRow, Row
-from raytune_ft.errors import DataError, RunFailed
+from raytune_ft.data.tokenise import Progress, tokenise
+from raytune_ft.errors import RunFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +42,6 @@ REPORT = "report.json"
 BASE_LOSS = "base_loss.npy"
 NO_TOKENS = {"path", "weight", "epochs"}
 """Keys of a source that its tokens do not depend on."""
-PROGRESS_ROWS = 20_000
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -94,17 +90,25 @@ def prepare_data(
     examples: dict[str, list[Example]] = {}
     reports: dict[str, SourceReport] = {}
     for name, source in configs.items():
-        rows, reports[name] = _tokenise(opened[name], source, data, encoder, tell)
+        rows, reports[name] = tokenise(opened[name], source, data, encoder, tell)
         number = names.index(source.called) if isinstance(source, NamedSource) else 0
         examples.setdefault(name.partition(".")[0], []).extend(
             replace(one, source=number) if number else one for one in rows
         )
+    labels: tuple[str, ...] = ()
+    if any(source.format == "classification" for source in configs.values()):
+        labels = label_names(data, examples["train"])
     if isinstance(data.validation, float):
         examples["train"], examples["validation"] = hold_out(
             examples["train"], data.validation, seed, names
         )
+    for name in examples:
+        if labels:
+            examples[name] = with_targets(name, examples[name], data, labels)
+        elif name != "train":  # measured by the answers alone
+            examples[name] = [one for one in examples[name] if one.columns.get(RATIONALE) != (1.0,)]
     splits: dict[str, TokenizedSplit] = {
-        name: _split_of(name, examples[name], data, names)
+        name: split_of(name, examples[name], data, names)
         for name in ("train", "validation", "test")
         if name in examples
     }
@@ -115,6 +119,8 @@ def prepare_data(
         overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
         notes=_notes(encoder, configs.values()),
         names=names,
+        labels=labels,
+        problem=data.problem if labels else None,
     )
 
     def fill(folder: Path) -> None:
@@ -172,11 +178,19 @@ def sound_at(path: Path) -> PreparedData | None:
     return prepared
 
 
-def _split_of(
-    name: str, rows: list[Example], data: DataConfig, names: tuple[str, ...]
+def split_of(
+    name: str, rows: Sequence[Example], data: DataConfig, names: tuple[str, ...] = ()
 ) -> TokenizedSplit:
+    """With the columns that any of the examples has, and those of mixes.
+
+    Where a source has none of weights, its examples weigh 1; of anything else, 0.
+    """
     written = getattr(data, name)
+    known = {column: values for one in rows for column, values in one.columns.items()}
     columns: dict[str, Column] = {}
+    for column, values in known.items():
+        absent = (float(column == WEIGHT),) * len(values)
+        columns[column] = np.array([one.columns.get(column, absent) for one in rows], np.float32)
     if isinstance(data.train if isinstance(written, float) else written, list):
         columns["source"] = np.array([[one.source] for one in rows], np.float32)
     if name == "train" and difficulty_column(data) is not None:
@@ -199,6 +213,8 @@ def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, see
         "seed": seed if drawn else None,
         "validation": data.validation if drawn else None,
         "limits": [data.max_length, data.too_long, data.max_bad_fraction, data.separator],
+        "chunk": data.chunk.overlap if data.chunk is not None else None,
+        "labels": [data.problem, data.labels],
         "sources": {
             name: [source.name, source.sha256, configs[name].model_dump(exclude=NO_TOKENS)]
             for name, source in opened.items()
@@ -209,128 +225,6 @@ def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, see
     if difficulty_column(data) is not None:
         content["difficulty"] = difficulty_column(data)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class _Tally:
-    """Counts of one source while it is read."""
-
-    rows: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    first_bad: dict[str, str] = field(default_factory=dict)
-    truncated: int = 0
-    dropped: int = 0
-    longest: int = 0
-
-    def add_bad(self, row: BadRow) -> None:
-        self.bad[row.cause] += 1
-        self.first_bad.setdefault(row.cause, f"{row.origin}: {row.detail}")
-
-
-def _tokenise(
-    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tell: Progress
-) -> tuple[list[Example], SourceReport]:
-    """The usable examples of one source, and what became of its other rows."""
-    tally, examples = _Tally(), list[Example]()
-    column = difficulty_column(data) if opened.label.startswith("data.train") else None
-    wanted = {} if column is None else {"data.curriculum.column": column}
-    rows = opened.rows(FORMATS[source.format].columns(source) | wanted)
-    while chunk := list(islice(rows, BATCH_ROWS)):
-        results = encode_rows(encoder, source, data.separator, chunk)
-        for row, result in zip(chunk, results, strict=True):
-            rated = result if column is None else _rated(result, row, column)
-            fitted = _fitted(rated, opened.label, data, tally)
-            if isinstance(fitted, Example):
-                examples.append(fitted)
-            elif fitted is not None:
-                tally.add_bad(fitted)
-        tally.rows += len(chunk)
-        if tally.rows % PROGRESS_ROWS == 0:
-            tell(f"{opened.label}: {tally.rows:,} rows")
-    _refuse_bad(opened, data, tally, len(examples))
-    report = SourceReport(
-        name=opened.name,
-        format=source.format,
-        sha256=opened.sha256,
-        rows=tally.rows,
-        usable=len(examples),
-        bad=dict(sorted(tally.bad.items())),
-        first_bad=tally.first_bad,
-        truncated=tally.truncated,
-        dropped=tally.dropped,
-        longest=tally.longest,
-        tokens=sum(len(one.ids) for one in examples),
-        label_tokens=sum(int(one.mask.sum()) for one in examples),
-    )
-    tell(f"{opened.label}: {_summary(report)}")
-    return examples, report
-
-
-def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example | BadRow:
-    """With the number in the column that a curriculum goes by; text formats hold it as text."""
-    if isinstance(result, BadRow) or isinstance(row, BadRow):
-        return result
-    value = row.values[column]
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        return BadRow(row.origin, "bad_difficulty", f"{column!r} is no number")
-    return replace(result, difficulty=number)
-
-
-def _fitted(
-    result: Example | BadRow, label: str, data: DataConfig, tally: _Tally
-) -> Example | BadRow | None:
-    """The example within `data.max_length`; None where it was dropped for its length."""
-    if isinstance(result, BadRow):
-        return result
-    length, limit = len(result.ids), data.max_length
-    tally.longest = max(tally.longest, length)
-    if length > limit:
-        if data.too_long == "error":
-            raise DataError(
-                f"{label}: {result.origin}",
-                f"has {length} tokens, over data.max_length={limit}",
-                f"shorten it, write data.max_length={length}, or data.too_long=truncate or drop",
-            )
-        if data.too_long == "drop":
-            tally.dropped += 1
-            return None
-    if not result.mask[:limit].any():
-        where = f" within its first {limit} tokens" if length > limit else ""
-        return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
-    if length > limit:
-        tally.truncated += 1
-    return replace(result, ids=result.ids[:limit], mask=result.mask[:limit])
-
-
-def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally, usable: int) -> None:
-    bad = tally.bad.total()
-    value = f"{opened.label}.path={opened.name}"
-    if bad > data.max_bad_fraction * tally.rows:
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
-        first = next(iter(tally.first_bad.values()))
-        raise DataError(
-            value,
-            f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
-            f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            "mend them or raise data.max_bad_fraction",
-        )
-    if not usable:
-        rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
-        raise DataError(value, rule, "mend the rows or raise data.max_length")
-
-
-def _summary(report: SourceReport) -> str:
-    facts = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
-    facts += [f"{count:,} {cause}" for cause, count in report.bad.items()]
-    if report.truncated:
-        facts.append(f"{report.truncated:,} truncated")
-    if report.dropped:
-        facts.append(f"{report.dropped:,} dropped as too long")
-    return ", ".join(facts)
 
 
 def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]:

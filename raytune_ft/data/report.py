@@ -72,6 +72,8 @@ class DataReport:
         notes: what a person should know, one sentence each.
         names: of the numbers in the column `source`; empty where no split has several sources.
         base_loss: sha256 of the losses that a curriculum goes by.
+        labels: of a classification, in the order of their numbers.
+        problem: its `data.problem`, None for everything else.
     """
 
     sources: dict[str, SourceReport]
@@ -81,6 +83,8 @@ class DataReport:
     overlaps: dict[str, int] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     base_loss: str | None = None
+    labels: tuple[str, ...] = ()
+    problem: str | None = None
 
     def to_json(self) -> str:
         """Indented JSON of all of it."""
@@ -102,6 +106,8 @@ class DataReport:
             overlaps=dict(content.get("overlaps", {})),
             names=tuple(content.get("names", ())),
             base_loss=content.get("base_loss"),
+            labels=tuple(content.get("labels", ())),
+            problem=content.get("problem"),
         )
 
 

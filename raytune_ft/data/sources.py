@@ -28,6 +28,7 @@ from raytune_ft.data.text_rows import (
     read_jsonl,
     read_tsv,
     read_txt,
+    read_whole,
 )
 from raytune_ft.errors import DataError
 
@@ -126,7 +127,7 @@ TEXT_READERS: dict[str, Callable[[Path, SourceConfig], Rows]] = {
     ".json": lambda path, _: read_json(path),
     ".csv": lambda path, source: read_csv(path, source.columns),
     ".tsv": lambda path, source: read_tsv(path, source.columns),
-    ".txt": lambda path, _: read_txt(path),
+    ".txt": lambda path, source: read_whole(path) if source.rows == "file" else read_txt(path),
 }
 
 

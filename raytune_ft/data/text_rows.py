@@ -88,6 +88,14 @@ def read_json(path: Path) -> Rows:
         yield _object(f"{path.name}:row {number}", value)
 
 
+def read_whole(path: Path) -> Rows:
+    """One row, under the column `text`: the file, its line ends as they are."""
+    _refuse_foreign_encoding(path)
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    if text.strip():
+        yield Row(path.name, {TEXT_COLUMN: text})
+
+
 def read_txt(path: Path) -> Rows:
     """One row for each line that is not blank, under the column `text`."""
     for number, line in _lines(path):

@@ -11,13 +11,20 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
+from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
 from raytune_ft.model.methods.quantise import keep_as_rounded, quantisation_of
 from raytune_ft.tensors.write import DTYPES
@@ -58,11 +65,14 @@ def resolve_model_path(path: str) -> str:
     return path
 
 
-def load_model_config(model: ModelConfig) -> Any:
+def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     """The model's own configuration; the cheapest proof that the model is there.
 
+    With a `head`, it says what that is for.
+
     Raises:
-        ModelError: it cannot be found or read, or it is no causal language model.
+        ModelError: it cannot be found or read, or it is no causal language model, or none that
+            transformers gives a task head.
     """
     path = resolve_model_path(model.path)
     try:
@@ -74,22 +84,36 @@ def load_model_config(model: ModelConfig) -> Any:
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
         ) from error
+    if head is not None:
+        head.describe(config)
+        if type(config) in AutoModelForSequenceClassification._model_mapping:
+            return config
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {config.model_type} model, which transformers gives no classification head",
+            "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
             f"is a {config.model_type} model, which is no causal language model",
-            "write a decoder such as Llama, Qwen or GPT-2",
+            "write a decoder such as Llama, Qwen or GPT-2, or train.objective: classification",
         )
     return config
 
 
-def disk_dtype(model: ModelConfig) -> torch.dtype:
+def auto_class(head: Head | None) -> Any:
+    """What loads a model, or builds it from its configuration."""
+    return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+
+
+def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
     """The dtype in which a model's weights lie on disk: its config's word, else its first file's.
 
     Raises:
         ModelError: the model is quantised, or has no floating-point weights in safetensors.
     """
-    config = load_model_config(model)
+    config = load_model_config(model, head)
     text_config = config.get_text_config()
     if getattr(text_config, "quantization_config", None) is not None:
         raise ModelError(
@@ -145,17 +169,25 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_base(
-    model: ModelConfig, dtype: torch.dtype, quantisation: dict[str, Any] | None = None
+    model: ModelConfig,
+    dtype: torch.dtype,
+    head: Head | None = None,
+    quantisation: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The pretrained model with its weights in `dtype`, from safetensors only.
+
+    A task head that the files lack is drawn from its seed.
 
     Raises:
         ModelError: a file or a weight is missing, or they are there as pickles alone.
     """
-    config = load_model_config(model)
+    config = load_model_config(model, head)
+    text_config = config.get_text_config()
+    if head is not None and text_config.pad_token_id is None:  # by which heads find the last token
+        text_config.pad_token_id = pad_token(load_tokenizer(model))
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
-        base, loading = AutoModelForCausalLM.from_pretrained(
+        base, loading = auto_class(head).from_pretrained(
             resolve_model_path(model.path),
             config=config,
             dtype=dtype,
@@ -172,13 +204,24 @@ def load_base(
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
-    if missing := sorted(loading["missing_keys"]):  # else each process would draw its own
+    missing = sorted(loading["missing_keys"])  # which each process would draw for itself
+    if head is not None:
+        new = [name for name in missing if _is_of_head(base, name)]
+        draw_head(base, new, head.seed)
+        missing = sorted(set(missing) - set(new))
+    if missing:
         raise ModelError(
             f"model.path={model.path}",
             f"lacks {len(missing)} of its weights, among them {missing[0]}",
             "write a model directory with all of them",
         )
     return base
+
+
+def _is_of_head(base: Any, name: str) -> bool:
+    """Beside the backbone, or its pooler."""
+    prefix = f"{base.base_model_prefix}."
+    return not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
 
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
@@ -203,7 +246,11 @@ def _master(precision: Precision) -> torch.dtype:
 
 
 def build_model(
-    model: ModelConfig, method: MethodConfig, precision: Precision, seed: int
+    model: ModelConfig,
+    method: MethodConfig,
+    precision: Precision,
+    seed: int,
+    head: Head | None = None,
 ) -> nn.Module:
     """Base and method, ready to be wrapped by a strategy.
 
@@ -212,7 +259,7 @@ def build_model(
     is what the method asks for. New weights are drawn from `seed` alone.
     """
     quantisation = quantisation_of(method, getattr(torch, precision))
-    base = load_base(model, dtype_of(model, method, precision), quantisation)
+    base = load_base(model, dtype_of(model, method, precision), head, quantisation)
     keep_as_rounded(base)
     return apply_method(base, method, precision, seed, frozen_dtype(model, method, precision))
 
@@ -231,6 +278,7 @@ def apply_method(
     _set_up(base, precision)
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
+    train_head(built)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
     master = _master(precision)
@@ -280,15 +328,17 @@ def _embed_in_bfloat16(model: nn.Module) -> None:
             module.register_forward_hook(narrow)
 
 
-def count_parameters(model: ModelConfig, method: MethodConfig) -> tuple[int, int]:
+def count_parameters(
+    model: ModelConfig, method: MethodConfig, head: Head | None = None
+) -> tuple[int, int]:
     """All and trained parameters, from shapes alone: no weight is read.
 
     Raises:
         ModelError: the model cannot be read, or cannot take the method.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_model_config(model), trust_remote_code=model.trust_remote_code
+        base = auto_class(head).from_config(
+            load_model_config(model, head), trust_remote_code=model.trust_remote_code
         )
         built = METHODS[method.name](base, method)
     trained = sum(parameter.numel() for parameter in trained_parameters(built).values())

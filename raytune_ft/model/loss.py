@@ -38,10 +38,10 @@ def label_logits(
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 
-def token_losses(logits_NV: Tensor, batch: MicroBatch) -> Tensor:
+def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
     """Cross entropy `[N]` of every label token."""
     targets_N = batch.targets_BS[label_positions(batch)]
-    return F.cross_entropy(logits_NV, targets_N, reduction="none")
+    return F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=smoothing)
 
 
 def label_positions(batch: MicroBatch) -> Tensor:

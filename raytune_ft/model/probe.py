@@ -40,9 +40,12 @@ def probe_packing(
     of = partial(_logits_of, logits, device, virtual)
     alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
     packed, exchanged = of(documents, PACKED), of(other, PACKED)
+    if packed.shape != alone.shape:
+        return "its head reads rows, and not the examples in them"
+    own = len(of(documents, ((0,),)))
     spread = alone.std().item() or 1.0
     moved = (packed - alone).abs().max().item() / spread
-    leaked = (packed - exchanged)[LENGTHS[0] :].abs().max().item() / spread
+    leaked = (packed - exchanged)[own:].abs().max().item() / spread
     # Written so that NaN counts as a failure.
     if not leaked <= TOLERANCE[precision] / 10:
         return f"tokens attend across examples (logits move by {leaked:.1e} of their spread)"
@@ -65,6 +68,22 @@ def is_causal(
     one, two = (of([ids], ((0,),))[:-1] for ids in (document, other))
     spread = one.std().item() or 1.0
     return bool((one - two).abs().max().item() / spread <= TOLERANCE[precision] / 10)
+
+
+@torch.no_grad()
+def same_of_one(
+    one: Callable[[MicroBatch], Tensor],
+    other: Callable[[MicroBatch], Tensor],
+    vocabulary: int,
+    precision: Precision,
+    device: torch.device,
+) -> bool:
+    """Do two ways to ask a model give the same of a document alone?"""
+    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
+    split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
+    batch = collate(split, [0], ((0,),), 0, device)
+    a, b = one(batch), other(batch)
+    return bool((a - b).abs().max() <= TOLERANCE[precision] * (b.abs().max() + 1e-6))
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from raytune_ft.model.build import (
     frozen_dtype,
     load_base,
 )
+from raytune_ft.model.heads import Head
 from raytune_ft.model.methods import virtual
 from raytune_ft.model.sources import (
     FileWeights,
@@ -59,7 +60,12 @@ class Built:
 
 
 def build(
-    model: ModelConfig, method: MethodConfig, precision: Precision, seed: int, in_parts: bool
+    model: ModelConfig,
+    method: MethodConfig,
+    precision: Precision,
+    seed: int,
+    in_parts: bool,
+    head: Head | None = None,
 ) -> Built:
     """What `build_model` builds; `in_parts`: with the weights of its base on the meta device.
 
@@ -68,7 +74,7 @@ def build(
     Raises:
         ModelError: see `load_base`.
     """
-    whole = partial(build_model, model, method, precision, seed)
+    whole = partial(build_model, model, method, precision, seed, head)
     if not in_parts:
         return Built(whole())
     dress = partial(
@@ -78,7 +84,8 @@ def build(
         seed=seed,
         frozen=frozen_dtype(model, method, precision),
     )
-    return _in_parts_or(whole, model, dtype_of(model, method, precision), dress)
+    load = partial(load_base, model, dtype_of(model, method, precision), head)
+    return _in_parts_or(whole, load, dress)
 
 
 def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Built:
@@ -87,7 +94,8 @@ def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Buil
     if not in_parts:
         return Built(whole())
     dress = partial(freeze, precision=precision)
-    return _in_parts_or(whole, model, dtype_of(model, LoraMethod(), precision), dress)
+    load = partial(load_base, model, dtype_of(model, LoraMethod(), precision))
+    return _in_parts_or(whole, load, dress)
 
 
 Dress = Callable[[nn.Module], nn.Module]
@@ -95,18 +103,18 @@ Dress = Callable[[nn.Module], nn.Module]
 
 
 def _in_parts_or(
-    whole: Callable[[], nn.Module], model: ModelConfig, dtype: torch.dtype, dress: Dress
+    whole: Callable[[], nn.Module], load: Callable[[], nn.Module], dress: Dress
 ) -> Built:
     try:
-        return _build_in_parts(model, dtype, dress)
+        return _build_in_parts(load, dress)
     except NotInParts as reason:
         note = f"every worker reads the whole model, because {reason}"
         return Built(whole(), notes=(note,))
 
 
-def _build_in_parts(model: ModelConfig, dtype: torch.dtype, dress: Dress) -> Built:
+def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
     with shadows() as seen:
-        base = load_base(model, dtype)
+        base = load()
     if not seen.files:
         raise NotInParts("transformers reads its files in a way of its own")
     pattern = copy.deepcopy(base)

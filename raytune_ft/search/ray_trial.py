@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError
-from raytune_ft.records import RunResult
+from raytune_ft.records import RunResult, plain_of
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.ray_places import Place
 from raytune_ft.search.trial import apply_params
@@ -84,7 +84,7 @@ class SweepTrial(Trainable):
             while True:
                 event = self._job.next()
                 if isinstance(event, Report):
-                    return {**asdict(event.metrics), "wall_s": self._wall_s()}
+                    return {**plain_of(event.metrics), "wall_s": self._wall_s()}
                 if isinstance(event, Ended):
                     return self._outcome(event.error)
         except StopRequested:

@@ -100,4 +100,4 @@ def with_checkpoint(point: Point, run_dir: Path) -> Point:
 
 
 def _numbers(point: EvalMetrics) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in EvalMetrics.__annotations__}
+    return {"step": point.step, "examples": point.examples, **point.figures}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
 from raytune_ft.model.build import Precision
+from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.loss import label_logits, label_positions
 from raytune_ft.model.methods.attached import seeing, virtual_tokens
+from raytune_ft.model.noise import noisy_embeddings
+from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy import Strategy
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -29,7 +32,8 @@ class Engine:
     """`wrapped` is `model` as the strategy calls it.
 
     `names` are those of the trained weights in a single process. `by_example`: see
-    `model.attention`; else a mask over the row keeps examples apart.
+    `model.attention`; else a mask over the row keeps examples apart. `reading` is how a task head
+    reads its examples, None where the model predicts tokens. `noise` is NEFTune's alpha.
     """
 
     model: nn.Module
@@ -43,6 +47,21 @@ class Engine:
     packing: bool
     by_example: bool = False
     notes: tuple[str, ...] = ()
+    objective: Objective = field(default_factory=TokenObjective)
+    reading: Reading | None = None
+    noise: float | None = None
+
+    def training_losses(self, batch: MicroBatch) -> Tensor:
+        """What the objective makes of the batch, one loss a row of the model's outputs."""
+        with noisy_embeddings(self.model, batch, self.noise):
+            outputs = self.objective.outputs(self, batch)
+        return self.objective.losses(self, outputs, batch)
+
+    def example_logits(self, batch: MicroBatch) -> Tensor:
+        """See `Forward.example_logits`."""
+        assert self.reading is not None
+        with self.autocast():
+            return example_logits(self.wrapped, self.reading, self._inputs(batch), batch)
 
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""

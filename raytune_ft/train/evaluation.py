@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
-from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.heartbeat import Beat, unheard
@@ -24,30 +22,23 @@ BLOCK_EXAMPLES = 1024
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over a split, divided once.
+    """Figures of a split, under their names in `EvalMetrics`."""
 
-    `exact_match` is the share of examples of which every label token is the most likely one given
-    the reference before it; that is when greedy decoding reproduces the completion.
+    """Figures of a split, under their names in `EvalMetrics`.
+
     `loss_by_source` is of the split's sources by name, where it has several.
     """
 
-    loss: float
-    token_accuracy: float
-    exact_match: float
+    figures: dict[str, float]
     loss_by_source: Mapping[str, float] = field(default_factory=dict)
 
     def after(self, step: int, examples: int) -> EvalMetrics:
         """As what a run has come to. Raises Diverged where the loss is not finite."""
-        if not math.isfinite(self.loss):
-            raise Diverged(f"step {step}: evaluation loss {self.loss}")
-        return EvalMetrics(
-            step,
-            examples,
-            self.loss,
-            self.token_accuracy,
-            self.exact_match,
-            dict(self.loss_by_source),
-        )
+        loss = self.figures["eval_loss"]
+        if not math.isfinite(loss):
+            raise Diverged(f"step {step}: evaluation loss {loss}")
+        own = dict(self.loss_by_source)
+        return EvalMetrics(step, examples, **self.figures, eval_loss_by_source=own)
 
 
 def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
@@ -64,60 +55,45 @@ def evaluate_groups(
     The g-th group of rows is the g-th model's.
     """
     engine = replace(engine, micro_tokens=max(1, engine.micro_tokens // groups))
-    # Loss, right tokens, wholly right examples; then the loss of each source.
-    numbers, tokens = _sources(split)
-    sums_GC = torch.zeros(groups, 3 + len(tokens), dtype=torch.float64).to(engine.strategy.device)
-    for start in range(0, len(split), BLOCK_EXAMPLES):
-        indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
-        layout = engine.layout(split.lengths[indices].tolist())
-        beat(0, len(layout))
-        for number, rows in enumerate(layout, start=1):
-            batch = engine.collate(split, indices, rows)
-            sums_GC += _sums(engine, batch, groups, numbers[indices], len(tokens))
-            beat(number, len(layout))
-    label_tokens = int(split.label_counts.sum())
+    objective, sources = engine.objective, _sources(split)
+    sums_S = [_sums(engine, split, own, groups, beat) for own in sources.values()]
+    everything = np.arange(len(split))
+    summed_SGK = engine.strategy.sum(torch.stack(sums_S)).cpu().numpy()
     return [
         Scores(
-            loss / label_tokens,
-            correct / label_tokens,
-            exact / len(split),
+            objective.figures(sums_SK.sum(0), split, everything),
             {
-                name: loss / count
-                for name, loss, count in zip(split.sources, own, tokens, strict=False)
-                if count
+                name: objective.figures(sums_K, split, own)["eval_loss"]
+                for (name, own), sums_K in zip(sources.items(), sums_SK, strict=True)
+                if len(sources) > 1
             },
         )
-        for loss, correct, exact, *own in engine.strategy.sum(sums_GC).tolist()
+        for sums_SK in summed_SGK.swapaxes(0, 1)
     ]
 
 
-def _sources(split: TokenizedSplit) -> tuple[Indices, list[int]]:
-    """The source of each example, and the label tokens of each source where there are several."""
+def _sources(split: TokenizedSplit) -> dict[str, Indices]:
+    """The examples of each source that has some; of all together where nobody tells them apart."""
     numbers = split.source_numbers
     if numbers is None:
-        return np.zeros(len(split), np.int64), []
-    counts = np.bincount(numbers, split.label_counts, minlength=len(split.sources))
-    return numbers, [int(count) for count in counts]
+        return {"": np.arange(len(split))}
+    own = {name: np.flatnonzero(numbers == number) for number, name in enumerate(split.sources)}
+    return {name: indices for name, indices in own.items() if len(indices)}
 
 
 def _sums(
-    engine: Engine, batch: MicroBatch, groups: int, numbers_E: Indices, sources: int
+    engine: Engine, split: TokenizedSplit, examples: Indices, groups: int, beat: Beat
 ) -> torch.Tensor:
-    """`[G, 3 + sources]` of one micro-batch; `numbers_E` are the sources of the step's list."""
-    keep_BS = label_positions(batch)
-    owners_N = batch.owners_BS()[keep_BS]
-    examples = [span.example for span in batch.spans]
-    batch = batch.repeated(groups)
-    logits_MV = engine.logits(batch)
-    losses_GN = token_losses(logits_MV, batch).view(groups, -1)
-    right_GN = (logits_MV.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
-    wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
-    wrong_GE.index_add_(1, owners_N, (~right_GN).long())
-    exact_G = (wrong_GE[:, examples] == 0).sum(1)
-    losses_GN = losses_GN.double()
-    whole_G3 = torch.stack([losses_GN.sum(1), right_GN.sum(1), exact_G], 1)
-    numbers_N = torch.from_numpy(numbers_E).to(owners_N.device)[owners_N]
-    own_GS = losses_GN.new_zeros(groups, sources)
-    if sources:
-        own_GS.index_add_(1, numbers_N, losses_GN)
-    return torch.cat([whole_G3, own_GS], 1)
+    """`[G, K]`: what the objective adds up over these examples, on this rank."""
+    objective, sums_GK = engine.objective, None
+    for start in range(0, len(examples), BLOCK_EXAMPLES):
+        indices = examples[start : start + BLOCK_EXAMPLES]
+        layout = engine.layout(split.lengths[indices].tolist())
+        beat(0, len(layout))
+        for number, rows in enumerate(layout, start=1):
+            batch = engine.collate(split, indices, rows).repeated(groups)
+            sums = objective.sums(objective.outputs(engine, batch), batch, groups).double()
+            sums_GK = sums if sums_GK is None else sums_GK + sums
+            beat(number, len(layout))
+    assert sums_GK is not None
+    return sums_GK

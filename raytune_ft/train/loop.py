@@ -22,7 +22,7 @@ from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.reports import Reports
 from raytune_ft.train.rules import (
-    Objective,
+    Goal,
     Outcome,
     Schedule,
     after_evaluation,
@@ -43,7 +43,7 @@ def train(
     settings: TrainConfig,
     schedule: Schedule,
     seed: int,
-    objective: Objective,
+    goal: Goal,
     progress: Progress,
     saver: Saver,
     log: Reporter,
@@ -111,8 +111,8 @@ def train(
             evaluation, is_best = None, False
             if schedule.due(step, schedule.eval_every):
                 evaluation = _measure(engine, validation, step, examples, heart)
-                is_best = objective.improves(evaluation, progress.best)
-                progress = after_evaluation(progress, evaluation, settings, objective)
+                is_best = goal.improves(evaluation, progress.best)
+                progress = after_evaluation(progress, evaluation, settings, goal)
                 log.evaluation(evaluation, None)
             ending = stopped or exhausted(progress, settings)
             if is_best or ending or schedule.save_due(step):

@@ -94,6 +94,7 @@ class PackedEngine:
             run = SlotRun(
                 spec,
                 self._data,
+                self.passes.open,
                 drawn,
                 holder,
                 self._strategy,

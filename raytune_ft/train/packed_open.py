@@ -14,11 +14,12 @@ from raytune_ft.data.split import TokenizedSplit
 class OpenStep:
     """The examples that no pass has had yet, longest first, and what the others came to.
 
-    `label_tokens` and `tokens` are those of the whole step, `loss_sum` is this rank's.
+    `label_tokens` and `tokens` are those of the whole step, and `count` is what its losses are
+    divided by; `loss_sum` is this rank's.
     """
 
-    def __init__(self, data: TokenizedSplit, indices: Indices) -> None:
-        self._data = data
+    def __init__(self, data: TokenizedSplit, indices: Indices, count: float) -> None:
+        self._data, self.count = data, count
         lengths = data.lengths[indices]
         self._waiting = indices[np.argsort(-lengths, kind="stable")]
         self.waiting_lengths: list[int] = data.lengths[self._waiting].tolist()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.data.layout import Row
+from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import InputError
 from raytune_ft.model.drawn import Drawn, draw_adapter
@@ -20,6 +21,7 @@ from raytune_ft.model.skeleton import build_base, shapes_of
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
 from raytune_ft.train.heartbeat import Beat
+from raytune_ft.train.objective import build_objective
 from raytune_ft.train.packed_fit import (
     fewest_near_best,
     seconds_a_token,
@@ -66,7 +68,8 @@ class Passes:
         check_vocabulary(base, data)
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
-        self.engine = build_engine(built, config, strategy, _of_nothing)
+        objective = build_objective(config, data, strategy)
+        self.engine = build_engine(built, config, strategy, _of_nothing, objective)
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, which must then stay as they are.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -114,12 +117,17 @@ class Passes:
         """A pass with so many slots and what follows it; how many tokens that were."""
         settings, data, optimizer = self._config.train, self._data.train, self.optimizer
         batch, order = settings.batch_size, plain_order(self._config, data)
-        steps = [OpenStep(data, order.indices(number * batch, batch)) for number in range(count)]
+        steps = [self.open(order.indices(number * batch, batch)) for number in range(count)]
         plan = self.plan(steps, 0)
         steps = steps[: len(plan.rows)]
         self.accumulate(plan, steps, self.window(0, [drawn] * len(steps)))
         optimizer.step([Step(slot, 0.0, settings) for slot in range(len(steps))])
         return sum(step.tokens - sum(step.waiting_lengths) for step in steps)
+
+    def open(self, indices: Indices) -> OpenStep:
+        """A step over these training examples, none of which has been seen yet."""
+        data = self._data.train
+        return OpenStep(data, indices, self.engine.objective.count(data, indices) or 1)
 
     def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
         """The pass that begins with slot `first`; see `plan_pass`."""
@@ -139,8 +147,8 @@ class Passes:
                 layout.append(tuple(range(len(examples), len(examples) + len(row))))
                 examples += row
         batch = engine.collate(self._data.train, np.array(examples), tuple(layout))
-        label_tokens = [step.label_tokens for step in steps]
-        sums = accumulate_packed(engine, self.stack, window, batch, label_tokens)
+        counts = [step.count for step in steps]
+        sums = accumulate_packed(engine, self.stack, window, batch, counts)
         for step, loss_sum in zip(steps, sums, strict=True):
             step.loss_sum += loss_sum
 

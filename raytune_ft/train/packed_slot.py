@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
+from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.model.drawn import Drawn
@@ -32,7 +34,7 @@ from raytune_ft.train.report import Reporter, Several
 from raytune_ft.train.reports import Reports
 from raytune_ft.train.result import run_result
 from raytune_ft.train.rules import (
-    Objective,
+    Goal,
     Schedule,
     after_evaluation,
     check_finite,
@@ -59,6 +61,7 @@ class SlotRun:
         self,
         spec: RunSpec,
         data: PreparedData,
+        open_step: Callable[[Indices], OpenStep],
         drawn: Drawn,
         holder: SlotHolder,
         strategy: Strategy,
@@ -68,9 +71,9 @@ class SlotRun:
     ) -> None:
         config = spec.config
         self.spec, self.drawn, self.holder = spec, drawn, holder
-        self._data, self._settings = data.train, config.train
+        self._open_step, self._settings = open_step, config.train
         self._order = order_of(config, data)
-        self._objective = Objective(spec.metric, spec.mode)
+        self._goal = Goal(spec.metric, spec.mode)
         self._schedule = Schedule.of(
             config.train,
             len(self._order),
@@ -128,8 +131,7 @@ class SlotRun:
     def _begin_step(self) -> None:
         seen, step = self.progress.examples, self.progress.step + 1
         self._examples = self._schedule.examples_after(step)
-        indices = self._order.indices(seen, self._examples - seen)
-        self.open = OpenStep(self._data, indices)
+        self.open = self._open_step(self._order.indices(seen, self._examples - seen))
         self._step_started = time.perf_counter()
 
     def next_step(self) -> Step:
@@ -143,7 +145,7 @@ class SlotRun:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        step, loss = self.progress.step + 1, loss_sum / self.open.label_tokens
+        step, loss = self.progress.step + 1, loss_sum / self.open.count
         check_finite(step, loss, grad_norm)
         now = time.perf_counter()
         self._evaluation = None
@@ -175,10 +177,8 @@ class SlotRun:
         step, is_best = self.progress.step, False
         if scores is not None:
             evaluation = self._evaluation = self._metrics_of(scores)
-            is_best = self._objective.improves(evaluation, self.progress.best)
-            self.progress = after_evaluation(
-                self.progress, evaluation, self._settings, self._objective
-            )
+            is_best = self._goal.improves(evaluation, self.progress.best)
+            self.progress = after_evaluation(self.progress, evaluation, self._settings, self._goal)
             if self._log:
                 self._log.evaluation(evaluation, None)
         if is_best or self.over or self._schedule.save_due(step):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.model.loss import label_positions, token_losses
+from raytune_ft.model.loss import label_positions
 from raytune_ft.model.multi_lora import MultiLora, Window
 from raytune_ft.train.engine import Engine
 
@@ -17,9 +17,9 @@ def accumulate_packed(
     stack: MultiLora,
     window: Window,
     batch: MicroBatch,
-    label_tokens: Sequence[int],
+    step_counts: Sequence[float],
 ) -> list[float]:
-    """Add to each slot's gradient that of its own token losses over its own `label_tokens`.
+    """Add to each slot's gradient that of its own token losses over the count of its own step.
 
     Returns the sums of the losses by slot. No sum over slots reaches any of them, so that NaN in
     one stays there.
@@ -27,9 +27,9 @@ def accumulate_packed(
     groups, device = window.groups, engine.strategy.device
     counts_G = label_positions(batch).view(groups, -1).sum(1)
     owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
-    shares_G = 1 / torch.tensor(label_tokens, dtype=torch.float64, device=device)
+    shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
     with stack.applied(window):
-        losses_N = token_losses(engine.logits(batch), batch)
+        losses_N = engine.training_losses(batch)
         shares_N = shares_G[owners_N].to(losses_N.dtype)
         # Not the strategy's: the optimizer sums these gradients over ranks, once a step.
         (losses_N * shares_N).sum().backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import ray
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.errors import InputError
-from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.train.ended import write_ended
 from raytune_ft.train.heartbeat import watched
 from raytune_ft.train.ray_slots import Command, Enter, Finish, Leave
@@ -181,4 +180,4 @@ class _ToTrial:
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
         """To the trial's process, and by it to Tune."""
-        self._post({"report": {**asdict(metrics), "checkpoint": checkpoint}})
+        self._post({"report": {**plain_of(metrics), "checkpoint": checkpoint}})

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RESULT
 from raytune_ft.train.heartbeat import Heartbeat, Standing
 from raytune_ft.train.host import Host
@@ -48,7 +48,7 @@ class RayReporter:
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
         """The checkpoint is committed before, so that whoever stops the run finds it whole."""
-        ray.train.report({**asdict(metrics), "checkpoint": checkpoint})
+        ray.train.report({**plain_of(metrics), "checkpoint": checkpoint})
 
 
 def ask_to_stop() -> bool:

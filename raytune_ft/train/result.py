@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
-from raytune_ft.records import RunResult
+from raytune_ft.records import RunResult, plain_of
 from raytune_ft.train.ended import with_checkpoint
 from raytune_ft.train.rules import Outcome
 from raytune_ft.train.state import Progress
@@ -23,7 +22,7 @@ def run_result(
     """What the run leaves; its checkpoints are committed."""
     return RunResult(
         status=status,
-        base=asdict(progress.base) if progress.base else None,
+        base=plain_of(progress.base) if progress.base else None,
         best=progress.best,
         final=with_checkpoint(progress.final, run_dir) if progress.final else None,
         seed=config.seed,

@@ -19,7 +19,7 @@ Outcome = Literal["completed", "early_stopped", "interrupted"]
 
 
 @dataclass(frozen=True)
-class Objective:
+class Goal:
     """Which evaluation is the best."""
 
     metric: str
@@ -107,14 +107,14 @@ def outcome(progress: Progress, settings: TrainConfig, schedule: Schedule) -> Ou
 
 
 def after_evaluation(
-    progress: Progress, evaluation: EvalMetrics, settings: TrainConfig, objective: Objective
+    progress: Progress, evaluation: EvalMetrics, settings: TrainConfig, goal: Goal
 ) -> Progress:
     """Best, final and the count of evaluations without an improvement."""
     min_delta = settings.early_stopping.min_delta if settings.early_stopping else 0.0
-    enough = objective.improves(evaluation, progress.best, by=min_delta)
+    enough = goal.improves(evaluation, progress.best, by=min_delta)
     point = Point(**asdict(evaluation))
     best = progress.best
-    if objective.improves(evaluation, best):
+    if goal.improves(evaluation, best):
         best = replace(point, checkpoint=checkpoint_path(evaluation.step))
     return replace(
         progress, best=best, final=point, unimproved=0 if enough else progress.unimproved + 1

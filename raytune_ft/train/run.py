@@ -25,10 +25,11 @@ from raytune_ft.train.heartbeat import watched
 from raytune_ft.train.host import Host, own_host
 from raytune_ft.train.log import Log
 from raytune_ft.train.loop import train
+from raytune_ft.train.objective import build_objective, head_of
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter, Silent
 from raytune_ft.train.result import run_result
-from raytune_ft.train.rules import Objective, Schedule
+from raytune_ft.train.rules import Goal, Schedule
 from raytune_ft.train.saver import Identity, Saver
 from raytune_ft.train.setup import build_engine, check_vocabulary, where_to_resume
 from raytune_ft.train.spec import RunSpec
@@ -72,16 +73,18 @@ def run_training(
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
     config = spec.config
     data = open_prepared(spec.data_dir)
+    head = head_of(config, data.report)
     built = build(
-        config.model, config.method, config.train.precision, config.seed, strategy.takes_parts
+        config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
     check_vocabulary(built.model, data)
     frozen = BaseFiles(config.model) if config.method.name == "freeze" else None
-    exporter = Exporter(built.model, disk_dtype(config.model), frozen)
+    exporter = Exporter(built.model, disk_dtype(config.model, head), frozen)
     optimizer_of = partial(
         build_optimizer, train=config.train, paces=paces(built.model, config.method)
     )
-    engine = build_engine(built, config, strategy, optimizer_of)
+    objective = build_objective(config, data, strategy)
+    engine = build_engine(built, config, strategy, optimizer_of, objective)
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     order = order_of(config, data)
     schedule = Schedule.of(
@@ -117,7 +120,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             config.train,
             schedule,
             config.seed,
-            Objective(spec.metric, spec.mode),
+            Goal(spec.metric, spec.mode),
             progress,
             saver,
             log or Silent(),

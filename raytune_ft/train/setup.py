@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.build import load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.heads import Place, reading
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.attached import attached, virtual_tokens
-from raytune_ft.model.probe import is_causal, probe_packing
+from raytune_ft.model.objectives import Objective, TokenObjective
+from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.model.skeleton import Built
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
@@ -62,7 +66,11 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
 
 
 def build_engine(
-    built: Built, config: Config, strategy: Strategy, optimizer_of: OptimizerOf
+    built: Built,
+    config: Config,
+    strategy: Strategy,
+    optimizer_of: OptimizerOf,
+    objective: Objective | None = None,
 ) -> Engine:
     """Lay the model out as the strategy does, then ask whether packing is exact on it.
 
@@ -90,8 +98,43 @@ def build_engine(
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
         notes=built.notes,
+        objective=objective or TokenObjective(),
+        noise=config.train.neftune_alpha,
     )
-    virtual = virtual_tokens(model)
+    if engine.objective.of_tokens:
+        _check_causal(engine, vocabulary, config)
+    else:
+        engine = _reading_examples(engine, vocabulary)
+    if config.data.packing is False:
+        return engine
+    reason = _against_packing(engine, vocabulary)
+    if reason is not None and engine.by_example:
+        engine = replace(engine, by_example=attend_by_example(model, False))
+        reason = _against_packing(engine, vocabulary)
+    if reason is None:
+        return replace(engine, packing=True)
+    if config.data.packing is True:
+        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
+    without = f"data.packing: auto goes without, because {reason}"
+    return replace(engine, notes=(*engine.notes, without))
+
+
+def _against_packing(engine: Engine, vocabulary: int) -> str | None:
+    def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
+        return engine.example_logits(batch)
+
+    method, strategy = attached(engine.model), engine.strategy
+    if method is not None and method.unpackable:
+        return method.unpackable
+    logits = engine.logits if engine.objective.of_tokens else of_examples
+    virtual = virtual_tokens(engine.model)
+    return strategy.agree(
+        probe_packing(logits, vocabulary, engine.precision, strategy.device, virtual)
+    )
+
+
+def _check_causal(engine: Engine, vocabulary: int, config: Config) -> None:
+    strategy, virtual = engine.strategy, virtual_tokens(engine.model)
     asked = (engine.logits, vocabulary, engine.precision, strategy.device, virtual)
     if not strategy.agree(is_causal(*asked)):
         raise ModelError(
@@ -99,17 +142,22 @@ def build_engine(
             "lets tokens see those after them, which they are to predict",
             'write a decoder; a BERT is one with "is_decoder": true in its config.json',
         )
-    if config.data.packing is False:
-        return engine
-    method = attached(model)
-    reason = method.unpackable if method else None
-    reason = reason or strategy.agree(probe_packing(*asked))
-    if reason is not None and engine.by_example:
-        engine = replace(engine, by_example=attend_by_example(model, False))
-        reason = strategy.agree(probe_packing(engine.logits, *asked[1:]))
-    if reason is None:
-        return replace(engine, packing=True)
-    if config.data.packing is True:
-        raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
-    without = f"data.packing: auto goes without, because {reason}"
-    return replace(engine, notes=(*engine.notes, without))
+
+
+def _reading_examples(engine: Engine, vocabulary: int) -> Engine:
+    """Find out which token of a text the head reads, by giving it one."""
+    places: list[Place] = ["first", "last", "row"]
+    ways = {place: replace(engine, reading=reading(engine.model, place)) for place in places}
+
+    def of(place: Place) -> Callable[[MicroBatch], torch.Tensor]:
+        return lambda batch: ways[place].example_logits(batch)
+
+    strategy = engine.strategy
+    found = [
+        place
+        for place in places
+        if strategy.agree(
+            same_of_one(of(place), of("row"), vocabulary, engine.precision, strategy.device)
+        )
+    ]
+    return ways[found[0]]

@@ -250,11 +250,9 @@ class Tracked:
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
         """See `Reporter`."""
         figures = {
-            "eval/loss": metrics.eval_loss,
-            "eval/token_accuracy": metrics.eval_token_accuracy,
-            "eval/exact_match": metrics.eval_exact_match,
-            "eval/examples": float(metrics.examples),
+            **{f"eval/{name.removeprefix('eval_')}": v for name, v in metrics.figures.items()},
             **{f"eval/loss/{name}": loss for name, loss in metrics.eval_loss_by_source.items()},
+            "eval/examples": float(metrics.examples),
         }
         self._put(figures, metrics.step)
 

@@ -239,13 +239,14 @@ def test_messages_that_are_no_turns_are_bad(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_format_labels_the_first_token(tiny: PreTrainedTokenizerBase, format: str) -> None:
-    row = {"prompt": "x", "completion": "y", "text": "z", "messages": CHAT}
+    row = {"prompt": "x", "completion": "y", "text": "z", "messages": CHAT, "label": "l"}
+    row |= {"rationale": "r"}
     example = encode_one(tiny, format, row)
     assert example.ids.dtype == np.int32
     assert example.mask.dtype == np.bool_
     assert len(example.ids) == len(example.mask)
     assert not example.mask[0]
-    assert example.mask.any()
+    assert example.mask.any() or example.labels == ("l",)
 
 
 @pytest.mark.parametrize("format", ["prompt_completion", "messages"])

@@ -1,0 +1,166 @@
+"""What goes with each objective: formats of sources, keys, figures. Loads no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raytune_ft.config.data import SourceConfig, listed, source_configs
+from raytune_ft.config.explain import shown_value
+from raytune_ft.config.reference import one_of
+from raytune_ft.config.schema import Config
+from raytune_ft.config.sizes import parse_size
+from raytune_ft.errors import ConfigError
+
+TOKEN_FIGURES = ("eval_loss", "eval_token_accuracy", "eval_exact_match")
+COMPLETIONS = ("prompt_completion", "messages", "text")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`keys` of `train` belong to this objective; `smooth`: there is a distribution to smooth."""
+
+    formats: tuple[str, ...]
+    figures: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    smooth: bool = True
+
+
+FACTS: dict[str, Facts] = {
+    "sft": Facts(COMPLETIONS, TOKEN_FIGURES),
+    "clm": Facts(("text",), (*TOKEN_FIGURES, "eval_perplexity")),
+    "classification": Facts(
+        ("classification",),
+        ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_calibration_error"),
+        ("class_weights",),
+    ),
+    "rationale": Facts(("rationale",), TOKEN_FIGURES, ("rationale_weight",)),
+    "kd": Facts(COMPLETIONS, TOKEN_FIGURES, ("kd",)),
+}
+REGRESSION_FIGURES = ("eval_loss", "eval_mse", "eval_r2", "eval_pearson")
+SHARED_KEYS = ("label_smoothing", "neftune_alpha", "class_weights", "rationale_weight", "kd")
+"""Keys of `train` that all trials of one engine have in common."""
+
+
+def figures(config: Config) -> tuple[str, ...]:
+    """What an evaluation of such a run gives."""
+    found = FACTS[config.train.objective].figures
+    if config.train.objective != "classification":
+        return found
+    if config.data.problem == "regression":
+        return REGRESSION_FIGURES
+    return found if config.data.problem == "single_label" else found[:-1]
+
+
+def sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
+    """Those of the data section, by their keys."""
+    for name, source in source_configs(config.data).items():
+        yield f"data.{name}", source
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where keys and sources are not those of the objective."""
+    train, facts = config.train, FACTS[config.train.objective]
+    for label, source in sources(config):
+        if source.format not in facts.formats:
+            fits = [name for name, one in FACTS.items() if source.format in one.formats]
+            raise ConfigError(
+                f"{label}.format={source.format}",
+                f"is nothing that train.objective={train.objective} learns from",
+                f"write format: {one_of(facts.formats)}, or train.objective: {one_of(fits)}",
+            )
+        _check_source(label, source)
+    _check_keys(config, facts)
+    if train.label_smoothing > 0 and config.data.problem != "single_label":
+        raise ConfigError(
+            f"train.label_smoothing={train.label_smoothing}",
+            f"has nothing to smooth under data.problem={config.data.problem}",
+            "write 0",
+        )
+    if config.train.kd is not None:
+        parse_size(config.train.kd.max_cache, "train.kd.max_cache")
+    chunk = config.data.chunk
+    if chunk is not None and chunk.overlap >= config.data.max_length - 1:
+        raise ConfigError(
+            f"data.chunk.overlap={chunk.overlap}",
+            f"leaves no room for new tokens in data.max_length={config.data.max_length}",
+            f"write less than {config.data.max_length - 1}",
+        )
+    if config.search is not None:
+        _check_metrics(config)
+
+
+def _check_keys(config: Config, facts: Facts) -> None:
+    train, defaults = config.train, type(config.train).model_fields
+    for name, other in FACTS.items():
+        for key in other.keys:
+            if key not in facts.keys and getattr(train, key) != defaults[key].default:
+                raise ConfigError(
+                    f"train.{key}={shown_value(getattr(train, key))}",
+                    f"is for train.objective={name}, and this is {train.objective}",
+                    f"write train.objective: {name}, or leave the key out",
+                )
+    if train.objective == "kd" and train.kd is None:
+        raise ConfigError(
+            "train.objective=kd", "needs a teacher", "write train.kd: {teacher: a model}"
+        )
+    formats = [source.format for source in listed(config.data.train)]
+    if config.data.chunk is not None and "text" not in formats:
+        raise ConfigError(
+            f"data.chunk={shown_value(config.data.chunk.model_dump())}",
+            f"cuts documents, and data.train.format={formats[0]}",
+            "write format: text, or leave the key out",
+        )
+    if train.objective != "classification" and (
+        config.data.labels is not None or config.data.problem != "single_label"
+    ):
+        key = "labels" if config.data.labels is not None else "problem"
+        raise ConfigError(
+            f"data.{key}={shown_value(getattr(config.data, key))}",
+            f"is for train.objective=classification, and this is {train.objective}",
+            "write train.objective: classification, or leave the key out",
+        )
+
+
+def _check_source(label: str, source: SourceConfig) -> None:
+    owners = {
+        "rationale_until": ("rationale",),
+        "tools": ("messages",),
+        "train_on": ("messages",),
+        "text_pair": ("classification",),
+    }
+    for key, formats in owners.items():
+        value = getattr(source, key)
+        default = type(source).model_fields[key].default
+        if value != default and source.format not in formats:
+            raise ConfigError(
+                f"{label}.{key}={shown_value(value)}",
+                f"is for format: {one_of(formats)}, and this is {source.format}",
+                "leave it out",
+            )
+    if source.rows == "file" and not source.path.lower().endswith(".txt"):
+        raise ConfigError(f"{label}.rows=file", "is for .txt files", "leave it out")
+    if source.rationale_until is not None:
+        try:
+            re.compile(source.rationale_until)
+        except re.error as error:
+            raise ConfigError(
+                f"{label}.rationale_until={shown_value(source.rationale_until)}",
+                f"is no regular expression ({error})",
+                r"write one such as '####\s*'",
+            ) from None
+
+
+def _check_metrics(config: Config) -> None:
+    assert config.search is not None
+    given = figures(config)
+    if "train.objective" in config.search.space:
+        return
+    for metric in config.search.metrics:
+        if metric not in given:
+            raise ConfigError(
+                f"search.metric={metric}",
+                f"is no figure of train.objective={config.train.objective}",
+                f"write {one_of(given)}",
+            )

@@ -1,0 +1,183 @@
+"""One source to examples: what fits, what is cut, what cannot be used."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from raytune_ft.config.data import DataConfig, SourceConfig, difficulty_column
+from raytune_ft.data.classified import read_labels
+from raytune_ft.data.examples import WEIGHT, Encoder, Example, columns_of, encode_rows
+from raytune_ft.data.report import SourceReport
+from raytune_ft.data.sources import BATCH_ROWS, Source
+from raytune_ft.data.text_rows import BadRow, Row
+from raytune_ft.errors import DataError
+
+PROGRESS_ROWS = 20_000
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class _Tally:
+    """Counts of one source while it is read."""
+
+    rows: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    first_bad: dict[str, str] = field(default_factory=dict)
+    usable: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    longest: int = 0
+
+    def add_bad(self, row: BadRow) -> None:
+        self.bad[row.cause] += 1
+        self.first_bad.setdefault(row.cause, f"{row.origin}: {row.detail}")
+
+
+def tokenise(
+    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tell: Progress
+) -> tuple[list[Example], SourceReport]:
+    """The usable examples of one source, and what became of its other rows."""
+    tally, examples = _Tally(), list[Example]()
+    column = difficulty_column(data) if opened.label.startswith("data.train") else None
+    wanted = {} if column is None else {"data.curriculum.column": column}
+    rows = opened.rows(columns_of(source) | wanted)
+    while chunk := list(islice(rows, BATCH_ROWS)):
+        results = encode_rows(encoder, source, data.separator, chunk)
+        for row, result in zip(chunk, results, strict=True):
+            rated = result if column is None else _rated(result, row, column)
+            fitted = _fitted(rated, opened.label, source, data, tally)
+            if isinstance(fitted, BadRow):
+                tally.add_bad(fitted)
+            else:
+                examples += fitted
+                tally.usable += bool(fitted)
+        tally.rows += len(chunk)
+        if tally.rows % PROGRESS_ROWS == 0:
+            tell(f"{opened.label}: {tally.rows:,} rows")
+    _refuse_bad(opened, data, tally)
+    if source.example_weight is not None and not any(one.columns[WEIGHT][0] for one in examples):
+        rule = "has a weight of zero everywhere, so that nothing is left to learn"
+        raise DataError(
+            f"{opened.label}.example_weight={source.example_weight}", rule, "write another column"
+        )
+    report = SourceReport(
+        name=opened.name,
+        format=source.format,
+        sha256=opened.sha256,
+        rows=tally.rows,
+        usable=tally.usable,
+        bad=dict(sorted(tally.bad.items())),
+        first_bad=tally.first_bad,
+        truncated=tally.truncated,
+        dropped=tally.dropped,
+        longest=tally.longest,
+        tokens=sum(len(one.ids) for one in examples),
+        label_tokens=sum(int(one.mask.sum()) for one in examples),
+    )
+    tell(f"{opened.label}: {_summary(report)}")
+    return examples, report
+
+
+def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example | BadRow:
+    """With the number in the column that a curriculum goes by; text formats hold it as text."""
+    if isinstance(result, BadRow) or isinstance(row, BadRow):
+        return result
+    value = row.values[column]
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        return BadRow(row.origin, "bad_difficulty", f"{column!r} is no number")
+    others = tuple(replace(other, difficulty=number) for other in result.others)
+    return replace(result, difficulty=number, others=others)
+
+
+def _fitted(
+    result: Example | BadRow, label: str, source: SourceConfig, data: DataConfig, tally: _Tally
+) -> list[Example] | BadRow:
+    """The examples of a row within `data.max_length`; none where it was dropped for its length."""
+    if isinstance(result, BadRow):
+        return result
+    all_of_it = [replace(result, others=()), *result.others]
+    longest, limit = max(len(one.ids) for one in all_of_it), data.max_length
+    tally.longest = max(tally.longest, longest)
+    if longest > limit:
+        if data.chunk is not None and source.format == "text":
+            return chunks(result, limit, data.chunk.overlap)
+        if data.too_long == "error":
+            raise DataError(
+                f"{label}: {result.origin}",
+                f"has {longest} tokens, over data.max_length={limit}",
+                f"shorten it, write data.max_length={longest}, or data.too_long=truncate or drop",
+            )
+        if data.too_long == "drop":
+            tally.dropped += 1
+            return []
+    if result.labels is not None:
+        read = read_labels(result, data)
+        if isinstance(read, BadRow):
+            return read
+        all_of_it = [read]
+    elif not all(one.mask[:limit].any() for one in all_of_it):
+        where = f" within its first {limit} tokens" if longest > limit else ""
+        return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
+    tally.truncated += longest > limit
+    return [_cut(one, limit) for one in all_of_it]
+
+
+def _cut(example: Example, limit: int) -> Example:
+    """The end goes, but for the tokens that must stand there."""
+    if len(example.ids) <= limit:
+        return example
+    kept = min(example.kept, limit)
+    places = [*range(limit - kept), *range(len(example.ids) - kept, len(example.ids))]
+    return replace(example, ids=example.ids[places], mask=example.mask[places])
+
+
+def chunks(document: Example, limit: int, overlap: int) -> list[Example]:
+    """Of at most `limit` tokens, each beginning with the last `overlap` of the one before.
+
+    Every token is a label once, but for the first of the document and, without an overlap, the
+    first of every chunk, which nothing precedes.
+    """
+    made = []
+    for start in range(0, len(document.ids) - overlap, limit - overlap):
+        mask = document.mask[start : start + limit].copy()
+        mask[: max(overlap if start else 0, 1)] = False
+        if mask.any():
+            ids = document.ids[start : start + limit]
+            made.append(replace(document, ids=ids, mask=mask))
+    return made
+
+
+def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
+    bad = tally.bad.total()
+    value = f"{opened.label}.path={opened.name}"
+    if bad > data.max_bad_fraction * tally.rows:
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
+        first = next(iter(tally.first_bad.values()))
+        raise DataError(
+            value,
+            f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
+            f"than data.max_bad_fraction={data.max_bad_fraction} allows",
+            "mend them or raise data.max_bad_fraction",
+        )
+    if not tally.usable:
+        rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
+        raise DataError(value, rule, "mend the rows or raise data.max_length")
+
+
+def _summary(report: SourceReport) -> str:
+    facts = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
+    facts += [f"{count:,} {cause}" for cause, count in report.bad.items()]
+    if report.truncated:
+        facts.append(f"{report.truncated:,} truncated")
+    if report.dropped:
+        facts.append(f"{report.dropped:,} dropped as too long")
+    return ", ".join(facts)

@@ -1,0 +1,32 @@
+"""From config and data to the objective of a run, and to the head that it needs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.report import DataReport
+from raytune_ft.model.heads import Head
+from raytune_ft.model.objectives import OBJECTIVES, Objective
+from raytune_ft.strategy import Strategy
+from raytune_ft.train.teacher import teacher_of
+
+
+def head_of(config: Config, report: DataReport) -> Head | None:
+    """The task head that the model is built with, None where it predicts tokens."""
+    if config.train.objective != "classification":
+        return None
+    assert report.problem is not None
+    return Head(report.problem, report.labels, config.seed)
+
+
+def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:
+    """What this run optimises.
+
+    Raises:
+        ConfigError: its keys do not go with the data.
+        ModelError: its teacher cannot be loaded, or is of another vocabulary.
+    """
+    teacher = partial(teacher_of, config, data, strategy)
+    return OBJECTIVES[config.train.objective](config.train, data, teacher)
