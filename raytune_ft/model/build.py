@@ -19,11 +19,8 @@ from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
-from raytune_ft.model.methods.quantise import (
-    check_backend,
-    keep_as_rounded,
-    quantisation_of,
-)
+from raytune_ft.model.methods.quantise import check_backend as check_backend
+from raytune_ft.model.methods.quantise import keep_as_rounded, quantisation_of
 from raytune_ft.tensors.write import DTYPES
 
 if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save

@@ -137,7 +137,7 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, batch_size"),
         (
             "method: {name: lra}",
-            "method.name=lra is not freeze, full, ia3, lora, oft, qlora or vera; did you mean lora?",
+            "method.name=lra is not freeze, full, ia3, lora, oft, qlora or vera; did you mean lora",
         ),
         ("train: {lr: fast}", "train.lr=fast is not a number above 0; write one, or leave the key"),
         ("train: {lr: '1e-4'}", "train.lr='1e-4' is not a number above 0; write it without quotes"),
