@@ -93,7 +93,7 @@ def _line(name: str, lr: float, method: dict[str, Any], model: Path, rows: Path)
     assert result.base
     assert result.final
     _, trained = count_parameters(config.model, config.method)
-    losses = f"{result.base.eval_loss:.3f} | {result.final.eval_loss:.3f}"
+    losses = f"{result.base['eval_loss']:.3f} | {result.final.eval_loss:.3f}"
     return f"| {name} | {lr:g} | {trained:,} | {losses} | {took:.0f} |"
 
 

@@ -162,8 +162,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.mixture import pass_length
     from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.model.build import load_model_config, load_tokenizer
-    from raytune_ft.model.methods.quantise import check_backend
+    from raytune_ft.model.build import check_backend, load_model_config, load_tokenizer
     from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.trackers import check_trackers
 
@@ -266,9 +265,8 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
 
-        count_parameters(
-            expanded.model, expanded.method
-        )  # whether the model takes the method, before workers start
+        # Whether the model takes the method, before workers start.
+        count_parameters(expanded.model, expanded.method)
     from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data

@@ -31,6 +31,10 @@ FREE = (
 )
 # Keys that earlier versions did not have. At their defaults they change nothing, and no hash.
 LATER = (
+    "method.init",
+    "method.rank_pattern",
+    "method.alpha_pattern",
+    "method.lr_ratio",
     "train.label_smoothing",
     "train.neftune_alpha",
     "train.class_weights",

@@ -53,6 +53,7 @@ class FreezeMethod(Section):
 class _LowRank(Section):
     """What LoRA's kinds have in common."""
 
+    name: str
     rank: Positive = Field(16, description="columns of A, rows of B")
     alpha: Annotated[float, Field(gt=0)] = Field(
         32.0, description="the delta is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"

@@ -26,7 +26,9 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods.quantise import check_backend as check_backend
 from raytune_ft.model.methods.quantise import keep_as_rounded, quantisation_of
+from raytune_ft.model.precision import set_up
 from raytune_ft.tensors.write import DTYPES
 
 if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save
@@ -275,7 +277,7 @@ def apply_method(
 
     Weights that stay are brought to `frozen`, where that is written.
     """
-    _set_up(base, precision)
+    set_up(base, precision)
     torch.manual_seed(seed)
     built = METHODS[method.name](base, method)
     train_head(built)
@@ -303,29 +305,8 @@ def build_frozen(model: ModelConfig, precision: Precision) -> nn.Module:
 
 def freeze(base: nn.Module, precision: Precision) -> nn.Module:
     """See `build_frozen`; the weights of `base` may be on the meta device."""
-    _set_up(base, precision)
+    set_up(base, precision)
     return base.requires_grad_(False)
-
-
-def _set_up(base: nn.Module, precision: Precision) -> None:
-    base.eval()
-    if precision == "float64":  # for which the fused products of experts have no kernel
-        base.set_experts_implementation("eager")  # type: ignore[operator]
-    if precision == "bfloat16":
-        _embed_in_bfloat16(base)
-
-
-def _embed_in_bfloat16(model: nn.Module) -> None:
-    """The residual stream begins in bfloat16, whether embeddings are held in it, cast to it by a
-    strategy, or kept in float32, which autocast leaves alone.
-    """
-
-    def narrow(module: nn.Module, arguments: Any, output: Any) -> Any:
-        return output.to(torch.bfloat16) if isinstance(output, torch.Tensor) else output
-
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(narrow)
 
 
 def count_parameters(

@@ -34,8 +34,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 # Other keys of the same methods, which layouts must not show either.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "lora pissa": {"rank": 3, "init": "pissa"},
-    "lora olora": {"rank": 3, "init": "olora", "rslora": True},
+    "lora pissa": {"rank": 3, "alpha": 4.0, "init": "pissa", "lr": 2e-3},
+    "lora olora": {"rank": 3, "alpha": 4.0, "init": "olora", "rslora": True, "lr": 2e-3},
     "lora plus": {"rank": 4, "lr_ratio": 4.0, "rank_pattern": {"q_proj": 2}, "lr": 3e-3},
     "freeze gradually": {"embeddings": True, "unfreeze_every_examples": 20, "lr": 1e-3},
 }

@@ -124,7 +124,9 @@ def test_a_budget_below_one_trial_is_refused_once_the_data_is_known() -> None:
 def test_the_reference_knows_every_key() -> None:
     dotted = {key.dotted for key in keys()}
     assert {"name", "method.rank", "data.test.path", "search.space.KEY.choice"} <= dotted
-    assert set(methods()) >= {"full", "lora", "loreft", "adapter", "prompt", "p_tuning", "prefix"}
+    activations = {"loreft", "adapter", "prompt", "p_tuning", "prefix"}
+    weights = {"full", "freeze", "lora", "qlora", "ia3", "vera", "oft"}
+    assert set(methods()) == weights | activations
     assert SearchConfig.model_fields.keys() <= {key.split(".")[1] for key in dotted if "." in key}
 
 

@@ -32,6 +32,9 @@ search:
     train.lr: {log_uniform: [1e-5, 1e-3]}
 """
 Write = Callable[[str], Path]
+METHOD_NAMES = (
+    "adapter, freeze, full, ia3, lora, loreft, oft, p_tuning, prefix, prompt, qlora or vera"
+)
 
 
 @pytest.fixture
@@ -134,8 +137,11 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("learning_rate: 1", "learning_rate is not a key; did you mean train.lr?"),
         ("trian: {}", "trian is not a key; did you mean train?"),
         ("train: {rank: 8}", "train.rank is not a key; did you mean method.rank?"),
-        ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, batch_size"),
-        ("method: {name: lra}", "method.name=lra is not full or lora; did you mean lora?"),
+        ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, label_s"),
+        (
+            "method: {name: lra}",
+            f"method.name=lra is not {METHOD_NAMES}; did you mean lora",
+        ),
         ("train: {lr: fast}", "train.lr=fast is not a number above 0; write one, or leave the key"),
         ("train: {lr: '1e-4'}", "train.lr='1e-4' is not a number above 0; write it without quotes"),
         ("train: {batch_size: 1.5}", "train.batch_size=1.5 is not a whole number above 0; write"),
@@ -233,7 +239,7 @@ def test_a_mistake_is_one_line_with_value_rule_and_remedy(
         ),
         (
             "method.name: {choice: [lora, ful]}",
-            "method.name=ful is not full or lora; did you mean f",
+            f"method.name=ful is not {METHOD_NAMES}; did you mean f",
         ),
     ],
 )

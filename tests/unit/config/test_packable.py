@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.config.packable import choose_execution
+from raytune_ft.config.branches import branches
+from raytune_ft.config.packable import choose_execution, packable
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search import Distribution
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate.work import steps_in_a_pass
 from raytune_ft.search.slots import arrange
@@ -92,3 +94,39 @@ def test_slots_and_engines(
 def test_steps_that_fill_a_pass(length: float, workers: int, expected: int) -> None:
     """2048 tokens a worker on a CPU, 16 examples a step."""
     assert steps_in_a_pass(config(parallel={"workers": workers}), length) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"name": "freeze", "last": 1}, "method.name=freeze moves the weights"),
+        ({"name": "ia3"}, "method.name=ia3 is not stacked"),
+        ({"name": "qlora"}, "method.name=qlora is not stacked"),
+        ({"init": "pissa"}, "method.init=pissa takes a part of its own"),
+        ({"rank_pattern": {"q_proj": 2}}, "method.rank_pattern gives layers of one run several"),
+        ({"lr_ratio": 4.0}, "method.lr_ratio=4 gives one run two learning rates"),
+        ({"init": "gaussian"}, None),
+    ],
+)
+def test_methods_that_are_not_packed_say_why(method: dict[str, Any], reason: str | None) -> None:
+    found = packable(
+        Config.model_validate(
+            {
+                "name": "run",
+                "method": {"name": "lora", **method},
+                "data": {"train": {"path": "x.jsonl"}},
+            }
+        )
+    )
+    assert (found is None) if reason is None else (found or "").startswith(reason)
+
+
+def test_methods_are_branches_of_a_space() -> None:
+    space = {
+        "method.name": {"choice": ["lora", "ia3", "freeze"]},
+        "method.rank": {"choice": [8, 16]},
+        "method.last": {"choice": [1, 2]},
+    }
+    tree = branches({key: Distribution.model_validate(line) for key, line in space.items()})
+    assert tree.needs["method.rank"] == {"method.name": ("lora",)}
+    assert tree.needs["method.last"] == {"method.name": ("freeze",)}
