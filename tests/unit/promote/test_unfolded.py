@@ -7,25 +7,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
+from raytune_ft.model.build import load_tokenizer
 from raytune_ft.promote.evaluate import evaluate_directory
 from raytune_ft.promote.export import export
+from raytune_ft.promote.generate import with_transformers
 from raytune_ft.promote.promote import promote
+from raytune_ft.promote.subject import engine_of
 from tests.unit.promote.conftest import Train, config_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "interventions.md"
-LORA_LR = "train.lr=3e-2"
+LR = "train.lr=3e-2"
 
 
 @pytest.mark.parametrize("name", ["loreft", "adapter", "prefix"])
 def test_an_adapter_is_promoted(train: Train, inputs: Path, tmp_path: Path, name: str) -> None:
-    run_dir = train(f"with-{name}", f"method.name={name}", LORA_LR)
+    run_dir = train(f"with-{name}", f"method.name={name}", LR)
     told: list[str] = []
     promotion = promote(run_dir, tell=told.append)
     assert promotion.model == run_dir / "promoted" / "adapter"
@@ -66,13 +69,6 @@ def _loaded(name: str, folder: Path, base: Path) -> Any:
 
 
 def _loaded_by_us(folder: Path, base: Path) -> Any:
-    from raytune_ft.config.schema import ModelConfig
-    from raytune_ft.model.build import load_tokenizer
-    from raytune_ft.promote.generate import with_transformers
-    from raytune_ft.promote.subject import engine_of
-
     plain, own = ModelConfig(path=str(base)), ModelConfig(path=str(folder))
     engine = engine_of(own, load_tokenizer(plain), plain)
-    return lambda ids: with_transformers(engine, own, [tuple(np.array(ids[0]).tolist())], 6, None)[
-        0
-    ]
+    return lambda ids: with_transformers(engine, own, ids.tolist(), 6, None)[0]
