@@ -15,6 +15,7 @@ from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.metrics import metric_named
@@ -69,7 +70,7 @@ def run_job(job: Job) -> Measured:
         ConfigError, DataError, RunFailed: a metric cannot be computed.
     """
     data = open_prepared(job.data_dir)
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = _tokenizer_of(job.model, job.base)
     subject = Subject(
         job.model,
         tokenizer,
@@ -102,7 +103,8 @@ def evaluate_directory(
 ) -> tuple[str, int, dict[str, float]]:
     """(split, examples, figures) of any model directory on the test data of `config`.
 
-    The tokens are those of the directory's own tokenizer. Without data.test the split is
+    The tokens are those of the directory's own tokenizer; an adapter that cannot be folded is used
+    with `model` of the config, and its tokenizer. Without data.test the split is
     "validation". Retention is against `model` of the config.
 
     Raises:
@@ -111,7 +113,7 @@ def evaluate_directory(
     """
     check_functions(config.promote.metrics)
     model = config.model.model_copy(update={"path": str(directory), "revision": None})
-    tokenizer = load_tokenizer(model)
+    tokenizer = _tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
@@ -126,6 +128,11 @@ def evaluate_directory(
         is_chat=is_chat(config.data),
     )
     return name, len(split_named(data, name)), run_job(job).figures
+
+
+def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own; of an adapter that cannot be folded its base's."""
+    return load_tokenizer(base if unfoldable(Path(model.path)) else model)
 
 
 def prepare_retention(
