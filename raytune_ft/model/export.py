@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
@@ -18,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from raytune_ft.files import flush_file
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.skeleton import shapes_of
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
@@ -33,7 +35,11 @@ class Exporter:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._adapter = model if isinstance(model, PeftModel) else None
+        self._adapter: Any = model if isinstance(model, PeftModel) else None
+        if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+            # PEFT asks such modules for their state, at which a sharded model gathers and frees
+            # its weights, in the middle of a step.
+            self._adapter = shapes_of(model)
         self._names = list(trained_parameters(model))
         if self._adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
@@ -74,7 +80,8 @@ class _HuggingFaceModel:
         with torch.device("meta"):
             shell: Any = type(model)(copy.deepcopy(model.config))
         self._shell = shell
-        self._shell.generation_config = model.generation_config
+        if shell.can_generate():
+            shell.generation_config = model.generation_config
         self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
         self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _untrained_state(model))
         self._shapes = {name: p.shape for name, p in trained_parameters(model).items()}
