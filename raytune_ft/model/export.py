@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
@@ -19,6 +20,7 @@ from raytune_ft.files import flush_file
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.methods import adapter_writer, trained_parameters
 from raytune_ft.model.outline import BaseFiles
+from raytune_ft.model.skeleton import shapes_of
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
@@ -37,7 +39,12 @@ class Exporter:
         self, model: nn.Module, dtype: torch.dtype, frozen: BaseFiles | None = None
     ) -> None:
         """`frozen`: where the weights of a model are of which only some are trained."""
-        self._write_adapter = adapter_writer(model)
+        saver = model
+        if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+            # PEFT asks such modules for their state, at which a sharded model gathers and frees
+            # its weights, in the middle of a step.
+            saver = shapes_of(model)
+        self._write_adapter = adapter_writer(model, saver)
         self._names = list(trained_parameters(model))
         if self._write_adapter is None:
             self._model = _HuggingFaceModel(model, dtype)
@@ -87,7 +94,8 @@ class _HuggingFaceModel:
         with torch.device("meta"):
             shell: Any = type(model)(copy.deepcopy(model.config))
         self._shell = shell
-        self._shell.generation_config = model.generation_config
+        if shell.can_generate():
+            shell.generation_config = model.generation_config
         self._shell._weight_conversions = getattr(model, "_weight_conversions", None)
         self._rest: dict[str, Tensor] = revert_weight_conversion(shell, _saved_buffers(model))
         self._shapes = {name: p.shape for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -93,6 +93,29 @@ def save_tiny(family: str, directory: Path, seed: int = 0, **changes: Any) -> Pa
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(directory)
     save_character_tokenizer(directory)
+    return directory
+
+
+def save_tiny_encoder(directory: Path, seed: int = 0) -> Path:
+    """A BERT of two layers without a head, with [CLS] and [SEP] around its characters."""
+    torch.manual_seed(seed)
+    sizes = {**_SIZES, "initializer_range": 0.2}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(directory)
+    save_character_tokenizer(directory)
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A </s>",
+        pair="</s> $A </s> $B:1 </s>:1",
+        special_tokens=[("</s>", 1)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(directory)
     return directory
 
 

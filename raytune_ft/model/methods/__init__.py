@@ -76,20 +76,23 @@ def without_method(model: nn.Module) -> AbstractContextManager[Any]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def adapter_writer(model: nn.Module) -> Callable[[Read, Path], None] | None:
-    """Writes the trained weights as an adapter, in files of its own; None for a whole model."""
+def adapter_writer(model: nn.Module, saver: Any) -> Callable[[Read, Path], None] | None:
+    """Writes the trained weights as an adapter, in files of its own; None for a whole model.
+
+    `saver` is the model, or a copy of its shapes: PEFT asks it for everything but the weights.
+    """
     found = attached(model)
     if found is not None:
         return found.save
     if not isinstance(model, PeftModel):
         return None
     names, plain, shared = list(trained_parameters(model)), PlainLora(model), _shared_buffers(model)
-    written = model.peft_config
+    written = saver.peft_config
     written.update({name: plain.config(each) for name, each in written.items()})
 
     def write(read: Read, directory: Path) -> None:
         # "auto" would ask the hub whether the embeddings were resized.
-        model.save_pretrained(
+        saver.save_pretrained(
             str(directory),
             state_dict=plain.weights({name: read(name) for name in names}) | shared,
             save_embedding_layers=False,

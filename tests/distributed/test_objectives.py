@@ -1,0 +1,89 @@
+"""Layout never changes the math, whatever is optimised: every objective against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.model.objectives import OBJECTIVES
+from tests.support.distributed import run_distributed
+from tests.support.models import true_float64
+from tests.support.objectives import CASES, config_of, save_inputs
+from tests.support.runs import BrokenRun, Recorder, largest_difference, run
+
+BOUND = 1e-9
+RUNS = {
+    **{name: (name, "decoder", "lora") for name in CASES},
+    "encoder": ("classification", "encoder", "lora"),
+    "full encoder": ("classification", "encoder", "full"),
+    "full kd": ("kd", "decoder", "full"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
+    """One example after another in one process."""
+    root = tmp_path_factory.mktemp("references")
+    _run_all(inputs, root, "single", False, 1)
+    return root
+
+
+def _run_all(inputs: Path, root: Path, strategy: str, packing: bool, micro_tokens: int) -> None:
+    for name in RUNS:
+        _run_one(inputs, root, name, strategy, packing, micro_tokens)
+
+
+def _run_one(
+    inputs: Path,
+    root: Path,
+    name: str,
+    strategy: str,
+    packing: bool,
+    micro_tokens: int,
+    reporter: Recorder | None = None,
+    resumes: bool = False,
+) -> None:
+    objective, model, method = RUNS[name]
+    changes = {
+        "train.precision": "float64",
+        "data.packing": packing,
+        "train.micro_tokens": micro_tokens,
+        "method": {"name": method},
+    }
+    with true_float64():
+        result = run(
+            config_of(inputs, objective, changes, model), root / name, strategy, reporter, resumes
+        )
+    assert result.status == "completed"
+
+
+def test_every_objective_is_held_to_it() -> None:
+    assert {objective for objective, _, _ in RUNS.values()} == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_packed_rows(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+    _run_one(inputs, tmp_path, name, "single", True, 96)
+    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(tmp_path: Path, inputs: Path, references: Path, strategy: str) -> None:
+    run_distributed(_run_all, 2, inputs, tmp_path, strategy, strategy == "fsdp", 96)
+    found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
+    assert all(max(each) < BOUND for each in found.values()), found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+    with pytest.raises(BrokenRun):
+        _run_one(inputs, tmp_path, name, "single", True, 96, Recorder(fail_at=8))
+    _run_one(inputs, tmp_path, name, "single", False, 50, resumes=True)
+    assert max(largest_difference(tmp_path / name, references / name)) < BOUND

@@ -1,0 +1,62 @@
+"""A config for every objective over the same tiny rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytune_ft.config.schema import Config
+from tests.support.models import save_tiny_encoder, save_tiny_llama
+from tests.support.runs import make_config
+
+SHORT = {"train.max_examples": 7 * 10 - 3, "checkpoint.every_examples": 21}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {"data.train.weight": "weight", "train.label_smoothing": 0.1},
+    "clm": {"data.train.format": "text", "data.max_length": 12, "data.chunk": {"overlap": 3}},
+    "classification": {"data.train.format": "classification", "train.class_weights": "balanced"},
+    "rationale": {"data.train.format": "rationale", "train.rationale_weight": 0.3},
+    "kd": {"train.kd": {"divergence": "reverse", "temperature": 2.0, "weight": 0.7}},
+}
+
+
+def save_inputs(root: Path, count: int = 40) -> Path:
+    """`decoder`, `encoder`, `teacher` and `rows.jsonl` with every column that a case needs."""
+    root.mkdir(parents=True, exist_ok=True)
+    save_tiny_llama(root / "decoder")
+    save_tiny_llama(root / "teacher", seed=1)
+    save_tiny_encoder(root / "encoder")
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghij ,."))
+
+    def text(low: int, high: int) -> str:
+        return "x" + "".join(rng.choice(letters, int(rng.integers(low, high))))
+
+    rows = [
+        {
+            "prompt": text(1, 20),
+            "completion": text(1, 20),
+            "rationale": text(1, 20),
+            "text": text(1, 30),
+            "other": text(1, 12),
+            "label": "abc"[number % 3],
+            "labels": ["a", "b", "c"][: number % 4],
+            "numbers": [float(rng.normal()), float(rng.normal())],
+            "weight": [0, 0.5, 1, 2.5][number % 4],
+        }
+        for number in range(count)
+    ]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def config_of(
+    root: Path, objective: str, changes: dict[str, Any], model: str = "decoder"
+) -> Config:
+    """A short run; `changes` come last."""
+    case = {"train.objective": objective, **SHORT, **CASES[objective]}
+    if objective == "kd":
+        case["train.kd"] = {**case["train.kd"], "teacher": str(root / "teacher")}
+    return make_config(root / model, root / "rows.jsonl", {**case, **changes})
