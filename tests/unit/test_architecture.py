@@ -22,7 +22,7 @@ LAYERS = [
     {"estimate"},
     {"promote", "search"},
     {"report"},
-    {"show"},
+    {"show", "inputs"},
     {"app"},
     {"plan"},
     {"cli_checkpoints"},
