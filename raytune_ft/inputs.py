@@ -1,0 +1,53 @@
+"""What a run is given, checked and tokenised before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from raytune_ft.config.schema import Config
+from raytune_ft.errors import ConfigError
+from raytune_ft.rundir import cache_path
+
+if TYPE_CHECKING:
+    from raytune_ft.data.prepare import PreparedData
+
+Tell = Callable[[str], None]
+
+
+def prepare(config: Config, tell: Tell) -> PreparedData:
+    """Check model and method, then tokenise; `config` is resolved and expanded.
+
+    Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
+    """
+    from raytune_ft.data.mixture import pass_length
+    from raytune_ft.data.overlap import check_overlap
+    from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.model.build import check_backend, load_model_config, load_tokenizer
+    from raytune_ft.model.heads import Head
+    from raytune_ft.promote.custom import check_functions
+    from raytune_ft.train.teacher import check_teacher
+    from raytune_ft.train.trackers import check_trackers
+
+    classifies = config.train.objective == "classification"
+    head = Head(config.data.problem, ()) if classifies else None
+    positions = getattr(
+        load_model_config(config.model, head).get_text_config(), "max_position_embeddings", None
+    )
+    check_backend(config.method)
+    check_teacher(config)
+    check_functions(config.promote.metrics)
+    check_trackers(config.tracking)
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    check_overlap(config.data, data.report, config.promote.max_overlap)
+    pass_length(config.data, data.train)
+    splits = (data.train, data.validation, data.test)
+    longest = max(int(split.lengths.max()) for split in splits if split is not None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}",
+            f"lets rows of {longest} tokens through, and the model has {positions} positions",
+            f"write at most {positions}",
+        )
+    return data
