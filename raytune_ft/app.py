@@ -162,15 +162,15 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import load_model_config, load_tokenizer
-    from raytune_ft.model.heads import Head
     from raytune_ft.promote.custom import check_functions
+    from raytune_ft.train.objective import head_before
     from raytune_ft.train.teacher import check_teacher
     from raytune_ft.train.trackers import check_trackers
 
-    classifies = config.train.objective == "classification"
-    head = Head(config.data.problem, ()) if classifies else None
     positions = getattr(
-        load_model_config(config.model, head).get_text_config(), "max_position_embeddings", None
+        load_model_config(config.model, head_before(config)).get_text_config(),
+        "max_position_embeddings",
+        None,
     )
     check_teacher(config)
     check_functions(config.promote.metrics)
@@ -264,9 +264,10 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
+        from raytune_ft.train.objective import head_of
 
         count_parameters(
-            expanded.model, expanded.method
+            expanded.model, expanded.method, head_of(expanded, data.report)
         )  # whether the model takes the method, before workers start
     from raytune_ft.train.spec import RunSpec
 
@@ -321,6 +322,9 @@ def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
 def _promote_once(path: Path, tell: Tell) -> Promotion | None:
     if (path / PROMOTED).exists():
         tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
+        return None
+    if load_config(path / "config.yaml").train.objective == "classification":
+        tell("a classifier is not promoted: its best checkpoint is in the trial's directory")
         return None
     from raytune_ft.promote.promote import promote
 
