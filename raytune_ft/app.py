@@ -232,9 +232,10 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
+        from raytune_ft.train.objective import head_of
 
         # Whether the model takes the method, before workers start.
-        count_parameters(expanded.model, expanded.method)
+        count_parameters(expanded.model, expanded.method, head_of(expanded, data.report))
     from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data
@@ -288,6 +289,9 @@ def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
 def _promote_once(path: Path, tell: Tell) -> Promotion | None:
     if (path / PROMOTED).exists():
         tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
+        return None
+    if load_config(path / "config.yaml").train.objective == "classification":
+        tell("a classifier is not promoted: its best checkpoint is in the trial's directory")
         return None
     from raytune_ft.promote.promote import promote
 

@@ -24,15 +24,15 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.overlap import check_overlap
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import check_backend, load_model_config, load_tokenizer
-    from raytune_ft.model.heads import Head
     from raytune_ft.promote.custom import check_functions
+    from raytune_ft.train.objective import head_before
     from raytune_ft.train.teacher import check_teacher
     from raytune_ft.train.trackers import check_trackers
 
-    classifies = config.train.objective == "classification"
-    head = Head(config.data.problem, ()) if classifies else None
     positions = getattr(
-        load_model_config(config.model, head).get_text_config(), "max_position_embeddings", None
+        load_model_config(config.model, head_before(config)).get_text_config(),
+        "max_position_embeddings",
+        None,
     )
     check_backend(config.method)
     check_teacher(config)

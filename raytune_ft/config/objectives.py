@@ -10,7 +10,6 @@ from raytune_ft.config.data import SourceConfig, listed, source_configs
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.reference import one_of
 from raytune_ft.config.schema import Config
-from raytune_ft.config.sizes import parse_size
 from raytune_ft.errors import ConfigError
 
 TOKEN_FIGURES = ("eval_loss", "eval_token_accuracy", "eval_exact_match")
@@ -78,8 +77,6 @@ def check(config: Config) -> None:
             f"has nothing to smooth under data.problem={config.data.problem}",
             "write 0",
         )
-    if config.train.kd is not None:
-        parse_size(config.train.kd.max_cache, "train.kd.max_cache")
     chunk = config.data.chunk
     if chunk is not None and chunk.overlap >= config.data.max_length - 1:
         raise ConfigError(

@@ -19,7 +19,10 @@ class EarlyStopping(Section):
 
 
 class KdConfig(Section):
-    """A teacher whose distribution over tokens is learnt beside the labels."""
+    """A teacher whose distribution over tokens is learnt beside the labels.
+
+    Every worker holds it whole.
+    """
 
     teacher: str = Field(min_length=1, description="a model directory or hub id")
     divergence: Literal["forward", "reverse"] = Field(
@@ -31,12 +34,6 @@ class KdConfig(Section):
     weight: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="of the divergence; the loss on the labels has the rest"
     )
-    cache: Literal["memory", "disk"] = Field(
-        "memory",
-        description="memory: every worker holds the teacher; disk: its logits are computed once "
-        "and kept beside the tokens",
-    )
-    max_cache: str = Field("10GB", description="cache: disk refuses to write more than this")
 
 
 class TrainConfig(Section):

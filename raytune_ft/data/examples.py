@@ -16,13 +16,20 @@ import numpy as np
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.chat import check_messages, encode_messages, message_columns
 from raytune_ft.data.classified import (
+    TARGET,
     check_classified,
     classified_columns,
     encode_classified,
 )
 from raytune_ft.data.encoder import Encoder, Example, bad_text, example_of
 from raytune_ft.data.overlap import prompt_key
-from raytune_ft.data.rationale import check_rationale, encode_rationale, rationale_columns
+from raytune_ft.data.rationale import (
+    RATIONALE,
+    check_rationale,
+    encode_rationale,
+    rationale_columns,
+)
+from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenIds, TokenizedSplit
 from raytune_ft.data.text_rows import BadRow, Row
 
@@ -36,6 +43,7 @@ __all__ = [
     "Format",
     "columns_of",
     "describe_example",
+    "describe_target",
     "encode_rows",
 ]
 
@@ -178,6 +186,22 @@ def describe_example(
         pieces.append((piece, bool(mask[end - 1])))
         text, start = longer, end
     return pieces
+
+
+def describe_target(split: TokenizedSplit, i: int, report: DataReport) -> str:
+    """What example `i` is to be beside its label tokens, as lines below it; mostly nothing."""
+    columns = {name: values[i] for name, values in split.columns.items()}
+    lines = []
+    if TARGET in columns and report.problem == "regression":
+        lines.append(f"numbers: {', '.join(f'{value:g}' for value in columns[TARGET])}")
+    elif TARGET in columns:
+        chosen = [n for n, value in zip(report.labels, columns[TARGET], strict=True) if value]
+        lines.append(f"label: {', '.join(chosen) or 'none'} (of {', '.join(report.labels[:12])})")
+    if RATIONALE in columns:
+        lines.append(f"task: {'rationale' if columns[RATIONALE][0] else 'answer'}")
+    if WEIGHT in columns:
+        lines.append(f"weight: {columns[WEIGHT][0]:g}")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> str:

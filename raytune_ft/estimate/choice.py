@@ -7,6 +7,7 @@ from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.memory import MemoryModel, held_by
 from raytune_ft.estimate.shell import build_shell
 from raytune_ft.estimate.work import work_at_most
+from raytune_ft.train.objective import head_before
 
 
 def shortage(config: Config, usable: int | None) -> str | None:
@@ -22,7 +23,7 @@ def shortage(config: Config, usable: int | None) -> str | None:
         return None
     parallel = config.parallel
     device = "cuda" if parallel.resources_per_worker.get("GPU", 0) > 0 else "cpu"
-    shell = build_shell(config.model, config.method, config.train.precision)
+    shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
     work = work_at_most(config, parallel.max_workers, device)
     plain = parallel.model_copy(update={"strategy": "ddp"})
     needed = held_by(shell, plain).resident

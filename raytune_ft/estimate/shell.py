@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.methods import MethodConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.build import Precision, load_model_config
+from raytune_ft.model.build import Precision, build_shapes, load_model_config
+from raytune_ft.model.heads import Head, train_head
 from raytune_ft.model.methods import METHODS
 
 FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
@@ -100,26 +100,23 @@ def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
     return sum(w.size for w in weights if trained is None or w.trained == trained)
 
 
-def build_shell(model: ModelConfig, method: MethodConfig, precision: Precision) -> Shell:
+def build_shell(
+    model: ModelConfig, method: MethodConfig, precision: Precision, head: Head | None = None
+) -> Shell:
     """From shapes alone: no weight is read.
 
     Raises:
         ModelError: the model cannot be read, or cannot take the method.
     """
-    config = load_model_config(model)
+    config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
     with torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=attention,
-                trust_remote_code=model.trust_remote_code,
-            )
+            base = build_shapes(model, head, attn_implementation=attention)
         except ValueError:  # a model that knows eager attention alone
-            base = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=model.trust_remote_code
-            )
+            base = build_shapes(model, head)
         built = METHODS[method.name](base, method)
+        train_head(built)
     built.eval()
     blocks = find_blocks(built)
     text = config.get_text_config()

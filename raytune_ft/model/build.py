@@ -309,6 +309,21 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
     return base.requires_grad_(False)
 
 
+def build_shapes(model: ModelConfig, head: Head | None = None, **options: Any) -> nn.Module:
+    """The base as it comes out of its configuration; on the meta device where that is chosen.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    config = load_model_config(model, head)
+    base: nn.Module = auto_class(head).from_config(
+        config, trust_remote_code=model.trust_remote_code, **options
+    )
+    if head is not None:
+        draw_head(base, [], head.seed)
+    return base
+
+
 def count_parameters(
     model: ModelConfig, method: MethodConfig, head: Head | None = None
 ) -> tuple[int, int]:
@@ -318,9 +333,7 @@ def count_parameters(
         ModelError: the model cannot be read, or cannot take the method.
     """
     with torch.device("meta"):
-        base = auto_class(head).from_config(
-            load_model_config(model, head), trust_remote_code=model.trust_remote_code
-        )
+        base = build_shapes(model, head)
         built = METHODS[method.name](base, method)
     trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
     return sum(parameter.numel() for parameter in built.parameters()), trained

@@ -93,11 +93,12 @@ def make_plan(
     expanded = expand_env(config)
     data = prepare(expanded, tell)
 
-    from raytune_ft.data.examples import describe_example
+    from raytune_ft.data.examples import describe_example, describe_target
     from raytune_ft.estimate.cost import asha_share, evaluation_flops, step_flops
     from raytune_ft.estimate.shell import build_shell
     from raytune_ft.model.build import load_tokenizer
     from raytune_ft.plan.options import Planner
+    from raytune_ft.train.objective import head_of
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.rules import Schedule
     from raytune_ft.train.stream import plain_order
@@ -113,7 +114,8 @@ def make_plan(
         for step in range(1, steps)
         for every in (schedule.eval_every, schedule.save_every)
     )
-    shell = build_shell(expanded.model, expanded.method, expanded.train.precision)
+    head = head_of(expanded, data.report)
+    shell = build_shell(expanded.model, expanded.method, expanded.train.precision, head)
     hardware = _hardware(config, asked, per_node, room)
     planner = Planner(config, shell, data.train, hardware, midway)
     own = planner.weigh(config.parallel)
@@ -147,7 +149,7 @@ def make_plan(
         asha_share=asha_share(config.search.scheduler, budget) if config.search else 1.0,
         report=data.report,
         quotas=dict(zip(data.report.names, order.quotas, strict=False)),
-        example="".join(shown),
+        example="".join(shown) + describe_target(data.train, 0, data.report),
         budget_examples=budget,
         steps=steps,
         tokens=round(budget * data.train.lengths[order.indices(0, len(order))].mean()),
@@ -223,6 +225,13 @@ def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
             f"method.dropout={dropout} draws noise: the run is reproducible with "
             "this number of workers and this packing only"
         )
+    if config.train.neftune_alpha is not None:
+        notes.append(
+            f"train.neftune_alpha={config.train.neftune_alpha} draws noise: the run is "
+            "reproducible with this number of workers and this packing only"
+        )
+    if config.train.objective == "kd":
+        notes.append("every worker holds the teacher beside the model, which is not estimated")
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     if config.data.test is None:

@@ -16,6 +16,7 @@ from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.promote.classifier import classifier_figures
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.metrics import metric_named
@@ -117,6 +118,9 @@ def evaluate_directory(
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
+    if config.train.objective == "classification":
+        split = split_named(data, name)
+        return name, len(split), classifier_figures(model, split, data.report)
     retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir)
     job = Job(
         model,

@@ -21,6 +21,13 @@ def head_of(config: Config, report: DataReport) -> Head | None:
     return Head(report.problem, report.labels, config.seed)
 
 
+def head_before(config: Config) -> Head | None:
+    """Likewise before the data are read, with two labels where they are not written."""
+    if config.train.objective != "classification":
+        return None
+    return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
+
+
 def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:
     """What this run optimises.
 

@@ -55,6 +55,7 @@ def _run_one(
         "data.packing": packing,
         "train.micro_tokens": micro_tokens,
         "method": {"name": method},
+        "checkpoint.asynchronous": False,
     }
     with true_float64():
         result = run(
