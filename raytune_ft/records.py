@@ -66,7 +66,10 @@ class Point(EvalMetrics):
     checkpoint: str | None = None
 
 
-FIGURES = tuple(name for name in EvalMetrics.__annotations__ if name.startswith("eval_"))
+BY_SOURCE = "eval_loss_by_source"
+FIGURES = tuple(
+    name for name in EvalMetrics.__annotations__ if name.startswith("eval_") and name != BY_SOURCE
+)
 OPTIONAL = frozenset(FIGURES) - {"eval_loss"}
 
 

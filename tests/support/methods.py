@@ -19,6 +19,7 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.methods.quantise import keep_as_rounded
+from tests.support import activations
 from tests.support.runs import make_config
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -31,6 +32,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 8},
 }
 """By the name of the method: its keys, and a rate at which it learns something in a dozen steps."""
+
+ON_ACTIVATIONS = {
+    name: {key: value for key, value in method.items() if key != "name"}
+    for name, method in activations.METHODS.items()
+}
+"""Held to the same by suites of their own, since they need to know where examples stand."""
 
 # Other keys of the same methods, which layouts must not show either.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -51,14 +58,14 @@ ABSENT = ("qlora",) if find_spec("bitsandbytes") is None else ()
 # What is not compared in float64: bitsandbytes and PEFT's PiSSA and OLoRA do not know it.
 FLOAT32_ONLY = ("qlora", "lora pissa", "lora olora")
 # Methods whose rows cannot be packed: what the probe then says.
-UNPACKED: dict[str, str] = {}
+UNPACKED = {"prefix": "a prefix stands before a row"}
 # Methods that cannot be folded into a plain model: what promotion then says.
-UNFOLDED: dict[str, str] = {}
+UNFOLDED = dict.fromkeys(ON_ACTIVATIONS, "works on activations")
 
 
 def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config:
     """A run of a dozen steps of a method or a variant; `changes` are keys with `__` for the dot."""
-    written: Mapping[str, Any] = {**SMALL, **VARIANTS}[name]
+    written: Mapping[str, Any] = {**SMALL, **VARIANTS, **ON_ACTIVATIONS}[name]
     method = {key: value for key, value in written.items() if key != "lr"}
     return make_config(
         *inputs,
@@ -117,7 +124,7 @@ def support_table() -> str:
         f"| method | {' | '.join(strategies)} | packed rows | trials on one base | folded |",
         "|---" * 8 + "|",
     ]
-    for name in [*SMALL, *VARIANTS]:
+    for name in [*SMALL, *VARIANTS, *ON_ACTIVATIONS]:
         config = small_config(name, (Path("model"), Path("rows")))
         cells = ["no" if (name, each) in REFUSED else "yes" for each in strategies]
         cells.append("no" if name in UNPACKED else "yes")

@@ -27,12 +27,12 @@ from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.estimate.shell import build_shell
 from raytune_ft.model.build import build_model, count_parameters
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.methods import METHODS, paces, trained_parameters, without_method
+from raytune_ft.model.methods import paces, trained_parameters, without_method
 from raytune_ft.model.methods.quantise import check_backend
 from raytune_ft.promote.fold import fold
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
-from tests.support.methods import ABSENT, small_config
+from tests.support.methods import ABSENT, SMALL, small_config
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.support.runs import BrokenRun, Recorder, final_weights, make_inputs, run
 
@@ -57,7 +57,7 @@ def _logits(model: Any) -> torch.Tensor:
     return logits[:, -TOKENS.shape[1] :]
 
 
-@pytest.mark.parametrize("name", [*map(_named, METHODS)])
+@pytest.mark.parametrize("name", [*map(_named, SMALL)])
 def test_only_its_own_weights_move(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "float32", 0)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -71,7 +71,7 @@ def test_only_its_own_weights_move(base: Path, name: str) -> None:
     assert moved == own.keys()
 
 
-@pytest.mark.parametrize("name", [*map(_named, METHODS)])
+@pytest.mark.parametrize("name", [*map(_named, SMALL)])
 def test_without_the_method_the_base_computes(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "float32", 0)
     if name == "qlora":
@@ -81,7 +81,7 @@ def test_without_the_method_the_base_computes(base: Path, name: str) -> None:
         assert torch.equal(_logits(model), _logits(plain))
 
 
-@pytest.mark.parametrize("name", [*map(_named, METHODS)])
+@pytest.mark.parametrize("name", [*map(_named, SMALL)])
 def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
     method, path = _method(name, base), ModelConfig(path=str(base))
     built = trained_parameters(build_model(path, method, "float32", 0))
@@ -90,7 +90,7 @@ def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
     assert count_parameters(path, method)[1] == shell.trained == size > 0
 
 
-@pytest.mark.parametrize("name", [*map(_named, METHODS)])
+@pytest.mark.parametrize("name", [*map(_named, SMALL)])
 def test_trained_weights_are_masters_and_frozen_ones_narrow(base: Path, name: str) -> None:
     model = build_model(ModelConfig(path=str(base)), _method(name, base), "bfloat16", 0)
     for key, parameter in model.named_parameters():
