@@ -58,6 +58,12 @@ class EvalMetrics:
         values = {name: getattr(self, name) for name in FIGURES}
         return {name: value for name, value in values.items() if value is not None}
 
+    def value(self, metric: str) -> float:
+        """A figure by its name, or by `eval_loss:SOURCE`."""
+        name, _, source = metric.partition(":")
+        found = self.eval_loss_by_source[source] if source else getattr(self, name)
+        return float(found)
+
 
 @dataclass(frozen=True)
 class Point(EvalMetrics):

@@ -154,10 +154,14 @@ def _check_metrics(config: Config) -> None:
     given = figures(config)
     if "train.objective" in config.search.space:
         return
+    data = config.data
+    several = data.train if isinstance(data.validation, float) else data.validation
+    named = several if isinstance(several, list) else []
+    of_sources = [f"eval_loss:{source.called}" for source in named]
     for metric in config.search.metrics:
-        if metric not in given:
+        if metric not in (*given, *of_sources):
             raise ConfigError(
                 f"search.metric={metric}",
                 f"is no figure of train.objective={config.train.objective}",
-                f"write {one_of(given)}",
+                f"write {one_of((*given, *of_sources))}",
             )

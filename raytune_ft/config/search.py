@@ -109,6 +109,7 @@ Metric = Literal[
     "eval_r2",
     "eval_pearson",
 ]
+OfSource = Annotated[str, Field(pattern=r"^eval_loss:[A-Za-z0-9][A-Za-z0-9_-]*$")]
 LOWER_IS_BETTER = ("eval_loss", "eval_perplexity", "eval_calibration_error", "eval_mse")
 
 
@@ -118,9 +119,10 @@ class SearchConfig(Section):
     trials: Literal["auto"] | Positive = Field(
         "auto", description="auto is 16; under sampler: grid the whole grid, which limits a number"
     )
-    metric: Metric | list[Metric] = Field(
+    metric: Metric | list[Metric | OfSource] = Field(
         "eval_loss",
-        description="of a list, the first ranks and stops trials and chooses their checkpoints",
+        description="of a list, the first ranks and stops trials and chooses their checkpoints; "
+        "the others may be losses of single sources, such as eval_loss:general",
     )
     mode: Literal["auto", "min", "max"] | list[Literal["min", "max"]] = Field(
         "auto",
@@ -181,4 +183,7 @@ class SearchConfig(Section):
     @property
     def modes(self) -> list[Literal["min", "max"]]:
         """Which way each metric is better."""
-        return ["min" if metric in LOWER_IS_BETTER else "max" for metric in self.metrics]
+        return [
+            "min" if metric.partition(":")[0] in LOWER_IS_BETTER else "max"
+            for metric in self.metrics
+        ]

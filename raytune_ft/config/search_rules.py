@@ -54,6 +54,12 @@ def check_search(search: SearchConfig) -> None:
             "is empty or names one twice",
             "write one metric, or a list of different ones",
         )
+    if ":" in metrics[0]:
+        raise ConfigError(
+            f"search.metric={shown_value(metrics)}",
+            f"begins with {metrics[0]}, and trials are ranked over the whole validation set",
+            "write eval_loss first",
+        )
     written = [search.mode] if isinstance(search.mode, str) else search.mode
     if search.mode != "auto" and list(written) != modes:
         wrong = [m for m, now, best in zip(metrics, written, modes, strict=False) if now != best]

@@ -140,6 +140,6 @@ def outcome_of(result: RunResult, metrics: Sequence[str]) -> dict[str, Any]:
         "outcome": result.status,
         "error": result.error,
         "best_eval_loss": best.eval_loss if best else None,
-        "values": [getattr(best, metric) for metric in metrics] if best else None,
+        "values": [best.value(metric) for metric in metrics] if best else None,
         "examples": final.examples if final else 0,
     }
