@@ -91,6 +91,14 @@ def with_search(**search: Any) -> Config:
             {"metric": ["eval_loss", "eval_exact_match"], "sampler": "cmaes"},
             "search.sampler=cmaes follows one metric alone; write sampler: tpe, gp or random",
         ),
+        (
+            {"metric": ["eval_loss:general", "eval_loss"]},
+            "begins with eval_loss:general, and trials are ranked over the whole validation set;",
+        ),
+        (
+            {"metric": ["eval_loss", "eval_loss:general"]},
+            "search.metric=eval_loss:general is no figure of train.objective=sft; write eval_loss",
+        ),
         ({"scheduler": {"name": "medain"}}, "search.scheduler.name=medain is not asha, hyperband"),
         (
             {"scheduler": {"name": "median", "reduction_factor": 3}},
