@@ -19,7 +19,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
-from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
+from raytune_ft.errors import CheckpointError, ConfigError, MergeError, ModelError, StorageError
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
@@ -100,6 +100,13 @@ def promote(
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
+    if selection.config.train.objective == "classification":
+        raise ConfigError(
+            f"train.objective=classification in {directory}",
+            "makes classifiers, which promotion does not fold and measure",
+            "take the best checkpoint of its result.json: under method.name=full it is a plain "
+            "model directory, else a PEFT adapter, and `raytune-ft evaluate` measures the former",
+        )
     check_functions(selection.settings.metrics)
     choose_backend(selection.settings.generation)
     if target.exists() and not again:
