@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def message_columns(source: SourceConfig) -> dict[str, str]:
-    return {"messages": source.messages}
+    tools = {"tools": source.tools} if source.tools is not None else {}
+    return {"messages": source.messages, **tools}
 
 
 def check_messages(source: SourceConfig, row: Row) -> BadRow | None:
@@ -31,6 +33,11 @@ def check_messages(source: SourceConfig, row: Row) -> BadRow | None:
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         detail = f"{source.messages!r} is no list of objects with the texts `role` and `content`"
         return BadRow(row.origin, "wrong_type", detail)
+    tools = row.values[source.tools] if source.tools is not None else None
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
+        return BadRow(row.origin, "wrong_type", f"{source.tools!r} is no list of objects")
     if not all(map(_valid_turn, turns)):
         return BadRow(row.origin, "bad_encoding", f"{source.messages!r} has half a character")
     return None
@@ -73,22 +80,38 @@ def encode_messages(
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
     marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    write = _encode_marked if marked else _encode_unmarked
-    return [_conversation(encoder, row, row.values[source.messages], write) for row in rows]
+    # The template's mark is around what the assistant says alone.
+    write = _encode_marked if marked and source.train_on == ["assistant"] else _encode_unmarked
+    return [_conversation(encoder, _Chat.of(source, row), row, write) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """One conversation, and the roles that carry loss."""
+
+    origin: str
+    turns: list[dict[str, Any]]
+    roles: tuple[str, ...]
+    tools: list[dict[str, Any]] | None
+
+    @classmethod
+    def of(cls, source: SourceConfig, row: Row) -> _Chat:
+        tools = row.values[source.tools] if source.tools is not None else None
+        return cls(row.origin, row.values[source.messages], tuple(source.train_on), tools or None)
 
 
 Written = tuple[list[int], list[int]]
-"""Token ids of a conversation, and 1 for each of them that the assistant said."""
+"""Token ids of a conversation, and 1 for each of them that carries loss."""
 
 
 def _conversation(
     encoder: Encoder,
+    chat: _Chat,
     row: Row,
-    turns: list[dict[str, Any]],
-    write: Callable[[Encoder, str, list[dict[str, Any]]], Written],
+    write: Callable[[Encoder, _Chat], Written],
 ) -> Example | BadRow:
     try:
-        ids, said = write(encoder, row.origin, turns)
+        ids, said = write(encoder, chat)
     except TemplateError as error:
         return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
     mask = np.array(said, dtype=np.bool_)
@@ -96,10 +119,11 @@ def _conversation(
     return Example(row.origin, np.array(ids, dtype=np.int32), mask)
 
 
-def _encode_marked(encoder: Encoder, origin: str, turns: list[dict[str, Any]]) -> Written:
+def _encode_marked(encoder: Encoder, chat: _Chat) -> Written:
     """For a template with {% generation %}: it says itself what the assistant said."""
     written = encoder.tokenizer.apply_chat_template(
-        turns,
+        chat.turns,
+        tools=chat.tools,
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"verbose": False},
@@ -107,24 +131,26 @@ def _encode_marked(encoder: Encoder, origin: str, turns: list[dict[str, Any]]) -
     return written["input_ids"], written["assistant_masks"]
 
 
-def _encode_unmarked(encoder: Encoder, origin: str, turns: list[dict[str, Any]]) -> Written:
-    """Find each assistant turn as what its rendering adds to the rendering up to it.
+def _encode_unmarked(encoder: Encoder, chat: _Chat) -> Written:
+    """Find each turn that carries loss as what its rendering adds to the rendering up to it.
 
     The header that the template writes to prompt the assistant belongs to what comes before.
     """
-    whole = _rendered(encoder, turns)
+    turns = chat.turns
+    whole = _rendered(encoder, chat, len(turns))
     spans = []
     for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] not in chat.roles:
             continue
-        before = _rendered(encoder, turns[:number], prompt=True) if number else ""
-        until = _rendered(encoder, turns[: number + 1])
+        prompt = turn["role"] == "assistant"
+        before = _rendered(encoder, chat, number, prompt) if number else ""
+        until = _rendered(encoder, chat, number + 1)
         if not until.startswith(before):
             # Some templates prompt with more than a header, such as an opened <think>.
-            before = _rendered(encoder, turns[:number])
+            before = _rendered(encoder, chat, number)
         if not (whole.startswith(until) and until.startswith(before)):
             raise DataError(
-                f"{origin} turn {number + 1}",
+                f"{chat.origin} turn {number + 1}",
                 "is written differently by the chat template once other turns follow it, so that "
                 "what the assistant said cannot be told apart",
                 "write a model whose chat template marks it with {% generation %}, or "
@@ -143,8 +169,9 @@ def _encode_unmarked(encoder: Encoder, origin: str, turns: list[dict[str, Any]])
     return encoded["input_ids"], said
 
 
-def _rendered(encoder: Encoder, turns: list[dict[str, Any]], prompt: bool = False) -> str:
+def _rendered(encoder: Encoder, chat: _Chat, count: int, prompt: bool = False) -> str:
+    """The first so many turns."""
     text: str = encoder.tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=prompt
+        chat.turns[:count], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
     )
     return text

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from raytune_ft.config.schema import ModelConfig, ParallelConfig
+from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.model.build import disk_dtype, load_base, load_model_config
 from raytune_ft.model.heads import Head, reading
 from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.evaluation import evaluate
+
+
+def check_no_classifier(config: Config, directory: Path) -> None:
+    """Raises ConfigError where the best of `directory` has a task head."""
+    if config.train.objective == "classification":
+        raise ConfigError(
+            f"train.objective=classification in {directory}",
+            "makes classifiers, which promotion does not fold and measure",
+            "take the best checkpoint of its result.json: under method.name=full it is a plain "
+            "model directory, else a PEFT adapter, and `raytune-ft evaluate` measures the former",
+        )
 
 
 def classifier_figures(

@@ -24,6 +24,7 @@ from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
+from raytune_ft.promote.classifier import check_no_classifier
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.evaluate import (
     Job,
@@ -102,6 +103,7 @@ def promote(
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
+    check_no_classifier(selection.config, directory)
     check_functions(selection.settings.metrics)
     choose_backend(selection.settings.generation)
     if target.exists() and not again:

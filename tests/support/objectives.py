@@ -14,7 +14,7 @@ from tests.support.runs import make_config
 
 SHORT = {"train.max_examples": 7 * 10 - 3, "checkpoint.every_examples": 21}
 CASES: dict[str, dict[str, Any]] = {
-    "sft": {"data.train.weight": "weight", "train.label_smoothing": 0.1},
+    "sft": {"data.train.example_weight": "weight", "train.label_smoothing": 0.1},
     "clm": {"data.train.format": "text", "data.max_length": 12, "data.chunk": {"overlap": 3}},
     "classification": {"data.train.format": "classification", "train.class_weights": "balanced"},
     "rationale": {"data.train.format": "rationale", "train.rationale_weight": 0.3},
