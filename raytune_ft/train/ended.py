@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from raytune_ft.checkpoints.store import step_name
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
-from raytune_ft.records import EvalMetrics, Point, RunResult
+from raytune_ft.records import BY_SOURCE, EvalMetrics, Point, RunResult
 from raytune_ft.rundir import CHECKPOINTS, METRICS, RESULT, write_json_atomic
 from raytune_ft.train.spec import RunSpec
 
@@ -96,8 +97,13 @@ def with_checkpoint(point: Point, run_dir: Path) -> Point:
     """With the checkpoint of its step, where the run has kept it."""
     path = checkpoint_path(point.step)
     kept = path if (run_dir / path).is_dir() else None
-    return Point(**_numbers(point), checkpoint=kept)
+    return replace(point, checkpoint=kept)
 
 
 def _numbers(point: EvalMetrics) -> dict[str, Any]:
-    return {"step": point.step, "examples": point.examples, **point.figures}
+    return {
+        "step": point.step,
+        "examples": point.examples,
+        **point.figures,
+        BY_SOURCE: point.eval_loss_by_source,
+    }
