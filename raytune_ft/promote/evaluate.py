@@ -105,11 +105,13 @@ def evaluate_directory(
     """
     check_functions(config.promote.metrics)
     model = config.model.model_copy(update={"path": str(directory), "revision": None})
-    tokenizer = load_tokenizer(model)
+    classifies = config.train.objective == "classification"
+    bare = classifies and directory.is_dir() and not list(directory.glob("tokenizer*"))
+    tokenizer = load_tokenizer(config.model if bare else model)  # a checkpoint has none of its own
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
-    if config.train.objective == "classification":
+    if classifies:
         split = split_named(data, name)
         return name, len(split), classifier_figures(model, split, data.report)
     retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir)
