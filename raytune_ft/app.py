@@ -164,28 +164,18 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.model.build import load_model_config, load_tokenizer
     from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.objective import head_before
+    from raytune_ft.train.setup import check_lengths
     from raytune_ft.train.teacher import check_teacher
     from raytune_ft.train.trackers import check_trackers
 
-    positions = getattr(
-        load_model_config(config.model, head_before(config)).get_text_config(),
-        "max_position_embeddings",
-        None,
-    )
+    load_model_config(config.model, head_before(config))
     check_teacher(config)
     check_functions(config.promote.metrics)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
-    splits = (data.train, data.validation, data.test)
-    longest = max(int(split.lengths.max()) for split in splits if split is not None)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length}",
-            f"lets rows of {longest} tokens through, and the model has {positions} positions",
-            f"write at most {positions}",
-        )
+    check_lengths(config, data)
     return data
 
 
