@@ -31,14 +31,14 @@ def worker_that_hangs_once(payload: dict[str, Any]) -> str:
 
 
 def _worker(payload: dict[str, Any], before: Any) -> str:
-    from raytune_ft.train import step
+    from raytune_ft.train.engine import Engine
 
-    right, calls = step.token_losses, [0]
+    right, calls = Engine.training_losses, [0]
 
-    def token_losses(*arguments: Any) -> Any:
+    def training_losses(*arguments: Any) -> Any:
         calls[0] += 1
         before(calls[0])
         return right(*arguments)
 
-    step.token_losses = token_losses
+    Engine.training_losses = training_losses
     return ray_worker.train_worker(payload)
