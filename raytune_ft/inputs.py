@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import ConfigError
 from raytune_ft.rundir import cache_path
 
 if TYPE_CHECKING:
@@ -26,14 +25,11 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.model.build import check_backend, load_model_config, load_tokenizer
     from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.objective import head_before
+    from raytune_ft.train.setup import check_lengths
     from raytune_ft.train.teacher import check_teacher
     from raytune_ft.train.trackers import check_trackers
 
-    positions = getattr(
-        load_model_config(config.model, head_before(config)).get_text_config(),
-        "max_position_embeddings",
-        None,
-    )
+    load_model_config(config.model, head_before(config))
     check_backend(config.method)
     check_teacher(config)
     check_functions(config.promote.metrics)
@@ -42,12 +38,5 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     pass_length(config.data, data.train)
-    splits = (data.train, data.validation, data.test)
-    longest = max(int(split.lengths.max()) for split in splits if split is not None)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length}",
-            f"lets rows of {longest} tokens through, and the model has {positions} positions",
-            f"write at most {positions}",
-        )
+    check_lengths(config, data)
     return data

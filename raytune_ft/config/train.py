@@ -42,20 +42,6 @@ class TrainConfig(Section):
     objective: Literal["sft", "clm", "classification", "rationale", "kd"] = Field(
         "sft", description="what is optimised; see docs/objectives.md"
     )
-    label_smoothing: Fraction = Field(
-        0.0, description="of the loss on tokens and single labels; not in evaluations"
-    )
-    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="noise on embeddings (NEFTune, arXiv 2310.05914); not in evaluations"
-    )
-    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
-        "none",
-        description="classification: by label; balanced counts every label alike, however rare",
-    )
-    rationale_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="rationale: of the loss on rationales against that on answers"
-    )
-    kd: KdConfig | None = Field(None, description="objective: kd")
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
     lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -85,3 +71,17 @@ class TrainConfig(Section):
     micro_tokens: Literal["auto"] | Positive = Field(
         "auto", description="tokens of one forward pass on one worker, padding included"
     )
+    label_smoothing: Fraction = Field(
+        0.0, description="of the loss on tokens and single labels; not in evaluations"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on embeddings (NEFTune, arXiv 2310.05914); not in evaluations"
+    )
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
+        "none",
+        description="classification: by label; balanced counts every label alike, however rare",
+    )
+    rationale_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="rationale: of the loss on rationales against that on answers"
+    )
+    kd: KdConfig | None = Field(None, description="objective: kd")

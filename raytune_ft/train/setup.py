@@ -16,7 +16,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
 from raytune_ft.model.attention import attend_by_example
-from raytune_ft.model.build import load_tokenizer, pad_token
+from raytune_ft.model.build import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.heads import Place, reading
 from raytune_ft.model.methods import trained_parameters
@@ -26,6 +26,7 @@ from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.model.skeleton import Built
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.objective import head_of
 from raytune_ft.train.rules import Schedule
 
 
@@ -39,6 +40,20 @@ def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
             "model.path",
             f"has embeddings for {rows} tokens, and its tokenizer writes token {largest}",
             "use the tokenizer that belongs to the model, or resize the model's embeddings",
+        )
+
+
+def check_lengths(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError where a row is longer than the model has positions."""
+    text = load_model_config(config.model, head_of(config, data.report)).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    splits = (data.train, data.validation, data.test)
+    longest = max(int(split.lengths.max()) for split in splits if split is not None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}",
+            f"lets rows of {longest} tokens through, and the model has {positions} positions",
+            f"write at most {positions}",
         )
 
 

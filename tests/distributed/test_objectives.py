@@ -10,6 +10,7 @@ from raytune_ft.model.objectives import OBJECTIVES
 from tests.support.distributed import run_distributed
 from tests.support.models import true_float64
 from tests.support.objectives import CASES, config_of, save_inputs
+from tests.support.packed import run_packed
 from tests.support.runs import BrokenRun, Recorder, largest_difference, run
 
 BOUND = 1e-9
@@ -54,7 +55,7 @@ def _run_one(
         "train.precision": "float64",
         "data.packing": packing,
         "train.micro_tokens": micro_tokens,
-        "method": {"name": method},
+        "method": {"name": method} | ({"rank": 4} if method == "lora" else {}),
         "checkpoint.asynchronous": False,
     }
     with true_float64():
@@ -87,4 +88,17 @@ def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str
     with pytest.raises(BrokenRun):
         _run_one(inputs, tmp_path, name, "single", True, 96, Recorder(fail_at=8))
     _run_one(inputs, tmp_path, name, "single", False, 50, resumes=True)
+    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+
+
+@pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd"])
+def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+    """Trials that share one base: the one of before, beside another."""
+    changes = {"train.precision": "float64", "checkpoint.asynchronous": False}
+    configs = {
+        name: config_of(inputs, name, changes),
+        "other": config_of(inputs, name, {**changes, "train.lr": 1e-2, "method.rank": 2}),
+    }
+    with true_float64():
+        run_packed(configs, tmp_path)
     assert max(largest_difference(tmp_path / name, references / name)) < BOUND

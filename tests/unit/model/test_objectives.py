@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.errors import DataError
+from raytune_ft.errors import DataError, ModelError
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.skeleton import build
+from raytune_ft.promote.evaluate import evaluate_directory
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
@@ -236,6 +237,12 @@ def test_a_full_checkpoint_is_a_classifier_by_itself(tmp_path: Path, root: Path)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model.config.problem_type == "single_label_classification"
+    _, examples, figures = evaluate_directory(folder, config, tmp_path / "cache")
+    assert examples == 8
+    assert figures["eval_accuracy"] == result.best.eval_accuracy
+    other = config_of(root, "classification", {"data.labels": ["c", "b", "a"]}, "encoder")
+    with pytest.raises(ModelError, match="tells a, b, c apart, and the data c, b, a"):
+        evaluate_directory(folder, other, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
