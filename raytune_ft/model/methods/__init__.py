@@ -76,10 +76,12 @@ def without_method(model: nn.Module) -> AbstractContextManager[Any]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def adapter_writer(model: nn.Module, saver: Any) -> Callable[[Read, Path], None] | None:
+def adapter_writer(
+    model: nn.Module, saver: nn.Module | None = None
+) -> Callable[[Read, Path], None] | None:
     """Writes the trained weights as an adapter, in files of its own; None for a whole model.
 
-    `saver` is the model, or a copy of its shapes: PEFT asks it for everything but the weights.
+    `saver` may be a copy of its shapes: PEFT asks it for everything but the weights.
     """
     found = attached(model)
     if found is not None:
@@ -87,12 +89,13 @@ def adapter_writer(model: nn.Module, saver: Any) -> Callable[[Read, Path], None]
     if not isinstance(model, PeftModel):
         return None
     names, plain, shared = list(trained_parameters(model)), PlainLora(model), _shared_buffers(model)
-    written = saver.peft_config
+    asked: Any = model if saver is None else saver
+    written = asked.peft_config
     written.update({name: plain.config(each) for name, each in written.items()})
 
     def write(read: Read, directory: Path) -> None:
         # "auto" would ask the hub whether the embeddings were resized.
-        saver.save_pretrained(
+        asked.save_pretrained(
             str(directory),
             state_dict=plain.weights({name: read(name) for name in names}) | shared,
             save_embedding_layers=False,
