@@ -137,7 +137,7 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("learning_rate: 1", "learning_rate is not a key; did you mean train.lr?"),
         ("trian: {}", "trian is not a key; did you mean train?"),
         ("train: {rank: 8}", "train.rank is not a key; did you mean method.rank?"),
-        ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, label_s"),
+        ("train: {zzz: 8}", "train.zzz is not a key; the keys of train are objective, batch_size"),
         (
             "method: {name: lra}",
             f"method.name=lra is not {METHOD_NAMES}; did you mean lora",

@@ -57,7 +57,7 @@ def test_a_config_that_does_not_write_new_keys_keeps_its_hash() -> None:
     plain = Config.model_validate({"name": "x", "data": {"train": {"path": "a.jsonl"}}})
     assert config_sha256(plain).startswith("7924f4c6e92e")
     assert config_sha256(config({"label_smoothing": 0.1}, {})) != config_sha256(plain)
-    assert config_sha256(config({}, {"weight": "w"})) != config_sha256(plain)
+    assert config_sha256(config({}, {"example_weight": "w"})) != config_sha256(plain)
 
 
 def test_clm_cuts_documents_by_itself() -> None:

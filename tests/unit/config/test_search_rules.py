@@ -13,6 +13,7 @@ from raytune_ft.config.points import trial_count
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.records import EvalMetrics
 
 CONFIG = Config(name="a", data=DataConfig(train=SourceConfig(path="/x.jsonl")))
 LR, RANK = {"log_uniform": [1e-5, 1e-3]}, {"choice": [4, 8]}
@@ -90,10 +91,6 @@ def with_search(**search: Any) -> Config:
         (
             {"metric": ["eval_loss", "eval_exact_match"], "sampler": "cmaes"},
             "search.sampler=cmaes follows one metric alone; write sampler: tpe, gp or random",
-        ),
-        (
-            {"metric": ["eval_loss:general", "eval_loss"]},
-            "begins with eval_loss:general, and trials are ranked over the whole validation set;",
         ),
         (
             {"metric": ["eval_loss", "eval_loss:general"]},
@@ -203,3 +200,20 @@ def test_a_when_is_kept_by_files_and_overrides(tmp_path: Any) -> None:
     assert changed.search is not None
     line = changed.search.space["seed"]
     assert (line.kind, line.values, line.when) == ("int_uniform", [3, 5], {"method.rank": 4})
+
+
+def test_the_loss_of_a_source_is_a_metric_from_the_second_on() -> None:
+    sources = [{"name": name, "path": f"/{name}.jsonl"} for name in ("maths", "general")]
+    written = apply_overrides(CONFIG, {"data.validation": sources})
+    metric = ["eval_loss", "eval_loss:general"]
+    found = apply_overrides(written, {"search": {"space": SPACE, "metric": metric}}).search
+    assert found is not None
+    assert (found.metrics, found.modes) == (metric, ["min", "min"])
+    with pytest.raises(ConfigError, match="begins with eval_loss:general, and trials are ranked"):
+        apply_overrides(written, {"search": {"space": SPACE, "metric": metric[::-1]}})
+    with pytest.raises(ConfigError, match="eval_loss:other is no figure"):
+        apply_overrides(
+            written, {"search": {"space": SPACE, "metric": ["eval_loss", "eval_loss:other"]}}
+        )
+    point = EvalMetrics(1, 2, 3.0, eval_loss_by_source={"maths": 2.0, "general": 4.0})
+    assert [point.value(name) for name in metric] == [3.0, 4.0]
