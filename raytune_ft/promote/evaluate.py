@@ -15,6 +15,7 @@ from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.classifier import classifier_figures
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.forced import retention
@@ -134,10 +135,10 @@ def evaluate_directory(
 
 
 def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own; its base's where it has none, as checkpoints and adapters have none."""
+    """The model's own; its base's where it has none, and for an adapter that cannot be folded."""
     directory = Path(model.path)
     bare = directory.is_dir() and not list(directory.glob("tokenizer*"))
-    return load_tokenizer(base if bare else model)
+    return load_tokenizer(base if bare or unfoldable(directory) else model)
 
 
 def prepare_retention(
