@@ -15,6 +15,7 @@ from torch import Tensor
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_base
+from raytune_ft.model.heads import Head
 from raytune_ft.model.skeleton import fill_buffers, shadows
 from raytune_ft.model.sources import NotInParts, Source
 from raytune_ft.tensors.read import open_files
@@ -34,7 +35,9 @@ class Outline:
     files: tuple[Path, ...] = ()
 
 
-def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
+def outline(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, head: Head | None = None
+) -> Outline:
     """The model as `from_pretrained` would build it, and nothing of its files but their headers.
 
     Raises:
@@ -42,7 +45,7 @@ def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
     """
     try:
         with shadows() as seen:
-            base = load_base(model, dtype)
+            base = load_base(model, dtype, head)
         if not seen.files:
             raise NotInParts("transformers reads its files in a way of its own")
         with open_files(seen.files) as shards:
@@ -59,12 +62,12 @@ def outline(model: ModelConfig, dtype: torch.dtype = torch.float32) -> Outline:
 class BaseFiles:
     """The weights of a pretrained model, read from its files one by one."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, head: Head | None = None) -> None:
         """
         Raises:
             ModelError: see `outline`.
         """
-        self._outline = outline(model)
+        self._outline = outline(model, head=head)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:

@@ -78,7 +78,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
     check_vocabulary(built.model, data)
-    frozen = BaseFiles(config.model) if config.method.name == "freeze" else None
+    frozen = BaseFiles(config.model, head) if config.method.name == "freeze" else None
     exporter = Exporter(built.model, disk_dtype(config.model, head), frozen)
     optimizer_of = partial(
         build_optimizer, train=config.train, paces=paces(built.model, config.method)

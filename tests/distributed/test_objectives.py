@@ -18,6 +18,7 @@ RUNS = {
     **{name: (name, "decoder", "lora") for name in CASES},
     "encoder": ("classification", "encoder", "lora"),
     "full encoder": ("classification", "encoder", "full"),
+    "frozen encoder": ("classification", "encoder", "freeze"),
     "full kd": ("kd", "decoder", "full"),
 }
 
