@@ -13,14 +13,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from replay import write_stories
+from replay import run_once, write_stories
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.train.report import Silent
-from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "full": (1e-3, {"name": "full"}),
@@ -46,7 +41,7 @@ def main() -> None:
     for name, (lr, method) in METHODS.items():
         for share in (0.0, 0.1):
             config = config_of(model, args.out, method, lr, share, args.examples)
-            base, final = train(config, args.out / f"{name}-{share}")
+            base, final = run_once(config, args.out / f"{name}-{share}")
             cells = [
                 f"{math.exp(base[source]):.2f} -> {math.exp(final[source]):.2f}"
                 for source in ("plays", "stories")
@@ -87,16 +82,6 @@ def config_of(
             },
         }
     )
-
-
-def train(config: Config, run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses by source before and after."""
-    run_dir.mkdir()
-    data = prepare_data(config.data, load_tokenizer(config.model), 0, run_dir.parent / "cache")
-    result = run_training(RunSpec(config, run_dir, data.path), "single", Silent())
-    assert result.base is not None, result.error
-    assert result.final is not None, result.error
-    return result.base["eval_loss_by_source"], result.final.eval_loss_by_source
 
 
 if __name__ == "__main__":

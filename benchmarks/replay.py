@@ -100,10 +100,13 @@ def train(
             "eval_every_examples": 10**9,
         },
     }
-    config = Config.model_validate(plain)
-    run_dir = out / f"share-{share}-seed-{seed}"
+    return run_once(Config.model_validate(plain), out / f"share-{share}-seed-{seed}")
+
+
+def run_once(config: Config, run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Losses by source before and after a run."""
     run_dir.mkdir()
-    data = prepare_data(config.data, load_tokenizer(config.model), 0, out / "cache")
+    data = prepare_data(config.data, load_tokenizer(config.model), 0, run_dir.parent / "cache")
     result = run_training(RunSpec(config, run_dir, data.path), "single", Silent())
     assert result.base is not None, result.error
     assert result.final is not None, result.error
