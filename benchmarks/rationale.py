@@ -3,7 +3,8 @@
 stories260k learns the final numbers of problems, from the same rows, with the same prompts and the
 same number of optimizer steps: as completions alone (`sft`), or with the worked solution as a
 second task (`rationale`), whose examples are half of each batch of twice the size. Both are
-measured by the loss and the exact match of the answers of held-out problems.
+measured by the loss and the exact match of the answers of the same held-out problems: those whose
+solution is too long for a row are left out of both arms.
 
     python benchmarks/rationale.py SHARED_FOLDER OUT_FOLDER
 """
@@ -15,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.train.report import Silent
@@ -36,11 +37,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
+    model = (args.shared / "models" / "stories260k").resolve()
     lines = (args.shared / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines[: args.rows + HELD]]
+    rows = short_rows([json.loads(line) for line in lines], model)[: args.rows + HELD]
     for name, part in (("train", rows[: args.rows]), ("held", rows[args.rows :])):
         write_rows(args.out / f"{name}.jsonl", part)
-    model = (args.shared / "models" / "stories260k").resolve()
     print("| arm | seed | loss of answers before | after | exact match |\n|---|---|---|---|---|")
     for arm in ("sft", "rationale"):
         for seed in range(args.seeds):
@@ -55,6 +56,14 @@ def main() -> None:
             final = result.final
             losses = f"{result.base['eval_loss']:.3f} | {final.eval_loss:.3f}"
             print(f"| {arm} | {seed} | {losses} | {final.eval_exact_match:.3f} |", flush=True)
+
+
+def short_rows(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:
+    """Those that no arm drops."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(model)))
+    texts = [f"[rationale] {row['question']}\n{row['answer']}" for row in rows]
+    lengths = map(len, tokenizer(texts)["input_ids"])
+    return [row for row, length in zip(rows, lengths, strict=True) if length < LENGTH]
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:

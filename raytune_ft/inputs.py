@@ -24,7 +24,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.build import check_backend, load_model_config, load_tokenizer
     from raytune_ft.promote.custom import check_functions
-    from raytune_ft.train.objective import head_before
+    from raytune_ft.train.objective import check_objective, head_before
     from raytune_ft.train.setup import check_lengths
     from raytune_ft.train.teacher import check_teacher
     from raytune_ft.train.trackers import check_trackers
@@ -39,4 +39,5 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_overlap(config.data, data.report, config.promote.max_overlap)
     pass_length(config.data, data.train)
     check_lengths(config, data)
+    check_objective(config, data)
     return data

@@ -81,6 +81,13 @@ ActivationMethod = LoreftMethod | AdapterMethod | PromptMethod | PTuningMethod |
 ACTIVATIONS = ("loreft", "adapter", "prompt", "p_tuning", "prefix")
 
 
+def virtual_positions(method: object) -> int:
+    """Positions that a method takes before the first token of every example."""
+    if isinstance(method, PromptMethod | PTuningMethod | PrefixMethod):
+        return method.tokens
+    return 0
+
+
 def check_activations(method: object) -> None:
     """Raises ConfigError for keys that name nothing, or that nothing would use."""
     if isinstance(method, LoreftMethod | AdapterMethod) and isinstance(method.layers, list):

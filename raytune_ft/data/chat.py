@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from raytune_ft.config.data import SourceConfig
+from raytune_ft.config.reference import one_of
 from raytune_ft.data.encoder import Encoder, Example
 from raytune_ft.data.text_rows import BadRow, Row, valid_unicode
 from raytune_ft.errors import DataError
@@ -110,6 +111,8 @@ def _conversation(
     row: Row,
     write: Callable[[Encoder, _Chat], Written],
 ) -> Example | BadRow:
+    if not any(turn["role"] in chat.roles for turn in chat.turns):
+        return BadRow(row.origin, "no_trained_turn", f"no turn is of {one_of(chat.roles)}")
     try:
         ids, said = write(encoder, chat)
     except TemplateError as error:

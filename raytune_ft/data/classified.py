@@ -124,8 +124,11 @@ def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
     if not fewest <= len(names) <= MAX_LABELS:
         raise DataError(
             f"data.problem={data.problem}",
-            f"needs {fewest} to {MAX_LABELS:,} labels, and data.train has {len(names):,}",
-            "write another column as data.train.label, or data.problem: regression for numbers",
+            f"needs {fewest} to {MAX_LABELS:,} labels, and "
+            f"data.{'train' if data.labels is None else 'labels'} has {len(names):,}",
+            "write another column as data.train.label, or data.problem: regression for numbers"
+            if data.labels is None
+            else "write every label of data.train, or leave data.labels out",
         )
     return tuple(names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_ft.config.activations import PrefixMethod, virtual_positions
 from raytune_ft.config.schema import Config
 from raytune_ft.data.layout import lay_out
 from raytune_ft.data.split import TokenizedSplit
@@ -54,14 +55,15 @@ def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) ->
     under which they are not like those to come.
     """
     batch, budget = config.train.batch_size, micro_tokens(config, device)
-    packing = config.data.packing is not False
+    virtual = virtual_positions(config.method)
+    packing = config.data.packing is not False and not isinstance(config.method, PrefixMethod)
     tokens = labels = rows = width = most = most_labels = passes = 0
     order = plain_order(config, split)
     whole = total_examples(config.train, len(order)) // batch
     steps = min(LOOKED_AT, max(1, whole))
     for step in range(steps):
         indices = order.indices(step * batch, batch)
-        lengths = split.lengths[indices].tolist()
+        lengths = (split.lengths[indices] + virtual).tolist()
         counts = split.label_counts[indices]
         for rank in lay_out(lengths, workers, budget, packing):
             passes = max(passes, len(rank))
@@ -80,7 +82,7 @@ def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) ->
 
 def work_at_most(config: Config, workers: int, device: str) -> Work:
     """Without data: every example as long as it may be, every token with loss."""
-    width = config.data.max_length
+    width = config.data.max_length + virtual_positions(config.method)
     examples = -(-config.train.batch_size // workers)
     rows = max(1, min(examples, micro_tokens(config, device) // width))
     passes = -(-examples // rows)

@@ -9,6 +9,8 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.heads import Head
 from raytune_ft.model.objectives import OBJECTIVES, Objective
+from raytune_ft.model.objectives.classification import class_weights
+from raytune_ft.model.objectives.tokens import relative_rationale_weight
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.teacher import teacher_of
 
@@ -26,6 +28,16 @@ def head_before(config: Config) -> Head | None:
     if config.train.objective != "classification":
         return None
     return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
+
+
+def check_objective(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError where keys of the objective do not go with the data."""
+    if config.train.objective == "classification":
+        assert data.report.problem is not None
+        written, labels = config.train.class_weights, data.report.labels
+        class_weights(written, data.report.problem, labels, data.train)
+    elif config.train.objective == "rationale":
+        relative_rationale_weight(data.train, config.train.rationale_weight)
 
 
 def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.activations import virtual_positions
+from raytune_ft.config.packable import variants
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
@@ -44,17 +46,28 @@ def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
 
 
 def check_lengths(config: Config, data: PreparedData) -> None:
-    """Raises ConfigError where a row is longer than the model has positions."""
+    """Raises ConfigError where a row, with what a method puts before it, is longer than the model
+    has positions; in a search under any of its methods.
+    """
     text = load_model_config(config.model, head_of(config, data.report)).get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     splits = (data.train, data.validation, data.test)
     longest = max(int(split.lengths.max()) for split in splits if split is not None)
-    if positions is not None and longest > positions:
+    tried = [config] if config.search is None else variants(config)
+    virtual = max(virtual_positions(one.method) for one in tried)
+    if positions is None or longest + virtual <= positions:
+        return
+    if longest < positions:
         raise ConfigError(
-            f"data.max_length={config.data.max_length}",
-            f"lets rows of {longest} tokens through, and the model has {positions} positions",
-            f"write at most {positions}",
+            f"method.tokens={virtual}",
+            f"stand before rows of up to {longest} tokens, and the model has {positions} positions",
+            f"write at most {positions - longest}, or a smaller data.max_length",
         )
+    raise ConfigError(
+        f"data.max_length={config.data.max_length}",
+        f"lets rows of {longest} tokens through, and the model has {positions} positions",
+        f"write at most {max(1, positions - virtual)}",
+    )
 
 
 def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:

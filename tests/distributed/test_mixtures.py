@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.schema import Config
-from tests.support.distributed import run_distributed
+from tests.support.distributed import run_distributed, run_in_new_processes
 from tests.support.models import true_float64
 from tests.support.packed import run_packed
 from tests.support.runs import (
@@ -44,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return model, rows
 
 
-def _config(inputs: Inputs, name: str) -> Config:
+def _config(inputs: Inputs, name: str, other: dict[str, Any] | None = None) -> Config:
     model, rows = inputs
     weights = {"rows": 0.5, "few": 0.3, "some": 0.2}
     files = {source: str(rows.with_name(f"{source}.jsonl")) for source in weights}
@@ -60,7 +60,7 @@ def _config(inputs: Inputs, name: str) -> Config:
         "data.validation": [{"path": path} for path in files.values()],
         "data.curriculum": CURRICULA[name],
     }
-    return make_config(model, rows, changes | own)
+    return make_config(model, rows, changes | own | (other or {}))
 
 
 def _train(inputs: Inputs, root: Path, name: str, strategy: str, resumes: bool = False) -> None:
@@ -77,8 +77,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs) -> Path:
     return root
 
 
-def _assert_same(run_dir: Path, expected: Path) -> None:
-    assert max(largest_difference(run_dir, expected)) < BOUND
+def _assert_same(run_dir: Path, expected: Path, bound: float = BOUND) -> None:
+    assert max(largest_difference(run_dir, expected)) < bound
     found, wanted = (
         [line["eval_loss_by_source"] for line in metrics(each) if "eval_loss" in line]
         for each in (run_dir, expected)
@@ -86,11 +86,12 @@ def _assert_same(run_dir: Path, expected: Path) -> None:
     assert len(found) == len(wanted) > 2
     for ours, theirs in zip(found, wanted, strict=True):
         assert list(ours) == list(theirs) == ["rows", "few", "some"]
-        assert all(abs(ours[name] - theirs[name]) < BOUND for name in ours)
+        assert all(abs(ours[name] - theirs[name]) < bound for name in ours)
 
 
 def _everywhere(inputs: Inputs, root: Path) -> None:
     _train(inputs, root / "whole", "paced", "ddp")
+    _train(inputs, root / "sharded", "paced", "fsdp")
     _train(inputs, root / "broken", "paced", "ddp", resumes=True)
 
 
@@ -99,8 +100,21 @@ def test_two_ranks_and_a_resume_under_them(tmp_path: Path, inputs: Inputs, whole
     with true_float64(), pytest.raises(BrokenRun):
         run(_config(inputs, "paced"), tmp_path / "broken" / "paced", reporter=Recorder(BROKEN))
     run_distributed(_everywhere, 2, inputs, tmp_path)
-    for each in ("whole", "broken"):
+    for each in ("whole", "sharded", "broken"):
         _assert_same(tmp_path / each / "paced", whole / "paced")
+
+
+def _under_deepspeed(inputs: Inputs, root: Path) -> None:
+    changes = {"train.precision": "float32", "parallel.strategy": "deepspeed"}
+    run(_config(inputs, "paced", changes), root / "zero-3", "deepspeed")
+
+
+@pytest.mark.slow
+def test_two_ranks_under_deepspeed(tmp_path: Path, inputs: Inputs) -> None:
+    """In float32, since DeepSpeed has no float64."""
+    run(_config(inputs, "paced", {"train.precision": "float32"}), tmp_path / "whole")
+    run_in_new_processes(_under_deepspeed, 2, inputs, tmp_path)
+    _assert_same(tmp_path / "zero-3", tmp_path / "whole", 1e-5)
 
 
 def test_packed_runs_are_those_alone(tmp_path: Path, inputs: Inputs, whole: Path) -> None:

@@ -62,6 +62,10 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     bad[7] = json.dumps({"instruction": "row 7", "response": 7})
     (tmp_path / "bad.jsonl").write_text("\n".join(bad))
     (tmp_path / "empty.jsonl").touch()
+    alone = {"messages": [{"role": "user", "content": "Is anybody here?"}]}
+    (tmp_path / "monologue.jsonl").write_text(json.dumps(alone) + "\n")
+    labelled = [{"text": f"text {n}", "label": ["up", "down"][n % 2]} for n in range(8)]
+    (tmp_path / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
     monkeypatch.chdir(tmp_path)
     for name in ("DB_PASSWORD", "RAY_ADDRESS", "RAYTUNE_FT_STORAGE"):

@@ -14,6 +14,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.rationale import RATIONALE
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import ConfigError
 from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.model.objectives.base import Forward, Sums, columns_at, example_weights
 
@@ -98,7 +99,17 @@ def relative_rationale_weight(split: TokenizedSplit, written: float) -> float:
     The two means weigh alike where every token counts in proportion to how rare its task is in the
     whole split; divided by the weighted number of tokens, the sum of both is (L_label + written *
     L_rationale) / (1 + written).
+
+    Raises:
+        ConfigError: one of the two has no example.
     """
     rationale_E = split.columns[RATIONALE][:, 0] > 0
-    counts_E = split.label_counts
-    return written * float(counts_E[~rationale_E].sum() / counts_E[rationale_E].sum())
+    answers = int(split.label_counts[~rationale_E].sum())
+    rationales = int(split.label_counts[rationale_E].sum())
+    if not (answers and rationales):
+        raise ConfigError(
+            "train.objective=rationale",
+            f"has {answers:,} tokens of answers and {rationales:,} of rationales left to learn",
+            "raise data.max_length, or see in data.json what became of the rows",
+        )
+    return written * answers / rationales

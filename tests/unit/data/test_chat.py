@@ -49,10 +49,10 @@ def test_other_roles_are_learnt_with_their_headers(tiny: PreTrainedTokenizerBase
     assert said == "CALL clock</s><tool>noon</s>It is noon.</s>"
 
 
-def test_a_role_that_nobody_has_carries_no_loss(tiny: PreTrainedTokenizerBase) -> None:
-    example = encode(tiny, {"train_on": ["critic"]})
-    assert isinstance(example, Example)
-    assert not example.mask.any()  # which is then a bad row, no_label_token
+def test_a_role_that_nobody_has_is_a_bad_row(tiny: PreTrainedTokenizerBase) -> None:
+    bad = encode(tiny, {"train_on": ["critic", "judge"]})
+    assert isinstance(bad, BadRow)
+    assert (bad.cause, bad.detail) == ("no_trained_turn", "no turn is of critic or judge")
 
 
 def test_the_template_is_given_the_tools_of_the_row(tiny: PreTrainedTokenizerBase) -> None:

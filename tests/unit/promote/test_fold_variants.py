@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -49,9 +49,14 @@ TOKENS = [torch.arange(5, 29), torch.arange(40, 50)]
 
 
 def adapt(base: Path, directory: Path, **lora: Any) -> Path:
+    """A LoRA adapter, see `adapt_by`."""
+    return adapt_by(LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **lora}), base, directory)
+
+
+def adapt_by(config: PeftConfig, base: Path, directory: Path) -> Path:
     """Every number of the adapter is moved from where it began."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **lora}))
+    adapted = get_peft_model(model, config)
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in adapted.parameters():

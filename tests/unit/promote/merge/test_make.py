@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,7 @@ from raytune_ft.promote.merge import walk
 from raytune_ft.promote.merge.make import MERGE_NAMES, merge
 from raytune_ft.promote.merge.methods import MergeSettings, merge_tensors
 from tests.support.models import save_tiny, save_tiny_llama
-from tests.unit.promote.test_fold_variants import TOKENS, adapt, loaded, merged_by_peft
+from tests.unit.promote.test_fold_variants import TOKENS, adapt, adapt_by, loaded, merged_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -47,6 +49,19 @@ def adapters(base: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
+def vectors(base: Path) -> list[Path]:
+    """Methods that PEFT merges layer by layer, beside LoRA."""
+    linear: Any = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    kinds = [
+        IA3Config(**linear, feedforward_modules=["down_proj"]),
+        VeraConfig(**linear, r=8),
+        OFTConfig(**linear, oft_block_size=8),
+        LoraConfig(**linear, r=2),
+    ]
+    return [adapt_by(kind, base, base.parent / f"vectors{i}") for i, kind in enumerate(kinds)]
+
+
+@pytest.fixture(scope="module")
 def tuned(base: Path) -> list[Path]:
     """Whole models near the base, in bfloat16."""
     paths = []
@@ -66,7 +81,11 @@ SIMPLE = [n for n in MERGE_NAMES if n not in ("best", "greedy_soup", "wise_ft")]
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((n, "adapters") for n in SIMPLE), ("uniform_soup", "tuned"), ("slerp", "tuned")],
+    [
+        *((n, "adapters") for n in SIMPLE),
+        *((n, kind) for n in ("uniform_soup", "slerp") for kind in ("tuned", "vectors")),
+        ("task_arithmetic", "vectors"),
+    ],
 )
 def test_a_merge_is_the_formula_on_folded_weights(
     tmp_path: Path, base: Path, name: str, kind: str, request: pytest.FixtureRequest
@@ -77,7 +96,7 @@ def test_a_merge_is_the_formula_on_folded_weights(
     report = merge(model, members, tmp_path / "out", name, TOKENS, settings=settings)
     used = members[:2] if name == "slerp" else members
     assert report.members == tuple(range(len(used)))
-    states = [merged_by_peft(base, m) if kind == "adapters" else loaded(m) for m in used]
+    states = [loaded(m) if kind == "tuned" else merged_by_peft(base, m) for m in used]
     origin, found = loaded(base), loaded(tmp_path / "out")
     method = "linear" if name == "uniform_soup" else name
     assert found.keys() == origin.keys()
