@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.classified import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ModelError
-from raytune_ft.model.build import load_model_config
-from raytune_ft.model.heads import Head
+from raytune_ft.model.build import load_model_config, resolve_model_path
+from raytune_ft.model.heads import PROBLEM_TYPES, Head
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.base import example_weights
 from raytune_ft.model.objectives.classification import Classification, guessed, macro_f1
@@ -126,16 +126,17 @@ def check_head(model: ModelConfig, head: Head) -> None:
     Raises:
         ModelError: a directory has no such head, or one for other labels.
     """
-    config: Any = load_model_config(model, head)
-    if not any("SequenceClassification" in name for name in config.architectures or ()):
+    load_model_config(model, head)  # is it there at all?
+    written = written_head(model)
+    if written is None:
         raise ModelError(
             f"MODEL_DIR={model.path}", "has no classification head", "write one that training made"
         )
-    written = written_labels(model)
-    if head.problem != "regression" and written != head.labels:
+    if head.problem != "regression" and written.labels != head.labels:
+        theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
         raise ModelError(
             f"MODEL_DIR={model.path}",
-            f"tells {', '.join(written[:12])} apart, and the data {', '.join(head.labels[:12])}",
+            f"tells {theirs} apart, and the data {ours}",
             "write data.labels as the model has them",
         )
 
@@ -153,9 +154,12 @@ def check_checkpoint(checkpoint: Path) -> None:
         )
 
 
-def written_labels(model: ModelConfig) -> tuple[str, ...]:
-    """Those in the directory's own config.json, in their order."""
-    from transformers import AutoConfig
-
-    names = AutoConfig.from_pretrained(model.path).id2label
-    return tuple(names[number] for number in sorted(names))
+def written_head(model: ModelConfig) -> Head | None:
+    """What a directory's own config.json says of its head; None where it has none."""
+    config = AutoConfig.from_pretrained(resolve_model_path(model.path))
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        return None
+    problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
+    usual = "regression" if config.num_labels == 1 else "single_label"
+    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    return Head(problems.get(config.problem_type, usual), labels)

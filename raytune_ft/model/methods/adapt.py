@@ -48,7 +48,7 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
 
 
 def task_of(base: nn.Module) -> dict[str, Any]:
-    """What PEFT is told of the base: whether it predicts tokens, or has a head to train and save."""
+    """What PEFT is told of the base: that it predicts tokens, or has a head to train and save."""
     heads = head_modules(base)
     return {"task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "modules_to_save": heads or None}
 
