@@ -16,48 +16,71 @@ from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_model_config, resolve_model_path
 from raytune_ft.model.heads import PROBLEM_TYPES, Head
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.model.objectives.base import example_weights
-from raytune_ft.model.objectives.classification import Classification, guessed, macro_f1
+from raytune_ft.model.objectives.classification import (
+    Classification,
+    class_weights,
+    guessed,
+    macro_f1,
+)
 from raytune_ft.promote.forced import batches
 from raytune_ft.promote.scores import Column, Scores, by_source, calibration_error
 from raytune_ft.train.engine import Engine
 
 
-def head_scores(engine: Engine, split: TokenizedSplit, head: Head) -> dict[str, Scores]:
+def classification(
+    head: Head, written: str | dict[str, float], train: TokenizedSplit
+) -> Classification:
+    """What a head is measured by; `written` is `train.class_weights`."""
+    weights = class_weights(written, head.problem, head.labels, train)
+    return Classification(head.problem, weights)
+
+
+def head_scores(
+    engine: Engine, split: TokenizedSplit, objective: Classification
+) -> dict[str, Scores]:
     """Of a model, read as transformers reads it: every example in a row of its own."""
-    return scores_of(_outputs(engine, split, head), split, head)
+    return scores_of(_outputs(engine, split, len(objective.class_weights)), split, objective)
 
 
-def constant_scores(train: TokenizedSplit, split: TokenizedSplit, head: Head) -> dict[str, Scores]:
-    """Of always giving the one answer that the training set makes likeliest, the same for all.
+def constant_scores(
+    train: TokenizedSplit, split: TokenizedSplit, objective: Classification
+) -> dict[str, Scores]:
+    """Of always giving the same answer: the one whose loss on the training set is the smallest.
 
-    Its confidence in a label is the share of examples that have it; its numbers are the means. Of
-    several labels, one more example with each and one without are counted, so that no share is 1.
+    Its confidence in a label is the weighted share of examples that have it, its numbers are the
+    weighted means. Of labels that it holds for equal it says the more frequent one. Of several
+    labels, one more example with each and one without are counted, so that no share is 1.
     """
     target_NL = train.columns[TARGET].astype(np.float64)
-    if head.problem == "regression":
-        answer_L = target_NL.mean(0)
-    elif head.problem == "single_label":
-        answer_L = np.log(target_NL.mean(0))
+    weights_N = objective.weights(train.columns, np.ones_like).astype(np.float64)
+    sum_L = weights_N @ target_NL
+    if objective.problem == "regression":
+        answer_L = sum_L / weights_N.sum()
+    elif objective.problem == "single_label":
+        share_L = np.maximum(sum_L / weights_N.sum(), np.finfo(np.float64).tiny)
+        answer_L = np.log(share_L) + 1e-9 * target_NL.mean(0)
     else:
-        share_L = (target_NL.sum(0) + 1) / (len(train) + 2)
+        share_L = (sum_L + 1) / (weights_N.sum() + 2)
         answer_L = np.log(share_L / (1 - share_L))
-    return scores_of(torch.from_numpy(answer_L).repeat(len(split), 1), split, head)
+    return scores_of(torch.from_numpy(answer_L).repeat(len(split), 1), split, objective)
 
 
-def scores_of(outputs_EL: Tensor, split: TokenizedSplit, head: Head) -> dict[str, Scores]:
-    """The figures of `config.metrics.OF_A_HEAD`, and the loss of each source."""
+def scores_of(
+    outputs_EL: Tensor, split: TokenizedSplit, objective: Classification
+) -> dict[str, Scores]:
+    """The figures of `config.metrics.OF_A_HEAD`, and the loss of each source.
+
+    The loss is that of training, without smoothing; the other figures count all examples alike.
+    """
     outputs_EL = outputs_EL.double()
     target_EL = torch.from_numpy(split.columns[TARGET].astype(np.float64))
-    plain = Classification(head.problem, (1.0,) * len(head.labels))
-    weights = example_weights(split.columns)
-    counted = np.ones(len(split)) if weights is None else weights.astype(np.float64)
-    losses = counted * plain.unweighted(outputs_EL, target_EL).numpy()
-    figures = _of_numbers if head.problem == "regression" else _of_labels
+    weights = objective.weights(split.columns, np.ones_like).astype(np.float64)
+    losses = weights * objective.unweighted(outputs_EL, target_EL).numpy()
+    figures = _of_numbers if objective.problem == "regression" else _of_labels
     return {
-        "eval_loss": Scores((losses, counted), "min"),
-        **figures(outputs_EL, target_EL, head.problem),
-        **by_source(losses, counted, split),
+        "eval_loss": Scores((losses, weights), "min"),
+        **figures(outputs_EL, target_EL, objective.problem),
+        **by_source(losses, weights, split),
     }
 
 
@@ -112,9 +135,9 @@ def _pearson(output_EL: Column, target_EL: Column) -> float:
 
 
 @torch.no_grad()
-def _outputs(engine: Engine, split: TokenizedSplit, head: Head) -> Tensor:
+def _outputs(engine: Engine, split: TokenizedSplit, labels: int) -> Tensor:
     """`[E, L]` of a split, in its order."""
-    outputs_EL = torch.zeros(len(split), len(head.labels), dtype=torch.float64)
+    outputs_EL = torch.zeros(len(split), labels, dtype=torch.float64)
     for indices, batch in batches(engine, split):
         own = indices[[span.example for span in batch.spans]]
         outputs_EL[own] = engine.example_logits(batch).double().cpu()

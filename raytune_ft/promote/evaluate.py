@@ -17,7 +17,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.heads import Head
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.classifier import check_head, head_scores
+from raytune_ft.promote.classifier import check_head, classification, head_scores
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.metrics import metric_named
@@ -35,7 +35,8 @@ class Job:
             adapter that cannot be folded.
         base: for retention, what is compared with, and what such an adapter works in.
         split: "validation" or "test".
-        head: the task head that `model` has; None where it predicts tokens.
+        head: the task head that `model` has; None where it predicts tokens. Its classes have
+            `class_weights` in the loss, as in training.
         retained: tokens of `promote.retention`, None where there is none.
         samples: prompts of the split's beginning to continue, for people to read.
     """
@@ -49,6 +50,7 @@ class Job:
     samples: int = 0
     is_chat: bool = False
     head: Head | None = None
+    class_weights: str | dict[str, float] = "none"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def run_job(job: Job) -> Measured:
     tokenizer = _tokenizer_of(job.model, job.base)
     if job.head is not None:  # which continues nothing, and has one set of figures
         engine = engine_of(job.model, tokenizer, head=job.head)
-        return Measured(head_scores(engine, split_named(data, job.split), job.head))
+        objective = classification(job.head, job.class_weights, data.train)
+        return Measured(head_scores(engine, split_named(data, job.split), objective))
     subject = Subject(
         job.model,
         tokenizer,
@@ -138,6 +141,7 @@ def evaluate_directory(
         retained,
         is_chat=is_chat(config.data),
         head=head,
+        class_weights=config.train.class_weights,
     )
     return name, len(split_named(data, name)), run_job(job).figures
 

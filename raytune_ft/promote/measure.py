@@ -13,7 +13,7 @@ from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, Promot
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.model.heads import Head
 from raytune_ft.promote.candidates import BASE, BASE_NAME, Entry
-from raytune_ft.promote.classifier import constant_scores
+from raytune_ft.promote.classifier import classification, constant_scores
 from raytune_ft.promote.evaluate import Job, Measured, is_chat, run_job, split_named
 from raytune_ft.promote.verdict import Contender
 
@@ -67,7 +67,9 @@ class Measurer:
         return found.value if found.mode == "min" else -found.value
 
     def _constant(self, split: str, head: Head) -> Measured:
-        return Measured(constant_scores(self.data.train, split_named(self.data, split), head))
+        train = self.data.train
+        objective = classification(head, self.config.train.class_weights, train)
+        return Measured(constant_scores(train, split_named(self.data, split), objective))
 
     def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
         base = self.base
@@ -83,6 +85,7 @@ class Measurer:
             samples,
             is_chat(self.config.data),
             self.head,
+            self.config.train.class_weights,
         )
 
 

@@ -32,6 +32,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.heads import Head
+from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.classifier import constant_scores, scores_of
 from raytune_ft.promote.evaluate import evaluate_directory
 from raytune_ft.promote.export import export
@@ -143,7 +144,7 @@ def tensors(folder: Path) -> set[str]:
         ("encoder", ["method.name=lora"]),
         ("decoder", ["method.name=lora"]),
         ("encoder", ["method.name=oft", "method.block_size=4"]),
-        ("encoder", ["method.name=full", "train.lr=3e-3"]),
+        ("encoder", ["method.name=full", "train.lr=3e-3", "train.class_weights=balanced"]),
         ("decoder", ["method.name=freeze", "method.last=1", "train.lr=3e-3"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0].partition("=")[2],
@@ -177,6 +178,12 @@ def test_a_promoted_classifier_is_base_and_adapter(
     assert gap.abs().max() <= 1e-4
     content = json.loads((run_dir / "promoted" / "evaluation.json").read_text())
     assert content["promoted"]["accuracy"] > content["base"]["accuracy"]
+    # It scores what training said of it, by the same weights of classes.
+    said = json.loads((run_dir / "result.json").read_text())["best"]
+    figures = content["candidates"][1]["figures"]
+    for name in ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_calibration_error"):
+        own = name if name == "eval_loss" else name[5:]
+        assert figures[own] == pytest.approx(said[name], abs=1e-5)
 
 
 def test_what_was_measured_is_written_and_shown(
@@ -268,7 +275,7 @@ def test_figures_of_one_label() -> None:
     rng = np.random.default_rng(0)
     wanted, outputs = rng.integers(0, 4, 50), rng.normal(size=(50, 4))
     weight = rng.uniform(0, 2, 50).astype(np.float32)
-    head = Head("single_label", ("a", "b", "c", "d"))
+    head = Classification("single_label", (1.0,) * 4)
     train, split = split_of(np.eye(4)[rng.integers(0, 4, 90)]), split_of(np.eye(4)[wanted], weight)
     found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
     shares = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
@@ -282,12 +289,18 @@ def test_figures_of_one_label() -> None:
     expected = log_loss(wanted, dummy.predict_proba(np.zeros(50)), sample_weight=weight)
     assert constant["eval_loss"].value == pytest.approx(expected)
     assert constant["accuracy"].value == (dummy.predict(np.zeros(50)) == wanted).mean()
+    # Where labels count alike it is sure of none, and says the most frequent.
+    counts = train.columns["target"].sum(0)
+    balanced = Classification("single_label", tuple((90 / (4 * counts)).tolist()))
+    constant = constant_scores(train, split, balanced)
+    assert constant["eval_loss"].value == pytest.approx(np.log(4))
+    assert constant["accuracy"].value == (counts.argmax() == wanted).mean()
 
 
 def test_figures_of_several_labels() -> None:
     rng = np.random.default_rng(0)
     wanted, outputs = rng.random((50, 3)) < 0.3, rng.normal(size=(50, 3))
-    head, split = Head("multi_label", ("a", "b", "c")), split_of(wanted)
+    head, split = Classification("multi_label", (1.0,) * 3), split_of(wanted)
     found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
     shares = 1 / (1 + np.exp(-outputs))
     losses = [log_loss(wanted[:, i], shares[:, i]) for i in range(3)]
@@ -302,7 +315,7 @@ def test_figures_of_numbers() -> None:
     rng = np.random.default_rng(0)
     wanted = rng.normal(size=(50, 2)).astype(np.float32)
     outputs = wanted + rng.normal(size=(50, 2))
-    head, split = Head("regression", ("value_0", "value_1")), split_of(wanted)
+    head, split = Classification("regression", (1.0,) * 2), split_of(wanted)
     found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
     mse = mean_squared_error(wanted, outputs)
     assert (found["eval_loss"], found["mse"]) == pytest.approx((mse, mse))
