@@ -15,6 +15,8 @@ from raytune_ft.promote.fold import FoldCheck
 from raytune_ft.promote.lineage import Lineage, base_name, licenses
 from raytune_ft.promote.record import Evaluation, Sample
 
+MAX_LABELS = 50
+"""That are listed; `config.json` has them all."""
 _METRIC_NAMES = {
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
@@ -157,8 +159,9 @@ def _labels_section(data: DataReport) -> str:
         "single_label": "One label each: the largest output, and its softmax is the confidence",
         "multi_label": "Any number of labels: those whose output is above 0",
     }.get(data.problem or "", "Numbers, as they are in the data")
-    names = ", ".join(label.replace("\n", " ") for label in data.labels)
-    return f"## Labels\n\n{what}. In their order: {names}."
+    names = [label.replace("\n", " ") for label in data.labels]
+    rest = f" and {len(names) - MAX_LABELS} more" * (len(names) > MAX_LABELS)
+    return f"## Labels\n\n{what}. In their order: {', '.join(names[:MAX_LABELS])}{rest}."
 
 
 def _loading_section(classifies: bool) -> str:

@@ -24,12 +24,7 @@ from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entrie
 from raytune_ft.promote.card import model_card
 from raytune_ft.promote.classifier import check_checkpoint
 from raytune_ft.promote.custom import check_functions
-from raytune_ft.promote.evaluate import (
-    Measured,
-    measured_split,
-    prepare_retention,
-    split_named,
-)
+from raytune_ft.promote.evaluate import Measured, measured_split, prepare_retention, split_named
 from raytune_ft.promote.fold import FoldCheck, held_out
 from raytune_ft.promote.generate import choose_backend
 from raytune_ft.promote.lineage import Lineage, base_file_hashes, package_versions
@@ -89,9 +84,8 @@ def promote(
 
     Candidates are compared on validation alone, and the base is one of them; classifiers, whose
     base is none, are held against a constant answer. The test split is measured here and nowhere
-    else, once for the base and once for the promoted model. With
-    `again` an earlier `promoted` is kept as `promoted-1`, and so on. What is killed half-way
-    leaves `promoted` as it was.
+    else, once for the base and once for the promoted model. With `again` an earlier `promoted` is
+    kept as `promoted-1`, and so on. What is killed half-way leaves `promoted` as it was.
 
     Raises:
         StorageError: no run that ended, `promoted` exists and not `again`, or no room to write.

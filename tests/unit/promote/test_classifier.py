@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,6 +145,7 @@ def tensors(folder: Path) -> set[str]:
         ("encoder", ["method.name=lora"]),
         ("decoder", ["method.name=lora"]),
         ("encoder", ["method.name=oft", "method.block_size=4"]),
+        ("decoder", ["method.name=vera"]),
         ("encoder", ["method.name=full", "train.lr=3e-3", "train.class_weights=balanced"]),
         ("decoder", ["method.name=freeze", "method.last=1", "train.lr=3e-3"]),
     ],
@@ -371,6 +373,9 @@ def test_an_adapter_without_a_head_is_refused(run: Run, root: Path) -> None:
         promote(run_dir)
 
 
+SPACE = {"space": {"method.name": {"choice": ["lora", "loreft"]}}}
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -379,21 +384,21 @@ def test_an_adapter_without_a_head_is_refused(run: Run, root: Path) -> None:
         ({"merge": "ties"}, "starts from the base, which has no head .*; write best, uniform_soup"),
         ({"merging": {"adapter_rank": 2}}, "trains a whole head beside them; leave it out"),
         ({"metric": "exact_match"}, "is no figure of data.problem=single_label; write one of eval"),
+        ({"search": SPACE}, "=loreft keeps no head in its adapter.*; write lora, freeze or full"),
         ({"metric": "macro_f1"}, None),
         ({"metrics": ["loss", "classification"], "metric": "accuracy", "merge": "auto"}, None),
     ],
 )
 def test_what_a_head_does_not_have_is_refused(written: Any, message: str | None) -> None:
+    search = {"search": written["search"]} if "search" in written else {}
     plain = {
         "name": "x",
         "data": {"train": {"path": "a.jsonl", "format": "classification"}},
         "train": {"objective": "classification"},
-        "promote": written,
+        "promote": {key: value for key, value in written.items() if key != "search"},
+        **search,
     }
-    if message is None:
-        check(validated(plain))
-        return
-    with pytest.raises(ConfigError, match=message):
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
         check(validated(plain))
 
 
