@@ -112,11 +112,13 @@ def _f1(guess_EL: Column, target_EL: Column) -> float:
 
 
 def _f1_of_classes(guess_E: Column, target_E: Column) -> float:
-    guess, target = guess_E.astype(int), target_E.astype(int)
-    count = int(max(guess.max(), target.max())) + 1
-    hits = np.bincount(target[guess == target], minlength=count)
-    both = (np.bincount(each, minlength=count) for each in (guess, target))
-    return macro_f1(hits, *both)
+    count = int(max(guess_E.max(), target_E.max())) + 1
+
+    def counts_L(classes_E: Column) -> Column:
+        return np.bincount(classes_E.astype(int), minlength=count).astype(np.float64)
+
+    hits_L = counts_L(target_E[guess_E == target_E])
+    return macro_f1(hits_L, counts_L(guess_E), counts_L(target_E))
 
 
 def _r2(output_EL: Column, target_EL: Column) -> float:

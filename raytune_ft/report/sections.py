@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, RETENTION
@@ -133,7 +133,7 @@ def figures(promoted: Record) -> Record:
     }
 
 
-def reference_of(promoted: Record) -> str:
+def reference_of(promoted: Mapping[str, Any]) -> str:
     """What the promoted model is compared with."""
     return str(promoted.get("reference", "base"))  # absent in earlier versions
 
