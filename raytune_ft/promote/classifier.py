@@ -16,6 +16,7 @@ from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_model_config, resolve_model_path
 from raytune_ft.model.heads import PROBLEM_TYPES, Head
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.model.objectives.base import example_weights
 from raytune_ft.model.objectives.classification import (
     Classification,
     class_weights,
@@ -52,15 +53,17 @@ def constant_scores(
     labels, one more example with each and one without are counted, so that no share is 1.
     """
     target_NL = train.columns[TARGET].astype(np.float64)
-    weights_N = objective.weights(train.columns, np.ones_like).astype(np.float64)
-    sum_L = weights_N @ target_NL
+    weights = example_weights(train.columns)
+    weights_N = np.ones(len(train)) if weights is None else weights.astype(np.float64)
+    sum_L, total = weights_N @ target_NL, weights_N.sum()
     if objective.problem == "regression":
-        answer_L = sum_L / weights_N.sum()
+        answer_L = sum_L / total
     elif objective.problem == "single_label":
-        share_L = np.maximum(sum_L / weights_N.sum(), np.finfo(np.float64).tiny)
+        sum_L *= np.array(objective.class_weights)
+        share_L = np.maximum(sum_L / sum_L.sum(), np.finfo(np.float64).tiny)
         answer_L = np.log(share_L) + 1e-9 * target_NL.mean(0)
     else:
-        share_L = (sum_L + 1) / (weights_N.sum() + 2)
+        share_L = (sum_L + 1) / (total + 2)
         answer_L = np.log(share_L / (1 - share_L))
     return scores_of(torch.from_numpy(answer_L).repeat(len(split), 1), split, objective)
 
