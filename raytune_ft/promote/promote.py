@@ -229,7 +229,8 @@ class _Promoter:
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
         """Every candidate on validation, and on the general set."""
         count = len(self._data.validation)
-        self._tell(f"measuring {len(found)} candidates on {count:,} examples (validation)")
+        several = f"{len(found)} candidates" if len(found) > 1 else "1 candidate"
+        self._tell(f"measuring {several} on {count:,} examples (validation)")
         directories = [self._directory_of(entry.name) for entry in found]
         contenders = self._measurer.contenders(found, directories)
         self._keep("validation", {one.name: one.measured for one in contenders})
