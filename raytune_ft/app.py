@@ -66,11 +66,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep that ended, and what was promoted from it (None: it was promoted before)."""
+    """A sweep that ended, and what was promoted from it (None: it was promoted before). `metric`
+    ranked its trials.
+    """
 
     path: Path
     result: dict[str, Any]
     promotion: Promotion | None
+    metric: str
 
 
 def train(
@@ -122,7 +125,8 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
             promotion = _promote_once(run.path, tell)
         finally:
             try_report(run.path, tell)
-        return Swept(run.path, read_json(run.path / RESULT) or {}, promotion)
+        result = read_json(run.path / RESULT) or {}
+        return Swept(run.path, result, promotion, written.search.metrics[0])
 
 
 def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
@@ -289,9 +293,6 @@ def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
 def _promote_once(path: Path, tell: Tell) -> Promotion | None:
     if (path / PROMOTED).exists():
         tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
-        return None
-    if load_config(path / "config.yaml").train.objective == "classification":
-        tell("a classifier is not promoted: its best checkpoint is in the trial's directory")
         return None
     from raytune_ft.promote.promote import promote
 

@@ -151,7 +151,7 @@ def sweep(
     done = run.sweep(file, overrides or (), resume, show.tell)
     best = done.result.get("best")
     name = best["trial"] if best else None
-    show.console().print(show.trials_table(done.result["trials"], name))
+    show.console().print(show.trials_table(done.result["trials"], name, done.metric))
     if done.promotion is not None:
         _show_promotion(done.promotion)
     show.tell(f"sweep: {done.path}")
@@ -213,7 +213,8 @@ def report(
         show.console().print(show.candidates_table(facts.promoted))
         show.console().print(_measured_table(facts.promoted))
     if facts.is_sweep:
-        show.console().print(show.trials_table(facts.result["trials"], facts.best))
+        table = show.trials_table(facts.result["trials"], facts.best, facts.metric)
+        show.console().print(table)
     show.tell(f"report: {path}")
 
 
@@ -313,7 +314,13 @@ def _show_promotion(promotion: Promotion) -> None:
 
 
 def _measured_table(measured: Mapping[str, Any]) -> Table:
+    from raytune_ft.report.sections import reference_of
+
     split = f"{measured['split']} ({measured['examples']:,} examples)"
     return show.evaluation_table(
-        split, measured["base"], measured["promoted"], measured["differences"]
+        split,
+        reference_of(measured),
+        measured["base"],
+        measured["promoted"],
+        measured["differences"],
     )

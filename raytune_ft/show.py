@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 LOG_EVERY_S = 10.0
 MAX_ERROR = 1000
 MAX_TEXT = 200
+SHOWN_BESIDE = (
+    *("answer_exact_match", "exact_match", "retention_loss", "retention_kl"),
+    *("accuracy", "macro_f1", "r2", "pearson"),
+)
+"""Figures of every candidate beside the one that decides."""
 
 
 def console() -> Console:
@@ -103,15 +108,19 @@ def _training(metrics: StepMetrics) -> str:
     return f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s"
 
 
-def trials_table(trials: Sequence[Mapping[str, Any]], best: str | None) -> Table:
-    """One row a trial, the best marked."""
+def trials_table(
+    trials: Sequence[Mapping[str, Any]], best: str | None, metric: str = "eval_loss"
+) -> Table:
+    """One row a trial, the best by `metric` marked."""
     names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-    table = Table("trial", "status", *names, "eval loss", "examples", title="trials")
+    searched = [] if metric == "eval_loss" else [metric.replace("_", " ")]
+    table = Table("trial", "status", *names, *searched, "eval loss", "examples", title="trials")
     for trial in trials:
         params = [_value(trial["params"].get(name)) for name in names]
         mark = " *" if trial["id"] == best else ""
         loss, examples = _value(trial["eval_loss"]), f"{trial['examples']:,}"
-        table.add_row(str(trial["id"]) + mark, trial["status"], *params, loss, examples)
+        values = [_value(trial["value"])] if searched else []
+        table.add_row(str(trial["id"]) + mark, trial["status"], *params, *values, loss, examples)
     return table
 
 
@@ -135,12 +144,13 @@ def checkpoints_table(rows: Sequence[Row]) -> Table:
 
 def evaluation_table(
     split: str,
+    reference: str,
     base: Mapping[str, float],
     promoted: Mapping[str, float],
     differences: Mapping[str, Mapping[str, Any]],
 ) -> Table:
-    """Base against promoted, with the interval of their difference."""
-    table = Table(f"on {split}", "base", "promoted", "difference", "95% interval")
+    """Promoted against the base, or what `reference` names, with the interval of the difference."""
+    table = Table(f"on {split}", reference, "promoted", "difference", "95% interval")
     for name, value in promoted.items():
         gap = differences.get(name)
         shown = [_value(gap["difference"]), _interval(gap["interval"])] if gap else ["-", "-"]
@@ -153,7 +163,7 @@ def candidates_table(evaluation: Mapping[str, Any]) -> Table:
     figure = evaluation["metric"]
     others = [
         name
-        for name in ("answer_exact_match", "exact_match", "retention_loss", "retention_kl")
+        for name in SHOWN_BESIDE
         if name != figure and name in evaluation["candidates"][0]["figures"]
     ]
     count = f"{evaluation['validation_examples']:,}"

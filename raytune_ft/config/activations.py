@@ -130,6 +130,18 @@ def check_promotion(merge: str, metrics: Iterable[str], methods: Iterable[str]) 
         )
 
 
+def check_head(methods: Iterable[str]) -> None:
+    """Raises ConfigError for a method whose adapter has no place for the head of a classifier."""
+    name = next((name for name in methods if name in ACTIVATIONS), None)
+    if name is not None:
+        raise ConfigError(
+            f"method.name={name}",
+            "keeps no head in its adapter, so that train.objective=classification has nothing to "
+            "promote",
+            "write lora, freeze or full",
+        )
+
+
 def _check_layers(layers: list[int]) -> None:
     if not layers:
         raise ConfigError("method.layers=[]", "names no block", "write all, or some numbers")

@@ -28,13 +28,21 @@ FIGURES: dict[str, dict[str, Mode]] = {
     "rouge": {"rouge1": "max", "rouge2": "max", "rougeL": "max"},
     "classification": {"accuracy": "max", "macro_f1": "max", "calibration_error": "min"},
 }
+OF_A_HEAD: dict[str, dict[str, Mode]] = {
+    "single_label": {
+        "eval_loss": "min",
+        "accuracy": "max",
+        "macro_f1": "max",
+        "calibration_error": "min",
+    },
+    "multi_label": {"eval_loss": "min", "accuracy": "max", "macro_f1": "max"},
+    "regression": {"eval_loss": "min", "mse": "min", "r2": "max", "pearson": "max"},
+}
+"""By `data.problem`: what a task head is measured by, whatever `promote.metrics` names."""
 RETENTION: dict[str, Mode] = {"retention_loss": "min", "retention_kl": "min"}
 HARNESS = "lm_eval:"
-OF_THE_SEARCH = {
-    "eval_loss": "eval_loss",
-    "eval_token_accuracy": "token_accuracy",
-    "eval_exact_match": "exact_match",
-}
+SOUPS = ("best", "uniform_soup", "greedy_soup", "auto")
+"""Merges that ask nothing of the base."""
 _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
 
@@ -44,8 +52,10 @@ def function_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def check(promote: PromoteConfig) -> None:
-    """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern."""
+def check(promote: PromoteConfig, problem: str | None = None) -> None:
+    """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern;
+    with the `problem` of a task head, for what such a head does not have.
+    """
     for name in promote.metrics:
         if name in FIGURES or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
             continue
@@ -60,7 +70,10 @@ def check(promote: PromoteConfig) -> None:
             f"promote.metrics={shown_value(promote.metrics)}", "names one twice", "write it once"
         )
     _check_pattern(promote.answer)
-    _check_figure(promote)
+    if problem is None:
+        _check_figure(promote)
+    else:
+        _check_head(promote, problem)
 
 
 def figures(metrics: Sequence[str]) -> dict[str, Mode]:
@@ -76,7 +89,8 @@ def deciding(promote: PromoteConfig, search: SearchConfig | None) -> str:
     """The figure that decides what is promoted."""
     if promote.metric is not None:
         return promote.metric
-    return OF_THE_SEARCH[search.metrics[0] if search else "eval_loss"]
+    searched = search.metrics[0] if search else "eval_loss"
+    return searched if searched == "eval_loss" else searched.removeprefix("eval_")
 
 
 def located(name: str, cwd: Path) -> str:
@@ -104,6 +118,40 @@ def _check_pattern(pattern: str) -> None:
             f"promote.answer={shown_value(pattern)}",
             f"has {groups} groups, and the answer is what one group finds",
             r"write one such as '####\s*(\S+)'",
+        )
+
+
+def _check_head(promote: PromoteConfig, problem: str) -> None:
+    """What is asked of words that follow each other has no answer from a head."""
+    head = "train.objective=classification"
+    foreign = next((n for n in promote.metrics if n not in ("loss", "classification")), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"promote.metrics={shown_value(foreign)}",
+            f"scores continuations, and {head} makes none",
+            "leave it out: a head has figures of its own",
+        )
+    if promote.retention is not None:
+        raise ConfigError(
+            "promote.retention", f"asks for the next token, and {head} has none", "leave it out"
+        )
+    if promote.merge not in SOUPS:
+        raise ConfigError(
+            f"promote.merge={promote.merge}",
+            f"starts from the base, which has no head under {head}",
+            f"write {', '.join(SOUPS[:-1])} or {SOUPS[-1]}",
+        )
+    if promote.merging.adapter_rank is not None:
+        raise ConfigError(
+            f"promote.merging.adapter_rank={promote.merging.adapter_rank}",
+            f"makes factors of layers, and {head} trains a whole head beside them",
+            "leave it out",
+        )
+    if promote.metric not in (None, *OF_A_HEAD[problem]):
+        raise ConfigError(
+            f"promote.metric={shown_value(promote.metric)}",
+            f"is no figure of data.problem={problem}",
+            f"write one of {', '.join(OF_A_HEAD[problem])}",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.config import metrics, objectives, paths
-from raytune_ft.config.activations import check_activations, check_promotion
+from raytune_ft.config.activations import check_activations, check_head, check_promotion
 from raytune_ft.config.data_rules import check_apart, check_data
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import FreezeMethod, LoraMethod, QloraMethod
@@ -20,7 +20,8 @@ def check(config: Config) -> None:
     paths.check_storage(config.storage)
     _check_layout(config)
     _check_method(config)
-    metrics.check(config.promote)
+    of_a_head = config.train.objective == "classification"
+    metrics.check(config.promote, config.data.problem if of_a_head else None)
     objectives.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
@@ -139,6 +140,8 @@ def _check_method(config: Config) -> None:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
     check_activations(method)
     check_promotion(config.promote.merge, config.promote.metrics, methods_of(config))
+    if config.search is not None and config.train.objective == "classification":
+        check_head(methods_of(config))
     if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
         raise ConfigError(
             f"method.init={method.init}",

@@ -16,7 +16,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_base
 from raytune_ft.model.heads import Head
-from raytune_ft.model.skeleton import fill_buffers, shadows
+from raytune_ft.model.skeleton import fill_buffers, shadows, shapes_of
 from raytune_ft.model.sources import NotInParts, Source
 from raytune_ft.tensors.read import open_files
 
@@ -27,12 +27,14 @@ class Outline:
 
     `sources` go by the names of the model's weights and of the buffers that lie in the files. The
     other buffers are there. `pattern` is a copy that stays as it is, whatever is put into `model`.
+    `head` is the task head that it was built with.
     """
 
     model: Any
     pattern: Any
     sources: dict[str, Source]
     files: tuple[Path, ...] = ()
+    head: Head | None = None
 
 
 def outline(
@@ -56,7 +58,8 @@ def outline(
             f"cannot be read tensor by tensor, because {reason}",
             "write a model that transformers reads from safetensors as it is",
         ) from reason
-    return Outline(base, copy.deepcopy(base), seen.sources, tuple(seen.files))
+    base = shapes_of(base)  # a head that the files lack was drawn, and is nobody's weights
+    return Outline(base, copy.deepcopy(base), seen.sources, tuple(seen.files), head)
 
 
 class BaseFiles:

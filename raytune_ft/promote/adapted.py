@@ -22,7 +22,7 @@ from raytune_ft.promote.adapter_plan import (
     key_of,
     plan_adapter,
 )
-from raytune_ft.promote.weights import converted, spans, whole
+from raytune_ft.promote.weights import Weights, converted, spans, whole
 from raytune_ft.tensors.model_files import TensorFiles
 
 
@@ -34,7 +34,7 @@ class Adapted:
     whether they are still one.
     """
 
-    def __init__(self, base: TensorFiles, outline: Outline, adapter: Path) -> None:
+    def __init__(self, base: Weights, outline: Outline, adapter: Path) -> None:
         """`outline` is of `base`, and PEFT's layers are put into it.
 
         Raises:

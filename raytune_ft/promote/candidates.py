@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from raytune_ft.config.metrics import SOUPS
 from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
 from raytune_ft.model.build import disk_dtype, load_base
+from raytune_ft.model.heads import Head
 from raytune_ft.model.methods.attached import CONFIG, WEIGHTS
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.fold import FoldCheck, fold
@@ -49,7 +51,8 @@ class Pantry:
     """What candidates are made of: the base, the trials' checkpoints (the best first) and names.
 
     `examples` are held-out token ids `[S]` that what is written is checked on; `score` is asked by
-    merges that look before they add.
+    merges that look before they add. `head` is the task head that all trials have, and the base
+    has not.
     """
 
     model: ModelConfig
@@ -60,6 +63,7 @@ class Pantry:
     seed: int
     score: Score
     tell: Tell
+    head: Head | None = None
 
     @property
     def merging(self) -> MergeSettings:
@@ -69,18 +73,21 @@ class Pantry:
 
 
 def entries(pantry: Pantry) -> list[Entry]:
-    """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges."""
+    """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges.
+
+    Under a task head the base is none: it has no head that says anything.
+    """
     written = pantry.settings.merge
-    found = [
-        Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target)),
-        Entry(
-            pantry.trials[0],
-            BEST,
-            lambda target: _write_best(pantry, target),
-            {"trials": [pantry.trials[0]]},
-        ),
-    ]
-    for name in AUTO if written == "auto" else () if written == "best" else (written,):
+    base = Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target))
+    best = Entry(
+        pantry.trials[0],
+        BEST,
+        lambda target: _write_best(pantry, target),
+        {"trials": [pantry.trials[0]]},
+    )
+    found = [base, best] if pantry.head is None else [best]
+    auto = AUTO if pantry.head is None else tuple(name for name in AUTO if name in SOUPS)
+    for name in auto if written == "auto" else () if written == "best" else (written,):
         if name == "wise_ft":
             found += [_interpolated(pantry, alpha) for alpha in _between(pantry)]
         elif len(pantry.checkpoints) > 1:
@@ -94,8 +101,15 @@ def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
     """Folded into the base, or as it is."""
     checkpoint = pantry.checkpoints[0]
     if unfoldable(checkpoint) is None:
-        shard = pantry.settings.max_shard_size
-        return fold(pantry.model, checkpoint, target, pantry.examples, shard, tell=pantry.tell)
+        return fold(
+            pantry.model,
+            checkpoint,
+            target,
+            pantry.examples,
+            pantry.settings.max_shard_size,
+            tell=pantry.tell,
+            head=pantry.head,
+        )
     target.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
         shutil.copy(checkpoint / name, target / name)
@@ -154,6 +168,7 @@ def _merged(pantry: Pantry, name: MergeName) -> Entry:
             settings=pantry.merging,
             max_shard_size=pantry.settings.max_shard_size,
             tell=pantry.tell,
+            head=pantry.head,
         )
         settings["trials"] = [pantry.trials[i] for i in report.members]
         taken[:] = [pantry.checkpoints[i] for i in report.members]

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-from huggingface_hub import (
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-    RepoCard,
-    try_to_load_from_cache,
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.metrics import RETENTION
-from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.report import DataReport
-from raytune_ft.model.build import resolve_model_path
 from raytune_ft.promote.fold import FoldCheck
+from raytune_ft.promote.lineage import Lineage, base_name, licenses
 from raytune_ft.promote.record import Evaluation, Sample
 
-PACKAGES = ("torch", "transformers", "peft", "ray")
-_HASHED = (".safetensors", ".json", ".model", ".jinja")
+MAX_LABELS = 50
+"""That are listed; `config.json` has them all."""
 _METRIC_NAMES = {
-    "eval_loss": "loss per label token",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
     "exact_match": "exact match",
@@ -38,76 +25,15 @@ _METRIC_NAMES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "calibration_error": "expected calibration error",
+    "mse": "mean squared error",
+    "r2": "R2",
+    "pearson": "Pearson's r",
     "retention_loss": "loss on the general set",
     "retention_kl": "KL from the base on the general set",
 }
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where a promoted model comes from. Paths are left out: hashes say more, and travel."""
-
-    name: str
-    config: Config
-    config_sha256: str
-    base_files: dict[str, str]
-    data: DataReport
-    trial: str | None
-    params: Mapping[str, Any]
-    step: int | None
-    examples: int | None
-    versions: dict[str, str]
-
-
-def base_name(model: ModelConfig) -> str:
-    """The hub id or `builtin:` name; of a local directory its last part alone."""
-    return Path(model.path).name if Path(model.path).is_absolute() else model.path
-
-
-def base_file_hashes(model: ModelConfig) -> dict[str, str]:
-    """File name -> sha256 of the base's weights, configuration and tokenizer."""
-    directory = Path(resolve_model_path(model.path))
-    if not directory.is_dir():
-        revision = model.revision or "main"
-        cached = try_to_load_from_cache(model.path, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return {}
-        directory = Path(cached).parent
-    hashes = {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix in _HASHED and file.is_file():
-            with file.open("rb") as opened:
-                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return hashes
-
-
-def known_license(directory: Path) -> str | None:
-    """What the model card or dataset card in a directory says; None where it says nothing."""
-    card = directory / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        found = RepoCard.load(card).data.to_dict().get("license")
-    except (OSError, ValueError):  # some other README
-        return None
-    return str(found) if found else None
-
-
-def licenses(config: Config) -> dict[str, str]:
-    """ "base", "data.train" and so on -> licence, as far as cards beside them say it."""
-    places = {"base": config.model.path} | {
-        f"data.{name}": str(Path(source.path).parent)
-        for name, source in source_configs(config.data).items()
-    }
-    found = {name: known_license(Path(place)) for name, place in places.items()}
-    return {name: text for name, text in found.items() if text is not None}
-
-
-def package_versions() -> dict[str, str]:
-    """What the fold and the evaluation ran with."""
-    return {"raytune_ft": raytune_ft.__version__} | {name: version(name) for name in PACKAGES}
 
 
 def model_card(
@@ -122,22 +48,24 @@ def model_card(
     """
     config = lineage.config
     known = licenses(config)
+    classifies = lineage.data.problem is not None
+    task = "text-classification" if classifies else "text-generation"
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
     data = ModelCardData(
         model_name=lineage.name,
         license=known.get("base"),
         base_model=config.model.path if is_hub_id else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["raytune_ft", config.method.name],
         eval_results=[
             EvalResult(
-                task_type="text-generation",
+                task_type=task,
                 dataset_type="custom",
                 dataset_name=_measured_source(lineage.data, evaluation.split),
                 dataset_split=evaluation.split,
                 metric_type=name,
-                metric_name=_metric_name(name),
+                metric_name=_metric_name(name, evaluation),
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
@@ -151,8 +79,10 @@ def model_card(
             f"**Verdict: {evaluation.verdict}.**",
             _evaluation_section(evaluation),
             _candidates_section(evaluation),
-            _samples_section(samples),
-            _loading_section() if unfolded is None else _adapter_section(unfolded, config.model),
+            _labels_section(lineage.data) if classifies else _samples_section(samples),
+            _loading_section(classifies)
+            if unfolded is None
+            else _adapter_section(unfolded, config.model),
             _lineage_section(lineage, known),
             "" if check is None else _fold_section(check, lineage),
         ]
@@ -168,17 +98,24 @@ def _evaluation_section(evaluation: Evaluation) -> str:
         interval = "" if new is None else _interval(new["interval"])
         base = evaluation.base.get(name)
         known = "" if base is None else _figure(base)
-        rows.append((_metric_name(name), known, _figure(value), shown, interval))
+        rows.append((_metric_name(name, evaluation), known, _figure(value), shown, interval))
     looks = f"measured {evaluation.looks} time{'s' if evaluation.looks > 1 else ''} so far"
     caution = (
         ""
         if evaluation.split == "test"
         else " There was no test data: these examples also chose the model, so the figures flatter."
     )
-    head = ("metric", "base", "promoted", "difference", f"{evaluation.confidence:.0%} interval")
+    sure = f"{evaluation.confidence:.0%} interval"
+    head = ("metric", evaluation.reference, "promoted", "difference", sure)
+    about = (
+        ""
+        if evaluation.reference == "base"
+        else " `constant` gives every example the one answer that suits the training set best: "
+        "the base has no head to be compared with."
+    )
     return (
         f"## Evaluation\n\nOn {evaluation.examples:,} examples of the {evaluation.split} split, "
-        f"{looks}.{caution} Intervals are of a paired bootstrap over examples.\n\n"
+        f"{looks}.{caution} Intervals are of a paired bootstrap over examples.{about}\n\n"
         f"{_table(head, rows)}"
     )
 
@@ -192,7 +129,7 @@ def _candidates_section(evaluation: Evaluation) -> str:
         interval = "" if one.difference is None else _interval(one.interval)
         mark = f"**{one.name}**" if one.name == evaluation.winner else one.name
         rows.append((mark, _figure(one.figures[figure]), gap, interval))
-    head = ("candidate", _metric_name(figure), "difference to the best", "interval")
+    head = ("candidate", _metric_name(figure, evaluation), "difference to the best", "interval")
     return (
         f"## Candidates\n\nCompared on {evaluation.validation_examples:,} examples of the "
         f"validation split alone. Of those that the data do not tell from the best one, the "
@@ -216,11 +153,23 @@ def _samples_section(samples: Sequence[Sample]) -> str:
     return f"## Samples\n\nGreedy decoding.\n\n{fence}text\n" + "\n\n".join(shown) + f"\n{fence}"
 
 
-def _loading_section() -> str:
+def _labels_section(data: DataReport) -> str:
+    """What the head's outputs stand for."""
+    what = {
+        "single_label": "One label each: the largest output, and its softmax is the confidence",
+        "multi_label": "Any number of labels: those whose output is above 0",
+    }.get(data.problem or "", "Numbers, as they are in the data")
+    names = [label.replace("\n", " ") for label in data.labels]
+    rest = f" and {len(names) - MAX_LABELS} more" * (len(names) > MAX_LABELS)
+    return f"## Labels\n\n{what}. In their order: {', '.join(names[:MAX_LABELS])}{rest}."
+
+
+def _loading_section(classifies: bool) -> str:
+    kind = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     return (
         "## Use\n\nThe directory `model` beside this file is a plain Hugging Face model:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("promoted/model")\n'
+        f"```python\nfrom transformers import {kind}, AutoTokenizer\n\n"
+        f'model = {kind}.from_pretrained("promoted/model")\n'
         'tokenizer = AutoTokenizer.from_pretrained("promoted/model")\n```'
     )
 
@@ -285,9 +234,10 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
         reference = "the merge in float32"
     elif lineage.config.method.name in WHOLE_MODEL:
         reference = "the trained checkpoint"
+    unit = "tokens" if lineage.data.problem is None else "examples"
     text = (
         f"## Fold\n\nWeights are added up in float32 and written in {check.dtype}. On "
-        f"{check.tokens} held-out tokens the logits differ from those of {reference} by at most "
+        f"{check.tokens} held-out {unit} the logits differ from those of {reference} by at most "
         f"{check.fold_difference:.1e} before rounding (allowed: {check.tolerance:.1e}) and by at "
         f"most {check.written_difference:.1e} as written."
     )
@@ -311,7 +261,9 @@ def _is_of(name: str, split: str = "train") -> bool:
     return name.partition(".")[0] == split
 
 
-def _metric_name(figure: str) -> str:
+def _metric_name(figure: str, evaluation: Evaluation) -> str:
+    if figure == "eval_loss":
+        return "loss per label token" if evaluation.reference == "base" else "loss per example"
     return _METRIC_NAMES.get(figure, figure)
 
 

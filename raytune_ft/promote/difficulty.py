@@ -12,8 +12,8 @@ from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.card import base_file_hashes
 from raytune_ft.promote.forced import forced
+from raytune_ft.promote.lineage import base_file_hashes
 from raytune_ft.promote.subject import engine_of
 
 

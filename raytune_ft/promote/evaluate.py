@@ -15,13 +15,15 @@ from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.heads import Head
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.classifier import classifier_figures
+from raytune_ft.promote.classifier import check_head, classification, head_scores
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.metrics import metric_named
 from raytune_ft.promote.scores import Scores
 from raytune_ft.promote.subject import Continuation, Subject, engine_of
+from raytune_ft.train.objective import head_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Job:
             adapter that cannot be folded.
         base: for retention, what is compared with, and what such an adapter works in.
         split: "validation" or "test".
+        head: the task head that `model` has; None where it predicts tokens. Its classes have
+            `class_weights` in the loss, as in training.
         retained: tokens of `promote.retention`, None where there is none.
         samples: prompts of the split's beginning to continue, for people to read.
     """
@@ -45,6 +49,8 @@ class Job:
     retained: Path | None = None
     samples: int = 0
     is_chat: bool = False
+    head: Head | None = None
+    class_weights: str | dict[str, float] = "none"
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ def run_job(job: Job) -> Measured:
     """
     data = open_prepared(job.data_dir)
     tokenizer = _tokenizer_of(job.model, job.base)
+    if job.head is not None:  # which continues nothing, and has one set of figures
+        engine = engine_of(job.model, tokenizer, head=job.head)
+        objective = classification(job.head, job.class_weights, data.train)
+        return Measured(head_scores(engine, split_named(data, job.split), objective))
     subject = Subject(
         job.model,
         tokenizer,
@@ -118,9 +128,9 @@ def evaluate_directory(
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
-    if config.train.objective == "classification":
-        split = split_named(data, name)
-        return name, len(split), classifier_figures(model, split, data.report)
+    head = head_of(config, data.report)
+    if head is not None:
+        check_head(model, head)
     retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir)
     job = Job(
         model,
@@ -130,6 +140,8 @@ def evaluate_directory(
         name,
         retained,
         is_chat=is_chat(config.data),
+        head=head,
+        class_weights=config.train.class_weights,
     )
     return name, len(split_named(data, name)), run_job(job).figures
 

@@ -19,6 +19,7 @@ from raytune_ft.files import fsync
 from raytune_ft.model.build import load_model_config, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from raytune_ft.promote.classifier import written_head
 from raytune_ft.promote.fold import MANIFEST, fold
 from raytune_ft.promote.weights import spans
 from raytune_ft.promote.write_model import MAX_SHARD_SIZE
@@ -111,10 +112,17 @@ def _export_model(
     tell: Tell,
 ) -> None:
     whole = (source / "config.json").is_file()
+    if not whole and read_adapter_config(source).task_type == "SEQ_CLS":
+        raise ModelError(
+            str(source),
+            "is the adapter of a classifier, and does not hold its labels",
+            "promote its run, and export promoted/model",
+        )
     path = str(source) if whole else base or str(_named_base(source))
     model = ModelConfig(path=path)
-    vocabulary = load_model_config(model).get_text_config().vocab_size
-    check = fold(model, source, target, _examples(vocabulary), max_shard_size, dtype, tell)
+    head = written_head(model) if whole else None
+    vocabulary = load_model_config(model, head).get_text_config().vocab_size
+    check = fold(model, source, target, _examples(vocabulary), max_shard_size, dtype, tell, head)
     tell(f"logits differ by at most {check.written_difference:.1e} on {check.tokens} tokens")
     try:
         load_tokenizer(model).save_pretrained(str(target))

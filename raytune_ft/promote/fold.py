@@ -35,9 +35,11 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import MergeError, ModelError
 from raytune_ft.files import sha256_of
 from raytune_ft.model.build import disk_dtype, load_model_config, resolve_model_path
+from raytune_ft.model.heads import Head
 from raytune_ft.model.outline import Outline, outline
 from raytune_ft.promote.adapted import Adapted
 from raytune_ft.promote.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from raytune_ft.promote.headed import Headed
 from raytune_ft.promote.verify import (
     ABSOLUTE_TOLERANCE,
     FoldCheck,
@@ -59,6 +61,7 @@ from raytune_ft.tensors.model_files import TensorFiles, open_model
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
 
 CHECKED_EXAMPLES = 8
+CHECKED_UNDER_A_HEAD = 32  # which says one thing of each
 CHECKED_TOKENS = 64  # of each
 MANIFEST = "manifest.json"
 
@@ -87,11 +90,13 @@ def fold(
     max_shard_size: str = MAX_SHARD_SIZE,
     dtype: torch.dtype | None = None,
     tell: Tell = lambda line: None,
+    head: Head | None = None,
 ) -> FoldCheck:
     """Write `checkpoint` (an adapter of `model`, or a whole model) into `target`, and check it.
 
     `examples` are token ids `[S]` that training has not seen, see `held_out`. `dtype`: another
-    than the base's. A `target` in which the same fold was interrupted is completed.
+    than the base's. `head` is the task head that it was trained with. A `target` in which the same
+    fold was interrupted is completed.
 
     Raises:
         CheckpointError: the checkpoint holds no safetensors weights, or those of another model.
@@ -99,8 +104,8 @@ def fold(
         ModelError: the base cannot be read, is quantised, or would run code of its own.
         StorageError: `target` holds something else.
     """
-    with open_checkpoint(model, checkpoint) as opened:
-        written_dtype = dtype or disk_dtype(model)
+    with open_checkpoint(model, checkpoint, head) as opened:
+        written_dtype = dtype or disk_dtype(model, head)
         files = write_model(opened, target, max_shard_size, written_dtype, tell)
         reference = opened.reference(examples) if opened.reference else None
         check = check_written(model, opened, target, examples, reference, written_dtype)
@@ -109,34 +114,37 @@ def fold(
     return check
 
 
-def held_out(split: TokenizedSplit) -> list[Tensor]:
+def held_out(split: TokenizedSplit, head: Head | None = None) -> list[Tensor]:
     """Token ids `[S]` of the first examples of a split, cut short: what a fold is checked on."""
+    wanted = CHECKED_EXAMPLES if head is None else CHECKED_UNDER_A_HEAD
     return [
         torch.from_numpy(split.example(i)[0][:CHECKED_TOKENS].astype(np.int64))
-        for i in range(min(CHECKED_EXAMPLES, len(split)))
+        for i in range(min(wanted, len(split)))
     ]
 
 
 @contextmanager
-def open_checkpoint(model: ModelConfig, checkpoint: Path) -> Iterator[Opened]:
+def open_checkpoint(
+    model: ModelConfig, checkpoint: Path, head: Head | None = None
+) -> Iterator[Opened]:
     """An adapter of `model`, or a whole model, without loading it.
 
     Raises: see `fold`.
     """
     if (checkpoint / "config.json").is_file():
         own = model.model_copy(update={"path": str(checkpoint), "revision": None})
-        refuse_code(checkpoint, own)
+        refuse_code(checkpoint, own, head)
         with open_model(checkpoint) as files:
-            found = outline(own)
+            weights, found = _under(head, files, outline(own, head=head))
             tied = bool(getattr(found.model, "all_tied_weights_keys", None))
-            yield Opened(files, found, tied, None, _identity(files))
+            yield Opened(weights, found, tied, None, _identity(files))
         return
     read_adapter_config(checkpoint)
-    _refuse_quantised(model)
+    _refuse_quantised(model, head)
     folder = base_folder(model)
-    refuse_code(folder, model)
-    with open_model(folder) as base:
-        found = outline(model)
+    refuse_code(folder, model, head)
+    with open_model(folder) as files:
+        base, found = _under(head, files, outline(model, head=head))
         adapted = Adapted(base, found, checkpoint)
         hashes = [sha256_of(checkpoint / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
         try:
@@ -145,10 +153,17 @@ def open_checkpoint(model: ModelConfig, checkpoint: Path) -> Iterator[Opened]:
                 found,
                 adapted.tied,
                 partial(run_adapter, found, base, adapted),
-                [_identity(base), hashes],
+                [_identity(files), hashes],
             )
         finally:
             adapted.close()
+
+
+def _under(head: Head | None, files: TensorFiles, of: Outline) -> tuple[Weights, Outline]:
+    if head is None:
+        return files, of
+    headed = Headed(files, of)
+    return headed, headed.outline
 
 
 def base_folder(model: ModelConfig) -> Path:
@@ -162,12 +177,12 @@ def base_folder(model: ModelConfig) -> Path:
     return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
 
 
-def refuse_code(folder: Path, model: ModelConfig) -> None:
+def refuse_code(folder: Path, model: ModelConfig, head: Head | None = None) -> None:
     """
     Raises:
         ModelError: the model's config.json names code of its own and nobody allowed it.
     """
-    config = load_model_config(model)
+    config = load_model_config(model, head)
     if getattr(config, "auto_map", None) and not model.trust_remote_code:
         raise ModelError(
             str(folder),
@@ -176,8 +191,8 @@ def refuse_code(folder: Path, model: ModelConfig) -> None:
         )
 
 
-def _refuse_quantised(model: ModelConfig) -> None:
-    config = load_model_config(model).get_text_config()
+def _refuse_quantised(model: ModelConfig, head: Head | None) -> None:
+    config = load_model_config(model, head).get_text_config()
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"model.path={model.path}",
@@ -212,9 +227,10 @@ def check_written(
         MergeError: see `compare`.
     """
     own = model.model_copy(update={"path": str(target), "revision": None})
+    head = opened.outline.head
     with open_model(target) as files:
-        exact = run_weights(outline(own), opened.weights, examples)
-        written = run_weights(outline(own), files, examples)
+        exact = run_weights(outline(own, head=head), opened.weights, examples)
+        written = run_weights(outline(own, head=head), files, examples)
     return compare(exact if reference is None else reference, exact, written, dtype, of)
 
 

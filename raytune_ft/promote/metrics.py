@@ -15,12 +15,11 @@ from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.promote.custom import load_function
 from raytune_ft.promote.forced import forced
 from raytune_ft.promote.harness import harness
-from raytune_ft.promote.scores import Column, Scores, ratio
+from raytune_ft.promote.scores import Column, Scores, by_source, calibration_error, ratio
 from raytune_ft.promote.subject import Subject
 
 LARGEST_EXPONENT = 700.0
 MAX_LABELS = 100
-BINS = 10
 
 Metric = Callable[[Subject], dict[str, Scores]]
 
@@ -32,24 +31,12 @@ def loss(subject: Subject) -> dict[str, Scores]:
     on: it reproduces a whole completion where every single token of it is the likeliest.
     """
     seen = subject.forced
-    numbers = subject.split.source_numbers
-    each = {} if numbers is None else dict(enumerate(subject.split.sources))
-    own = {name: np.flatnonzero(numbers == number) for number, name in each.items()}
     return {
         "eval_loss": Scores((seen.losses, seen.tokens), "min"),
         "perplexity": Scores((seen.losses, seen.tokens), "min", _perplexity),
         "token_accuracy": Scores((seen.right, seen.tokens)),
         "exact_match": Scores.mean((seen.right == seen.tokens).astype(float).tolist()),
-    } | {
-        f"eval_loss_{name}": Scores((seen.losses[rows], seen.tokens[rows]), "min", _of_a_source)
-        for name, rows in own.items()
-        if len(rows)
-    }
-
-
-def _of_a_source(losses: Column, tokens: Column) -> float:
-    """A summary of its own, so that `scores.jsonl`, which has every loss once, leaves it out."""
-    return ratio(losses, tokens)
+    } | by_source(seen.losses, seen.tokens, subject.split)
 
 
 def answer(subject: Subject) -> dict[str, Scores]:
@@ -156,13 +143,6 @@ def metric_named(name: str) -> Metric:
     if name.startswith(HARNESS):
         return partial(harness, name.removeprefix(HARNESS))
     return partial(custom, name)
-
-
-def calibration_error(confidences: Column, right: Column) -> float:
-    """Mean over ten bins of |confidence - accuracy|, weighted by their examples."""
-    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, confidences - right, BINS)
-    return float(np.abs(gaps).sum() / len(confidences))
 
 
 def _perplexity(losses: Column, tokens: Column) -> float:

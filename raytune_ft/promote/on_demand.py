@@ -39,17 +39,28 @@ class Read:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, find: Find, examples: Sequence[Tensor]) -> Tensor:
+def logits(
+    model: nn.Module, find: Find, examples: Sequence[Tensor], head_pad: int | None = None
+) -> Tensor:
     """`[N, V]`: the logits of all examples one after another.
 
     `find` gives the weights on the meta device by their names. Examples `[S]` are padded on the
-    right, which no token of a causal model sees.
+    right, which no token of a causal model sees. A task head gives `[E, L]`, and finds the ends of
+    examples by the padding token `head_pad` and a mask.
     """
     width = max(len(ids) for ids in examples)
-    tokens_BS = torch.stack([F.pad(ids, (0, width - len(ids))) for ids in examples])
+    tokens_BS = torch.stack(
+        [F.pad(ids, (0, width - len(ids)), value=head_pad or 0) for ids in examples]
+    )
+    inputs = {"input_ids": tokens_BS}
+    if head_pad is not None:
+        lengths = torch.tensor([len(ids) for ids in examples])
+        inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
     model.eval()
     with _served(model, find):
-        found = model(input_ids=tokens_BS, use_cache=False).logits
+        found = model(**inputs, use_cache=False).logits
+    if head_pad is not None:
+        return found.float()
     return torch.cat([row[: len(ids)] for row, ids in zip(found, examples, strict=True)]).float()
 
 

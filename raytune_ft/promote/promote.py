@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -23,20 +21,14 @@ from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageEr
 from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
-from raytune_ft.promote.card import Lineage, base_file_hashes, model_card, package_versions
-from raytune_ft.promote.classifier import check_no_classifier
+from raytune_ft.promote.card import model_card
+from raytune_ft.promote.classifier import check_checkpoint
 from raytune_ft.promote.custom import check_functions
-from raytune_ft.promote.evaluate import (
-    Job,
-    Measured,
-    is_chat,
-    measured_split,
-    prepare_retention,
-    run_job,
-    split_named,
-)
+from raytune_ft.promote.evaluate import Measured, measured_split, prepare_retention, split_named
 from raytune_ft.promote.fold import FoldCheck, held_out
 from raytune_ft.promote.generate import choose_backend
+from raytune_ft.promote.lineage import Lineage, base_file_hashes, package_versions
+from raytune_ft.promote.measure import Measurer, same_scores
 from raytune_ft.promote.publish import (
     ADAPTER,
     CARD,
@@ -54,6 +46,7 @@ from raytune_ft.promote.select import Selection, select
 from raytune_ft.promote.verdict import Contender, Verdict, decide
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
+from raytune_ft.train.objective import head_of
 
 Tell = Callable[[str], None]
 
@@ -89,21 +82,22 @@ def promote(
 ) -> Promotion:
     """Write `directory/promoted` from a run or a sweep that has ended.
 
-    Candidates are compared on validation alone, and the base is one of them. The test split is
-    measured here and nowhere else, once for the base and once for the promoted model. With
-    `again` an earlier `promoted` is kept as `promoted-1`, and so on. What is killed half-way
-    leaves `promoted` as it was.
+    Candidates are compared on validation alone, and the base is one of them; classifiers, whose
+    base is none, are held against a constant answer. The test split is measured here and nowhere
+    else, once for the base and once for the promoted model. With `again` an earlier `promoted` is
+    kept as `promoted-1`, and so on. What is killed half-way leaves `promoted` as it was.
 
     Raises:
         StorageError: no run that ended, `promoted` exists and not `again`, or no room to write.
         RunFailed: nothing usable (CheckpointError: nothing sound; MergeError: a wrong fold).
         DataError: the data are gone, overlap, or are not what they were when the run began.
         ConfigError: a metric that cannot be computed.
-        ModelError: the base is gone.
+        ModelError: the base is gone, or a classifier's adapter keeps no head.
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
-    check_no_classifier(selection.config, directory)
+    if selection.config.train.objective == "classification":
+        check_checkpoint(selection.candidate.checkpoint)
     check_functions(selection.settings.metrics)
     choose_backend(selection.settings.generation)
     if target.exists() and not again:
@@ -161,7 +155,15 @@ class _Promoter:
             tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
         check_overlap(data, self._data.report, settings.max_overlap)
         self._promoted = folder / MODEL
-        self._retained = prepare_retention(settings, data, self._tokenizer, cache_dir)
+        self._measurer = Measurer(
+            self._model,
+            head_of(self._config, self._data.report),
+            self._config,
+            settings,
+            self._data,
+            prepare_retention(settings, data, self._tokenizer, cache_dir),
+            samples,
+        )
 
     def run(self) -> Promotion:
         """Everything that can be refused is refused before the test split is measured."""
@@ -172,11 +174,12 @@ class _Promoter:
             self._model,
             [one.checkpoint for one in (chosen, *others)],
             [one.trial or self._selection.name for one in (chosen, *others)],
-            held_out(self._data.validation),
+            held_out(self._data.validation, self._measurer.head),
             self._selection.settings,
             self._config.seed,
             self._score,
             self._tell,
+            self._measurer.head,
         )
         checks = self._write_all(entries(pantry))
         found = list(checks)
@@ -226,60 +229,36 @@ class _Promoter:
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
         """Every candidate on validation, and on the general set."""
         count = len(self._data.validation)
-        self._tell(f"measuring {len(found)} candidates on {count:,} examples (validation)")
-        jobs = [self._job(self._directory_of(entry.name), "validation") for entry in found]
-        measured = measure_all(jobs, self._config)
-        self._keep("validation", dict(zip([one.name for one in found], measured, strict=True)))
-        contenders = [
-            Contender(entry.name, entry.simplicity, one)
-            for entry, one in zip(found, measured, strict=True)
-        ]
+        several = f"{len(found)} candidates" if len(found) > 1 else "1 candidate"
+        self._tell(f"measuring {several} on {count:,} examples (validation)")
+        directories = [self._directory_of(entry.name) for entry in found]
+        contenders = self._measurer.contenders(found, directories)
+        self._keep("validation", {one.name: one.measured for one in contenders})
         for one in contenders[1:]:
             if same_scores(contenders[0].measured, one.measured):
-                self._tell(f"{one.name} scores exactly as the base: it changes nothing")
+                reference = self._measurer.reference
+                self._tell(f"{one.name} scores exactly as the {reference}: it changes nothing")
         return contenders
 
     def _test(
         self, verdict: Verdict, contenders: Sequence[Contender], settings: dict[str, dict[str, Any]]
     ) -> Evaluation:
-        """The base and the winner on the test split; without one, once more as on validation."""
-        name = measured_split(self._data)
+        """The reference and the winner on the test split; without one, on validation again."""
+        name, reference = measured_split(self._data), self._measurer.reference
         count = len(split_named(self._data, name))
-        self._tell(f"measuring base and promoted model on {count:,} examples ({name})")
+        self._tell(f"measuring {reference} and promoted model on {count:,} examples ({name})")
         looks = looks_so_far(self._directory) + 1
-        jobs = [
-            self._job(Path(self._model.path), name, self._samples),
-            self._job(self._promoted, name, self._samples),
-        ]
         kept = verdict.winner == BASE_NAME
-        measured = measure_all(jobs[: 1 if kept else 2], self._config)
-        base, promoted = measured[0], measured[-1]
+        base, promoted = self._measurer.held_out(name, None if kept else self._promoted)
         if name == "test":
-            self._keep(name, {BASE_NAME: base} | ({} if kept else {verdict.winner: promoted}))
-        return evaluation_of(verdict, contenders, settings, name, base, promoted, looks)
-
-    def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
-        base = self._model
-        is_base = str(directory) == base.path
-        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
-        return Job(
-            base if is_base else own,
-            base,
-            self._selection.settings,
-            self._data.path,
-            split,
-            self._retained,
-            samples,
-            is_chat(self._config.data),
-        )
+            self._keep(name, {reference: base} | ({} if kept else {verdict.winner: promoted}))
+        return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
     def _score(self, directory: Path) -> float:
-        """For merges that look before they add; on validation."""
+        """For merges that look before they add."""
         if not (directory / "tokenizer_config.json").is_file():
             save_tokenizer(self._tokenizer, directory)
-        scores = run_job(replace(self._job(directory, "validation"), retained=None)).scores
-        found = scores[self._selection.figure]
-        return found.value if found.mode == "min" else -found.value
+        return self._measurer.score(directory, self._selection.figure)
 
     def _take(self, winner: Entry) -> None:
         """The winner's directory becomes the promoted model, the others go."""
@@ -331,19 +310,3 @@ class _Promoter:
         model_card(lineage, evaluation, check, shown, unfoldable(self._promoted)).save(
             self._folder / CARD
         )
-
-
-def measure_all(jobs: Sequence[Job], config: Config) -> list[Measured]:
-    """In order; at the same time where this process is part of a Ray cluster."""
-    if len(jobs) > 1 and "ray" in sys.modules:  # else nobody has joined a cluster
-        from raytune_ft.promote import ray_evaluate
-
-        if ray_evaluate.joined():
-            return ray_evaluate.measure_all(jobs, config.parallel)
-    return [run_job(job) for job in jobs]
-
-
-def same_scores(a: Measured, b: Measured) -> bool:
-    """Whether every example has the very same loss, as if an adapter had not been applied."""
-    one, other = (each.scores["eval_loss"].columns[0] for each in (a, b))
-    return bool(np.array_equal(one, other))

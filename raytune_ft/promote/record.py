@@ -43,6 +43,8 @@ class Evaluation:
 
     Attributes:
         split, examples: what `base`, `promoted` and `differences` were measured on.
+        reference: what `base` has the figures of: the base, or of a classifier, whose base is no
+            model, a constant answer.
         looks: how often this run's or sweep's split has been measured.
         metric, mode: the figure that decided, and which way it is better.
         winner: the candidate that was promoted; `tied` with a less simple one that looks better.
@@ -67,6 +69,7 @@ class Evaluation:
     validation_examples: int
     confidence: float = CONFIDENCE
     samples: tuple[Sample, ...] = field(default=())
+    reference: str = "base"
 
 
 def evaluation_of(
@@ -77,6 +80,7 @@ def evaluation_of(
     base: Measured,
     promoted: Measured,
     looks: int,
+    reference: str = "base",
 ) -> Evaluation:
     """The record of a promotion; `base` and `promoted` were measured on `split`."""
     differences = compared(base, promoted)
@@ -87,16 +91,21 @@ def evaluation_of(
         base=base.figures,
         promoted=promoted.figures,
         looks=looks,
-        verdict=_sentence(verdict, contenders[0].measured, base, promoted, held_out, split),
+        verdict=_sentence(
+            verdict, contenders[0].measured, base, promoted, held_out, split, reference
+        ),
         metric=verdict.figure,
         mode=verdict.mode,
         winner=verdict.winner,
         tied=verdict.tied,
         improved=better(held_out, verdict.mode),
         differences=differences,
-        candidates=tuple(_candidate(one, verdict, settings[one.name]) for one in contenders),
+        candidates=tuple(
+            _candidate(one, verdict, settings.get(one.name, {})) for one in contenders
+        ),
         validation_examples=_examples(contenders[0].measured),
         samples=samples_of(base, promoted),
+        reference=reference,
     )
 
 
@@ -153,6 +162,7 @@ def _sentence(
     promoted: Measured,
     held_out: Difference,
     split: str,
+    reference: str,
 ) -> str:
     figure = verdict.figure
     old, new = base.figures[figure], promoted.figures[figure]
@@ -170,9 +180,8 @@ def _sentence(
         how, sure = "not told from", _too_few(_count(base, figure))
     else:
         sure += f" {held_out.low:.4f} to {held_out.high:.4f}"
-    return (
-        f"promoted is {how} base ({figure} {new:.4f} against {old:.4f}, {sure} on {split}){simpler}"
-    )
+    figures = f"{figure} {new:.4f} against {old:.4f}, {sure} on {split}"
+    return f"promoted is {how} {reference} ({figures}){simpler}"
 
 
 def _count(measured: Measured, figure: str) -> int:

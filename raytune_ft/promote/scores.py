@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.metrics import Mode
+from raytune_ft.data.split import TokenizedSplit
 
 Column = npt.NDArray[np.float64]
 Summary = Callable[..., float]
@@ -20,6 +21,7 @@ FEWEST_EXAMPLES = 10
 CONFIDENCE = 0.95
 FEWEST_DRAWS, MAX_NUMBERS = 400, 200_000_000
 """Over many examples fewer draws do, and 2,000 would take minutes."""
+BINS = 10
 _CHUNK = 4_000_000  # numbers drawn at a time
 
 
@@ -30,14 +32,16 @@ def ratio(numerators: Column, denominators: Column) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One figure of one model: `summary(*columns)`, each column `[n]`, one value an example."""
+    """One figure of one model: `summary(*columns)`, each column `[n]`, one value an example, or
+    `[n, L]` of a summary that takes it.
+    """
 
     columns: tuple[Column, ...]
     mode: Mode = "max"
     summary: Summary = ratio
 
     @classmethod
-    def mean(cls, values: Sequence[float], mode: Mode = "max") -> Scores:
+    def mean(cls, values: Sequence[float] | Column, mode: Mode = "max") -> Scores:
         """Of one score for each example."""
         column = np.asarray(values, np.float64)
         return cls((column, np.ones_like(column)), mode)
@@ -92,6 +96,31 @@ def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Diffe
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
     return Difference(b.value - a.value, float(low), float(high))
+
+
+def by_source(losses: Column, counted: Column, split: TokenizedSplit) -> dict[str, Scores]:
+    """The loss over the examples of each source of a split, where it has several."""
+    numbers = split.source_numbers
+    if numbers is None:
+        return {}
+    own = {name: np.flatnonzero(numbers == i) for i, name in enumerate(split.sources)}
+    return {
+        f"eval_loss_{name}": Scores((losses[rows], counted[rows]), "min", _of_a_source)
+        for name, rows in own.items()
+        if len(rows)
+    }
+
+
+def _of_a_source(losses: Column, counted: Column) -> float:
+    """A summary of its own, so that `scores.jsonl`, which has every loss once, leaves it out."""
+    return ratio(losses, counted)
+
+
+def calibration_error(confidences: Column, right: Column) -> float:
+    """Mean over ten bins of |confidence - accuracy|, weighted by their examples."""
+    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, confidences - right, BINS)
+    return float(np.abs(gaps).sum() / len(confidences))
 
 
 def _resampled(scores: Scores, picks_DN: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.build import disk_dtype, load_base, pad_token
+from raytune_ft.model.heads import Head, reading
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.promote.forced import Forced, forced
 from raytune_ft.promote.generate import BACKENDS, choose_backend
@@ -111,10 +112,13 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
 
 
 def engine_of(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, base: ModelConfig | None = None
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: ModelConfig | None = None,
+    head: Head | None = None,
 ) -> Engine:
     """A model as it is measured: no autocast, no packing, the dtype that it has on disk. Where it
-    is an adapter that cannot be folded, it works in `base`.
+    is an adapter that cannot be folded, it works in `base`. With a task `head`, that is asked.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -123,10 +127,11 @@ def engine_of(
     strategy = Single(ParallelConfig(), "float32")
     adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None
     whole = base if adapter is not None and base is not None else model
-    built: Any = load_base(whole, disk_dtype(whole))
+    built: Any = load_base(whole, disk_dtype(whole, head), head)
     if adapter is not None:
         attach_saved(built, adapter)
     built.eval()
+    own_pad = built.config.get_text_config().pad_token_id  # by which a head finds its token
     return Engine(
         model=built,
         wrapped=strategy.lay_out(built),
@@ -134,7 +139,8 @@ def engine_of(
         names=[],
         strategy=strategy,
         precision=strategy.precision,
-        pad_token=pad_token(tokenizer),
+        pad_token=pad_token(tokenizer) if head is None else own_pad,
         micro_tokens=choose_micro_tokens("auto", strategy.device),
         packing=False,
+        reading=None if head is None else reading(built, "row"),
     )

@@ -14,11 +14,15 @@ from raytune_ft.promote.scores import Difference, Scores, difference
 
 @dataclass(frozen=True)
 class Contender:
-    """A measured candidate. `simplicity` counts up from 0, the base; equal ones are as simple."""
+    """A measured candidate. `simplicity` counts up from 0, the base; equal ones are as simple.
+
+    What is no model is compared with the others, and never promoted.
+    """
 
     name: str
     simplicity: int
     measured: Measured
+    is_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Verdict:
     Attributes:
         figure, mode: what decided, and which way is better.
         winner: the simplest candidate that the data do not tell from the best one.
-        best: the one with the best value.
+        best: the model with the best value.
         differences: of every candidate but the best, its figure minus the best one's.
     """
 
@@ -54,7 +58,8 @@ def decide(contenders: Sequence[Contender], figure: str) -> Verdict:
     by_name = {one.name: _scores_of(one, figure) for one in contenders}
     mode = next(iter(by_name.values())).mode
     sign = 1 if mode == "min" else -1
-    usable = [one for one in contenders if by_name[one.name].value == by_name[one.name].value]
+    models = [one for one in contenders if one.is_model]
+    usable = [one for one in models if by_name[one.name].value == by_name[one.name].value]
     if not usable:
         raise RunFailed(f"{figure} is not a number for any candidate")
     order = sorted(usable, key=lambda one: (sign * by_name[one.name].value, one.simplicity))

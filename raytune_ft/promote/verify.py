@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ from raytune_ft.errors import MergeError
 from raytune_ft.model.outline import Outline
 from raytune_ft.promote.adapted import Adapted
 from raytune_ft.promote.adapter_plan import base_name, is_adapters, key_of
-from raytune_ft.promote.on_demand import Read, logits
+from raytune_ft.promote.on_demand import Find, Read, logits
 from raytune_ft.promote.weights import Weights, converted, whole
-from raytune_ft.tensors.model_files import TensorFiles
 
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
@@ -28,6 +28,8 @@ _LOGITS = 1 << 25
 @dataclass(frozen=True)
 class FoldCheck:
     """How far the written model is from base + adapter, on `tokens` held-out tokens.
+
+    A task head has one row of logits for each example, and `tokens` counts those.
 
     Attributes:
         dtype: of the written weights.
@@ -53,11 +55,11 @@ class FoldCheck:
 def run_weights(outline: Outline, weights: Weights, examples: Sequence[Tensor]) -> Tensor:
     """`[N, V]`: the logits of the model that `outline` is of, with these weights."""
     find = partial(_find, outline, weights)
-    return logits(outline.model, find, _shortened(outline, examples))
+    return _logits(outline, outline.model, find, examples)
 
 
 def run_adapter(
-    outline: Outline, base: TensorFiles, adapted: Adapted, examples: Sequence[Tensor]
+    outline: Outline, base: Weights, adapted: Adapted, examples: Sequence[Tensor]
 ) -> Tensor:
     """`[N, V]`: likewise of base + adapter in PEFT, which has put its layers into `outline`."""
 
@@ -71,7 +73,16 @@ def run_adapter(
             return Read(adapted.adapter.shapes[replaced], partial(adapted.adapter.rows, replaced))
         return _find(outline, base, target)
 
-    return logits(adapted.plan.peft, find, _shortened(outline, examples))
+    return _logits(outline, adapted.plan.peft, find, examples)
+
+
+def _logits(outline: Outline, model: Any, find: Find, examples: Sequence[Tensor]) -> Tensor:
+    """Of a task head those of examples, else those of as many tokens as keep them small."""
+    text = outline.pattern.config.get_text_config()
+    if outline.head is not None:
+        return logits(model, find, examples, text.pad_token_id)
+    most = max(1, _LOGITS // text.vocab_size // max(1, len(examples)))
+    return logits(model, find, [ids[:most] for ids in examples])
 
 
 def _find(outline: Outline, weights: Weights, name: str) -> Read:
@@ -85,13 +96,6 @@ def _find(outline: Outline, weights: Weights, name: str) -> Read:
     return Read(tuple(made.shape), lambda start, end: made[start:end])
 
 
-def _shortened(outline: Outline, examples: Sequence[Tensor]) -> list[Tensor]:
-    """As many tokens as keep the logits small, of every example alike."""
-    vocabulary = outline.pattern.config.get_text_config().vocab_size
-    most = max(1, _LOGITS // vocabulary // max(1, len(examples)))
-    return [ids[:most] for ids in examples]
-
-
 def compare(
     reference: Tensor, exact: Tensor, written: Tensor, dtype: torch.dtype, of: str
 ) -> FoldCheck:
@@ -102,14 +106,15 @@ def compare(
     """
     rounds = dtype.itemsize < torch.float32.itemsize
     tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * reference.abs().max().item())
-    spread = (reference - reference.mean(-1, keepdim=True)).square().mean().sqrt().item()
+    spread = _root_mean_square(reference - reference.mean(-1, keepdim=True))
+    spread = spread or _root_mean_square(reference)  # of a head with one output
     check = FoldCheck(
         dtype=str(dtype).removeprefix("torch."),
         tokens=len(reference),
         tolerance=tolerance,
         fold_difference=(exact - reference).abs().max().item(),
         written_difference=(written - reference).abs().max().item(),
-        rounding=(written - reference).square().mean().sqrt().item() / (spread or 1.0),
+        rounding=_root_mean_square(written - reference) / (spread or 1.0),
         rounding_tolerance=ROUNDING_TOLERANCE if rounds else None,
         kl=divergence(reference, written),
     )
@@ -130,6 +135,10 @@ def compare(
             f"more than {ROUNDING_TOLERANCE:.1%}"
         )
     return check
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
 
 
 def divergence(reference_NV: Tensor, other_NV: Tensor) -> float:

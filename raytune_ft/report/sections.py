@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytune_ft.config.metrics import RETENTION
+from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, RETENTION
 from raytune_ft.config.metrics import figures as known_figures
 from raytune_ft.report.collect import Facts, Record
 from raytune_ft.report.svg import shown
@@ -47,7 +47,7 @@ def headline(facts: Facts) -> Record:
 
 
 def _verdict(promoted: Record) -> Record:
-    metric, winner = promoted["metric"], promoted["winner"]
+    metric, winner, reference = promoted["metric"], promoted["winner"], reference_of(promoted)
     old, new = promoted["base"][metric], promoted["promoted"][metric]
     gap = promoted["differences"][metric]
     sure = f"{promoted['confidence']:.0%} interval {_interval(gap['interval'])}"
@@ -56,16 +56,19 @@ def _verdict(promoted: Record) -> Record:
     elif promoted["improved"]:
         title, colour = f"{winner} is promoted: {metric} {shown(old)} → {shown(new)}", GOOD
     elif _covers_zero(gap["interval"]):
-        title, colour = f"{winner} is promoted, tied with the base on {promoted['split']}", NEUTRAL
+        title = f"{winner} is promoted, tied with the {reference} on {promoted['split']}"
+        colour = NEUTRAL
     else:
-        title, colour = f"{winner} is promoted, and worse than the base", BAD
+        title, colour = f"{winner} is promoted, and worse than the {reference}", BAD
     times = "once" if promoted["looks"] == 1 else f"{promoted['looks']} times"
     lines = []
     if winner != "base":
         lines.append(
-            f"Difference to the base {shown(gap['difference'])} ({sure}), on "
+            f"Difference to the {reference} {shown(gap['difference'])} ({sure}), on "
             f"{promoted['examples']:,} examples of the {promoted['split']} split, measured {times}."
         )
+    if reference != "base":
+        lines.append("The constant gives every example the one answer that suits train best.")
     if promoted["split"] != "test":
         lines.append("There was no test data: these examples also chose the model, and flatter.")
     if promoted["tied"]:
@@ -83,13 +86,14 @@ def cards(facts: Facts) -> list[dict[str, str]]:
     if promoted is None:
         return []
     order = [promoted["metric"], "answer_exact_match", "exact_match", "accuracy", "rougeL"]
-    order += ["token_accuracy", "retention_kl", "retention_loss"]
+    order += ["macro_f1", "r2", "pearson", "token_accuracy", "retention_kl", "retention_loss"]
     found = []
     for name in dict.fromkeys(order):
         if name not in promoted["promoted"]:
             continue
         gap = promoted["differences"].get(name)
-        note = f"base {shown(promoted['base'][name])}" if name in promoted["base"] else ""
+        old = promoted["base"].get(name)
+        note = "" if old is None else f"{reference_of(promoted)} {shown(old)}"
         if name == "retention_kl":
             note = "nats a token from the base, on the general set"
         found.append(
@@ -124,8 +128,14 @@ def figures(promoted: Record) -> Record:
         "about": f"On {promoted['examples']:,} examples of the {promoted['split']} split, measured "
         f"{times}. Intervals are of a paired bootstrap over examples.",
         "confidence": f"{promoted['confidence']:.0%}",
+        "reference": reference_of(promoted),
         "rows": rows,
     }
+
+
+def reference_of(promoted: Mapping[str, Any]) -> str:
+    """What the promoted model is compared with."""
+    return str(promoted.get("reference", "base"))  # absent in earlier versions
 
 
 def trial_rows(facts: Facts) -> list[Record]:
@@ -177,7 +187,7 @@ def lineage(facts: Facts) -> list[tuple[str, str]]:
 
 def _tone(name: str, gap: Record | None, promoted: Record) -> str:
     """up for an improvement, down for the contrary; nothing where the interval covers zero."""
-    modes = {**known_figures(["loss", "answer", "rouge", "classification"]), **RETENTION}
+    modes = {**known_figures(list(FIGURES)), **OF_A_HEAD["regression"], **RETENTION}
     mode = promoted["mode"] if name == promoted["metric"] else modes.get(name)
     if gap is None or mode is None or _covers_zero(gap["interval"]):
         return ""

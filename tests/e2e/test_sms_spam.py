@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers import pipeline
 
 from raytune_ft.cli import run_command
 
@@ -34,3 +35,14 @@ def test_at_least_98_of_100_messages_are_told_apart(tmp_path: Path, method: list
     assert run_command(["train", str(ROOT / "jobs" / "sms_spam.yaml"), *arguments]) == 0
     result = json.loads((tmp_path / "sms-spam" / "result.json").read_text())
     assert result["best"]["eval_accuracy"] >= 0.98
+    assert run_command(["promote", str(tmp_path / "sms-spam")]) == 0
+    promoted = tmp_path / "sms-spam" / "promoted"
+    content = json.loads((promoted / "evaluation.json").read_text())
+    assert content["improved"]
+    assert content["promoted"]["accuracy"] == pytest.approx(
+        result["best"]["eval_accuracy"], abs=1e-3
+    )
+    assert content["base"]["accuracy"] < 0.9  # most messages are no spam
+    say = pipeline("text-classification", str(promoted / "model"))
+    found = say(["WINNER!! Claim your prize, call 09061701461 now", "see you at home at six"])
+    assert [one["label"] for one in found] == ["spam", "ham"]

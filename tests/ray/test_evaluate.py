@@ -10,7 +10,7 @@ from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.promote import ray_evaluate
 from raytune_ft.promote.evaluate import Job, run_job
-from raytune_ft.promote.promote import measure_all
+from raytune_ft.promote.measure import measure_all
 from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama
 
@@ -32,7 +32,7 @@ def test_actors_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> N
     settings = PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4)
     config, wanted = jobs(inputs, tmp_path, settings)
     assert ray_evaluate.joined()
-    found = measure_all(wanted, config)
+    found = measure_all(wanted, config.parallel)
     assert_nothing_left()
     for job, one in zip(wanted, found, strict=True):
         alone = run_job(job)
@@ -44,9 +44,9 @@ def test_actors_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> N
 def test_an_error_of_ours_stays_one(inputs: Inputs, tmp_path: Path) -> None:
     config, wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["answer"]))
     with pytest.raises(DataError, match="finds no answer in any of"):
-        measure_all(wanted, config)
+        measure_all(wanted, config.parallel)
     (tmp_path / "1" / "model.safetensors").unlink()
     config, wanted = config, [wanted[1], wanted[1]]
     with pytest.raises(ModelError):
-        measure_all(wanted, config)
+        measure_all(wanted, config.parallel)
     assert_nothing_left()

@@ -13,15 +13,21 @@ from typing import Any
 import optuna
 import pytest
 from ray.util.placement_group import placement_group_table
+from transformers import AutoModelForSequenceClassification
 
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import prepare_data
 from raytune_ft.errors import ClusterError, Interrupted
+from raytune_ft.model.build import load_tokenizer
+from raytune_ft.promote.promote import promote
 from raytune_ft.search.draw import JointSampler
 from raytune_ft.search.ray_tune import run_sweep
 from raytune_ft.search.space import distributions
 from raytune_ft.search.study import open_study
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
+from tests.support.models import save_tiny_encoder
+from tests.support.runs import make_config
 
 pytestmark = pytest.mark.ray
 
@@ -168,3 +174,34 @@ def test_a_trial_that_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(ClusterError, match="needs 1 GPU; the cluster has 0 GPU"):
         run_sweep(config, sweep_dir, inputs.data_dir, print)
     assert [path.name for path in sweep_dir.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.slow
+def test_classifiers_are_searched_by_accuracy_and_the_best_is_promoted(tmp_path: Path) -> None:
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    rows = [{"text": f"{'ab'[i % 2] * 3} {'xyz'[i % 3]}", "label": "ab"[i % 2]} for i in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    search = {**SEARCH, "trials": 2, "scheduler": None, "metric": "eval_accuracy", "mode": "max"}
+    changes = {"data.train.format": "classification", "train.objective": "classification"}
+    plain = {**changes, "train.max_examples": 140, "train.eval_every_examples": 70}
+    config = make_config(encoder, file, {**plain, "search": search, "promote.max_overlap": 1.0})
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, tmp_path / ".cache")
+    sweep_dir = tmp_path / "sweep"
+    sweep_dir.mkdir()
+    (sweep_dir / "config.yaml").write_text(dump_yaml(config))
+    plan_trials(config, sweep_dir, [BAD, GOOD])
+    result = run_sweep(config, sweep_dir, data.path, lambda _: None, resume=True)
+    assert_nothing_left()
+    bad, good = result.trials
+    assert (bad.value or 0) < (good.value or 0) == 1.0
+    assert result.best is not None
+    assert result.best["trial"] == "trial-001"
+    promotion = promote(sweep_dir, cache_dir=tmp_path / ".cache")
+    assert (promotion.trial, promotion.better) == ("trial-001", True)
+    assert promotion.evaluation.metric == "accuracy"
+    assert promotion.evaluation.promoted["accuracy"] == 1.0
+    model = AutoModelForSequenceClassification.from_pretrained(promotion.model)
+    assert model.config.id2label == {0: "a", 1: "b"}
+    assert_nothing_left()

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from raytune_ft.errors import ModelError
+from raytune_ft.model.heads import head_modules
 
 
 def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
@@ -44,6 +45,12 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
                 if name.endswith("_dropout"):
                     child.train()  # the one source of noise, and 0 unless written
     return model
+
+
+def task_of(base: nn.Module) -> dict[str, Any]:
+    """What PEFT is told of the base: that it predicts tokens, or has a head to train and save."""
+    heads = head_modules(base)
+    return {"task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "modules_to_save": heads or None}
 
 
 def check_names(key: str, targets: Sequence[str], base: nn.Module) -> None:

@@ -13,8 +13,7 @@ from torch import nn
 
 from raytune_ft.config.methods import LoraMethod, QloraMethod
 from raytune_ft.errors import ModelError
-from raytune_ft.model.heads import head_modules
-from raytune_ft.model.methods.adapt import adapt
+from raytune_ft.model.methods.adapt import adapt, task_of
 from raytune_ft.model.methods.pace import Pace
 from raytune_ft.model.methods.start import begin_with_the_weights
 
@@ -39,8 +38,7 @@ def apply_lora(base: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
         rank_pattern=dict(method.rank_pattern),
         alpha_pattern=dict(method.alpha_pattern),
         init_lora_weights="gaussian" if init == "gaussian" else True,
-        task_type="SEQ_CLS" if head_modules(base) else "CAUSAL_LM",
-        modules_to_save=head_modules(base) or None,
+        **task_of(base),
     )
     model = adapt(base, config, method.targets)
     _check_patterns("rank_pattern", method.rank_pattern, model)

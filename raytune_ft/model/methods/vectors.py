@@ -6,7 +6,7 @@ from peft import IA3Config, OFTConfig, VeraConfig
 from torch import nn
 
 from raytune_ft.config.methods import Ia3Method, OftMethod, VeraMethod
-from raytune_ft.model.methods.adapt import adapt, check_names
+from raytune_ft.model.methods.adapt import adapt, check_names, task_of
 
 
 def apply_ia3(base: nn.Module, method: Ia3Method) -> nn.Module:
@@ -16,7 +16,7 @@ def apply_ia3(base: nn.Module, method: Ia3Method) -> nn.Module:
     config = IA3Config(
         target_modules=None if method.targets == "auto" else method.targets,
         feedforward_modules=None if method.feedforward == "auto" else method.feedforward,
-        task_type="CAUSAL_LM",
+        **task_of(base),
     )
     return adapt(base, config, method.targets)
 
@@ -30,7 +30,7 @@ def apply_vera(base: nn.Module, method: VeraMethod) -> nn.Module:
         d_initial=method.d_initial,
         projection_prng_key=method.projection_seed,
         save_projection=True,
-        task_type="CAUSAL_LM",
+        **task_of(base),
     )
     return adapt(base, config, method.targets)
 
@@ -45,6 +45,6 @@ def apply_oft(base: nn.Module, method: OftMethod) -> nn.Module:
         coft=method.coft,
         eps=method.eps,
         block_share=method.block_share,
-        task_type="CAUSAL_LM",
+        **task_of(base),
     )
     return adapt(base, config, method.targets)

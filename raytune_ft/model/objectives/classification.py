@@ -32,7 +32,7 @@ class Classification:
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Examples, each with its weight and, for a single label, that of its class."""
-        return float(self._weights(columns_at(split, indices), np.ones_like).sum())
+        return float(self.weights(columns_at(split, indices), np.ones_like).sum())
 
     def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
         """`logits_EL`."""
@@ -40,12 +40,12 @@ class Classification:
 
     def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """`[E]`, weighted."""
-        losses_E = self._plain(outputs, batch, self.label_smoothing)
-        return losses_E * self._weights(batch.columns, torch.ones_like).to(losses_E.dtype)
-
-    def _plain(self, outputs: Tensor, batch: MicroBatch, smoothing: float) -> Tensor:
-        """As the heads of transformers have it: the mean over labels of an example."""
         target_EL = batch.columns[TARGET].to(outputs.dtype)
+        losses_E = self.unweighted(outputs, target_EL, self.label_smoothing)
+        return losses_E * self.weights(batch.columns, torch.ones_like).to(losses_E.dtype)
+
+    def unweighted(self, outputs: Tensor, target_EL: Tensor, smoothing: float = 0.0) -> Tensor:
+        """`[E]`, as the heads of transformers have it: the mean over labels of an example."""
         if self.problem == "regression":
             return (outputs - target_EL).square().mean(1)
         if self.problem == "multi_label":
@@ -54,8 +54,8 @@ class Classification:
         classes_E = target_EL.argmax(1)
         return F.cross_entropy(outputs, classes_E, reduction="none", label_smoothing=smoothing)
 
-    def _weights(self, columns: Mapping[str, Any], ones_like: Any) -> Any:
-        """`[E]`, of numpy arrays and of tensors alike."""
+    def weights(self, columns: Mapping[str, Any], ones_like: Any) -> Any:
+        """`[E]`, of each example and of its class, of numpy arrays and of tensors alike."""
         target_EL = columns[TARGET]
         weights_E = example_weights(columns)
         if weights_E is None:
@@ -71,8 +71,8 @@ class Classification:
         assert groups == 1, "every model has a head of its own"
         outputs = outputs.double()
         target_EL = batch.columns[TARGET].double()
-        weights_E = self._weights(batch.columns, torch.ones_like).double()
-        losses_E = self._plain(outputs, batch, 0.0)
+        weights_E = self.weights(batch.columns, torch.ones_like).double()
+        losses_E = self.unweighted(outputs, target_EL)
         first = torch.stack([(losses_E * weights_E).sum(), weights_E.sum()])
         if self.problem == "regression":
             moments = (
@@ -83,7 +83,7 @@ class Classification:
                 target_EL * outputs,
             )
             return torch.cat([first, *(each.sum(0) for each in moments)]).unsqueeze(0)
-        guess_EL = _guessed(outputs, self.problem)
+        guess_EL = guessed(outputs, self.problem)
         right_E = (guess_EL == target_EL).all(1).double()
         hits_L, guesses_L, wanted_L = (
             each.sum(0) for each in (guess_EL * target_EL, guess_EL, target_EL)
@@ -111,7 +111,8 @@ class Classification:
         return figures
 
 
-def _guessed(outputs: Tensor, problem: str) -> Tensor:
+def guessed(outputs: Tensor, problem: str) -> Tensor:
+    """`[E, L]`, 1 for the labels that these outputs stand for."""
     if problem == "multi_label":
         return (outputs > 0).double()
     return F.one_hot(outputs.argmax(1), outputs.shape[1]).double()

@@ -15,6 +15,7 @@ from raytune_ft.config.schema import MergeName, ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.files import fsync
 from raytune_ft.model.build import disk_dtype
+from raytune_ft.model.heads import Head
 from raytune_ft.promote.fold import (
     MANIFEST,
     FoldCheck,
@@ -93,13 +94,14 @@ def merge(
     max_shard_size: str = MAX_SHARD_SIZE,
     dtype: torch.dtype | None = None,
     tell: Tell = lambda line: None,
+    head: Head | None = None,
 ) -> MergeReport:
     """Write one merge of `members` (checkpoints of one base, the best first) into `target`.
 
     best folds the first; slerp takes the first two, wise_ft the first and the base, the others
     all. greedy_soup and wise_ft ask `score` of what they write beside `target`, and keep the best.
-    `examples` are held-out token ids `[S]` that what is written is checked on. Resumes what was
-    interrupted.
+    `examples` are held-out token ids `[S]` that what is written is checked on. `head` is the task
+    head that all members were trained with. Resumes what was interrupted.
 
     Raises:
         ConfigError: an unknown name, too few members, or no `score` for a merge that needs one.
@@ -112,12 +114,12 @@ def merge(
             f"promote.merge={name}", "is no merge", f"write one of {', '.join(MERGE_NAMES)}"
         )
     if name == "best":
-        check = fold(model, members[0], target, examples, max_shard_size, dtype, tell)
+        check = fold(model, members[0], target, examples, max_shard_size, dtype, tell, head)
         return MergeReport(name, (0,), None, check)
     settings = settings or MergeSettings()
     everyone = tuple(range(len(members)))
-    with open_members(model, members) as opening:
-        written = dtype or disk_dtype(model)
+    with open_members(model, members, head) as opening:
+        written = dtype or disk_dtype(model, head)
         maker = _Maker(model, opening, members, examples, max_shard_size, written, tell)
         if name in ("greedy_soup", "wise_ft"):
             if score is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.model.heads import Head
 from raytune_ft.promote.fold import Opened, base_folder, open_checkpoint
 from raytune_ft.promote.merge.check import check_members
 from raytune_ft.promote.merge.methods import MERGES, MergeSettings, Place
@@ -129,8 +130,12 @@ class Opening:
 
 
 @contextmanager
-def open_members(model: ModelConfig, members: Sequence[Path]) -> Iterator[Opening]:
+def open_members(
+    model: ModelConfig, members: Sequence[Path], head: Head | None = None
+) -> Iterator[Opening]:
     """The base and its checkpoints, adapters of any rank or whole models, brought to one shape.
+
+    With the `head` that all of them were trained with, the base has one as well, of zeros.
 
     Raises:
         ModelError, CheckpointError: they do not fit together; see `check_members` and `fold`.
@@ -138,7 +143,8 @@ def open_members(model: ModelConfig, members: Sequence[Path]) -> Iterator[Openin
     folder = base_folder(model)
     check_members(folder, members)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_checkpoint(model, path)) for path in (folder, *members)]
+        every = (folder, *members)
+        opened = [stack.enter_context(open_checkpoint(model, path, head)) for path in every]
         untied = next((one for one in opened if not one.tied), None)
         if untied is not None:
             opened = [_untie(one, untied) for one in opened]

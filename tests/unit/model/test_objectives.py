@@ -239,7 +239,7 @@ def test_a_full_checkpoint_is_a_classifier_by_itself(tmp_path: Path, root: Path)
     assert model.config.problem_type == "single_label_classification"
     _, examples, figures = evaluate_directory(folder, config, tmp_path / "cache")
     assert examples == 8
-    assert figures["eval_accuracy"] == result.best.eval_accuracy
+    assert figures["accuracy"] == result.best.eval_accuracy
     other = config_of(root, "classification", {"data.labels": ["c", "b", "a"]}, "encoder")
     with pytest.raises(ModelError, match="tells a, b, c apart, and the data c, b, a"):
         evaluate_directory(folder, other, tmp_path / "cache")

@@ -21,9 +21,9 @@ from raytune_ft.model.build import load_tokenizer
 from raytune_ft.promote.evaluate import measure
 from raytune_ft.promote.forced import retention
 from raytune_ft.promote.generate import choose_backend
-from raytune_ft.promote.metrics import calibration_error, extracted
+from raytune_ft.promote.metrics import extracted
 from raytune_ft.promote.promote import promote, save_tokenizer
-from raytune_ft.promote.scores import Scores
+from raytune_ft.promote.scores import Scores, calibration_error
 from raytune_ft.promote.subject import Subject, engine_of, prompt_of
 
 GSM8K = re.compile(r"####\s*(\S+)")
