@@ -136,8 +136,8 @@ def check_head(methods: Iterable[str]) -> None:
     if name is not None:
         raise ConfigError(
             f"method.name={name}",
-            "keeps no head in its adapter, so that train.objective=classification has nothing to "
-            "promote",
+            "trains no head and keeps none in its adapter, and train.objective=classification is "
+            "of a head",
             "write lora, freeze or full",
         )
 

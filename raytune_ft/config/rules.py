@@ -140,7 +140,7 @@ def _check_method(config: Config) -> None:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
     check_activations(method)
     check_promotion(config.promote.merge, config.promote.metrics, methods_of(config))
-    if config.search is not None and config.train.objective == "classification":
+    if config.train.objective == "classification":
         check_head(methods_of(config))
     if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
         raise ConfigError(

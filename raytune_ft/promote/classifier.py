@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ModelError
 from raytune_ft.model.build import load_model_config, resolve_model_path
 from raytune_ft.model.heads import PROBLEM_TYPES, Head
-from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.base import example_weights
 from raytune_ft.model.objectives.classification import (
     Classification,
@@ -166,19 +163,6 @@ def check_head(model: ModelConfig, head: Head) -> None:
             f"MODEL_DIR={model.path}",
             f"tells {theirs} apart, and the data {ours}",
             "write data.labels as the model has them",
-        )
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """
-    Raises:
-        ModelError: an adapter that keeps no head.
-    """
-    if kind := unfoldable(checkpoint):
-        raise ModelError(
-            f"{kind} of {checkpoint}",
-            "keeps no head, so that nothing can be promoted of it",
-            "train with method.name lora, freeze or full",
         )
 
 

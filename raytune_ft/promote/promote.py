@@ -22,7 +22,6 @@ from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import model_card
-from raytune_ft.promote.classifier import check_checkpoint
 from raytune_ft.promote.custom import check_functions
 from raytune_ft.promote.evaluate import Measured, measured_split, prepare_retention, split_named
 from raytune_ft.promote.fold import FoldCheck, held_out
@@ -92,12 +91,10 @@ def promote(
         RunFailed: nothing usable (CheckpointError: nothing sound; MergeError: a wrong fold).
         DataError: the data are gone, overlap, or are not what they were when the run began.
         ConfigError: a metric that cannot be computed.
-        ModelError: the base is gone, or a classifier's adapter keeps no head.
+        ModelError: the base is gone.
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
-    if selection.config.train.objective == "classification":
-        check_checkpoint(selection.candidate.checkpoint)
     check_functions(selection.settings.metrics)
     choose_backend(selection.settings.generation)
     if target.exists() and not again:

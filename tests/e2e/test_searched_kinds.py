@@ -41,7 +41,12 @@ def sweep(folder: Path, **sections: Any) -> dict[str, Any]:
             "train": {"path": str(folder / "some.jsonl"), **COLUMNS},
             "validation": {"path": str(PACKAGED / "test.jsonl"), **COLUMNS},
         },
-        "train": {"batch_size": 8, "max_examples": 160, "eval_every_examples": 80},
+        "train": {
+            "precision": "float32",
+            "batch_size": 8,
+            "max_examples": 160,
+            "eval_every_examples": 80,
+        },
         "promote": {"max_overlap": 1.0},
     }
     file = folder / "sweep.yaml"
@@ -86,7 +91,7 @@ def test_methods(names: tuple[str, str], tmp_path: Path) -> None:
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     evaluation = json.loads((promoted / "evaluation.json").read_text())
     measured = evaluation["promoted"]["eval_loss"]
-    assert abs(measured - best["eval_loss"]) < 1e-3
+    assert abs(measured - best["eval_loss"]) < 1e-4
     print(names, {row["id"]: (row["params"], row["eval_loss"]) for row in result["trials"]})
 
 
