@@ -226,9 +226,10 @@ def _needs_ray(config: Config) -> bool:
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
     from raytune_ft.promote.difficulty import rated
+    from raytune_ft.promote.taught import taught
 
     expanded = expand_env(config)
-    data = rated(expanded, prepare(expanded, tell), tell)
+    data = taught(expanded, rated(expanded, prepare(expanded, tell), tell), tell)
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters

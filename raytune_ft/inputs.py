@@ -26,7 +26,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.objective import head_before
     from raytune_ft.train.setup import check_lengths
-    from raytune_ft.train.teacher import check_teacher
+    from raytune_ft.train.teacher import check_size, check_teacher
     from raytune_ft.train.trackers import check_trackers
 
     load_model_config(config.model, head_before(config))
@@ -39,4 +39,5 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_overlap(config.data, data.report, config.promote.max_overlap)
     pass_length(config.data, data.train)
     check_lengths(config, data)
+    check_size(config, data)
     return data

@@ -31,7 +31,7 @@ class Forced:
 def forced(engine: Engine, split: TokenizedSplit) -> Forced:
     """Every example of the split, given the reference up to each label token."""
     sums = np.zeros((2, len(split)))
-    for indices, batch in _batches(engine, split):
+    for indices, batch in batches(engine, split):
         logits_NV = engine.logits(batch)
         right_N = logits_NV.argmax(-1) == batch.targets_BS[label_positions(batch)]
         _add(sums, indices, batch, token_losses(logits_NV, batch), right_N)
@@ -45,7 +45,7 @@ def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, 
     Both models are in memory.
     """
     sums = np.zeros((2, len(split)))
-    for indices, batch in _batches(engine, split):
+    for indices, batch in batches(engine, split):
         logits_NV, base_NV = engine.logits(batch), base.logits(batch)
         kl_N = F.kl_div(
             logits_NV.log_softmax(-1), base_NV.log_softmax(-1), log_target=True, reduction="none"
@@ -58,7 +58,8 @@ def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, 
     }
 
 
-def _batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
+def batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
+    """Every example of the split once: the block that it was laid out with, and a batch of it."""
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         for rows in engine.layout(split.lengths[indices].tolist()):
