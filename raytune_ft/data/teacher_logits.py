@@ -17,7 +17,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.files import sha256_of
 
 BFLOAT16 = np.dtype(np.int16)
-"""How the bits of numbers lie in the file that numpy has no name for."""
+"""Which numpy does not know: the bits of such numbers lie in the file as integers."""
 
 Part = tuple[int, Tensor]
 """An example of the split, and `logits_NV` at its label tokens."""

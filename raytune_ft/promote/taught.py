@@ -21,7 +21,7 @@ from raytune_ft.promote.card import base_file_hashes
 from raytune_ft.promote.forced import batches
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.teacher import GIB, LogitsFile, logits_file, teacher_engine, teacher_model
+from raytune_ft.train.teacher import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
 
 TELL_EVERY_S = 10.0
 
@@ -57,6 +57,7 @@ def taught(config: Config, data: PreparedData, tell: Tell) -> PreparedData:
 
     tell(f"train.kd: looking for the logits of {model.path}")
     kept = with_teacher_logits(data, _sha256(model, precision), write)
+    tell(f"train.kd: the teacher's logits are in {kept.path}")
     if torch.cuda.is_available():  # which workers of this machine need
         torch.cuda.empty_cache()
     return kept
@@ -78,7 +79,7 @@ def _check_room(folder: Path, file: LogitsFile) -> None:
     if file.bytes > free:
         raise StorageError(
             str(folder),
-            f"has {free / GIB:,.3g} GiB free, and train.kd.cache=disk keeps {file}",
+            f"has {in_gib(free)} GiB free, and train.kd.cache=disk keeps {file}",
             "write a storage with room, or train.kd.cache: memory",
         )
 

@@ -93,7 +93,7 @@ class LogitsFile:
 
     def __str__(self) -> str:
         return (
-            f"{self.bytes / GIB:,.3g} GiB ({self.rows:,} label tokens x {self.width:,} words x "
+            f"{in_gib(self.bytes)} GiB ({self.rows:,} label tokens x {self.width:,} words x "
             f"{self.number_bytes} bytes)"
         )
 
@@ -115,8 +115,14 @@ def check_size(config: Config, data: PreparedData) -> None:
     raise ConfigError(
         "train.kd.cache=disk",
         f"would keep {file}, more than train.kd.cache_limit_gib={settings.cache_limit_gib:g}",
-        f"write train.kd.cache_limit_gib: {file.bytes / GIB * 1.01:.3g}, or train.kd.cache: memory",
+        f"write train.kd.cache_limit_gib: {in_gib(round(1.01 * file.bytes))}, or "
+        "train.kd.cache: memory",
     )
+
+
+def in_gib(count: int) -> str:
+    """Three digits, or the whole number."""
+    return f"{count / GIB:.3g}" if count < 1000 * GIB else f"{count / GIB:.0f}"
 
 
 class InMemory:
