@@ -7,12 +7,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError
@@ -28,10 +30,16 @@ TELL_EVERY_S = 10.0
 Tell = Callable[[str], None]
 
 
-def taught(config: Config, data: PreparedData, tell: Tell) -> PreparedData:
+def taught(
+    config: Config,
+    data: PreparedData,
+    tell: Tell,
+    accept: Callable[[DataReport], object] = lambda report: None,
+) -> PreparedData:
     """The data with the teacher's logits, where the config wants them kept.
 
-    They are computed in this process, once for all runs over these data and this teacher.
+    They are computed in this process, once for all runs over these data and this teacher. `accept`
+    may refuse both by raising, before anything is computed.
 
     Raises:
         ModelError: the teacher cannot be loaded.
@@ -42,6 +50,9 @@ def taught(config: Config, data: PreparedData, tell: Tell) -> PreparedData:
     if file is None:
         return data
     model, precision = teacher_model(config), config.train.precision
+    tell(f"train.kd: looking for the logits of {model.path}")
+    sha256 = _sha256(model, precision)
+    accept(replace(data.report, teacher=sha256))
 
     def write(path: Path) -> None:
         _check_room(data.path.parent, file)
@@ -55,8 +66,7 @@ def taught(config: Config, data: PreparedData, tell: Tell) -> PreparedData:
         if not exact:
             tell(f"train.kd: the teacher's logits are wider than {precision}, and were rounded")
 
-    tell(f"train.kd: looking for the logits of {model.path}")
-    kept = with_teacher_logits(data, _sha256(model, precision), write)
+    kept = with_teacher_logits(data, sha256, write)
     tell(f"train.kd: the teacher's logits are in {kept.path}")
     if torch.cuda.is_available():  # which workers of this machine need
         torch.cuda.empty_cache()

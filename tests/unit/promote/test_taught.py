@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from raytune_ft.data.teacher_logits import first_rows, tensor_of
 from raytune_ft.errors import ConfigError, DataError, ModelError, RunFailed, StorageError
 from raytune_ft.inputs import prepare
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.promote.difficulty import rated
 from raytune_ft.promote.taught import taught
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.teacher import (
@@ -113,6 +115,15 @@ def test_they_are_computed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         taught(config, data, silent)
 
 
+def test_they_lie_beside_the_losses_of_a_curriculum(root: Path) -> None:
+    config = _config(root, {"data.curriculum": {"by": "base_loss"}})
+    rated_data = rated(config, _data(root, config), silent)
+    both = taught(config, rated_data, silent)
+    assert both.teacher_logits is not None
+    np.testing.assert_array_equal(both.base_loss, rated_data.base_loss)
+    assert both.path not in (rated_data.path, _data(root, config).path)
+
+
 @pytest.mark.parametrize("damage", ["a bit", "the end", "the file"])
 def test_a_damaged_file_is_made_anew(root: Path, damage: str) -> None:
     config = _config(root)
@@ -168,7 +179,7 @@ def test_without_its_logits_no_run_begins(root: Path) -> None:
         teacher_of(config, _data(root, config), Single(config.parallel, "float32"))
 
 
-def test_a_resume_refuses_another_teacher(root: Path) -> None:
+def test_a_resume_refuses_another_teacher(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(root)
     data = _data(root, config)
     kept = taught(config, data, silent).report
@@ -177,8 +188,9 @@ def test_a_resume_refuses_another_teacher(root: Path) -> None:
     check_same(saved, kept)
     check_same(saved, data.report)  # the teacher is in memory now
     save_tiny_llama(root / "teacher", seed=2)
+    monkeypatch.setattr("raytune_ft.promote.taught.teacher_engine", _refuse)
     with pytest.raises(DataError, match=r"train\.kd\.teacher with files of sha256 .* began with"):
-        check_same(saved, taught(config, data, silent).report)
+        taught(config, data, silent, partial(check_same, saved))
     assert replace(kept, teacher=None, teacher_logits=None) == data.report
 
 
@@ -216,6 +228,9 @@ def test_from_the_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert run_command([*more, "train.kd.cache_limit_gib=1"]) == 0
     assert "the teacher runs once" not in capsys.readouterr().out
     assert run_command([*command, "train.max_examples=32", "name=m", "train.kd.cache=memory"]) == 0
+    save_tiny_llama(root / "teacher", seed=2)
+    assert run_command([*command, "--resume", "train.max_examples=48"]) == 2
+    assert "is not what the run began with" in capsys.readouterr().err
     kept, live = (losses(root / "runs" / name) for name in ("first", "m"))
     assert kept == pytest.approx(live, rel=1e-5)
     assert len(kept) == 4
