@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,9 +231,11 @@ def _needs_ray(config: Config) -> bool:
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
     from raytune_ft.promote.difficulty import rated
+    from raytune_ft.promote.taught import taught
 
     expanded = expand_env(config)
-    data = rated(expanded, prepare(expanded, tell), tell)
+    rows = rated(expanded, prepare(expanded, tell), tell)
+    data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.build import count_parameters
@@ -247,13 +250,19 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
 
 def _keep_or_compare(run: OpenRun, report: DataReport) -> None:
     """A run keeps the report of its data; a resume refuses other data."""
+    if not _is_begun(run, report):
+        write_text_atomic(run.path / DATA, report.to_json() + "\n")
+
+
+def _is_begun(run: OpenRun, report: DataReport) -> bool:
+    """Has the run begun, with these data? Raises DataError where it has with others."""
     from raytune_ft.data.same import check_same
 
     saved = run.path / DATA
-    if run.has_measured and saved.exists():
+    begun = run.has_measured and saved.exists()
+    if begun:
         check_same(saved, report)
-    else:
-        write_text_atomic(saved, report.to_json() + "\n")
+    return begun
 
 
 def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:

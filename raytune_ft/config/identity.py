@@ -22,6 +22,8 @@ FREE = (
     "checkpoint",
     "data.packing",
     "train.micro_tokens",
+    "train.kd.cache",
+    "train.kd.cache_limit_gib",
     "search.max_concurrent",
     "search.execution",
     "search.storage",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raytune_ft.config.data import SourceConfig, listed, source_configs
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.reference import one_of
+from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 
@@ -40,6 +40,8 @@ FACTS: dict[str, Facts] = {
 REGRESSION_FIGURES = ("eval_loss", "eval_mse", "eval_r2", "eval_pearson")
 SHARED_KEYS = ("label_smoothing", "neftune_alpha", "class_weights", "rationale_weight", "kd")
 """Keys of `train` that all trials of one engine have in common."""
+OF_THE_TEACHER = ("model", "train.precision", "train.kd.teacher")
+"""Keys that its logits depend on, beside the data."""
 
 
 def figures(config: Config) -> tuple[str, ...]:
@@ -86,6 +88,7 @@ def check(config: Config) -> None:
         )
     if config.search is not None:
         _check_metrics(config)
+        _check_kept_teacher(config)
 
 
 def _check_keys(config: Config, facts: Facts) -> None:
@@ -147,6 +150,20 @@ def _check_source(label: str, source: SourceConfig) -> None:
                 f"is no regular expression ({error})",
                 r"write one such as '####\s*'",
             ) from None
+
+
+def _check_kept_teacher(config: Config) -> None:
+    """The logits that lie on disk are those of one teacher, whatever the trial."""
+    assert config.search is not None
+    if config.train.kd is None or config.train.kd.cache == "memory":
+        return
+    for key in config.search.space:
+        if key == "train.kd" or is_under(key, OF_THE_TEACHER):
+            raise ConfigError(
+                f"search.space.{key}",
+                "changes the teacher's logits, and train.kd.cache=disk keeps those of one teacher",
+                "write train.kd.cache: memory, or delete the line",
+            )
 
 
 def _check_metrics(config: Config) -> None:

@@ -31,6 +31,8 @@ NOT_SEARCHED = (
     "data.max_bad_fraction",
     "data.curriculum.by",
     "data.curriculum.column",
+    "train.kd.cache",
+    "train.kd.cache_limit_gib",
     "parallel",
     "checkpoint",
     "search",

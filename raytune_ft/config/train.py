@@ -19,10 +19,7 @@ class EarlyStopping(Section):
 
 
 class KdConfig(Section):
-    """A teacher whose distribution over tokens is learnt beside the labels.
-
-    Every worker holds it whole.
-    """
+    """A teacher whose distribution over tokens is learnt beside the labels."""
 
     teacher: str = Field(min_length=1, description="a model directory or hub id")
     divergence: Literal["forward", "reverse"] = Field(
@@ -33,6 +30,14 @@ class KdConfig(Section):
     )
     weight: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="of the divergence; the loss on the labels has the rest"
+    )
+    cache: Literal["memory", "disk"] = Field(
+        "memory",
+        description="memory: every worker holds the teacher and runs it; disk: it is run once, "
+        "before workers start, and they read its logits from a file",
+    )
+    cache_limit_gib: Annotated[float, Field(gt=0)] = Field(
+        64.0, description="a larger file is refused before the teacher is run"
     )
 
 

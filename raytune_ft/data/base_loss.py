@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from raytune_ft.data.cache import keep_folder
+from raytune_ft.data.derived import derived
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import BASE_LOSS, REPORT, PreparedData, open_prepared, sound_at
+from raytune_ft.data.prepare import BASE_LOSS, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 
 
@@ -28,19 +26,10 @@ def with_base_loss(
     Raises:
         StorageError: it cannot be written.
     """
-    named = f"{prepared.path.name} {model_sha256}"
-    target = prepared.path.with_name(hashlib.sha256(named.encode()).hexdigest())
-    found = sound_at(target)
-    if found is not None:
-        return found
-    losses = measure(prepared.train).astype(np.float32)
-    digest = hashlib.sha256(losses.tobytes()).hexdigest()
 
-    def fill(folder: Path) -> None:
-        for name in prepared.report.splits:
-            shutil.copyfile(prepared.path / f"{name}.arrow", folder / f"{name}.arrow")
+    def add(folder: Path) -> dict[str, str]:
+        losses = measure(prepared.train).astype(np.float32)
         np.save(folder / BASE_LOSS, losses)
-        (folder / REPORT).write_text(replace(prepared.report, base_loss=digest).to_json())
+        return {"base_loss": hashlib.sha256(losses.tobytes()).hexdigest()}
 
-    keep_folder(target, fill, lambda: sound_at(target) is not None)
-    return open_prepared(target)
+    return derived(prepared, model_sha256, add)

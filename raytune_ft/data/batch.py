@@ -38,7 +38,8 @@ class MicroBatch:
 
     `positions_BS` restarts at every example of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
-    `columns` has those of the split `[E, width]`, in the order of `spans`, which is that of rows.
+    `columns` has those of the split `[E, width]`, and `indices` where in the split each example is,
+    both in the order of `spans`, which is that of rows.
     """
 
     tokens_BS: Tensor
@@ -48,6 +49,7 @@ class MicroBatch:
     spans: tuple[Span, ...]
     virtual: int = 0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    indices: tuple[int, ...] = ()
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
         """Keyword arguments of a Hugging Face model's forward."""
@@ -77,6 +79,7 @@ class MicroBatch:
             ),
             self.virtual,
             {name: again(values) for name, values in self.columns.items()},
+            self.indices * times,
         )
 
     def part(self, times: int) -> MicroBatch:
@@ -94,6 +97,7 @@ class MicroBatch:
             self.spans[:examples],
             self.virtual,
             {name: values[:examples] for name, values in self.columns.items()},
+            self.indices[:examples],
         )
 
     def unpacked(self, pad_token: int) -> MicroBatch:
@@ -199,4 +203,5 @@ def collate(
         spans,
         virtual,
         {name: tensor(values[chosen_E]) for name, values in split.columns.items()},
+        tuple(chosen_E.tolist()),
     )

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.data import (
     DataConfig,
@@ -31,6 +32,7 @@ from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import RunFailed
+from raytune_ft.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ CACHE_FORMAT = 2
 
 REPORT = "report.json"
 BASE_LOSS = "base_loss.npy"
+TEACHER_LOGITS = "teacher_logits.npy"
 NO_TOKENS = {"path", "weight", "epochs"}
 """Keys of a source that its tokens do not depend on."""
 
@@ -49,7 +52,8 @@ class PreparedData:
     """The splits of a run, memory-mapped from `path`.
 
     `base_loss` is [n] of train: the loss of each example under the model before training, where
-    somebody measured it (see `with_base_loss`).
+    somebody measured it (see `with_base_loss`). `teacher_logits` is [label tokens of train,
+    vocabulary], where they are kept (see `with_teacher_logits`).
     """
 
     train: TokenizedSplit
@@ -58,6 +62,7 @@ class PreparedData:
     report: DataReport
     path: Path
     base_loss: Column | None = None
+    teacher_logits: npt.NDArray[Any] | None = None
 
 
 def prepare_data(
@@ -152,7 +157,7 @@ def open_prepared(path: Path) -> PreparedData:
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
         raise RunFailed(f"{path / REPORT} names no train and validation split")
-    losses = path / BASE_LOSS
+    losses, logits = path / BASE_LOSS, path / TEACHER_LOGITS
     return PreparedData(
         splits["train"],
         splits["validation"],
@@ -160,11 +165,23 @@ def open_prepared(path: Path) -> PreparedData:
         report,
         path,
         np.load(losses, allow_pickle=False) if losses.is_file() else None,
+        _mapped(logits, splits["train"]) if report.teacher_logits is not None else None,
     )
 
 
+def _mapped(path: Path, split: TokenizedSplit) -> npt.NDArray[Any]:
+    """Nothing of the file is read until it is used."""
+    try:
+        logits_NV: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"{path} cannot be read as logits: {error}") from error
+    if len(logits_NV) != split.label_counts.sum():
+        raise RunFailed(f"{path} has {len(logits_NV):,} rows, which are not those of its split")
+    return logits_NV
+
+
 def sound_at(path: Path) -> PreparedData | None:
-    """What lies at `path`, if every token of it is what the report says."""
+    """What lies at `path`, if every token and every logit of it is what the report says."""
     if not path.is_dir():
         return None
     try:
@@ -175,6 +192,9 @@ def sound_at(path: Path) -> PreparedData | None:
     for name, split in splits.items():
         if split is not None and split.sha256 != prepared.report.splits[name].sha256:
             return None
+    written = prepared.report.teacher_logits
+    if written is not None and sha256_of(path / TEACHER_LOGITS) != written:
+        return None
     return prepared
 
 

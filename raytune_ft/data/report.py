@@ -72,6 +72,8 @@ class DataReport:
         notes: what a person should know, one sentence each.
         names: of the numbers in the column `source`; empty where no split has several sources.
         base_loss: sha256 of the losses that a curriculum goes by.
+        teacher: what the kept logits of a teacher depend on beside the data, as one sha256.
+        teacher_logits: sha256 of the file that holds them.
         labels: of a classification, in the order of their numbers.
         problem: its `data.problem`, None for everything else.
     """
@@ -83,6 +85,8 @@ class DataReport:
     overlaps: dict[str, int] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     base_loss: str | None = None
+    teacher: str | None = None
+    teacher_logits: str | None = None
     labels: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -106,6 +110,8 @@ class DataReport:
             overlaps=dict(content.get("overlaps", {})),
             names=tuple(content.get("names", ())),
             base_loss=content.get("base_loss"),
+            teacher=content.get("teacher"),
+            teacher_logits=content.get("teacher_logits"),
             labels=tuple(content.get("labels", ())),
             problem=content.get("problem"),
         )

@@ -13,7 +13,7 @@ def check_same(saved: Path, now: DataReport) -> None:
 
     Raises:
         DataError: a split has other examples than in the report at `saved`, or they have other
-            losses under the base.
+            losses under the base, or another teacher's logits.
         StorageError: there is no report at `saved`.
     """
     try:
@@ -36,6 +36,12 @@ def check_same(saved: Path, now: DataReport) -> None:
             f"is not what the run began with, {before.base_loss[:12]}: measured again, they put "
             "examples in another order",
             "bring back the token cache that it had, or train under another name",
+        )
+    if before.teacher and now.teacher and before.teacher != now.teacher:
+        raise DataError(
+            f"train.kd.teacher with files of sha256 {now.teacher[:12]}",
+            f"is not what the run began with, {before.teacher[:12]}",
+            "bring back the weights that it had, or train under another name",
         )
 
 

@@ -6,6 +6,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.memory import MemoryModel, held_by
 from raytune_ft.estimate.shell import build_shell
+from raytune_ft.estimate.teacher import teaching_of
 from raytune_ft.estimate.work import work_at_most
 from raytune_ft.train.objective import head_before
 
@@ -26,9 +27,10 @@ def shortage(config: Config, usable: int | None) -> str | None:
     shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
     work = work_at_most(config, parallel.max_workers, device)
     plain = parallel.model_copy(update={"strategy": "ddp"})
-    needed = held_by(shell, plain).resident
+    teaching = teaching_of(config)
+    needed = held_by(shell, plain).resident + (teaching.held if teaching is not None else 0)
     if needed <= usable:
-        model = MemoryModel(shell, (work.rows,), work.width)
+        model = MemoryModel(shell, (work.rows,), work.width, teaching)
         parts = parallel.model_copy(update={"strategy": "fsdp"})
         needed, shared = (
             model.estimate(layout, work, device).peak + PROCESS[device] for layout in (plain, parts)

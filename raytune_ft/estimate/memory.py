@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.estimate.shell import Shell, Weight, elements
+from raytune_ft.estimate.teacher import Teaching
 from raytune_ft.estimate.trace import Traced, trace, trace_head
 from raytune_ft.estimate.work import Work
 
@@ -20,10 +21,11 @@ class Memory:
     """Bytes of one worker.
 
     Throughout: `parameters`, `gradients`, `optimizer` (with master weights that are held beside
-    the parameters), `buffers` (gradients on their way to other workers). For a while: `gathered`
-    weights of other workers, `activations`, `logits`, and what the optimizer's step takes.
-    `offloaded` of all this lies in host memory, as does `snapshot`, the copy that a checkpoint is
-    written from. `peak` is the most at any time on the device; on a CPU, device and host are one.
+    the parameters), `buffers` (gradients on their way to other workers), `teacher`. For a while:
+    `gathered` weights of other workers, `activations`, `logits`, and what the optimizer's step
+    takes. `offloaded` of all this lies in host memory, as does `snapshot`, the copy that a
+    checkpoint is written from. `peak` is the most at any time on the device; on a CPU, device and
+    host are one.
     """
 
     parameters: int
@@ -36,14 +38,17 @@ class Memory:
     stepping: int
     offloaded: int
     snapshot: int
+    teacher: int
     peak: int
 
 
 class MemoryModel:
-    """Estimates for one model; traces are made once and kept."""
+    """Estimates for one model, and for what it learns from; traces are made once and kept."""
 
-    def __init__(self, shell: Shell, rows: tuple[int, ...], width: int) -> None:
-        self.shell, self.width = shell, width
+    def __init__(
+        self, shell: Shell, rows: tuple[int, ...], width: int, teaching: Teaching | None = None
+    ) -> None:
+        self.shell, self.width, self._teaching = shell, width, teaching
         self._rows = rows
         self._traced: dict[tuple[str, bool], Traced] = {}
         self._heads: dict[tuple[int, bool], int] = {}
@@ -73,6 +78,8 @@ class MemoryModel:
         stepping = stepping if away == "none" else 0
         resident = held.buffers + (held.optimizer if away == "none" else 0)
         resident += held.parameters if away != "all" else 0
+        teacher = self._teaching.held if self._teaching is not None else 0
+        resident += teacher
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
         # In a step of one pass, gradients come as activations go; ZeRO-3 keeps their memory.
         lasting = parallel.strategy == "deepspeed" and parallel.zero_stage == 3
@@ -93,13 +100,15 @@ class MemoryModel:
             stepping=stepping,
             offloaded=_offloaded(parallel, held),
             snapshot=held.snapshot,
+            teacher=teacher,
             peak=max(both, resident + snapshot),
         )
 
     def _head(self, labels: int, gathered: bool) -> int:
         key = (max(1, labels), gathered)
         if key not in self._heads:
-            self._heads[key] = trace_head(self.shell, *key)
+            kd = self._teaching.settings if self._teaching is not None else None
+            self._heads[key] = trace_head(self.shell, *key, kd)
         return self._heads[key]
 
     def _casts_on_gathering(self, parallel: ParallelConfig) -> bool:

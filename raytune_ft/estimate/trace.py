@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from raytune_ft.config.train import KdConfig
 from raytune_ft.estimate.shell import Shell
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.checkpointing import Activations, checkpoint_activations
 from raytune_ft.model.methods import leave_casts_to_autocast
+from raytune_ft.model.objectives.distillation import divergence
 
 # What a fake run may stumble over in somebody's model: the values of tensors, unknown operators.
 _CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
@@ -200,20 +202,25 @@ def _run(
         return kept, follow.peak
 
 
-def trace_head(shell: Shell, labels: int, gathered: bool = False) -> int:
-    """Bytes at the most while the loss of so many label tokens is taken and sent back."""
+def trace_head(
+    shell: Shell, labels: int, gathered: bool = False, kd: KdConfig | None = None
+) -> int:
+    """Bytes at the most while the loss of so many label tokens is taken and sent back.
+
+    With `kd`, a teacher's logits are there too, and the divergence from them is part of the loss.
+    """
     _, head = _ends(shell.module)
     if head is None:  # a task head's logits are few
         return 0
     head = copy.deepcopy(head)
     _set_dtypes(head, shell, gathered)
     try:
-        return _run_head(head, shell, labels)
+        return _run_head(head, shell, labels, kd)
     except _CANNOT:
-        return 12 * labels * shell.vocabulary
+        return (12 if kd is None else 32) * labels * shell.vocabulary
 
 
-def _run_head(head: nn.Module, shell: Shell, labels: int) -> int:
+def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -> int:
     with _fake():
         _fill(head)
         for parameter in head.parameters():
@@ -227,8 +234,13 @@ def _run_head(head: nn.Module, shell: Shell, labels: int) -> int:
             with _autocast(shell):
                 logits_NV = head(hidden_NH)
             logits_NV = logits_NV if dtype == torch.float64 else logits_NV.float()
-            loss = F.cross_entropy(logits_NV, targets_N, reduction="none").sum()
-            del logits_NV
+            losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+            if kd is not None:
+                teacher_NV = torch.empty(logits_NV.shape, dtype=dtype)
+                losses_N = losses_N + divergence(logits_NV, teacher_NV, kd)
+                del teacher_NV
+            loss = losses_N.sum()
+            del logits_NV, losses_N
             loss.backward()
         return follow.peak
 

@@ -218,6 +218,8 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
 
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
+    from raytune_ft.train.teacher import logits_file
+
     notes = []
     dropout = getattr(config.method, "dropout", 0.0)
     if dropout > 0:
@@ -230,8 +232,13 @@ def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
             f"train.neftune_alpha={config.train.neftune_alpha} draws noise: the run is "
             "reproducible with this number of workers and this packing only"
         )
-    if config.train.objective == "kd":
-        notes.append("every worker holds the teacher beside the model, which is not estimated")
+    if (kept := logits_file(config, data)) is not None:
+        notes.append(
+            f"train.kd.cache: disk keeps {kept} in {data.path.parent}; "
+            "the teacher's one pass is in no estimate of time"
+        )
+    elif config.train.kd is not None:
+        notes.append("the teacher's passes, one in every step, are in no estimate of time")
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     if config.data.test is None:

@@ -11,6 +11,7 @@ from raytune_ft.estimate.cost import StepCost, step_cost
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
 from raytune_ft.estimate.memory import Memory, MemoryModel
 from raytune_ft.estimate.shell import Shell
+from raytune_ft.estimate.teacher import teaching_of
 from raytune_ft.estimate.work import Work, work_of
 
 POLICIES = ("none", "selective", "full")
@@ -70,7 +71,7 @@ class Planner:
         self.works = {count: work_of(config, split, count, hardware.device) for count in fitting}
         width = max(work.width for work in self.works.values())
         rows = tuple(-(-work.tokens // width) for work in self.works.values())
-        self._model = MemoryModel(shell, rows, width)
+        self._model = MemoryModel(shell, rows, width, teaching_of(config))
 
     @property
     def exact(self) -> bool:

@@ -46,13 +46,19 @@ def _summary(plan: Plan) -> list[str]:
     host = [f"copy for checkpoints {size(memory.snapshot)}"]
     if memory.offloaded:
         host.insert(0, f"offloaded {size(memory.offloaded)}")
+    throughout = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+    }
+    throughout |= {"teacher": memory.teacher} if memory.teacher else {}
+    staying = ", ".join(f"{name} {size(count)}" for name, count in throughout.items())
     lines = [
         f"strategy: {plan.config.parallel.strategy} ({plan.reason})",
         f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} move "
         f"({share:.2%})",
         f"memory of a worker: {size(memory.peak)} at most, has {has}",
-        f"  throughout: parameters {size(memory.parameters)}, gradients {size(memory.gradients)}, "
-        f"optimizer {size(memory.optimizer)}",
+        f"  throughout: {staying}",
         f"  for a while: {passing}",
         f"  in host memory: {', '.join(host)}",
     ]

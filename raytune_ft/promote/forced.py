@@ -59,9 +59,7 @@ def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, 
 
 
 def batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
-    """A split in the order in which it is measured: batches, and the examples that their spans'
-    numbers count in.
-    """
+    """Every example of the split once: the block that it was laid out with, and a batch of it."""
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         for rows in engine.layout(split.lengths[indices].tolist()):

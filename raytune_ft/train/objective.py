@@ -12,7 +12,7 @@ from raytune_ft.model.objectives import OBJECTIVES, Objective
 from raytune_ft.model.objectives.classification import class_weights
 from raytune_ft.model.objectives.tokens import relative_rationale_weight
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.teacher import teacher_of
+from raytune_ft.train.teacher import check_size, teacher_of
 
 
 def head_of(config: Config, report: DataReport) -> Head | None:
@@ -38,6 +38,8 @@ def check_objective(config: Config, data: PreparedData) -> None:
         class_weights(written, data.report.problem, labels, data.train)
     elif config.train.objective == "rationale":
         relative_rationale_weight(data.train, config.train.rationale_weight)
+    elif config.train.objective == "kd":
+        check_size(config, data)
 
 
 def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:

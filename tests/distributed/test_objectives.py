@@ -14,12 +14,15 @@ from tests.support.packed import run_packed
 from tests.support.runs import BrokenRun, Recorder, largest_difference, run
 
 BOUND = 1e-9
+KEPT = "kept kd"
+"""Reads the teacher's logits from a file, and is held to the run whose teacher is in memory."""
 RUNS = {
     **{name: (name, "decoder", "lora") for name in CASES},
     "encoder": ("classification", "encoder", "lora"),
     "full encoder": ("classification", "encoder", "full"),
     "frozen encoder": ("classification", "encoder", "freeze"),
     "full kd": ("kd", "decoder", "full"),
+    KEPT: ("kd", "decoder", "lora"),
 }
 
 
@@ -32,7 +35,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     """One example after another in one process."""
     root = tmp_path_factory.mktemp("references")
-    _run_all(inputs, root, "single", False, 1)
+    for name in RUNS.keys() - {KEPT}:
+        _run_one(inputs, root, name, "single", False, 1)
+    (root / KEPT).symlink_to(root / "kd")
     return root
 
 
@@ -59,6 +64,7 @@ def _run_one(
         "method": {"name": method} | ({"rank": 4} if method == "lora" else {}),
         "checkpoint.asynchronous": False,
     }
+    changes |= {"train.kd.cache": "disk"} if name == KEPT else {}
     with true_float64():
         result = run(
             config_of(inputs, objective, changes, model), root / name, strategy, reporter, resumes
@@ -92,13 +98,15 @@ def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str
     assert max(largest_difference(tmp_path / name, references / name)) < BOUND
 
 
-@pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd"])
+@pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT])
 def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
     """Trials that share one base: the one of before, beside another."""
     changes = {"train.precision": "float64", "checkpoint.asynchronous": False}
+    changes |= {"train.kd.cache": "disk"} if name == KEPT else {}
+    objective, *_ = RUNS[name]
     configs = {
-        name: config_of(inputs, name, changes),
-        "other": config_of(inputs, name, {**changes, "train.lr": 1e-2, "method.rank": 2}),
+        name: config_of(inputs, objective, changes),
+        "other": config_of(inputs, objective, {**changes, "train.lr": 1e-2, "method.rank": 2}),
     }
     with true_float64():
         run_packed(configs, tmp_path)

@@ -11,6 +11,7 @@ import torch
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.promote.taught import taught
 from raytune_ft.strategy import STRATEGIES
 from raytune_ft.train.packed import PackedEngine
 from raytune_ft.train.report import Reporter, Silent
@@ -57,7 +58,8 @@ class Packed:
     ) -> None:
         self.root = root
         tokenizer = load_tokenizer(config.model)
-        self.data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
+        data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
+        self.data = taught(config, data, lambda line: None)
         laid_out = STRATEGIES[strategy](config.parallel, config.train.precision)
         self.engine = PackedEngine(config, self.data, slots, rank, laid_out)
 

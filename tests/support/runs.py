@@ -15,6 +15,7 @@ from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.build import load_tokenizer
+from raytune_ft.promote.taught import taught
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent
@@ -82,6 +83,7 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, run_dir.parent / "cache")
+    prepared = taught(config, prepared, lambda line: None)
     spec = RunSpec(config, run_dir, prepared.path)
     if not resumes:
         return run_training(spec, strategy, reporter or Silent())

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.config import rules
-from raytune_ft.config.identity import config_sha256
-from raytune_ft.config.load import validated
+from raytune_ft.config.identity import check_resume, config_sha256
+from raytune_ft.config.load import apply_overrides, validated
 from raytune_ft.config.packable import packable
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
@@ -58,6 +58,36 @@ def test_a_config_that_does_not_write_new_keys_keeps_its_hash() -> None:
     assert config_sha256(plain).startswith("7924f4c6e92e")
     assert config_sha256(config({"label_smoothing": 0.1}, {})) != config_sha256(plain)
     assert config_sha256(config({}, {"example_weight": "w"})) != config_sha256(plain)
+
+
+def test_where_a_teacher_is_moves_no_weight() -> None:
+    live = config({"objective": "kd", "kd": {"teacher": "o/n"}}, {})
+    kept = apply_overrides(live, {"train.kd.cache": "disk", "train.kd.cache_limit_gib": 1.0})
+    assert config_sha256(live) == config_sha256(kept)
+    check_resume(live, kept)
+    with pytest.raises(ConfigError, match=r"train\.kd\.teacher=o/m"):
+        check_resume(live, apply_overrides(live, {"train.kd.teacher": "o/m"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.kd.teacher", ["o/n", "o/m"]),
+        ("train.precision", ["float32", "bfloat16"]),
+        ("train.kd", [{"teacher": "o/n"}]),
+    ],
+)
+def test_trials_share_the_logits_of_one_teacher(key: str, values: list[Any]) -> None:
+    plain: dict[str, Any] = {
+        "name": "x",
+        "data": {"train": {"path": "a.jsonl"}},
+        "train": {"objective": "kd", "kd": {"teacher": "o/n", "cache": "disk"}},
+        "search": {"trials": 2, "space": {key: {"choice": values}}},
+    }
+    with pytest.raises(ConfigError, match="keeps those of one teacher"):
+        rules.check(validated(plain))
+    plain["train"]["kd"]["cache"] = "memory"
+    rules.check(validated(plain))
 
 
 def test_clm_cuts_documents_by_itself() -> None:

@@ -15,8 +15,12 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.estimate import hardware
 from raytune_ft.estimate.choice import shortage
 from raytune_ft.estimate.hardware import GIB, PROCESS, USABLE, Hardware, named
-from raytune_ft.estimate.memory import MemoryModel
+from raytune_ft.estimate.memory import MemoryModel, held_by
 from raytune_ft.estimate.ray_memory import least_memory, packed
+from raytune_ft.estimate.shell import build_shell
+from raytune_ft.estimate.teacher import teaching_of
+from raytune_ft.model.build import build_frozen
+from raytune_ft.train.teacher import teacher_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,6 +50,20 @@ def test_a_base_that_fits_is_copied_and_one_that_does_not_is_sharded(config: Con
 def test_where_sharding_does_not_help_the_base_is_copied(config: Config) -> None:
     # Room for the model of 4 MB and not for its activations, of which sharding takes nothing away.
     assert shortage(apply_overrides(config, {"data.max_length": 1024}), 6 * 2**20) is None
+
+
+def test_a_teacher_takes_room_unless_its_logits_are_on_disk(config: Config) -> None:
+    taught = apply_overrides(
+        config, {"train.objective": "kd", "train.kd": {"teacher": "builtin:tiny"}}
+    )
+    teaching = teaching_of(taught)
+    assert teaching is not None
+    built = build_frozen(teacher_model(taught), taught.train.precision)
+    assert teaching.held == sum(p.nbytes for p in built.parameters())
+    shell = build_shell(config.model, config.method, config.train.precision)
+    usable = held_by(shell, config.parallel).resident + teaching.held // 2
+    assert shortage(taught, usable) is not None
+    assert shortage(apply_overrides(taught, {"train.kd.cache": "disk"}), usable) is None
 
 
 def test_a_copy_fits_where_the_table_says_so(

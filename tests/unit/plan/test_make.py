@@ -92,3 +92,15 @@ def test_compute_is_counted_over_the_budget(config: Config, tmp_path: Path) -> N
     two = make_plan(QUICKSTART, [f"storage={tmp_path}", "train.epochs=2"], lambda line: None)
     assert two.tokens == 2 * one.tokens
     assert f"compute of a run: {two.tokens:,} tokens, " in describe(two)
+
+
+def test_a_teacher_is_in_memory_or_on_disk(config: Config, tmp_path: Path) -> None:
+    teacher = ["train.objective=kd", "train.kd={teacher: builtin:tiny}", f"storage={tmp_path}"]
+    live = make_plan(QUICKSTART, teacher, lambda line: None)
+    kept = make_plan(QUICKSTART, [*teacher, "train.kd.cache=disk"], lambda line: None)
+    assert live.own.memory.peak - kept.own.memory.peak == live.own.memory.teacher > 0
+    assert kept.own.memory.teacher == 0
+    assert ", teacher " in describe(live)
+    assert ", teacher " not in describe(kept)
+    labels = kept.report.splits["train"].label_tokens
+    assert f"GiB ({labels:,} label tokens x 1,024 words x 4 bytes) in " in describe(kept)
