@@ -11,7 +11,9 @@ examples and evaluate it as often on the same rows:
 - E: A with ASHA;
 - C: ours, a worker group per trial (`execution: isolated`), no early stop;
 - D: ours, packed, no early stop;
-- F: ours, packed, with ASHA.
+- F: ours, packed, with ASHA;
+- G: ours, isolated, with ASHA;
+- H: ours, `execution: auto`, with ASHA, which should take no longer than the faster of F and G.
 
 TRL is given the tokens that ours trains on, since it would make others of the same text, so that
 losses can be compared; it saves its trials the tokenising. Ours also keep a verified checkpoint of
@@ -40,7 +42,10 @@ ARMS = {
     "D": "ours, packed",
     "E": "Tune + TRL, ASHA",
     "F": "ours, packed, ASHA",
+    "G": "ours, isolated, ASHA",
+    "H": "ours, auto, ASHA",
 }
+EXECUTION = {"C": "isolated", "D": "packed", "F": "packed", "G": "isolated", "H": "auto"}
 CELLS = ("short", "whole", "24M")
 MAX_LENGTH = 256
 LR, BATCH, RANKS = (3e-4, 3e-2), (8, 16, 32), (4, 8, 16)
@@ -83,7 +88,7 @@ def print_table(cell: str, found: dict[str, list[dict[str, float]]]) -> None:
         shown = ", ".join(f"{value:.0f}" for value in seconds)
         best = statistics.median(each["best"] for each in rounds)
         print(f"| {arm}: {ARMS[arm]} | {shown} | {medians[arm]:.0f} | {best:.4f} |")
-    for above, below in (("E", "F"), ("B", "D"), ("A", "D"), ("C", "D")):
+    for above, below in (("E", "F"), ("B", "D"), ("A", "D"), ("C", "D"), ("G", "F"), ("H", "F")):
         if {above, below} <= medians.keys():
             print(f"\n{above}/{below}: {medians[above] / medians[below]:.2f}", flush=True)
 
@@ -156,7 +161,7 @@ def _gsm8k(shared: Path) -> list[dict[str, str]]:
 def measure(job: dict[str, Any], arm: str, number: int) -> dict[str, float]:
     """One sweep in a process of its own."""
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    command, result = (ours if arm in "CDF" else theirs)(job, arm, number)
+    command, result = (theirs if arm in "ABE" else ours)(job, arm, number)
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -196,8 +201,8 @@ def ours(job: dict[str, Any], arm: str, number: int) -> tuple[list[str], Path]:
         "checkpoint": {"every_examples": 10**9},
         "search": {
             "trials": job["trials"],
-            "execution": "isolated" if arm == "C" else "packed",
-            "scheduler": scheduler if arm == "F" else None,
+            "execution": EXECUTION[arm],
+            "scheduler": scheduler if arm in "FGH" else None,
             "defaults": False,
             "space": {
                 "train.lr": {"log_uniform": list(LR)},
@@ -253,7 +258,11 @@ def run_tune(job: dict[str, Any]) -> None:
             scheduler=scheduler if job["arm"] == "E" else None,
             reuse_actors=job["arm"] == "B",
         ),
-        run_config=tune.RunConfig(storage_path=f"{job['root']}/tune", verbose=0),
+        run_config=tune.RunConfig(
+            storage_path=f"{job['root']}/tune",
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # B's class has none
+        ),
     )
     results = tuner.fit()
     if results.errors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from raytune_ft.data.derived import derived
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import BASE_LOSS, PreparedData
+from raytune_ft.data.prepare import BASE_LOSS, PreparedData, sha256_of_numbers
 from raytune_ft.data.split import TokenizedSplit
 
 
@@ -30,6 +29,6 @@ def with_base_loss(
     def add(folder: Path) -> dict[str, str]:
         losses = measure(prepared.train).astype(np.float32)
         np.save(folder / BASE_LOSS, losses)
-        return {"base_loss": hashlib.sha256(losses.tobytes()).hexdigest()}
+        return {"base_loss": sha256_of_numbers(losses)}
 
     return derived(prepared, model_sha256, add)

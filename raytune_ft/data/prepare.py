@@ -157,31 +157,32 @@ def open_prepared(path: Path) -> PreparedData:
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
         raise RunFailed(f"{path / REPORT} names no train and validation split")
-    losses, logits = path / BASE_LOSS, path / TEACHER_LOGITS
     return PreparedData(
         splits["train"],
         splits["validation"],
         splits.get("test"),
         report,
         path,
-        np.load(losses, allow_pickle=False) if losses.is_file() else None,
-        _mapped(logits, splits["train"]) if report.teacher_logits is not None else None,
+        None if report.base_loss is None else _mapped(path / BASE_LOSS, len(splits["train"])),
+        None
+        if report.teacher_logits is None
+        else _mapped(path / TEACHER_LOGITS, int(splits["train"].label_counts.sum())),
     )
 
 
-def _mapped(path: Path, split: TokenizedSplit) -> npt.NDArray[Any]:
+def _mapped(path: Path, rows: int) -> npt.NDArray[Any]:
     """Nothing of the file is read until it is used."""
     try:
-        logits_NV: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise RunFailed(f"{path} cannot be read as logits: {error}") from error
-    if len(logits_NV) != split.label_counts.sum():
-        raise RunFailed(f"{path} has {len(logits_NV):,} rows, which are not those of its split")
-    return logits_NV
+        raise RunFailed(f"{path} cannot be read as numbers: {error}") from error
+    if len(found) != rows:
+        raise RunFailed(f"{path} has {len(found):,} rows, which are not those of its split")
+    return found
 
 
 def sound_at(path: Path) -> PreparedData | None:
-    """What lies at `path`, if every token and every logit of it is what the report says."""
+    """What lies at `path`, if every token, loss and logit of it is what the report says."""
     if not path.is_dir():
         return None
     try:
@@ -192,10 +193,18 @@ def sound_at(path: Path) -> PreparedData | None:
     for name, split in splits.items():
         if split is not None and split.sha256 != prepared.report.splits[name].sha256:
             return None
+    losses = prepared.base_loss
+    if losses is not None and sha256_of_numbers(losses) != prepared.report.base_loss:
+        return None
     written = prepared.report.teacher_logits
     if written is not None and sha256_of(path / TEACHER_LOGITS) != written:
         return None
     return prepared
+
+
+def sha256_of_numbers(numbers: npt.NDArray[Any]) -> str:
+    """Of the bytes of an array, without the header that a file has."""
+    return hashlib.sha256(numbers.tobytes()).hexdigest()
 
 
 def split_of(

@@ -22,8 +22,6 @@ BLOCK_EXAMPLES = 1024
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of a split, under their names in `EvalMetrics`."""
-
     """Figures of a split, under their names in `EvalMetrics`.
 
     `loss_by_source` is of the split's sources by name, where it has several.
