@@ -137,7 +137,7 @@ def test_a_damaged_file_is_made_anew(root: Path, damage: str) -> None:
     else:
         file.unlink()
     if damage != "a bit":  # which workers, who read nothing of it beforehand, see too
-        with pytest.raises(RunFailed, match="cannot be read as logits"):
+        with pytest.raises(RunFailed, match="cannot be read as numbers"):
             open_prepared(file.parent)
     lines: list[str] = []
     taught(config, data, lines.append)
