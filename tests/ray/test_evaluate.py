@@ -42,7 +42,7 @@ def test_actors_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> N
 
 
 def test_an_error_of_ours_stays_one(inputs: Inputs, tmp_path: Path) -> None:
-    config, wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["answer"]))
+    config, wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["answer"], max_new_tokens=4))
     with pytest.raises(DataError, match="finds no answer in any of"):
         measure_all(wanted, config.parallel)
     (tmp_path / "1" / "model.safetensors").unlink()

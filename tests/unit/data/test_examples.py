@@ -178,7 +178,7 @@ def test_without_a_chat_template_messages_are_refused(stories: PreTrainedTokeniz
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(
     tiny: PreTrainedTokenizerBase,
 ) -> None:
-    odd = [{"role": "oracle", "content": "x"}]
+    odd = [{"role": "oracle", "content": "x"}, {"role": "assistant", "content": "y"}]
     bad, good = encode(tiny, "messages", {"messages": odd}, {"messages": CHAT})
     assert isinstance(bad, BadRow)
     assert (bad.origin, bad.cause) == ("row 0", "template")
@@ -186,8 +186,10 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(
     assert isinstance(good, Example)
 
 
-def test_a_conversation_without_assistant_has_no_label(tiny: PreTrainedTokenizerBase) -> None:
-    assert not encode_one(tiny, "messages", {"messages": CHAT[:2]}).mask.any()
+def test_a_conversation_without_assistant_is_a_bad_row(tiny: PreTrainedTokenizerBase) -> None:
+    (bad,) = encode(tiny, "messages", {"messages": CHAT[:2]})
+    assert isinstance(bad, BadRow)
+    assert bad.cause == "no_trained_turn"
 
 
 @pytest.mark.parametrize(
