@@ -6,9 +6,10 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -28,6 +29,8 @@ LOCAL_DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+END_S = 3.0
+"""What a process of Ray's may take to end when its cluster is gone."""
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
 """Seconds for the checkpoint of a run that is interrupted, 30 by default."""
 
@@ -59,7 +62,29 @@ def connected(address: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        leave()
+
+
+def leave() -> None:
+    """Leave the cluster; one that was started here is gone, to its last process.
+
+    A worker of Ray's that has said goodbye to its cluster may wait for ever for a lock of its own
+    while it ends (its publisher is destroyed together with the scheduler that it posts to). Nobody
+    knows it any more, and it would keep its memory.
+    """
+    started = [process for process in psutil.Process().children(recursive=True) if _is_ray(process)]
+    ray.shutdown()
+    for process in psutil.wait_procs(started, timeout=END_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _is_ray(process: psutil.Process) -> bool:
+    """Ray names its workers so, whatever they run."""
+    try:
+        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("ray::")
+    except psutil.Error:
+        return False
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
