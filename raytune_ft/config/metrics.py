@@ -10,7 +10,7 @@ from typing import Literal
 
 from raytune_ft.config import paths
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.reference import closest
+from raytune_ft.config.reference import closest, one_of
 from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
@@ -139,7 +139,7 @@ def _check_head(promote: PromoteConfig, problem: str) -> None:
         raise ConfigError(
             f"promote.merge={promote.merge}",
             f"starts from the base, which has no head under {head}",
-            f"write {', '.join(SOUPS[:-1])} or {SOUPS[-1]}",
+            f"write {one_of(SOUPS)}",
         )
     if promote.merging.adapter_rank is not None:
         raise ConfigError(

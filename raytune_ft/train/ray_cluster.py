@@ -82,7 +82,7 @@ def leave() -> None:
 def _is_ray(process: psutil.Process) -> bool:
     """Ray names its workers so, whatever they run."""
     try:
-        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("ray::")
+        return "".join(process.cmdline()[:1]).startswith("ray::")
     except psutil.Error:
         return False
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from raytune_ft.config.load import load_config
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.model.build import resolve_model_path
 from raytune_ft.train.stream import order_of
+from tests.support.commands import command, run_process
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ROOT / "jobs" / "data" / "tiny_instructions"
@@ -51,12 +49,7 @@ def sweep(folder: Path, **sections: Any) -> dict[str, Any]:
     }
     file = folder / "sweep.yaml"
     file.write_text(json.dumps(plain | sections))  # which YAML reads as well
-    done = subprocess.run(
-        [sys.executable, "-m", "raytune_ft", "sweep", str(file)],
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_process(command("sweep", str(file)), 300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     result: dict[str, Any] = json.loads((folder / "runs/kinds/result.json").read_text())
     assert {row["status"] for row in result["trials"]} == {"completed"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,14 @@ from raytune_ft.config.data import DataConfig
 from raytune_ft.data.base_loss import with_base_loss
 from raytune_ft.data.prepare import BASE_LOSS, prepare_data
 from raytune_ft.data.split import TokenizedSplit
+from tests.support.runs import write_rows
 
 
 @pytest.mark.parametrize("damage", ["none", "a bit", "a header", "a row"])
 def test_losses_are_measured_once_and_damaged_ones_again(
     damage: str, tiny: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"count {i}", "completion": f"{i}"} for i in range(12)]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "rows.jsonl", 12)
     data = DataConfig.model_validate({"train": {"path": str(file)}, "validation": 0.25})
     prepared = prepare_data(data, tiny, 0, tmp_path / "cache")
     measured: list[int] = []

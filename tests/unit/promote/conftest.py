@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Train = Callable[..., Path]
 
 
+def train_as(file: Path, name: str, *overrides: str) -> Path:
+    """Train a run of that name as a config file says, with overrides; its directory."""
+    config = resolve(load_config(file, [f"name={name}", *overrides]))
+    path = run_path(config)
+    path.mkdir()
+    (path / "config.yaml").write_text(dump_yaml(config))
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config))
+    (path / "data.json").write_text(data.report.to_json())
+    result = run_training(RunSpec(config, path, data.path), "single", Silent())
+    assert result.status == "completed"
+    return path
+
+
 @pytest.fixture(scope="session")
 def train(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train a run of that name with overrides; its directory."""
@@ -78,19 +93,7 @@ def train(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         """
     )
 
-    def run(name: str, *overrides: str) -> Path:
-        config = resolve(load_config(file, [f"name={name}", *overrides]))
-        path = run_path(config)
-        path.mkdir()
-        (path / "config.yaml").write_text(dump_yaml(config))
-        tokenizer = load_tokenizer(config.model)
-        data = prepare_data(config.data, tokenizer, config.seed, cache_path(config))
-        (path / "data.json").write_text(data.report.to_json())
-        result = run_training(RunSpec(config, path, data.path), "single", Silent())
-        assert result.status == "completed"
-        return path
-
-    return run
+    return partial(train_as, file)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,16 +22,13 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import f1_score, log_loss, mean_squared_error, r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from raytune_ft.config.load import dump_yaml, load_config, validated
+from raytune_ft.config.load import load_config, validated
 from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, deciding
-from raytune_ft.config.resolve import resolve
 from raytune_ft.config.rules import check
 from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import Metric, SearchConfig
-from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.model.build import load_tokenizer
 from raytune_ft.model.heads import Head
 from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.classifier import constant_scores, scores_of
@@ -41,14 +38,10 @@ from raytune_ft.promote.fold import fold
 from raytune_ft.promote.merge.make import merge
 from raytune_ft.promote.promote import Promotion, promote
 from raytune_ft.report.write import write_report
-from raytune_ft.rundir import cache_path, run_path
-from raytune_ft.train.report import Silent
-from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 from tests.support.models import save_tiny_encoder, save_tiny_llama
+from tests.unit.promote.conftest import Train, train_as
 
 TEXTS = ["a bad cad", "dad", "fed a bee, he did", "gag"]
-Run = Callable[..., Path]
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
@@ -74,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train a classifier with overrides; its directory."""
     storage = tmp_path_factory.mktemp("runs")
     file = storage / "config.yaml"
@@ -95,19 +88,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         """
     )
 
-    def train(name: str, *overrides: str) -> Path:
-        config = resolve(load_config(file, [f"name={name}", *overrides]))
-        path = run_path(config)
-        path.mkdir()
-        (path / "config.yaml").write_text(dump_yaml(config))
-        tokenizer = load_tokenizer(config.model)
-        data = prepare_data(config.data, tokenizer, config.seed, cache_path(config))
-        (path / "data.json").write_text(data.report.to_json())
-        result = run_training(RunSpec(config, path, data.path), "single", Silent())
-        assert result.status == "completed"
-        return path
-
-    return train
+    return partial(train_as, file)
 
 
 def best(run_dir: Path) -> Path:
@@ -115,7 +96,7 @@ def best(run_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(run: Run) -> Path:
+def trained(run: Train) -> Path:
     """An encoder that has learned something by LoRA."""
     return run("trained")
 
@@ -152,7 +133,7 @@ def tensors(folder: Path) -> set[str]:
     ids=lambda value: value if isinstance(value, str) else value[0].partition("=")[2],
 )
 def test_a_promoted_classifier_is_base_and_adapter(
-    run: Run, root: Path, model: str, method: list[str]
+    run: Train, root: Path, model: str, method: list[str]
 ) -> None:
     run_dir = run(f"{model}-{method[0][12:]}", f"model.path={root / model}", *method)
     promotion = promote(run_dir)
@@ -261,7 +242,7 @@ def test_a_classifier_is_exported_as_one(
         export(best(trained), tmp_path / "adapter")
 
 
-def test_what_has_learned_nothing_is_not_called_better(run: Run) -> None:
+def test_what_has_learned_nothing_is_not_called_better(run: Train) -> None:
     promotion = promote(run("idle", "train.lr=1e-9", "train.epochs=1"))
     assert not promotion.better
     assert promotion.evaluation.winner == "idle"
@@ -337,7 +318,7 @@ def test_figures_of_numbers() -> None:
     assert constant["pearson"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_soup_is_the_mean_of_what_was_folded(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_a_soup_is_the_mean_of_what_was_folded(run: Train, trained: Path, tmp_path: Path) -> None:
     """Whatever the methods; the heads as well."""
     second = run("second", "method.name=full", "train.lr=3e-3", "train.epochs=1")
     sweep = tmp_path / "sweep"
