@@ -58,7 +58,7 @@ def make_inputs(root: Path, hidden: int) -> int:
     """A model and rows; the bytes of weights and moments."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from raytune_ft.model.build import resolve_model_path
+    from raytune_ft.model.load import resolve_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("builtin:tiny"))
     torch.manual_seed(0)
@@ -95,10 +95,10 @@ def _worker(
 ) -> None:
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.train.checkpoint import Saver
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
-    from raytune_ft.train.saver import Saver
     from raytune_ft.train.spec import RunSpec
 
     torch.set_num_threads(max(1, 2 // workers))

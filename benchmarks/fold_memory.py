@@ -43,13 +43,13 @@ from raytune_ft.config.sizes import parse_size
 
 ARMS = {
     "ours": """
-from raytune_ft.promote.fold import open_checkpoint, write_model, write_manifest
+from raytune_ft.merge.fold import open_checkpoint, write_model, write_manifest
 from raytune_ft.config.schema import ModelConfig
 with open_checkpoint(ModelConfig(path=base), Path(adapter)) as opened:
     write_model(opened, Path(target), shard, torch.bfloat16, print)
 """,
     "ours, check": """
-from raytune_ft.promote.fold import fold
+from raytune_ft.merge.fold import fold
 from raytune_ft.config.schema import ModelConfig
 torch.manual_seed(0)
 examples = [torch.randint(0, 32000, (64,)) for _ in range(8)]

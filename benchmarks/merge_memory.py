@@ -20,9 +20,9 @@ MERGE = """
 import sys, time, torch
 from pathlib import Path
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.promote.fold import write_model
-from raytune_ft.promote.merge.methods import MergeSettings
-from raytune_ft.promote.merge.walk import open_members
+from raytune_ft.merge.fold import write_model
+from raytune_ft.merge.methods import MergeSettings
+from raytune_ft.merge.members import open_members
 folder, name = Path(sys.argv[1]), sys.argv[2]
 members = [folder / f"model{number}" for number in (1, 2, 3)]
 with open_members(ModelConfig(path=str(folder / "model0")), members) as opening:

@@ -28,9 +28,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.promote.fold import write_model
-from raytune_ft.promote.merge.methods import MergeSettings
-from raytune_ft.promote.merge.walk import open_members
+from raytune_ft.merge.fold import write_model
+from raytune_ft.merge.members import open_members
+from raytune_ft.merge.methods import MergeSettings
 
 # name: ours, our settings, theirs, their parameters, of every model
 CASES: dict[str, tuple[str, MergeSettings, str, dict[str, Any], dict[str, Any]]] = {

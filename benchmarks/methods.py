@@ -14,7 +14,7 @@ from typing import Any
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import count_parameters, load_tokenizer
+from raytune_ft.model.load import count_parameters, load_tokenizer
 from raytune_ft.model.methods import METHODS
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training

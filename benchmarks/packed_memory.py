@@ -62,9 +62,9 @@ def measure(root: Path, slots: int) -> int:
 
     from raytune_ft.config.load import load_config
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.packed.engine import PackedEngine
     from raytune_ft.strategy.single import Single
-    from raytune_ft.train.packed import PackedEngine
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
     from raytune_ft.train.spec import RunSpec

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from raytune_ft.config.search import AshaConfig
-from raytune_ft.search.ray_schedulers import Asha
+from raytune_ft.ray_backend.schedulers import Asha
 
 Curve = list[tuple[int, float]]
 WORKERS = 4

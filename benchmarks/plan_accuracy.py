@@ -185,7 +185,7 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
 
     torch.set_num_threads(1)
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.load import load_tokenizer
     from raytune_ft.strategy import STRATEGIES
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
@@ -288,9 +288,9 @@ def predict(case: Case, directory: Path) -> dict[str, int]:
     """What `plan` says of it."""
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.estimate.memory import MemoryModel
-    from raytune_ft.estimate.shell import build_shell
+    from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.estimate.work import work_of
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.load import load_tokenizer
 
     config = config_of(case, directory)
     data = prepare_data(config.data, load_tokenizer(config.model), config.seed, directory / "cache")

@@ -125,8 +125,8 @@ def tokens_of(rows: list[dict[str, str]], base: Path) -> list[dict[str, list[int
     from transformers import AutoTokenizer
 
     from raytune_ft.config.data import SourceConfig
-    from raytune_ft.data.examples import Encoder, Example, encode_rows
-    from raytune_ft.data.text_rows import Row
+    from raytune_ft.data.formats import Encoder, Example, encode_rows
+    from raytune_ft.data.rows import Row
 
     encoder = Encoder.of(AutoTokenizer.from_pretrained(base))
     texts = [Row(str(number), row) for number, row in enumerate(rows)]

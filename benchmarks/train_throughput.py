@@ -57,7 +57,7 @@ def run_ours(base: Path, data: Path, precision: str) -> dict[str, float]:
 
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.model.build import load_tokenizer
+    from raytune_ft.model.load import load_tokenizer
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import RunSpec, run_training
 

@@ -29,7 +29,7 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
-from raytune_ft.inputs import prepare
+from raytune_ft.preflight import prepare
 from raytune_ft.records import RunResult
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
@@ -139,7 +139,7 @@ def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
 
     with ExitStack() as stack:
         if os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job():
-            from raytune_ft.train.ray_cluster import connected
+            from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
         promotion = make(directory, again, tell=tell)
@@ -151,7 +151,7 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
     """The test metrics of a config for any model directory, hub id or `builtin:` model."""
     config = expand_env(resolve(load_config(file, overrides, tell)))
     probe_storage(run_path(config).parent)
-    from raytune_ft.promote.evaluate import evaluate_directory
+    from raytune_ft.evaluate.evaluate import evaluate_directory
 
     if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
         raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
@@ -171,7 +171,7 @@ def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config,
         several = False
         joined = joins_cluster(written)
         if joined:
-            from raytune_ft.train.ray_cluster import connected, node_count
+            from raytune_ft.ray_backend.cluster import connected, node_count
 
             stack.enter_context(connected())
             several = node_count() > 1
@@ -189,7 +189,7 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
 
     parallel = written.parallel
     if usable is None and joined:
-        from raytune_ft.estimate.ray_memory import cluster_worker_memory
+        from raytune_ft.ray_backend.memory import cluster_worker_memory
 
         usable = cluster_worker_memory(parallel.resources_per_worker)
     elif usable is None:
@@ -230,15 +230,15 @@ def _needs_ray(config: Config) -> bool:
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
+    from raytune_ft.evaluate.precompute import taught
     from raytune_ft.promote.difficulty import rated
-    from raytune_ft.promote.taught import taught
 
     expanded = expand_env(config)
     rows = rated(expanded, prepare(expanded, tell), tell)
     data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
-        from raytune_ft.model.build import count_parameters
+        from raytune_ft.model.load import count_parameters
         from raytune_ft.train.objective import head_of
 
         # Whether the model takes the method, before workers start.
@@ -270,7 +270,7 @@ def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResul
         from raytune_ft.train.run import run_training
 
         return run_training(spec, "single", reporter)
-    from raytune_ft.train.ray_train import fit
+    from raytune_ft.ray_backend.run_handle import fit
 
     parallel = spec.config.parallel
     size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
@@ -282,8 +282,8 @@ def _ask_studies(config: Config, begun: bool) -> None:
     """Whether studies answer before anything is spent, earlier ones too where this sweep has not
     begun and learns from them. Raises StorageError.
     """
+    from raytune_ft.search.initial_trials import earlier_trials
     from raytune_ft.search.storage import open_storage
-    from raytune_ft.search.warm import earlier_trials
 
     search = expand_env(config).search
     assert search is not None
@@ -294,7 +294,7 @@ def _ask_studies(config: Config, begun: bool) -> None:
 
 
 def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
-    from raytune_ft.search.ray_tune import run_sweep
+    from raytune_ft.ray_backend.sweep import run_sweep
 
     run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
 

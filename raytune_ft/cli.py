@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from raytune_ft import show
 from raytune_ft.cli_checkpoints import app as checkpoints
 from raytune_ft.errors import Interrupted, RaytuneFtError
+from raytune_ft.report import terminal as show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -242,7 +242,7 @@ def export(
 
     Example: raytune-ft export runs/quickstart/promoted/model out --dtype bfloat16
     """
-    from raytune_ft.promote import export as make
+    from raytune_ft.merge import export as make
 
     made = make.export(source, target, kind, base, dtype, max_shard_size, show.tell)
     show.tell(f"written: {made}")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from raytune_ft import show
 from raytune_ft.errors import CheckpointError
+from raytune_ft.report import terminal as show
 
 app = typer.Typer(
     help="List, verify and prune the checkpoints of a run or a sweep.",

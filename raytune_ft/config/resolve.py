@@ -6,10 +6,10 @@ from pathlib import Path
 
 from raytune_ft.config import deepspeed_json, environment, metrics, paths
 from raytune_ft.config.data import NamedSource, listed
+from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, to_plain, validated
-from raytune_ft.config.packable import choose_execution
-from raytune_ft.config.points import trial_count
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search_space import trial_count
 
 
 def resolve(

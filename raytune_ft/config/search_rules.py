@@ -11,9 +11,9 @@ from raytune_ft.config.branches import METHOD, Branches, branches, contains, sam
 from raytune_ft.config.durations import duration_s
 from raytune_ft.config.explain import shown_value, unknown_key
 from raytune_ft.config.expression import Condition
-from raytune_ft.config.points import allowed, conditions, grid, trial_count, uniform_point
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution, SearchConfig
+from raytune_ft.config.search_space import allowed, conditions, grid, trial_count, uniform_point
 from raytune_ft.errors import ConfigError
 
 # Keys that decide what a trial is measured on or where it runs: a search over them would compare

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from raytune_ft.data.examples import Encoder
+from raytune_ft.data.formats import Encoder
 from raytune_ft.errors import StorageError
 
 

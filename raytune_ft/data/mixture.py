@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from raytune_ft.config.data import DataConfig, MixedSource
-from raytune_ft.data.examples import Example
+from raytune_ft.data.formats import Example
 from raytune_ft.data.order import members_of
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError

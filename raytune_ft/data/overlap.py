@@ -13,7 +13,7 @@ from typing import Any
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.data.report import DataReport
-from raytune_ft.data.text_rows import Row
+from raytune_ft.data.rows import Row
 from raytune_ft.errors import DataError
 
 

@@ -22,11 +22,11 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.data.cache import keep_folder, tokenizer_sha256
-from raytune_ft.data.classified import label_names, with_targets
-from raytune_ft.data.examples import WEIGHT, Encoder, Example
+from raytune_ft.data.formats import WEIGHT, Encoder, Example
+from raytune_ft.data.formats.classification import label_names, with_targets
+from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.mixture import hold_out
 from raytune_ft.data.overlap import count_overlaps
-from raytune_ft.data.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.paths import FILE_KINDS, is_hub_id
-from raytune_ft.data.text_rows import (
+from raytune_ft.data.rows import (
     TEXT_COLUMN,
     BadRow,
     Row,

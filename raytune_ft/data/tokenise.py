@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from raytune_ft.config.data import DataConfig, SourceConfig, difficulty_column
-from raytune_ft.data.classified import read_labels
-from raytune_ft.data.examples import WEIGHT, Encoder, Example, columns_of, encode_rows
+from raytune_ft.data.formats import WEIGHT, Encoder, Example, columns_of, encode_rows
+from raytune_ft.data.formats.classification import read_labels
 from raytune_ft.data.report import SourceReport
+from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import BATCH_ROWS, Source
-from raytune_ft.data.text_rows import BadRow, Row
 from raytune_ft.errors import DataError
 
 PROGRESS_ROWS = 20_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raytune_ft.config.schema import Config
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.memory import MemoryModel, held_by
-from raytune_ft.estimate.shell import build_shell
+from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.estimate.teacher import teaching_of
 from raytune_ft.estimate.work import work_at_most
 from raytune_ft.train.objective import head_before

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.estimate.shell import Shell, Weight, elements
+from raytune_ft.estimate.activations import Traced, trace, trace_head
+from raytune_ft.estimate.parameters import Shell, Weight, elements
 from raytune_ft.estimate.teacher import Teaching
-from raytune_ft.estimate.trace import Traced, trace, trace_head
 from raytune_ft.estimate.work import Work
 
 MOMENTS = 2

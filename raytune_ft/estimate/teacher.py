@@ -9,8 +9,8 @@ import torch
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import KdConfig
-from raytune_ft.model.build import build_shapes, dtype_of
-from raytune_ft.train.teacher import teacher_model
+from raytune_ft.model.load import build_shapes, dtype_of
+from raytune_ft.train.distill import teacher_model
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.model.methods.attached import attached
+from raytune_ft.model.methods.hooks import attached
 
 NAME = "by_example"
 MIN_LENGTH = 32

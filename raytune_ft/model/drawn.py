@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.build import Precision
+from raytune_ft.model.load import Precision
+from raytune_ft.model.meta import apply_beside_shapes
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.model.skeleton import apply_beside_shapes
 
 _PREFIX = "base_model.model."
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.classified import SECOND
+from raytune_ft.data.formats.classification import SECOND
 
 PROBLEM_TYPES = {
     "single_label": "single_label_classification",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.model.build import load_base
+from raytune_ft.model.file_weights import NotInParts, Source
 from raytune_ft.model.heads import Head
-from raytune_ft.model.skeleton import fill_buffers, shadows, shapes_of
-from raytune_ft.model.sources import NotInParts, Source
+from raytune_ft.model.load import load_base
+from raytune_ft.model.meta import fill_buffers, shadows, shapes_of
 from raytune_ft.tensors.read import open_files
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from raytune_ft.data.batch import MicroBatch, collate
 from raytune_ft.data.layout import MicroLayout
 from raytune_ft.data.split import TokenIds, TokenizedSplit
-from raytune_ft.model.build import Precision
+from raytune_ft.model.load import Precision
 
 Logits = Callable[[MicroBatch, Tensor], Tensor]
 """A batch and the positions `keep_BS` to their logits `[N, V]`, in row order."""

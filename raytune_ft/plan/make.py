@@ -11,15 +11,15 @@ from raytune_ft.app import joins_cluster, placed
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.inputs import prepare
+from raytune_ft.preflight import prepare
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.estimate.hardware import Hardware
-    from raytune_ft.estimate.ray_memory import Room
-    from raytune_ft.plan.options import NodeChoice, Option
+    from raytune_ft.plan.layouts import NodeChoice, Option
+    from raytune_ft.ray_backend.memory import Room
 
 LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
 PER_NODE = 8
@@ -93,14 +93,14 @@ def make_plan(
     expanded = expand_env(config)
     data = prepare(expanded, tell)
 
-    from raytune_ft.data.examples import describe_example, describe_target
+    from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import asha_share, evaluation_flops, step_flops
-    from raytune_ft.estimate.shell import build_shell
-    from raytune_ft.model.build import load_tokenizer
-    from raytune_ft.plan.options import Planner
+    from raytune_ft.estimate.parameters import build_shell
+    from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.plan.layouts import Planner
     from raytune_ft.train.objective import head_of
     from raytune_ft.train.optim import total_examples
-    from raytune_ft.train.rules import Schedule
+    from raytune_ft.train.run_state import Schedule
     from raytune_ft.train.stream import plain_order
 
     order = plain_order(expanded, data.train)
@@ -191,7 +191,7 @@ def _room(config: Config, asked: Asked) -> Room | None:
     """What workers find on the cluster that is joined, where there is one and it counts."""
     if asked.accelerator is not None or not joins_cluster(config):
         return None
-    from raytune_ft.estimate.ray_memory import cluster_room
+    from raytune_ft.ray_backend.memory import cluster_room
 
     return cluster_room(config.parallel.resources_per_worker, config.parallel.max_workers)
 
@@ -218,7 +218,7 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
 
 
 def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
-    from raytune_ft.train.teacher import logits_file
+    from raytune_ft.train.distill import logits_file
 
     notes = []
     dropout = getattr(config.method, "dropout", 0.0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import dump_yaml
-from raytune_ft.config.packable import choose_execution
-from raytune_ft.config.points import trial_count
+from raytune_ft.config.search_space import trial_count
+from raytune_ft.plan.layouts import NodeChoice, Option, fastest
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
-from raytune_ft.plan.options import NodeChoice, Option, fastest
 
 _TERA_HOUR = 1e12 * 3600
 Cells = tuple[str, ...]

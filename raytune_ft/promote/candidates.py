@@ -12,14 +12,14 @@ from torch import Tensor
 
 from raytune_ft.config.metrics import SOUPS
 from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
-from raytune_ft.model.build import disk_dtype, load_base
+from raytune_ft.merge.fold import FoldCheck, fold
+from raytune_ft.merge.merge import merge
+from raytune_ft.merge.methods import MergeSettings
+from raytune_ft.merge.to_adapter import Refactored, refactor
 from raytune_ft.model.heads import Head
-from raytune_ft.model.methods.attached import CONFIG, WEIGHTS
+from raytune_ft.model.load import disk_dtype, load_base
+from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.fold import FoldCheck, fold
-from raytune_ft.promote.merge.factors import Refactored, refactor
-from raytune_ft.promote.merge.make import merge
-from raytune_ft.promote.merge.methods import MergeSettings
 
 Score = Callable[[Path], float]
 """The deciding figure of a model directory on validation, turned so that less is better."""

@@ -11,7 +11,7 @@ from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.report import DataReport
-from raytune_ft.promote.fold import FoldCheck
+from raytune_ft.merge.fold import FoldCheck
 from raytune_ft.promote.lineage import Lineage, base_name, licenses
 from raytune_ft.promote.record import Evaluation, Sample
 

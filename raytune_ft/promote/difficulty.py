@@ -11,10 +11,10 @@ from raytune_ft.data.base_loss import with_base_loss
 from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.forced import forced
+from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.token_scores import forced
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.lineage import base_file_hashes
-from raytune_ft.promote.subject import engine_of
 
 
 def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> PreparedData:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from raytune_ft.model.file_weights import Source
 from raytune_ft.model.outline import Outline
-from raytune_ft.model.sources import Source
 from raytune_ft.promote.weights import Weights
 
 

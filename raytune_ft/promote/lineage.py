@@ -15,7 +15,7 @@ import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
-from raytune_ft.model.build import resolve_model_path
+from raytune_ft.model.load import resolve_model_path
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
 _HASHED = (".safetensors", ".json", ".model", ".jinja")

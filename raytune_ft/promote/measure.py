@@ -11,11 +11,11 @@ import numpy as np
 
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData
+from raytune_ft.evaluate.classifier import classification, constant_scores
+from raytune_ft.evaluate.evaluate import Job, Measured, is_chat, run_job, split_named
 from raytune_ft.model.heads import Head
 from raytune_ft.promote.candidates import BASE, BASE_NAME, Entry
-from raytune_ft.promote.classifier import classification, constant_scores
-from raytune_ft.promote.evaluate import Job, Measured, is_chat, run_job, split_named
-from raytune_ft.promote.verdict import Contender
+from raytune_ft.promote.decide import Contender
 
 CONSTANT = "constant"
 """What classifiers are compared with: always the answer that suits the training set best."""
@@ -92,7 +92,7 @@ class Measurer:
 def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
     """In order; at the same time where this process is part of a Ray cluster."""
     if len(jobs) > 1 and "ray" in sys.modules:  # else nobody has joined a cluster
-        from raytune_ft.promote import ray_evaluate
+        from raytune_ft.ray_backend import evaluate as ray_evaluate
 
         if ray_evaluate.joined():
             return ray_evaluate.measure_all(jobs, parallel)

@@ -18,14 +18,15 @@ from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.same import check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
-from raytune_ft.model.build import load_tokenizer
+from raytune_ft.evaluate.evaluate import Measured, measured_split, prepare_retention, split_named
+from raytune_ft.evaluate.generate import choose_backend
+from raytune_ft.merge.fold import FoldCheck, held_out
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import model_card
 from raytune_ft.promote.custom import check_functions
-from raytune_ft.promote.evaluate import Measured, measured_split, prepare_retention, split_named
-from raytune_ft.promote.fold import FoldCheck, held_out
-from raytune_ft.promote.generate import choose_backend
+from raytune_ft.promote.decide import Contender, Verdict, decide
 from raytune_ft.promote.lineage import Lineage, base_file_hashes, package_versions
 from raytune_ft.promote.measure import Measurer, same_scores
 from raytune_ft.promote.publish import (
@@ -42,7 +43,6 @@ from raytune_ft.promote.publish import (
 )
 from raytune_ft.promote.record import Evaluation, Sample, evaluation_of, score_lines
 from raytune_ft.promote.select import Selection, select
-from raytune_ft.promote.verdict import Contender, Verdict, decide
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
 from raytune_ft.train.objective import head_of

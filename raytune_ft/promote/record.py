@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_ft.promote.evaluate import Measured
-from raytune_ft.promote.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, difference
-from raytune_ft.promote.verdict import Contender, Verdict, better, compared
+from raytune_ft.evaluate.evaluate import Measured
+from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, difference
+from raytune_ft.promote.decide import Contender, Verdict, better, compared
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raytune_ft.model.file_weights import Source
 from raytune_ft.model.outline import Outline
-from raytune_ft.model.sources import Source
 
 CHUNK = 1 << 22
 """Elements at a time: 16 MB in float32, of which a computation holds several."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from raytune_ft.config.branches import METHOD, branches, contains
 from raytune_ft.config.methods import WHOLE_MODEL
-from raytune_ft.config.points import Point, allowed, conditions, trial_count
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
+from raytune_ft.config.search_space import Point, allowed, conditions, trial_count
 
 BASE_LR = 5e-5
 LORA_FACTOR = 10.0

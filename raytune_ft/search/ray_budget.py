@@ -7,8 +7,8 @@ from typing import Any
 
 from ray import tune
 
+from raytune_ft.ray_backend.searcher import OfThisProcess
 from raytune_ft.search.budget import Spending
-from raytune_ft.search.ray_optuna import OfThisProcess
 
 
 class StopAtBudget(OfThisProcess, tune.Stopper, tune.Callback):

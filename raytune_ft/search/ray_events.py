@@ -13,8 +13,8 @@ from ray import tune
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import RunFailed
+from raytune_ft.ray_backend.searcher import OfThisProcess
 from raytune_ft.search.progress import Progress
-from raytune_ft.search.ray_optuna import OfThisProcess
 from raytune_ft.search.ray_places import Place
 from raytune_ft.search.study import rows, tell_failed
 

@@ -15,12 +15,12 @@ from ray.exceptions import RayError
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.estimate.hardware import PROCESS
-from raytune_ft.estimate.ray_memory import cluster_worker_memory
+from raytune_ft.ray_backend.cluster import stop_grace_s
+from raytune_ft.ray_backend.memory import cluster_worker_memory
+from raytune_ft.ray_backend.registry import start_switchboard
+from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
 from raytune_ft.search.slots import Arrangement
-from raytune_ft.train.ray_cluster import stop_grace_s
 from raytune_ft.train.ray_job import Ended, Job, Note, StopRequested
-from raytune_ft.train.ray_slots import SlotJob, start_board
-from raytune_ft.train.ray_switchboard import start_switchboard
 from raytune_ft.train.spec import RunSpec
 
 ENGINES = "engines"
@@ -74,20 +74,20 @@ class Groups(_Board):
 
     def job(self, spec: RunSpec) -> Job:
         """See `Place`."""
-        from raytune_ft.train.ray_train import TrainJob
-        from raytune_ft.train.ray_worker import train_worker
+        from raytune_ft.ray_backend.run_handle import TrainJob
+        from raytune_ft.ray_backend.worker import train_worker
 
         return TrainJob(spec, self.board, train_worker)
 
     def give_up(self, trial: str) -> None:
         """See `Place`."""
-        from raytune_ft.train.ray_group import end_groups_of
+        from raytune_ft.ray_backend.worker_group import end_groups_of
 
         end_groups_of(trial, self.board)
 
     def close(self, note: Tell) -> None:
         """The sweep is over; whatever is left of it on the cluster is ended."""
-        from raytune_ft.train.ray_group import end_group
+        from raytune_ft.ray_backend.worker_group import end_group
 
         with suppress(RayError):
             for run in self.open_runs():
@@ -170,8 +170,8 @@ class _Engine:
     def __init__(
         self, spec: RunSpec, board: Any, switchboard: Any, arrangement: Arrangement
     ) -> None:
-        from raytune_ft.train.ray_engine import engine_worker
-        from raytune_ft.train.ray_train import TrainJob
+        from raytune_ft.ray_backend.packed_worker import engine_worker
+        from raytune_ft.ray_backend.run_handle import TrainJob
 
         self._name, self._board = spec.run_dir.name, board
         self._job = TrainJob(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_ft.config.execution import variants
 from raytune_ft.config.methods import LoraMethod
-from raytune_ft.config.packable import variants
 from raytune_ft.config.schema import Config
 
 MAX_SLOTS = 16

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.model.build import Precision
+from raytune_ft.model.load import Precision
 from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.part import Part
 

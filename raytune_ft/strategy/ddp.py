@@ -8,8 +8,8 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raytune_ft.model.unused_parameters import unreached
 from raytune_ft.strategy.group import Grouped
-from raytune_ft.strategy.reach import unreached
 from raytune_ft.tensors.part import Part
 
 

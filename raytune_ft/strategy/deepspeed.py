@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from raytune_ft.config import deepspeed_json
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.model.build import Precision
+from raytune_ft.model.load import Precision
+from raytune_ft.model.unused_parameters import unreached
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf
 from raytune_ft.strategy.group import Grouped
-from raytune_ft.strategy.reach import unreached
 from raytune_ft.strategy.zero import Zero, Zero3, Zero12
 from raytune_ft.tensors.part import Part
 

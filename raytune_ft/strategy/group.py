@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.model.build import Precision
+from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import T
 from raytune_ft.strategy.exchange import Exchange, Group
 from raytune_ft.strategy.single import Single

@@ -15,10 +15,10 @@ from raytune_ft.data.layout import MicroLayout, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
-from raytune_ft.model.build import Precision
 from raytune_ft.model.heads import Reading, example_logits
+from raytune_ft.model.load import Precision
 from raytune_ft.model.loss import label_logits, label_positions
-from raytune_ft.model.methods.attached import seeing, virtual_tokens
+from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.noise import noisy_embeddings
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy import Strategy

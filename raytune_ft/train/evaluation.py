@@ -14,7 +14,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.heartbeat import Beat, unheard
+from raytune_ft.train.watchdog import Beat, unheard
 
 BLOCK_EXAMPLES = 1024
 """Laid out together; bounds the time of packing, which grows faster than its input."""

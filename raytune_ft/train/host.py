@@ -13,9 +13,9 @@ from pathlib import Path
 
 from raytune_ft.rundir import RESULT
 from raytune_ft.train.ended import write_ended
-from raytune_ft.train.heartbeat import Heartbeat, Standing, disarm, log_text, summary
 from raytune_ft.train.signals import interruptible
 from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.watchdog import Heartbeat, Standing, disarm, log_text, summary
 
 HANG_LOG = "hang.log"
 

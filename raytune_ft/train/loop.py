@@ -14,14 +14,14 @@ from raytune_ft.data.order import Order
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.methods import without_method
 from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.train.checkpoint import Saver
 from raytune_ft.train.ended import checkpoint_path
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
-from raytune_ft.train.heartbeat import Heartbeat
 from raytune_ft.train.optim import learning_rate
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.reports import Reports
-from raytune_ft.train.rules import (
+from raytune_ft.train.run_state import (
     Goal,
     Outcome,
     Schedule,
@@ -30,9 +30,9 @@ from raytune_ft.train.rules import (
     exhausted,
     outcome,
 )
-from raytune_ft.train.saver import Saver
 from raytune_ft.train.state import Progress
 from raytune_ft.train.step import accumulate_gradients
+from raytune_ft.train.watchdog import Heartbeat
 
 
 def train(

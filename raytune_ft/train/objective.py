@@ -12,7 +12,7 @@ from raytune_ft.model.objectives import OBJECTIVES, Objective
 from raytune_ft.model.objectives.classification import class_weights
 from raytune_ft.model.objectives.tokens import relative_rationale_weight
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.teacher import check_size, teacher_of
+from raytune_ft.train.distill import check_size, teacher_of
 
 
 def head_of(config: Config, report: DataReport) -> Head | None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from raytune_ft.model.drawn import Drawn
-from raytune_ft.model.multi_lora import MultiLora
+from raytune_ft.packed.lora import MultiLora
+from raytune_ft.packed.optim import PackedAdamW
 from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.part import Part
-from raytune_ft.train.packed_optim import PackedAdamW
 
 
 class SlotHolder:

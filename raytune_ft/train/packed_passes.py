@@ -16,25 +16,25 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import InputError
 from raytune_ft.model.drawn import Drawn, draw_adapter
-from raytune_ft.model.multi_lora import MultiLora, Window
-from raytune_ft.model.skeleton import build_base, shapes_of
-from raytune_ft.strategy import Strategy
-from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
-from raytune_ft.train.heartbeat import Beat
-from raytune_ft.train.objective import build_objective
-from raytune_ft.train.packed_fit import (
+from raytune_ft.model.meta import build_base, shapes_of
+from raytune_ft.packed.autotune import (
     fewest_near_best,
     seconds_a_token,
     slots_in,
     told,
     worth_trying,
 )
-from raytune_ft.train.packed_layout import PackedPass, plan_pass
+from raytune_ft.packed.layout import PackedPass, plan_pass
+from raytune_ft.packed.lora import MultiLora, Window
+from raytune_ft.packed.optim import PackedAdamW, Step
+from raytune_ft.strategy import Strategy
+from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
+from raytune_ft.train.objective import build_objective
 from raytune_ft.train.packed_open import OpenStep
-from raytune_ft.train.packed_optim import PackedAdamW, Step
 from raytune_ft.train.packed_step import accumulate_packed
 from raytune_ft.train.setup import build_engine, check_vocabulary
 from raytune_ft.train.stream import plain_order
+from raytune_ft.train.watchdog import Beat
 
 
 def _of_nothing(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

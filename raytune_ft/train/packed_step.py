@@ -8,7 +8,7 @@ import torch
 
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.model.loss import label_positions
-from raytune_ft.model.multi_lora import MultiLora, Window
+from raytune_ft.packed.lora import MultiLora, Window
 from raytune_ft.train.engine import Engine
 
 

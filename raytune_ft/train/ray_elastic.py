@@ -21,8 +21,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import ScalingConfig
 
-from raytune_ft.train.ray_cluster import whole_groups
-from raytune_ft.train.ray_worker import ask_to_stop
+from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.ray_backend.worker import ask_to_stop
 
 WAIT_S = 600.0
 """For the least number of workers. Then the run ends: Ray tries no start again that was not begun.

@@ -16,9 +16,9 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
+from raytune_ft.ray_backend.worker import ProcessGroupConfig
+from raytune_ft.ray_backend.worker_group import RunWatch, StartsInARow
 from raytune_ft.train.ray_elastic import scaling_policy
-from raytune_ft.train.ray_group import RunWatch, StartsInARow
-from raytune_ft.train.ray_worker import ProcessGroupConfig
 from raytune_ft.train.spec import RunSpec
 
 # A group that cannot start, because a node went away for good, is tried for ten minutes or so.

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 
 from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics
+from raytune_ft.train.checkpoint import Saver
 from raytune_ft.train.report import Reporter
-from raytune_ft.train.saver import Saver
 
 
 class Reports(AbstractContextManager["Reports"]):

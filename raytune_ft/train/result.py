@@ -8,7 +8,7 @@ from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
 from raytune_ft.records import RunResult, plain_of
 from raytune_ft.train.ended import with_checkpoint
-from raytune_ft.train.rules import Outcome
+from raytune_ft.train.run_state import Outcome
 from raytune_ft.train.state import Progress
 
 

@@ -12,24 +12,24 @@ from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.activations import virtual_positions
-from raytune_ft.config.packable import variants
+from raytune_ft.config.execution import variants
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
 from raytune_ft.model.attention import attend_by_example
-from raytune_ft.model.build import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.heads import Place, reading
+from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
+from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.model.methods.attached import attached, virtual_tokens
+from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
-from raytune_ft.model.skeleton import Built
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.objective import head_of
-from raytune_ft.train.rules import Schedule
+from raytune_ft.train.run_state import Schedule
 
 
 def check_vocabulary(model: nn.Module, data: PreparedData) -> None:

@@ -9,7 +9,7 @@ import torch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.heartbeat import Beat, unheard
+from raytune_ft.train.watchdog import Beat, unheard
 
 
 def accumulate_gradients(

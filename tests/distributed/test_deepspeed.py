@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_ft.model.build import build_model
+from raytune_ft.model.load import build_model
 from raytune_ft.strategy.deepspeed import DeepSpeed
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.state import load_state

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.methods import FullMethod, LoraMethod, MethodConfig
 from raytune_ft.config.schema import ModelConfig, ParallelConfig
-from raytune_ft.model.build import Precision, build_model
-from raytune_ft.model.skeleton import build
+from raytune_ft.model.load import Precision, build_model
+from raytune_ft.model.meta import build
 from raytune_ft.strategy.fsdp import Fsdp
 from raytune_ft.tensors import read as reader
 from tests.support.distributed import run_distributed

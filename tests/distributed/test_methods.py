@@ -17,9 +17,9 @@ import torch
 from raytune_ft.config.rules import check
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.merge.fold import fold
+from raytune_ft.merge.fold import held_out as fold_examples
 from raytune_ft.model.methods import METHODS
-from raytune_ft.promote.fold import fold
-from raytune_ft.promote.fold import held_out as fold_examples
 from tests.support.distributed import run_distributed, run_in_new_processes
 from tests.support.methods import (
     ABSENT,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
-from raytune_ft.train import packed_fit
+from raytune_ft.packed import autotune as packed_fit
 from tests.support.distributed import run_distributed
 from tests.support.models import save_tiny, true_float64
 from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_run, run_packed

@@ -188,7 +188,8 @@ def _stage(heading: str, patch: pytest.MonkeyPatch) -> None:
     if heading == "Inside a Ray job":
         patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     elif heading == "On a cluster of one node with 2 CPUs":
-        from raytune_ft.train import ray_cluster, ray_train
+        from raytune_ft.ray_backend import cluster as ray_cluster
+        from raytune_ft.ray_backend import run_handle as ray_train
 
         patch.setattr(ray_train, "connected", nullcontext)
         patch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}])

@@ -16,7 +16,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from raytune_ft.config.search import AshaConfig
-from raytune_ft.search.ray_schedulers import Asha
+from raytune_ft.ray_backend.schedulers import Asha
 from tests.support.commands import ROOT, command, run_process
 from tests.support.head import Head, start_head
 from tests.support.runs import metrics

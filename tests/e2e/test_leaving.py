@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
 SCRIPT = """
 import atexit, os, time, psutil, ray
-from raytune_ft.train.ray_cluster import connected
+from raytune_ft.ray_backend.cluster import connected
 
 with connected("local"):
     @ray.remote(num_cpus=1)

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group_table
 
-from raytune_ft.train.ray_cluster import connect
+from raytune_ft.ray_backend.cluster import connect
 from tests.ray.conftest import Inputs
 from tests.support.runs import run
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.ray_backend import run_handle as ray_train
+from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train import ray_train, ray_trainer
-from raytune_ft.train.ray_train import fit
+from raytune_ft.train import ray_trainer
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
 from tests.ray.conftest import Inputs, workers

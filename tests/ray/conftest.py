@@ -14,8 +14,8 @@ from ray.util.placement_group import placement_group_table
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.train.ray_cluster import connect
+from raytune_ft.model.load import load_tokenizer
+from raytune_ft.ray_backend.cluster import connect
 from tests.support.runs import make_config, make_inputs
 
 

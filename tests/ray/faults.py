@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from raytune_ft.train import ray_worker
+from raytune_ft.ray_backend import worker as ray_worker
 
 HUNG = "hung"
 """A file in the run's directory: it has hung, and will not again."""

@@ -18,8 +18,8 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import Interrupted
-from raytune_ft.search.ray_schedulers import Asha
-from raytune_ft.search.ray_tune import run_sweep
+from raytune_ft.ray_backend.schedulers import Asha
+from raytune_ft.ray_backend.sweep import run_sweep
 from raytune_ft.search.results import SweepResult
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training

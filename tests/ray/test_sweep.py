@@ -19,10 +19,10 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.errors import ClusterError, Interrupted
-from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
-from raytune_ft.search.draw import JointSampler
-from raytune_ft.search.ray_tune import run_sweep
+from raytune_ft.ray_backend.sweep import run_sweep
+from raytune_ft.search.sampler import JointSampler
 from raytune_ft.search.space import distributions
 from raytune_ft.search.study import open_study
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers

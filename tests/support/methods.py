@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import WHOLE_MODEL
-from raytune_ft.config.packable import packable
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.methods.quantise import keep_as_rounded
 from tests.support import activations
 from tests.support.runs import make_config

@@ -10,10 +10,10 @@ import torch
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.taught import taught
+from raytune_ft.evaluate.precompute import taught
+from raytune_ft.model.load import load_tokenizer
+from raytune_ft.packed.engine import PackedEngine
 from raytune_ft.strategy import STRATEGIES
-from raytune_ft.train.packed import PackedEngine
 from raytune_ft.train.report import Reporter, Silent
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import evaluations, final_weights, losses, make_config

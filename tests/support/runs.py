@@ -14,8 +14,8 @@ from torch import Tensor
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.taught import taught
+from raytune_ft.evaluate.precompute import taught
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent

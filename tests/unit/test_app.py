@@ -144,7 +144,7 @@ def test_what_only_workers_find_wrong_does_not_use_up_the_name(
         (spec.run_dir / "checkpoints").mkdir()
         raise ConfigError("data.packing=true", "would change the numbers", "write auto")
 
-    monkeypatch.setattr("raytune_ft.train.ray_train.fit", fit)
+    monkeypatch.setattr("raytune_ft.ray_backend.run_handle.fit", fit)
     assert command("train", "data.packing=true", "parallel.workers=2") == 2
     assert capsys.readouterr().err == (
         "error: data.packing=true would change the numbers; write auto\n"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft import app, cli, show
+from raytune_ft import app, cli
 from raytune_ft.errors import ConfigError, Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.report import terminal as show
 
 ROOT = Path(__file__).parents[2]
 

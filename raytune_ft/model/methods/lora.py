@@ -15,7 +15,7 @@ from raytune_ft.config.methods import LoraMethod, QloraMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.adapt import adapt, task_of
 from raytune_ft.model.methods.pace import Pace
-from raytune_ft.model.methods.start import begin_with_the_weights
+from raytune_ft.model.methods.pissa import begin_with_the_weights
 
 
 def apply_lora(base: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from raytune_ft.config.activations import LoreftMethod, Positions
 from raytune_ft.data.batch import NO_TARGET, MicroBatch
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods.attached import (
+from raytune_ft.model.methods.hooks import (
     Attached,
     Read,
     base_name,

@@ -19,8 +19,8 @@ from raytune_ft.config.activations import (
     PromptMethod,
 )
 from raytune_ft.errors import CheckpointError
-from raytune_ft.model.methods.adapter import apply_adapter
-from raytune_ft.model.methods.attached import CONFIG, WEIGHTS, attached
+from raytune_ft.model.methods.bottleneck import apply_adapter
+from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS, attached
 from raytune_ft.model.methods.loreft import apply_loreft
 from raytune_ft.model.methods.prefix import apply_prefix
 from raytune_ft.model.methods.virtual import apply_prompt

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raytune_ft.config.activations import PromptMethod, PTuningMethod
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods.attached import Attached, Read, base_name, begins_cache
+from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 
 ENCODER = "prompt_encoder"
 KEY = "prompt_embeddings"

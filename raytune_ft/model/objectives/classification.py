@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.classified import TARGET
+from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError

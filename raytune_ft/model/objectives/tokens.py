@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Indices
-from raytune_ft.data.rationale import RATIONALE
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.loss import label_positions, token_losses

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.errors import ModelError
-from raytune_ft.promote.adapter_plan import ADAPTER_CONFIG
+from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
 
 REMEDY = "merge checkpoints of one base"
 

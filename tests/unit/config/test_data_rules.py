@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.data import DataConfig, source_configs, source_names
+from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.identity import check_resume, config_sha256
 from raytune_ft.config.load import dump_yaml, load_config
-from raytune_ft.config.packable import choose_execution
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from raytune_ft.config import rules
+from raytune_ft.config.execution import packable
 from raytune_ft.config.identity import check_resume, config_sha256
 from raytune_ft.config.load import apply_overrides, validated
-from raytune_ft.config.packable import packable
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from raytune_ft.model.build import resolve_model_path
+from raytune_ft.model.load import resolve_model_path
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import pytest
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.paths import FILE_KINDS
+from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import TEXT_READERS, open_source
-from raytune_ft.data.text_rows import BadRow, Row
 from raytune_ft.errors import DataError
 
 COLUMNS = {"prompt": "q", "completion": "a"}

@@ -16,11 +16,11 @@ from raytune_ft.estimate import hardware
 from raytune_ft.estimate.choice import shortage
 from raytune_ft.estimate.hardware import GIB, PROCESS, USABLE, Hardware, named
 from raytune_ft.estimate.memory import MemoryModel, held_by
-from raytune_ft.estimate.ray_memory import least_memory, packed
-from raytune_ft.estimate.shell import build_shell
+from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.estimate.teacher import teaching_of
-from raytune_ft.model.build import build_frozen
-from raytune_ft.train.teacher import teacher_model
+from raytune_ft.model.load import build_frozen
+from raytune_ft.ray_backend.memory import least_memory, packed
+from raytune_ft.train.distill import teacher_model
 
 ROOT = Path(__file__).parents[3]
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.estimate.activations import Plane, Traced
 from raytune_ft.estimate.memory import Memory, MemoryModel, held_by
-from raytune_ft.estimate.shell import Shell, Weight
-from raytune_ft.estimate.trace import Plane, Traced
+from raytune_ft.estimate.parameters import Shell, Weight
 from raytune_ft.estimate.work import Work
 
 

@@ -19,12 +19,12 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.batch import collate
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
-from raytune_ft.model.build import build_model, count_parameters, load_tokenizer
+from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.generate import with_transformers
+from raytune_ft.model.load import build_model, count_parameters, load_tokenizer
 from raytune_ft.model.methods import adapter_writer, trained_parameters, without_method
-from raytune_ft.model.methods.attached import seeing, virtual_tokens
+from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
-from raytune_ft.promote.generate import with_transformers
-from raytune_ft.promote.subject import engine_of
 from tests.support.activations import METHODS
 from tests.support.models import save_tiny, save_tiny_llama, true_float64
 from tests.support.runs import make_config

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from raytune_ft.config.methods import FullMethod
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model import checkpointing
-from raytune_ft.model.build import build_model
 from raytune_ft.model.checkpointing import Activations, checkpoint_activations
+from raytune_ft.model.load import build_model
 from tests.support.models import VOCABULARY, save_tiny_llama
 from tests.support.runs import largest_difference, make_config, make_inputs, run
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.files import sha256_of
-from raytune_ft.model.build import build_model
 from raytune_ft.model.export import Exporter
+from raytune_ft.model.load import build_model
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.read import open_shards

@@ -24,12 +24,12 @@ from raytune_ft.config.rules import check
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.estimate.shell import build_shell
-from raytune_ft.model.build import build_model, count_parameters
+from raytune_ft.estimate.parameters import build_shell
+from raytune_ft.merge.fold import fold
 from raytune_ft.model.export import Exporter
+from raytune_ft.model.load import build_model, count_parameters
 from raytune_ft.model.methods import paces, trained_parameters, without_method
 from raytune_ft.model.methods.quantise import check_backend
-from raytune_ft.promote.fold import fold
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
 from tests.support.methods import ABSENT, SMALL, small_config

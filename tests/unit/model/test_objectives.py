@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.errors import DataError, ModelError
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.model.skeleton import build
-from raytune_ft.promote.evaluate import evaluate_directory
+from raytune_ft.evaluate.evaluate import evaluate_directory
+from raytune_ft.model.load import load_tokenizer
+from raytune_ft.model.meta import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.model.meta import build
 from raytune_ft.model.probe import probe_packing
-from raytune_ft.model.skeleton import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.optim import build_optimizer

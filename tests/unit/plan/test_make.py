@@ -55,9 +55,9 @@ def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.delenv("RAYTUNE_FT_STORAGE", raising=False)
-    monkeypatch.setattr("raytune_ft.train.ray_cluster.connected", nullcontext)
-    monkeypatch.setattr("raytune_ft.train.ray_cluster.node_count", lambda: 2)
-    memory = "raytune_ft.estimate.ray_memory.cluster_worker_memory"
+    monkeypatch.setattr("raytune_ft.ray_backend.cluster.connected", nullcontext)
+    monkeypatch.setattr("raytune_ft.ray_backend.cluster.node_count", lambda: 2)
+    memory = "raytune_ft.ray_backend.memory.cluster_worker_memory"
     monkeypatch.setattr(memory, lambda resources: None)
     with pytest.raises(StorageError, match=r"storage=runs is relative, .*on several nodes"):
         make_plan(QUICKSTART, ["parallel.workers=2"], lambda line: None)
@@ -70,7 +70,7 @@ def test_a_cluster_that_is_joined_says_nodes_and_memory(
     resources = {"CPU": 2.0, "memory": 2.0 * memory}
     alive = [{"Alive": True, "Resources": resources}] * 3
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    monkeypatch.setattr("raytune_ft.train.ray_cluster.connected", nullcontext)
+    monkeypatch.setattr("raytune_ft.ray_backend.cluster.connected", nullcontext)
     monkeypatch.setattr("ray.nodes", lambda: alive)
     overrides = [f"storage={tmp_path}", "parallel.workers=4"]
     plan = make_plan(QUICKSTART, overrides, lambda line: None)

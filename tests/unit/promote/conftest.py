@@ -16,7 +16,7 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.build import load_tokenizer
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.rundir import cache_path, run_path
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training

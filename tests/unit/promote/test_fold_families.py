@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.model.build import build_model
+from raytune_ft.merge.fold import fold
 from raytune_ft.model.export import Exporter
+from raytune_ft.model.load import build_model
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.promote.fold import fold
 from tests.support.models import FAMILIES, VOCABULARY, save_tiny
 
 

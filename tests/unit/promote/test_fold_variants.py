@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.merge.fold import fold
 from raytune_ft.promote import weights as weights_module
-from raytune_ft.promote.fold import fold
 from tests.support.models import VOCABULARY, save_tiny, save_tiny_llama
 
 # PEFT says what it does for tied and transposed layers.

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.model.build import load_tokenizer
-from raytune_ft.promote.evaluate import evaluate_directory
-from raytune_ft.promote.export import export
-from raytune_ft.promote.generate import with_transformers
+from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.evaluate import evaluate_directory
+from raytune_ft.evaluate.generate import with_transformers
+from raytune_ft.merge.export import export
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
-from raytune_ft.promote.subject import engine_of
 from tests.unit.promote.conftest import Train, config_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "interventions.md"

@@ -10,7 +10,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from raytune_ft.config.search import AshaConfig, HyperbandConfig, MedianConfig
-from raytune_ft.search.ray_schedulers import Asha, Hyperband, Median, scheduler_for
+from raytune_ft.ray_backend.schedulers import Asha, Hyperband, Median, scheduler_for
 
 BUDGET = 900
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.search.ray_tune import concurrency
-from raytune_ft.train.ray_cluster import whole_groups
+from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.ray_backend.sweep import concurrency
 
 
 @pytest.mark.parametrize(

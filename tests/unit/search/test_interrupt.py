@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.search import ray_events, ray_trial
+from raytune_ft.ray_backend import trial as ray_trial
+from raytune_ft.ray_backend.trial import SweepTrial
+from raytune_ft.search import ray_events
 from raytune_ft.search.ray_events import StopWith
-from raytune_ft.search.ray_trial import SweepTrial
 
 
 class Somewhere:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.search.ray_optuna import StudySearcher
+from raytune_ft.ray_backend.searcher import StudySearcher
 from raytune_ft.search.study import open_study, pareto, reports, rows
 
 METRICS = ["eval_loss", "eval_token_accuracy"]

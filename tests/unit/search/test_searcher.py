@@ -12,8 +12,8 @@ from ray.tune.search import Searcher
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError, StorageError
-from raytune_ft.search.draw import JointSampler
-from raytune_ft.search.ray_optuna import StudySearcher
+from raytune_ft.ray_backend.searcher import StudySearcher
+from raytune_ft.search.sampler import JointSampler
 from raytune_ft.search.space import distributions
 from raytune_ft.search.study import open_study, rows, unfinished
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.errors import RunFailed
-from raytune_ft.train import ray_group
-from raytune_ft.train.ray_switchboard import Group, Switchboard
+from raytune_ft.ray_backend import worker_group as ray_group
+from raytune_ft.ray_backend.registry import Group, Switchboard
 
 
 async def soon(waiting: asyncio.Task[bool]) -> bool | None:

@@ -24,10 +24,11 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError
-from raytune_ft.train import ray_cluster, ray_elastic
-from raytune_ft.train.ray_cluster import require_capacity, stop_grace_s
+from raytune_ft.ray_backend import cluster as ray_cluster
+from raytune_ft.ray_backend.cluster import require_capacity, stop_grace_s
+from raytune_ft.ray_backend.worker_group import StartsInARow
+from raytune_ft.train import ray_elastic
 from raytune_ft.train.ray_elastic import Elastic, scaling_policy
-from raytune_ft.train.ray_group import StartsInARow
 
 LOST = WorkerGroupError("a worker died", {0: RuntimeError()})
 

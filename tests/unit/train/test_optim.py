@@ -10,7 +10,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.train.optim import build_optimizer, learning_rate, total_examples
-from raytune_ft.train.rules import Schedule
+from raytune_ft.train.run_state import Schedule
 
 LIBRARY: dict[str, Any] = {
     "linear": get_linear_schedule_with_warmup,

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.checkpoints.store import CheckpointStore
-from raytune_ft.config.packable import packable
+from raytune_ft.config.execution import packable
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, ModelError
 from tests.support.models import save_tiny, true_float64

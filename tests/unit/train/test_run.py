@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.errors import CheckpointError, ModelError
-from raytune_ft.model import skeleton
-from raytune_ft.model.build import build_model
+from raytune_ft.model import meta as skeleton
+from raytune_ft.model.load import build_model
 from raytune_ft.records import StepMetrics
 from raytune_ft.train import evaluation
 from raytune_ft.train.report import Silent

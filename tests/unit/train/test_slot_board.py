@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.errors import RunFailed
-from raytune_ft.train.ray_slots import Enter, Finish, Leave, SlotBoard
+from raytune_ft.ray_backend.slot_queue import Enter, Finish, Leave, SlotBoard
 from raytune_ft.train.spec import RunSpec
 
 Story = Callable[[SlotBoard], Coroutine[Any, Any, None]]

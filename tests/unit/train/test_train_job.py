@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from raytune_ft.errors import Interrupted
-from raytune_ft.train import ray_train
+from raytune_ft.ray_backend import run_handle as ray_train
+from raytune_ft.ray_backend.run_handle import Note, TrainJob, fit
 from raytune_ft.train.ended import load_result
-from raytune_ft.train.heartbeat import Standing
-from raytune_ft.train.ray_train import Note, TrainJob, fit
 from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.watchdog import Standing
 from tests.support.runs import make_config
 
 

@@ -1,0 +1,180 @@
+"""Texts with labels: the tokenizer dresses them as the model's classifier expects, and labels
+become targets once those of all rows are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.data.formats.example import Encoder, Example, bad_text
+from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.errors import DataError
+
+TARGET = "target"
+SECOND = "second"
+"""Columns of examples: the class vector or the numbers, and where a second text begins."""
+MAX_LABELS = 1000
+
+
+def classified_columns(source: SourceConfig) -> dict[str, str]:
+    """See `Format.columns`."""
+    pair = {"text_pair": source.text_pair} if source.text_pair is not None else {}
+    return {"text": source.text, **pair, "label": source.label}
+
+
+def check_classified(source: SourceConfig, row: Row) -> BadRow | None:
+    """See `Format.check`."""
+    bad = bad_text(row, source.text)
+    if bad is None and source.text_pair is not None:
+        bad = bad_text(row, source.text_pair)
+    if bad is not None:
+        return bad
+    value = row.values[source.label]
+    if value is None or value == "":
+        return BadRow(row.origin, "empty", f"{source.label!r} has no value")
+    many = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | int | float) for one in many):
+        return BadRow(row.origin, "wrong_type", f"{source.label!r} is no label and no list of them")
+    return None
+
+
+def encode_classified(
+    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
+) -> list[Example | BadRow]:
+    """With the tokenizer's own special tokens, and nothing else."""
+    if not rows:
+        return []
+    pair = source.text_pair
+    encoded: Any = encoder.tokenizer(
+        [row.values[source.text] for row in rows],
+        None if pair is None else [row.values[pair] for row in rows],
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    segments = encoded.get("token_type_ids") if pair is not None else None
+    found: list[Example | BadRow] = []
+    for i, row in enumerate(rows):
+        ids = np.array(encoded["input_ids"][i], np.int32)
+        special = np.array(encoded["special_tokens_mask"][i])
+        value = row.values[source.label]
+        columns = {}
+        if segments is not None:
+            second = segments[i].index(1) if 1 in segments[i] else len(ids)
+            columns[SECOND] = (float(second),)
+        found.append(
+            Example(
+                row.origin,
+                ids,
+                np.zeros(len(ids), np.bool_),
+                columns=columns,
+                labels=tuple(value) if isinstance(value, list) else (value,),
+                kept=int(np.argmin(np.append(special[::-1], 0))),
+            )
+        )
+    return found
+
+
+def read_labels(example: Example, data: DataConfig) -> Example | BadRow:
+    """The labels as the problem has them: names, or numbers that are finite."""
+    assert example.labels is not None
+    if data.problem == "regression":
+        try:
+            numbers = tuple(float(one) for one in example.labels)
+        except ValueError:
+            numbers = (math.nan,)
+        if not numbers or not all(map(math.isfinite, numbers)):
+            shown = ", ".join(map(str, example.labels))
+            return BadRow(example.origin, "bad_label", f"{shown!r} is no finite number")
+        return replace(example, labels=numbers)
+    names = tuple(str(one) for one in example.labels)
+    if data.problem == "single_label" and len(names) != 1:
+        detail = f"{len(names)} labels where there is one (data.problem: multi_label takes several)"
+        return BadRow(example.origin, "bad_label", detail)
+    if data.problem == "multi_label" and len(names) == 1 and isinstance(example.labels[0], str):
+        names = tuple(name.strip() for name in names[0].split(",") if name.strip())
+    return replace(example, labels=names)
+
+
+def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
+    """The labels in the order of their numbers; for regression, a name for each number.
+
+    Raises:
+        DataError: there are too few or too many of them, or one that is written occurs twice.
+    """
+    if data.problem == "regression":
+        assert train[0].labels is not None
+        return tuple(f"value_{number}" for number in range(len(train[0].labels)))
+    if data.labels is not None:
+        twice = [name for name in data.labels if data.labels.count(name) > 1]
+        if twice:
+            raise DataError(f"data.labels={data.labels}", f"has {twice[0]} twice", "write it once")
+        names = list(data.labels)
+    else:
+        found = {str(name) for one in train for name in one.labels or ()}
+        numeric = all(name.lstrip("-").isdecimal() for name in found)
+        names = sorted(found, key=(lambda name: (int(name), name)) if numeric else None)
+    fewest = 2 if data.problem == "single_label" else 1
+    if not fewest <= len(names) <= MAX_LABELS:
+        raise DataError(
+            f"data.problem={data.problem}",
+            f"needs {fewest} to {MAX_LABELS:,} labels, and "
+            f"data.{'train' if data.labels is None else 'labels'} has {len(names):,}",
+            "write another column as data.train.label, or data.problem: regression for numbers"
+            if data.labels is None
+            else "write every label of data.train, or leave data.labels out",
+        )
+    return tuple(names)
+
+
+def with_targets(
+    split: str, examples: Sequence[Example], data: DataConfig, names: Sequence[str]
+) -> list[Example]:
+    """Each with a column `target`: a class vector, or its numbers.
+
+    Raises:
+        DataError: a label is none of `names`, or no example of train has one of them.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    made, seen = [], set()
+    for one in examples:
+        assert one.labels is not None
+        if data.problem == "regression":
+            if len(one.labels) != len(names):
+                raise DataError(
+                    f"data.{split}: {one.origin}",
+                    f"has {len(one.labels)} numbers where others have {len(names)}",
+                    "write as many in every row",
+                )
+            target = tuple(float(value) for value in one.labels)
+        else:
+            unknown = [name for name in one.labels if name not in number]
+            if unknown:
+                raise DataError(
+                    f"data.{split}: {one.origin}",
+                    f"has the label {unknown[0]!r}, which is none of "
+                    + ("data.labels" if data.labels else "those of data.train"),
+                    f"write one of {_shown(names)}",
+                )
+            seen |= set(one.labels)
+            target = tuple(float(name in one.labels) for name in names)
+        made.append(replace(one, columns={**one.columns, TARGET: target}))
+    absent = [name for name in names if name not in seen]
+    if split == "train" and data.problem != "regression" and absent:
+        raise DataError(
+            f"data.{'labels' if data.labels else 'train'}",
+            f"has the label {absent[0]!r}, of which no training example is left",
+            "take it out, or add rows that have it",
+        )
+    return made
+
+
+def _shown(names: Sequence[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

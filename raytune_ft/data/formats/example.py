@@ -1,0 +1,102 @@
+"""A row on its way to tokens: what an example is, and what a tokenizer makes of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raytune_ft.data.rows import BadRow, Row, valid_unicode
+from raytune_ft.data.split import Mask, TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and the label mask of one row; the first token is never a label.
+
+    Attributes:
+        prompt: `overlap.prompt_key` of the row.
+        columns: see `TokenizedSplit.columns`.
+        labels: what the row is to be classified as, names or numbers; None for any other format.
+        kept: tokens at the end, such as [SEP], that stay where the example is cut.
+        others: examples that the same row makes beside this one.
+        difficulty: what a curriculum goes by.
+        source: the number of the row's source.
+    """
+
+    origin: str
+    ids: TokenIds
+    mask: Mask
+    prompt: bytes = b""
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    labels: tuple[str | float, ...] | None = None
+    kept: int = 0
+    others: tuple[Example, ...] = ()
+    difficulty: float = 0.0
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, and what it puts around a text of its own accord.
+
+    Attributes:
+        prefix: what it puts in front (its BOS, where it adds one by default).
+        eos: the end of an example, None where the tokenizer has no such token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: tuple[int, ...]
+    eos: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """Ask the tokenizer what it adds, by encoding the same text with and without."""
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        dressed = tokenizer("a")["input_ids"]
+        starts = range(len(dressed) - len(bare) + 1)
+        at = next((i for i in starts if dressed[i : i + len(bare)] == bare), 0)
+        return cls(tokenizer, tuple(dressed[:at]), tokenizer.eos_token_id)
+
+    @property
+    def suffix(self) -> list[int]:
+        """The end of an example."""
+        return [] if self.eos is None else [self.eos]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text and nothing around them."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+def bad_text(row: Row, column: str) -> BadRow | None:
+    """Why the column holds no text to learn from, or None."""
+    value = row.values[column]
+    if value is None:
+        return BadRow(row.origin, "empty", f"{column!r} has no value")
+    if not isinstance(value, str):
+        detail = f"{column!r} is {type(value).__name__} where a text is needed"
+        return BadRow(row.origin, "wrong_type", detail)
+    if not value.strip():
+        return BadRow(row.origin, "empty", f"{column!r} is blank")
+    if not valid_unicode(value):
+        return BadRow(row.origin, "bad_encoding", f"{column!r} has half a character or no UTF-8")
+    return None
+
+
+def example_of(row: Row, context: list[int], labels: list[int]) -> Example:
+    """Context without loss, then labels."""
+    mask = np.zeros(len(context) + len(labels), dtype=np.bool_)
+    mask[len(context) :] = True
+    mask[:1] = False
+    return Example(row.origin, np.array(context + labels, dtype=np.int32), mask)

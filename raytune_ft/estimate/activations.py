@@ -1,0 +1,274 @@
+"""What a model keeps for the backward, from one and two of its blocks run without memory.
+
+Fake tensors have shapes and no data, so that the operators, casts and kernels are those of a real
+step and cost nothing. Every storage that comes into being is followed until it is dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from raytune_ft.config.train import KdConfig
+from raytune_ft.estimate.parameters import Shell
+from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.checkpointing import Activations, checkpoint_activations
+from raytune_ft.model.methods import leave_casts_to_autocast
+from raytune_ft.model.objectives.distillation import divergence
+
+# What a fake run may stumble over in somebody's model: the values of tensors, unknown operators.
+_CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Bytes as a function of rows and blocks, between and beyond the points where it was traced.
+
+    Linear in blocks. In rows it is the larger of several lines, so that what lies between two
+    points is at most what is said.
+    """
+
+    points: dict[tuple[int, int], int]
+
+    def at(self, rows: int, blocks: int) -> int:
+        """Bytes for a micro-batch of so many rows through so many blocks."""
+        low, high = min(r for r, _ in self.points), max(r for r, _ in self.points)
+        left = self._blocks(low, blocks)
+        if low == high:
+            return round(left * rows / low)
+        slope = (self._blocks(high, blocks) - left) / (high - low)
+        return max(0, round(left + slope * (rows - low)))
+
+    def _blocks(self, rows: int, blocks: int) -> int:
+        one, two = self.points[rows, 1], self.points[rows, 2]
+        return one + (two - one) * (blocks - 1)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """`kept` when the forward of rows of `width` tokens ends; `peak` at any time until the blocks'
+    backward is over.
+
+    `exact` is false where the model could not be traced and a formula stands in.
+    """
+
+    width: int
+    kept: Plane
+    peak: Plane
+    exact: bool = True
+
+
+def trace(
+    shell: Shell,
+    rows: Collection[int],
+    width: int,
+    checkpointing: Activations,
+    gathered: bool = False,
+) -> Traced:
+    """Run micro-batches of so many rows through one and two blocks.
+
+    `gathered`: weights come in the dtype of the products, as a strategy gathers them.
+    """
+    kept, peak = {}, {}
+    ends = {min(rows), max(rows)}
+    try:
+        for blocks in (1, 2) if len(shell.blocks) > 1 else (1,):
+            module = _cut(shell.module, blocks)
+            for count in ends:
+                at = (count, blocks)
+                kept[at], peak[at] = _run(module, shell, count, width, checkpointing, gathered)
+    except _CANNOT:
+        return _by_formula(shell, ends, width, checkpointing)
+    for found in (kept, peak):
+        for count in ends:
+            found.setdefault((count, 2), 2 * found[count, 1])
+    return Traced(width, Plane(kept), Plane(peak))
+
+
+def _by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activations) -> Traced:
+    """Korthikanti et al. (arXiv 2205.05198): 34 bytes a token and hidden unit in 16 bits."""
+    unit = width * shell.hidden * shell.compute
+    each = {"none": 17, "selective": 11, "full": 1}[checkpointing] * unit
+    kept = {(rows, blocks): rows * each * blocks for rows in ends for blocks in (1, 2)}
+    peak = {at: bytes_ + at[0] * 17 * unit for at, bytes_ in kept.items()}
+    return Traced(width, Plane(kept), Plane(peak), exact=False)
+
+
+class _Follow(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, until they are dropped."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, Any] = {}
+        for tensor in known:
+            self._see(tensor.untyped_storage(), counts=False)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        result = function(*arguments, **(named or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage(), counts=True)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, counts: bool) -> None:
+        key, size = id(storage), storage.nbytes() if counts else 0
+        if key in self._live:
+            return
+
+        def dropped(_: Any) -> None:
+            self.now -= size
+            del self._live[key]
+
+        self._live[key] = weakref.ref(storage, dropped)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _cut(module: nn.Module, blocks: int) -> nn.Module:
+    """A copy with the largest `blocks` of its blocks."""
+    found = find_blocks(module)
+    order = sorted(found, key=lambda name: -sum(p.numel() for p in found[name].parameters()))
+    kept = set(order[:blocks])
+    containers = {name.rpartition(".")[0] for name in found}
+    originals = {name: module.get_submodule(name)._modules for name in containers}
+    try:
+        for name, children in originals.items():
+            left = [c for key, c in children.items() if f"{name}.{key}" in kept]
+            numbered = {str(number): child for number, child in enumerate(left)}
+            module.get_submodule(name)._modules = numbered
+        cut = copy.deepcopy(module)
+    finally:
+        for name, children in originals.items():
+            module.get_submodule(name)._modules = children
+    return cut
+
+
+def _run(
+    module: nn.Module,
+    shell: Shell,
+    rows: int,
+    width: int,
+    checkpointing: Activations,
+    gathered: bool,
+) -> tuple[int, int]:
+    """Bytes at the end of the forward, and at the most.
+
+    What lies around the blocks is frozen here: the gradients of embeddings and head are made when
+    the blocks keep nothing yet or nothing any more, and are counted apart.
+    """
+    module = copy.deepcopy(module)
+    checkpoint_activations(module, checkpointing)
+    if shell.precision == "bfloat16":
+        leave_casts_to_autocast(module)
+    _set_dtypes(module, shell, gathered)
+    with _fake():
+        _fill(module)
+        inside = {id(p) for block in find_blocks(module).values() for p in block.parameters()}
+        embedding, head = _ends(module)
+        if head is not None:
+            head.forward = lambda hidden_BSH: hidden_BSH  # the head is traced apart
+        if any(p.requires_grad for p in embedding.parameters()):
+            embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_(True))
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in inside)
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        if head is not None:
+            head.register_forward_pre_hook(lambda _, arguments: (arguments[0][:1, :1],))
+        tokens_BS = torch.zeros((rows, width), dtype=torch.int64)
+        mask = torch.ones((rows, 1, width, width), dtype=torch.bool)
+        known = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
+        with _Follow(known) as follow:
+            with _autocast(shell):
+                output = module(input_ids=tokens_BS, attention_mask=mask, use_cache=False).logits
+            loss = output.float().sum()
+            del output
+            kept = follow.now
+            loss.backward()
+        return kept, follow.peak
+
+
+def trace_head(
+    shell: Shell, labels: int, gathered: bool = False, kd: KdConfig | None = None
+) -> int:
+    """Bytes at the most while the loss of so many label tokens is taken and sent back.
+
+    With `kd`, a teacher's logits are there too, and the divergence from them is part of the loss.
+    """
+    _, head = _ends(shell.module)
+    if head is None:  # a task head's logits are few
+        return 0
+    head = copy.deepcopy(head)
+    _set_dtypes(head, shell, gathered)
+    try:
+        return _run_head(head, shell, labels, kd)
+    except _CANNOT:
+        return (12 if kd is None else 32) * labels * shell.vocabulary
+
+
+def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -> int:
+    with _fake():
+        _fill(head)
+        for parameter in head.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        dtype = torch.float64 if shell.precision == "float64" else torch.float32
+        hidden_NH = torch.empty((labels, shell.hidden), dtype=dtype, requires_grad=True)
+        targets_N = torch.zeros(labels, dtype=torch.int64)
+        known = [*head.parameters(), *(p.grad for p in head.parameters() if p.grad is not None)]
+        with _Follow([*known, hidden_NH]) as follow:
+            with _autocast(shell):
+                logits_NV = head(hidden_NH)
+            logits_NV = logits_NV if dtype == torch.float64 else logits_NV.float()
+            losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+            if kd is not None:
+                teacher_NV = torch.empty(logits_NV.shape, dtype=dtype)
+                losses_N = losses_N + divergence(logits_NV, teacher_NV, kd)
+                del teacher_NV
+            loss = losses_N.sum()
+            del logits_NV, losses_N
+            loss.backward()
+        return follow.peak
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    with FakeTensorMode(), torch.enable_grad():
+        yield
+
+
+def _set_dtypes(module: nn.Module, shell: Shell, gathered: bool) -> None:
+    master = torch.float64 if shell.precision == "float64" else torch.float32
+    compute = getattr(torch, shell.precision)
+    for parameter in module.parameters():
+        held = master if parameter.requires_grad else shell.frozen_dtype
+        parameter.data = parameter.data.to(compute if gathered else held)
+
+
+def _fill(module: nn.Module) -> None:
+    """Weights of the meta device move to a fake `cpu`, which has autocast and real kernels."""
+    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
+
+
+def _ends(module: Any) -> tuple[nn.Module, nn.Module | None]:
+    return module.get_input_embeddings(), module.get_output_embeddings()
+
+
+def _autocast(shell: Shell) -> Any:
+    if shell.precision != "bfloat16":
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16)

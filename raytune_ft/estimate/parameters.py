@@ -1,0 +1,158 @@
+"""A model without its weights: which there would be, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from raytune_ft.config.methods import MethodConfig
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.heads import Head, train_head
+from raytune_ft.model.load import Precision, build_shapes, load_model_config
+from raytune_ft.model.methods import METHODS
+
+FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter. `active` is the share of tokens that go through it, 1 but for experts."""
+
+    shape: tuple[int, ...]
+    trained: bool
+    active: float = 1.0
+    four_bits: bool = False
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def share(self, workers: int) -> int:
+        """Elements of the largest part when rows are dealt to `workers`."""
+        if not self.shape or workers == 1:
+            return self.size
+        return -(-self.shape[0] // workers) * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Shell:
+    """`root` is what is left around the blocks: embeddings, the last norm, the head.
+
+    Trained weights and all arithmetic on them take `master` bytes an element, frozen weights
+    `frozen`, and matrix products `compute`.
+    """
+
+    module: nn.Module = field(repr=False, compare=False)
+    root: tuple[Weight, ...]
+    blocks: tuple[tuple[Weight, ...], ...]
+    hidden: int
+    vocabulary: int
+    heads_width: int
+    precision: Precision
+    frozen_dtype: torch.dtype
+
+    @property
+    def master(self) -> int:
+        """Bytes of an element that is trained, and of its gradient and each moment."""
+        return 8 if self.precision == "float64" else 4
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of an element that is not."""
+        return self.frozen_dtype.itemsize
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element in a matrix product."""
+        return BYTES[self.precision]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """All of them."""
+        return (*self.root, *(weight for block in self.blocks for weight in block))
+
+    @property
+    def total(self) -> int:
+        """Elements of all weights."""
+        return elements(self.weights)
+
+    @property
+    def trained(self) -> int:
+        """Elements of those that move."""
+        return elements(self.weights, trained=True)
+
+    def held(self, weight: Weight) -> float:
+        """Bytes of an element as it is held between steps."""
+        if weight.four_bits:
+            return FOUR_BITS
+        return self.master if weight.trained else self.frozen
+
+
+def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
+    """How many elements they have together."""
+    return sum(w.size for w in weights if trained is None or w.trained == trained)
+
+
+def build_shell(
+    model: ModelConfig, method: MethodConfig, precision: Precision, head: Head | None = None
+) -> Shell:
+    """From shapes alone: no weight is read.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    config = load_model_config(model, head)
+    attention = "eager" if model.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            base = build_shapes(model, head, attn_implementation=attention)
+        except ValueError:  # a model that knows eager attention alone
+            base = build_shapes(model, head)
+        built = METHODS[method.name](base, method)
+        train_head(built)
+    built.eval()
+    blocks = find_blocks(built)
+    text = config.get_text_config()
+    routed = _routed_share(text)
+
+    def weights(module: nn.Module, inside: bool) -> tuple[Weight, ...]:
+        found = []
+        for name, parameter in module.named_parameters():
+            in_block = any(name.startswith(f"{block}.") for block in blocks)
+            if inside or not in_block:
+                active = routed if ".experts." in f".{name}." else 1.0
+                shape, trained = tuple(parameter.shape), parameter.requires_grad
+                rounded = inside and method.name == "qlora" and not trained and len(shape) == 2
+                found.append(Weight(shape, trained, active, rounded))
+        return tuple(found)
+
+    embedding = built.get_input_embeddings()  # type: ignore[operator]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    head_dim = getattr(text, "head_dim", None) or embedding.embedding_dim // heads
+    return Shell(
+        module=built,
+        root=weights(built, inside=False),
+        blocks=tuple(weights(block, inside=True) for block in blocks.values()),
+        hidden=embedding.embedding_dim,
+        vocabulary=embedding.num_embeddings,
+        heads_width=heads * head_dim,
+        precision=precision,
+        frozen_dtype=getattr(torch, precision if model.dtype == "auto" else model.dtype),
+    )
+
+
+def _routed_share(text_config: object) -> float:
+    """The share of experts that a token is sent to."""
+    chosen = getattr(text_config, "num_experts_per_tok", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(text_config, name, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and experts > 0:
+            return min(1.0, chosen / experts)
+    return 1.0

@@ -1,0 +1,1 @@
+"""Every figure of a model directory, one value an example."""

@@ -1,0 +1,146 @@
+"""A model that is being measured, with what several metrics need of it, each computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.evaluate.generate import BACKENDS, choose_backend
+from raytune_ft.evaluate.token_scores import Forced, forced
+from raytune_ft.model.heads import Head, reading
+from raytune_ft.model.load import disk_dtype, load_base, pad_token
+from raytune_ft.model.methods.saved import attach_saved, unfoldable
+from raytune_ft.strategy.single import Single
+from raytune_ft.train.engine import Engine, choose_micro_tokens
+
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids up to the first one that carries loss, and the labels from there on."""
+
+    ids: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Texts without special tokens and outer blanks."""
+
+    prompt: str
+    reference: str
+    generated: str
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One model on one split.
+
+    `train` is where labels are read from; `is_chat` says that rows are conversations, which the
+    tokenizer's chat template writes. `model` may be an adapter that cannot be folded, of `base`.
+    """
+
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    split: TokenizedSplit
+    train: TokenizedSplit
+    settings: PromoteConfig
+    is_chat: bool = False
+    base: ModelConfig | None = None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model in the dtype that it has on disk. Raises ModelError."""
+        return engine_of(self.model, self.tokenizer, self.base)
+
+    @cached_property
+    def forced(self) -> Forced:
+        """See `forced`."""
+        return forced(self.engine, self.split)
+
+    @cached_property
+    def continuations(self) -> list[Continuation]:
+        """What the model says after every prompt of the split, greedily."""
+        return self._continued(range(len(self.split)), self.settings.max_new_tokens)
+
+    def first(self, count: int) -> list[Continuation]:
+        """Likewise of the first examples that begin with something to continue, cut short."""
+        able = (i for i in range(len(self.split)) if len(self.prompt(i).ids) > 1)
+        return self._continued(list(islice(able, count)), SAMPLE_TOKENS)
+
+    def _continued(self, examples: Sequence[int], limit: int) -> list[Continuation]:
+        """The prompt's tokens are those of training: nothing is rendered or tokenised anew."""
+        prompts = [self.prompt(i) for i in examples]
+        wanted = self.settings.generation
+        # Other backends know nothing of what works on activations.
+        own = unfoldable(Path(self.model.path)) is not None
+        generate = BACKENDS["transformers" if own else choose_backend(wanted)]
+        end: Any = self.tokenizer.eos_token_id
+        ids = [prompt.ids for prompt in prompts]
+        made = generate(self.engine, self.model, ids, limit, end) if prompts else []
+        return [
+            Continuation(*(decode(self.tokenizer, part) for part in (one.ids, one.reference, new)))
+            for one, new in zip(prompts, made, strict=True)
+        ]
+
+    def prompt(self, i: int) -> Prompt:
+        """What the model is given of example `i`, and what it should say."""
+        return prompt_of(self.split, i)
+
+
+def prompt_of(split: TokenizedSplit, i: int) -> Prompt:
+    """Example `i` cut where its first run of labels begins, and where that ends."""
+    ids, mask = split.example(i)
+    start = int(np.argmax(mask))
+    length = int(np.argmin(np.append(mask[start:], False)))
+    return Prompt(tuple(ids[:start].tolist()), tuple(ids[start : start + length].tolist()))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
+    """Text of token ids without special tokens and outer blanks."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def engine_of(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: ModelConfig | None = None,
+    head: Head | None = None,
+) -> Engine:
+    """A model as it is measured: no autocast, no packing, the dtype that it has on disk. Where it
+    is an adapter that cannot be folded, it works in `base`. With a task `head`, that is asked.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        CheckpointError: such an adapter is of another base.
+    """
+    strategy = Single(ParallelConfig(), "float32")
+    adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None
+    whole = base if adapter is not None and base is not None else model
+    built: Any = load_base(whole, disk_dtype(whole, head), head)
+    if adapter is not None:
+        attach_saved(built, adapter)
+    built.eval()
+    own_pad = built.config.get_text_config().pad_token_id  # by which a head finds its token
+    return Engine(
+        model=built,
+        wrapped=strategy.lay_out(built),
+        head=built.get_output_embeddings(),
+        names=[],
+        strategy=strategy,
+        precision=strategy.precision,
+        pad_token=pad_token(tokenizer) if head is None else own_pad,
+        micro_tokens=choose_micro_tokens("auto", strategy.device),
+        packing=False,
+        reading=None if head is None else reading(built, "row"),
+    )

@@ -1,0 +1,194 @@
+"""What a model directory scores on a split: every figure with one value for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ft.config.data import DataConfig, listed
+from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
+from raytune_ft.data.overlap import check_overlap
+from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.evaluate.classifier import check_head, classification, head_scores
+from raytune_ft.evaluate.context import Continuation, Subject, engine_of
+from raytune_ft.evaluate.metrics import metric_named
+from raytune_ft.evaluate.scores import Scores
+from raytune_ft.evaluate.token_scores import retention
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.promote.custom import check_functions
+from raytune_ft.train.objective import head_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """Plain facts: what a process needs to measure one model. Paths are absolute.
+
+    Attributes:
+        model: what is measured; its path is a directory, a hub id or `builtin:`. It may be an
+            adapter that cannot be folded.
+        base: for retention, what is compared with, and what such an adapter works in.
+        split: "validation" or "test".
+        head: the task head that `model` has; None where it predicts tokens. Its classes have
+            `class_weights` in the loss, as in training.
+        retained: tokens of `promote.retention`, None where there is none.
+        samples: prompts of the split's beginning to continue, for people to read.
+    """
+
+    model: ModelConfig
+    base: ModelConfig
+    settings: PromoteConfig
+    data_dir: Path
+    split: str
+    retained: Path | None = None
+    samples: int = 0
+    is_chat: bool = False
+    head: Head | None = None
+    class_weights: str | dict[str, float] = "none"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by name, of which `retention_...` are over another set; and texts.
+
+    `continuations` are of all examples where a metric needs them, else of the samples alone.
+    """
+
+    scores: Mapping[str, Scores]
+    continuations: tuple[Continuation, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Name -> value."""
+        return {name: score.value for name, score in self.scores.items()}
+
+
+def run_job(job: Job) -> Measured:
+    """Load, measure, forget.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ConfigError, DataError, RunFailed: a metric cannot be computed.
+    """
+    data = open_prepared(job.data_dir)
+    tokenizer = _tokenizer_of(job.model, job.base)
+    if job.head is not None:  # which continues nothing, and has one set of figures
+        engine = engine_of(job.model, tokenizer, head=job.head)
+        objective = classification(job.head, job.class_weights, data.train)
+        return Measured(head_scores(engine, split_named(data, job.split), objective))
+    subject = Subject(
+        job.model,
+        tokenizer,
+        split_named(data, job.split),
+        data.train,
+        job.settings,
+        job.is_chat,
+        job.base,
+    )
+    scores = measure(subject)
+    if job.retained is not None:
+        general = open_prepared(job.retained).train
+        same = job.model == job.base
+        base = subject.engine if same else engine_of(job.base, tokenizer)
+        scores |= retention(subject.engine, base, general)
+    made = "continuations" in vars(subject)  # some metric has asked for them
+    return Measured(scores, tuple(subject.continuations if made else subject.first(job.samples)))
+
+
+def measure(subject: Subject) -> dict[str, Scores]:
+    """Every figure of `promote.metrics`; those of `loss` always."""
+    scores: dict[str, Scores] = {}
+    for name in dict.fromkeys(["loss", *subject.settings.metrics]):
+        scores |= metric_named(name)(subject)
+    return scores
+
+
+def evaluate_directory(
+    directory: Path, config: Config, cache_dir: Path
+) -> tuple[str, int, dict[str, float]]:
+    """(split, examples, figures) of any model directory on the test data of `config`.
+
+    The tokens are those of the directory's own tokenizer; an adapter that cannot be folded is used
+    with `model` of the config, and its tokenizer. Without data.test the split is
+    "validation". Retention is against `model` of the config.
+
+    Raises:
+        ConfigError: a metric of the user's own is not there.
+        DataError, ModelError: the data or the directory cannot be read, or they overlap.
+    """
+    check_functions(config.promote.metrics)
+    model = config.model.model_copy(update={"path": str(directory), "revision": None})
+    tokenizer = _tokenizer_of(model, config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
+    check_overlap(config.data, data.report, config.promote.max_overlap)
+    name = measured_split(data)
+    head = head_of(config, data.report)
+    if head is not None:
+        check_head(model, head)
+    retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir)
+    job = Job(
+        model,
+        config.model,
+        config.promote,
+        data.path,
+        name,
+        retained,
+        is_chat=is_chat(config.data),
+        head=head,
+        class_weights=config.train.class_weights,
+    )
+    return name, len(split_named(data, name)), run_job(job).figures
+
+
+def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own; its base's where it has none, and for an adapter that cannot be folded."""
+    directory = Path(model.path)
+    bare = directory.is_dir() and not list(directory.glob("tokenizer*"))
+    return load_tokenizer(base if bare or unfoldable(directory) else model)
+
+
+def prepare_retention(
+    settings: PromoteConfig,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+) -> Path | None:
+    """Tokens of `promote.retention`, cut to the lengths of `data`; None where there is none.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    if settings.retention is None:
+        return None
+    # Its rows fill the split "train"; a validation split, which nobody reads, is a copy of it.
+    changes: dict[str, Any] = {
+        "train": settings.retention,
+        "validation": settings.retention,
+        "test": None,
+        "mixture": None,
+        "curriculum": None,
+    }
+    return prepare_data(data.model_copy(update=changes), tokenizer, 0, cache_dir).path
+
+
+def is_chat(data: DataConfig) -> bool:
+    """Whether models are trained on conversations."""
+    return any(source.format == "messages" for source in listed(data.train))
+
+
+def measured_split(data: PreparedData) -> str:
+    """The test split if there is one, else the validation split."""
+    return "validation" if data.test is None else "test"
+
+
+def split_named(data: PreparedData, name: str) -> TokenizedSplit:
+    """`data.validation` or `data.test`."""
+    split = data.test if name == "test" else data.validation
+    assert split is not None
+    return split

@@ -1,0 +1,114 @@
+"""Greedy continuations of many prompts, batched by length; by transformers, or by vLLM on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.errors import ConfigError
+from raytune_ft.model.methods.hooks import attached, virtual_tokens
+from raytune_ft.train.engine import Engine
+
+TOKENS = {"cpu": 32768, "cuda": 131072}
+"""Of one batch, prompts, padding and continuations."""
+
+Ids = Sequence[int]
+Backend = Callable[[Engine, ModelConfig, Sequence[Ids], int, int | None], list[list[int]]]
+
+
+def choose_backend(written: str) -> str:
+    """What `promote.generation` stands for here.
+
+    Raises:
+        ConfigError: vLLM is asked for, and it or a GPU is not there.
+    """
+    ready = find_spec("vllm") is not None and torch.cuda.is_available()
+    if written == "vllm" and not ready:
+        raise ConfigError(
+            "promote.generation=vllm",
+            "needs a GPU and the package vllm, which are not here",
+            "write promote.generation: auto, or pip install vllm",
+        )
+    return "vllm" if ready and written != "transformers" else "transformers"
+
+
+def with_transformers(
+    engine: Engine, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+) -> list[list[int]]:
+    """Up to `limit` tokens after each prompt, without the end token; in the order of the prompts.
+
+    Prompts of similar length share a batch, so that little of it is padding.
+    """
+    built: Any = engine.model
+    positions = getattr(built.config.get_text_config(), "max_position_embeddings", None)
+    device = engine.strategy.device
+    found: list[list[int]] = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while waiting:
+        longest = max(1, len(prompts[waiting[0]])) + virtual_tokens(built)
+        new = limit if positions is None else min(limit, positions - longest)
+        batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
+        del waiting[: len(batch)]
+        if new > 0:
+            texts = _generate(built, [prompts[i] for i in batch], new, end, engine.pad_token)
+            for i, ids in zip(batch, texts, strict=True):
+                found[i] = ids
+    return found
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, prompts: Sequence[Ids], new: int, end: int | None, pad: int
+) -> list[list[int]]:
+    """One batch, padded on the left."""
+    longest = max(map(len, prompts))
+    ids_BS = torch.full((len(prompts), longest), pad, device=model.device)
+    mask_BS = torch.zeros_like(ids_BS)
+    for row, prompt in enumerate(prompts):
+        ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt, device=model.device)
+        mask_BS[row, longest - len(prompt) :] = 1
+    # The model's own generation config may ask for sampling.
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=pad
+    )
+    method = attached(model)
+    if method:  # which knows a prompt by the cache that begins with it
+        model.generation_config.use_cache = True
+    plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
+    with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
+        made_BS = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    return [until(ids, end) for ids in made_BS.tolist()]
+
+
+def with_vllm(
+    engine: Engine, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+) -> list[list[int]]:
+    """As `with_transformers`, by vLLM's own copy of the model. Not run by any test of ours."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        gpu_memory_utilization=0.5,  # the other half is the engine's
+    )
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=limit, stop_token_ids=[] if end is None else [end]
+    )
+    made = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], settings)
+    return [until(list(one.outputs[0].token_ids), end) for one in made]
+
+
+def until(ids: Ids, end: int | None) -> list[int]:
+    """The ids before the first end token."""
+    found = list(ids)
+    return found[: found.index(end)] if end in found else found
+
+
+BACKENDS: dict[str, Backend] = {"transformers": with_transformers, "vllm": with_vllm}

@@ -1,0 +1,106 @@
+"""The logits of a teacher on the training examples, computed once, for `train.kd.cache: disk`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
+from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.report import DataReport
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.teacher_logits import Part, with_teacher_logits, write_logits
+from raytune_ft.errors import OutOfMemory, StorageError
+from raytune_ft.evaluate.token_scores import batches
+from raytune_ft.model.load import load_model_config, resolve_model_path
+from raytune_ft.promote.lineage import base_file_hashes
+from raytune_ft.strategy.single import Single
+from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
+from raytune_ft.train.engine import Engine
+
+TELL_EVERY_S = 10.0
+
+Tell = Callable[[str], None]
+
+
+def taught(
+    config: Config,
+    data: PreparedData,
+    tell: Tell,
+    accept: Callable[[DataReport], object] = lambda report: None,
+) -> PreparedData:
+    """The data with the teacher's logits, where the config wants them kept.
+
+    They are computed in this process, once for all runs over these data and this teacher. `accept`
+    may refuse both by raising, before anything is computed.
+
+    Raises:
+        ModelError: the teacher cannot be loaded.
+        StorageError: there is no room for the logits.
+        OutOfMemory: the teacher does not fit on this process's accelerator.
+    """
+    file = logits_file(config, data)
+    if file is None:
+        return data
+    model, precision = teacher_model(config), config.train.precision
+    tell(f"train.kd: looking for the logits of {model.path}")
+    sha256 = _sha256(model, precision)
+    accept(replace(data.report, teacher=sha256))
+
+    def write(path: Path) -> None:
+        _check_room(data.path.parent, file)
+        tell(f"train.kd: the teacher runs once, and {file} of its logits are kept")
+        engine = teacher_engine(config, Single(ParallelConfig(), precision))
+        parts = _parts(engine, data.train, tell)
+        try:
+            exact = write_logits(path, data.train, file.width, precision, parts)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"the teacher {model.path}: {str(error).splitlines()[0]}") from error
+        if not exact:
+            tell(f"train.kd: the teacher's logits are wider than {precision}, and were rounded")
+
+    kept = with_teacher_logits(data, sha256, write)
+    tell(f"train.kd: the teacher's logits are in {kept.path}")
+    if torch.cuda.is_available():  # which workers of this machine need
+        torch.cuda.empty_cache()
+    return kept
+
+
+def _sha256(model: ModelConfig, precision: str) -> str:
+    """Of the teacher's files, or of its commit on the hub, and of how it computes."""
+    local = Path(resolve_model_path(model.path)).is_dir()
+    commit = getattr(load_model_config(model), "_commit_hash", None)
+    content = {
+        "teacher": base_file_hashes(model) if local else [model.path, commit],
+        "computes": [precision, model.dtype, model.attention],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_room(folder: Path, file: LogitsFile) -> None:
+    free = shutil.disk_usage(folder).free
+    if file.bytes > free:
+        raise StorageError(
+            str(folder),
+            f"has {in_gib(free)} GiB free, and train.kd.cache=disk keeps {file}",
+            "write a storage with room, or train.kd.cache: memory",
+        )
+
+
+@torch.no_grad()
+def _parts(engine: Engine, split: TokenizedSplit, tell: Tell) -> Iterator[Part]:
+    done, told = 0, time.monotonic()
+    for _, batch in batches(engine, split):
+        counts = split.label_counts[list(batch.indices)].tolist()
+        yield from zip(batch.indices, engine.logits(batch).split(counts), strict=True)
+        done += len(batch.indices)
+        if time.monotonic() - told >= TELL_EVERY_S:
+            told = time.monotonic()
+            tell(f"train.kd: the teacher's logits on {done:,} of {len(split):,} examples")

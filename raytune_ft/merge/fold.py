@@ -1,0 +1,274 @@
+"""Turn a checkpoint into a plain model directory, and prove that it computes the same.
+
+No model is loaded. W + B@A * scale (and what rsLoRA, DoRA, patterns, embeddings and saved modules
+make of it) is added up in float32, some rows of a tensor at a time, and rounded once, into the
+dtype that the base has on disk. What was interrupted goes on where it was.
+
+What is proved, by models whose weights are read layer by layer, before `manifest.json` is written:
+
+1. In float32, before rounding, the folded model has the logits of base + adapter in PEFT, to 1e-4
+   (or to 1e-5 of the largest logit, where that is more: float32 holds seven digits).
+2. The written directory, built by transformers and read back, has them too where it is float32.
+3. Rounded to bfloat16 or float16, its logits stay within 1/32 (root mean square, relative to the
+   logits' spread) of those of base + adapter. One rounding moves a weight by up to 2^-9 of itself
+   and a model of a few dozen layers by about 1 %; this bound catches a base whose dtype cannot
+   hold what was learned, and is not needed to catch a wrong fold, which 1 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
+
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.sizes import parse_size
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import MergeError, ModelError
+from raytune_ft.files import sha256_of
+from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from raytune_ft.merge.folded_weights import Adapted
+from raytune_ft.merge.verify import (
+    ABSOLUTE_TOLERANCE,
+    FoldCheck,
+    compare,
+    run_adapter,
+    run_weights,
+)
+from raytune_ft.merge.write_model import (
+    MAX_SHARD_SIZE,
+    forget_journal,
+    plan_hash,
+    write_weights,
+)
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import disk_dtype, load_model_config, resolve_model_path
+from raytune_ft.model.outline import Outline, outline
+from raytune_ft.promote.headed import Headed
+from raytune_ft.promote.weights import Weights
+from raytune_ft.records import FileRecord
+from raytune_ft.rundir import write_json_atomic
+from raytune_ft.tensors.model_files import TensorFiles, open_model
+
+__all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
+
+CHECKED_EXAMPLES = 8
+CHECKED_UNDER_A_HEAD = 32  # which says one thing of each
+CHECKED_TOKENS = 64  # of each
+MANIFEST = "manifest.json"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as `Weights`. `tied`: the head is the input embedding.
+
+    `reference` gives the logits `[N, V]` of base + adapter in PEFT, None of a whole model.
+    """
+
+    weights: Weights
+    outline: Outline
+    tied: bool
+    reference: Callable[[Sequence[Tensor]], Tensor] | None
+    identity: object
+
+
+def fold(
+    model: ModelConfig,
+    checkpoint: Path,
+    target: Path,
+    examples: Sequence[Tensor],
+    max_shard_size: str = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+    tell: Tell = lambda line: None,
+    head: Head | None = None,
+) -> FoldCheck:
+    """Write `checkpoint` (an adapter of `model`, or a whole model) into `target`, and check it.
+
+    `examples` are token ids `[S]` that training has not seen, see `held_out`. `dtype`: another
+    than the base's. `head` is the task head that it was trained with. A `target` in which the same
+    fold was interrupted is completed.
+
+    Raises:
+        CheckpointError: the checkpoint holds no safetensors weights, or those of another model.
+        MergeError: the written model differs from base + adapter beyond the tolerance.
+        ModelError: the base cannot be read, is quantised, or would run code of its own.
+        StorageError: `target` holds something else.
+    """
+    with open_checkpoint(model, checkpoint, head) as opened:
+        written_dtype = dtype or disk_dtype(model, head)
+        files = write_model(opened, target, max_shard_size, written_dtype, tell)
+        reference = opened.reference(examples) if opened.reference else None
+        check = check_written(model, opened, target, examples, reference, written_dtype)
+        require_bytes(target, files)
+    write_manifest(target, files, check, {"base": model.path, "checkpoint": str(checkpoint)})
+    return check
+
+
+def held_out(split: TokenizedSplit, head: Head | None = None) -> list[Tensor]:
+    """Token ids `[S]` of the first examples of a split, cut short: what a fold is checked on."""
+    wanted = CHECKED_EXAMPLES if head is None else CHECKED_UNDER_A_HEAD
+    return [
+        torch.from_numpy(split.example(i)[0][:CHECKED_TOKENS].astype(np.int64))
+        for i in range(min(wanted, len(split)))
+    ]
+
+
+@contextmanager
+def open_checkpoint(
+    model: ModelConfig, checkpoint: Path, head: Head | None = None
+) -> Iterator[Opened]:
+    """An adapter of `model`, or a whole model, without loading it.
+
+    Raises: see `fold`.
+    """
+    if (checkpoint / "config.json").is_file():
+        own = model.model_copy(update={"path": str(checkpoint), "revision": None})
+        refuse_code(checkpoint, own, head)
+        with open_model(checkpoint) as files:
+            weights, found = _under(head, files, outline(own, head=head))
+            tied = bool(getattr(found.model, "all_tied_weights_keys", None))
+            yield Opened(weights, found, tied, None, _identity(files))
+        return
+    read_adapter_config(checkpoint)
+    _refuse_quantised(model, head)
+    folder = base_folder(model)
+    refuse_code(folder, model, head)
+    with open_model(folder) as files:
+        base, found = _under(head, files, outline(model, head=head))
+        adapted = Adapted(base, found, checkpoint)
+        hashes = [sha256_of(checkpoint / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+        try:
+            yield Opened(
+                adapted,
+                found,
+                adapted.tied,
+                partial(run_adapter, found, base, adapted),
+                [_identity(files), hashes],
+            )
+        finally:
+            adapted.close()
+
+
+def _under(head: Head | None, files: TensorFiles, of: Outline) -> tuple[Weights, Outline]:
+    if head is None:
+        return files, of
+    headed = Headed(files, of)
+    return headed, headed.outline
+
+
+def base_folder(model: ModelConfig) -> Path:
+    """The directory of a base; of a hub id, where its files were downloaded to."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
+
+
+def refuse_code(folder: Path, model: ModelConfig, head: Head | None = None) -> None:
+    """
+    Raises:
+        ModelError: the model's config.json names code of its own and nobody allowed it.
+    """
+    config = load_model_config(model, head)
+    if getattr(config, "auto_map", None) and not model.trust_remote_code:
+        raise ModelError(
+            str(folder),
+            "would run Python code of its own (auto_map in its config.json)",
+            "write model.trust_remote_code: true if you have read that code",
+        )
+
+
+def _refuse_quantised(model: ModelConfig, head: Head | None) -> None:
+    config = load_model_config(model, head).get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path={model.path}",
+            "holds quantised weights, into which nothing can be folded",
+            "write promote.base (--base of export): the model that it was quantised from",
+        )
+
+
+def write_model(
+    opened: Opened, target: Path, max_shard_size: str, dtype: torch.dtype, tell: Tell
+) -> list[FileRecord]:
+    """Config and weights; `target` is completed if the same work was interrupted there."""
+    size = parse_size(max_shard_size)
+    plan = plan_hash(opened.identity, size, str(dtype))
+    files = write_weights(opened.weights, target, plan, size, dtype, tell)
+    _save_config(opened, target, dtype)
+    return files
+
+
+def check_written(
+    model: ModelConfig,
+    opened: Opened,
+    target: Path,
+    examples: Sequence[Tensor],
+    reference: Tensor | None,
+    dtype: torch.dtype,
+    of: str = "base + adapter",
+) -> FoldCheck:
+    """Compare what was written with `reference`, or else with its own weights before rounding.
+
+    Raises:
+        MergeError: see `compare`.
+    """
+    own = model.model_copy(update={"path": str(target), "revision": None})
+    head = opened.outline.head
+    with open_model(target) as files:
+        exact = run_weights(outline(own, head=head), opened.weights, examples)
+        written = run_weights(outline(own, head=head), files, examples)
+    return compare(exact if reference is None else reference, exact, written, dtype, of)
+
+
+def require_bytes(target: Path, files: Sequence[FileRecord]) -> None:
+    """
+    Raises:
+        MergeError: a file does not hold what was written into it.
+    """
+    for record in files:
+        if sha256_of(target / record.path) != record.sha256:
+            raise MergeError(f"{target / record.path} does not hold the bytes that were written")
+
+
+def write_manifest(
+    target: Path, files: Sequence[FileRecord], check: FoldCheck, lineage: dict[str, Any]
+) -> None:
+    """`manifest.json`, which says that the directory is whole; the journal goes."""
+    content = {"files": [asdict(file) for file in files], "check": asdict(check), **lineage}
+    write_json_atomic(target / MANIFEST, content)
+    forget_journal(target)
+
+
+def _save_config(opened: Opened, target: Path, dtype: torch.dtype) -> None:
+    """As `save_pretrained` would, with the head untied where it has become its own."""
+    shell = opened.outline.pattern
+    if not opened.tied:
+        for config in (shell.config, shell.config.get_text_config()):
+            config.tie_word_embeddings = False
+    shell.config.dtype = str(dtype).removeprefix("torch.")
+    shell.config.architectures = [type(shell).__name__]
+    if shell.is_remote_code():
+        custom_object_save(shell, str(target), config=shell.config)
+    shell.config.save_pretrained(str(target))
+    if shell.can_generate():
+        shell.generation_config.save_pretrained(str(target))
+
+
+def _identity(files: TensorFiles) -> list[list[object]]:
+    """Files by name, size and time: another fold of the same ones may go on with the journal."""
+    stats = [(file.name, file.stat()) for file in files.files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -1,0 +1,182 @@
+"""A merge of checkpoints as `Weights`: nothing is held but the rows at hand, of every member."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
+from raytune_ft.merge.methods import MERGES, MergeSettings, Place
+from raytune_ft.merge.write_model import plan_hash
+from raytune_ft.model.heads import Head
+from raytune_ft.promote.merge.check import check_members
+from raytune_ft.promote.weights import CHUNK, Weights, row_count
+
+
+class Merged:
+    """`Weights` of a merge. Tensors that are no floating-point numbers are the base's."""
+
+    def __init__(
+        self, method: str, members: Sequence[Weights], base: Weights, settings: MergeSettings
+    ) -> None:
+        self._method, self._members, self._base = MERGES[method], list(members), base
+        self._settings = settings
+        self._facts = lru_cache(maxsize=1)(self._measure)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The base's."""
+        return self._base.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The base's."""
+        return self._base.dtype(name)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """See `Weights`."""
+        if not self.dtype(name).is_floating_point:
+            return self._base.rows(name, start, end)
+        shape = self.shapes[name]
+        row = 1
+        for size in shape[1:]:
+            row *= size
+        facts = self._facts(name)
+        made = [
+            self._method.combine(
+                *self._read(name, low, high), self._settings, facts, Place(name, low * row)
+            )
+            for low, high in self._runs(name, start, end)
+        ]
+        return torch.cat(made) if len(made) > 1 else made[0]
+
+    def _runs(self, name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """As few rows at a time as there are many members."""
+        shape = self.shapes[name]
+        run = max(1, CHUNK // (len(self._members) + 1) // max(1, torch.Size(shape[1:]).numel()))
+        for low in range(start, end, run):
+            yield low, min(low + run, end)
+
+    def _read(self, name: str, start: int, end: int) -> tuple[list[Tensor], Tensor]:
+        tensors = [member.rows(name, start, end).float() for member in self._members]
+        return tensors, self._base.rows(name, start, end).float()
+
+    def _measure(self, name: str) -> Any:
+        if self._method.measure is None:
+            return None
+        shape = self.shapes[name]
+
+        def rows() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for low, high in self._runs(name, 0, row_count(shape)):
+                yield self._read(name, low, high)
+
+        return self._method.measure(rows, torch.Size(shape).numel(), self._settings)
+
+
+@dataclass(frozen=True)
+class Untied:
+    """Weights whose head is the input embedding, with a head of its own: the same rows."""
+
+    inner: Weights
+    heads: Mapping[str, str]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """And the heads'."""
+        own = self.inner.shapes
+        return {**own, **{head: own[origin] for head, origin in self.heads.items()}}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `Weights`."""
+        return self.inner.dtype(self.heads.get(name, name))
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """See `Weights`."""
+        return self.inner.rows(self.heads.get(name, name), start, end)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The base and the members, open; `base` is what merges that ask for one start from."""
+
+    base: Opened
+    members: tuple[Opened, ...]
+
+    def merged(self, method: str, chosen: Sequence[int], settings: MergeSettings) -> Opened:
+        """A merge of some of the members; -1 stands for the base.
+
+        Raises:
+            ConfigError: the method takes another number of them.
+        """
+        found = MERGES[method]
+        if len(chosen) < found.least or (found.most is not None and len(chosen) > found.most):
+            raise ConfigError(
+                f"promote.merge={method}",
+                f"takes {found.most or found.least} models, and there are {len(chosen)}",
+                f"write promote.top_k: {found.least} or more, or another merge",
+            )
+        parts = [self.base if index < 0 else self.members[index] for index in chosen]
+        weights = Merged(method, [part.weights for part in parts], self.base.weights, settings)
+        identity = [method, repr(settings), [p.identity for p in (self.base, *parts)]]
+        return Opened(weights, self.base.outline, self.base.tied, None, plan_hash(identity))
+
+
+@contextmanager
+def open_members(
+    model: ModelConfig, members: Sequence[Path], head: Head | None = None
+) -> Iterator[Opening]:
+    """The base and its checkpoints, adapters of any rank or whole models, brought to one shape.
+
+    With the `head` that all of them were trained with, the base has one as well, of zeros.
+
+    Raises:
+        ModelError, CheckpointError: they do not fit together; see `check_members` and `fold`.
+    """
+    folder = base_folder(model)
+    check_members(folder, members)
+    with ExitStack() as stack:
+        every = (folder, *members)
+        opened = [stack.enter_context(open_checkpoint(model, path, head)) for path in every]
+        untied = next((one for one in opened if not one.tied), None)
+        if untied is not None:
+            opened = [_untie(one, untied) for one in opened]
+        for path, one in zip(members, opened[1:], strict=True):
+            _require_same_shapes(path, one.weights, opened[0].weights)
+        yield Opening(opened[0], tuple(opened[1:]))
+
+
+def _untie(one: Opened, like: Opened) -> Opened:
+    if not one.tied:
+        return one
+    ties = one.outline.pattern.all_tied_weights_keys
+    heads = {
+        head: one.outline.sources[origin].tensors[0][1]
+        for head, origin in ties.items()
+        if head in like.weights.shapes and head not in one.weights.shapes
+    }
+    return Opened(Untied(one.weights, heads), one.outline, False, one.reference, one.identity)
+
+
+def _require_same_shapes(path: Path, member: Weights, base: Weights) -> None:
+    ours, theirs = dict(base.shapes), dict(member.shapes)
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        raise ModelError(
+            str(path),
+            f"holds other tensors than its base ({odd[0]} and {len(odd) - 1} more)",
+            "merge checkpoints of one base",
+        )
+    for name, shape in ours.items():
+        if theirs[name] != shape:
+            raise ModelError(
+                str(path),
+                f"holds {name} in the shape {list(theirs[name])}, and the base in {list(shape)}",
+                "merge checkpoints of one base",
+            )

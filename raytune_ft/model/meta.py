@@ -1,0 +1,317 @@
+"""A model whose weights are still in its files, for a strategy that holds parts of them.
+
+`from_pretrained` itself builds it, so that names, buffers, ties and refusals are its own; only
+the values are left out. It is given shadows, which have a shape and no elements, for the tensors
+of the files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft.tuners.lora.dora
+import peft.tuners.lora.layer
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raytune_ft.config.methods import LoraMethod, MethodConfig
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.errors import CheckpointError
+from raytune_ft.model.file_weights import (
+    FileWeights,
+    NotInParts,
+    Place,
+    Source,
+    find_sources,
+    same_values,
+)
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import (
+    Precision,
+    apply_method,
+    build_frozen,
+    build_model,
+    dtype_of,
+    freeze,
+    frozen_dtype,
+    load_base,
+)
+from raytune_ft.model.methods import virtual
+from raytune_ft.tensors.read import Shards, open_files
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and, where it was built without them, its weights."""
+
+    model: nn.Module
+    weights: FileWeights | None = None
+    notes: tuple[str, ...] = ()
+
+
+def build(
+    model: ModelConfig,
+    method: MethodConfig,
+    precision: Precision,
+    seed: int,
+    in_parts: bool,
+    head: Head | None = None,
+) -> Built:
+    """What `build_model` builds; `in_parts`: with the weights of its base on the meta device.
+
+    New weights and buffers are there. Where that is not possible it is built whole, and noted.
+
+    Raises:
+        ModelError: see `load_base`.
+    """
+    whole = partial(build_model, model, method, precision, seed, head)
+    if not in_parts:
+        return Built(whole())
+    dress = partial(
+        apply_method,
+        method=method,
+        precision=precision,
+        seed=seed,
+        frozen=frozen_dtype(model, method, precision),
+    )
+    load = partial(load_base, model, dtype_of(model, method, precision), head)
+    return _in_parts_or(whole, load, dress)
+
+
+def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Built:
+    """What `build_frozen` builds, likewise."""
+    whole = partial(build_frozen, model, precision)
+    if not in_parts:
+        return Built(whole())
+    dress = partial(freeze, precision=precision)
+    load = partial(load_base, model, dtype_of(model, LoraMethod(), precision))
+    return _in_parts_or(whole, load, dress)
+
+
+Dress = Callable[[nn.Module], nn.Module]
+"""Makes of a base what is trained."""
+
+
+def _in_parts_or(
+    whole: Callable[[], nn.Module], load: Callable[[], nn.Module], dress: Dress
+) -> Built:
+    try:
+        return _build_in_parts(load, dress)
+    except NotInParts as reason:
+        note = f"every worker reads the whole model, because {reason}"
+        return Built(whole(), notes=(note,))
+
+
+def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
+    with shadows() as seen:
+        base = load()
+    if not seen.files:
+        raise NotInParts("transformers reads its files in a way of its own")
+    pattern = copy.deepcopy(base)
+    loaded = {
+        id(parameter): Place(seen.sources[name], name, parameter.dtype)
+        for name, parameter in seen.parameters.items()
+        if name in seen.sources
+    }
+    with open_files(seen.files) as shards:
+        fill_buffers(base, seen.sources, shards)
+
+        def whole(parameter: nn.Parameter) -> Tensor:
+            return loaded[id(parameter)].whole(pattern, shards)
+
+        try:
+            with _beside_absent_weights(whole):
+                built = dress(base)
+        except (RuntimeError, NotImplementedError, KeyError) as error:
+            raise NotInParts(f"the method needs them ({error})") from error
+    places = {n: loaded[id(p)] for n, p in built.named_parameters() if id(p) in loaded}
+    for name, parameter in built.named_parameters():
+        if parameter.is_meta != (name in places):
+            raise NotInParts(f"{name} is in none of its files")
+    return Built(built, FileWeights(seen.files, places, pattern))
+
+
+def shapes_of(base: nn.Module) -> nn.Module:
+    """A copy of a model whose weights are on the meta device."""
+    absent: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device=META), requires_grad=False)
+        for p in base.parameters()
+    }
+    return copy.deepcopy(base, absent)
+
+
+def apply_beside_shapes(
+    shapes: nn.Module, method: MethodConfig, precision: Precision, seed: int
+) -> nn.Module:
+    """What `apply_method` makes of such a copy, with the new weights there; `shapes` stays.
+
+    For methods that do not look at the weights of their base.
+    """
+
+    def whole(parameter: nn.Parameter) -> Tensor:
+        raise AssertionError("the method looks at the weights of its base")
+
+    with _beside_absent_weights(whole):
+        return apply_method(shapes_of(shapes), method, precision, seed)
+
+
+@dataclass
+class Seen:
+    """What was learned while `from_pretrained` ran; `parameters` keeps them alive, and their ids
+    with them.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    sources: dict[str, Source] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Shadow:
+    """Stands for a tensor of a file, with the two operations that transformers loads it by."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    def __getitem__(self, _: Any) -> _Shadow:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+@contextmanager
+def shadows() -> Iterator[Seen]:
+    """Inside, `from_pretrained` loads shadows in place of tensors.
+
+    Raises:
+        NotInParts: the weights cannot be read tensor by tensor; see its text.
+    """
+    seen = Seen()
+    original = PreTrainedModel._load_pretrained_model
+
+    def load(
+        model: Any, state: Any, files: list[str] | None, settings: Any, expected: Any = None
+    ) -> Any:
+        if not files or not all(file.endswith(".safetensors") for file in files):
+            raise NotInParts("its weights are not in safetensors files")
+        if settings.hf_quantizer is not None:
+            raise NotInParts("it is quantised")
+        seen.files = [Path(file) for file in files]
+        try:
+            with open_files(seen.files) as shards:
+                seen.sources = find_sources(model, shards, settings.weight_mapping or [])
+                again = _tied_twice(model, seen.sources, shards, settings.dtype)
+                stand_ins = {
+                    name: _Shadow(shape, shards.dtype(name))
+                    for name, shape in shards.shapes.items()
+                    if name not in again
+                }
+        except CheckpointError as error:
+            raise OSError(str(error)) from error
+        result = original(model, stand_ins, None, settings, expected)
+        if result[0].conversion_errors:
+            raise NotInParts("its weights are converted by their values")
+        seen.parameters = dict(model.named_parameters(remove_duplicate=False))
+        return result
+
+    with _replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load)):
+        yield seen
+
+
+def _tied_twice(
+    model: Any, sources: dict[str, Source], shards: Shards, dtype: torch.dtype
+) -> set[str]:
+    """Tensors of the files to leave out, since they repeat the weight that they are tied to.
+
+    As in `from_pretrained`, weights that the files hold with different values are not tied.
+    """
+    repeated = set()
+    for target, origin in list((model.all_tied_weights_keys or {}).items()):
+        if target in sources and origin in sources:
+            both = [sources[target], sources[origin]]
+            if any(source.converter is not None for source in both):
+                raise NotInParts(f"{target} is tied and converted")
+            one, other = (source.tensors[0][1] for source in both)
+            if same_values(shards, one, other, dtype):
+                repeated |= {name for _, name in sources.pop(target).tensors}
+            else:
+                model.all_tied_weights_keys.pop(target)
+    return repeated
+
+
+@torch.no_grad()
+def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) -> None:
+    """The buffers that lie in the files, which every process holds whole.
+
+    Raises:
+        NotInParts: one without a value is in none of the files.
+    """
+    for path, module in base.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            key = f"{path}.{name}" if path else name
+            if buffer.is_meta:
+                if key not in sources:
+                    raise NotInParts(f"{key} is in none of its files")
+                value = Place(sources[key], key, buffer.dtype).whole(base, shards)
+                module._buffers[name] = value.clone()
+
+
+@contextmanager
+def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+    """Inside, PEFT builds its layers for real around weights on the meta device.
+
+    It moves new weights to the device of their base; these stay where they are drawn. Where it
+    computes them from their base, it says so for DeepSpeed, and gets the weight for that long.
+    """
+    original, move = BaseTunerLayer._get_base_layer_device_and_dtype, nn.Module.to
+
+    def to(self: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        if arguments and arguments[0] == META:
+            return move(self, **options) if options else self
+        return move(self, *arguments, **options)
+
+    def device_and_dtype(self: BaseTunerLayer, layer: nn.Module) -> Any:
+        device, dtype = original(self, layer)
+        return torch.device("cpu") if device == META else device, dtype
+
+    @contextmanager
+    def gathered(wanted: Iterable[nn.Parameter] | nn.Parameter) -> Iterator[None]:
+        parameters = [wanted] if isinstance(wanted, nn.Parameter) else list(wanted)
+        absent = [(p, nn.Parameter(whole(p), p.requires_grad)) for p in parameters if p.is_meta]
+        for parameter, value in absent:
+            torch.utils.swap_tensors(parameter, value)
+        try:
+            yield
+        finally:
+            for parameter, value in absent:
+                torch.utils.swap_tensors(parameter, value)
+
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", device_and_dtype))
+        enter(_replaced(nn.Module, "to", to))
+        for module in (peft.tuners.lora.dora, peft.tuners.lora.layer, virtual):
+            enter(_replaced(module, "gather_params_ctx", gathered))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A seam that a library does not offer; its versions are pinned, and tests watch it."""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

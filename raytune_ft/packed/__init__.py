@@ -1,0 +1,1 @@
+"""Many runs on one frozen base, in the passes of one engine."""

@@ -1,0 +1,71 @@
+"""Several models measured at a time, by actors of the Ray cluster that this process has joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.evaluate.evaluate import Job, Measured, run_job
+
+
+class Evaluator:
+    """One model in a process of its own, with as many threads as it reserves CPUs."""
+
+    def measure(self, job: Job, threads: int) -> Measured | RaytuneFtError:
+        """See `run_job`; errors of ours come back as values, since Ray would wrap them."""
+        torch.set_num_threads(threads)
+        try:
+            return run_job(job)
+        except RaytuneFtError as error:
+            return error
+
+
+def joined() -> bool:
+    """Whether this process is part of a Ray cluster."""
+    return bool(ray.is_initialized())
+
+
+def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
+    """What `run_job` gives for each job, in order. An actor has what a worker of training has.
+
+    Raises:
+        RunFailed: an actor was lost. And what `run_job` raises.
+    """
+    cpus = parallel.resources_per_worker.get("CPU", 1.0)
+    others = {k: v for k, v in parallel.resources_per_worker.items() if k not in ("CPU", "GPU")}
+    place = {
+        "num_cpus": cpus,
+        "num_gpus": parallel.resources_per_worker.get("GPU", 0.0),
+        "resources": others,
+    }
+    remote: Any = ray.remote(Evaluator).options(**place)
+    actors = [remote.remote() for _ in jobs]  # Ray starts as many at a time as it has room for
+    waiting = {
+        actor.measure.remote(job, max(1, int(cpus))): number
+        for number, (actor, job) in enumerate(zip(actors, jobs, strict=True))
+    }
+    results: dict[int, Measured | RaytuneFtError] = {}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting.pop(done)
+            results[number] = ray.get(done)
+            ray.kill(actors[number])  # makes room for one that waits
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunFailed(f"an evaluation was lost: {reason}") from error
+    finally:
+        for number in waiting.values():
+            ray.kill(actors[number])
+    found: list[Measured] = []
+    for number in range(len(jobs)):
+        result = results[number]
+        if isinstance(result, RaytuneFtError):
+            raise result
+        found.append(result)
+    return found

@@ -1,0 +1,95 @@
+"""What workers find on the joined cluster: nodes, accelerators, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
+from raytune_ft.ray_backend.cluster import whole_groups
+
+_TYPE = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class Room:
+    """`usable` bytes a worker and the name of the accelerator are None where nobody knows."""
+
+    nodes: int
+    per_node: int
+    usable: int | None
+    accelerator: str | None
+
+
+def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Room:
+    """For so many workers, as Ray would place them."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    usable = least_memory(nodes, resources_per_worker)
+    accelerator = None
+    if resources_per_worker.get("GPU", 0.0) > 0:
+        accelerator = _least_accelerator(nodes, resources_per_worker)
+    return Room(*packed(nodes, resources_per_worker, workers), usable, accelerator)
+
+
+def packed(
+    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
+) -> tuple[int, int]:
+    """Nodes that a group takes, and its workers on each: Ray takes as few nodes as it can.
+
+    Where the cluster is too small, there are more nodes like its largest.
+    """
+    room = sorted((whole_groups([n], resources_per_worker, 1) for n in nodes), reverse=True)
+    most = room[0] if room and room[0] > 0 else workers
+    taken = placed = 0
+    while placed < workers:
+        placed += (room[taken] if taken < len(room) else 0) or most
+        taken += 1
+    return taken, -(-workers // taken)
+
+
+def cluster_worker_memory(resources_per_worker: Mapping[str, float]) -> int | None:
+    """The least that a worker has on any node that can hold one; None where nobody knows."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return least_memory(nodes, resources_per_worker)
+
+
+def least_memory(
+    nodes: Iterable[Mapping[str, float]], resources_per_worker: Mapping[str, float]
+) -> int | None:
+    """Of nodes with these resources. Ray says of a GPU what type it is, and of a node how much
+    memory its tasks may have.
+    """
+    gpus, cpus = (resources_per_worker.get(name, 0.0) for name in ("GPU", "CPU"))
+    found: list[int | None] = []
+    for node in nodes:
+        if node.get("CPU", 0.0) < cpus or node.get("GPU", 0.0) < gpus:
+            continue
+        if gpus > 0:
+            found.append(_accelerator_memory(node, gpus))
+        else:
+            workers = max(1, int(node["CPU"] / cpus + 1e-6))
+            found.append(int(node["memory"] / workers) if "memory" in node else None)
+    known = [memory for memory in found if memory is not None]
+    return min(known) if known and len(known) == len(found) else None
+
+
+def _least_accelerator(
+    nodes: Iterable[Mapping[str, float]], resources_per_worker: Mapping[str, float]
+) -> str | None:
+    """The one with the least memory, of nodes that can hold a worker; None where none is known."""
+    fitting = [n for n in nodes if n.get("GPU", 0.0) >= resources_per_worker.get("GPU", 0.0)]
+    names = [name for node in fitting if (name := _accelerator(node)) is not None]
+    return min(names, key=lambda name: ACCELERATORS[name].memory, default=None)
+
+
+def _accelerator_memory(node: Mapping[str, float], gpus: float) -> int | None:
+    name = _accelerator(node)
+    return None if name is None else int(ACCELERATORS[name].memory * GIB * USABLE * gpu_part(gpus))
+
+
+def _accelerator(node: Mapping[str, float]) -> str | None:
+    names = [key.removeprefix(_TYPE) for key in node if key.startswith(_TYPE)]
+    known = [RAY_NAMES.get(name, name) for name in names]
+    return next((name for name in known if name in ACCELERATORS), None)

@@ -1,0 +1,183 @@
+"""A worker of an engine: it trains the trials that hold its slots, until no more will come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from raytune_ft.config.load import choose_strategy
+from raytune_ft.errors import InputError
+from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
+from raytune_ft.ray_backend.worker import host_of, use_reserved
+from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
+from raytune_ft.train.ended import write_ended
+from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.watchdog import watched
+
+if TYPE_CHECKING:
+    from raytune_ft.packed.engine import PackedEngine
+    from raytune_ft.strategy import Strategy
+
+IDLE_S = 1.0
+"""Between two beats of an engine that waits for trials."""
+
+
+def engine_worker(payload: dict[str, Any]) -> str:
+    """The function of each worker of an engine; see `train_worker`."""
+    spec: RunSpec = payload["spec"]
+    use_reserved(spec.config.parallel)
+
+    from raytune_ft.data.prepare import open_prepared
+    from raytune_ft.packed.engine import PackedEngine
+    from raytune_ft.strategy import STRATEGIES
+
+    parallel = spec.config.parallel
+    name = choose_strategy(spec.config)[0]
+    strategy = STRATEGIES[name](parallel, spec.config.train.precision)
+    data = open_prepared(spec.data_dir)
+    host = host_of(payload["run"], payload["switchboard"])
+    desk = _Desk(payload["board"], spec.run_dir.name, strategy)
+    before = desk.slots_before()
+    slots = payload["slots"] if before is None else before
+    engine = PackedEngine(spec.config, data, slots, payload["rank"], strategy, host.heart)
+    with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
+        work = _Work(engine, desk)
+        if before is None:
+            why = engine.passes.settle(payload["memory"], payload["measured"])
+            if strategy.rank == 0:
+                payload["switchboard"].post.remote(payload["run"], {"note": why})
+        for held in desk.begin(engine.passes.slots):
+            work.enter(held)
+        interrupted = False
+        while not (work.finished or interrupted):
+            host.heart.enter(f"{len(work.specs)} trials")
+            interrupted = desk.any_rank(host.should_stop())
+            if interrupted:
+                work.interrupt()
+                continue
+            for command in desk.commands(wait=not work.specs):
+                work.do(command)
+            if work.specs:
+                work.advance()
+        # Not where this rank fails: what it would wait for, others may never write.
+        engine.close()
+    return "interrupted" if interrupted else "completed"
+
+
+class _Desk:
+    """The engine's line to the board: rank 0 talks, and all ranks do the same."""
+
+    def __init__(self, board: Any, name: str, strategy: Strategy) -> None:
+        self._board, self._name, self._strategy = board, name, strategy
+        self._asked: Any = None
+
+    def slots_before(self) -> int | None:
+        """Those of an engine of this name that was lost, whose trials need them again."""
+        found: int | None = None
+        if self._strategy.rank == 0:
+            found = ray.get(self._board.slots_of.remote(self._name))
+        return self._strategy.agree(found)
+
+    def begin(self, slots: int) -> list[RunSpec]:
+        """Trials that an engine which was lost has left behind."""
+        held: list[RunSpec] = []
+        if self._strategy.rank == 0:
+            held = ray.get(self._board.begin.remote(self._name, slots))
+        return self._strategy.agree(held)
+
+    def any_rank(self, vote: bool) -> bool:
+        """Does some rank say yes?"""
+        import torch
+
+        votes = torch.tensor([float(vote)], device=self._strategy.device)
+        return self._strategy.sum(votes).item() > 0
+
+    def commands(self, wait: bool) -> list[Command]:
+        """What has come; without `wait`, without a delay."""
+        found: list[Command] = []
+        if self._strategy.rank == 0:
+            self._asked = self._asked or self._board.commands.remote(self._name, 60.0)
+            ready, _ = ray.wait([self._asked], timeout=IDLE_S if wait else 0)
+            if ready:
+                found, self._asked = ray.get(self._asked), None
+        return self._strategy.agree(found)
+
+    def post(self, run: str, event: dict[str, Any]) -> None:
+        """To a trial."""
+        if self._strategy.rank == 0:
+            self._board.post.remote(run, event)
+
+    def refuse(self, spec: RunSpec, error: InputError) -> None:
+        """A trial that cannot be trained has failed, and holds no slot."""
+        if self._strategy.rank == 0:
+            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+        self.post(spec.run_dir.name, {"ended": error})
+        self.gone(spec.run_dir.name)
+
+    def gone(self, run: str) -> None:
+        """A slot is free."""
+        if self._strategy.rank == 0:
+            ray.get(self._board.gone.remote(run))
+
+
+class _Work:
+    """What the engine is asked, done."""
+
+    def __init__(self, engine: PackedEngine, desk: _Desk) -> None:
+        self._engine, self._desk = engine, desk
+        self.specs: dict[Path, RunSpec] = {}
+        self.finished = False
+
+    def do(self, command: Command) -> None:
+        match command:
+            case Enter(spec):
+                self.enter(spec)
+            case Leave(run, status):
+                path = next((path for path in self.specs if path.name == run), None)
+                if path is not None:  # else it has ended meanwhile
+                    self._engine.leave(path, status)
+                    self._forget(path)
+            case Finish():
+                self.finished = True
+
+    def enter(self, spec: RunSpec) -> None:
+        """A trial that cannot be trained fails, and nobody else."""
+        run = spec.run_dir.name
+        try:
+            self._engine.enter(spec, _ToTrial(partial(self._desk.post, run)))
+        except InputError as error:
+            self._desk.refuse(spec, error)
+        else:
+            self.specs[spec.run_dir] = spec
+
+    def advance(self) -> None:
+        for path in self._engine.advance():
+            self._desk.post(path.name, {"ended": None})
+            self._forget(path)
+
+    def interrupt(self) -> None:
+        """Every trial saves; they stay this engine's, which starts again."""
+        for path in list(self.specs):
+            self._engine.leave(path, "interrupted")
+
+    def _forget(self, path: Path) -> None:
+        del self.specs[path]
+        self._desk.gone(path.name)
+
+
+class _ToTrial:
+    """A `Reporter` of one slot."""
+
+    def __init__(self, post: Callable[[dict[str, Any]], None]) -> None:
+        self._post = post
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Nothing."""
+
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        """To the trial's process, and by it to Tune."""
+        self._post({"report": {**plain_of(metrics), "checkpoint": checkpoint}})

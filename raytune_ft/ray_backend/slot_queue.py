@@ -1,0 +1,270 @@
+"""Where trials that share an engine and the engines that hold their slots meet.
+
+To Ray Tune a trial is an actor that waits for reports and may be stopped; what trains it is one
+slot among many of an engine. The board, an actor of the driver, outlives both: it knows which
+trial is in which engine, so that an engine that starts again finds its trials, and a trial whose
+process died gives its slot back. This module imports nothing of ray.train.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+
+from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.ray_backend.registry import start_beside_driver
+from raytune_ft.rundir import RESULT
+from raytune_ft.train.ray_job import Ended, Note, Report, StopRequested
+from raytune_ft.train.spec import RunSpec
+
+Leaving = Literal["pruned", "interrupted"]
+LEAVE_TIMEOUT_S = 10.0
+"""For how long a trial that was stopped waits for its engine, which answers between two passes, but
+not while it evaluates or starts again. The slot is free when it did."""
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A trial takes a slot, from its newest checkpoint if it has one."""
+
+    spec: RunSpec
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A trial gives its slot back; one that is interrupted saves first."""
+
+    run: str
+    status: Leaving
+
+
+@dataclass(frozen=True)
+class Finish:
+    """No trial will come any more."""
+
+
+Command = Enter | Leave | Finish
+
+
+@dataclass
+class _Engine:
+    slots: int
+    commands: list[Command] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self, command: Command) -> None:
+        self.commands.append(command)
+        self.news.set()
+
+
+@dataclass
+class _Trial:
+    spec: RunSpec
+    engine: str
+    leaving: bool = False
+    events: list[dict[str, Any]] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self.news.set()
+
+
+class SlotBoard:
+    """An asynchronous actor. A trial is known by the name of its run directory."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, _Engine] = {}
+        self._trials: dict[str, _Trial] = {}
+        self._changed = asyncio.Condition()
+        self._refused: set[str] = set()
+        self._stopping = self._finished = False
+        self._failure: RaytuneFtError | None = None
+
+    # Called by trials.
+
+    async def enter(self, run: str, spec: RunSpec) -> bool:
+        """Wait for a free slot and ask its engine to let the trial in.
+
+        False: there will be none. Where that is because the last engine failed, its error is the
+        trial's first message.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed(run) or self._free() is not None)
+            if self._stopping or run in self._refused:
+                return False
+            engine = self._free()
+            trial = self._trials[run] = _Trial(spec, engine or "")
+            if engine is None:
+                trial.tell({"ended": self._failure})
+                trial.gone.set()
+            else:
+                self._engines[engine].tell(Enter(spec))
+            return True
+
+    def _closed(self, run: str) -> bool:
+        return self._stopping or run in self._refused or self._failure is not None
+
+    def _free(self) -> str | None:
+        """The engine with the most free slots."""
+        used = dict.fromkeys(self._engines, 0)
+        for trial in self._trials.values():
+            if trial.engine in used and not trial.gone.is_set():
+                used[trial.engine] += 1
+        free = {name: engine.slots - used[name] for name, engine in self._engines.items()}
+        best = max(free, key=lambda name: free[name], default=None)
+        return best if best is not None and free[best] > 0 else None
+
+    async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
+        """New messages of a trial, waiting for the first; and whether everybody shall stop."""
+        trial = self._trials[run]
+        if not self._stopping:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(trial.news.wait(), timeout_s)
+            trial.news.clear()
+        events, trial.events = trial.events, []
+        return events, self._stopping
+
+    async def leave(self, run: str, status: Leaving, timeout_s: float) -> bool:
+        """Ask the engine to let a trial go; whether it did within `timeout_s`."""
+        trial = self._trials.get(run)
+        if trial is None:
+            return True
+        if not trial.gone.is_set():
+            trial.leaving = True
+            self._engines[trial.engine].tell(Leave(run, status))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(trial.gone.wait(), timeout_s)
+        return trial.gone.is_set()
+
+    # Called by engines.
+
+    async def slots_of(self, engine: str) -> int | None:
+        """How many an engine had when it was there before."""
+        known = self._engines.get(engine)
+        return known.slots if known else None
+
+    async def begin(self, engine: str, slots: int) -> list[RunSpec]:
+        """An engine is there, maybe again; returns the trials that it holds.
+
+        One that was to leave when the engine was lost has left.
+        """
+        async with self._changed:
+            known = self._engines[engine] = _Engine(slots)
+            if self._finished:
+                known.tell(Finish())
+            held = [t for t in self._trials.values() if t.engine == engine and not t.gone.is_set()]
+            for trial in held:
+                if trial.leaving:
+                    trial.gone.set()
+            self._changed.notify_all()
+        return [trial.spec for trial in held if not trial.leaving]
+
+    async def commands(self, engine: str, timeout_s: float) -> list[Command]:
+        """What an engine is asked, waiting for it."""
+        known = self._engines[engine]
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(known.news.wait(), timeout_s)
+        known.news.clear()
+        commands, known.commands = known.commands, []
+        return commands
+
+    async def post(self, run: str, event: dict[str, Any]) -> None:
+        """A message to a trial."""
+        if run in self._trials:
+            self._trials[run].tell(event)
+
+    async def gone(self, run: str) -> None:
+        """The slot of a trial is free, whose files are all written."""
+        async with self._changed:
+            self._trials[run].gone.set()
+            self._changed.notify_all()
+
+    # Called by the driver.
+
+    async def engine_ended(self, engine: str, error: RaytuneFtError | None) -> None:
+        """It will not come back: its trials end with its error, and later ones go elsewhere."""
+        async with self._changed:
+            self._engines.pop(engine, None)
+            if not self._engines:
+                self._failure = error or RunFailed("the engine of the trials has ended")
+            for trial in self._trials.values():
+                if trial.engine == engine and not trial.gone.is_set():
+                    trial.tell({"ended": error})
+                    trial.gone.set()
+            self._changed.notify_all()
+
+    async def give_up(self, run: str) -> None:
+        """Nobody hears a trial any more: it leaves its slot, or gets none."""
+        async with self._changed:
+            self._refused.add(run)
+            self._changed.notify_all()
+        await self.leave(run, "pruned", LEAVE_TIMEOUT_S)
+
+    async def open_runs(self) -> list[str]:
+        """Trials that hold a slot."""
+        return [run for run, trial in self._trials.items() if not trial.gone.is_set()]
+
+    async def stop_everybody(self) -> None:
+        """Whoever waits, for a message or for a slot, is told to stop instead."""
+        async with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for trial in self._trials.values():
+            trial.news.set()
+
+    async def is_stopping(self) -> bool:
+        """Whether everybody was told to stop."""
+        return self._stopping
+
+    async def finish(self) -> None:
+        """Engines end."""
+        self._finished = True
+        for engine in self._engines.values():
+            engine.tell(Finish())
+
+
+def start_board() -> Any:
+    """See `start_beside_driver`."""
+    return start_beside_driver(SlotBoard)
+
+
+class SlotJob:
+    """A run in a slot of an engine; see `Job`."""
+
+    def __init__(self, spec: RunSpec, board: Any) -> None:
+        self._spec, self._board = spec, board
+        self._run = spec.run_dir.name
+        self._pending: list[Report | Note | Ended] = []
+
+    def start(self) -> None:
+        """See `Job`."""
+        (self._spec.run_dir / RESULT).unlink(missing_ok=True)
+        if not ray.get(self._board.enter.remote(self._run, self._spec)):
+            raise StopRequested
+
+    def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
+        """See `Job`."""
+        if not self._pending:
+            events, stopping = ray.get(self._board.take.remote(self._run, timeout_s))
+            if stopping:
+                raise StopRequested
+            self._pending = [_heard(event) for event in events]
+        return self._pending.pop(0) if self._pending else None
+
+    def wind_down(self, grace_s: float) -> None:
+        """See `Job`."""
+        ray.get(self._board.leave.remote(self._run, "interrupted", grace_s))
+
+    def stop(self) -> None:
+        """See `Job`. Where the engine is busy, it lets the trial go later."""
+        ray.get(self._board.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S))
+
+
+def _heard(event: dict[str, Any]) -> Report | Ended:
+    return Report.of(event["report"]) if "report" in event else Ended(event["ended"])

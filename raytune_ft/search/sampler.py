@@ -1,0 +1,157 @@
+"""One trial is drawn as a whole: its branches, its constraints, the values that are given.
+
+Imports no ray.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
+
+from raytune_ft.config.branches import branches
+from raytune_ft.config.explain import shown_value
+from raytune_ft.config.search import SearchConfig
+from raytune_ft.config.search_space import allowed, conditions, grid, trial_count, uniform_point
+from raytune_ft.errors import ConfigError
+from raytune_ft.search.space import decode, distributions, encode
+from raytune_ft.search.study import own_trials
+
+MIN_RANDOM_TRIALS, MAX_RANDOM_TRIALS = 4, 10
+MAX_SAMPLED, MAX_UNIFORM = 20, 100_000
+
+
+class JointSampler(BaseSampler):
+    """Draws all values of a trial before one of them is stored, by the sampler of the config.
+
+    A function of the sweep's seed, the trial's number and the trials before it: a sampler that
+    lives as long as the process would draw the first trials again after a resume. What a trial has
+    already, because its driver died while it stored them, is kept. A draw that repeats a trial is
+    drawn again, since the same seed would train the same weights. `points` are the first trials.
+    """
+
+    def __init__(
+        self, search: SearchConfig, seed: int, points: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self._search, self._seed = search, seed
+        self._distributions = distributions(search.space)
+        self._tree, self._constraints = branches(search.space), conditions(search)
+        self._trials = trial_count(search)
+        self._points = points
+        if search.sampler == "grid":
+            self._points = grid(search)
+            random.Random(seed).shuffle(self._points)
+
+    def suggest(self, trial: optuna.Trial) -> None:
+        """Gives a trial that was just asked for, or was cut short, all its values.
+
+        Raises:
+            ConfigError: no draw met the constraints.
+        """
+        values: dict[str, Any] = {}
+        for key in self._tree.order:
+            if self._tree.exists(key, values):
+                stored = trial._suggest(key, self._distributions[key])
+                values |= decode(self._search.space, {key: stored})
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """See `BaseSampler`: all of it."""
+        return self._distributions
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See `BaseSampler`."""
+        known, own = decode(self._search.space, trial.params), own_trials(study)
+        number = [each.number for each in own].index(trial.number)
+        if number < len(self._points):
+            known = {**self._points[number], **known}
+        others = [other.params for other in own if other.number != trial.number]
+        repeated = None
+        for attempt in range(MAX_SAMPLED):
+            point = self._draw(study, trial, known, self._sampler(number, attempt))
+            if allowed(point, self._constraints):
+                repeated = encode(self._search.space, point)
+                if repeated not in others:
+                    return repeated
+        if repeated is not None:
+            return repeated
+        rng = random.Random(f"{self._seed} {number}")
+        for _ in range(MAX_UNIFORM):
+            point = uniform_point(self._search.space, self._tree, rng, known)
+            if allowed(point, self._constraints):
+                return encode(self._search.space, point)
+        raise ConfigError(
+            f"search.constraints: {shown_value(' and '.join(self._search.constraints))}",
+            f"is met by none of {MAX_UNIFORM:,} draws",
+            "widen search.space or drop a constraint",
+        )
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """See `BaseSampler`; never asked, since nothing is outside the whole."""
+        raise AssertionError(f"{param_name} was not drawn with the rest")
+
+    def _draw(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        known: Mapping[str, Any],
+        sampler: BaseSampler,
+    ) -> dict[str, Any]:
+        together = sampler.infer_relative_search_space(study, trial)
+        joint = sampler.sample_relative(study, trial, together)
+        point: dict[str, Any] = {}
+        for key in self._tree.order:
+            line, distribution = self._search.space[key], self._distributions[key]
+            if not self._tree.exists(key, point):
+                continue
+            if key in known:
+                point[key] = known[key]
+            elif len(line.values) == 1:
+                point[key] = line.values[0]
+            else:
+                drawn = (
+                    joint[key]
+                    if key in joint
+                    else sampler.sample_independent(study, trial, key, distribution)
+                )
+                point |= decode(self._search.space, {key: drawn})
+        return point
+
+    def _sampler(self, number: int, attempt: int) -> BaseSampler:
+        entropy = [self._seed, number, attempt] if attempt else [self._seed, number]
+        own = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        startup = max(MIN_RANDOM_TRIALS, min(MAX_RANDOM_TRIALS, self._trials // 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            match self._search.sampler:
+                case "tpe":
+                    return TPESampler(
+                        seed=own,
+                        n_startup_trials=startup,
+                        multivariate=True,
+                        group=any(self._tree.needs.values()),
+                        constant_liar=True,  # keeps trials that run at the same time apart
+                    )
+                case "gp":
+                    return GPSampler(seed=own, n_startup_trials=startup)
+                case "cmaes":
+                    return CmaEsSampler(seed=own)
+                case "random" | "grid":
+                    return RandomSampler(seed=own)

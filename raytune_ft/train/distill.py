@@ -1,0 +1,158 @@
+"""The frozen model that a run learns from: in memory, or its logits on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
+from raytune_ft.errors import ConfigError, ModelError, RunFailed
+from raytune_ft.model.load import build_frozen, load_model_config, load_tokenizer, pad_token
+from raytune_ft.model.objectives import Teacher
+from raytune_ft.strategy import Strategy
+from raytune_ft.train.engine import Engine, choose_micro_tokens
+
+GIB = 2**30
+
+
+def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teacher:
+    """Raises ModelError where it cannot be loaded, RunFailed where nobody has kept its logits."""
+    settings = config.train.kd
+    assert settings is not None
+    if settings.cache == "memory":
+        return InMemory(teacher_engine(config, strategy))
+    if data.teacher_logits is None:
+        raise RunFailed(f"{data.path} holds no logits of {settings.teacher}")
+    return Kept(data.teacher_logits, first_rows(data.train), strategy.device)
+
+
+def teacher_model(config: Config) -> ModelConfig:
+    """The teacher as `model` would say it; it is loaded as the student is."""
+    assert config.train.kd is not None
+    return config.model.model_copy(update={"path": config.train.kd.teacher, "revision": None})
+
+
+def teacher_engine(config: Config, strategy: Strategy) -> Engine:
+    """Without packing, so that no probe of it is needed. Raises ModelError."""
+    built: Any = build_frozen(teacher_model(config), config.train.precision)
+    return Engine(
+        model=built.to(strategy.device),
+        wrapped=built,
+        head=built.get_output_embeddings(),
+        names=[],
+        strategy=strategy,
+        precision=config.train.precision,
+        pad_token=pad_token(load_tokenizer(config.model)),
+        micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
+        packing=False,
+    )
+
+
+def check_teacher(config: Config) -> None:
+    """Raises ModelError where the teacher is no model, or its tokens are not the student's."""
+    if config.train.kd is None:
+        return
+    model = teacher_model(config)
+    sizes = [load_model_config(config.model).get_text_config().vocab_size]
+    words = [load_tokenizer(config.model).get_vocab()]
+    try:
+        sizes.append(load_model_config(model).get_text_config().vocab_size)
+        words.append(load_tokenizer(model).get_vocab())
+    except ModelError as error:
+        value = error.value.replace("model.path", "train.kd.teacher", 1)
+        raise ModelError(value, error.rule, error.remedy) from error
+    if sizes[0] != sizes[1] or words[0] != words[1]:
+        raise ModelError(
+            f"train.kd.teacher={model.path}",
+            f"has another vocabulary ({sizes[1]:,} tokens) than model.path ({sizes[0]:,}), so that "
+            "their distributions cannot be compared",
+            "write a teacher of the student's family",
+        )
+
+
+@dataclass(frozen=True)
+class LogitsFile:
+    """What is kept of a teacher: so many rows of so many numbers."""
+
+    rows: int
+    width: int
+    number_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.rows * self.width * self.number_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{in_gib(self.bytes)} GiB ({self.rows:,} label tokens x {self.width:,} words x "
+            f"{self.number_bytes} bytes)"
+        )
+
+
+def logits_file(config: Config, data: PreparedData) -> LogitsFile | None:
+    """What `train.kd.cache: disk` keeps; None where nothing is kept."""
+    if config.train.kd is None or config.train.kd.cache == "memory":
+        return None
+    width = load_model_config(teacher_model(config)).get_text_config().vocab_size
+    number_bytes = stored(config.train.precision).itemsize
+    return LogitsFile(int(data.train.label_counts.sum()), width, number_bytes)
+
+
+def check_size(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError where the teacher's logits are more than may be kept."""
+    file, settings = logits_file(config, data), config.train.kd
+    if file is None or settings is None or file.bytes <= settings.cache_limit_gib * GIB:
+        return
+    raise ConfigError(
+        "train.kd.cache=disk",
+        f"would keep {file}, more than train.kd.cache_limit_gib={settings.cache_limit_gib:g}",
+        f"write train.kd.cache_limit_gib: {in_gib(round(1.01 * file.bytes))}, or "
+        "train.kd.cache: memory",
+    )
+
+
+def in_gib(count: int) -> str:
+    """Three digits, or the whole number."""
+    return f"{count / GIB:.3g}" if count < 1000 * GIB else f"{count / GIB:.0f}"
+
+
+class InMemory:
+    """Runs on the rows of the student, one example to a row where they share one.
+
+    So the student may be packed, whatever the teacher.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """`logits_NV` at the label positions of the batch, in its order."""
+        return self._engine.logits(batch.unpacked(self._engine.pad_token))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Reads what `InMemory` would compute, for batches of training examples.
+
+    `first_rows` is [n + 1]: where in `logits_NV` each example begins.
+    """
+
+    logits_NV: npt.NDArray[Any]
+    first_rows: npt.NDArray[np.int64]
+    device: torch.device
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """See `InMemory`."""
+        first = self.first_rows
+        rows = [self.logits_NV[first[i] : first[i + 1]] for i in batch.indices]
+        return tensor_of(np.concatenate([self.logits_NV[:0], *rows])).to(self.device)

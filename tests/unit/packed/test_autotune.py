@@ -1,0 +1,105 @@
+"""How many slots an engine gets."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.packed import autotune as packed_fit
+from raytune_ft.packed.autotune import fewest_near_best, seconds_a_token, worth_trying
+from tests.support.packed import Packed
+from tests.support.runs import largest_difference, make_config, make_inputs, run
+
+
+@pytest.mark.parametrize(
+    ("most", "step_tokens", "expected"),
+    [
+        (16, 100, [1, 2, 4, 8, 16]),
+        (6, 100, [1, 2, 4, 6]),
+        (16, 300, [1, 2, 4]),
+        (1, 100, [1]),
+        (16, 5000, [1]),  # a step of one fills a pass
+    ],
+)
+def test_what_is_tried(most: int, step_tokens: int, expected: list[int]) -> None:
+    assert worth_trying(most, step_tokens, 2000) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({1: 8.0, 2: 5.0, 4: 3.0, 8: 2.0, 16: 1.95}, 8),
+        ({1: 8.0, 2: 5.0, 4: 3.0, 8: 2.0, 16: 1.5}, 16),
+        ({1: 1.04, 2: 1.0, 4: 1.2}, 1),
+        ({1: 1.0}, 1),
+    ],
+)
+def test_as_few_as_are_about_as_good(seconds: dict[int, float], expected: int) -> None:
+    assert fewest_near_best(seconds) == expected
+
+
+def test_what_takes_long_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of 0.4 s with one slot; 10 tokens a slot."""
+    now = [0.0]
+    tried: list[int] = []
+
+    def one_pass(count: int) -> int:
+        tried.append(count)
+        now[0] += 0.3 + 0.1 * count
+        return 10 * count
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    found = seconds_a_token(one_pass, [1, 2, 4], lambda value: value)
+    assert tried == [1, 1, 2]
+    assert found == {1: pytest.approx(0.04), 2: pytest.approx(0.025)}
+    monkeypatch.setattr(packed_fit, "TRY_S", 100.0)
+    found = seconds_a_token(one_pass, [1, 2, 4], lambda value: value)
+    assert found == {1: pytest.approx(0.04), 2: pytest.approx(0.025), 4: pytest.approx(0.0175)}
+
+
+SHORT: dict[str, Any] = {"train.max_examples": 40, "train.eval_every_examples": 20}
+
+
+def test_slots_that_were_tried_out_are_as_new(tmp_path: Path) -> None:
+    config = make_config(*make_inputs(tmp_path / "inputs"), SHORT)
+    packed = Packed(config, tmp_path, slots=6)
+    told = packed.engine.passes.settle(None, measured=True)
+    slots = packed.engine.passes.slots
+    assert 1 <= slots <= 6
+    assert told.startswith(f"{slots} slot")
+    assert "a token takes" in told
+    assert "us with 1, " in told
+    assert packed.engine.free == slots
+    packed.enter("a", config)
+    packed.finish(1)
+    run(config, tmp_path / "alone")
+    assert max(largest_difference(tmp_path / "a", tmp_path / "alone")) < 1e-5
+
+
+def test_memory_bounds_slots(tmp_path: Path) -> None:
+    config = make_config(*make_inputs(tmp_path / "inputs"), SHORT)
+    packed = Packed(config, tmp_path, slots=6)
+    passes = packed.engine.passes
+    assert passes.settle(2**40, measured=False) == "6 slots (as written)"
+    base = sum(4 * parameter.numel() for parameter in passes.stack.model.parameters())
+    of_slot = 4 * passes.stack.numbers * packed_fit.COPIES["cpu"]
+    assert passes.settle(base + 7 * of_slot, measured=False) == "3 slots (memory holds 3)"
+    assert passes.settle(1, measured=False) == "1 slot (memory holds 1)"
+    assert packed.engine.free == 1
+    packed.enter("a", config)
+    assert packed.finish(1) == ["a"]
+
+
+def test_an_adapter_that_some_trials_cannot_have_stops_nobody(tmp_path: Path) -> None:
+    config = make_config(*make_inputs(tmp_path / "inputs"), SHORT)
+    odd = config.model_copy(
+        update={"method": config.method.model_copy(update={"targets": ["nothing"]})}
+    )
+    packed = Packed(odd, tmp_path, slots=3)
+    assert "names no layer" in packed.engine.passes.settle(None, measured=True)
+    assert packed.engine.free == 3
+    packed.enter("a", config)
+    assert packed.finish(1) == ["a"]

@@ -1,0 +1,178 @@
+"""A process that hangs says where, ends, and can be resumed; one that lives is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.train import watchdog as heartbeat
+from raytune_ft.train.watchdog import Heartbeat, Standing, log_text, summary, watched
+from tests.support.commands import ROOT
+from tests.support.runs import losses, make_config, make_inputs, run
+
+
+def standing(rank: int, phases: int, done: float, of: int) -> Standing:
+    return Standing(rank, phases, f"step {phases}", done, of, 9.0, f"stack of {rank}")
+
+
+def test_the_summary_names_who_is_behind_and_who_is_silent() -> None:
+    answers = [standing(0, 5, 1.5, 2), standing(2, 5, 2.5, 3), standing(3, 4, 2, 2)]
+    assert summary(answers, 5, 60) == (
+        "no progress for 60 s; "
+        "ranks 1, 4 did not answer (stopped, or stuck outside Python); "
+        "rank 3 is behind, at step 4, after its 2 micro-batches; "
+        "ranks 0, 2 at step 5, backward of micro-batch 2 of 2"
+    )
+    text = log_text(answers, 5, 60)
+    stacks = [text.index(f"stack of {rank}") for rank in (3, 0, 2)]
+    assert stacks == sorted(stacks)
+
+
+def test_places_in_a_step_are_ordered() -> None:
+    heart = Heartbeat()
+    orders = []
+    for step in ("step 1", "step 2"):
+        heart.enter(step)
+        orders.append(heart.standing().order())
+        for done in (0, 0.5, 1, 1.5, 2):
+            heart.beat(done, 2)
+            orders.append(heart.standing().order())
+    assert orders == sorted(orders)
+    assert len(set(orders)) == len(orders)
+    assert heart.standing().place() == "step 2, after its 2 micro-batches"
+    assert "test_places_in_a_step" not in heart.standing().stacks  # only other threads
+
+
+def test_a_process_that_beats_is_left_alone() -> None:
+    heart, told = Heartbeat(), []
+    with watched(heart, 3, 0.3, told.append):
+        assert heart.watched
+        for done in range(8):
+            heart.beat(done, 8)
+            time.sleep(0.1)
+    assert told == []
+    assert not heart.watched
+
+
+def test_a_beat_that_comes_late_saves_the_process() -> None:
+    heart = Heartbeat()
+    told: list[Standing] = []
+
+    def hear(where: Standing) -> None:
+        told.append(where)
+        heart.beat(1, 1)
+
+    with watched(heart, 3, 0.2, hear):
+        deadline = time.monotonic() + 10
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert told[0].rank == 3
+    assert told[0].silent_s >= 0.2
+    assert "test_a_beat_that_comes_late" in told[0].stacks
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from raytune_ft.train.engine import Engine
+from tests.support.runs import make_config, run
+model, rows, run_dir = map(Path, sys.argv[1:])
+right, seen = Engine.training_losses, []
+
+def stand_still(*arguments):
+    seen.append(1)
+    if len(seen) == 25:
+        time.sleep(1000)
+    return right(*arguments)
+
+Engine.training_losses = stand_still
+run(make_config(model, rows, {"parallel.hang_timeout_s": 6.0}), run_dir)
+"""
+
+
+def test_a_single_process_that_hangs_fails_and_can_be_resumed(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    run_dir = tmp_path / "run"
+    arguments = [sys.executable, "-c", HANGS, *map(str, inputs), str(run_dir)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == heartbeat.HUNG_EXIT_CODE == 1
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"] == (
+        "RunFailed: no progress for 6 s; rank 0 at step 25, forward of micro-batch 1 of 1; "
+        "see hang.log"
+    )
+    assert result["best"]["step"] == 20
+    text = (run_dir / "hang.log").read_text()
+    assert "in stand_still" in text
+    assert "in stand_still" in done.stderr
+    assert run(make_config(*inputs), run_dir).status == "completed"
+    assert len(losses(run_dir)) == 40
+
+
+SLEEPS = """
+import sys, time
+from types import SimpleNamespace
+from raytune_ft.train import watchdog as heartbeat
+from raytune_ft.train.watchdog import watched
+from raytune_ft.train.host import own_host
+heartbeat.NATIVE_GRACE_S = 0.5
+
+with own_host(None) as host, watched(host.heart, 0, 1.5, sys.exit):
+    print("ready", flush=True)
+    for beat in range(20):
+        host.heart.beat(beat, 20)
+        time.sleep(0.1)
+"""
+
+
+def test_a_process_that_is_suspended_goes_on_when_it_wakes() -> None:
+    arguments = [sys.executable, "-c", SLEEPS]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 0
+
+
+HOLDS = """
+import ctypes
+from raytune_ft.train import watchdog as heartbeat
+from raytune_ft.train.watchdog import Heartbeat, watched
+heartbeat.NATIVE_GRACE_S = 1.0
+
+def never_lets_go():
+    ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the interpreter's lock
+
+with watched(Heartbeat(), 0, 1.0, print):
+    never_lets_go()
+"""
+
+
+def test_native_code_that_holds_the_interpreter_is_ended_too() -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "in never_lets_go" in done.stderr
+    assert done.stdout == ""
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_what_has_no_micro_batches_is_named_by_its_phase(done: int) -> None:
+    assert Standing(0, 1, "checkpoint of step 4", done, 0, 1.0, "").place() == (
+        "checkpoint of step 4"
+    )
