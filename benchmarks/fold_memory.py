@@ -39,7 +39,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_ft.config.sizes import parse_size
+from raytune_ft.config.section import parse_size
 
 ARMS = {
     "ours": """

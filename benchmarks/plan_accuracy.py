@@ -287,9 +287,8 @@ def measure(case: Case, directory: Path) -> dict[str, int]:
 def predict(case: Case, directory: Path) -> dict[str, int]:
     """What `plan` says of it."""
     from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.estimate.memory import MemoryModel
+    from raytune_ft.estimate.memory import MemoryModel, work_of
     from raytune_ft.estimate.parameters import build_shell
-    from raytune_ft.estimate.work import work_of
     from raytune_ft.model.load import load_tokenizer
 
     config = config_of(case, directory)

@@ -184,8 +184,8 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     """Why a whole copy of the model does not fit on a worker, where a choice depends on it."""
     if not memory_decides(written) or written.parallel.replicas > 1:
         return None
-    from raytune_ft.estimate.choice import shortage
     from raytune_ft.estimate.hardware import worker_memory
+    from raytune_ft.estimate.memory import shortage
 
     parallel = written.parallel
     if usable is None and joined:
@@ -230,8 +230,7 @@ def _needs_ray(config: Config) -> bool:
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
-    from raytune_ft.evaluate.precompute import taught
-    from raytune_ft.promote.difficulty import rated
+    from raytune_ft.evaluate.precompute import rated, taught
 
     expanded = expand_env(config)
     rows = rated(expanded, prepare(expanded, tell), tell)
@@ -239,7 +238,7 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
         from raytune_ft.model.load import count_parameters
-        from raytune_ft.train.objective import head_of
+        from raytune_ft.train.setup import head_of
 
         # Whether the model takes the method, before workers start.
         count_parameters(expanded.model, expanded.method, head_of(expanded, data.report))
@@ -256,7 +255,7 @@ def _keep_or_compare(run: OpenRun, report: DataReport) -> None:
 
 def _is_begun(run: OpenRun, report: DataReport) -> bool:
     """Has the run begun, with these data? Raises DataError where it has with others."""
-    from raytune_ft.data.same import check_same
+    from raytune_ft.data.report import check_same
 
     saved = run.path / DATA
     begun = run.has_measured and saved.exists()
@@ -283,7 +282,7 @@ def _ask_studies(config: Config, begun: bool) -> None:
     begun and learns from them. Raises StorageError.
     """
     from raytune_ft.search.initial_trials import earlier_trials
-    from raytune_ft.search.storage import open_storage
+    from raytune_ft.search.space import open_storage
 
     search = expand_env(config).search
     assert search is not None
@@ -309,7 +308,7 @@ def _promote_once(path: Path, tell: Tell) -> Promotion | None:
 
 
 def _examples(config: Config, data: PreparedData) -> int:
-    from raytune_ft.data.mixture import pass_length
+    from raytune_ft.data.order import pass_length
     from raytune_ft.train.optim import total_examples
 
     return total_examples(config.train, pass_length(config.data, data.train))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from raytune_ft.cli_checkpoints import app as checkpoints
 from raytune_ft.errors import Interrupted, RaytuneFtError
 from raytune_ft.report import terminal as show
 
@@ -25,6 +24,65 @@ if TYPE_CHECKING:
 
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
+from raytune_ft.errors import CheckpointError
+
+checkpoints = typer.Typer(
+    help="List, verify and prune the checkpoints of a run or a sweep.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Where = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
+]
+
+
+@checkpoints.command("list")
+def list_(where: Where, debug: Debug = False) -> None:
+    """Every checkpoint with its step, metrics and size, and whether something refers to it.
+
+    Example: raytune-ft checkpoints list runs/quickstart
+    """
+    from raytune_ft.checkpoints.manage import listed
+
+    show.console().print(show.checkpoints_table(listed(where)))
+
+
+@checkpoints.command()
+def verify(where: Where, debug: Debug = False) -> None:
+    """Read every byte; a damaged checkpoint is moved aside and named, with exit code 1.
+
+    Example: raytune-ft checkpoints verify runs/quickstart
+    """
+    from raytune_ft.checkpoints.manage import verified
+
+    rows = verified(where, show.tell)
+    damaged = [row for row in rows if row.error]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints are damaged")
+    show.tell(f"{len(rows)} checkpoints are as they were written")
+
+
+@checkpoints.command()
+def prune(
+    where: Where,
+    keep_last: Annotated[
+        int | None, typer.Option("--keep-last", min=1, help="Default: the run's own.")
+    ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option("--keep-best", min=1, help="Default: the run's own.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete what the run's settings, or these, do not keep. What a result names always stays.
+
+    Example: raytune-ft checkpoints prune runs/quickstart --keep-last 1 --dry-run
+    """
+    from raytune_ft.checkpoints.manage import pruned
+
+    for path in pruned(where, keep_last, keep_best, dry_run, show.tell):
+        show.tell(f"{'would delete' if dry_run else 'deleted'} {path}")
+
 
 app = typer.Typer(
     name="raytune-ft",
@@ -201,8 +259,7 @@ def report(
     Example: raytune-ft report runs/quickstart
     """
     from raytune_ft.report.collect import collect
-    from raytune_ft.report.sections import headline
-    from raytune_ft.report.write import write_report
+    from raytune_ft.report.write import headline, write_report
 
     path = write_report(directory.absolute())
     facts = collect(directory.absolute())
@@ -314,7 +371,7 @@ def _show_promotion(promotion: Promotion) -> None:
 
 
 def _measured_table(measured: Mapping[str, Any]) -> Table:
-    from raytune_ft.report.sections import reference_of
+    from raytune_ft.report.write import reference_of
 
     split = f"{measured['split']} ({measured['examples']:,} examples)"
     return show.evaluation_table(

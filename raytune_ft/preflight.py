@@ -19,14 +19,13 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
-    from raytune_ft.data.mixture import pass_length
-    from raytune_ft.data.overlap import check_overlap
+    from raytune_ft.data.order import pass_length
     from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.report import check_overlap
+    from raytune_ft.evaluate.metrics import check_functions
     from raytune_ft.model.load import check_backend, load_model_config, load_tokenizer
-    from raytune_ft.promote.custom import check_functions
     from raytune_ft.train.distill import check_teacher
-    from raytune_ft.train.objective import check_objective, head_before
-    from raytune_ft.train.setup import check_lengths
+    from raytune_ft.train.setup import check_lengths, check_objective, head_before
     from raytune_ft.train.trackers import check_trackers
 
     load_model_config(config.model, head_before(config))

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_ft.checkpoints.manifest import MANIFEST, STEP_NAME
-from raytune_ft.checkpoints.remote import RemoteCheckpoints
-from raytune_ft.checkpoints.s3 import Bucket, Timing
+from raytune_ft.checkpoints.layout import MANIFEST, STEP_NAME
+from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.errors import CheckpointError, StorageError
 from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, write_text_atomic

@@ -31,7 +31,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from raytune_ft.checkpoints.manifest import (
+from raytune_ft.checkpoints.layout import (
     FORMAT,
     MANIFEST,
     STEP_NAME,

@@ -6,13 +6,12 @@ import itertools
 from typing import Any
 
 from raytune_ft.config import objectives
-from raytune_ft.config.activations import ACTIVATIONS
-from raytune_ft.config.branches import METHOD
 from raytune_ft.config.load import apply_overrides, choose_strategy
-from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod
+from raytune_ft.config.methods import ACTIVATIONS, WHOLE_MODEL, LoraMethod
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import is_share
+from raytune_ft.config.search_space import METHOD
 from raytune_ft.errors import ConfigError
 
 # What all slots of an engine have in common, since they share its base and its passes.

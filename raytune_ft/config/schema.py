@@ -14,8 +14,36 @@ from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.section import Positive, Section
-from raytune_ft.config.tracking import TrackingConfig
 from raytune_ft.config.train import TrainConfig
+
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+PACKAGES: dict[str, str] = {
+    "tensorboard": "tensorboardX",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+
+
+class TrackingConfig(Section):
+    """Where metrics go beside metrics.jsonl. Nothing here changes the numbers."""
+
+    to: list[TrackerName] = Field(
+        ["tensorboard"],
+        description="any of tensorboard (event files in the run's directory), mlflow, wandb and "
+        "trackio; keys and passwords of servers come from the environment alone",
+    )
+    project: str = Field(
+        "raytune-ft",
+        min_length=1,
+        description="project of wandb and trackio; mlflow's experiment is PROJECT/SWEEP",
+    )
+    uri: str | None = Field(
+        None, description="mlflow: the server's address; null is MLFLOW_TRACKING_URI"
+    )
+    every_steps: Positive = Field(
+        1, description="of the steps, one in this many; evaluations all go"
+    )
 
 
 class ModelConfig(Section):

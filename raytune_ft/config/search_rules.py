@@ -7,13 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raytune_ft.config import reference
-from raytune_ft.config.branches import METHOD, Branches, branches, contains, same
-from raytune_ft.config.durations import duration_s
 from raytune_ft.config.explain import shown_value, unknown_key
-from raytune_ft.config.expression import Condition
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution, SearchConfig
-from raytune_ft.config.search_space import allowed, conditions, grid, trial_count, uniform_point
+from raytune_ft.config.search_space import (
+    METHOD,
+    Branches,
+    Condition,
+    allowed,
+    branches,
+    conditions,
+    contains,
+    duration_s,
+    grid,
+    same,
+    trial_count,
+    uniform_point,
+)
 from raytune_ft.errors import ConfigError
 
 # Keys that decide what a trial is measured on or where it runs: a search over them would compare

@@ -25,9 +25,14 @@ from raytune_ft.data.cache import keep_folder, tokenizer_sha256
 from raytune_ft.data.formats import WEIGHT, Encoder, Example
 from raytune_ft.data.formats.classification import label_names, with_targets
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.mixture import hold_out
-from raytune_ft.data.overlap import count_overlaps
-from raytune_ft.data.report import DataReport, SourceReport, count_duplicates, describe_split
+from raytune_ft.data.order import hold_out
+from raytune_ft.data.report import (
+    DataReport,
+    SourceReport,
+    count_duplicates,
+    count_overlaps,
+    describe_split,
+)
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
@@ -36,6 +41,34 @@ from raytune_ft.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+import shutil
+from collections.abc import Callable
+
+
+def derived(
+    prepared: PreparedData, sha256: str, add: Callable[[Path], dict[str, Any]]
+) -> PreparedData:
+    """What an earlier call of this hash left; else the files of `prepared` and what `add` writes
+    beside them. It returns the fields of the report that say so.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    named = f"{prepared.path.name} {sha256}"
+    target = prepared.path.with_name(hashlib.sha256(named.encode()).hexdigest())
+    found = sound_at(target)
+    if found is not None:
+        return found
+
+    def fill(folder: Path) -> None:
+        for file in prepared.path.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        report = replace(prepared.report, **add(folder))
+        (folder / REPORT).write_text(report.to_json())
+
+    keep_folder(target, fill, lambda: sound_at(target) is not None)
+    return open_prepared(target)
+
 
 CACHE_FORMAT = 2
 """Raise it when the same rows and keys would give other tokens or other files."""

@@ -2,15 +2,126 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.data.rows import Row
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import DataError, StorageError
 from raytune_ft.records import to_json
+
+
+def check_same(saved: Path, now: DataReport) -> None:
+    """Compares content: a moved source and tokens that were made anew are the same data.
+
+    Raises:
+        DataError: a split has other examples than in the report at `saved`, or they have other
+            losses under the base, or another teacher's logits.
+        StorageError: there is no report at `saved`.
+    """
+    try:
+        before = DataReport.from_json(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            str(saved), "is no data report", "bring it back, or write another name"
+        ) from error
+    for name in {**before.splits, **now.splits}:
+        old, new = before.splits.get(name), now.splits.get(name)
+        if _sha256(old) != _sha256(new):
+            raise DataError(
+                f"data.{name} with {_shown(new)}",
+                f"is not what the run began with, {_shown(old)}",
+                "bring back the rows that it had, or train under another name",
+            )
+    if before.base_loss and now.base_loss and before.base_loss != now.base_loss:
+        raise DataError(
+            f"data.curriculum with losses of sha256 {now.base_loss[:12]}",
+            f"is not what the run began with, {before.base_loss[:12]}: measured again, they put "
+            "examples in another order",
+            "bring back the token cache that it had, or train under another name",
+        )
+    if before.teacher and now.teacher and before.teacher != now.teacher:
+        raise DataError(
+            f"train.kd.teacher with files of sha256 {now.teacher[:12]}",
+            f"is not what the run began with, {before.teacher[:12]}",
+            "bring back the weights that it had, or train under another name",
+        )
+
+
+def _sha256(split: SplitReport | None) -> str | None:
+    return split.sha256 if split else None
+
+
+def _shown(split: SplitReport | None) -> str:
+    return f"{split.examples:,} examples (sha256 {split.sha256[:12]})" if split else "nothing"
+
+
+def prompt_key(source: SourceConfig, row: Row) -> bytes:
+    """A hash of what the row asks; equal where only case and blanks differ."""
+    text = PROMPTS[source.format](source, row)
+    normal = " ".join(text.casefold().split())
+    return hashlib.blake2b(normal.encode(), digest_size=16).digest()
+
+
+def count_overlaps(prompts: Mapping[str, Sequence[bytes]]) -> dict[str, int]:
+    """For every pair "a/b" of splits, how many examples of b have a prompt that a has too."""
+    known = {name: set(keys) for name, keys in prompts.items()}
+    return {
+        f"{a}/{b}": sum(key in known[a] for key in prompts[b]) for a, b in combinations(prompts, 2)
+    }
+
+
+def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
+    """Refuse to measure on what was trained on, or to choose on what is measured in the end.
+
+    A validation split that is drawn from train is as repetitive as train is, and is not refused.
+
+    Raises:
+        DataError: more than `limit` of a split's prompts stand in one that comes before it.
+    """
+    for pair, count in report.overlaps.items():
+        other, name = pair.split("/")
+        total = report.splits[name].examples
+        if name == "validation" and isinstance(data.validation, float):
+            continue
+        if count > limit * total:
+            why = (
+                "selecting on the test set is refused"
+                if other == "validation"
+                else "what was trained on measures memory"
+            )
+            raise DataError(
+                f"data.{name}",
+                f"shares {count:,} of its {total:,} prompts with data.{other}, more than "
+                f"promote.max_overlap={limit:g} allows ({why})",
+                f"take them out of data.{other}, or raise promote.max_overlap",
+            )
+
+
+def _turns(source: SourceConfig, row: Row) -> str:
+    """Everything before the last turn of the assistant."""
+    turns: list[dict[str, Any]] = row.values[source.messages]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
+
+
+PROMPTS: dict[str, Callable[[SourceConfig, Row], str]] = {
+    "prompt_completion": lambda source, row: str(row.values[source.prompt]),
+    "messages": _turns,
+    "text": lambda source, row: str(row.values[source.text]),
+    "classification": lambda source, row: "\n".join(
+        str(row.values[column]) for column in (source.text, source.text_pair) if column is not None
+    ),
+    "rationale": lambda source, row: str(row.values[source.prompt]),
+}
 
 
 @dataclass(frozen=True)

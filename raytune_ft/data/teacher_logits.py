@@ -11,10 +11,38 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytune_ft.data.derived import derived
-from raytune_ft.data.prepare import TEACHER_LOGITS, PreparedData
+from raytune_ft.data.order import Numbers
+from raytune_ft.data.prepare import (
+    BASE_LOSS,
+    TEACHER_LOGITS,
+    PreparedData,
+    derived,
+    sha256_of_numbers,
+)
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.files import sha256_of
+
+
+def with_base_loss(
+    prepared: PreparedData, model_sha256: str, measure: Callable[[TokenizedSplit], Numbers]
+) -> PreparedData:
+    """The same data with the loss of every training example under the model of that hash.
+
+    It is measured once and kept in a folder of its own: on another machine, or under another
+    layout, it would differ in its last digits, and examples of about equal losses would change
+    places.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+
+    def add(folder: Path) -> dict[str, str]:
+        losses = measure(prepared.train).astype(np.float32)
+        np.save(folder / BASE_LOSS, losses)
+        return {"base_loss": sha256_of_numbers(losses)}
+
+    return derived(prepared, model_sha256, add)
+
 
 BFLOAT16 = np.dtype(np.int16)
 """Which numpy does not know: the bits of such numbers lie in the file as integers."""

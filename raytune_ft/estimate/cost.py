@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.search import AshaConfig, SchedulerConfig
 from raytune_ft.estimate.hardware import Hardware
-from raytune_ft.estimate.memory import held_by
+from raytune_ft.estimate.memory import Work, held_by
 from raytune_ft.estimate.parameters import Shell, elements
-from raytune_ft.estimate.work import Work
 
 LATENCY_S = {"cpu": (50e-6, 100e-6), "cuda": (5e-6, 15e-6)}  # inside a node, between nodes
 OVERLAP = {"cpu": 0.0, "cuda": 0.8}

@@ -4,11 +4,152 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytune_ft.config.schema import ParallelConfig
+import torch
+
+from raytune_ft.config.methods import LoraMethod, PrefixMethod, virtual_positions
+from raytune_ft.config.schema import Config, ParallelConfig
+from raytune_ft.config.train import KdConfig
+from raytune_ft.data.batch import lay_out
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.activations import Traced, trace, trace_head
-from raytune_ft.estimate.parameters import Shell, Weight, elements
-from raytune_ft.estimate.teacher import Teaching
-from raytune_ft.estimate.work import Work
+from raytune_ft.estimate.hardware import GIB, PROCESS
+from raytune_ft.estimate.parameters import Shell, Weight, build_shell, elements
+from raytune_ft.model.load import build_shapes, dtype_of
+from raytune_ft.train.distill import teacher_model
+from raytune_ft.train.engine import MICRO_TOKENS
+from raytune_ft.train.optim import total_examples
+from raytune_ft.train.setup import head_before, plain_order
+
+LOOKED_AT = 20
+"""Steps that are laid out to find the largest micro-batch."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """`rows` of `width` tokens with `labels` label tokens are the most of one forward pass;
+    `micro_batches` the most passes of a step. `step_tokens` and `step_labels` are of one worker
+    and a whole step, in the mean, padding included.
+    """
+
+    rows: int
+    width: int
+    labels: int
+    micro_batches: int
+    step_tokens: int
+    step_labels: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch."""
+        return self.rows * self.width
+
+
+def micro_tokens(config: Config, device: str) -> int:
+    """The token budget of one forward pass, as the engine chooses it."""
+    written = config.train.micro_tokens
+    return written if isinstance(written, int) else MICRO_TOKENS[device]
+
+
+def steps_in_a_pass(config: Config, length: float) -> int:
+    """How many steps on examples of this mean length a pass of all workers holds; at least 1."""
+    parallel = config.parallel
+    device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
+    room = micro_tokens(config, device) * parallel.max_workers
+    return max(1, int(room // (length * config.train.batch_size)))
+
+
+def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) -> Work:
+    """From the layout of the first steps, as the run would lay them out without a curriculum,
+    under which they are not like those to come.
+    """
+    batch, budget = config.train.batch_size, micro_tokens(config, device)
+    virtual = virtual_positions(config.method)
+    packing = config.data.packing is not False and not isinstance(config.method, PrefixMethod)
+    tokens = labels = rows = width = most = most_labels = passes = 0
+    order = plain_order(config, split)
+    whole = total_examples(config.train, len(order)) // batch
+    steps = min(LOOKED_AT, max(1, whole))
+    for step in range(steps):
+        indices = order.indices(step * batch, batch)
+        lengths = (split.lengths[indices] + virtual).tolist()
+        counts = split.label_counts[indices]
+        for rank in lay_out(lengths, workers, budget, packing):
+            passes = max(passes, len(rank))
+            for micro in rank:
+                if not micro:
+                    continue
+                wide = max(sum(lengths[position] for position in row) for row in micro)
+                found = sum(int(counts[position]) for row in micro for position in row)
+                tokens, labels = tokens + wide * len(micro), labels + found
+                most_labels = max(most_labels, found)
+                if wide * len(micro) > most:
+                    most, rows, width = wide * len(micro), len(micro), wide
+    share = steps * workers
+    return Work(rows, width, most_labels, passes, round(tokens / share), round(labels / share))
+
+
+def work_at_most(config: Config, workers: int, device: str) -> Work:
+    """Without data: every example as long as it may be, every token with loss."""
+    width = config.data.max_length + virtual_positions(config.method)
+    examples = -(-config.train.batch_size // workers)
+    rows = max(1, min(examples, micro_tokens(config, device) // width))
+    passes = -(-examples // rows)
+    return Work(rows, width, rows * width, passes, examples * width, examples * width)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """`held` are the bytes of the teacher's weights, 0 where its logits are read from a file.
+
+    What its passes keep for a moment is less than the loss takes afterwards, and is not counted.
+    """
+
+    settings: KdConfig
+    held: int
+
+
+def teaching_of(config: Config) -> Teaching | None:
+    """None without a teacher. Raises ModelError where it cannot be read."""
+    settings = config.train.kd
+    if settings is None:
+        return None
+    if settings.cache == "disk":
+        return Teaching(settings, 0)
+    model = teacher_model(config)
+    with torch.device("meta"):
+        shapes = build_shapes(model)
+    itemsize = dtype_of(model, LoraMethod(), config.train.precision).itemsize
+    return Teaching(settings, itemsize * sum(p.numel() for p in shapes.parameters()))
+
+
+def shortage(config: Config, usable: int | None) -> str | None:
+    """Why a whole copy of the base does not fit on a worker; None where it does.
+
+    Where not even sharding the base makes room, what lacks room is something else (activations),
+    and the base alone is asked about. Memory that nobody knows is presumed to do.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    if usable is None:
+        return None
+    parallel = config.parallel
+    device = "cuda" if parallel.resources_per_worker.get("GPU", 0) > 0 else "cpu"
+    shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
+    work = work_at_most(config, parallel.max_workers, device)
+    plain = parallel.model_copy(update={"strategy": "ddp"})
+    teaching = teaching_of(config)
+    needed = held_by(shell, plain).resident + (teaching.held if teaching is not None else 0)
+    if needed <= usable:
+        model = MemoryModel(shell, (work.rows,), work.width, teaching)
+        parts = parallel.model_copy(update={"strategy": "fsdp"})
+        needed, shared = (
+            model.estimate(layout, work, device).peak + PROCESS[device] for layout in (plain, parts)
+        )
+        if needed <= usable or shared > usable:
+            return None
+    return f"a whole copy needs {needed / GIB:,.1f} GiB of a worker's {usable / GIB:,.1f}"
+
 
 MOMENTS = 2
 # DeepSpeed's defaults: elements that stay gathered, and our bucket (strategy/deepspeed.py).

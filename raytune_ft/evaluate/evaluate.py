@@ -11,19 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig, listed
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
-from raytune_ft.data.overlap import check_overlap
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.report import check_overlap
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.classifier import check_head, classification, head_scores
 from raytune_ft.evaluate.context import Continuation, Subject, engine_of
-from raytune_ft.evaluate.metrics import metric_named
+from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.evaluate.token_scores import retention
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.custom import check_functions
-from raytune_ft.train.objective import head_of
+from raytune_ft.train.setup import head_of
 
 
 @dataclass(frozen=True)

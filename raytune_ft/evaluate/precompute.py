@@ -13,17 +13,47 @@ from pathlib import Path
 import torch
 
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
+from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.data.teacher_logits import Part, with_teacher_logits, write_logits
+from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError
-from raytune_ft.evaluate.token_scores import batches
-from raytune_ft.model.load import load_model_config, resolve_model_path
-from raytune_ft.promote.lineage import base_file_hashes
+from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.token_scores import batches, forced
+from raytune_ft.model.load import (
+    base_file_hashes,
+    load_model_config,
+    load_tokenizer,
+    resolve_model_path,
+)
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
 from raytune_ft.train.engine import Engine
+
+
+def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> PreparedData:
+    """The data with the losses that the curriculum goes by, where it goes by any.
+
+    They are measured in this process, once for all runs over these data and this base.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+        StorageError: the losses cannot be kept.
+    """
+    curriculum, model = config.data.curriculum, config.model
+    if curriculum is None or curriculum.by != "base_loss":
+        return data
+
+    def measure(split: TokenizedSplit) -> Numbers:
+        tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
+        seen = forced(engine_of(model, load_tokenizer(model)), split)
+        return seen.losses / seen.tokens
+
+    facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return with_base_loss(data, digest, measure)
+
 
 TELL_EVERY_S = 10.0
 

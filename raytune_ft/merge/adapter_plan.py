@@ -18,8 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.model.meta import Outline
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.model.outline import Outline
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -19,11 +19,11 @@ from raytune_ft.evaluate.classifier import written_head
 from raytune_ft.files import fsync
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from raytune_ft.merge.fold import MANIFEST, fold
+from raytune_ft.merge.streaming_forward import spans
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.load import load_model_config, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.weights import spans
-from raytune_ft.tensors.model_files import TensorFiles
+from raytune_ft.tensors.read import TensorFiles
 from raytune_ft.tensors.write import Entry, write_tensors
 
 FORMATS = ("hf", "adapter", "gguf")

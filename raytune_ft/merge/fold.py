@@ -30,12 +30,13 @@ from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.config.sizes import parse_size
+from raytune_ft.config.section import parse_size
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import MergeError, ModelError
 from raytune_ft.files import sha256_of
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from raytune_ft.merge.folded_weights import Adapted
+from raytune_ft.merge.folded_weights import Adapted, Headed
+from raytune_ft.merge.streaming_forward import Weights
 from raytune_ft.merge.verify import (
     ABSOLUTE_TOLERANCE,
     FoldCheck,
@@ -51,12 +52,10 @@ from raytune_ft.merge.write_model import (
 )
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_model_config, resolve_model_path
-from raytune_ft.model.outline import Outline, outline
-from raytune_ft.promote.headed import Headed
-from raytune_ft.promote.weights import Weights
+from raytune_ft.model.meta import Outline, outline
 from raytune_ft.records import FileRecord
 from raytune_ft.rundir import write_json_atomic
-from raytune_ft.tensors.model_files import TensorFiles, open_model
+from raytune_ft.tensors.read import TensorFiles, open_model
 
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
 

@@ -18,7 +18,7 @@ from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Delta
 from raytune_ft.merge.folded_weights import Adapted
 from raytune_ft.merge.members import Opening, Untied, open_members
 from raytune_ft.merge.methods import TASK_ARITHMETIC_SCALE, MergeSettings
-from raytune_ft.promote.weights import whole
+from raytune_ft.merge.streaming_forward import whole
 from raytune_ft.tensors.write import Entry, write_tensors
 
 _OVERSAMPLE, _ITERATIONS = 16, 6

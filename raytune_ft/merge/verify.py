@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from raytune_ft.errors import MergeError
 from raytune_ft.merge.adapter_plan import base_name, is_adapters, key_of
 from raytune_ft.merge.folded_weights import Adapted
-from raytune_ft.merge.streaming_forward import Find, Read, logits
-from raytune_ft.model.outline import Outline
-from raytune_ft.promote.weights import Weights, converted, whole
+from raytune_ft.merge.streaming_forward import Find, Read, Weights, converted, logits, whole
+from raytune_ft.model.meta import Outline
 
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from raytune_ft.errors import MergeError, StorageError
 from raytune_ft.files import fsync, sha256_of
-from raytune_ft.promote.weights import Weights, spans
+from raytune_ft.merge.streaming_forward import Weights, spans
 from raytune_ft.records import FileRecord
 from raytune_ft.rundir import write_json_atomic
-from raytune_ft.tensors.model_files import INDEX
-from raytune_ft.tensors.read import shard_name
+from raytune_ft.tensors.read import INDEX, shard_name
 from raytune_ft.tensors.write import Entry, write_tensors
 
 JOURNAL = ".journal.json"

@@ -20,8 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from raytune_ft.errors import CheckpointError, ModelError
-from raytune_ft.tensors.part import Part
 from raytune_ft.tensors.read import Shards, open_files
+from raytune_ft.tensors.write import Part
 
 
 class NotInParts(Exception):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,16 +23,75 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig
+from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig, QloraMethod
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
-from raytune_ft.model.methods.quantise import check_backend as check_backend
-from raytune_ft.model.methods.quantise import keep_as_rounded, quantisation_of
-from raytune_ft.model.precision import set_up
 from raytune_ft.tensors.write import DTYPES
+
+
+def set_up(base: nn.Module, precision: str) -> None:
+    """Ready to compute in it, without noise; the weights may be on the meta device."""
+    base.eval()
+    if precision == "float64":  # for which the fused products of experts have no kernel
+        base.set_experts_implementation("eager")  # type: ignore[operator]
+    if precision == "bfloat16":
+        _embed_in_bfloat16(base)
+
+
+def _embed_in_bfloat16(model: nn.Module) -> None:
+    """The residual stream begins in bfloat16, whether embeddings are held in it, cast to it by a
+    strategy, or kept in float32, which autocast leaves alone.
+    """
+
+    def narrow(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return output.to(torch.bfloat16) if isinstance(output, torch.Tensor) else output
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(narrow)
+
+
+def check_backend(method: MethodConfig) -> None:
+    """Raises ModelError where a method needs bitsandbytes and it is not there."""
+    if isinstance(method, QloraMethod) and find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "method.name=qlora",
+            "holds the base in 4 bits by bitsandbytes, which is not installed here",
+            "pip install 'raytune-ft[quantize]', or write method.name: lora",
+        )
+
+
+def quantisation_of(method: MethodConfig, compute: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told; nothing for methods that leave the base as it is.
+
+    Raises:
+        ModelError: see `check_backend`.
+    """
+    if not isinstance(method, QloraMethod):
+        return {}
+    check_backend(method)
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quantisation,
+        bnb_4bit_use_double_quant=method.double_quantisation,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": config}
+
+
+def keep_as_rounded(base: nn.Module) -> None:
+    """On some CPUs bitsandbytes would lay weights out anew in a first pass without a gradient,
+    round their scales once more, and refuse widths that are no multiple of 64.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - typed as a Tensor
+
 
 if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -345,3 +407,23 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_HASHED = (".safetensors", ".json", ".model", ".jinja")
+
+
+def base_file_hashes(model: ModelConfig) -> dict[str, str]:
+    """File name -> sha256 of the base's weights, configuration and tokenizer."""
+    directory = Path(resolve_model_path(model.path))
+    if not directory.is_dir():
+        revision = model.revision or "main"
+        cached = try_to_load_from_cache(model.path, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return {}
+        directory = Path(cached).parent
+    hashes = {}
+    for file in sorted(directory.iterdir()):
+        if file.suffix in _HASHED and file.is_file():
+            with file.open("rb") as opened:
+                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashes

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_ft.data.batch import MicroBatch, collate
-from raytune_ft.data.layout import MicroLayout
+from raytune_ft.data.batch import MicroBatch, MicroLayout, collate
 from raytune_ft.data.split import TokenIds, TokenizedSplit
 from raytune_ft.model.load import Precision
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raytune_ft.data.layout import Row, fill_rows
+from raytune_ft.data.batch import Row, fill_rows
 
 PASS_TOKENS = 512
 """What a pass costs beside its tokens, in tokens: launching its operators."""

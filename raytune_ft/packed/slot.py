@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
+from raytune_ft.data.batch import Row
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
-from raytune_ft.model.drawn import Drawn
 from raytune_ft.model.export import Exporter
-from raytune_ft.packed.optim import Step
+from raytune_ft.packed.lora import Drawn, MultiLora
+from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.checkpoint import Identity, Saver
-from raytune_ft.train.ended import checkpoint_path, write_ended, write_result
+from raytune_ft.strategy.exchange import Exchange
+from raytune_ft.tensors.write import Part
+from raytune_ft.train.checkpoint import Identity, Progress, Saver, load_state
 from raytune_ft.train.evaluation import Scores
-from raytune_ft.train.log import Log
 from raytune_ft.train.optim import learning_rate
-from raytune_ft.train.packed_holder import SlotHolder
-from raytune_ft.train.packed_open import OpenStep
-from raytune_ft.train.report import Reporter, Several
-from raytune_ft.train.reports import Reports
-from raytune_ft.train.result import run_result
+from raytune_ft.train.report import Reporter, Reports, Several
+from raytune_ft.train.result import run_result, write_ended, write_result
 from raytune_ft.train.run_state import (
     Goal,
     Schedule,
@@ -41,11 +43,101 @@ from raytune_ft.train.run_state import (
     exhausted,
     outcome,
 )
-from raytune_ft.train.setup import where_to_resume
+from raytune_ft.train.setup import order_of, where_to_resume
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.state import Progress, load_state
-from raytune_ft.train.stream import order_of
+from raytune_ft.train.trackers import Log
 from raytune_ft.train.watchdog import Heartbeat
+
+
+class OpenStep:
+    """The examples that no pass has had yet, longest first, and what the others came to.
+
+    `label_tokens` and `tokens` are those of the whole step, and `count` is what its losses are
+    divided by; `loss_sum` is this rank's.
+    """
+
+    def __init__(self, data: TokenizedSplit, indices: Indices, count: float) -> None:
+        self._data, self.count = data, count
+        lengths = data.lengths[indices]
+        self._waiting = indices[np.argsort(-lengths, kind="stable")]
+        self.waiting_lengths: list[int] = data.lengths[self._waiting].tolist()
+        self.label_tokens = int(data.label_counts[indices].sum())
+        self.tokens, self.loss_sum = int(lengths.sum()), 0.0
+
+    def take(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The examples at these positions of `waiting_lengths`, which wait no longer."""
+        taken = [self._waiting[list(row)].tolist() if row else [] for row in rows]
+        left = np.ones(len(self._waiting), bool)
+        left[[position for row in rows for position in row]] = False
+        self._waiting = self._waiting[left]
+        self.waiting_lengths = self._data.lengths[self._waiting].tolist()
+        return taken
+
+
+class SlotHolder:
+    """A `Holder` whose weights begin as they were drawn. `slot` changes when the run moves."""
+
+    def __init__(
+        self, stack: MultiLora, optimizer: PackedAdamW, drawn: Drawn, slot: int, line: Exchange
+    ) -> None:
+        self._stack, self._optimizer, self._rank = stack, optimizer, drawn.rank
+        self.slot, self._line = slot, line
+        self.names = list(drawn.weights)
+        self._places = {
+            name: (stack.places[layer], which)
+            for layer, names in drawn.layers.items()
+            for which, name in enumerate((names.a, names.b))
+        }
+        self._filling: list[tuple[Tensor, Tensor]] | None = None
+        optimizer.clear(slot)
+        for name, weight in drawn.weights.items():
+            self._view(optimizer.numbers_KN, name).copy_(weight)
+
+    @property
+    def device(self) -> torch.device:
+        """See `Holder.device`."""
+        return self._optimizer.numbers_KN.device
+
+    def start_from(self, step: int) -> None:
+        """See `Holder.start_from`."""
+        self._optimizer.steps_K[self.slot] = step
+        self._filling = []
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """Copies, as PEFT has them; what is filled into them between `start_from` and `loaded`
+        goes to the slot. Every rank has all of them, and the first saves them.
+        """
+        rows = {
+            "": self._optimizer.numbers_KN,
+            "exp_avg": self._optimizer.exp_avg_KN,
+            "exp_avg_sq": self._optimizer.exp_avg_sq_KN,
+        }
+        found = {}
+        for key, numbers_KN in rows.items():
+            view = self._view(numbers_KN, name)
+            values = view.clone(memory_format=torch.contiguous_format)
+            if self._filling is not None:
+                self._filling.append((view, values))
+            shape, writes = tuple(values.shape), self._line.rank == 0
+            found[key] = Part(shape, 0, values.view(-1), writes)
+        return found
+
+    def loaded(self) -> None:
+        """See `Holder.loaded`."""
+        for view, values in self._filling or ():
+            view.copy_(values)
+        self._filling = None
+
+    def exchange(self) -> Exchange:
+        """That of all slots, whose checkpoints are written one after another."""
+        return self._line
+
+    def _view(self, numbers_KN: Tensor, name: str) -> Tensor:
+        """`A_RI` or `B_OR` at the slot's own rank."""
+        place, which = self._places[name]
+        pair = place.pair(numbers_KN[self.slot : self.slot + 1])
+        values_RX = pair[which][0, : self._rank]
+        return values_RX.t() if which else values_RX
 
 
 class SlotRun:

@@ -9,10 +9,8 @@ from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.cost import StepCost, step_cost
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
-from raytune_ft.estimate.memory import Memory, MemoryModel
+from raytune_ft.estimate.memory import Memory, MemoryModel, Work, teaching_of, work_of
 from raytune_ft.estimate.parameters import Shell
-from raytune_ft.estimate.teacher import teaching_of
-from raytune_ft.estimate.work import Work, work_of
 
 POLICIES = ("none", "selective", "full")
 

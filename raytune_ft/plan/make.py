@@ -98,10 +98,9 @@ def make_plan(
     from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.model.load import load_tokenizer
     from raytune_ft.plan.layouts import Planner
-    from raytune_ft.train.objective import head_of
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.run_state import Schedule
-    from raytune_ft.train.stream import plain_order
+    from raytune_ft.train.setup import head_of, plain_order
 
     order = plain_order(expanded, data.train)
     budget = total_examples(config.train, len(order))

@@ -2,50 +2,207 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.manifest import flush_files
+from raytune_ft.checkpoints.layout import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
-from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.overlap import check_overlap
+from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.data.same import check_same
+from raytune_ft.data.report import check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
-from raytune_ft.evaluate.evaluate import Measured, measured_split, prepare_retention, split_named
-from raytune_ft.evaluate.generate import choose_backend
-from raytune_ft.merge.fold import FoldCheck, held_out
-from raytune_ft.model.load import load_tokenizer
-from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.promote.candidates import BASE_NAME, BEST, Entry, Pantry, entries
-from raytune_ft.promote.card import model_card
-from raytune_ft.promote.custom import check_functions
-from raytune_ft.promote.decide import Contender, Verdict, decide
-from raytune_ft.promote.lineage import Lineage, base_file_hashes, package_versions
-from raytune_ft.promote.measure import Measurer, same_scores
-from raytune_ft.promote.publish import (
-    ADAPTER,
-    CARD,
-    EVALUATION,
-    MODEL,
-    SCORES,
-    UNFINISHED,
-    locked,
-    looks_so_far,
-    publish,
-    save_tokenizer,
+from raytune_ft.evaluate.classifier import classification, constant_scores
+from raytune_ft.evaluate.evaluate import (
+    Job,
+    Measured,
+    is_chat,
+    measured_split,
+    prepare_retention,
+    run_job,
+    split_named,
 )
-from raytune_ft.promote.record import Evaluation, Sample, evaluation_of, score_lines
+from raytune_ft.evaluate.generate import choose_backend
+from raytune_ft.evaluate.metrics import check_functions
+from raytune_ft.files import fsync
+from raytune_ft.merge.fold import FoldCheck, held_out
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import base_file_hashes, load_tokenizer
+from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, entries
+from raytune_ft.promote.card import Lineage, model_card, package_versions
+from raytune_ft.promote.decide import (
+    Contender,
+    Evaluation,
+    Sample,
+    Verdict,
+    decide,
+    evaluation_of,
+    score_lines,
+)
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
-from raytune_ft.train.objective import head_of
+from raytune_ft.train.setup import head_of
+
+CONSTANT = "constant"
+"""What classifiers are compared with: always the answer that suits the training set best."""
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """One promotion's `base`, data and settings. `retained`, `samples`: see `Job`."""
+
+    base: ModelConfig
+    head: Head | None
+    config: Config
+    settings: PromoteConfig
+    data: PreparedData
+    retained: Path | None
+    samples: int
+
+    @property
+    def reference(self) -> str:
+        """What a promoted model is compared with: a base whose head says nothing is no model."""
+        return BASE_NAME if self.head is None else CONSTANT
+
+    def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
+        """Every candidate on validation, and on the general set; the reference is the first."""
+        jobs = [self._job(directory, "validation") for directory in directories]
+        measured = measure_all(jobs, self.config.parallel)
+        contenders = [
+            Contender(entry.name, entry.simplicity, one)
+            for entry, one in zip(found, measured, strict=True)
+        ]
+        if self.head is None:
+            return contenders
+        constant = self._constant("validation", self.head)
+        return [Contender(CONSTANT, BASE, constant, is_model=False), *contenders]
+
+    def held_out(self, split: str, promoted: Path | None) -> tuple[Measured, Measured]:
+        """The reference and the promoted model; None: the base was kept, and is both."""
+        directories = [Path(self.base.path)] if self.head is None else []
+        directories += [] if promoted is None else [promoted]
+        jobs = [self._job(directory, split, self.samples) for directory in directories]
+        measured = measure_all(jobs, self.config.parallel)
+        reference = measured[0] if self.head is None else self._constant(split, self.head)
+        return reference, measured[-1]
+
+    def score(self, directory: Path, figure: str) -> float:
+        """For merges that look before they add: on validation, and less is better."""
+        job = replace(self._job(directory, "validation"), retained=None)
+        found = run_job(job).scores[figure]
+        return found.value if found.mode == "min" else -found.value
+
+    def _constant(self, split: str, head: Head) -> Measured:
+        train = self.data.train
+        objective = classification(head, self.config.train.class_weights, train)
+        return Measured(constant_scores(train, split_named(self.data, split), objective))
+
+    def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
+        base = self.base
+        is_base = str(directory) == base.path
+        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
+        return Job(
+            base if is_base else own,
+            base,
+            self.settings,
+            self.data.path,
+            split,
+            self.retained,
+            samples,
+            is_chat(self.config.data),
+            self.head,
+            self.config.train.class_weights,
+        )
+
+
+def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
+    """In order; at the same time where this process is part of a Ray cluster."""
+    if len(jobs) > 1 and "ray" in sys.modules:  # else nobody has joined a cluster
+        from raytune_ft.ray_backend import evaluate as ray_evaluate
+
+        if ray_evaluate.joined():
+            return ray_evaluate.measure_all(jobs, parallel)
+    return [run_job(job) for job in jobs]
+
+
+def same_scores(a: Measured, b: Measured) -> bool:
+    """Whether every example has the very same loss, as if an adapter had not been applied."""
+    one, other = (each.scores["eval_loss"].columns[0] for each in (a, b))
+    return bool(np.array_equal(one, other))
+
+
+MODEL, EVALUATION, CARD, SCORES = "model", "evaluation.json", "README.md", "scores.jsonl"
+ADAPTER = "adapter"
+UNFINISHED = ".promoted.new"
+_LOCK = ".promoted.lock"
+
+
+def looks_so_far(directory: Path) -> int:
+    """How often the held-out split of this run or sweep has been measured."""
+    counts = [0]
+    for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
+        counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
+    return max(counts)
+
+
+def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None:
+    """Move `unfinished` to `target`, whose earlier content becomes `promoted-1`, and so on."""
+    fsync_folders(unfinished)
+    if target.exists():
+        number = 1
+        while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
+            number += 1
+        target.rename(kept)
+        tell(f"the earlier {PROMOTED} is kept as {kept.name}")
+    unfinished.rename(target)
+    fsync(target.parent)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+    """Tokenizer and chat template; and the end token that training used ends generation too."""
+    tokenizer.save_pretrained(str(model))
+    path = model / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    written = settings.get("eos_token_id")
+    known = written if isinstance(written, list) else [written] if written is not None else []
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
+        return
+    ends = [*known, tokenizer.eos_token_id]
+    settings["eos_token_id"] = ends if known else tokenizer.eos_token_id
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One promotion at a time; the kernel gives the lock up when its holder dies."""
+    lock = FileLock(directory / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageError(
+            str(directory), "is being promoted by another process", "wait for it to end"
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            str(directory), f"cannot be written ({error.strerror})", "make it writable"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 Tell = Callable[[str], None]
 

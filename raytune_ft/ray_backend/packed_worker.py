@@ -14,7 +14,7 @@ from raytune_ft.errors import InputError
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
 from raytune_ft.ray_backend.worker import host_of, use_reserved
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
-from raytune_ft.train.ended import write_ended
+from raytune_ft.train.result import write_ended
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import watched
 

@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
 from raytune_ft.errors import ConfigError
+from raytune_ft.search.results import trial_name
 from raytune_ft.search.sampler import JointSampler
 from raytune_ft.search.space import decode
 from raytune_ft.search.study import (
@@ -28,7 +29,6 @@ from raytune_ft.search.study import (
     tell_outcome,
     unfinished,
 )
-from raytune_ft.search.trial import trial_name
 
 Prepare = Callable[[str, dict[str, Any]], int]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +24,11 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
-from raytune_ft.data.mixture import pass_length
+from raytune_ft.data.order import pass_length
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Interrupted, RunFailed
-from raytune_ft.estimate.work import steps_in_a_pass
+from raytune_ft.estimate.memory import steps_in_a_pass
 from raytune_ft.model.load import load_model_config
 from raytune_ft.ray_backend.cluster import (
     connected,
@@ -33,24 +37,22 @@ from raytune_ft.ray_backend.cluster import (
     train_environment,
 )
 from raytune_ft.ray_backend.schedulers import Asha, Median, scheduler_for
-from raytune_ft.ray_backend.searcher import StudySearcher
+from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
+    Place,
     Shared,
     SweepTrial,
     driver_place,
+    engines,
+    groups,
     outcome_of,
     spec_of,
 )
 from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
-from raytune_ft.search.budget import Spending
-from raytune_ft.search.first import first_points
-from raytune_ft.search.progress import progress_for
-from raytune_ft.search.ray_budget import StopAtBudget
-from raytune_ft.search.ray_events import Reports, StopWith
-from raytune_ft.search.ray_places import Place, engines, groups
-from raytune_ft.search.ray_settings import settings_of_tune, tune_storage
-from raytune_ft.search.results import SweepResult, sweep_result
+from raytune_ft.search.initial_trials import first_points
+from raytune_ft.search.progress import Progress, progress_for
+from raytune_ft.search.results import Spending, SweepResult, apply_params, sweep_result, trial_name
 from raytune_ft.search.slots import arrange
 from raytune_ft.search.study import (
     open_study,
@@ -58,13 +60,166 @@ from raytune_ft.search.study import (
     pareto,
     reports,
     rows,
+    tell_failed,
     tell_outcome,
     unfinished,
 )
-from raytune_ft.search.trial import apply_params, trial_name
-from raytune_ft.train.ended import load_result, write_ended
 from raytune_ft.train.optim import total_examples
-from raytune_ft.train.signals import interruptible
+from raytune_ft.train.result import load_result, write_ended
+from raytune_ft.train.watchdog import interruptible
+
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the outcome of a failed trial has no metric
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
+    "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
+}
+
+
+@contextmanager
+def tune_storage() -> Iterator[str]:
+    """Tune's own notes, pickles among them: nothing is ever read from them again."""
+    path = tempfile.mkdtemp(prefix="raytune-ft-")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def settings_of_tune() -> Iterator[None]:
+    """Tune reads its settings from the environment."""
+    before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
+    os.environ.update(TUNE_SETTINGS)
+    level = logging.getLogger("ray.tune").level
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.getLogger("ray.tune").setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+class StopAtBudget(OfThisProcess, tune.Stopper, tune.Callback):
+    """Stops a running trial at its next report once the budget is used up; `remember` keeps what
+    was spent. That no new trial begins is the searcher's.
+    """
+
+    def __init__(self, spending: Spending, remember: Callable[[], None]) -> None:
+        self._spending, self._remember = spending, remember
+        self._names: dict[str, str] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether the trial that reports is to stop; one that ends by itself does that anyway."""
+        self._spending.trained(self._names[trial_id], int(result.get("examples", 0)))
+        self._remember()
+        return not result.get("done") and self._spending.over() is not None
+
+    def stop_all(self) -> bool:
+        """Never: trials end one by one, with what they have."""
+        return False
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._names[trial.trial_id] = trial.config["trial"]
+        self._spending.began(trial.config["trial"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._spending.ended(trial.config["trial"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._spending.ended(trial.config["trial"])
+
+
+class StopWith(OfThisProcess, tune.Stopper):
+    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps.
+
+    Tune kills whoever is still there 10 s after it heard of the end. So it hears of it only when no
+    trial holds a place any more, or when the grace for their checkpoints has passed.
+    """
+
+    def __init__(self, interrupted: threading.Event, place: Place, grace_s: float) -> None:
+        self._interrupted, self._place, self._grace_s = interrupted, place, grace_s
+        self._told_at: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped for what it reports."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked between events."""
+        if not self._interrupted.is_set():
+            return False
+        if self._told_at is None:
+            self._told_at = time.monotonic()
+            self._place.stop_everybody()
+        if time.monotonic() - self._told_at > self._grace_s:
+            return True
+        return not self._place.open_runs()
+
+
+class Reports(OfThisProcess, tune.Callback):
+    """From Tune to `progress`."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        study: optuna.Study,
+        search: SearchConfig,
+        after_trial: Callable[[], None],
+        place: Place,
+    ) -> None:
+        self._progress, self._study, self._search = progress, study, search
+        self._after_trial, self._place = after_trial, place
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._progress.started(trial.config["trial"], trial.config["params"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `Callback`."""
+        if "eval_loss" in result:
+            self._progress.reported(trial.config["trial"], result["examples"], result["eval_loss"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See `Callback`."""
+        self._finished(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The process that drives the trial died, or has a bug; the study hears of it here.
+
+        It ended nothing that it had started, and others wait for its place.
+        """
+        try:
+            self._place.give_up(trial.config["trial"])
+        except RunFailed as error:
+            self._progress.note(f"{trial.config['trial']}: {error}")
+        tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))
+        self._finished(trial)
+
+    def _finished(self, trial: Any) -> None:
+        name = trial.config["trial"]
+        every = rows(self._study, self._search)
+        row = next(row for row in every if row.id == name)
+        if row.status != "interrupted":
+            self._after_trial()
+            self._progress.finished(name, row.status, row.eval_loss, row.error)
+
+
+def _last_line(path: str | None) -> str:
+    """The end of what Tune wrote down of an error: its type and its message."""
+    text = Path(path).read_text(encoding="utf-8") if path else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the trial's driver failed: {lines[-1] if lines else 'no reason known'}"[:300]
+
 
 MAKESPAN, GPU_SECONDS = "makespan_s", "gpu_s"
 

@@ -2,25 +2,228 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import RaytuneFtError
+from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
+from raytune_ft.ray_backend.memory import cluster_worker_memory
+from raytune_ft.ray_backend.registry import (
+    Ended,
+    Job,
+    Note,
+    Report,
+    StopRequested,
+    start_switchboard,
+)
+from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
 from raytune_ft.records import RunResult, plain_of
 from raytune_ft.rundir import TRIALS
-from raytune_ft.search.ray_places import Place
-from raytune_ft.search.trial import apply_params
-from raytune_ft.train.ended import read_result, write_ended
-from raytune_ft.train.ray_job import Ended, Job, Report, StopRequested
+from raytune_ft.search.results import apply_params
+from raytune_ft.search.slots import Arrangement
+from raytune_ft.train.result import read_result, write_ended
 from raytune_ft.train.spec import RunSpec
+
+ENGINES = "engines"
+Tell = Callable[[str], None]
+
+
+class Place(Protocol):
+    """What a trial's process and the driver need to know of it; goes to every trial."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """The trial's run, not yet started."""
+
+    def is_stopping(self) -> bool:
+        """Was everybody told to stop?"""
+
+    def stop_everybody(self) -> None:
+        """Tell every trial to save and to leave."""
+
+    def open_runs(self) -> list[str]:
+        """What trials still hold."""
+
+    def give_up(self, trial: str) -> None:
+        """End what a trial has left behind, whose process died.
+
+        Raises:
+            RunFailed: not all of it is gone; it is on its way.
+        """
+
+
+@dataclass(frozen=True)
+class _Board:
+    """What an actor of the driver knows of the trials, whichever actor it is."""
+
+    board: Any
+
+    def is_stopping(self) -> bool:
+        """See `Place`."""
+        return bool(ray.get(self.board.is_stopping.remote()))
+
+    def stop_everybody(self) -> None:
+        """See `Place`."""
+        ray.get(self.board.stop_everybody.remote())
+
+    def open_runs(self) -> list[str]:
+        """See `Place`."""
+        return list(ray.get(self.board.open_runs.remote()))
+
+
+class Groups(_Board):
+    """A worker group for each trial; the board is a `Switchboard`."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        from raytune_ft.ray_backend.run_handle import TrainJob
+        from raytune_ft.ray_backend.worker import train_worker
+
+        return TrainJob(spec, self.board, train_worker)
+
+    def give_up(self, trial: str) -> None:
+        """See `Place`."""
+        from raytune_ft.ray_backend.worker_group import end_groups_of
+
+        end_groups_of(trial, self.board)
+
+    def close(self, note: Tell) -> None:
+        """The sweep is over; whatever is left of it on the cluster is ended."""
+        from raytune_ft.ray_backend.worker_group import end_group
+
+        with suppress(RayError):
+            for run in self.open_runs():
+                try:
+                    end_group(run, self.board)
+                except RunFailed as error:
+                    note(f"{run}: {error}")
+            ray.kill(self.board)
+
+
+class Slots(_Board):
+    """A slot of an engine for each trial; the board is a `SlotBoard`."""
+
+    def job(self, spec: RunSpec) -> Job:
+        """See `Place`."""
+        return SlotJob(spec, self.board)
+
+    def give_up(self, trial: str) -> None:
+        """See `Place`."""
+        ray.get(self.board.give_up.remote(trial))
+
+
+@contextmanager
+def groups(concurrent: int, tell: Tell) -> Iterator[Groups]:
+    """So many trials at a time; whatever is left of them at the end is ended."""
+    place = Groups(start_switchboard(concurrent))
+    try:
+        yield place
+    finally:
+        place.close(tell)
+
+
+@contextmanager
+def engines(
+    config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
+) -> Iterator[Slots]:
+    """Engines with their slots, until the sweep is over.
+
+    Each is a worker group as a run has one. It is started again like one when a worker is lost,
+    with its trials where their last checkpoints were.
+    """
+    board, switchboard = start_board(), start_switchboard(arrangement.engines)
+    config = config.model_copy(update={"method": arrangement.method})
+    running = [
+        _Engine(_engine_spec(config, sweep_dir, data_dir, number), board, switchboard, arrangement)
+        for number in range(arrangement.engines)
+    ]
+    try:
+        for engine in running:
+            engine.start(tell)
+        yield Slots(board)
+    finally:
+        with suppress(RayError):
+            ray.get(board.finish.remote())
+        for engine in running:
+            engine.stop()
+        Groups(switchboard).close(tell)
+        with suppress(RayError):
+            ray.kill(board)
+
+
+def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:
+    name = f"engine-{number}"
+    run_dir = sweep_dir / ENGINES / name  # for its hang.log
+    run_dir.mkdir(parents=True, exist_ok=True)
+    own = config.model_copy(update={"name": name, "storage": str(run_dir.parent), "search": None})
+    return RunSpec(own, run_dir, data_dir)
+
+
+def _memory(resources_per_worker: Mapping[str, float]) -> int | None:
+    """For the weights and activations of a worker; None where nobody knows."""
+    usable = cluster_worker_memory(resources_per_worker)
+    device = "cuda" if resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
+    return None if usable is None else usable - PROCESS[device]
+
+
+class _Engine:
+    """A worker group, and a thread of the driver that hears from it."""
+
+    def __init__(
+        self, spec: RunSpec, board: Any, switchboard: Any, arrangement: Arrangement
+    ) -> None:
+        from raytune_ft.ray_backend.packed_worker import engine_worker
+        from raytune_ft.ray_backend.run_handle import TrainJob
+
+        self._name, self._board = spec.run_dir.name, board
+        self._job = TrainJob(
+            spec,
+            switchboard,
+            engine_worker,
+            board=board,
+            slots=arrangement.slots,
+            rank=arrangement.method.rank,
+            measured=arrangement.measured and arrangement.slots > 1,
+            memory=_memory(spec.config.parallel.resources_per_worker),
+        )
+        self._thread: threading.Thread | None = None
+
+    def start(self, tell: Tell) -> None:
+        self._job.start()
+        self._thread = threading.Thread(target=self._listen, args=(tell,), daemon=True)
+        self._thread.start()
+
+    def _listen(self, tell: Tell) -> None:
+        error: RaytuneFtError | None = None
+        try:
+            while not isinstance(event := self._job.next(), Ended):
+                if isinstance(event, Note):
+                    tell(f"{self._name}: {event.text}")
+            error = event.error
+        except StopRequested:
+            pass
+        except (RayError, RaytuneFtError) as failure:
+            error = RunFailed(str(failure).splitlines()[0])
+        with suppress(RayError):
+            ray.get(self._board.engine_ended.remote(self._name, error))
+
+    def stop(self) -> None:
+        """It was told to finish, which it does after its pass; else its workers are ended."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout=stop_grace_s())
+        with suppress(RunFailed, RayError):
+            self._job.stop()
 
 
 def driver_place() -> PlacementGroupFactory:

@@ -23,9 +23,8 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RESULT
-from raytune_ft.train.host import Host
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.watchdog import Heartbeat, Standing
+from raytune_ft.train.watchdog import Heartbeat, Host, Standing
 
 LOOPBACK = "127.0.0.1"
 LAST_WORDS_S = 5.0

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.callback import (
@@ -22,13 +30,203 @@ from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
 )
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ScalingPolicy,
+)
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
+from raytune_ft.config.load import choose_strategy
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
+from raytune_ft.ray_backend.cluster import whole_groups
 from raytune_ft.ray_backend.registry import Group
-from raytune_ft.ray_backend.worker import heed_sigterm
+from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
+from raytune_ft.train.spec import RunSpec
+
+# A group that cannot start, because a node went away for good, is tried for ten minutes or so.
+START_FAILURES = 10
+GROW_AFTER_S = 60.0
+"""Between two looks whether an elastic run can have more workers."""
+ELASTIC_START_TIMEOUT_S = "20"
+"""An elastic run that waits longer for a worker goes on with one less; else Ray waits 60 s."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+
+class _LeanTrainer(DataParallelTrainer):
+    """Two processes less for each run, 1.5 s of a core each, and no torch beside the workers.
+
+    There are no Ray Data sets. And the cleaner, which looks its cluster up through the State API
+    and dies where a machine runs two of them, is what the switchboard replaces.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        every = super()._create_default_callbacks()
+        return [callback for callback in every if not isinstance(callback, idle)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return super()._initialize_and_run_controller(
+            **{
+                **arguments,
+                "scaling_policy": scaling_policy(self.scaling_config),
+                "failure_policy": StartsInARow(self.run_config.failure_config),
+            }
+        )
+
+
+Worker = Callable[[dict[str, Any]], str]
+
+
+def train_group(
+    spec: RunSpec, name: str, switchboard: Any, worker: Worker, more: dict[str, Any]
+) -> None:
+    """Train `spec` as Ray's run `name`, and return when its last worker group is gone.
+
+    Raises:
+        TrainingFailedError: groups failed more often than `parallel.max_failures`.
+    """
+    parallel = spec.config.parallel
+    size: int | tuple[int, int] = parallel.max_workers
+    if parallel.elastic:
+        size = parallel.min_workers, parallel.max_workers
+        os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
+    resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
+    gpu = resources.get("GPU", 0) > 0
+    # Ray's own notes on the run: nothing that anybody reads afterwards.
+    storage = tempfile.mkdtemp(prefix="raytune-ft-")
+    try:
+        _LeanTrainer(
+            worker,
+            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard, **more},
+            backend_config=_process_group(spec.config, gpu),
+            scaling_config=ScalingConfig(
+                num_workers=size,
+                use_gpu=gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=GROW_AFTER_S,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(
+                    max_failures=parallel.max_failures,
+                    controller_failure_limit=START_FAILURES,
+                ),
+                callbacks=[RunWatch(name, switchboard)],
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _process_group(config: Config, gpu: bool) -> BackendConfig:
+    """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
+    if choose_strategy(config)[0] == "single":
+        return BackendConfig()
+    # A hang is to be found, and told, before a collective gives up by itself.
+    timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))
+    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s)
+
+
+WAIT_S = 600.0
+"""For the least number of workers. Then the run ends: Ray tries no start again that was not begun.
+
+It is more than the 180 s for which Ray keeps the places of a driver that was killed."""
+LOOK_EVERY_S = 0.5
+VIEW_TIMEOUT_S = 5.0
+
+
+def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
+    """Fixed, or ours."""
+    return Elastic(config) if config.elasticity_enabled else FixedScalingPolicy(config)
+
+
+class Elastic(ElasticScalingPolicy):
+    """As many workers as can start now; one less after each start that timed out.
+
+    A group grows as it moves off a node that is drained: it is asked to save and to leave, which
+    loses nothing, and starts again.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig) -> None:
+        super().__init__(scaling_config)
+        self._asked: int | None = None
+        self._lacking_since: float | None = None
+        self._looked = 0.0
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """See `ScalingPolicy`.
+
+        Raises:
+            WorkerGroupStartupTimeoutError: too few for too long, which ends the run.
+        """
+        self._maybe_send_resource_request()
+        possible = self._possible()
+        if self._asked is not None:
+            possible = min(possible, max(self.scaling_config.min_workers, self._asked - 1))
+        if possible >= self.scaling_config.min_workers:
+            self._asked, self._lacking_since = possible, None
+            return self._get_resize_decision(possible)
+        now = time.monotonic()
+        self._asked = None
+        if self._lacking_since is None:
+            self._lacking_since = now
+        if now - self._lacking_since > WAIT_S:
+            raise WorkerGroupStartupTimeoutError(self.scaling_config.min_workers)
+        time.sleep(LOOK_EVERY_S)  # the controller asks again at once
+        return NoopDecision()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
+        """See `ScalingPolicy`; never a resize, which would kill the workers."""
+        self._maybe_send_resource_request()
+        self._asked, now = None, time.monotonic()
+        since = max(worker_group_state.start_time, self._looked)
+        if now - since < self.scaling_config.elastic_resize_monitor_interval_s:
+            return NoopDecision()
+        self._looked = now
+        size = worker_group_state.num_workers
+        more = self.scaling_config.max_workers > size and self._fitting(_nodes(free=True)) > 0
+        # While a node drains, a place that is free elsewhere is no more than the one that is lost.
+        if more and self._possible() > size:
+            for worker in worker_group_state.workers:
+                worker.actor.execute.remote(ask_to_stop)
+        return NoopDecision()
+
+    def _possible(self) -> int:
+        """By a fresh view of the cluster, less what is reserved for other runs of Ray Train."""
+        try:
+            reserved = ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(
+                    self._requester_id, recompute=True
+                ),
+                timeout=VIEW_TIMEOUT_S,
+            )
+        except RayError:
+            return 0  # asked again
+        staying = _nodes()
+        return self._fitting({node: its for node, its in reserved.items() if node in staying})
+
+    def _fitting(self, nodes: dict[str, dict[str, float]]) -> int:
+        need = self.scaling_config._resources_per_worker_not_none
+        return min(whole_groups(list(nodes.values()), need, 1), self.scaling_config.max_workers)
+
+
+def _nodes(free: bool = False) -> dict[str, dict[str, float]]:
+    """Resources of the nodes that are alive and stay, in all or what nobody has reserved."""
+    state = ray._private.state.state
+    leaving = state.get_draining_nodes()
+    totals = state.available_resources_per_node() if free else state.total_resources_per_node()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
+
 
 ABORT_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 30.0

@@ -17,10 +17,16 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from raytune_ft.config.branches import branches
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.search_space import allowed, conditions, grid, trial_count, uniform_point
+from raytune_ft.config.search_space import (
+    allowed,
+    branches,
+    conditions,
+    grid,
+    trial_count,
+    uniform_point,
+)
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.space import decode, distributions, encode
 from raytune_ft.search.study import own_trials

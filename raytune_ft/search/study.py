@@ -17,9 +17,8 @@ from raytune_ft.errors import StorageError
 from raytune_ft.records import TrialRecord, TrialStatus
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.initial_trials import FROM, earlier_trials
-from raytune_ft.search.space import decode
-from raytune_ft.search.storage import STUDY_FILE, open_storage
-from raytune_ft.search.trial import trial_name
+from raytune_ft.search.results import trial_name
+from raytune_ft.search.space import STUDY_FILE, decode, open_storage
 
 SEARCH, REPORTS = "search", "reports"
 FACTS = ("eval_loss", "examples", "wall_s")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.exchange import Exchange
-from raytune_ft.tensors.part import Part
+from raytune_ft.tensors.write import Part
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytune_ft.model.unused_parameters import unreached
-from raytune_ft.strategy.group import Grouped
-from raytune_ft.tensors.part import Part
+from raytune_ft.strategy.single import Grouped
+from raytune_ft.tensors.write import Part
 
 
 class Ddp(Grouped):

@@ -21,8 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.load import Precision
-from raytune_ft.strategy.group import Grouped
-from raytune_ft.tensors.part import Part
+from raytune_ft.strategy.single import Grouped
+from raytune_ft.tensors.write import Part
 
 
 class Fsdp(Grouped):

@@ -6,13 +6,14 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
-from raytune_ft.strategy.exchange import Alone, Exchange
-from raytune_ft.tensors.part import Part
+from raytune_ft.strategy.exchange import Alone, Exchange, Group
+from raytune_ft.tensors.write import Part
 
 
 def local_device() -> torch.device:
@@ -110,3 +111,27 @@ class Single:
     def exchange(self) -> Exchange:
         """See `Strategy.exchange`."""
         return Alone()
+
+
+class Grouped(Single):
+    """One rank of the default process group."""
+
+    def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
+        super().__init__(parallel, precision)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """See `Strategy.sum`."""
+        dist.all_reduce(values)
+        return values
+
+    def agree(self, value: T) -> T:
+        """See `Strategy.agree`."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def exchange(self) -> Exchange:
+        """See `Strategy.exchange`."""
+        return Group()

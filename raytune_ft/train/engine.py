@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.data.batch import MicroBatch, collate
-from raytune_ft.data.layout import MicroLayout, lay_out
+from raytune_ft.data.batch import MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
@@ -19,9 +18,33 @@ from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.loss import label_logits, label_positions
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
-from raytune_ft.model.noise import noisy_embeddings
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy import Strategy
+
+
+@contextmanager
+def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -> Iterator[None]:
+    """Inside, embeddings get uniform noise of at most alpha / sqrt(tokens x width).
+
+    The tokens are those of the example, not of its row, so that packing does not change how much
+    noise there is; which noise it is depends on the layout.
+    """
+    if alpha is None:
+        yield
+        return
+    lengths_E = torch.tensor([float(span.stop - span.start) for span in batch.spans])
+    size_BS = batch.by_token(alpha / lengths_E.sqrt()).to(batch.tokens_BS.device)
+
+    def add(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+        noise = torch.empty_like(embedded).uniform_(-1, 1) / embedded.shape[-1] ** 0.5
+        return embedded + noise * size_BS.unsqueeze(-1).to(embedded.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """`train.micro_tokens: auto`: enough to fill the device, and activations that stay small."""

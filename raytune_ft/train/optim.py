@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.model.methods.pace import Pace
+from raytune_ft.model.methods.freeze import Pace
 
 
 def build_optimizer(

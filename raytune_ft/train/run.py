@@ -14,27 +14,28 @@ from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype
-from raytune_ft.model.meta import build
+from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import paces
-from raytune_ft.model.outline import BaseFiles
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import STRATEGIES, Strategy
-from raytune_ft.train.checkpoint import Identity, Saver
-from raytune_ft.train.ended import ended_result, write_result
-from raytune_ft.train.host import Host, own_host
-from raytune_ft.train.log import Log
+from raytune_ft.train.checkpoint import Identity, Progress, Saver, load_state
 from raytune_ft.train.loop import train
-from raytune_ft.train.objective import build_objective, head_of
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter, Silent
-from raytune_ft.train.result import run_result
+from raytune_ft.train.result import ended_result, run_result, write_result
 from raytune_ft.train.run_state import Goal, Schedule
-from raytune_ft.train.setup import build_engine, check_vocabulary, where_to_resume
+from raytune_ft.train.setup import (
+    build_engine,
+    build_objective,
+    check_vocabulary,
+    head_of,
+    order_of,
+    where_to_resume,
+)
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.state import Progress, load_state
-from raytune_ft.train.stream import order_of
-from raytune_ft.train.watchdog import watched
+from raytune_ft.train.trackers import Log
+from raytune_ft.train.watchdog import Host, own_host, watched
 
 
 def run_training(

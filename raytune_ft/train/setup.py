@@ -5,31 +5,125 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from raytune_ft.checkpoints.store import CheckpointStore
-from raytune_ft.config.activations import virtual_positions
+from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
+from raytune_ft.config.methods import virtual_positions
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
 from raytune_ft.data.prepare import PreparedData
-from raytune_ft.errors import CheckpointError, ConfigError, ModelError
+from raytune_ft.data.report import DataReport
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
-from raytune_ft.model.heads import Place, reading
+from raytune_ft.model.heads import Head, Place, reading
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
-from raytune_ft.model.objectives import Objective, TokenObjective
+from raytune_ft.model.objectives import OBJECTIVES, Objective, TokenObjective
+from raytune_ft.model.objectives.classification import class_weights
+from raytune_ft.model.objectives.tokens import relative_rationale_weight
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.strategy import OptimizerOf, Strategy
+from raytune_ft.train.distill import check_size, teacher_of
 from raytune_ft.train.engine import Engine, choose_micro_tokens
-from raytune_ft.train.objective import head_of
+from raytune_ft.train.optim import total_examples
 from raytune_ft.train.run_state import Schedule
+
+
+def plain_order(config: Config, split: TokenizedSplit) -> Order:
+    """The mix over the training split, without a curriculum.
+
+    Raises:
+        ConfigError: a source has no place in it.
+    """
+    quotas = quotas_of(config.data, split)
+    return Order(config.seed, members_of(split, len(quotas)), quotas)
+
+
+def order_of(config: Config, data: PreparedData) -> Order:
+    """The stream of a run.
+
+    Raises:
+        ConfigError: see `plain_order`.
+        RunFailed: nobody has measured the losses that the curriculum goes by.
+    """
+    plain, settings = plain_order(config, data.train), config.data.curriculum
+    if settings is None:
+        return plain
+    total = total_examples(config.train, len(plain))
+    found = _curriculum(settings, plain.members, _difficulty(settings, data), total)
+    return Order(plain.seed, plain.members, plain.quotas, found)
+
+
+def _curriculum(
+    settings: CurriculumConfig, members: tuple[Indices, ...], difficulty: Numbers, total: int
+) -> Curriculum:
+    return Curriculum(
+        ranked(members, difficulty, settings.order == "hard_first"),
+        settings.schedule,
+        settings.start,
+        round(settings.until * total),
+    )
+
+
+def _difficulty(settings: CurriculumConfig, data: PreparedData) -> Numbers:
+    """`[n]` of the training split."""
+    if settings.by == "length":
+        return data.train.lengths.astype(np.float64)
+    if settings.by == "column":
+        return data.train.columns["difficulty"][:, 0].astype(np.float64)
+    if data.base_loss is None:
+        raise RunFailed(f"{data.path} holds no losses of the base, which the curriculum goes by")
+    return data.base_loss.astype(np.float64)
+
+
+def head_of(config: Config, report: DataReport) -> Head | None:
+    """The task head that the model is built with, None where it predicts tokens."""
+    if config.train.objective != "classification":
+        return None
+    assert report.problem is not None
+    return Head(report.problem, report.labels, config.seed)
+
+
+def head_before(config: Config) -> Head | None:
+    """Likewise before the data are read, with two labels where they are not written."""
+    if config.train.objective != "classification":
+        return None
+    return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
+
+
+def check_objective(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError where keys of the objective do not go with the data."""
+    if config.train.objective == "classification":
+        assert data.report.problem is not None
+        written, labels = config.train.class_weights, data.report.labels
+        class_weights(written, data.report.problem, labels, data.train)
+    elif config.train.objective == "rationale":
+        relative_rationale_weight(data.train, config.train.rationale_weight)
+    elif config.train.objective == "kd":
+        check_size(config, data)
+
+
+def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:
+    """What this run optimises.
+
+    Raises:
+        ConfigError: its keys do not go with the data.
+        ModelError: its teacher cannot be loaded, or is of another vocabulary.
+    """
+    teacher = partial(teacher_of, config, data, strategy)
+    return OBJECTIVES[config.train.objective](config.train, data, teacher)
 
 
 def check_vocabulary(model: nn.Module, data: PreparedData) -> None:

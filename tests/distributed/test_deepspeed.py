@@ -18,8 +18,8 @@ import torch
 
 from raytune_ft.model.load import build_model
 from raytune_ft.strategy.deepspeed import DeepSpeed
+from raytune_ft.train.checkpoint import load_state
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.state import load_state
 from tests.support.distributed import run_in_new_processes
 from tests.support.models import save_tiny_llama
 from tests.support.runs import (

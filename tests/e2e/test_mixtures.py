@@ -16,7 +16,7 @@ from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.model.load import resolve_model_path
-from raytune_ft.train.stream import order_of
+from raytune_ft.train.setup import order_of
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.load import load_config
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.model.load import resolve_model_path
-from raytune_ft.train.stream import order_of
+from raytune_ft.train.setup import order_of
 from tests.support.commands import command, run_process
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.ray_backend import run_handle as ray_train
+from raytune_ft.ray_backend import worker_group
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train import ray_trainer
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
 from tests.ray.conftest import Inputs, workers
@@ -90,7 +90,7 @@ def test_a_run_takes_on_workers_that_arrive(
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray_trainer, "GROW_AFTER_S", 1.0)
+    monkeypatch.setattr(worker_group, "GROW_AFTER_S", 1.0)
     while len(nodes.nodes) > 1:
         nodes.kill_one()
     nodes.have(1)

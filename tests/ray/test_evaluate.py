@@ -9,7 +9,7 @@ import pytest
 from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.evaluate.evaluate import Job, run_job
-from raytune_ft.promote.measure import measure_all
+from raytune_ft.promote.promote import measure_all
 from raytune_ft.ray_backend import evaluate as ray_evaluate
 from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama

@@ -17,8 +17,7 @@ from raytune_ft.config.methods import WHOLE_MODEL
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.load import load_tokenizer
-from raytune_ft.model.methods.quantise import keep_as_rounded
+from raytune_ft.model.load import keep_as_rounded, load_tokenizer
 from tests.support import activations
 from tests.support.runs import make_config
 

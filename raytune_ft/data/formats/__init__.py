@@ -28,8 +28,7 @@ from raytune_ft.data.formats.rationale import (
     encode_rationale,
     rationale_columns,
 )
-from raytune_ft.data.overlap import prompt_key
-from raytune_ft.data.report import DataReport
+from raytune_ft.data.report import DataReport, prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.split import TokenIds, TokenizedSplit
 

@@ -11,12 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from raytune_ft.model.methods.bottleneck import apply_adapter
-from raytune_ft.model.methods.freeze import apply_freeze, freeze_paces
-from raytune_ft.model.methods.full import apply_full
+from raytune_ft.model.methods.freeze import Pace, apply_freeze, apply_full, freeze_paces
 from raytune_ft.model.methods.hooks import Read, attached
 from raytune_ft.model.methods.lora import apply_lora, leave_casts_to_autocast, lora_paces
 from raytune_ft.model.methods.loreft import apply_loreft
-from raytune_ft.model.methods.pace import Pace
 from raytune_ft.model.methods.peft import apply_ia3, apply_oft, apply_vera
 from raytune_ft.model.methods.pissa import PlainLora
 from raytune_ft.model.methods.prefix import apply_prefix

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raytune_ft.config.activations import AdapterMethod
+from raytune_ft.config.methods import AdapterMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.hooks import (
     Attached,

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from raytune_ft.config.methods import FreezeMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.methods.pace import Pace
+
+
+def apply_full(base: nn.Module, method: Any) -> nn.Module:
+    """Every weight moves."""
+    base.requires_grad_(True)
+    return base
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Its rate is `lr_ratio` times the run's; it rests until the run has seen `from_examples`."""
+
+    lr_ratio: float = 1.0
+    from_examples: int = 0
 
 
 def apply_freeze(base: nn.Module, method: FreezeMethod) -> nn.Module:

@@ -13,8 +13,8 @@ from torch import nn
 
 from raytune_ft.config.methods import LoraMethod, QloraMethod
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods.adapt import adapt, task_of
-from raytune_ft.model.methods.pace import Pace
+from raytune_ft.model.methods.freeze import Pace
+from raytune_ft.model.methods.peft import adapt, task_of
 from raytune_ft.model.methods.pissa import begin_with_the_weights
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raytune_ft.config.activations import LoreftMethod, Positions
+from raytune_ft.config.methods import LoreftMethod, Positions
 from raytune_ft.data.batch import NO_TARGET, MicroBatch
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.hooks import (

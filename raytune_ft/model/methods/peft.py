@@ -2,11 +2,82 @@
 
 from __future__ import annotations
 
-from peft import IA3Config, OFTConfig, VeraConfig
+import difflib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from peft import IA3Config, OFTConfig, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from raytune_ft.config.methods import Ia3Method, OftMethod, VeraMethod
-from raytune_ft.model.methods.adapt import adapt, check_names, task_of
+from raytune_ft.errors import ModelError
+from raytune_ft.model.heads import head_modules
+
+
+def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
+    """Freeze the base and add the adapters of a PEFT configuration; `targets` as it was written.
+
+    Raises:
+        ModelError: a target names no layer of the model, or none that can be adapted.
+    """
+    if isinstance(targets, list):
+        check_names("method.targets", targets, base)
+    with warnings.catch_warnings():
+        # PEFT still uses a name that transformers has deprecated, and says what it does for
+        # transposed layers (GPT-2) and fused experts (Mixtral), which is right.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
+        try:
+            model: nn.Module = get_peft_model(base, config)
+        except (ValueError, TypeError) as error:
+            raise ModelError(
+                f"method.targets={targets}",
+                f"cannot be adapted ({str(error).strip().splitlines()[0]})",
+                f"write all-linear, or names of linear layers such as {_some(_layers(base))}",
+            ) from error
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, child in module.named_children():
+                if name.endswith("_dropout"):
+                    child.train()  # the one source of noise, and 0 unless written
+    return model
+
+
+def task_of(base: nn.Module) -> dict[str, Any]:
+    """What PEFT is told of the base: that it predicts tokens, or has a head to train and save."""
+    heads = head_modules(base)
+    return {"task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "modules_to_save": heads or None}
+
+
+def check_names(key: str, targets: Sequence[str], base: nn.Module) -> None:
+    """Raises ModelError where one of them ends no name of a layer."""
+    names = _layers(base)
+    endings = {name.rsplit(".", 1)[-1]: None for name in names}
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            near = difflib.get_close_matches(target, endings, n=3) or list(endings)
+            raise ModelError(
+                f"{key}={target}",
+                f"names no layer of this {type(base).__name__}",
+                f"write all-linear, or names such as {', '.join(near)}",
+            )
+
+
+def _layers(base: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))[:4])
 
 
 def apply_ia3(base: nn.Module, method: Ia3Method) -> nn.Module:

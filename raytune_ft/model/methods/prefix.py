@@ -19,7 +19,7 @@ from peft import PrefixEncoder, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from raytune_ft.config.activations import PrefixMethod
+from raytune_ft.config.methods import PrefixMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 from raytune_ft.model.methods.virtual import ENCODER, KEY, computed, peft_contents

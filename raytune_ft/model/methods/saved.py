@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from raytune_ft.config.activations import (
+from raytune_ft.config.methods import (
     AdapterMethod,
     LoreftMethod,
     Positions,

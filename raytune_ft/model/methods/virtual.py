@@ -19,7 +19,7 @@ from peft import PromptEmbedding, PromptEncoder, PromptEncoderConfig, PromptTuni
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from raytune_ft.config.activations import PromptMethod, PTuningMethod
+from raytune_ft.config.methods import PromptMethod, PTuningMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 

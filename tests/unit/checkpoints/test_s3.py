@@ -14,8 +14,7 @@ import pytest
 
 from raytune_ft.checkpoints.manage import listed, verified
 from raytune_ft.checkpoints.mirror import Mirror, mirrored
-from raytune_ft.checkpoints.remote import RemoteCheckpoints
-from raytune_ft.checkpoints.s3 import Bucket, Timing
+from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
 from tests.support.s3 import Proxy, s3_server

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.config.expression import parse_condition
 from raytune_ft.config.load import apply_overrides, load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
-from raytune_ft.config.search_space import trial_count
+from raytune_ft.config.search_space import parse_condition, trial_count
 from raytune_ft.errors import ConfigError
 from raytune_ft.records import EvalMetrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raytune_ft.data.layout import lay_out
+from raytune_ft.data.batch import lay_out
 
 
 def _lengths(seed: int, count: int) -> list[int]:

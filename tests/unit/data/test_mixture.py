@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
-from raytune_ft.data.mixture import apportioned, pass_length, quotas_of
+from raytune_ft.data.order import apportioned, pass_length, quotas_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError

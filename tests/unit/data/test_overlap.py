@@ -10,8 +10,8 @@ import pytest
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.data.overlap import check_overlap, prompt_key
 from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.report import check_overlap, prompt_key
 from raytune_ft.data.rows import Row
 from raytune_ft.errors import DataError
 from raytune_ft.model.load import load_tokenizer

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data.formats import Encoder
-from raytune_ft.data.mixture import draw_validation
+from raytune_ft.data.order import draw_validation
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.report import DataReport
 from raytune_ft.errors import DataError, RunFailed, StorageError

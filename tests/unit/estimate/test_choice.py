@@ -13,11 +13,9 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate import hardware
-from raytune_ft.estimate.choice import shortage
 from raytune_ft.estimate.hardware import GIB, PROCESS, USABLE, Hardware, named
-from raytune_ft.estimate.memory import MemoryModel, held_by
+from raytune_ft.estimate.memory import MemoryModel, held_by, shortage, teaching_of
 from raytune_ft.estimate.parameters import build_shell
-from raytune_ft.estimate.teacher import teaching_of
 from raytune_ft.model.load import build_frozen
 from raytune_ft.ray_backend.memory import least_memory, packed
 from raytune_ft.train.distill import teacher_model
@@ -84,7 +82,7 @@ def test_a_copy_fits_where_the_table_says_so(
 def test_replicas_are_sharded_however_much_fits(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytune_ft.estimate.choice.shortage", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("raytune_ft.estimate.memory.shortage", lambda *_: pytest.fail("asked"))
     copies = apply_overrides(config, {"parallel.replicas": 2})
     with placed(copies, usable=2**50) as (chosen, reason):
         assert chosen.parallel.strategy == "fsdp"

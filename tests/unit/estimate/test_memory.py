@@ -8,9 +8,8 @@ from torch import nn
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.estimate.activations import Plane, Traced
-from raytune_ft.estimate.memory import Memory, MemoryModel, held_by
+from raytune_ft.estimate.memory import Memory, MemoryModel, Work, held_by
 from raytune_ft.estimate.parameters import Shell, Weight
-from raytune_ft.estimate.work import Work
 
 
 def shell(trained: bool = True, precision: str = "float32") -> Shell:

@@ -8,7 +8,7 @@ import numpy as np
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.estimate.work import work_at_most, work_of
+from raytune_ft.estimate.memory import work_at_most, work_of
 from tests.support.runs import make_config
 
 LENGTHS = (2, 30, 3, 4, 2, 33, 5, 2)

@@ -39,7 +39,7 @@ from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.promote import Promotion, promote
 from raytune_ft.report.write import write_report
 from tests.support.models import save_tiny_encoder, save_tiny_llama
-from tests.unit.promote.conftest import Train, train_as
+from tests.support.trained import Train, train_as
 
 TEXTS = ["a bad cad", "dad", "fed a bee, he did", "gag"]
 

@@ -16,7 +16,7 @@ from raytune_ft.evaluate.context import Subject, prompt_of
 from raytune_ft.evaluate.evaluate import evaluate_directory, measure
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
-from tests.unit.promote.conftest import TEST, config_of
+from tests.support.trained import TEST, config_of
 
 
 def random_split(count: int, seed: int) -> TokenizedSplit:

@@ -12,8 +12,7 @@ from scipy.stats import bootstrap
 from raytune_ft.errors import ConfigError
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import Scores, difference
-from raytune_ft.promote.decide import Contender, better, decide
-from raytune_ft.promote.record import evaluation_of
+from raytune_ft.promote.decide import Contender, better, decide, evaluation_of
 from raytune_ft.records import to_json
 
 

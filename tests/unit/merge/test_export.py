@@ -19,7 +19,7 @@ from raytune_ft.cli import run_command
 from raytune_ft.errors import ModelError
 from raytune_ft.merge.export import export
 from tests.support.models import save_tiny_llama
-from tests.unit.promote.test_fold_variants import adapt, loaded, merged_by_peft
+from tests.unit.merge.test_fold_variants import adapt, loaded, merged_by_peft
 
 # Stands for llama.cpp's, which brings libraries of its own: takes its arguments, reads the config.
 CONVERTER = """

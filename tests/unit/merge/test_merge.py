@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError, ConfigError, MergeError, ModelError
 from raytune_ft.merge import members as walk
+from raytune_ft.merge import streaming_forward as weights_module
 from raytune_ft.merge.merge import MERGE_NAMES, merge
 from raytune_ft.merge.methods import MergeSettings, merge_tensors
-from raytune_ft.promote import weights as weights_module
 from tests.support.models import save_tiny, save_tiny_llama
-from tests.unit.promote.test_fold_variants import TOKENS, adapt, adapt_by, loaded, merged_by_peft
+from tests.unit.merge.test_fold_variants import TOKENS, adapt, adapt_by, loaded, merged_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

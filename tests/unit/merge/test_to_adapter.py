@@ -13,7 +13,7 @@ from raytune_ft.errors import ModelError, StorageError
 from raytune_ft.merge.methods import MergeSettings, merge_tensors
 from raytune_ft.merge.to_adapter import refactor
 from tests.support.models import save_tiny, save_tiny_llama
-from tests.unit.promote.test_fold_variants import adapt, loaded, merged_by_peft
+from tests.unit.merge.test_fold_variants import adapt, loaded, merged_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 KINDS: list[dict[str, Any]] = [

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.config.sizes import parse_size
+from raytune_ft.config.section import parse_size
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.merge import write_model
 from raytune_ft.merge.fold import fold
 from raytune_ft.merge.write_model import JOURNAL
 from tests.support.models import save_tiny_llama
-from tests.unit.promote.test_fold_variants import LINEAR, TOKENS, adapt
+from tests.unit.merge.test_fold_variants import LINEAR, TOKENS, adapt
 
 # Counts the writes of the process and dies before number `kill_at`.
 CHILD = """

@@ -17,7 +17,7 @@ from raytune_ft.model import meta as skeleton
 from raytune_ft.model.file_weights import NotInParts
 from raytune_ft.model.load import build_model, disk_dtype
 from raytune_ft.model.meta import Built, build
-from raytune_ft.tensors.part import Part
+from raytune_ft.tensors.write import Part
 from tests.support.models import save_tiny_llama
 
 FULL = FullMethod(name="full")

@@ -27,9 +27,8 @@ from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.merge.fold import fold
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import build_model, count_parameters
+from raytune_ft.model.load import build_model, check_backend, count_parameters
 from raytune_ft.model.methods import paces, trained_parameters, without_method
-from raytune_ft.model.methods.quantise import check_backend
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
 from tests.support.methods import ABSENT, SMALL, small_config
@@ -318,7 +317,7 @@ def test_what_adapters_refuse(base: Path, method: Any, message: str) -> None:
 
 
 def test_without_bitsandbytes_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytune_ft.model.methods.quantise.find_spec", lambda name: None)
+    monkeypatch.setattr("raytune_ft.model.load.find_spec", lambda name: None)
     with pytest.raises(
         ModelError, match=r"not installed here; pip install 'raytune-ft\[quantize\]'"
     ):

@@ -23,10 +23,9 @@ from raytune_ft.model.meta import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
-from raytune_ft.train.objective import build_objective, head_of
+from raytune_ft.train.loop import accumulate_gradients
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.setup import build_engine
-from raytune_ft.train.step import accumulate_gradients
+from raytune_ft.train.setup import build_engine, build_objective, head_of
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import run
 

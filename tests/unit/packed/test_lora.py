@@ -13,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.model.drawn import draw_adapter
 from raytune_ft.model.load import Precision, build_model, load_base
 from raytune_ft.model.meta import shapes_of
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.packed.lora import MultiLora, Window
+from raytune_ft.packed.lora import MultiLora, Window, draw_adapter
 from tests.support.models import save_tiny
 
 RANKS, SCALES, LARGEST, INPUTS, OUTPUTS = (3, 1, 4), (2.0, 0.5, 1.0), 5, 6, 7

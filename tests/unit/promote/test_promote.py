@@ -21,11 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, DataError, MergeError, StorageError
-from raytune_ft.promote import candidates, measure
+from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
-from raytune_ft.promote.promote import promote
-from raytune_ft.promote.publish import locked
-from tests.unit.promote.conftest import TEST, Train, write_rows
+from raytune_ft.promote.promote import locked, promote
+from tests.support.trained import TEST, Train, write_rows
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -275,7 +274,7 @@ def test_a_refused_fold_measures_nothing_and_leaves_nothing(
 
     before = names(run_dir)
     monkeypatch.setattr(candidates, "fold", refuse)
-    monkeypatch.setattr(measure, "measure_all", measured)
+    monkeypatch.setattr(promote_module, "measure_all", measured)
     with pytest.raises(MergeError):
         promote(run_dir)
     assert names(run_dir) - before <= {".promoted.lock"}

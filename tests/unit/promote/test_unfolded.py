@@ -20,7 +20,7 @@ from raytune_ft.evaluate.generate import with_transformers
 from raytune_ft.merge.export import export
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
-from tests.unit.promote.conftest import Train, config_of
+from tests.support.trained import Train, config_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "interventions.md"
 LR = "train.lr=3e-2"

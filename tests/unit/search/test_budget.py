@@ -11,8 +11,8 @@ from ray.tune.search import Searcher
 
 from raytune_ft.config.search import BudgetConfig, SearchConfig
 from raytune_ft.ray_backend.searcher import StudySearcher
-from raytune_ft.search.budget import Spending
-from raytune_ft.search.ray_budget import StopAtBudget
+from raytune_ft.ray_backend.sweep import StopAtBudget
+from raytune_ft.search.results import Spending
 from raytune_ft.search.study import open_study
 
 

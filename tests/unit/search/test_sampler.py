@@ -14,7 +14,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import grid
 from raytune_ft.errors import ConfigError
-from raytune_ft.search.first import first_points, published_lr
+from raytune_ft.search.initial_trials import first_points, published_lr
 from raytune_ft.search.sampler import JointSampler
 from raytune_ft.search.space import decode
 

@@ -9,8 +9,8 @@ import pytest
 
 from raytune_ft.config.search import Distribution
 from raytune_ft.errors import ConfigError
+from raytune_ft.search.results import apply_params, trial_name
 from raytune_ft.search.space import decode, distributions
-from raytune_ft.search.trial import apply_params, trial_name
 from tests.support.runs import make_config
 
 SPACE = {

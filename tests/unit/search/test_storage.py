@@ -13,7 +13,7 @@ import pytest
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.ray_backend.searcher import StudySearcher
-from raytune_ft.search.storage import CONNECT_TIMEOUT_S, open_storage
+from raytune_ft.search.space import CONNECT_TIMEOUT_S, open_storage
 from raytune_ft.search.study import open_study, rows
 from tests.support.postgres import PASSWORD, free_port, server
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.mixture import draw_validation
-from raytune_ft.data.order import Order
+from raytune_ft.data.order import Order, draw_validation
 from tests.support.runs import evaluations, losses, make_config, make_inputs, run
 
 STEPS, BATCH = 20, 7

@@ -122,7 +122,7 @@ import sys, time
 from types import SimpleNamespace
 from raytune_ft.train import watchdog as heartbeat
 from raytune_ft.train.watchdog import watched
-from raytune_ft.train.host import own_host
+from raytune_ft.train.watchdog import own_host
 heartbeat.NATIVE_GRACE_S = 0.5
 
 with own_host(None) as host, watched(host.heart, 0, 1.5, sys.exit):
