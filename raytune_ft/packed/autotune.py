@@ -1,4 +1,4 @@
-"""How many slots an engine gets: what its memory holds, and as few as make its tokens cheap."""
+"""The number of slots of an engine: at most what memory holds, as few as keep tokens cheap."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from raytune_ft.packed.lora import MultiLora
 
 NEAR = 1.05
-"""Of the least time a token: what a search gains by fewer trials at a time is worth the rest."""
+"""A token may take this times the least: fewer trials at a time help the search more than that."""
 TRIES, TRY_S = 3, 1.0
-"""Passes of each number of slots, none of which begins later: passes that take so long are large
-enough."""
+"""Passes measured for each number of slots, and when to stop: if passes take this long, they are
+large enough."""
 COPIES = {"cpu": 8, "cuda": 6}
-"""Of the numbers of an adapter, each as large as a master weight: weights, gradients, two moments
-and those that an evaluation takes; on a CPU the snapshot that a checkpoint is written from, on a
-GPU those that are computed with."""
+"""Memory of one adapter, as a multiple of its master weights: weights, gradients, two moments, the
+copies that an evaluation takes, and on a CPU the snapshot of a checkpoint, on a GPU the copy in
+the precision of the computation."""
 SHARE = 0.5
-"""Of the memory beside the base, for adapters. Activations have the rest, and do not grow with
-the number of slots: `train.micro_tokens` bounds them."""
+"""The adapters' share of the memory beside the base. Activations have the rest; they do not grow
+with the number of slots, because `train.micro_tokens` bounds them."""
 
 
 def slots_in(memory: int, stack: MultiLora, dtype: torch.dtype, device: torch.device) -> int:
-    """How many adapters fit into `memory` bytes beside what this rank holds of the base; at least
-    one. `dtype` is that of master weights.
+    """The number of adapters that fit into `memory` bytes beside this rank's part of the base, at
+    least one. `dtype` is that of the master weights.
     """
     parts = [getattr(each, "_local_tensor", each) for each in stack.model.parameters()]
     base = sum(part.numel() * part.itemsize for part in parts)
@@ -37,9 +37,9 @@ def slots_in(memory: int, stack: MultiLora, dtype: torch.dtype, device: torch.de
 
 
 def worth_trying(most: int, step_tokens: int, pass_tokens: int) -> list[int]:
-    """Numbers of slots up to `most` whose steps, together, fill no more than a pass.
+    """The numbers of slots to measure: powers of two up to `most` whose steps fit a pass.
 
-    More of them make no pass larger.
+    With more slots a pass does not become larger.
     """
     counts = [2**power for power in range(most.bit_length())]
     if counts[-1] != most:
@@ -50,14 +50,14 @@ def worth_trying(most: int, step_tokens: int, pass_tokens: int) -> list[int]:
 def seconds_a_token(
     one_pass: Callable[[int], int], counts: Sequence[int], agree: Callable[[Any], Any]
 ) -> dict[int, float]:
-    """By the number of slots, from passes that are run here: `one_pass` returns their tokens.
+    """Seconds a token for each number of slots. `one_pass` runs a pass and returns its tokens.
 
-    Ranks go by the clock of the first.
+    Ranks use the clock of rank 0.
     """
     begun = time.perf_counter()
-    one_pass(1)  # the first one of all takes longer
+    one_pass(1)  # warm-up: the first pass takes longer
     found: dict[int, float] = {}
-    for _, count in product(range(TRIES), counts):  # so that a busy moment meets all of them
+    for _, count in product(range(TRIES), counts):  # interleaved: a busy moment slows all counts
         at = time.perf_counter()
         if found and not agree(at - begun < TRY_S):
             break
@@ -67,12 +67,12 @@ def seconds_a_token(
 
 
 def fewest_near_best(seconds: Mapping[int, float]) -> int:
-    """The fewest slots with which a token takes about as little time as with any number."""
+    """The fewest slots whose time a token is within `NEAR` of the least."""
     best = min(seconds.values())
     return min(count for count, each in seconds.items() if each <= NEAR * best)
 
 
-def told(seconds: Mapping[int, float]) -> str:
-    """For people: `a token takes 93 us with 1, 54 us with 2`."""
+def describe(seconds: Mapping[int, float]) -> str:
+    """A progress line: `a token takes 93 us with 1, 54 us with 2`."""
     shown = [f"{each * 1e6:.3g} us with {count}" for count, each in seconds.items()]
     return "a token takes " + ", ".join(shown)

@@ -1,7 +1,13 @@
 """Many LoRA runs at once against one frozen base, in one process or on several ranks.
 
-Each of them is the run that it would be alone, with its own seed, schedule, batch and end; only
-the passes through the model are shared. When one ends, the next enters its slot.
+Each run is what it would be alone: the same `RunState` decides its order, schedule, end and
+checkpoints. What differs from `train.loop`:
+
+1. A step is spread over passes: a pass takes examples of several slots' open steps in one forward.
+2. The adapters of all slots are stacked tensors (`lora`), with one AdamW over their rows (`optim`).
+3. One pass makes several evaluations due, which one pass over the validation set answers.
+4. A run enters a free slot and leaves it at its end, or when it fails; the others go on.
+5. The base's own scores are computed once, for all runs.
 """
 
 from __future__ import annotations
@@ -24,42 +30,49 @@ from raytune_ft.data.batch import MicroBatch, Row
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
+from raytune_ft.model.export import Exporter
 from raytune_ft.model.loss import label_positions
 from raytune_ft.model.meta import build_base, shapes_of
 from raytune_ft.packed.autotune import (
+    describe,
     fewest_near_best,
     seconds_a_token,
     slots_in,
-    told,
     worth_trying,
 )
 from raytune_ft.packed.layout import PackedPass, plan_pass
-from raytune_ft.packed.lora import Drawn, MultiLora, Window, draw_adapter
+from raytune_ft.packed.lora import ActiveAdapters, AdapterInit, MultiLora, init_adapter
 from raytune_ft.packed.optim import PackedAdamW, Step
-from raytune_ft.packed.slot import OpenStep, SlotHolder, SlotRun
+from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
 from raytune_ft.train.report import Reporter
-from raytune_ft.train.result import write_ended
-from raytune_ft.train.setup import build_engine, build_objective, check_vocabulary, plain_order
+from raytune_ft.train.result import end_run, failed_result
+from raytune_ft.train.setup import (
+    build_engine,
+    build_objective,
+    check_vocabulary,
+    open_run,
+    plain_order,
+)
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Beat, Heartbeat
 
 
-def _of_nothing(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The base is frozen, and the slots have an optimizer of their own."""
+def _no_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The strategy's optimizer has nothing to do: the base is frozen, `optim` moves the slots."""
     return torch.optim.SGD([{"params": list(parameters)}])
 
 
 class Passes:
-    """The model, laid out over ranks, and the numbers of all slots, which every rank has whole.
+    """Passes through the base, laid out over ranks, with the adapters that every rank has whole.
 
-    The rows of a pass are shared out over ranks. All of them make the same calls.
+    The rows of a pass are split over ranks. All ranks make the same calls.
 
     Raises:
         ModelError: see `build_engine`.
-        ConfigError: likewise.
+        ConfigError: see `build_engine`.
     """
 
     def __init__(
@@ -79,25 +92,25 @@ class Passes:
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        self.engine = build_engine(built, config, strategy, _of_nothing, objective)
+        self.engine = build_engine(built, config, strategy, _no_optimizer, objective)
         self._dtype = getattr(torch, config.train.precision)
-        # Selective checkpointing keeps results of products, which must then stay as they are.
+        # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
         self.stack = MultiLora(base, largest_rank, in_place)
 
     def settle(self, memory: int | None, measured: bool) -> str:
-        """Before the first run: keep as many slots as `memory` bytes hold, None where nobody knows,
-        and if `measured` as few as make tokens cheap. Says what for, to people.
+        """Choose the number of slots, before the first run; returns the choice and its reason.
 
-        The engine's own config is taken for that of the runs to come.
+        At most as many as `memory` bytes hold (None: unknown, no limit). If `measured`, the fewest
+        with which a token costs about the least time. The engine's config stands for the runs'.
         """
         config, strategy, optimizer = self._config, self.engine.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
         try:
-            drawn = draw_adapter(self.shapes, config.method, config.train.precision, config.seed)
-        except InputError as error:  # which is that of the trials that have it
-            return f"{self.slots} slots (not tried: {error})"
-        self.stack.adapt(list(drawn.layers))
+            adapter = init_adapter(self.shapes, config.method, config.train.precision, config.seed)
+        except InputError as error:  # trials with this method will fail with it
+            return f"{self.slots} slots (not measured: {error})"
+        self.stack.adapt(list(adapter.layers))
         why = "as written"
         if memory is not None:
             room = self._fit_everywhere(
@@ -111,31 +124,31 @@ class Passes:
             step_tokens = round(self._data.train.lengths.mean() * config.train.batch_size)
             pass_tokens = self.engine.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
-            seconds = seconds_a_token(partial(self._try, drawn), counts, strategy.agree)
-            self.slots, why = fewest_near_best(seconds), told(seconds)
+            seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.agree)
+            self.slots, why = fewest_near_best(seconds), describe(seconds)
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
 
     def _fit_everywhere(self, here: int) -> int:
-        """Slots on the rank with the least room: shards are uneven, and so are hosts."""
+        """The number of slots that fits on every rank; shards and hosts differ in size."""
         strategy = self.engine.strategy
         fit_K = [float(count <= here) for count in range(1, self.slots + 1)]
         ranks_K = strategy.sum(torch.tensor(fit_K, device=strategy.device))
         return max(1, int((ranks_K == strategy.world_size).sum()))
 
-    def _try(self, drawn: Drawn, count: int) -> int:
-        """A pass with so many slots and what follows it; how many tokens that were."""
+    def _try(self, adapter: AdapterInit, count: int) -> int:
+        """Run a pass with `count` slots and its optimizer step; the number of its tokens."""
         settings, data, optimizer = self._config.train, self._data.train, self.optimizer
         batch, order = settings.batch_size, plain_order(self._config, data)
         steps = [self.open(order.indices(number * batch, batch)) for number in range(count)]
         plan = self.plan(steps, 0)
         steps = steps[: len(plan.rows)]
-        self.accumulate(plan, steps, self.window(0, [drawn] * len(steps)))
+        self.accumulate(plan, steps, self.active_adapters(0, [adapter] * len(steps)))
         optimizer.step([Step(slot, 0.0, settings) for slot in range(len(steps))])
         return sum(step.tokens - sum(step.waiting_lengths) for step in steps)
 
     def open(self, indices: Indices) -> OpenStep:
-        """A step over these training examples, none of which has been seen yet."""
+        """Open an optimizer step over these training examples."""
         data = self._data.train
         return OpenStep(data, indices, self.engine.objective.count(data, indices) or 1)
 
@@ -146,8 +159,10 @@ class Passes:
         ranks = engine.strategy.world_size
         return plan_pass(waiting, first, engine.micro_tokens, engine.packing, ranks)
 
-    def accumulate(self, plan: PackedPass, steps: Sequence[OpenStep], window: Window) -> None:
-        """Run a pass; gradients and losses are added where they belong."""
+    def accumulate(
+        self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters
+    ) -> None:
+        """Run a pass: add each slot's gradient and loss to that slot."""
         engine = self.engine
         rank, ranks = engine.strategy.rank, engine.strategy.world_size
         examples: list[int] = []
@@ -158,36 +173,36 @@ class Passes:
                 examples += row
         batch = engine.collate(self._data.train, np.array(examples), tuple(layout))
         counts = [step.count for step in steps]
-        sums = accumulate_packed(engine, self.stack, window, batch, counts)
+        sums = accumulate_packed(engine, self.stack, active, batch, counts)
         for step, loss_sum in zip(steps, sums, strict=True):
             step.loss_sum += loss_sum
 
-    def window(self, first: int, drawn: Sequence[Drawn]) -> Window:
-        """Those adapters in the slots from `first` on, to be trained."""
-        slots = slice(first, first + len(drawn))
+    def active_adapters(self, first: int, adapters: Sequence[AdapterInit]) -> ActiveAdapters:
+        """The adapters of the slots from `first` on, with their gradients."""
+        slots = slice(first, first + len(adapters))
         optimizer = self.optimizer
-        return self._over(optimizer.numbers_KN[slots], optimizer.gradients_KN[slots], drawn)
+        return self._over(optimizer.numbers_KN[slots], optimizer.gradients_KN[slots], adapters)
 
-    def scores(self, slots: Sequence[int], drawn: Sequence[Drawn]) -> list[Scores]:
-        """Of those adapters in those slots, together."""
+    def scores(self, slots: Sequence[int], adapters: Sequence[AdapterInit]) -> list[Scores]:
+        """Evaluate these adapters in these slots in the same passes."""
         numbers_GN = self.optimizer.numbers_KN[list(slots)]
-        with self.stack.applied(self._over(numbers_GN, None, drawn)):
+        with self.stack.applied(self._over(numbers_GN, None, adapters)):
             return evaluate_groups(self.engine, self._data.validation, len(slots), self._beat)
 
     def base_scores(self) -> Scores:
-        """Of the base without any adapter."""
+        """Evaluate the base without any adapter."""
         return evaluate(self.engine, self._data.validation, self._beat)
 
     def _over(
-        self, numbers_GN: Tensor, gradients_GN: Tensor | None, drawn: Sequence[Drawn]
-    ) -> Window:
-        scales_G = torch.tensor([each.scale for each in drawn], dtype=numbers_GN.dtype)
-        return Window(
-            self.stack.places,
+        self, numbers_GN: Tensor, gradients_GN: Tensor | None, adapters: Sequence[AdapterInit]
+    ) -> ActiveAdapters:
+        scales_G = torch.tensor([each.scale for each in adapters], dtype=numbers_GN.dtype)
+        return ActiveAdapters(
+            self.stack.slices,
             numbers_GN,
             gradients_GN,
             scales_G.to(numbers_GN.device),
-            max(each.rank for each in drawn),
+            max(each.rank for each in adapters),
             self._dtype,
         )
 
@@ -195,23 +210,23 @@ class Passes:
 def accumulate_packed(
     engine: Engine,
     stack: MultiLora,
-    window: Window,
+    active: ActiveAdapters,
     batch: MicroBatch,
     step_counts: Sequence[float],
 ) -> list[float]:
-    """Add to each slot's gradient that of its own token losses over the count of its own step.
+    """Add to each slot the gradient of its own token losses over the count of its own step.
 
-    Returns the sums of the losses by slot. No sum over slots reaches any of them, so that NaN in
-    one stays there.
+    Returns the sums of the losses by slot. No value of one slot enters a sum of another, so that
+    NaN in one slot stays there.
     """
-    groups, device = window.groups, engine.strategy.device
+    groups, device = active.groups, engine.strategy.device
     counts_G = label_positions(batch).view(groups, -1).sum(1)
     owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
     shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
-    with stack.applied(window):
+    with stack.applied(active):
         losses_N = engine.training_losses(batch)
         shares_N = shares_G[owners_N].to(losses_N.dtype)
-        # Not the strategy's: the optimizer sums these gradients over ranks, once a step.
+        # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
         (losses_N * shares_N).sum().backward()
     sums_G = torch.zeros(groups, dtype=torch.float64, device=device)
     sums_G.index_add_(0, owners_N, losses_N.detach().double())
@@ -219,18 +234,15 @@ def accumulate_packed(
     return found
 
 
-Left = Literal["pruned", "interrupted"]
-
-
 class PackedEngine:
-    """Slots `0 .. n - 1` are those of the n runs that train; who leaves is replaced by the last.
+    """The slots and the runs in them; the n runs that train are in the slots `0 .. n - 1`.
 
-    Every rank makes the same calls and has the same runs in the same slots. Gradients and losses
-    are summed over ranks once a step.
+    Every rank makes the same calls and has the same runs in the same slots. A run that leaves is
+    replaced by the one in the last slot. Gradients and losses are summed over ranks once a step.
 
     Raises:
         ModelError: see `build_engine`.
-        ConfigError: likewise.
+        ConfigError: see `build_engine`.
     """
 
     def __init__(
@@ -242,75 +254,81 @@ class PackedEngine:
         strategy: Strategy,
         heart: Heartbeat | None = None,
     ) -> None:
-        """`config` says what all runs share: the model, its precision, the layout of passes."""
+        """`config` has what all runs share: the model, its precision, the layout of passes."""
         self._config, self._data = config, data
         self._heart = heart or Heartbeat()
         self.passes = Passes(config, data, slots, largest_rank, strategy, self._heart.beat)
         self._notes, self._strategy = self.passes.engine.notes, strategy
         self._line = strategy.exchange()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._runs: list[SlotRun] = []
-        self._closing: list[SlotRun] = []
+        self._slots: list[Slot] = []
+        self._closing: list[Slot] = []
         self._ended: list[Path] = []
         self._next = 0
-        self._windows: dict[tuple[int, int], Window] = {}
+        self._active: dict[tuple[int, int], ActiveAdapters] = {}
 
     @property
     def free(self) -> int:
-        """Slots that nobody trains in."""
-        return self.passes.slots - len(self._runs)
+        """Slots without a run."""
+        return self.passes.slots - len(self._slots)
 
     def enter(self, spec: RunSpec, reporter: Reporter) -> None:
-        """Take a free slot, and go on from the run's newest sound checkpoint if it has one.
+        """Put a run into a free slot, from its newest sound checkpoint if it has one.
 
-        A run that fails here has ended, and the next `advance` says so.
+        A run that fails here has ended, and the next `advance` returns it.
 
         Raises:
-            ConfigError: it cannot share this process, or asks for more than the slot has.
+            ConfigError: it cannot share this process, or needs a larger rank than slots have.
             ModelError: its targets name no layers of the model.
         """
         assert self.free, "no slot is free"
-        drawn = self._draw(spec)
+        adapter = self._draw(spec)
         stack, optimizer = self.passes.stack, self.passes.optimizer
-        stack.adapt(list(drawn.layers))
+        stack.adapt(list(adapter.layers))
         optimizer.widen(stack.numbers)
-        self._windows.clear()
-        holder = SlotHolder(stack, optimizer, drawn, len(self._runs), self._line)
+        self._active.clear()
+        holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._line)
+        exporter = Exporter(adapter.model, torch.float32)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            run = SlotRun(
+            run = open_run(
                 spec,
                 self._data,
-                self.passes.open,
-                drawn,
                 holder,
+                holder.names,
+                exporter,
                 self._strategy,
                 reporter,
                 self._heart,
                 self._pool,
             )
-            run.begin(self._base)
+            if run.progress.base is None:
+                run.begin(self._base)
         except RunFailed as error:
             if self._strategy.rank == 0:
-                write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+                end_run(spec, failed_result(spec, error))
             self._ended.append(spec.run_dir)
             return
-        (self._closing if run.over else self._runs).append(run)
+        slot = Slot(run, adapter, holder, self.passes.open)
+        (self._closing if run.over else self._slots).append(slot)
 
-    def leave(self, run_dir: Path, status: Left) -> None:
-        """Drop a run and leave its result; an interrupted one can be resumed.
+    def leave(self, run_dir: Path, status: Literal["pruned", "interrupted"]) -> None:
+        """End a run from outside, with its result; an interrupted one can be resumed.
 
-        A run that came to its own end meanwhile keeps that, and nobody hears of it again.
+        A run that came to its own end meanwhile keeps that.
         """
-        for run in self._closing:
-            if run.spec.run_dir == run_dir:
-                self._close(run)
+        for slot in self._closing:
+            if slot.run.spec.run_dir == run_dir:
+                self._close(slot)
                 break
-        for run in self._runs:
-            if run.spec.run_dir == run_dir:
-                with self._failing(run):
-                    run.leave(status, self._notes)
-                    self._vacate(run)
+        for slot in self._slots:
+            if slot.run.spec.run_dir == run_dir:
+                with self._failing(slot):
+                    if status == "pruned":
+                        slot.run.prune()
+                    else:
+                        slot.run.interrupt(self._notes)
+                    self._vacate(slot)
                 break
         self._ended = [path for path in self._ended if path != run_dir]
 
@@ -320,24 +338,25 @@ class PackedEngine:
         Returns:
             The runs that have ended and left their results.
         """
-        if self._runs:
+        if self._slots:
+            self._heart.enter(f"pass over {len(self._slots)} runs")
             self._pass()
         settled = self._settled()
-        for run in [run for run in self._closing if run in settled or not self._runs]:
-            self._close(run)
-        for run in [run for run in self._runs if run in settled]:
-            with self._failing(run):
-                run.pass_on()
+        for slot in [slot for slot in self._closing if slot in settled or not self._slots]:
+            self._close(slot)
+        for slot in [slot for slot in self._slots if slot in settled]:
+            with self._failing(slot):
+                slot.run.release()
         ended, self._ended = self._ended, []
         return ended
 
     def close(self) -> None:
         """Wait for what is being written; runs that still train are left as they are."""
-        for run in list(self._closing):
-            self._close(run)
+        for slot in list(self._closing):
+            self._close(slot)
         self._pool.shutdown(wait=True)
 
-    def _draw(self, spec: RunSpec) -> Drawn:
+    def _draw(self, spec: RunSpec) -> AdapterInit:
         ours, theirs = self._config, spec.config
         method, largest = theirs.method, self.passes.stack.rank
         reason = packable(theirs)
@@ -353,87 +372,94 @@ class PackedEngine:
                 f"cannot be packed: {reason}",
                 "write search.execution: isolated",
             )
-        return draw_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
+        return init_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
 
     @cached_property
     def _base(self) -> Scores:
         """The base's own scores, which are the same for every run."""
         return self.passes.base_scores()
 
-    def _settled(self) -> set[SlotRun]:
-        """Runs with no checkpoint on its way on any rank, so that to wait for it takes no time."""
-        runs = [*self._closing, *self._runs]
-        pending = [run for run in runs if run.pending]
+    def _settled(self) -> set[Slot]:
+        """Slots without a checkpoint being written on any rank: waiting for it takes no time."""
+        slots = [*self._closing, *self._slots]
+        pending = [slot for slot in slots if slot.run.saver.pending]
         if not pending:
-            return set(runs)
-        writing = torch.tensor([float(run.writing) for run in pending])
+            return set(slots)
+        writing = torch.tensor([float(slot.run.saver.busy) for slot in pending])
         counts = self._strategy.sum(writing.to(self._strategy.device)).tolist()
-        return set(runs) - {run for run, count in zip(pending, counts, strict=True) if count}
+        return set(slots) - {slot for slot, count in zip(pending, counts, strict=True) if count}
 
     def _pass(self) -> None:
-        first = self._next if self._next < len(self._runs) else 0
-        plan = self.passes.plan([run.open for run in self._runs], first)
+        first = self._next if self._next < len(self._slots) else 0
+        plan = self.passes.plan([slot.open for slot in self._slots], first)
         self._next = first + len(plan.rows)
-        runs = self._runs[first : self._next]
-        self.passes.accumulate(plan, [run.open for run in runs], self._window(first, runs))
-        done = [run for run in runs if not run.open.waiting_lengths]
+        slots = self._slots[first : self._next]
+        self.passes.accumulate(
+            plan, [slot.open for slot in slots], self._active_adapters(first, slots)
+        )
+        done = [slot for slot in slots if not slot.open.waiting_lengths]
         if done:
             self._step(done)
 
-    def _step(self, done: Sequence[SlotRun]) -> None:
-        steps = [run.next_step() for run in done]
-        norms = self.passes.optimizer.step(steps)
-        shares = torch.tensor([run.open.loss_sum for run in done], dtype=torch.float64)
+    def _step(self, done: Sequence[Slot]) -> None:
+        norms = self.passes.optimizer.step([slot.optimizer_step() for slot in done])
+        shares = torch.tensor([slot.open.loss_sum for slot in done], dtype=torch.float64)
         loss_sums = self._strategy.sum(shares.to(self._strategy.device)).tolist()
         going, due = [], []
-        for run, step, norm, loss_sum in zip(done, steps, norms, loss_sums, strict=True):
-            with self._failing(run):
-                is_due = run.after_step(loss_sum, step.lr, norm)
-                going.append(run)
-                due += [run] if is_due else []
+        for slot, norm, loss_sum in zip(done, norms, loss_sums, strict=True):
+            with self._failing(slot):
+                is_due = slot.run.after_step(loss_sum / slot.open.count, norm)
+                going.append(slot)
+                due += [slot] if is_due else []
         scores = dict(zip(due, self._evaluate(due), strict=True))
-        for run in going:
-            with self._failing(run):
-                run.settle(scores.get(run))
-                if run.over:
-                    self._vacate(run)
-                    self._closing.append(run)
+        for slot in going:
+            with self._failing(slot):
+                slot.run.after_evaluation(scores.get(slot))
+                if slot.run.over:
+                    self._vacate(slot)
+                    self._closing.append(slot)
+                else:
+                    slot.begin_step()
 
-    def _evaluate(self, runs: Sequence[SlotRun]) -> list[Scores]:
-        if not runs:
+    def _evaluate(self, slots: Sequence[Slot]) -> list[Scores]:
+        if not slots:
             return []
-        return self.passes.scores([run.holder.slot for run in runs], [run.drawn for run in runs])
+        names = ", ".join(slot.run.spec.run_dir.name for slot in slots)
+        self._heart.enter(f"evaluation of {names}")
+        return self.passes.scores(
+            [slot.holder.slot for slot in slots], [slot.adapter for slot in slots]
+        )
 
-    def _window(self, first: int, runs: Sequence[SlotRun]) -> Window:
-        """Kept for as long as the same runs are in the same slots."""
-        key = first, len(runs)
-        if key not in self._windows:
-            self._windows[key] = self.passes.window(first, [run.drawn for run in runs])
-        return self._windows[key]
+    def _active_adapters(self, first: int, slots: Sequence[Slot]) -> ActiveAdapters:
+        """Cached as long as the same runs are in the same slots."""
+        key = first, len(slots)
+        if key not in self._active:
+            self._active[key] = self.passes.active_adapters(first, [slot.adapter for slot in slots])
+        return self._active[key]
 
     @contextmanager
-    def _failing(self, run: SlotRun) -> Iterator[None]:
-        """Inside, a failure is this run's and ends it; the others hear nothing of it."""
+    def _failing(self, slot: Slot) -> Iterator[None]:
+        """A failure inside the context ends this run; the other runs go on."""
         try:
             yield
         except RunFailed as error:
-            run.fail(error)
-            self._vacate(run)
-            self._ended.append(run.spec.run_dir)
+            slot.run.fail(error)
+            self._vacate(slot)
+            self._ended.append(slot.run.spec.run_dir)
 
-    def _vacate(self, run: SlotRun) -> None:
-        """The last run moves where this one was, so that slots in use follow one another."""
-        last = self._runs.pop()
-        if last is not run:
-            slot = run.holder.slot
-            self.passes.optimizer.move(last.holder.slot, slot)
-            last.holder.slot, self._runs[slot] = slot, last
-        self._windows.clear()
+    def _vacate(self, slot: Slot) -> None:
+        """The run in the last slot moves here, so that the slots in use stay contiguous."""
+        last = self._slots.pop()
+        if last is not slot:
+            number = slot.holder.slot
+            self.passes.optimizer.move(last.holder.slot, number)
+            last.holder.slot, self._slots[number] = number, last
+        self._active.clear()
 
-    def _close(self, run: SlotRun) -> None:
-        self._closing.remove(run)
+    def _close(self, slot: Slot) -> None:
+        self._closing.remove(slot)
         try:
-            run.finish(self._notes)
+            slot.run.finish(self._notes)
         except RunFailed as error:
-            run.fail(error)
-        self._ended.append(run.spec.run_dir)
+            slot.run.fail(error)
+        self._ended.append(slot.run.spec.run_dir)

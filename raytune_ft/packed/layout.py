@@ -1,8 +1,8 @@
-"""Which examples of which slot go into the next pass. Pure, free of torch.
+"""Which examples of which slot go into the next pass. Pure; imports no torch.
 
-All slots of a pass contribute equally many rows of one width, so that a product over rows is a
-batch of equal products over slots: one row for each rank where examples share rows, else one for
-each example. A slot's own step takes as many passes as it needs.
+Every slot of a pass contributes the same number of rows, all of one width, so that a product over
+rows is a batch of equal products over slots. With packing that is one row for each rank, without
+it one row for each example. A slot's step takes as many passes as it needs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from raytune_ft.data.batch import Row, fill_rows
 
 PASS_TOKENS = 512
-"""What a pass costs beside its tokens, in tokens: launching its operators."""
+"""The fixed cost of a pass (launching its operators), in tokens."""
 
 
 @dataclass(frozen=True)
 class PackedPass:
     """The slots `first .. first + len(rows) - 1`, each with `len(rows[0])` rows.
 
-    A row holds positions in the slot's list of waiting examples; it may be empty. Of R ranks each
-    takes every R-th row, and all of them as many.
+    A row holds positions in the slot's list of waiting examples; it may be empty. Rank r of R takes
+    the rows r, r + R, ...: every rank takes the same number.
     """
 
     first: int
@@ -34,9 +34,9 @@ def plan_pass(
     """The pass that begins with slot `first`.
 
     `waiting` has, for each slot, the lengths of the examples that its step still lacks, at least
-    one, longest first. At most `micro_tokens` tokens for each of `ranks` ranks, padding included,
-    but always one row of one slot. Among the numbers of rows that fit, the one with the most tokens
-    for their cost, which is a rank's.
+    one, longest first. A pass has at most `micro_tokens` tokens a rank, padding included, but
+    always one row of one slot. Of the numbers of rows that fit, the one with the most tokens for a
+    rank's cost is taken.
     """
     count, longest = _participants(waiting[first:], micro_tokens)
     slots = waiting[first : first + count]
@@ -53,7 +53,10 @@ def plan_pass(
 
 
 def _participants(waiting: Sequence[Sequence[int]], micro_tokens: int) -> tuple[int, int]:
-    """How many slots one row each of which fits, shared evenly over the passes that reach all."""
+    """How many slots share a pass, and their longest example.
+
+    One row of each fits, and the passes that reach all slots have about equally many of them.
+    """
     most, width = 0, 0
     for lengths in waiting:
         wider = max(width, lengths[0])
@@ -71,9 +74,9 @@ def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Ro
 
 
 def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) -> int:
-    """Of the one row that each slot has on each rank: as wide as what waits in one of the slots.
+    """The width of the one row that each slot has on each rank: what waits in one of the slots.
 
-    No wider than `room`, unless an example is.
+    At most `room`, unless an example is longer.
     """
     waiting = [-(-sum(lengths) // ranks) for lengths in slots]
 
@@ -85,8 +88,8 @@ def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) 
 
 
 def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int) -> int:
-    """How many rows a rank, of which there is room for some; `filled` has the tokens of every row
-    of every slot, fullest first.
+    """The number of rows a rank, at most `room`; `filled` has the tokens of every slot's rows,
+    fullest first.
     """
     most = -(-max(map(len, filled)) // ranks)
     even = -(-most // -(-most // room))

@@ -30,30 +30,32 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class DrawnLayer:
-    """Names in PEFT of the weights `A_RI` and `B_OR` of an adapted layer."""
+class LoraNames:
+    """PEFT's names of the weights `A_RI` and `B_OR` of an adapted layer."""
 
     a: str
     b: str
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """An adapter before its first step. `layers` goes by names in the base."""
+class AdapterInit:
+    """An adapter before its first step. The keys of `layers` are names of layers of the base."""
 
     model: nn.Module
     weights: dict[str, Tensor]
-    layers: dict[str, DrawnLayer]
+    layers: dict[str, LoraNames]
     rank: int
     scale: float
 
 
-def draw_adapter(shapes: nn.Module, method: LoraMethod, precision: Precision, seed: int) -> Drawn:
-    """Bit for bit what `build_model` draws; `shapes` comes from `shapes_of` and stays as it is.
+def init_adapter(
+    shapes: nn.Module, method: LoraMethod, precision: Precision, seed: int
+) -> AdapterInit:
+    """The adapter that `build_model` would draw, bit for bit; `shapes` is not changed.
 
     Raises:
         ModelError: see `apply_lora`.
-        ConfigError: an adapted layer is none that slots can share.
+        ConfigError: slots cannot share an adapted layer.
     """
     model = apply_beside_shapes(shapes, method, precision, seed)
     head = shapes.get_output_embeddings()  # type: ignore[operator]
@@ -67,19 +69,19 @@ def draw_adapter(shapes: nn.Module, method: LoraMethod, precision: Precision, se
         if kind not in ("Linear", "Conv1D") or shapes.get_submodule(name) is head:
             raise ConfigError(
                 f"method.targets: {name}",
-                f"is a {kind} that trials in one process cannot share",
+                f"is a {kind}, which packed trials cannot share",
                 "write search.execution: isolated, or other targets",
             )
-        layers[name] = DrawnLayer(f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight")
+        layers[name] = LoraNames(f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight")
         scale = float(module.scaling["default"])
     weights = {name: weight.detach() for name, weight in trained_parameters(model).items()}
     assert set(weights) == {name for layer in layers.values() for name in (layer.a, layer.b)}
-    return Drawn(model, weights, layers, method.rank, scale)
+    return AdapterInit(model, weights, layers, method.rank, scale)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where `A_RI`, and after it `B_RO`, of a layer stand in the N numbers of an adapter."""
+class LayerSlice:
+    """The slice of an adapter's N numbers that holds a layer's `A_RI` and, after it, its `B_RO`."""
 
     start: int
     rank: int
@@ -88,7 +90,7 @@ class Place:
 
     @property
     def stop(self) -> int:
-        """The first number that is another layer's."""
+        """The end of the slice."""
         return self.start + self.rank * (self.inputs + self.outputs)
 
     def pair(self, numbers_GN: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,16 +101,16 @@ class Place:
         return a_GRI, b_GRO
 
 
-class Window:
-    """The adapters of a pass, g-th adapter for the g-th group of rows, as every layer sees them.
+class ActiveAdapters:
+    """The adapters of a pass as the layers see them: the g-th one for the g-th group of rows.
 
-    Made once for many passes: views of `numbers_GN` and `gradients_GN`, to which a backward adds;
-    None where nothing is trained. No adapter here has a higher rank than `rank`.
+    Views of `numbers_GN` and of `gradients_GN` (None in an evaluation), to which a backward adds;
+    built once for many passes. `rank` is the largest rank among them.
     """
 
     def __init__(
         self,
-        places: Mapping[str, Place],
+        slices: Mapping[str, LayerSlice],
         numbers_GN: Tensor,
         gradients_GN: Tensor | None,
         scales_G: Tensor,
@@ -119,32 +121,34 @@ class Window:
         self.scales_G11 = scales_G.view(-1, 1, 1)
         self._masters_GN = numbers_GN
         self._computed_GN = numbers_GN.to(dtype)
-        self.adapters = _cut(places, self._computed_GN, rank)
-        self.gradients = None if gradients_GN is None else _cut(places, gradients_GN, rank)
+        self.adapters = _cut(slices, self._computed_GN, rank)
+        self.gradients = None if gradients_GN is None else _cut(slices, gradients_GN, rank)
         if gradients_GN is not None:
             for a_GRI, _ in self.adapters:
                 a_GRI.requires_grad_()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute with the numbers as they are now."""
+        """Copy the master numbers, as they are now, into those that are computed with."""
         if self._computed_GN.dtype != self._masters_GN.dtype:
             self._computed_GN.copy_(self._masters_GN)
 
 
-def _cut(places: Mapping[str, Place], numbers_GN: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
+def _cut(
+    places: Mapping[str, LayerSlice], numbers_GN: Tensor, rank: int
+) -> list[tuple[Tensor, Tensor]]:
     pairs = [place.pair(numbers_GN.detach()) for place in places.values()]
     return [(a_GRI[:, :rank], b_GRO[:, :rank]) for a_GRI, b_GRO in pairs]
 
 
 class MultiLora:
-    """The layers of a model that some slot adapts, and where their numbers stand."""
+    """The layers of a model that a slot adapts, and the slices of their numbers."""
 
     def __init__(self, model: nn.Module, rank: int, in_place: bool) -> None:
-        """`in_place`: nobody keeps the base's output to use it a second time."""
+        """`in_place`: the base layer's output may be overwritten."""
         self.model, self.rank, self.in_place = model, rank, in_place
-        self.places: dict[str, Place] = {}
-        self.window: Window | None = None
+        self.slices: dict[str, LayerSlice] = {}
+        self.active: ActiveAdapters | None = None
         self.tokens = 0
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -153,28 +157,28 @@ class MultiLora:
 
     @property
     def numbers(self) -> int:
-        """N."""
-        return max((place.stop for place in self.places.values()), default=0)
+        """N, the length of an adapter."""
+        return max((each.stop for each in self.slices.values()), default=0)
 
     def adapt(self, names: list[str]) -> None:
-        """Put a layer that adds adapters around each of these; N grows, what was there stays."""
+        """Wrap each of these layers in a `StackedLinear`; N grows, earlier slices stay."""
         for name in names:
-            if name in self.places:
+            if name in self.slices:
                 continue
-            layer = StackedLinear(self.model.get_submodule(name), self, len(self.places), name)
-            self.places[name] = Place(self.numbers, self.rank, layer.inputs, layer.outputs)
+            layer = StackedLinear(self.model.get_submodule(name), self, len(self.slices), name)
+            self.slices[name] = LayerSlice(self.numbers, self.rank, layer.inputs, layer.outputs)
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer)
 
     @contextmanager
-    def applied(self, window: Window) -> Iterator[None]:
-        """Inside, forward and backward of the model go through the window's adapters."""
-        window.refresh()
-        self.window = window
+    def applied(self, active: ActiveAdapters) -> Iterator[None]:
+        """In the context, forward and backward of the model use these adapters."""
+        active.refresh()
+        self.active = active
         try:
             yield
         finally:
-            self.window = None
+            self.active = None
 
 
 class StackedLinear(nn.Module):
@@ -189,38 +193,38 @@ class StackedLinear(nn.Module):
 
     @property
     def weight_OI(self) -> Tensor:
-        """GPT-2's Conv1D holds it the other way round."""
+        """The weight; GPT-2's Conv1D stores its transpose."""
         weight: Tensor = self.base_layer.weight
         return weight.t() if self._transposed else weight
 
     @property
     def weight(self) -> Tensor:
-        """Some models look at it."""
+        """The base's weight, which the code of some models reads."""
         weight: Tensor = self.base_layer.weight
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises ModelError where the layer is not given every token of every row."""
-        window = self._stack.window
-        if window is None:
+        active = self._stack.active
+        if active is None:
             output: Tensor = self.base_layer(x)
             return output
         if x.numel() != self._stack.tokens * self.inputs:
             raise ModelError(
                 f"method.targets: {self._name}",
-                "sees some tokens only, so that adapters cannot be told apart by rows",
+                "gets only some tokens of a row, so packed trials cannot share it",
                 "write search.execution: isolated, or other targets",
             )
-        a_GRI, b_GRO = window.adapters[self._index]
-        da_GRI, db_GRO = window.gradients[self._index] if window.gradients else (None, None)
+        a_GRI, b_GRO = active.adapters[self._index]
+        da_GRI, db_GRO = active.gradients[self._index] if active.gradients else (None, None)
         bias = self.base_layer.bias
         y_GTO: Tensor = _LinearWithAdapters.apply(
-            x.reshape(window.groups, -1, self.inputs).to(a_GRI.dtype),
+            x.reshape(active.groups, -1, self.inputs).to(a_GRI.dtype),
             self.weight_OI.to(a_GRI.dtype),
             None if bias is None else bias.to(a_GRI.dtype),
             a_GRI,
             b_GRO,
-            window.scales_G11,
+            active.scales_G11,
             da_GRI,
             db_GRO,
             self._stack.in_place,
@@ -229,7 +233,7 @@ class StackedLinear(nn.Module):
 
 
 class _LinearWithAdapters(torch.autograd.Function):
-    """`x W^T + bias + scale (x A^T) B`; the gradients of A and B are added where they belong."""
+    """`x W^T + bias + scale (x A^T) B`; backward adds to the slots' gradients of A and B."""
 
     @staticmethod
     def forward(
@@ -256,7 +260,7 @@ class _LinearWithAdapters(torch.autograd.Function):
         x_GTI, weight_OI, a_GRI, b_GRO, scales_G11, h_GTR = ctx.saved_tensors
         da_GRI, db_GRO = ctx.gradients
         dh_GTR = torch.bmm(dy_GTO, b_GRO.mT).mul_(scales_G11)
-        # Not baddbmm: into views with gaps between the slots it goes slot by slot.
+        # Not baddbmm: on views with gaps between the slots it loops over slots.
         da_GRI += torch.bmm(dh_GTR.mT, x_GTI)
         db_GRO += torch.bmm(h_GTR.mT, dy_GTO)
         dx_GTI = None

@@ -1,4 +1,4 @@
-"""The numbers of many adapters, and AdamW on each of them by its own settings.
+"""The weights and moments of many adapters, and AdamW on each with its own settings.
 
 Shapes: K slots, N numbers of one adapter.
 """
@@ -20,7 +20,7 @@ from raytune_ft.strategy import Strategy
 
 @dataclass(frozen=True)
 class Step:
-    """What one slot does next."""
+    """The optimizer step of one slot."""
 
     slot: int
     lr: float
@@ -28,7 +28,7 @@ class Step:
 
 
 class PackedAdamW:
-    """Row k of each tensor is slot k's; no operation reads one row and writes another."""
+    """Row k of each tensor belongs to slot k; no operation reads one row and writes another."""
 
     def __init__(self, slots: int, strategy: Strategy) -> None:
         self._strategy = strategy
@@ -40,7 +40,7 @@ class PackedAdamW:
         self.steps_K = torch.zeros(slots, device=strategy.device)
 
     def widen(self, count: int) -> None:
-        """Adapters get `count` numbers; new ones are zero."""
+        """Lengthen every adapter to `count` numbers; the new ones are zero."""
         extra = (0, count - self.numbers_KN.shape[1])
         self.numbers_KN = F.pad(self.numbers_KN, extra)
         self.gradients_KN = F.pad(self.gradients_KN, extra)
@@ -48,7 +48,7 @@ class PackedAdamW:
         self.exp_avg_sq_KN = F.pad(self.exp_avg_sq_KN, extra)
 
     def keep(self, slots: int) -> None:
-        """The first ones, and the memory of the others no longer."""
+        """Keep the first `slots` and free the memory of the others."""
         self.numbers_KN = self.numbers_KN[:slots].clone()
         self.gradients_KN = self.gradients_KN[:slots].clone()
         self.exp_avg_KN = self.exp_avg_KN[:slots].clone()
@@ -56,20 +56,19 @@ class PackedAdamW:
         self.steps_K = self.steps_K[:slots].clone()
 
     def clear(self, slot: int) -> None:
-        """A new adapter begins here: everything is zero."""
+        """Set a slot to zero, for a new adapter."""
         for each in self._rows():
             each[slot].zero_()
 
     def move(self, source: int, target: int) -> None:
-        """What is in one slot goes on in another."""
+        """Copy one slot to another."""
         for each in self._rows():
             each[target].copy_(each[source])
 
     def step(self, steps: Sequence[Step]) -> list[float]:
-        """Sum each slot's gradient over ranks, clip it, take its step, forget the gradient; the
-        norms before.
+        """Sum gradients over ranks, clip, step and zero them by slot; the norms before clipping.
 
-        A gradient that is not finite moves nothing.
+        A slot whose gradient is not finite does not move.
         """
         slots = [each.slot for each in steps]
         together = slots == list(range(slots[0], slots[-1] + 1))
@@ -98,7 +97,7 @@ class PackedAdamW:
             [self.exp_avg_sq_KN[slot]],
             [],
             [self.steps_K[slot]],
-            fused=True,  # one walk through memory in place of ten
+            fused=True,  # one pass through memory instead of ten
             amsgrad=False,
             beta1=settings.adam_beta1,
             beta2=settings.adam_beta2,

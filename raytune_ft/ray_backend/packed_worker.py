@@ -14,7 +14,7 @@ from raytune_ft.errors import InputError
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
 from raytune_ft.ray_backend.worker import host_of, use_reserved
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
-from raytune_ft.train.result import write_ended
+from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import watched
 
@@ -114,7 +114,7 @@ class _Desk:
     def refuse(self, spec: RunSpec, error: InputError) -> None:
         """A trial that cannot be trained has failed, and holds no slot."""
         if self._strategy.rank == 0:
-            write_ended(spec, "failed", f"{type(error).__name__}: {error}")
+            end_run(spec, failed_result(spec, error))
         self.post(spec.run_dir.name, {"ended": error})
         self.gone(spec.run_dir.name)
 

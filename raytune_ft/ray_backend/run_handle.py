@@ -20,13 +20,13 @@ from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.rundir import RESULT
-from raytune_ft.train.result import load_result, read_result, write_ended
+from raytune_ft.train.result import end_run, left_by_workers
 from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.stopping import interruptible
 from raytune_ft.train.watchdog import (
     HANG_LOG,
     Standing,
     append_hang_log,
-    interruptible,
     log_text,
     summary,
 )
@@ -204,10 +204,9 @@ def fit(
                 try:
                     job.stop()
                 finally:  # whatever comes while the workers go
-                    stopped = interrupted.is_set() and ended is None
-                    if stopped and load_result(spec.run_dir) is None:
-                        write_ended(spec, "interrupted")
-    result = read_result(spec, ended.error if ended else None)
+                    if interrupted.is_set() and ended is None:
+                        end_run(spec, "interrupted")
+    result = left_by_workers(spec, ended.error if ended else None)
     if result.status == "interrupted":
         raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
     return result

@@ -65,8 +65,8 @@ from raytune_ft.search.study import (
     unfinished,
 )
 from raytune_ft.train.optim import total_examples
-from raytune_ft.train.result import load_result, write_ended
-from raytune_ft.train.watchdog import interruptible
+from raytune_ft.train.result import end_run, failed_result, load_result
+from raytune_ft.train.stopping import interruptible
 
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
@@ -362,7 +362,8 @@ class _Sweep:
         agrees = left is not None and left.status == row.status
         if row.status in ("pruned", "failed") and not agrees and run_dir.is_dir():
             spec = spec_of(self._shared, row.id, row.params)
-            return write_ended(spec, "pruned" if row.status == "pruned" else "failed", row.error)
+            pruned = row.status == "pruned"
+            return end_run(spec, "pruned" if pruned else failed_result(spec, row.error))
         return left
 
     def _tuner(

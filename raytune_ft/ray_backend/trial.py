@@ -32,7 +32,7 @@ from raytune_ft.records import RunResult, plain_of
 from raytune_ft.rundir import TRIALS
 from raytune_ft.search.results import apply_params
 from raytune_ft.search.slots import Arrangement
-from raytune_ft.train.result import read_result, write_ended
+from raytune_ft.train.result import end_run, left_by_workers
 from raytune_ft.train.spec import RunSpec
 
 ENGINES = "engines"
@@ -297,7 +297,7 @@ class SweepTrial(Trainable):
     def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:
         self._over = True
         try:
-            result = read_result(self._spec, error)
+            result = left_by_workers(self._spec, error)
         except RaytuneFtError as failure:
             line = f"{type(failure).__name__}: {failure}"
             return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
@@ -317,7 +317,7 @@ class SweepTrial(Trainable):
             self._job.wind_down(stop_grace_s())
         self._job.stop()
         if not self._over:
-            write_ended(self._spec, "pruned")
+            end_run(self._spec, "pruned")
         self._job, self._over = None, True
 
     def _metrics(self) -> list[str]:

@@ -24,7 +24,8 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RESULT
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.watchdog import Heartbeat, Host, Standing
+from raytune_ft.train.stopping import Host
+from raytune_ft.train.watchdog import Heartbeat, Standing
 
 LOOPBACK = "127.0.0.1"
 LAST_WORDS_S = 5.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
-from raytune_ft.config.schema import CheckpointConfig
+from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file
 from raytune_ft.model.export import Exporter
@@ -25,6 +25,7 @@ from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
 from raytune_ft.strategy.exchange import Exchange, together
 from raytune_ft.tensors.read import Shards, open_shards, shard_name
 from raytune_ft.tensors.write import Part, ignore, write_parts
+from raytune_ft.train.spec import RunSpec
 
 STATE = "state"
 WEIGHTS, OPTIMIZER = "model", "optimizer"
@@ -145,16 +146,22 @@ def read_progress(checkpoint: Path) -> Progress:
     return progress
 
 
-def load_state(checkpoint: Path, holder: Holder, names: list[str]) -> Progress:
+def load_state(checkpoint: Path, holder: Holder, names: list[str], line: Exchange) -> Progress:
     """Put a checkpoint's weights and moments into a freshly built model and optimizer.
 
-    Every rank reads its own parts.
+    Every rank reads its own parts. Where one rank cannot, all of them raise, so that none waits.
 
     Raises:
-        CheckpointError: it is of another model or method.
+        CheckpointError: it cannot be read, or is of another model or method.
     """
-    progress = read_progress(checkpoint)
+    progress = together(line, lambda: read_progress(checkpoint))[line.rank]
     holder.start_from(progress.step)
+    together(line, lambda: _fill_parts(checkpoint, holder, names))
+    holder.loaded()
+    return progress
+
+
+def _fill_parts(checkpoint: Path, holder: Holder, names: list[str]) -> None:
     state = checkpoint / STATE
     with open_shards(state, WEIGHTS) as weights, open_shards(state, OPTIMIZER) as moments:
         _check_names(checkpoint, set(weights.shapes), names)
@@ -162,8 +169,6 @@ def load_state(checkpoint: Path, holder: Holder, names: list[str]) -> Progress:
             for moment, part in holder.parts(name).items():
                 source, key = (moments, f"{name}.{moment}") if moment else (weights, name)
                 _fill(checkpoint, part, source, key)
-    holder.loaded()
-    return progress
 
 
 def _fill(checkpoint: Path, part: Part, source: Shards, key: str) -> None:
@@ -194,41 +199,32 @@ def _record(kind: type[Any], content: dict[str, Any] | None) -> Any:
 PACKAGES = ("raytune_ft", "torch", "transformers", "peft", "safetensors")
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What every manifest of a run says of the run."""
-
-    config_sha256: str
-    method: str
-    metric: str
-    mode: str
-
-
 class Saver:
     """Every rank copies what it holds and goes on; a thread of each writes one snapshot at a time.
 
-    `pool` has that one thread, which may serve the savers of several runs in turn. A failed write,
-    of whichever rank, surfaces on all of them in the next `save` or `wait`.
+    `pool` has that one thread, which may serve the savers of several runs in turn. A write that
+    fails on one rank raises on all of them, in the next `save` or `wait`. `alive` is called while
+    `wait` waits, as long as bytes are written here or other ranks are waited for.
     """
 
     def __init__(
         self,
+        spec: RunSpec,
         store: CheckpointStore,
-        identity: Identity,
-        settings: CheckpointConfig,
         holder: Holder,
         names: list[str],
         exporter: Exporter,
+        line: Exchange,
         pool: Executor,
+        alive: Callable[[], None],
     ) -> None:
-        self.store, self.identity, self.settings = store, identity, settings
-        self.exporter = exporter
-        self._line = holder.exchange()
+        self._spec, self._settings, self._store = spec, spec.config.checkpoint, store
+        self._exporter, self._alive = exporter, alive
+        self._line = line
         self._taker = SnapshotTaker(holder, names)
         self._pool = pool
         self._pending: Future[None] | None = None
         self._written = self._seen = 0
-        self.alive: Callable[[], None] = lambda: None
 
     def save(self, progress: Progress, evaluation: EvalMetrics | None) -> None:
         """Copy the state, then write it; every rank must call this.
@@ -237,12 +233,12 @@ class Saver:
         """
         self.wait()
         self._pending = self._pool.submit(self._write, self._taker.take(progress), evaluation)
-        if not self.settings.asynchronous:
+        if not self._settings.asynchronous:
             self.wait()
 
     @property
     def pending(self) -> bool:
-        """Was something saved that nobody has waited for yet? Alike on all ranks."""
+        """Was a snapshot taken that `wait` has not seen committed? The same on all ranks."""
         return self._pending is not None
 
     @property
@@ -251,17 +247,13 @@ class Saver:
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Until what was saved last is committed.
-
-        `alive` is told meanwhile, as long as bytes are written here or other ranks are waited for,
-        whose own signs of life are theirs to give.
-        """
+        """Wait until the last snapshot is committed. Raises CheckpointError where it failed."""
         if self._pending is None:
             return
         while not wait([self._pending], timeout=1.0).done:
             if self._line.waiting or self._written > self._seen:
                 self._seen = self._written
-                self.alive()
+                self._alive()
         pending, self._pending = self._pending, None
         pending.result()
 
@@ -272,7 +264,7 @@ class Saver:
         """All ranks at once, step by step; where one fails, all of them do."""
         line, step, first = self._line, snapshot.progress.step, self._line.rank == 0
         facts = self._facts(snapshot.progress, evaluation)
-        folder = together(line, lambda: self.store.begin(step, facts) if first else None)[0]
+        folder = together(line, lambda: self._store.begin(step, facts) if first else None)[0]
         if folder is None:
             return
         try:
@@ -283,13 +275,13 @@ class Saver:
             together(line, lambda: self._finish(folder, facts, snapshot, files) if first else None)
         finally:
             if first:
-                self.store.drop(folder)
+                self._store.drop(folder)
 
     def _export(self, folder: Path) -> list[FileRecord]:
         """From the files that all ranks have just written, so that nothing is sent between them."""
         with open_shards(folder / STATE, WEIGHTS) as weights:
             line = self._line
-            return self.exporter.save(
+            return self._exporter.save(
                 weights.whole, folder, line.rank, line.world_size, self._wrote
             )
 
@@ -298,8 +290,8 @@ class Saver:
         scores = {key: value for key, value in scores.items() if isinstance(value, float)}
         return CheckpointFacts(
             examples=progress.examples,
-            config_sha256=self.identity.config_sha256,
-            method=self.identity.method,
+            config_sha256=config_sha256(self._spec.config),
+            method=self._spec.config.method.name,
             eval_loss=scores.get("eval_loss"),
             metrics=scores,
             versions={package: version(package) for package in PACKAGES},
@@ -309,15 +301,15 @@ class Saver:
         self, folder: Path, facts: CheckpointFacts, snapshot: Snapshot, files: Iterable[FileRecord]
     ) -> None:
         progress = snapshot.progress
-        self.store.finish(folder, progress.step, facts, files)
+        self._store.finish(folder, progress.step, facts, files)
         try:
-            self.store.retain(
-                self.settings.keep_last,
-                self.settings.keep_best,
-                self.identity.mode,  # type: ignore[arg-type]
+            self._store.retain(
+                self._settings.keep_last,
+                self._settings.keep_best,
+                self._spec.mode,  # type: ignore[arg-type]
                 protect=_referred(progress),
-                metric=self.identity.metric,
-                keep_every_examples=self.settings.keep_every_examples,
+                metric=self._spec.metric,
+                keep_every_examples=self._settings.keep_every_examples,
             )
         except OSError as error:  # the new checkpoint is there all the same
             logging.getLogger(__name__).warning(f"old checkpoints are kept: {error}")

@@ -1,4 +1,4 @@
-"""`result.json` of a run that came to its end."""
+"""`result.json`: how a run ended, who decides that, and what it says."""
 
 from __future__ import annotations
 
@@ -10,58 +10,73 @@ from typing import Any, Literal
 
 from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.identity import config_sha256
-from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
 from raytune_ft.records import BY_SOURCE, EvalMetrics, Point, RunResult, plain_of
 from raytune_ft.rundir import METRICS, RESULT, write_json_atomic
 from raytune_ft.train.checkpoint import Progress
-from raytune_ft.train.run_state import Outcome
 from raytune_ft.train.spec import RunSpec
 
+Outcome = Literal["completed", "early_stopped", "interrupted"]
 Ending = Literal["failed", "pruned", "interrupted"]
 
 
-def ended_result(spec: RunSpec, status: Ending, error: str | None = None) -> RunResult:
-    """The best of what a run had evaluated and saved, by `metrics.jsonl`."""
-    evaluations = _evaluations(spec.run_dir / METRICS)
-    base = next((point for point in evaluations if point.examples == 0), None)
-    points = [with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
-    saved = [point for point in points if point.checkpoint] or points
-    sign = 1 if spec.mode == "min" else -1
-    return RunResult(
-        status=status,
-        base=_numbers(base) if base else None,
-        best=min(saved, key=lambda point: sign * getattr(point, spec.metric), default=None),
-        final=points[-1] if points else None,
-        seed=spec.config.seed,
-        config_sha256=config_sha256(spec.config),
-        error=error,
-    )
+def end_run(spec: RunSpec, end: RunResult | Ending, error: str | None = None) -> RunResult:
+    """Decide how a run ended, and write its `result.json`: every end of every run passes here.
 
+    Several processes may see the same run end. Who wins, strongest first:
 
-def write_ended(spec: RunSpec, status: Ending, error: str | None = None) -> RunResult:
-    """`result.json` of a run whose workers are gone."""
-    result = ended_result(spec, status, error)
-    write_result(spec.run_dir, result)
+    1. The search: a trial that the study counts as pruned or failed is that, whatever it reached.
+    2. The run itself, a `RunResult` written by its rank 0: completed, stopped early, or failed by
+       itself (diverged, out of memory, wrong input, a hang that its own watchdog found). A run
+       alone in its process writes "interrupted" too.
+    3. Whoever started the run, where the run left nothing: "interrupted" if it was asked to stop,
+       else "failed" with what killed the workers.
+
+    So a run that completes while Ctrl-C arrives is completed, and a group that dies after rank 0
+    wrote its result keeps that result. Returns what `result.json` holds now.
+    """
+    if isinstance(end, RunResult):
+        result = end
+    elif end != "pruned" and (left := load_result(spec.run_dir)) is not None:
+        return left
+    else:
+        result = _from_metrics(spec, end, error)
+    write_json_atomic(spec.run_dir / RESULT, result)
     return result
 
 
-def write_result(run_dir: Path, result: RunResult) -> None:
-    """Replaces `result.json`."""
-    write_json_atomic(run_dir / RESULT, result)
+def failed_result(spec: RunSpec, error: BaseException | str | None) -> RunResult:
+    """The result of a run that failed by itself, with what it had evaluated and saved."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+    return _from_metrics(spec, "failed", text)
 
 
-def read_result(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:
-    """What the workers left in `result.json`; where they could not, a failed one is written.
+def run_result(
+    status: Outcome, progress: Progress, spec: RunSpec, notes: tuple[str, ...]
+) -> RunResult:
+    """The result of a run that stands at `progress`; its checkpoints are committed."""
+    return RunResult(
+        status=status,
+        base=plain_of(progress.base) if progress.base else None,
+        best=progress.best,
+        final=with_checkpoint(progress.final, spec.run_dir) if progress.final else None,
+        seed=spec.config.seed,
+        config_sha256=config_sha256(spec.config),
+        notes=notes,
+    )
+
+
+def left_by_workers(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:
+    """The result of a run whose workers are gone; `error` is what they raised.
 
     Raises:
-        InputError: what the workers raised, for the user to mend.
-        RunFailed: they could not.
+        InputError: the input is wrong.
+        RunFailed: the workers left no result; a failed one is written.
     """
     result = load_result(spec.run_dir)
     if result is None:
         failure = error or RunFailed("the workers ended without a result")
-        write_ended(spec, "failed", f"{type(failure).__name__}: {failure}")
+        end_run(spec, failed_result(spec, failure))
         raise failure
     if isinstance(error, InputError):
         raise error
@@ -107,20 +122,19 @@ def _numbers(point: EvalMetrics) -> dict[str, Any]:
     }
 
 
-def run_result(
-    status: Outcome,
-    progress: Progress,
-    run_dir: Path,
-    config: Config,
-    notes: tuple[str, ...],
-) -> RunResult:
-    """What the run leaves; its checkpoints are committed."""
+def _from_metrics(spec: RunSpec, status: Ending, error: str | None) -> RunResult:
+    """From `metrics.jsonl`; `best` is the best evaluation whose checkpoint is still there."""
+    evaluations = _evaluations(spec.run_dir / METRICS)
+    base = next((point for point in evaluations if point.examples == 0), None)
+    points = [with_checkpoint(point, spec.run_dir) for point in evaluations if point.examples]
+    saved = [point for point in points if point.checkpoint] or points
+    sign = 1 if spec.mode == "min" else -1
     return RunResult(
         status=status,
-        base=plain_of(progress.base) if progress.base else None,
-        best=progress.best,
-        final=with_checkpoint(progress.final, run_dir) if progress.final else None,
-        seed=config.seed,
-        config_sha256=config_sha256(config),
-        notes=notes,
+        base=_numbers(base) if base else None,
+        best=min(saved, key=lambda point: sign * getattr(point, spec.metric), default=None),
+        final=points[-1] if points else None,
+        seed=spec.config.seed,
+        config_sha256=config_sha256(spec.config),
+        error=error,
     )

@@ -8,8 +8,6 @@ from functools import partial
 
 import torch
 
-from raytune_ft.checkpoints.store import CheckpointStore
-from raytune_ft.config.identity import config_sha256
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
 from raytune_ft.model.export import Exporter
@@ -17,25 +15,21 @@ from raytune_ft.model.load import disk_dtype
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import paces
 from raytune_ft.records import RunResult
-from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import STRATEGIES, Strategy
-from raytune_ft.train.checkpoint import Identity, Progress, Saver, load_state
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.report import Reporter, Silent
-from raytune_ft.train.result import ended_result, run_result, write_result
-from raytune_ft.train.run_state import Goal, Schedule
+from raytune_ft.train.report import Reporter
+from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
     build_engine,
     build_objective,
     check_vocabulary,
     head_of,
-    order_of,
-    where_to_resume,
+    open_run,
 )
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.trackers import Log
-from raytune_ft.train.watchdog import Host, own_host, watched
+from raytune_ft.train.stopping import Host, own_host
+from raytune_ft.train.watchdog import Heartbeat, watched
 
 
 def run_training(
@@ -48,8 +42,8 @@ def run_training(
     alike is a result with status "failed"; one that this rank alone may have met is raised, so
     that whoever started the group ends the others, which wait for this one.
 
-    `host` is whoever started this process. It knows why it asked the run to stop, so that it and
-    not the run writes the result "interrupted". Without one, a single process listens to signals.
+    `host` is whoever started this process: it may ask the run to stop, and then writes the result
+    "interrupted" itself. Without a host, a single process listens to signals.
 
     Raises:
         InputError: the input turns out to be wrong only now; `result.json` says so too.
@@ -62,9 +56,9 @@ def run_training(
         failure = _as_failure(error)
         if failure is None:
             raise
-        result = ended_result(spec, "failed", f"{type(failure).__name__}: {failure}")
+        result = failed_result(spec, failure)
         if strategy.rank == 0:
-            write_result(spec.run_dir, result)
+            end_run(spec, result)
         alone = strategy.world_size == 1 and failure.exit_code == 1
         if alone or isinstance(failure, Diverged):
             return result
@@ -86,54 +80,18 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     )
     objective = build_objective(config, data, strategy)
     engine = build_engine(built, config, strategy, optimizer_of, objective)
-    store = CheckpointStore(spec.run_dir / CHECKPOINTS)
-    order = order_of(config, data)
-    schedule = Schedule.of(
-        config.train, len(order), config.checkpoint.every_examples, config.data.curriculum
-    )
-    checkpoint = where_to_resume(store, schedule, strategy)
-    progress = load_state(checkpoint, strategy, engine.names) if checkpoint else Progress()
+    heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    saver = Saver(
-        store,
-        Identity(config_sha256(config), config.method.name, spec.metric, spec.mode),
-        config.checkpoint,
-        strategy,
-        engine.names,
-        exporter,
-        pool,
-    )
-    writes = strategy.rank == 0
-    resume_step = progress.step if checkpoint else None
-    log = Log(spec, resume_step) if writes else None
+    run = open_run(spec, data, strategy, engine.names, exporter, strategy, reporter, heart, pool)
     alone = host is None and strategy.world_size == 1
-    with (
-        closing(log) if log else nullcontext(),
-        own_host(spec) if alone else nullcontext(host or Host()) as near,
-        watched(near.heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
-    ):
-        saver.alive = near.heart.alive
-        status, progress = train(
-            engine,
-            data.train,
-            order,
-            data.validation,
-            config.train,
-            schedule,
-            config.seed,
-            Goal(spec.metric, spec.mode),
-            progress,
-            saver,
-            log or Silent(),
-            reporter,
-            near.should_stop,
-            near.heart,
-        )
-    pool.shutdown(wait=True)
-    result = run_result(status, progress, spec.run_dir, config, engine.notes)
-    if writes and (status != "interrupted" or host is None):
-        write_result(spec.run_dir, result)
-    return result
+    with closing(run):
+        with (
+            own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
+            watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
+        ):
+            train(engine, data, run, near.should_stop, heart)
+        pool.shutdown(wait=True)  # not after a failure, where peers may be gone
+        return run.finish(engine.notes, hosted=host is not None)
 
 
 def _as_failure(error: BaseException) -> RaytuneFtError | None:

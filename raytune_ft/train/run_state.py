@@ -1,21 +1,29 @@
-"""When something is due in a run and what an evaluation changes: pure, for one run or many."""
+"""A run between its steps: what is due, what an evaluation changes, what is saved and reported."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.errors import Diverged
-from raytune_ft.records import EvalMetrics, Point
-from raytune_ft.train.checkpoint import Progress
-from raytune_ft.train.optim import total_examples
-
-Outcome = Literal["completed", "early_stopped", "interrupted"]
+from raytune_ft.data.order import Indices, Order
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import CheckpointError, Diverged, RunFailed
+from raytune_ft.records import EvalMetrics, Point, RunResult, StepMetrics
+from raytune_ft.train.checkpoint import Progress, Saver
+from raytune_ft.train.evaluation import Scores
+from raytune_ft.train.optim import learning_rate, total_examples
+from raytune_ft.train.report import Reporter
+from raytune_ft.train.result import Outcome, end_run, failed_result, run_result
+from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.trackers import Log
+from raytune_ft.train.watchdog import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -87,29 +95,235 @@ class Schedule:
         return examples == self.examples_after(step)
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raises Diverged where a step went nowhere."""
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+class RunState:
+    """What a run is between two steps. Whoever computes gradients drives it:
 
+        run.begin(scores of the base)
+        while not run.over:
+            indices = run.next_batch()
+            ...                                   # forward, backward, optimizer step at `run.lr`
+            if run.after_step(loss, grad_norm):   # an evaluation is due
+                scores = ...
+            run.after_evaluation(scores)          # None where none was due
+        run.finish(notes)
 
-def exhausted(progress: Progress, settings: TrainConfig) -> bool:
-    """Is patience at an end?"""
-    stopping = settings.early_stopping
-    return stopping is not None and progress.unimproved >= stopping.patience
+    `train.loop` drives one, `packed.engine` one a slot. Every rank holds the state and decides
+    alike, from sums over ranks. Rank 0 alone has a `log`, which gets everything at once; the
+    `reporter` gets an evaluation once the checkpoint that it earned is committed, so that whoever
+    stops the run on that report finds the checkpoint whole. Training goes on meanwhile.
+    """
 
+    def __init__(
+        self,
+        spec: RunSpec,
+        data: TokenizedSplit,
+        order: Order,
+        schedule: Schedule,
+        progress: Progress,
+        saver: Saver,
+        log: Log | None,
+        reporter: Reporter,
+        heart: Heartbeat,
+    ) -> None:
+        """`data` is the training split; `heart` is told of every phase."""
+        self.spec, self.progress, self.saver = spec, progress, saver
+        self._settings = spec.config.train
+        self._data, self._order, self._schedule = data, order, schedule
+        self._goal = Goal(spec.metric, spec.mode)
+        self._log, self._reporter, self._heart = log, reporter, heart
+        self._started = time.perf_counter() - progress.wall_s
+        self._evaluation: EvalMetrics | None = None  # of the last step
+        self._held: list[tuple[EvalMetrics, str | None]] = []
 
-def outcome(progress: Progress, settings: TrainConfig, schedule: Schedule) -> Outcome:
-    """How a run that stands here, and goes no further, ended."""
-    if progress.step == schedule.total_steps:
-        return "completed"
-    return "early_stopped" if exhausted(progress, settings) else "interrupted"
+    @property
+    def step(self) -> int:
+        """The step to be taken next, from 1."""
+        return self.progress.step + 1
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of that step."""
+        return learning_rate(self._settings, self.progress.step, self._schedule.total_steps)
+
+    @property
+    def over(self) -> bool:
+        """Is the budget or the patience of early stopping used up?"""
+        return self.progress.step >= self._schedule.total_steps or self._out_of_patience
+
+    def begin(self, base: Scores) -> None:
+        """Report the base's own scores, before the first step.
+
+        Raises:
+            Diverged: they are not finite.
+        """
+        evaluation = base.after(0, 0)
+        self.progress = replace(self.progress, base=evaluation)
+        if self._log:
+            self._log.evaluation(evaluation, None)
+        self._reporter.evaluation(evaluation, None)
+
+    def next_batch(self) -> Indices:
+        """The training examples of the next step, whose clock starts here."""
+        self._step_started = time.perf_counter()
+        seen = self.progress.examples
+        self._batch = self._order.indices(seen, self._schedule.examples_after(self.step) - seen)
+        return self._batch
+
+    def after_step(self, loss: float, grad_norm: float) -> bool:
+        """Note a step, with the loss and gradient norm of all ranks; is an evaluation due?
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
+        """
+        step, lr = self.step, self.lr
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+        now = time.perf_counter()
+        self._evaluation = None
+        self.progress = replace(
+            self.progress,
+            step=step,
+            examples=self.progress.examples + len(self._batch),
+            wall_s=now - self._started,
+        )
+        tokens = int(self._data.lengths[self._batch].sum())
+        metrics = StepMetrics(
+            step=step,
+            examples=self.progress.examples,
+            tokens=tokens,
+            label_tokens=int(self._data.label_counts[self._batch].sum()),
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_s=tokens / (now - self._step_started),
+            wall_s=self.progress.wall_s,
+        )
+        if self._log:
+            self._log.step(metrics)
+        self._reporter.step(metrics)
+        return self._schedule.due(step, self._schedule.eval_every)
+
+    def after_evaluation(self, scores: Scores | None, stopping: bool = False) -> None:
+        """Note the evaluation of this step, None where none was due; save where that is due.
+
+        A new best, the last step and, where the run is `stopping`, this one are always saved.
+
+        Raises:
+            Diverged: the evaluation is not finite.
+            CheckpointError: an earlier checkpoint could not be written.
+        """
+        step, is_best = self.progress.step, False
+        if scores is not None:
+            evaluation = self._evaluation = scores.after(step, self.progress.examples)
+            is_best = self._goal.improves(evaluation, self.progress.best)
+            self.progress = after_evaluation(self.progress, evaluation, self._settings, self._goal)
+            if self._log:
+                self._log.evaluation(evaluation, None)
+        if is_best or stopping or self.over or self._schedule.save_due(step):
+            self._save()
+        if self._evaluation is not None:
+            self._held.append((self._evaluation, checkpoint_path(step) if is_best else None))
+            if all(checkpoint is None for _, checkpoint in self._held):
+                self._pass_on()
+
+    def release(self) -> None:
+        """Wait for the checkpoint that is being written, then report what waited for it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.saver.wait()
+        self._pass_on()
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """At the end of the context nothing waits any more, also where the run diverged, which all
+        ranks see alike.
+        """
+        try:
+            yield
+        except Diverged:
+            self.release()
+            raise
+        self._heart.enter("last checkpoint")
+        self.release()
+
+    def finish(self, notes: tuple[str, ...], hosted: bool = False) -> RunResult:
+        """Leave the result of a run that goes no further; see `train.result.end_run`.
+
+        Where the run is `hosted`, its host knows why it was interrupted and writes that result.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        self.release()
+        result = run_result(self._outcome(), self.progress, self.spec, notes)
+        if self._log and not (hosted and result.status == "interrupted"):
+            end_run(self.spec, result)
+        self.close()
+        return result
+
+    def fail(self, error: RunFailed) -> None:
+        """End a run that failed by itself."""
+        if isinstance(error, Diverged):
+            with suppress(CheckpointError):
+                self.release()
+        if self._log:
+            end_run(self.spec, failed_result(self.spec, error))
+        self.close()
+
+    def prune(self) -> None:
+        """End a run that its search has stopped, after the last whole step.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+        """
+        self.saver.wait()
+        if self._log:
+            end_run(self.spec, "pruned")
+        self.close()
+
+    def interrupt(self, notes: tuple[str, ...]) -> None:
+        """End a run after the last whole step, with a checkpoint of it to continue from.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.progress.step:
+            self._save()
+        self.finish(notes)
+
+    def close(self) -> None:
+        """Close the log. `finish`, `fail` and `prune` do so; a second call does nothing."""
+        log, self._log = self._log, None
+        if log:
+            log.close()
+
+    @property
+    def _out_of_patience(self) -> bool:
+        stopping = self._settings.early_stopping
+        return stopping is not None and self.progress.unimproved >= stopping.patience
+
+    def _outcome(self) -> Outcome:
+        if self.progress.step == self._schedule.total_steps:
+            return "completed"
+        return "early_stopped" if self._out_of_patience else "interrupted"
+
+    def _save(self) -> None:
+        self._heart.enter(f"checkpoint of step {self.progress.step} of {self.spec.run_dir.name}")
+        self.release()
+        self.saver.save(self.progress, self._evaluation)
+
+    def _pass_on(self) -> None:
+        for evaluation, checkpoint in self._held:
+            self._reporter.evaluation(evaluation, checkpoint)
+        self._held.clear()
 
 
 def after_evaluation(
     progress: Progress, evaluation: EvalMetrics, settings: TrainConfig, goal: Goal
 ) -> Progress:
-    """Best, final and the count of evaluations without an improvement."""
+    """Progress with this evaluation: best, final, and how many in a row have not improved."""
     min_delta = settings.early_stopping.min_delta if settings.early_stopping else 0.0
     enough = goal.improves(evaluation, progress.best, by=min_delta)
     point = Point(**asdict(evaluation))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
@@ -34,11 +36,17 @@ from raytune_ft.model.objectives import OBJECTIVES, Objective, TokenObjective
 from raytune_ft.model.objectives.classification import class_weights
 from raytune_ft.model.objectives.tokens import relative_rationale_weight
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
+from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import OptimizerOf, Strategy
+from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
 from raytune_ft.train.distill import check_size, teacher_of
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
-from raytune_ft.train.run_state import Schedule
+from raytune_ft.train.report import Reporter
+from raytune_ft.train.run_state import RunState, Schedule
+from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.trackers import Log
+from raytune_ft.train.watchdog import Heartbeat
 
 
 def plain_order(config: Config, split: TokenizedSplit) -> Order:
@@ -185,6 +193,40 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
         if strategy.sum(damaged).item() == 0:
             return store.root / name
     return None
+
+
+def open_run(
+    spec: RunSpec,
+    data: PreparedData,
+    holder: Holder,
+    names: list[str],
+    exporter: Exporter,
+    strategy: Strategy,
+    reporter: Reporter,
+    heart: Heartbeat,
+    pool: Executor,
+) -> RunState:
+    """A run at its newest sound checkpoint, or at its beginning; called on every rank.
+
+    `holder` has the trained weights `names` and their moments, into which the checkpoint is loaded.
+
+    Raises:
+        ConfigError: see `order_of`.
+        CheckpointError: the checkpoint is of another model or method, or a rank cannot read it.
+    """
+    config = spec.config
+    order = order_of(config, data)
+    schedule = Schedule.of(
+        config.train, len(order), config.checkpoint.every_examples, config.data.curriculum
+    )
+    store = CheckpointStore(spec.run_dir / CHECKPOINTS)
+    checkpoint = where_to_resume(store, schedule, strategy)
+    line = holder.exchange()
+    progress = load_state(checkpoint, holder, names, line) if checkpoint else Progress()
+    saver = Saver(spec, store, holder, names, exporter, line, pool, heart.alive)
+    resume_step = progress.step if checkpoint else None
+    log = Log(spec, resume_step) if strategy.rank == 0 else None
+    return RunState(spec, data.train, order, schedule, progress, saver, log, reporter, heart)
 
 
 def build_engine(

@@ -50,7 +50,8 @@ def _losses(root: Path, objective: str, changes: dict[str, Any], model: str = "d
     """Our loss of some examples, the engine and the data."""
     full = {"method": {"name": "full"}, "data.packing": "auto"}
     engine, data = _built(root, config_of(root, objective, {**full, **changes}, model))
-    loss, _ = accumulate_gradients(engine, data.train, SOME)
+    loss_sum, count = accumulate_gradients(engine, data.train, SOME)
+    loss = loss_sum / count
     return loss, engine, data
 
 
@@ -178,7 +179,8 @@ def test_weights_are_those_of_the_rows(root: Path) -> None:
 def test_rationales_weigh_as_published(root: Path) -> None:
     """(L_label + 0.3 L_rationale) / 1.3, each the mean over its own tokens, of the whole split."""
     _, engine, data = _losses(root, "rationale", {})
-    loss, _ = accumulate_gradients(engine, data.train, np.arange(len(data.train)))
+    loss_sum, count = accumulate_gradients(engine, data.train, np.arange(len(data.train)))
+    loss = loss_sum / count
     theirs = AutoModelForCausalLM.from_pretrained(root / "decoder").eval()
     sums, counts = np.zeros(2), np.zeros(2)
     for i in range(len(data.train)):

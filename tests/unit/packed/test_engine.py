@@ -108,7 +108,7 @@ def test_numbers_beyond_a_rank_and_outside_targets_stay_zero(
     for name, config in configs.items():
         packed.enter(name, config)
     packed.passes(4)
-    optimizer, places = packed.engine.passes.optimizer, packed.engine.passes.stack.places
+    optimizer, places = packed.engine.passes.optimizer, packed.engine.passes.stack.slices
     ranks = [8, 2, 4]
     for rows_KN in (optimizer.numbers_KN, optimizer.exp_avg_KN, optimizer.exp_avg_sq_KN):
         for name, place in places.items():

@@ -16,7 +16,7 @@ from raytune_ft.errors import ModelError
 from raytune_ft.model.load import Precision, build_model, load_base
 from raytune_ft.model.meta import shapes_of
 from raytune_ft.model.methods import trained_parameters
-from raytune_ft.packed.lora import MultiLora, Window, draw_adapter
+from raytune_ft.packed.lora import ActiveAdapters, MultiLora, init_adapter
 from tests.support.models import save_tiny
 
 RANKS, SCALES, LARGEST, INPUTS, OUTPUTS = (3, 1, 4), (2.0, 0.5, 1.0), 5, 6, 7
@@ -49,12 +49,12 @@ def test_forward_and_gradients(transposed: bool, bias: bool, in_place: bool) -> 
     stack.tokens = 3 * 2 * 4
     numbers_GN = torch.zeros(3, stack.numbers, dtype=torch.float64)
     gradients_GN = torch.zeros_like(numbers_GN)
-    for place in stack.places.values():
+    for place in stack.slices.values():
         for half_GRX in place.pair(numbers_GN):
             for slot, rank in enumerate(RANKS):
                 half_GRX[slot, :rank].normal_()
-    window = Window(
-        stack.places,
+    active = ActiveAdapters(
+        stack.slices,
         numbers_GN,
         gradients_GN,
         torch.tensor(SCALES, dtype=torch.float64),
@@ -64,7 +64,7 @@ def test_forward_and_gradients(transposed: bool, bias: bool, in_place: bool) -> 
     x_BSI = torch.randn(6, 4, INPUTS, dtype=torch.float64)
     wanted_BSI = torch.randn(6, 4, INPUTS, dtype=torch.float64)
     stack.model._forward_pre_hooks.clear()  # rows of numbers have no token ids
-    with stack.applied(window):
+    with stack.applied(active):
         y_BSI = net(x_BSI)
         (y_BSI * wanted_BSI).sum().backward()
 
@@ -72,7 +72,7 @@ def test_forward_and_gradients(transposed: bool, bias: bool, in_place: bool) -> 
     expected = []
     for slot in range(3):
         hidden = x_BSI[2 * slot : 2 * slot + 2]
-        for name, place in stack.places.items():
+        for name, place in stack.slices.items():
             a_GRI, b_GRO = place.pair(leaf_GN)
             base = net.get_submodule(name).base_layer(hidden)  # type: ignore[operator]
             hidden = base + SCALES[slot] * (hidden @ a_GRI[slot].T) @ b_GRO[slot]
@@ -82,7 +82,7 @@ def test_forward_and_gradients(transposed: bool, bias: bool, in_place: bool) -> 
     (torch.cat(expected) * wanted_BSI).sum().backward()
     gradient_GN = leaf_GN.grad
     assert gradient_GN is not None
-    for place in stack.places.values():
+    for place in stack.slices.values():
         for ours_GRX, theirs_GRX in zip(
             place.pair(gradients_GN), place.pair(gradient_GN), strict=True
         ):
@@ -97,8 +97,8 @@ def test_a_layer_that_sees_some_tokens_only_is_refused() -> None:
     stack = MultiLora(net, LARGEST, True)
     stack.adapt(["lower"])
     numbers_GN = torch.zeros(2, stack.numbers)
-    window = Window(stack.places, numbers_GN, None, torch.ones(2), LARGEST, torch.float32)
-    with stack.applied(window), pytest.raises(ModelError, match="sees some tokens only"):
+    active = ActiveAdapters(stack.slices, numbers_GN, None, torch.ones(2), LARGEST, torch.float32)
+    with stack.applied(active), pytest.raises(ModelError, match="gets only some tokens"):
         net.lower(torch.zeros(5, INPUTS))
 
 
@@ -112,9 +112,9 @@ def test_drawn_bit_for_bit_as_an_ordinary_run_draws(
     shapes = shapes_of(load_base(model, getattr(torch, precision)))
     assert all(parameter.is_meta for parameter in shapes.parameters())
     for seed in (0, 5):
-        drawn = draw_adapter(shapes, method, precision, seed)
+        adapter = init_adapter(shapes, method, precision, seed)
         expected = trained_parameters(build_model(model, method, precision, seed))
-        assert list(drawn.weights) == list(expected)
-        for name, weight in drawn.weights.items():
+        assert list(adapter.weights) == list(expected)
+        for name, weight in adapter.weights.items():
             assert weight.dtype == expected[name].dtype
             assert torch.equal(weight, expected[name])

@@ -122,10 +122,10 @@ import sys, time
 from types import SimpleNamespace
 from raytune_ft.train import watchdog as heartbeat
 from raytune_ft.train.watchdog import watched
-from raytune_ft.train.watchdog import own_host
+from raytune_ft.train.stopping import own_host
 heartbeat.NATIVE_GRACE_S = 0.5
 
-with own_host(None) as host, watched(host.heart, 0, 1.5, sys.exit):
+with own_host(None, heartbeat.Heartbeat()) as host, watched(host.heart, 0, 1.5, sys.exit):
     print("ready", flush=True)
     for beat in range(20):
         host.heart.beat(beat, 20)
