@@ -53,7 +53,7 @@ def base_name(model: ModelConfig) -> str:
 
 
 def known_license(directory: Path) -> str | None:
-    """The license in the model or dataset card of a directory; None where there is none."""
+    """The licence in the model or dataset card of a directory; None where there is none."""
     card = directory / "README.md"
     if not card.is_file():
         return None
@@ -65,7 +65,7 @@ def known_license(directory: Path) -> str | None:
 
 
 def licenses(config: Config) -> dict[str, str]:
-    """`base`, `data.train`, ... -> license, of those that have a card with one beside them."""
+    """`base`, `data.train`, ... -> licence, of those that have a card with one beside them."""
     places = {"base": config.model.path} | {
         f"data.{name}": str(Path(source.path).parent)
         for name, source in source_configs(config.data).items()

@@ -195,7 +195,7 @@ def _sentence(
         how = "better than"
     sure = f"{CONFIDENCE:.0%} interval of the difference"
     if held_out.interval is None:
-        how, sure = "not told from", _too_few(_count(base, figure))
+        how, sure = "not distinguishable from", _too_few(_count(base, figure))
     else:
         sure += f" {interval(held_out.interval)}"
     figures = f"{figure} {number(new)} against {number(old)}, {sure} on {split}"

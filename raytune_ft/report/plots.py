@@ -128,39 +128,38 @@ def candidates(promoted: Record) -> Plot | None:
         return None
     ends = _ends_to_show(rows)
     margin = 0.12 * (max(ends) - min(ends)) or 1.0
-    low_end, high_end = min(ends) - margin, max(ends) + 4 * margin  # room for the labels
+    low_end, high_end = min(ends) - margin, max(ends) + 5 * margin  # room for the labels
     traces = []
     for i, row in enumerate(rows):
         is_winner = row["name"] == promoted["winner"]
         value = number(row["figures"][metric])
         hover = f"{row['name']}: {metric} {value}"
-        label, side = value, "middle right"
         low, high = row["interval"] or (0.0, 0.0)
         colour = WON if is_winner else TIED if low <= 0 <= high else QUIET
-        x, size = [row["difference"] or 0.0], 11
+        # The best candidate is a dot at zero; the others are intervals with a dot inside.
+        x, symbols, mode, label, side = [0.0], ["circle"], "markers+text", value, "middle right"
         if row["difference"] is not None and row["interval"] is None:
-            x, size, label = [0.0], 0, f"{value}, too few examples"
-        elif low > high_end or high < low_end:
-            side = "middle left" if low > 0 else side
-            x, size, label = [high_end if low > 0 else low_end], 0, f"{value}, far off"
+            mode, label = "text", f"{value}, too few examples"
+        elif low > high_end:
+            x, mode, label, side = [high_end], "text", f"{value}, far off", "middle left"
+        elif high < low_end:
+            x, mode, label = [low_end], "text", f"{value}, far off"
         elif row["interval"] is not None:
-            x, size = [row["difference"], None, low, high], 9
+            x, mode = [row["difference"], None, low, high], "lines+markers+text"
+            symbols = ["circle", "circle", "line-ns-open", "line-ns-open"]
             hover += f"; {number(low)} to {number(high)}"
         traces.append(
             go.Scatter(
                 x=x,
                 y=[i] * len(x),
-                mode="lines+markers+text",
+                mode=mode,
                 line={"color": colour, "width": 2},
-                marker={
-                    "color": colour,
-                    "size": [size, 0, 11, 11][: len(x)],
-                    "symbol": ["circle", "circle", "line-ns-open", "line-ns-open"][: len(x)],
-                },
+                marker={"color": colour, "size": 11, "symbol": symbols},
                 text=[""] * (len(x) - 1) + [_text(label + " ✓ promoted" * is_winner)],
                 textposition=side,
                 hovertext=_text(hover),
                 hoverinfo="text",
+                cliponaxis=False,
                 showlegend=False,
             )
         )
@@ -204,13 +203,14 @@ def gain_and_retention(promoted: Record) -> Plot | None:
             for row, x, y in zip(rows, xs, ys, strict=True)
         ],
         hoverinfo="text",
+        cliponaxis=False,
         showlegend=False,
     )
     return _plot(
         "Gain and retention",
-        "What was learned against what was forgotten.",
+        "What was learned against what was forgotten: further right, more forgotten.",
         [trace],
-        "KL from the base on the general set (nats per token): further right, more forgotten",
+        "KL from the base on the general set (nats per token)",
         f"{metric} (validation)",
         log_y=_wide(ys),
     )
@@ -242,6 +242,7 @@ def alpha_curve(promoted: Record) -> Plot | None:
         textposition="top center",
         hovertext=hover,
         hoverinfo="text",
+        cliponaxis=False,
         showlegend=False,
     )
     return _plot(
@@ -306,7 +307,7 @@ def rungs(facts: Facts) -> Plot | None:
         figure.add_vline(
             x=i,
             line={"color": QUIET, "dash": "dash", "width": 1},
-            annotation={"text": f"{on} of {len(reached)} went on", "xanchor": "left"},
+            annotation={"text": f"{on} of {len(reached)} went on", "font": {"size": 10}},
             annotation_position="top right",
         )
     about = "A ring is a trial that was stopped there, a dot one that went on."
