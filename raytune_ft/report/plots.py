@@ -137,7 +137,8 @@ def candidates(promoted: Record) -> Plot | None:
         low, high = row["interval"] or (0.0, 0.0)
         colour = WON if is_winner else TIED if low <= 0 <= high else QUIET
         # The best candidate is a dot at zero; the others are intervals with a dot inside.
-        x, symbols, mode, label, side = [0.0], ["circle"], "markers+text", value, "middle right"
+        x: list[float | None] = [0.0]
+        symbols, mode, label, side = ["circle"], "markers+text", value, "middle right"
         if row["difference"] is not None and row["interval"] is None:
             mode, label = "text", f"{value}, too few examples"
         elif low > high_end:
