@@ -44,8 +44,8 @@ def trials(
 ) -> Table:
     """One row per trial of a sweep's `result.json`; `detailed` adds errors and durations."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    searched = [] if metric == "eval_loss" else [metric]
-    columns = ["trial", "status", *names, *(name.replace("_", " ") for name in searched)]
+    searched = metric != "eval_loss"
+    columns = ["trial", "status", *names, *[metric.replace("_", " ")] * searched]
     columns += ["eval loss", "examples", *["time"] * detailed]
     return Table(
         tuple(columns),
@@ -54,7 +54,7 @@ def trials(
                 str(row["id"]),
                 f"{row['status']}: {row['error']}" if detailed and row["error"] else row["status"],
                 *(cell(row["params"].get(name)) for name in names),
-                *[cell(row["value"]) for _ in searched],
+                *[cell(row.get("value"))] * searched,
                 cell(row["eval_loss"]),
                 cell(row["examples"]),
                 *[seconds(row["wall_s"])] * detailed,
