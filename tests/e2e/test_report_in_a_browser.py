@@ -44,7 +44,7 @@ def page(tmp_path: Path) -> Path:
 
 def chromium(page: Path, *arguments: str) -> str:
     home = page.parent / "browser"
-    # A proxy that nobody listens at: whatever the page asked of a network would fail, and be told.
+    # No proxy listens there: any network request of the page would fail and be logged.
     options = [f"--user-data-dir={home}", "--proxy-server=127.0.0.1:1", "--enable-logging=stderr"]
     done = subprocess.run(
         [CHROMIUM, *QUIET, *options, *arguments, page.as_uri()],
