@@ -134,7 +134,7 @@ def test_a_sweep_without_a_result_is_still_running(sweep_dir: Path) -> None:
     assert len(plots_of(text)[0]["data"]) == 6
 
 
-def test_an_error_of_the_report_is_printed(sweep_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_printed(sweep_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> None:
         raise KeyError("figures")
 
