@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from raytune_ft.errors import Interrupted, RaytuneFtError
+from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
 from raytune_ft.errors import CheckpointError
@@ -44,7 +43,7 @@ def list_(where: Where, debug: Debug = False) -> None:
     """
     from raytune_ft.checkpoints.manage import listed
 
-    show.console().print(show.checkpoints_table(listed(where)))
+    show.print_table(tables.checkpoints(listed(where)))
 
 
 @checkpoints.command()
@@ -193,7 +192,7 @@ def train(
         facts["best checkpoint"] = done.path / (result.best.checkpoint or "")
     for note in result.notes:
         show.tell(note)
-    show.console().print(show.facts_table({**facts, "run": done.path}))
+    show.print_facts({**facts, "run": done.path})
 
 
 @app.command()
@@ -209,7 +208,7 @@ def sweep(
     done = run.sweep(file, overrides or (), resume, show.tell)
     best = done.result.get("best")
     name = best["trial"] if best else None
-    show.console().print(show.trials_table(done.result["trials"], name, done.metric))
+    show.print_table(tables.trials(done.result["trials"], name, done.metric))
     if done.promotion is not None:
         _show_promotion(done.promotion)
     show.tell(f"sweep: {done.path}")
@@ -246,7 +245,7 @@ def evaluate(
     from raytune_ft import app as run
 
     facts = run.evaluate(model, config, overrides or (), show.tell)
-    show.console().print(show.facts_table(facts))
+    show.print_facts(facts)
 
 
 @app.command()
@@ -267,11 +266,10 @@ def report(
     for line in (verdict["title"], *verdict["lines"]):
         show.tell(line)
     if facts.promoted is not None:
-        show.console().print(show.candidates_table(facts.promoted))
-        show.console().print(_measured_table(facts.promoted))
+        show.print_table(tables.candidates(facts.promoted))
+        show.print_table(tables.figures(facts.promoted))
     if facts.is_sweep:
-        table = show.trials_table(facts.result["trials"], facts.best, facts.metric)
-        show.console().print(table)
+        show.print_table(tables.trials(facts.result["trials"], facts.best, facts.metric))
     show.tell(f"report: {path}")
 
 
@@ -360,24 +358,11 @@ def _reporter(total_examples: int, stack: ExitStack) -> Reporter:
 
 def _show_promotion(promotion: Promotion) -> None:
     measured = asdict(promotion.evaluation)
-    show.console().print(show.candidates_table(measured))
-    show.console().print(_measured_table(measured))
+    show.print_table(tables.candidates(measured))
+    show.print_table(tables.figures(measured))
     for sample in promotion.samples:
         show.tell(f"prompt:    {show.one_line(sample.prompt)}")
         show.tell(f"  expected {show.one_line(sample.reference)}")
         show.tell(f"  base     {show.one_line(sample.base)}")
         show.tell(f"  promoted {show.one_line(sample.promoted)}")
     show.tell(f"{promotion.model.name}: {promotion.model}")
-
-
-def _measured_table(measured: Mapping[str, Any]) -> Table:
-    from raytune_ft.report.write import reference_of
-
-    split = f"{measured['split']} ({measured['examples']:,} examples)"
-    return show.evaluation_table(
-        split,
-        reference_of(measured),
-        measured["base"],
-        measured["promoted"],
-        measured["differences"],
-    )

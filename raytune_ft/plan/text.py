@@ -5,6 +5,7 @@ from __future__ import annotations
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.config.search_space import trial_count
+from raytune_ft.format import seconds, size
 from raytune_ft.plan.layouts import NodeChoice, Option, fastest
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
 
@@ -205,22 +206,3 @@ def table(rows: list[Cells]) -> list[str]:
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def size(count: int | None) -> str:
-    """Bytes in the largest unit that leaves a number above 1."""
-    number, unit = float(count or 0), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            break
-        number, unit = number / 1024, larger
-    return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
-
-
-def seconds(value: float) -> str:
-    """A duration that a person reads at once."""
-    if value < 0.1:
-        return f"{value * 1000:.2g} ms"
-    if value < 120:
-        return f"{value:.3g} s"
-    return f"{value / 60:,.0f} min" if value < 7200 else f"{value / 3600:,.1f} h"

@@ -1,9 +1,10 @@
-"""The model card: what was made, from what, by what, how good it is, how to load it."""
+"""The model card of a promotion: scores, lineage, and how to load the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.fold import FoldCheck
 from raytune_ft.promote.decide import Evaluation, Sample
+from raytune_ft.report import tables
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a promoted model comes from. Paths are left out: hashes say more, and travel."""
+    """Where a promoted model comes from: names and hashes, no paths of this machine.
+
+    Attributes:
+        base_files: file of the base model -> its SHA-256.
+        trial, params, step, examples: of the promoted checkpoint; None, or empty, where the model
+            is not a single checkpoint.
+        versions: package -> version.
+    """
 
     name: str
     config: Config
@@ -39,24 +48,24 @@ class Lineage:
 
 
 def base_name(model: ModelConfig) -> str:
-    """The hub id or `builtin:` name; of a local directory its last part alone."""
+    """The hub id or `builtin:` name; for a local directory the last part of its path."""
     return Path(model.path).name if Path(model.path).is_absolute() else model.path
 
 
 def known_license(directory: Path) -> str | None:
-    """What the model card or dataset card in a directory says; None where it says nothing."""
+    """The licence in the model or dataset card of a directory; None where there is none."""
     card = directory / "README.md"
     if not card.is_file():
         return None
     try:
         found = RepoCard.load(card).data.to_dict().get("license")
-    except (OSError, ValueError):  # some other README
+    except (OSError, ValueError):  # a README that is not a card
         return None
     return str(found) if found else None
 
 
 def licenses(config: Config) -> dict[str, str]:
-    """ "base", "data.train" and so on -> licence, as far as cards beside them say it."""
+    """`base`, `data.train`, ... -> licence, of those that have a card with one beside them."""
     places = {"base": config.model.path} | {
         f"data.{name}": str(Path(source.path).parent)
         for name, source in source_configs(config.data).items()
@@ -66,12 +75,12 @@ def licenses(config: Config) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """What the fold and the evaluation ran with."""
+    """Versions of the packages that fold and evaluate."""
     return {"raytune_ft": raytune_ft.__version__} | {name: version(name) for name in PACKAGES}
 
 
 MAX_LABELS = 50
-"""That are listed; `config.json` has them all."""
+"""Labels that the card lists; `config.json` has all of them."""
 _METRIC_NAMES = {
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
@@ -98,14 +107,19 @@ def model_card(
     samples: Sequence[Sample],
     unfolded: str | None = None,
 ) -> ModelCard:
-    """The card as `huggingface_hub` reads it: YAML metadata, then Markdown. `unfolded`: the kind of
-    adapter that was promoted as it is.
+    """The card as `huggingface_hub` reads it: YAML metadata, then Markdown.
+
+    Args:
+        check: None where nothing was folded.
+        unfolded: the kind of adapter where the adapter was promoted without folding.
     """
     config = lineage.config
     known = licenses(config)
     classifies = lineage.data.problem is not None
     task = "text-classification" if classifies else "text-generation"
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
+    record = asdict(evaluation)
+    label = partial(_metric_name, reference=evaluation.reference)
     data = ModelCardData(
         model_name=lineage.name,
         license=known.get("base"),
@@ -120,11 +134,11 @@ def model_card(
                 dataset_name=_measured_source(lineage.data, evaluation.split),
                 dataset_split=evaluation.split,
                 metric_type=name,
-                metric_name=_metric_name(name, evaluation),
+                metric_name=label(name),
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
-            if name not in RETENTION and "/" not in name  # which are of other data
+            if name not in RETENTION and "/" not in name  # those are of other data
         ],
     )
     body = "\n\n".join(
@@ -132,8 +146,8 @@ def model_card(
             f"# {lineage.name}",
             f"{base_name(config.model)}, fine-tuned with raytune_ft (method {config.method.name}).",
             f"**Verdict: {evaluation.verdict}.**",
-            _evaluation_section(evaluation),
-            _candidates_section(evaluation),
+            _evaluation_section(record, label),
+            _candidates_section(record, label),
             _labels_section(lineage.data) if classifies else _samples_section(samples),
             _loading_section(classifies)
             if unfolded is None
@@ -145,50 +159,21 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _evaluation_section(evaluation: Evaluation) -> str:
-    rows = []
-    for name, value in evaluation.promoted.items():
-        new = evaluation.differences.get(name)
-        shown = "" if new is None else _figure(new["difference"])
-        interval = "" if new is None else _interval(new["interval"])
-        base = evaluation.base.get(name)
-        known = "" if base is None else _figure(base)
-        rows.append((_metric_name(name, evaluation), known, _figure(value), shown, interval))
-    looks = f"measured {evaluation.looks} time{'s' if evaluation.looks > 1 else ''} so far"
-    caution = (
-        ""
-        if evaluation.split == "test"
-        else " There was no test data: these examples also chose the model, so the figures flatter."
-    )
-    sure = f"{evaluation.confidence:.0%} interval"
-    head = ("metric", evaluation.reference, "promoted", "difference", sure)
-    about = (
-        ""
-        if evaluation.reference == "base"
-        else " `constant` gives every example the one answer that suits the training set best: "
-        "the base has no head to be compared with."
-    )
-    return (
-        f"## Evaluation\n\nOn {evaluation.examples:,} examples of the {evaluation.split} split, "
-        f"{looks}.{caution} Intervals are of a paired bootstrap over examples.{about}\n\n"
-        f"{_table(head, rows)}"
-    )
+def _evaluation_section(evaluation: tables.Record, label: tables.Label) -> str:
+    about = [
+        f"On {tables.measured_on(evaluation)}.",
+        *tables.caveats(evaluation),
+        "Intervals are of a paired bootstrap over examples.",
+    ]
+    table = tables.markdown(tables.figures(evaluation, label))
+    return f"## Evaluation\n\n{' '.join(about)}\n\n{table}"
 
 
-def _candidates_section(evaluation: Evaluation) -> str:
-    """Who else might have been promoted."""
-    figure = evaluation.metric
-    rows = []
-    for one in evaluation.candidates:
-        gap = "" if one.difference is None else _figure(one.difference)
-        interval = "" if one.difference is None else _interval(one.interval)
-        mark = f"**{one.name}**" if one.name == evaluation.winner else one.name
-        rows.append((mark, _figure(one.figures[figure]), gap, interval))
-    head = ("candidate", _metric_name(figure, evaluation), "difference to the best", "interval")
+def _candidates_section(evaluation: tables.Record, label: tables.Label) -> str:
     return (
-        f"## Candidates\n\nCompared on {evaluation.validation_examples:,} examples of the "
-        f"validation split alone. Of those that the data do not tell from the best one, the "
-        f"simplest is promoted.\n\n{_table(head, rows)}"
+        f"## Candidates\n\nCompared on {evaluation['validation_examples']:,} examples of the "
+        "validation split only. Of the candidates that the data do not separate from the best "
+        f"one, the simplest is promoted.\n\n{tables.markdown(tables.candidates(evaluation, label))}"
     )
 
 
@@ -209,10 +194,10 @@ def _samples_section(samples: Sequence[Sample]) -> str:
 
 
 def _labels_section(data: DataReport) -> str:
-    """What the head's outputs stand for."""
+    """The labels of the head's outputs, in order."""
     what = {
-        "single_label": "One label each: the largest output, and its softmax is the confidence",
-        "multi_label": "Any number of labels: those whose output is above 0",
+        "single_label": "One label per example: the largest output; its softmax is the confidence",
+        "multi_label": "Any number of labels per example: the outputs above 0",
     }.get(data.problem or "", "Numbers, as they are in the data")
     names = [label.replace("\n", " ") for label in data.labels]
     rest = f" and {len(names) - MAX_LABELS} more" * (len(names) > MAX_LABELS)
@@ -230,12 +215,12 @@ def _loading_section(classifies: bool) -> str:
 
 
 def _adapter_section(kind: str, base: ModelConfig) -> str:
-    """How to load what is no model by itself."""
+    """How to load an adapter, which needs its base."""
     path = base_name(base)
-    if kind.isupper():  # PEFT's own
+    if kind.isupper():  # a type of PEFT
         return (
-            "## Use\n\nThe directory `adapter` beside this file is a PEFT adapter, which works on "
-            "activations and is not folded into weights:\n\n"
+            "## Use\n\nThe directory `adapter` beside this file is a PEFT adapter. It changes "
+            "activations and cannot be folded into weights:\n\n"
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, "
             "AutoTokenizer\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{path}")\n'
@@ -244,8 +229,8 @@ def _adapter_section(kind: str, base: ModelConfig) -> str:
         )
     return (
         f"## Use\n\nThe directory `adapter` beside this file holds the method `{kind}` in "
-        "safetensors and JSON. It works on activations and is not folded into weights. "
-        f"`docs/interventions.md` of raytune_ft has the few lines that put it into {path} with "
+        "safetensors and JSON. It changes activations and cannot be folded into weights. "
+        f"`docs/interventions.md` of raytune_ft shows how to apply it to {path} with "
         "transformers alone."
     )
 
@@ -277,7 +262,7 @@ def _lineage_section(lineage: Lineage, known: Mapping[str, str]) -> str:
         for counts in (lineage.data.duplicates, lineage.data.overlaps)
     )
     return (
-        f"## Lineage\n\n{_table(('', ''), facts)}\n\n{_table(('file', 'sha256'), files)}\n\n"
+        f"## Lineage\n\n{_pairs(('', ''), facts)}\n\n{_pairs(('file', 'sha256'), files)}\n\n"
         f"Identical examples in two splits: {duplicates or 'none'}. Examples whose prompt another "
         f"split has too: {overlaps or 'none'}."
     )
@@ -285,13 +270,13 @@ def _lineage_section(lineage: Lineage, known: Mapping[str, str]) -> str:
 
 def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
     reference = "base + adapter"
-    if lineage.step is None:  # of no single checkpoint
+    if lineage.step is None:  # a merge
         reference = "the merge in float32"
     elif lineage.config.method.name in WHOLE_MODEL:
         reference = "the trained checkpoint"
     unit = "tokens" if lineage.data.problem is None else "examples"
     text = (
-        f"## Fold\n\nWeights are added up in float32 and written in {check.dtype}. On "
+        f"## Fold\n\nWeights are added in float32 and written in {check.dtype}. On "
         f"{check.tokens} held-out {unit} the logits differ from those of {reference} by at most "
         f"{check.fold_difference:.1e} before rounding (allowed: {check.tolerance:.1e}) and by at "
         f"most {check.written_difference:.1e} as written."
@@ -299,38 +284,28 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
     if check.rounding_tolerance is None:
         return text
     return (
-        f"{text} Rounding to {check.dtype} moves them by {check.rounding:.2%} of their spread "
+        f"{text} Rounding to {check.dtype} changes them by {check.rounding:.2%} of their spread "
         f"(root mean square; allowed: {check.rounding_tolerance:.2%})."
     )
 
 
 def _measured_source(data: DataReport, split: str) -> str:
-    """The files that a split was read from; a drawn validation split comes from train."""
+    """The files of a split; a validation split drawn from train has those of train."""
     own = [source.name for name, source in data.sources.items() if _is_of(name, split)]
     drawn = [source.name for name, source in data.sources.items() if _is_of(name)]
     return ", ".join(own or drawn)
 
 
 def _is_of(name: str, split: str = "train") -> bool:
-    """Whether a source fills a split, alone or as one of several."""
+    """Whether a source, such as `train.maths`, belongs to a split."""
     return name.partition(".")[0] == split
 
 
-def _metric_name(figure: str, evaluation: Evaluation) -> str:
+def _metric_name(figure: str, reference: str) -> str:
     if figure == "eval_loss":
-        return "loss per label token" if evaluation.reference == "base" else "loss per example"
+        return "loss per label token" if reference == "base" else "loss per example"
     return _METRIC_NAMES.get(figure, figure)
 
 
-def _interval(ends: Sequence[float] | None) -> str:
-    return "too few examples" if ends is None else " to ".join(map(_figure, ends))
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.3e}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+def _pairs(columns: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    return tables.markdown(tables.Table(columns, tuple(rows)))

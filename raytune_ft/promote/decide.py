@@ -1,4 +1,7 @@
-"""Which candidate is promoted: by scores on validation, and the simpler one where they are tied."""
+"""Decide which candidate is promoted, and record the decision as `evaluation.json`.
+
+Candidates are compared by their scores on validation; of those that are tied, the simplest wins.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from raytune_ft.config.metrics import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, Scores, difference
+from raytune_ft.format import interval, number
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt with its reference, and how base and promoted model continue it."""
+    """A held-out prompt, its reference, and both models' continuations."""
 
     prompt: str
     reference: str
@@ -25,9 +29,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """A candidate on validation: `difference` and `interval` are to the best one, of `metric`.
+    """A candidate on the validation split.
 
-    Of the best one itself both are None; `interval` is, too, where the examples are too few.
+    Attributes:
+        simplicity: 0 is the base; a smaller number is simpler.
+        difference, interval: its value of the deciding metric minus the best candidate's. Both are
+            None for the best candidate; `interval` is also None where the examples are too few.
+        settings: of the merge, such as `alpha`.
     """
 
     name: str
@@ -44,14 +52,17 @@ class Evaluation:
 
     Attributes:
         split, examples: what `base`, `promoted` and `differences` were measured on.
-        reference: what `base` has the figures of: the base, or of a classifier, whose base is no
-            model, a constant answer.
-        looks: how often this run's or sweep's split has been measured.
-        metric, mode: the figure that decided, and which way it is better.
-        winner: the candidate that was promoted; `tied` with a less simple one that looks better.
-        differences: figure -> promoted minus base, with a 95% interval, None of too few examples.
-        candidates: all of them, on the validation split.
-        improved: whether the promoted model is better than the base beyond the interval.
+        base, promoted: figure -> value.
+        reference: the model whose figures `base` holds: "base", or "constant" for a classifier,
+            whose base has no head and is replaced by a constant answer.
+        looks: how often the split has been measured for this run or sweep.
+        metric, mode: the figure that decided, and which way is better.
+        winner: the promoted candidate; `tied` where a less simple one has a better value, and the
+            interval of their difference covers zero.
+        differences: figure -> `difference`, promoted minus base, and its `interval`, None where the
+            examples are too few.
+        candidates: all candidates, on the validation split.
+        improved: whether the promoted model is better than the base, zero outside the interval.
     """
 
     split: str
@@ -83,7 +94,13 @@ def evaluation_of(
     looks: int,
     reference: str = "base",
 ) -> Evaluation:
-    """The record of a promotion; `base` and `promoted` were measured on `split`."""
+    """The record of a promotion.
+
+    Args:
+        contenders: all candidates on validation, the base first.
+        settings: candidate -> the settings of its merge.
+        base, promoted: measured on `split`.
+    """
     differences = compared(base, promoted)
     held_out = difference(base.scores[verdict.figure], promoted.scores[verdict.figure])
     return Evaluation(
@@ -111,9 +128,9 @@ def evaluation_of(
 
 
 def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
-    """One JSON object for each example: split, candidate, example and its figures.
+    """Lines of `scores.jsonl`: one object per example with split, candidate, index and figures.
 
-    Figures over another set, such as retention, follow under that set's own name.
+    Figures of another set, such as retention, have that set's name as their split.
     """
     by_length: dict[tuple[str, int], dict[str, list[float]]] = {}
     for figure, scores in measured.scores.items():
@@ -132,7 +149,7 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
 
 
 def samples_of(base: Measured, promoted: Measured, count: int = 8) -> tuple[Sample, ...]:
-    """The first prompts, as both models continue them."""
+    """The first `count` prompts with both models' continuations."""
     pairs = zip(base.continuations, promoted.continuations, strict=True)
     return tuple(
         Sample(old.prompt, old.reference, old.generated, new.generated)
@@ -178,10 +195,10 @@ def _sentence(
         how = "better than"
     sure = f"{CONFIDENCE:.0%} interval of the difference"
     if held_out.interval is None:
-        how, sure = "not told from", _too_few(_count(base, figure))
+        how, sure = "not distinguishable from", _too_few(_count(base, figure))
     else:
-        sure += f" {held_out.low:.4f} to {held_out.high:.4f}"
-    figures = f"{figure} {new:.4f} against {old:.4f}, {sure} on {split}"
+        sure += f" {interval(held_out.interval)}"
+    figures = f"{figure} {number(new)} against {number(old)}, {sure} on {split}"
     return f"promoted is {how} {reference} ({figures}){simpler}"
 
 
@@ -195,9 +212,11 @@ def _too_few(count: int) -> str:
 
 @dataclass(frozen=True)
 class Contender:
-    """A measured candidate. `simplicity` counts up from 0, the base; equal ones are as simple.
+    """A measured candidate.
 
-    What is no model is compared with the others, and never promoted.
+    Attributes:
+        simplicity: 0 is the base; a smaller number is simpler.
+        is_model: False for a constant answer, which is compared and never promoted.
     """
 
     name: str
@@ -208,13 +227,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is promoted and why.
+    """The decision.
 
     Attributes:
         figure, mode: what decided, and which way is better.
-        winner: the simplest candidate that the data do not tell from the best one.
+        winner: the simplest model whose interval to the best one covers zero.
         best: the model with the best value.
-        differences: of every candidate but the best, its figure minus the best one's.
+        differences: candidate -> its figure minus the best one's, for all but the best.
     """
 
     figure: str
@@ -225,16 +244,16 @@ class Verdict:
 
     @property
     def tied(self) -> bool:
-        """Whether a simpler candidate was taken since the interval covers zero."""
+        """Whether a simpler candidate than the best one was chosen."""
         return self.winner != self.best
 
 
 def decide(contenders: Sequence[Contender], figure: str) -> Verdict:
-    """The verdict over candidates that were measured on the same examples.
+    """Choose among candidates that were measured on the same examples.
 
     Raises:
-        ConfigError: nothing gives this figure.
-        RunFailed: no candidate has a value of it.
+        ConfigError: no entry of `promote.metrics` gives `figure`.
+        RunFailed: `figure` is NaN for every candidate.
     """
     by_name = {one.name: _scores_of(one, figure) for one in contenders}
     mode = next(iter(by_name.values())).mode
@@ -256,12 +275,12 @@ def decide(contenders: Sequence[Contender], figure: str) -> Verdict:
 
 
 def better(new: Difference, mode: Mode) -> bool:
-    """Whether a difference is an improvement that the data show."""
+    """Whether a difference is an improvement whose interval excludes zero."""
     return not new.covers_zero and (new.value < 0) == (mode == "min")
 
 
 def compared(base: Measured, promoted: Measured) -> dict[str, dict[str, Any]]:
-    """Every figure that both have: the difference to the base with its interval.
+    """Figure -> `difference` to the base and its `interval`, for figures that both have.
 
     The interval is None where the examples are too few.
     """

@@ -1,5 +1,5 @@
-"""What people look at: `report.html`, one file that needs no network, made from a run's files.
+"""What a run or sweep left, for people: `report.html` and the output of the command line.
 
-`collect` reads the directory, `curves` and `verdicts` draw inline SVG, `searched` takes Optuna's
-own plots, and `write` puts them into one page.
+`collect` reads the directory, `tables` and `plots` describe it, `write` makes the page, and
+`terminal` prints.
 """

@@ -1,4 +1,4 @@
-"""Facts of a run or a sweep, read from the files that it left; nothing is loaded or run."""
+"""Facts of a run or a sweep, read from its files. No model is loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ from raytune_ft.errors import StorageError
 from raytune_ft.rundir import CONFIG, DATA, METRICS, PROMOTED, RESULT, TRIALS
 
 Record = dict[str, Any]
+RUNNING: Record = {
+    **{"params": {}, "status": "running", "eval_loss": None, "value": None},
+    **{"examples": 0, "wall_s": 0.0, "error": None},
+}
+"""A trial of a sweep that has no result.json yet."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial, or a run of its own. `steps` and `evaluations` are its lines of metrics.jsonl."""
+    """A trial, or a run outside a sweep.
+
+    Attributes:
+        value: the best value of the metric that ranks trials.
+        steps, evaluations: lines of metrics.jsonl.
+        values: of a search for several metrics, all of them at the best checkpoint.
+    """
 
     id: str
     params: Mapping[str, Any]
@@ -34,9 +45,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Facts:
-    """`promoted` is evaluation.json, `data` is data.json; each is None where there is none.
+    """What the report shows.
 
-    `metric` and `mode` are those that ranked trials, as in metrics.jsonl.
+    Attributes:
+        result: result.json; `status` is "running" where there is none yet.
+        promoted: promoted/evaluation.json, None before a promotion.
+        data: data.json, None where there is none.
+        metric, mode: what ranked the trials, and which way is better.
     """
 
     directory: Path
@@ -51,12 +66,12 @@ class Facts:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether there was a search."""
+        """Whether this is a sweep."""
         return "trials" in self.result
 
     @property
     def best(self) -> str | None:
-        """The id of the best trial."""
+        """The id of the best trial; None before the first usable one."""
         best = self.result.get("best") or {}
         if self.is_sweep:
             return best.get("trial")
@@ -64,10 +79,10 @@ class Facts:
 
 
 def collect(directory: Path) -> Facts:
-    """Read what the run or sweep in `directory` left so far.
+    """Read what the run or sweep in `directory` has written so far.
 
     Raises:
-        StorageError: it is no run or sweep.
+        StorageError: the directory is not one of a run or a sweep.
     """
     if not (directory / CONFIG).is_file():
         raise StorageError(
@@ -78,22 +93,20 @@ def collect(directory: Path) -> Facts:
     search = config.search if "trials" in result or (directory / TRIALS).is_dir() else None
     metric = search.metrics[0] if search else "eval_loss"
     mode = search.modes[0] if search else "min"
-    rows = result.get("trials")
-    if rows is None and search is not None:
-        result = {**result, "trials": []}
-        rows = [{"id": path.name} for path in sorted((directory / TRIALS).iterdir())]
+    if search is not None and "trials" not in result:
+        names = (path.name for path in sorted((directory / TRIALS).iterdir()))
+        result = {**result, "trials": [RUNNING | {"id": name} for name in names]}
     trials = (
         [_run(directory, config.name, result, metric)]
-        if rows is None
-        else [_trial(directory / TRIALS / row["id"], row, metric) for row in rows]
+        if search is None
+        else [_trial(directory / TRIALS / row["id"], row) for row in result["trials"]]
     )
-    promoted = read_json(directory / PROMOTED / "evaluation.json")
     return Facts(
         directory,
         config,
         result,
         trials,
-        promoted if promoted and "winner" in promoted else None,  # None of an earlier version
+        read_json(directory / PROMOTED / "evaluation.json"),
         read_json(directory / DATA),
         metric,
         mode,
@@ -102,7 +115,7 @@ def collect(directory: Path) -> Facts:
 
 
 def read_json(path: Path) -> Record | None:
-    """The object in a file, None where there is none."""
+    """The object in a file; None where the file is absent or holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,17 +140,16 @@ def _run(directory: Path, name: str, result: Record, metric: str) -> Trial:
     )
 
 
-def _trial(directory: Path, row: Record, metric: str) -> Trial:
+def _trial(directory: Path, row: Record) -> Trial:
     steps, evaluations = _metrics(directory / METRICS)
-    value = row.get("value")
     return Trial(
         row["id"],
-        row.get("params", {}),
-        row.get("status", "running"),
-        row.get("eval_loss") if value is None and metric == "eval_loss" else value,
-        int(row.get("examples", 0)),
-        float(row.get("wall_s", 0.0)),
-        row.get("error"),
+        row["params"],
+        row["status"],
+        row["value"],
+        row["examples"],
+        row["wall_s"],
+        row["error"],
         steps,
         evaluations,
         row.get("values"),
@@ -145,7 +157,7 @@ def _trial(directory: Path, row: Record, metric: str) -> Trial:
 
 
 def _metrics(path: Path) -> tuple[list[Record], list[Record]]:
-    """Steps and evaluations of metrics.jsonl; a half line of a killed writer is left out."""
+    """Steps and evaluations of metrics.jsonl; an incomplete last line is ignored."""
     steps, evaluations = list[Record](), list[Record]()
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

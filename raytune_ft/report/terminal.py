@@ -1,50 +1,44 @@
-"""What people see: lines and tables on stdout, one `error:` line on stderr."""
+"""Output of the command line: lines, tables and a progress bar on stdout, errors on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 
+from raytune_ft.format import cell, number
 from raytune_ft.records import EvalMetrics, StepMetrics
-
-if TYPE_CHECKING:
-    from raytune_ft.checkpoints.manage import Row
+from raytune_ft.report.tables import Table
 
 LOG_EVERY_S = 10.0
 MAX_ERROR = 1000
 MAX_TEXT = 200
-SHOWN_BESIDE = (
-    *("answer_exact_match", "exact_match", "retention_loss", "retention_kl"),
-    *("accuracy", "macro_f1", "r2", "pearson"),
-)
-"""Figures of every candidate beside the one that decides."""
 
 
 def console() -> Console:
-    """Rich on a terminal; plain lines, not cut and not wrapped, in a log."""
+    """As wide as the terminal; in a log 200 columns, so that tables are not cut."""
     width = None if sys.stdout.isatty() else 200
     return Console(highlight=False, markup=False, emoji=False, width=width, soft_wrap=False)
 
 
 def tell(line: str) -> None:
-    """One line of progress, at once."""
+    """Print a line of progress and flush it."""
     print(line, flush=True)
 
 
 def one_line(text: str, limit: int = MAX_TEXT) -> str:
-    """A text without line breaks, its end cut off where it is long."""
+    """The text without line breaks, cut to `limit` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
 
 
 def error_line(error: object) -> str:
-    """`error: ...` on one line, whatever the message holds."""
+    """`error: ...` on one line; characters that are not printable are escaped."""
     text = str(error) or type(error).__name__
     clean = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
@@ -53,30 +47,31 @@ def error_line(error: object) -> str:
 
 
 class LineReporter:
-    """A line at every evaluation, and one every ten seconds in between."""
+    """Prints a line at every evaluation, and one every ten seconds between evaluations."""
 
     def __init__(self, total_examples: int) -> None:
         self._total, self._last = total_examples, time.monotonic()
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Reporter`."""
         now = time.monotonic()
         if now - self._last >= LOG_EVERY_S:
             self._last = now
             tell(f"{_progress(metrics, self._total)}  {_training(metrics)}")
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """See `Reporter`."""
         best = f"  best so far, {checkpoint}" if checkpoint else ""
         name = "base eval_loss" if metrics.step == 0 else "eval_loss"
-        own = [f"{source} {loss:.4f}" for source, loss in metrics.eval_loss_by_source.items()]
-        by_source = f" ({', '.join(own)})" if own else ""
-        shown = f"{name} {metrics.eval_loss:.4f}{by_source}"
-        tell(f"{_progress(metrics, self._total)}  {shown}{best}")
+        losses = metrics.eval_loss_by_source.items()
+        own = ", ".join(f"{source} {number(loss)}" for source, loss in losses)
+        by_source = f" ({own})" if own else ""
+        tell(
+            f"{_progress(metrics, self._total)}  {name} {number(metrics.eval_loss)}"
+            f"{by_source}{best}"
+        )
 
 
 class BarReporter:
-    """A live bar on a terminal; the lines of evaluations stay above it."""
+    """A live progress bar; the lines of evaluations stay above it."""
 
     def __init__(self, total_examples: int) -> None:
         self._lines = LineReporter(total_examples)
@@ -90,12 +85,9 @@ class BarReporter:
         self._task = self.progress.add_task("", total=total_examples)
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Reporter`."""
-        shown = _training(metrics)
-        self.progress.update(self._task, completed=metrics.examples, description=shown)
+        self.progress.update(self._task, completed=metrics.examples, description=_training(metrics))
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """See `Reporter`."""
         self.progress.update(self._task, completed=metrics.examples)
         self._lines.evaluation(metrics, checkpoint)
 
@@ -105,94 +97,21 @@ def _progress(metrics: StepMetrics | EvalMetrics, total: int) -> str:
 
 
 def _training(metrics: StepMetrics) -> str:
-    return f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s"
+    speed = f"{metrics.tokens_per_s:,.0f} tokens/s"
+    return f"loss {number(metrics.loss)}  lr {number(metrics.lr)}  {speed}"
 
 
-def trials_table(
-    trials: Sequence[Mapping[str, Any]], best: str | None, metric: str = "eval_loss"
-) -> Table:
-    """One row a trial, the best by `metric` marked."""
-    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-    searched = [] if metric == "eval_loss" else [metric.replace("_", " ")]
-    table = Table("trial", "status", *names, *searched, "eval loss", "examples", title="trials")
-    for trial in trials:
-        params = [_value(trial["params"].get(name)) for name in names]
-        mark = " *" if trial["id"] == best else ""
-        loss, examples = _value(trial["eval_loss"]), f"{trial['examples']:,}"
-        values = [_value(trial["value"])] if searched else []
-        table.add_row(str(trial["id"]) + mark, trial["status"], *params, *values, loss, examples)
-    return table
+def print_table(table: Table) -> None:
+    """A table with its title; the marked row carries a star."""
+    grid = RichTable(*table.columns, title=table.title or None)
+    for i, (first, *rest) in enumerate(table.rows):
+        grid.add_row(f"{first} *" if i == table.marked else first, *rest)
+    console().print(grid)
 
 
-def checkpoints_table(rows: Sequence[Row]) -> Table:
-    """One row a checkpoint."""
-    table = Table("run", "checkpoint", "examples", "eval loss", "MB", "", title="checkpoints")
-    for row in rows:
-        manifest = row.manifest
-        figures = (
-            ["-", "-", "-"]
-            if manifest is None
-            else [
-                f"{manifest.examples:,}",
-                _value(manifest.eval_loss),
-                f"{row.bytes / 1e6:,.1f}",
-            ]
-        )
-        table.add_row(row.run, row.name, *figures, row.error or "referred to" * row.referred)
-    return table
-
-
-def evaluation_table(
-    split: str,
-    reference: str,
-    base: Mapping[str, float],
-    promoted: Mapping[str, float],
-    differences: Mapping[str, Mapping[str, Any]],
-) -> Table:
-    """Promoted against the base, or what `reference` names, with the interval of the difference."""
-    table = Table(f"on {split}", reference, "promoted", "difference", "95% interval")
-    for name, value in promoted.items():
-        gap = differences.get(name)
-        shown = [_value(gap["difference"]), _interval(gap["interval"])] if gap else ["-", "-"]
-        table.add_row(name, _value(base.get(name)), _value(value), *shown)
-    return table
-
-
-def candidates_table(evaluation: Mapping[str, Any]) -> Table:
-    """All candidates on validation, the promoted one marked."""
-    figure = evaluation["metric"]
-    others = [
-        name
-        for name in SHOWN_BESIDE
-        if name != figure and name in evaluation["candidates"][0]["figures"]
-    ]
-    count = f"{evaluation['validation_examples']:,}"
-    title = f"candidates on validation ({count} examples)"
-    table = Table("candidate", figure, "to the best", "95% interval", *others, title=title)
-    for row in evaluation["candidates"]:
-        mark = " *" if row["name"] == evaluation["winner"] else ""
-        figures = [_value(row["figures"].get(name)) for name in others]
-        gap, interval = row["difference"], row["interval"]
-        to_best = ["-", "-"] if gap is None else [_value(gap), _interval(interval)]
-        table.add_row(row["name"] + mark, _value(row["figures"][figure]), *to_best, *figures)
-    return table
-
-
-def facts_table(facts: Mapping[str, Any]) -> Table:
-    """Two columns without a frame."""
-    table = Table.grid(padding=(0, 2))
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values in two columns without a frame."""
+    grid = RichTable.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(name, _value(value))
-    return table
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "too few examples" if ends is None else " to ".join(map(_value, ends))
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if 0.01 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        grid.add_row(name, cell(value))
+    console().print(grid)

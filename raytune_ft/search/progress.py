@@ -1,4 +1,4 @@
-"""A sweep as a person follows it: a live table on a terminal, plain lines in a log. No ray."""
+"""Progress of a sweep: a live table on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raytune_ft.format import number, params_text, seconds
+
 Tell = Callable[[str], None]
 
 
 class Progress(Protocol):
-    """What a sweep says while it runs. A context: what is live is live inside."""
+    """Receives the events of a sweep and shows them."""
 
     def live(self) -> AbstractContextManager[Any]:
-        """Inside, things may move."""
+        """A context in which the display may redraw itself."""
 
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
-        """A trial has begun, or goes on."""
+        """A trial has started or resumed."""
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
-        """An evaluation of a trial; at 0 examples it is the untouched base."""
+        """An evaluation of a trial; at 0 examples it is that of the base."""
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
-        """A trial is over."""
+        """A trial has ended."""
 
     def note(self, line: str) -> None:
-        """Anything else."""
+        """Any other message."""
 
 
 STOPPED = ("pruned", "early_stopped")
 
 
 class _Tally:
-    """Which trials run, stopped and ended, the lowest loss, and how long the rest will take."""
+    """Counts of trials by state, the lowest loss, and the time that the remaining trials need."""
 
     def __init__(self, total: int, now: Callable[[], float]) -> None:
         self._total, self._now = total, now
@@ -68,20 +70,20 @@ class _Tally:
             self._completed += 1
 
     def best(self) -> str:
-        """`; lowest so far 1.2500 (trial-000)`, or nothing."""
+        """`; lowest so far 1.2500 (trial-000)`; empty before the first evaluation."""
         if not self._lowest:
             return ""
         name = min(self._lowest, key=lambda each: self._lowest[each])
-        return f"; lowest so far {self._lowest[name]:.4f} ({name})"
+        return f"; lowest so far {number(self._lowest[name])} ({name})"
 
     def left(self) -> str:
-        """`; about 12m left`, at the rate at which trials ended until now, whatever their number
-        at a time; nothing before the first one and after the last.
+        """`; about 12 min left`, at the rate at which trials have ended so far; empty before the
+        first one has ended and after the last.
         """
         rest = self._total - self.done
         if not self.done or rest <= 0:
             return ""
-        return f"; about {span((self._now() - self._begun) / self.done * rest)} left"
+        return f"; about {seconds((self._now() - self._begun) / self.done * rest)} left"
 
     def counts(self) -> str:
         """`2 running, 3 stopped, 4 completed, 1 failed of 24 trials`."""
@@ -96,38 +98,33 @@ class _Tally:
 
 
 class Lines:
-    """One line for everything that happens."""
+    """One line per event."""
 
     def __init__(self, tell: Tell, total: int, now: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._total = tell, total
         self._tally = _Tally(total, now)
 
     def live(self) -> AbstractContextManager[Any]:
-        """See `Progress`."""
         return nullcontext()
 
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
-        """See `Progress`."""
         self._tally.started(trial)
-        self._tell(f"{trial} started: {shown_params(params)}")
+        self._tell(f"{trial} started: {params_text(params)}")
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
-        """See `Progress`."""
         if examples:
             self._tally.reported(trial, eval_loss)
-            self._tell(f"{trial}: eval_loss {eval_loss:.4f} after {examples:,} examples")
+            self._tell(f"{trial}: eval_loss {number(eval_loss)} after {examples:,} examples")
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
-        """See `Progress`."""
         tally = self._tally
         tally.finished(trial, status)
-        loss = "" if eval_loss is None else f", eval_loss {eval_loss:.4f}"
+        loss = "" if eval_loss is None else f", eval_loss {number(eval_loss)}"
         why = f": {error}" if error else ""
         state = f"{tally.done}/{self._total} trials{tally.best()}{tally.left()}"
         self._tell(f"{trial} {status}{loss}{why} [{state}]")
 
     def note(self, line: str) -> None:
-        """See `Progress`."""
         self._tell(line)
 
 
@@ -141,7 +138,7 @@ class _Row:
 
 
 class LiveTable:
-    """A table of all trials that redraws itself; it is gone when the sweep is over."""
+    """A table of trials that redraws itself; it disappears when the sweep ends."""
 
     def __init__(
         self, console: Console, total: int, now: Callable[[], float] = time.monotonic
@@ -151,7 +148,6 @@ class LiveTable:
         self._tally = _Tally(total, now)
 
     def live(self) -> AbstractContextManager[Any]:
-        """See `Progress`."""
         return Live(
             get_renderable=self.table,
             console=self._console,
@@ -160,35 +156,31 @@ class LiveTable:
         )
 
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
-        """See `Progress`."""
         self._tally.started(trial)
-        self._rows[trial] = _Row(shown_params(params))
+        self._rows[trial] = _Row(params_text(params))
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
-        """See `Progress`."""
         row = self._rows[trial]
         row.status, row.examples, row.eval_loss = "training", examples, eval_loss
         if examples:
             self._tally.reported(trial, eval_loss)
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
-        """See `Progress`."""
         self._tally.finished(trial, status)
         row = self._rows.setdefault(trial, _Row(""))
         row.status = f"{status}: {error}" if error else status
         row.eval_loss, row.over = eval_loss, True
 
     def note(self, line: str) -> None:
-        """See `Progress`."""
         self._console.print(line)
 
     def table(self) -> Table:
-        """As many trials as fit: those that are over, the latest last, and then the running."""
+        """As many trials as fit the terminal: ended ones, the latest last, then running ones."""
         table = Table("trial", "params", "status", "examples", "eval loss")
         rows = sorted(self._rows.items(), key=lambda item: not item[1].over)
         room = max(4, self._console.height - 6)
         for trial, row in rows[-room:]:
-            loss = "" if row.eval_loss is None else f"{row.eval_loss:.4f}"
+            loss = "" if row.eval_loss is None else number(row.eval_loss)
             table.add_row(trial, row.params, row.status, f"{row.examples:,}", loss)
         tally = self._tally
         table.caption = f"{tally.counts()}{tally.best()}{tally.left()}"
@@ -196,23 +188,6 @@ class LiveTable:
 
 
 def progress_for(tell: Tell, total: int, console: Console | None = None) -> Progress:
-    """The live table where there is a terminal, otherwise lines through `tell`."""
+    """A live table on a terminal, otherwise lines through `tell`."""
     console = console or Console(highlight=False, markup=False, emoji=False)
     return LiveTable(console, total) if console.is_terminal else Lines(tell, total)
-
-
-def shown_params(params: Mapping[str, Any]) -> str:
-    """`train.lr=0.000123 method.rank=8`."""
-    return " ".join(f"{key}={_shown(value)}" for key, value in params.items())
-
-
-def span(seconds: float) -> str:
-    """`40s`, `12m`, `3h 05m`."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    return f"{minutes}m" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -44,7 +44,7 @@ def page(tmp_path: Path) -> Path:
 
 def chromium(page: Path, *arguments: str) -> str:
     home = page.parent / "browser"
-    # A proxy that nobody listens at: whatever the page asked of a network would fail, and be told.
+    # No proxy listens there: any network request of the page would fail and be logged.
     options = [f"--user-data-dir={home}", "--proxy-server=127.0.0.1:1", "--enable-logging=stderr"]
     done = subprocess.run(
         [CHROMIUM, *QUIET, *options, *arguments, page.as_uri()],
@@ -61,13 +61,13 @@ def chromium(page: Path, *arguments: str) -> str:
 def test_every_plot_is_drawn(page: Path) -> None:
     document = chromium(page, "--dump-dom")
     assert "<title>letters: trial-000 is promoted" in document  # what data hold did not run
-    assert document.count('class="plot"') == 6
-    drawn = re.findall(r'<div class="plotly[^"]*" id="plot-(\d)"', document)
-    assert drawn == ["0", "1"]
-    # Plotly's own elements, which are there once it has run.
-    assert document.count('class="trace scatter') >= 6  # a line for each trial
-    assert document.count('class="trace bars"') == 1
-    assert document.count('class="main-svg"') >= 2
+    # Plotly marks a plot that it has drawn.
+    drawn = re.findall(r'<div class="plot js-plotly-plot" id="plot-(\d)"', document)
+    assert drawn == [str(number) for number in range(8)]
+    assert document.count('class="trace scatter') >= 13  # six curves, four candidates, ...
+    assert document.count('class="trace bars"') == 3  # two of time, one of importances
+    assert document.count('class="main-svg"') >= 8
+    assert ">4 of 6 went on<" in document
 
 
 def test_the_picture(page: Path) -> None:

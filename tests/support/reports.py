@@ -89,6 +89,7 @@ def make_sweep_dir(directory: Path) -> Path:
             "retention_kl": {"difference": 0.5, "interval": [0.4, 0.6]},
         },
         "looks": 1,
+        "reference": "base",
         "verdict": "promoted is better than base",
         "metric": "eval_loss",
         "mode": "min",

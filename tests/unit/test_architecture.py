@@ -11,7 +11,7 @@ PACKAGE = Path(raytune_ft.__file__).parent
 # Later layers may import earlier ones.
 LAYERS = [
     {"__init__", "errors", "records"},
-    {"files"},
+    {"files", "format"},
     {"config"},
     {"rundir", "data"},
     {"tensors"},
@@ -22,9 +22,8 @@ LAYERS = [
     {"packed", "estimate"},
     {"evaluate"},
     {"search"},
-    {"ray_backend", "merge"},
+    {"ray_backend", "merge", "report"},  # promote's model card has the tables of report
     {"promote"},
-    {"report"},
     {"preflight"},
     {"app"},
     {"plan"},

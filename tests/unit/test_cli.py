@@ -14,6 +14,7 @@ import pytest
 
 from raytune_ft import app, cli
 from raytune_ft.errors import ConfigError, Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,7 @@ def test_tables_are_not_cut_in_a_log(capsys: pytest.CaptureFixture) -> None:
         }
         for i in range(2)
     ]
-    show.console().print(show.trials_table(trials, "00000"))
+    show.print_table(tables.trials(trials, "00000"))
     lines = capsys.readouterr().out.splitlines()
     best = next(line for line in lines if "00000 *" in line)
     assert all(part in best for part in ("completed", "1.23e-05", "8", "1.5000", "1,000"))

@@ -194,7 +194,11 @@ def test_what_was_measured_is_written_and_shown(
     assert card.data.pipeline_tag == "text-classification"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == content["promoted"]
-    for fact in ("| metric | constant | promoted |", "In their order: a, b, c.", "32 held-out ex"):
+    for fact in (
+        "| on test (40 examples) | constant | promoted |",
+        "In their order: a, b, c.",
+        "32 held-out ex",
+    ):
         assert fact in card.text
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
     page = write_report(trained).parent / "report.html"
@@ -202,7 +206,7 @@ def test_what_was_measured_is_written_and_shown(
         "macro_f1",
         "calibration_error",
         '<th class="number">constant</th>',
-        "suits train",
+        "suits the training set",
     ):
         assert fact in page.read_text()
     # The written model, read as transformers reads it, says what was measured.

@@ -160,7 +160,7 @@ def test_without_test_data_validation_is_measured_and_marked(train: Train) -> No
     promotion = promote(run)
     assert promotion.evaluation.split == "validation"
     assert promotion.evaluation.examples == 24
-    assert "these examples also chose the model" in (run / "promoted/README.md").read_text()
+    assert "these examples also selected the model" in (run / "promoted/README.md").read_text()
 
 
 @pytest.mark.parametrize(("scale", "tied"), [(-3.0, False), (0.0, True)])

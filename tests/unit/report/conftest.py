@@ -11,5 +11,5 @@ from tests.support.reports import make_sweep_dir
 
 @pytest.fixture
 def sweep_dir(tmp_path: Path) -> Path:
-    """See `make_sweep_dir`."""
+    """A sweep with a promotion, see `make_sweep_dir`."""
     return make_sweep_dir(tmp_path / "letters")

@@ -1,0 +1,177 @@
+"""The tables of a sweep and of an evaluation, described once.
+
+The terminal prints them with Rich, `report.html` as HTML and the model card as Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raytune_ft.format import NONE, cell, interval, seconds, size
+
+if TYPE_CHECKING:
+    from raytune_ft.checkpoints.manage import Row
+
+Record = Mapping[str, Any]
+Label = Callable[[str], str]
+KEY_FIGURES = (
+    *("answer_exact_match", "exact_match", "rougeL", "accuracy", "macro_f1", "r2", "pearson"),
+    *("retention_loss", "retention_kl"),
+)
+"""Shown beside the deciding figure where they were measured, most important first."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Attributes:
+        marked: index of the row that stands out: the best trial, the promoted candidate.
+        words: how many columns from the left hold words; the others hold numbers.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+    marked: int | None = None
+    words: int = 1
+
+
+def trials(
+    rows: Sequence[Record], best: str | None, metric: str = "eval_loss", detailed: bool = False
+) -> Table:
+    """One row per trial of a sweep's `result.json`; `detailed` adds errors and durations."""
+    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+    searched = metric != "eval_loss"
+    columns = ["trial", "status", *names, *[metric.replace("_", " ")] * searched]
+    columns += ["eval loss", "examples", *["time"] * detailed]
+    return Table(
+        tuple(columns),
+        tuple(
+            (
+                str(row["id"]),
+                f"{row['status']}: {row['error']}" if detailed and row["error"] else row["status"],
+                *(cell(row["params"].get(name)) for name in names),
+                *[cell(row.get("value"))] * searched,
+                cell(row["eval_loss"]),
+                cell(row["examples"]),
+                *[seconds(row["wall_s"])] * detailed,
+            )
+            for row in rows
+        ),
+        "trials",
+        next((i for i, row in enumerate(rows) if row["id"] == best), None),
+        words=2,
+    )
+
+
+def candidates(evaluation: Record, label: Label = str) -> Table:
+    """All candidates on the validation split, the promoted one marked."""
+    figure, rows = evaluation["metric"], evaluation["candidates"]
+    beside = [name for name in KEY_FIGURES if name != figure and name in rows[0]["figures"]]
+    return Table(
+        ("candidate", label(figure), "to the best", _confidence(evaluation), *map(label, beside)),
+        tuple(
+            (
+                row["name"],
+                cell(row["figures"][figure]),
+                *_difference(None if row["difference"] is None else row),
+                *(cell(row["figures"].get(name)) for name in beside),
+            )
+            for row in rows
+        ),
+        f"candidates on validation ({evaluation['validation_examples']:,} examples)",
+        next((i for i, row in enumerate(rows) if row["name"] == evaluation["winner"]), None),
+    )
+
+
+def figures(evaluation: Record, label: Label = str) -> Table:
+    """Every figure of the promoted model against the reference, with the difference."""
+    split, count = evaluation["split"], evaluation["examples"]
+    return Table(
+        (
+            f"on {split} ({count:,} examples)",
+            evaluation["reference"],
+            "promoted",
+            "difference",
+            _confidence(evaluation),
+        ),
+        tuple(
+            (
+                label(name),
+                cell(evaluation["base"].get(name)),
+                cell(value),
+                *_difference(evaluation["differences"].get(name)),
+            )
+            for name, value in evaluation["promoted"].items()
+        ),
+    )
+
+
+def checkpoints(rows: Sequence[Row]) -> Table:
+    """One row per checkpoint."""
+    return Table(
+        ("run", "checkpoint", "examples", "eval loss", "size", ""),
+        tuple(
+            (
+                row.run,
+                row.name,
+                *(
+                    [NONE] * 3
+                    if row.manifest is None
+                    else [
+                        cell(row.manifest.examples),
+                        cell(row.manifest.eval_loss),
+                        size(row.bytes),
+                    ]
+                ),
+                row.error or "referred to" * row.referred,
+            )
+            for row in rows
+        ),
+        "checkpoints",
+        words=2,
+    )
+
+
+def measured_on(evaluation: Record) -> str:
+    """`304 examples of the test split, measured once`."""
+    times = "once" if evaluation["looks"] == 1 else f"{evaluation['looks']} times"
+    return (
+        f"{evaluation['examples']:,} examples of the {evaluation['split']} split, measured {times}"
+    )
+
+
+def caveats(evaluation: Record) -> list[str]:
+    """What a reader of the figures must know, one sentence each."""
+    found = []
+    if evaluation["reference"] != "base":
+        found.append(
+            f"The {evaluation['reference']} gives every example the one answer that suits the "
+            "training set best: the base has no head to compare with."
+        )
+    if evaluation["split"] != "test":
+        found.append(
+            "There was no test data: these examples also selected the model, so the scores are "
+            "optimistic."
+        )
+    return found
+
+
+def markdown(table: Table) -> str:
+    """Markdown, the marked row bold; the title is left out."""
+    lines = [table.columns, ("---",) * len(table.columns)]
+    for i, (first, *rest) in enumerate(table.rows):
+        lines.append((f"**{first}**" if i == table.marked else first, *rest))
+    cells = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _confidence(evaluation: Record) -> str:
+    return f"{evaluation['confidence']:.0%} interval"
+
+
+def _difference(gap: Record | None) -> tuple[str, str]:
+    return (NONE, NONE) if gap is None else (cell(gap["difference"]), interval(gap["interval"]))
