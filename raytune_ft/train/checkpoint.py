@@ -48,28 +48,27 @@ class Progress:
 
 
 class Holder(Protocol):
-    """Whose weights and moments are saved and loaded; a `Strategy` is one, see there."""
+    """Holds the weights and moments that are saved and loaded: a `Strategy`, or a packed slot.
+
+    The methods are those of `Strategy`.
+    """
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the parts."""
 
-    def start_from(self, step: int) -> None:
-        """See `Strategy.start_from`."""
+    def start_from(self, step: int) -> None: ...
 
-    def parts(self, name: str) -> dict[str, Part]:
-        """See `Strategy.parts`."""
+    def parts(self, name: str) -> dict[str, Part]: ...
 
-    def loaded(self) -> None:
-        """See `Strategy.loaded`."""
+    def loaded(self) -> None: ...
 
-    def exchange(self) -> Exchange:
-        """See `Strategy.exchange`."""
+    def exchange(self) -> Exchange: ...
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy in host memory of what this rank saves; training may go on while it is written."""
+    """A copy in host memory of what this rank saves; training continues while it is written."""
 
     weights: dict[str, Part]
     moments: dict[str, Part]
@@ -79,7 +78,7 @@ class Snapshot:
 class SnapshotTaker:
     """Copies into the same memory each time: the first touch of new pages costs more than a copy.
 
-    So a snapshot must be written before the next one is taken.
+    A snapshot must be written before the next one is taken.
     """
 
     def __init__(self, holder: Holder, names: list[str]) -> None:
@@ -87,7 +86,7 @@ class SnapshotTaker:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, progress: Progress) -> Snapshot:
-        """Nothing is sent between ranks."""
+        """Copy this rank's parts. No rank waits for another."""
         weights: dict[str, Part] = {}
         moments: dict[str, Part] = {}
         for name in self._names:
@@ -116,7 +115,7 @@ def write_state(
     world_size: int,
     wrote: Callable[[int], None] = ignore,
 ) -> list[FileRecord]:
-    """Add this rank's files to a checkpoint's directory; rank 0 adds the JSON."""
+    """Write this rank's files into a checkpoint's directory; rank 0 adds the JSON."""
     (directory / STATE).mkdir(exist_ok=True)
     records = [
         write_parts(directory, f"{STATE}/{shard_name(stem, rank, world_size)}", parts, wrote)
@@ -133,7 +132,7 @@ def read_progress(checkpoint: Path) -> Progress:
     """The JSON part of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks what this version needs.
+        CheckpointError: it cannot be read, or lacks a key.
     """
     path = checkpoint / STATE / "state.json"
     try:
@@ -200,7 +199,7 @@ PACKAGES = ("raytune_ft", "torch", "transformers", "peft", "safetensors")
 
 
 class Saver:
-    """Every rank copies what it holds and goes on; a thread of each writes one snapshot at a time.
+    """Every rank copies its parts and trains on; a thread of each writes one snapshot at a time.
 
     `pool` has that one thread, which may serve the savers of several runs in turn. A write that
     fails on one rank raises on all of them, in the next `save` or `wait`. `alive` is called while
@@ -227,9 +226,9 @@ class Saver:
         self._written = self._seen = 0
 
     def save(self, progress: Progress, evaluation: EvalMetrics | None) -> None:
-        """Copy the state, then write it; every rank must call this.
+        """Copy the state, and write it in the background; every rank must call this.
 
-        `evaluation` is the one of this very step, if there was one; retention ranks by it.
+        `evaluation` is that of this step, None where there was none; `keep_best` ranks by it.
         """
         self.wait()
         self._pending = self._pool.submit(self._write, self._taker.take(progress), evaluation)
@@ -243,7 +242,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Is a checkpoint being written?"""
+        """Is a checkpoint being written on this rank?"""
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
@@ -261,7 +260,7 @@ class Saver:
         self._written += count
 
     def _write(self, snapshot: Snapshot, evaluation: EvalMetrics | None) -> None:
-        """All ranks at once, step by step; where one fails, all of them do."""
+        """Write on all ranks at once, stage by stage; where one rank fails, all of them do."""
         line, step, first = self._line, snapshot.progress.step, self._line.rank == 0
         facts = self._facts(snapshot.progress, evaluation)
         folder = together(line, lambda: self._store.begin(step, facts) if first else None)[0]
@@ -278,7 +277,7 @@ class Saver:
                 self._store.drop(folder)
 
     def _export(self, folder: Path) -> list[FileRecord]:
-        """From the files that all ranks have just written, so that nothing is sent between them."""
+        """Export from the files that all ranks have just written, so no weight is sent."""
         with open_shards(folder / STATE, WEIGHTS) as weights:
             line = self._line
             return self._exporter.save(
@@ -311,8 +310,8 @@ class Saver:
                 metric=self._spec.metric,
                 keep_every_examples=self._settings.keep_every_examples,
             )
-        except OSError as error:  # the new checkpoint is there all the same
-            logging.getLogger(__name__).warning(f"old checkpoints are kept: {error}")
+        except OSError as error:  # the new checkpoint is committed all the same
+            logging.getLogger(__name__).warning(f"old checkpoints could not be deleted: {error}")
 
 
 def _referred(progress: Progress) -> Collection[str]:

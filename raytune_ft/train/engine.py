@@ -24,10 +24,10 @@ from raytune_ft.strategy import Strategy
 
 @contextmanager
 def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -> Iterator[None]:
-    """Inside, embeddings get uniform noise of at most alpha / sqrt(tokens x width).
+    """Add uniform noise of at most alpha / sqrt(tokens x width) to embeddings (arXiv 2310.05914).
 
-    The tokens are those of the example, not of its row, so that packing does not change how much
-    noise there is; which noise it is depends on the layout.
+    The tokens are those of the example, not of its row, so that packing does not change the size of
+    the noise. Its values depend on the layout.
     """
     if alpha is None:
         yield
@@ -47,7 +47,7 @@ def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -
 
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""`train.micro_tokens: auto`: enough to fill the device, and activations that stay small."""
+"""`train.micro_tokens: auto`: enough tokens to fill the device, with small activations."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Engine:
     noise: float | None = None
 
     def training_losses(self, batch: MicroBatch) -> Tensor:
-        """What the objective makes of the batch, one loss a row of the model's outputs."""
+        """The objective's losses of the batch, one for each row of the model's outputs."""
         with noisy_embeddings(self.model, batch, self.noise):
             outputs = self.objective.outputs(self, batch)
         return self.objective.losses(self, outputs, batch)

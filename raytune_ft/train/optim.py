@@ -45,7 +45,7 @@ def build_optimizer(
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `train.lr`, then the schedule to 0."""
+    """The rate of step `step` (from 0): linear warm-up to `train.lr`, then the schedule."""
     warmup_steps = math.ceil(train.warmup_fraction * total_steps)
     if step < warmup_steps:
         return train.lr * (step + 1) / warmup_steps
@@ -58,7 +58,7 @@ def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def total_examples(train: TrainConfig, available: int) -> int:
-    """The budget in examples; `epochs` and `max_examples`, whichever ends first."""
+    """The budget in examples: `epochs` or `max_examples`, whichever ends first."""
     if train.epochs is None and train.max_examples is not None:
         return train.max_examples
     passes = max(1, round((train.epochs or 1) * available))

@@ -12,38 +12,36 @@ from raytune_ft.rundir import write_text_atomic
 
 
 class Reporter(Protocol):
-    """Called on every rank, in the same order."""
+    """Gets the metrics of a run; called on every rank, in the same order."""
 
     def step(self, metrics: StepMetrics) -> None:
-        """After every optimizer step."""
+        """Called after every optimizer step."""
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """After every evaluation; `checkpoint` is committed, and relative to the run."""
+        """Called after every evaluation; `checkpoint`, relative to the run, is committed."""
 
 
 class Silent:
-    """Tells nobody."""
+    """Ignores all metrics."""
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Nothing."""
+    def step(self, metrics: StepMetrics) -> None: ...
 
-    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """Nothing."""
+    def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None: ...
 
 
 class Several:
-    """Tells each in turn."""
+    """Passes metrics on to each of several reporters, in order."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self.reporters = reporters
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Reporter`."""
+
         for reporter in self.reporters:
             reporter.step(metrics)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """See `Reporter`."""
+
         for reporter in self.reporters:
             reporter.evaluation(metrics, checkpoint)
 
@@ -51,7 +49,7 @@ class Several:
 class MetricsFile:
     """`metrics.jsonl`: one object a line, whole lines only, in the order of the steps.
 
-    `resume_step` cuts the file back to what the checkpoint of that step knows; None starts anew.
+    `resume_step` cuts the file back to the checkpoint of that step; None begins a new file.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
@@ -60,15 +58,15 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Reporter`."""
+
         self._file.write(to_json(metrics) + "\n")
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """See `Reporter`."""
+
         self._file.write(to_json(metrics) + "\n")
 
     def close(self) -> None:
-        """Nothing is buffered beyond a line, so a killed run loses at most one."""
+        """Close the file. It is flushed at every line, so a killed run loses at most one line."""
         self._file.close()
 
 

@@ -50,21 +50,21 @@ from raytune_ft.train.watchdog import Heartbeat
 
 
 def plain_order(config: Config, split: TokenizedSplit) -> Order:
-    """The mix over the training split, without a curriculum.
+    """The order of the mixture over the training split, without a curriculum.
 
     Raises:
-        ConfigError: a source has no place in it.
+        ConfigError: a source gets no example.
     """
     quotas = quotas_of(config.data, split)
     return Order(config.seed, members_of(split, len(quotas)), quotas)
 
 
 def order_of(config: Config, data: PreparedData) -> Order:
-    """The stream of a run.
+    """The order of a run's training examples.
 
     Raises:
         ConfigError: see `plain_order`.
-        RunFailed: nobody has measured the losses that the curriculum goes by.
+        RunFailed: the curriculum needs losses of the base, which were not measured.
     """
     plain, settings = plain_order(config, data.train), config.data.curriculum
     if settings is None:
@@ -86,13 +86,13 @@ def _curriculum(
 
 
 def _difficulty(settings: CurriculumConfig, data: PreparedData) -> Numbers:
-    """`[n]` of the training split."""
+    """The difficulty `[n]` of the training examples."""
     if settings.by == "length":
         return data.train.lengths.astype(np.float64)
     if settings.by == "column":
         return data.train.columns["difficulty"][:, 0].astype(np.float64)
     if data.base_loss is None:
-        raise RunFailed(f"{data.path} holds no losses of the base, which the curriculum goes by")
+        raise RunFailed(f"{data.path} has no losses of the base, which the curriculum needs")
     return data.base_loss.astype(np.float64)
 
 
@@ -105,14 +105,14 @@ def head_of(config: Config, report: DataReport) -> Head | None:
 
 
 def head_before(config: Config) -> Head | None:
-    """Likewise before the data are read, with two labels where they are not written."""
+    """`head_of` before the data are read; with two labels where the config names none."""
     if config.train.objective != "classification":
         return None
     return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
 
 
 def check_objective(config: Config, data: PreparedData) -> None:
-    """Raises ConfigError where keys of the objective do not go with the data."""
+    """Raises ConfigError where keys of the objective do not fit the data."""
     if config.train.objective == "classification":
         assert data.report.problem is not None
         written, labels = config.train.class_weights, data.report.labels
@@ -124,32 +124,32 @@ def check_objective(config: Config, data: PreparedData) -> None:
 
 
 def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:
-    """What this run optimises.
+    """The objective of this run.
 
     Raises:
-        ConfigError: its keys do not go with the data.
-        ModelError: its teacher cannot be loaded, or is of another vocabulary.
+        ConfigError: its keys do not fit the data.
+        ModelError: its teacher cannot be loaded, or has another vocabulary.
     """
     teacher = partial(teacher_of, config, data, strategy)
     return OBJECTIVES[config.train.objective](config.train, data, teacher)
 
 
 def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
-    """Raises ModelError where the data holds a token that the model has no embedding for."""
+    """Raises ModelError where the data has a token without an embedding in the model."""
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     splits = (data.train, data.validation, data.test)
     largest = max(int(split.input_ids.max(initial=0)) for split in splits if split is not None)
     if largest >= rows:
         raise ModelError(
             "model.path",
-            f"has embeddings for {rows} tokens, and its tokenizer writes token {largest}",
+            f"has embeddings for {rows} tokens, but its tokenizer writes token {largest}",
             "use the tokenizer that belongs to the model, or resize the model's embeddings",
         )
 
 
 def check_lengths(config: Config, data: PreparedData) -> None:
-    """Raises ConfigError where a row, with what a method puts before it, is longer than the model
-    has positions; in a search under any of its methods.
+    """Raises ConfigError where a row, with the virtual tokens of the method before it, exceeds the
+    model's positions. In a search, every method of the space is checked.
     """
     text = load_model_config(config.model, head_of(config, data.report)).get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -162,12 +162,12 @@ def check_lengths(config: Config, data: PreparedData) -> None:
     if longest < positions:
         raise ConfigError(
             f"method.tokens={virtual}",
-            f"stand before rows of up to {longest} tokens, and the model has {positions} positions",
+            f"plus rows of up to {longest} tokens exceeds the model's {positions} positions",
             f"write at most {positions - longest}, or a smaller data.max_length",
         )
     raise ConfigError(
         f"data.max_length={config.data.max_length}",
-        f"lets rows of {longest} tokens through, and the model has {positions} positions",
+        f"allows rows of {longest} tokens, but the model has {positions} positions",
         f"write at most {max(1, positions - virtual)}",
     )
 
@@ -175,8 +175,8 @@ def check_lengths(config: Config, data: PreparedData) -> None:
 def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:
     """The newest sound checkpoint through which a run of this budget passes.
 
-    Rank 0 looks, since ranks on several hosts may not see the same folder at the same moment. Then
-    every rank verifies a share of its files: a large one takes long to read.
+    Rank 0 lists the checkpoints, since hosts may not see the same folder at the same moment. Then
+    every rank verifies a share of the files: a large checkpoint takes long to read.
     """
     names = [
         path.name
@@ -188,7 +188,7 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
         try:
             store.verify(store.root / name, strategy.rank, strategy.world_size)
         except CheckpointError as error:
-            logging.getLogger(__name__).warning(f"checkpoint {name} is passed over: {error}")
+            logging.getLogger(__name__).warning(f"checkpoint {name} is skipped: {error}")
             damaged += 1
         if strategy.sum(damaged).item() == 0:
             return store.root / name
@@ -236,11 +236,11 @@ def build_engine(
     optimizer_of: OptimizerOf,
     objective: Objective | None = None,
 ) -> Engine:
-    """Lay the model out as the strategy does, then ask whether packing is exact on it.
+    """Lay the model out as the strategy does, then probe whether packing is exact on it.
 
     Raises:
-        ConfigError: `data.packing: true` and packing would change the numbers.
-        ModelError: tokens see those after them.
+        ConfigError: `data.packing: true`, but packing would change the numbers.
+        ModelError: the model is not causal.
     """
     model = built.model
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -279,7 +279,7 @@ def build_engine(
         return replace(engine, packing=True)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
-    without = f"data.packing: auto goes without, because {reason}"
+    without = f"data.packing: auto does not pack, because {reason}"
     return replace(engine, notes=(*engine.notes, without))
 
 
@@ -303,13 +303,13 @@ def _check_causal(engine: Engine, vocabulary: int, config: Config) -> None:
     if not strategy.agree(is_causal(*asked)):
         raise ModelError(
             f"model.path={config.model.path}",
-            "lets tokens see those after them, which they are to predict",
-            'write a decoder; a BERT is one with "is_decoder": true in its config.json',
+            "is not causal: a token sees the tokens that it has to predict",
+            'use a decoder; a BERT becomes one by "is_decoder": true in its config.json',
         )
 
 
 def _reading_examples(engine: Engine, vocabulary: int) -> Engine:
-    """Find out which token of a text the head reads, by giving it one."""
+    """Find out which token of a row the head reads, by rows of one example."""
     places: list[Place] = ["first", "last", "row"]
     ways = {place: replace(engine, reading=reading(engine.model, place)) for place in places}
 

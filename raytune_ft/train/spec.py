@@ -10,7 +10,7 @@ from raytune_ft.config.schema import Config
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Plain facts: what a process needs to take part in a run. Paths are absolute."""
+    """A run as its processes get it. Paths are absolute."""
 
     config: Config
     run_dir: Path

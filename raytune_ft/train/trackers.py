@@ -33,7 +33,7 @@ SHOWN = ("seed", "model", "method", "data", "train")
 
 
 class Log(Several):
-    """A `Reporter` that tells the file first, then each tracker."""
+    """The `Reporter` of rank 0: `metrics.jsonl` first, then each tracker."""
 
     def __init__(self, spec: RunSpec, resume_step: int | None) -> None:
         tracking = spec.config.tracking
@@ -43,14 +43,14 @@ class Log(Several):
         super().__init__([self._file, *self._trackers])
 
     def close(self) -> None:
-        """At the end of the run, however it came."""
+        """Close the file and the trackers, also after a failure."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
 
 def identity_of(spec: RunSpec, resume_step: int | None) -> Identity:
-    """A trial's group is its sweep, by the directories that they have."""
+    """What trackers call the run; the group of a trial is its sweep, known by its directory."""
     run_dir = spec.run_dir
     in_sweep = run_dir.parent.name == TRIALS
     saved = _saved(run_dir / CONFIG)
@@ -65,7 +65,7 @@ def identity_of(spec: RunSpec, resume_step: int | None) -> Identity:
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """The config as it was saved, in which `${ENV_NAME}` stands for what is secret."""
+    """The config as it was saved, where secrets are still `${ENV_NAME}`."""
     return read_mapping(path) if path.is_file() else {}
 
 
@@ -80,13 +80,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 CLOSE_S = 20.0
-"""How long the end of a run waits for a server to take what is left."""
+"""How long the end of a run waits for a tracking server to take the remaining figures."""
 MLFLOW_PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
-"""Its own are 7 times and 120 s, which the end of a run would wait for."""
+"""MLflow's defaults are 7 retries and 120 s, for which the end of a run would wait."""
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
 IDS, EVENTS = "tracking.json", "tensorboard"
 STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
@@ -94,11 +94,11 @@ STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose metrics these are. `group` is the sweep's name; of a run alone its own.
+    """What a tracker calls a run. `group` is the sweep's name, or the run's own outside a sweep.
 
-    `params` is the config with dotted keys, as it is written: `${ENV_NAME}` is not filled in.
-    `resume_step` is that of the checkpoint that the run goes on from, None for a new run. `uri` is
-    `tracking.uri` as it is written, whose secrets nobody is told.
+    `params` is the config with dotted keys, as written: `${ENV_NAME}` is not expanded.
+    `resume_step` is the step of the checkpoint that the run continues from, None for a new run.
+    `uri` is `tracking.uri` as written, to be kept out of messages.
     """
 
     name: str
@@ -110,13 +110,13 @@ class Identity:
 
 
 class Tracker(Protocol):
-    """Takes figures of one run. Any exception ends it, and nothing else."""
+    """Takes the figures of one run. An exception ends the tracker, not the run."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Such as {"train/loss": 2.3, "train/examples": 128}."""
+        """Record figures such as {"train/loss": 2.3, "train/examples": 128}."""
 
     def close(self) -> None:
-        """The run is over; what is left is sent."""
+        """Send what is left; the run is over."""
 
 
 class TensorBoard:
@@ -128,15 +128,14 @@ class TensorBoard:
         directory = run.run_dir / EVENTS
         directory.mkdir(exist_ok=True)
         self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
-        if run.resume_step is not None:  # what came after that checkpoint comes once more
+        if run.resume_step is not None:  # steps after that checkpoint are written again
             self._write(run.resume_step + 1, restart=True)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """One event, however many figures."""
+        """Write one event with all figures."""
         self._write(step, figures)
 
     def close(self) -> None:
-        """See `Tracker`."""
         self._events.close()
 
     def _write(
@@ -183,17 +182,15 @@ class MLflow:
             self._client.update_run(self._id, status="RUNNING")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """See `Tracker`."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
-        """See `Tracker`."""
         self._client.set_terminated(self._id)
 
     def _created(self, name: str) -> str:
-        """Another trial may be faster."""
+        """Create the experiment, unless another trial created it meanwhile."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -226,11 +223,10 @@ class Wandb:
         _keep_id(run, "wandb", self._run.id)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Steps are a figure of their own: wandb drops what is not in ascending order."""
+        """Log the step as a figure: wandb drops steps that do not ascend."""
         self._run.log({**figures, "step": step})
 
     def close(self) -> None:
-        """See `Tracker`."""
         self._run.finish()
 
 
@@ -253,11 +249,9 @@ class Trackio:
             )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """See `Tracker`."""
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
-        """See `Tracker`."""
         self._run.finish()
 
 
@@ -281,11 +275,11 @@ def check_trackers(tracking: TrackingConfig) -> None:
 
 
 class Tracked:
-    """A `Reporter` over one tracker, which works in a thread of its own and may fail."""
+    """A `Reporter` for one tracker, which runs in its own thread; its failure is a warning."""
 
     def __init__(self, name: str, tracking: TrackingConfig, run: Identity) -> None:
         self._name, self._every, self._run = name, tracking.every_steps, run
-        # A client may name its server in full in what it raises.
+        # A client's exception may contain its server's URL, with a password.
         self._hidden = (run.uri, tracking.uri or "", os.environ.get(MLFLOW_URI, ""))
         self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
         self._failed = False
@@ -295,13 +289,11 @@ class Tracked:
         self._thread.start()
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Reporter`."""
         if metrics.step % self._every == 0:
             figures = {f"train/{name}": float(getattr(metrics, name)) for name in STEP}
             self._put({**figures, "train/examples": float(metrics.examples)}, metrics.step)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """See `Reporter`."""
         figures = {
             **{f"eval/{name.removeprefix('eval_')}": v for name, v in metrics.figures.items()},
             **{f"eval/loss/{name}": loss for name, loss in metrics.eval_loss_by_source.items()},
@@ -310,11 +302,11 @@ class Tracked:
         self._put(figures, metrics.step)
 
     def close(self) -> None:
-        """Waits for what is left, but not for ever."""
+        """Wait for the remaining figures, at most `CLOSE_S` seconds."""
         self._waiting.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            self._tell(f"is left behind with what it did not take within {CLOSE_S:.0f} s")
+            self._warn(f"did not take all figures within {CLOSE_S:.0f} s; the rest is dropped")
 
     def _put(self, figures: dict[str, float], step: int) -> None:
         if not self._failed:
@@ -326,15 +318,13 @@ class Tracked:
             while (item := self._waiting.get()) is not None:
                 tracker.log(*item)
             tracker.close()
-        except Exception as error:  # noqa: BLE001 - whatever a server does, the run goes on
+        except Exception as error:  # noqa: BLE001 - no failure of a tracker may end the run
             self._failed = True
             lines = str(error).strip().splitlines() or [""]
-            self._tell(
-                f"failed, and the run goes on without it: {type(error).__name__}: {lines[0]}"
-            )
+            self._warn(f"failed; the run continues without it: {type(error).__name__}: {lines[0]}")
 
-    def _tell(self, what: str) -> None:
-        """On stderr, and in the run's directory, since nobody listens to a worker."""
+    def _warn(self, what: str) -> None:
+        """Warn on stderr and in the run's directory, since a worker's output may be lost."""
         text = without_secrets(f"tracking by {self._name} {what}", *self._hidden)
         print(f"warning: {text}", file=sys.stderr, flush=True)
         with suppress(OSError):
@@ -345,7 +335,7 @@ _IDS_LOCK = threading.Lock()
 
 
 def _kept_id(run: Identity, tracker: str) -> str | None:
-    """The server's id of a run that is resumed."""
+    """The server's id of a resumed run."""
     return _ids(run).get(tracker) if run.resume_step is not None else None
 
 

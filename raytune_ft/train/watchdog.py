@@ -1,9 +1,9 @@
-"""Signs of life of a process that trains, and what to do when they stop.
+"""The watchdog of a process that trains: it finds a hang, reports it and ends the process.
 
-A hang has no error: a collective waits for a rank that never comes, a file system does not
-answer, a driver call does not return. So every micro-batch leaves a beat, a thread beside the
-training looks at it, and a process without one for too long says where it stands and ends itself.
-The group's other ranks hang with it, and whoever started the group starts it again.
+A hang raises no error: a collective waits for a rank that never comes, a file system does not
+answer, a driver call does not return. So every micro-batch leaves a beat. A thread beside the
+training checks it; after `parallel.hang_timeout_s` without a beat it reports the phase and all
+stacks, and ends the process. The other ranks hang too, and the group is started again.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from pathlib import Path
 
 HUNG_EXIT_CODE = 1
 NATIVE_GRACE_S = 20.0
-"""What is left to a watching thread before the last resort, which asks Python nothing."""
+"""Time for the watching thread to report, before faulthandler ends the process without Python."""
 STDERR = 2
 HANG_LOG = "hang.log"
 
 Beat = Callable[[float, int], None]
-"""Told `done` and `of`; half of a micro-batch is done after its forward."""
+"""Called with `done` and `of` micro-batches; after its forward, half of one is done."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a process was, and since when.
+    """Where a process stands, and for how long.
 
-    `phases` counts what was begun; `done` of `of` micro-batches of the last one are finished, half
-    of one after its forward.
+    `phases` counts the phases begun; `done` of `of` micro-batches of the current one are finished.
     """
 
     rank: int
@@ -47,7 +46,7 @@ class Standing:
     stacks: str
 
     def place(self) -> str:
-        """For people: `step 12, backward of micro-batch 1 of 4`."""
+        """The place in words: `step 12, backward of micro-batch 1 of 4`."""
         if not self.of:
             return self.phase
         if self.done >= self.of:
@@ -56,12 +55,12 @@ class Standing:
         return f"{self.phase}, {part} of micro-batch {int(self.done) + 1} of {self.of}"
 
     def order(self) -> tuple[int, float]:
-        """Smaller is further behind. Ranks may have different numbers of micro-batches."""
+        """A sort key: smaller is further behind, also where ranks have different micro-batches."""
         return self.phases, self.done - self.of if self.of else -math.inf
 
 
 class Heartbeat:
-    """Written by the thread that trains, read by any other."""
+    """The phase and last beat of a process; written by the training thread, read by any other."""
 
     def __init__(self) -> None:
         self.rank = 0
@@ -70,23 +69,23 @@ class Heartbeat:
         self._at, self._thread = time.monotonic(), threading.get_ident()
 
     def enter(self, phase: str) -> None:
-        """Something new begins."""
+        """Begin a phase."""
         self._thread = threading.get_ident()
         self._phases, self._phase, self._done, self._of = self._phases + 1, phase, 0.0, 0
         self._at = time.monotonic()
 
     def beat(self, done: float, of: int) -> None:
-        """`done` of `of` micro-batches of this phase are finished."""
+        """Note that `done` of `of` micro-batches of this phase are finished."""
         self._done, self._of = done, of
         self._at = time.monotonic()
 
     def alive(self) -> None:
-        """Something still goes on, though nothing was finished."""
+        """Note that the process works, though it finished no micro-batch."""
         self._at = time.monotonic()
 
     @property
     def at(self) -> float:
-        """The time of the last beat."""
+        """The time of the last beat, by `time.monotonic`."""
         return self._at
 
     def standing(self) -> Standing:
@@ -104,19 +103,19 @@ class Heartbeat:
 
 
 def unheard(done: float, of: int) -> None:
-    """A beat that nobody listens to."""
+    """A `Beat` that does nothing."""
 
 
 @contextmanager
 def watched(
     heart: Heartbeat, rank: int, timeout_s: float, on_hang: Callable[[Standing], None]
 ) -> Iterator[None]:
-    """As long as the context lasts, `timeout_s` without a beat ends this process.
+    """In the context, `timeout_s` without a beat ends this process.
 
-    `on_hang` runs first, in a thread of its own. Where not even that thread can run, since native
-    code holds the interpreter or the process was stopped, the stacks go to stderr without Python.
-    A beat that comes while `on_hang` runs saves the process. A pause of the whole process, as by
-    SIGSTOP, is no hang; but a long one ends where it outlasts the last resort, see `disarm`.
+    `on_hang` runs first, in its own thread. Where that thread cannot run, because native code holds
+    the interpreter, faulthandler writes the stacks to stderr and ends the process. A beat while
+    `on_hang` runs cancels the end. A pause of the whole process (SIGSTOP) is not a hang, unless it
+    outlasts faulthandler's timer; see `disarm`.
     """
     heart.rank = rank
     heart.enter("start")
@@ -129,7 +128,7 @@ def watched(
             if over.wait(min(timeout_s / 10, 5.0)):
                 return
             if time.monotonic() - before > timeout_s / 2:
-                heart.alive()  # this thread stood still as well
+                heart.alive()  # this thread was paused too, so the process was
             seen = heart.at
             left = seen + timeout_s - time.monotonic()
             _last_resort(left)
@@ -153,17 +152,17 @@ def watched(
 
 
 def disarm() -> None:
-    """No last resort until the watching thread looks again, which may be after a long pause."""
+    """Stop faulthandler's timer until the watching thread looks again, after a pause."""
     faulthandler.cancel_dump_traceback_later()
 
 
 def _last_resort(left_s: float) -> None:
-    """A thread outside Python, which the next call of this replaces."""
+    """Start faulthandler's timer, which needs no Python; the next call restarts it."""
     faulthandler.dump_traceback_later(max(left_s, 0.0) + NATIVE_GRACE_S, exit=True, file=STDERR)
 
 
 def stacks(first: int) -> str:
-    """The stack of every other thread, the innermost call last; the `first` one before others."""
+    """The stacks of all other threads, innermost call last; that of thread `first` comes first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     mine = threading.get_ident()
     return "\n".join(
@@ -174,7 +173,7 @@ def stacks(first: int) -> str:
 
 
 def summary(answers: Sequence[Standing], world_size: int, timeout_s: float) -> str:
-    """One line: which ranks are behind, where they stand, and who does not answer at all."""
+    """One line: which ranks are behind, where they stand, and which do not answer."""
     missing = sorted(set(range(world_size)) - {each.rank for each in answers})
     parts = [f"no progress for {timeout_s:g} s"]
     if missing:
@@ -190,7 +189,7 @@ def summary(answers: Sequence[Standing], world_size: int, timeout_s: float) -> s
 
 
 def log_text(answers: Sequence[Standing], world_size: int, timeout_s: float) -> str:
-    """An entry of the hang log: the summary, then the stacks, those that are behind first."""
+    """An entry of the hang log: the summary, then all stacks, ranks furthest behind first."""
     head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {summary(answers, world_size, timeout_s)}\n"
     entries = [
         f"\nrank {each.rank} at {each.place()}, silent for {each.silent_s:.1f} s\n{each.stacks}\n"
@@ -204,6 +203,6 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def append_hang_log(run_dir: Path, text: str) -> None:
-    """`hang.log` of a run: one entry for each time that its processes hung."""
+    """Add an entry to the run's `hang.log`."""
     with (run_dir / HANG_LOG).open("a", encoding="utf-8") as file:
         file.write(text)

@@ -128,7 +128,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model)
     base.resize_token_embeddings(20)
     base.save_pretrained(model)
-    with pytest.raises(ModelError, match="has embeddings for 20 tokens, and its tokenizer writes"):
+    with pytest.raises(ModelError, match="has embeddings for 20 tokens, but its tokenizer writes"):
         run(config, tmp_path / "run")
 
 
