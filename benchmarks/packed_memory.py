@@ -63,7 +63,7 @@ def measure(root: Path, slots: int) -> int:
     from raytune_ft.config.load import load_config
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
-    from raytune_ft.packed.engine import PackedEngine
+    from raytune_ft.packed.engine import PackedEngine, Passes
     from raytune_ft.strategy.single import Single
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
@@ -81,7 +81,7 @@ def measure(root: Path, slots: int) -> int:
         run_training(specs[0], "single", Silent())
     else:
         strategy = Single(config.parallel, config.train.precision)
-        engine = PackedEngine(config, data, slots, RANK, strategy)
+        engine = PackedEngine(Passes(config, data, slots, RANK, strategy))
         for spec in specs:
             engine.enter(spec, Silent())
         ended: list[Path] = []

@@ -57,7 +57,7 @@ from raytune_ft.train.setup import (
     plain_order,
 )
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.watchdog import Beat, Heartbeat
+from raytune_ft.train.watchdog import Beat, Heartbeat, unheard
 
 
 def _no_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -82,9 +82,10 @@ class Passes:
         slots: int,
         largest_rank: int,
         strategy: Strategy,
-        beat: Beat,
+        beat: Beat = unheard,
     ) -> None:
-        self._config, self._data, self._beat = config, data, beat
+        """`config` has what all runs share: the model, its precision, the layout of passes."""
+        self.config, self.data, self._beat = config, data, beat
         self.slots = slots
         built = build_base(config.model, config.train.precision, strategy.takes_parts)
         base = built.model
@@ -104,7 +105,7 @@ class Passes:
         At most as many as `memory` bytes hold (None: unknown, no limit). If `measured`, the fewest
         with which a token costs about the least time. The engine's config stands for the runs'.
         """
-        config, strategy, optimizer = self._config, self.engine.strategy, self.optimizer
+        config, strategy, optimizer = self.config, self.engine.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
         try:
             adapter = init_adapter(self.shapes, config.method, config.train.precision, config.seed)
@@ -121,7 +122,7 @@ class Passes:
         optimizer.keep(self.slots)
         if measured:
             optimizer.widen(self.stack.numbers)
-            step_tokens = round(self._data.train.lengths.mean() * config.train.batch_size)
+            step_tokens = round(self.data.train.lengths.mean() * config.train.batch_size)
             pass_tokens = self.engine.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
             seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.agree)
@@ -138,8 +139,8 @@ class Passes:
 
     def _try(self, adapter: AdapterInit, count: int) -> int:
         """Run a pass with `count` slots and its optimizer step; the number of its tokens."""
-        settings, data, optimizer = self._config.train, self._data.train, self.optimizer
-        batch, order = settings.batch_size, plain_order(self._config, data)
+        settings, data, optimizer = self.config.train, self.data.train, self.optimizer
+        batch, order = settings.batch_size, plain_order(self.config, data)
         steps = [self.open(order.indices(number * batch, batch)) for number in range(count)]
         plan = self.plan(steps, 0)
         steps = steps[: len(plan.rows)]
@@ -149,7 +150,7 @@ class Passes:
 
     def open(self, indices: Indices) -> OpenStep:
         """Open an optimizer step over these training examples."""
-        data = self._data.train
+        data = self.data.train
         return OpenStep(data, indices, self.engine.objective.count(data, indices) or 1)
 
     def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
@@ -171,7 +172,7 @@ class Passes:
             for row in step.take(rows)[rank::ranks]:
                 layout.append(tuple(range(len(examples), len(examples) + len(row))))
                 examples += row
-        batch = engine.collate(self._data.train, np.array(examples), tuple(layout))
+        batch = engine.collate(self.data.train, np.array(examples), tuple(layout))
         counts = [step.count for step in steps]
         sums = accumulate_packed(engine, self.stack, active, batch, counts)
         for step, loss_sum in zip(steps, sums, strict=True):
@@ -187,11 +188,11 @@ class Passes:
         """Evaluate these adapters in these slots in the same passes."""
         numbers_GN = self.optimizer.numbers_KN[list(slots)]
         with self.stack.applied(self._over(numbers_GN, None, adapters)):
-            return evaluate_groups(self.engine, self._data.validation, len(slots), self._beat)
+            return evaluate_groups(self.engine, self.data.validation, len(slots), self._beat)
 
     def base_scores(self) -> Scores:
         """Evaluate the base without any adapter."""
-        return evaluate(self.engine, self._data.validation, self._beat)
+        return evaluate(self.engine, self.data.validation, self._beat)
 
     def _over(
         self, numbers_GN: Tensor, gradients_GN: Tensor | None, adapters: Sequence[AdapterInit]
@@ -239,27 +240,13 @@ class PackedEngine:
 
     Every rank makes the same calls and has the same runs in the same slots. A run that leaves is
     replaced by the one in the last slot. Gradients and losses are summed over ranks once a step.
-
-    Raises:
-        ModelError: see `build_engine`.
-        ConfigError: see `build_engine`.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        data: PreparedData,
-        slots: int,
-        largest_rank: int,
-        strategy: Strategy,
-        heart: Heartbeat | None = None,
-    ) -> None:
-        """`config` has what all runs share: the model, its precision, the layout of passes."""
-        self._config, self._data = config, data
-        self._heart = heart or Heartbeat()
-        self.passes = Passes(config, data, slots, largest_rank, strategy, self._heart.beat)
-        self._notes, self._strategy = self.passes.engine.notes, strategy
-        self._line = strategy.exchange()
+    def __init__(self, passes: Passes, heart: Heartbeat | None = None) -> None:
+        self.passes, self._heart = passes, heart or Heartbeat()
+        self._config, self._data = passes.config, passes.data
+        self._notes, self._strategy = passes.engine.notes, passes.engine.strategy
+        self._line = self._strategy.exchange()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._slots: list[Slot] = []
         self._closing: list[Slot] = []

@@ -32,7 +32,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     use_reserved(spec.config.parallel)
 
     from raytune_ft.data.prepare import open_prepared
-    from raytune_ft.packed.engine import PackedEngine
+    from raytune_ft.packed.engine import PackedEngine, Passes
     from raytune_ft.strategy import STRATEGIES
 
     parallel = spec.config.parallel
@@ -43,18 +43,19 @@ def engine_worker(payload: dict[str, Any]) -> str:
     desk = _Desk(payload["board"], spec.run_dir.name, strategy)
     before = desk.slots_before()
     slots = payload["slots"] if before is None else before
-    engine = PackedEngine(spec.config, data, slots, payload["rank"], strategy, host.heart)
+    passes = Passes(spec.config, data, slots, payload["rank"], strategy, host.heart.beat)
+    engine = PackedEngine(passes, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         work = _Work(engine, desk)
         if before is None:
-            why = engine.passes.settle(payload["memory"], payload["measured"])
+            why = passes.settle(payload["memory"], payload["measured"])
             if strategy.rank == 0:
                 payload["switchboard"].post.remote(payload["run"], {"note": why})
-        for held in desk.begin(engine.passes.slots):
+        for held in desk.begin(passes.slots):
             work.enter(held)
         interrupted = False
         while not (work.finished or interrupted):
-            host.heart.enter(f"{len(work.specs)} trials")
+            host.heart.enter("waiting for trials" if not work.specs else "between passes")
             interrupted = desk.any_rank(host.should_stop())
             if interrupted:
                 work.interrupt()

@@ -12,7 +12,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.evaluate.precompute import taught
 from raytune_ft.model.load import load_tokenizer
-from raytune_ft.packed.engine import PackedEngine
+from raytune_ft.packed.engine import PackedEngine, Passes
 from raytune_ft.strategy import STRATEGIES
 from raytune_ft.train.report import Reporter, Silent
 from raytune_ft.train.spec import RunSpec
@@ -61,7 +61,7 @@ class Packed:
         data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
         self.data = taught(config, data, lambda line: None)
         laid_out = STRATEGIES[strategy](config.parallel, config.train.precision)
-        self.engine = PackedEngine(config, self.data, slots, rank, laid_out)
+        self.engine = PackedEngine(Passes(config, self.data, slots, rank, laid_out))
 
     def enter(self, name: str, config: Config, reporter: Reporter | None = None) -> RunSpec:
         """Into the next free slot."""
