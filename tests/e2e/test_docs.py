@@ -92,7 +92,7 @@ def test_blocks(page: Path, session: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def _load(text: str, folder: Path) -> None:
-    """A whole config, or a fragment over a small base; saved as NAME.yaml for later commands."""
+    """A whole config as it stands, a fragment over a small base; saved as NAME.yaml."""
     value = YAML(typ="safe", pure=True).load(text)
     if "name" not in value:
         value = _merged(BASE, value)
