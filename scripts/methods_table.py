@@ -1,4 +1,4 @@
-"""Write the table of docs/methods.md that the suite of tests/distributed/test_methods.py proves.
+"""Write the table of docs/methods.md, which tests/distributed/test_methods.py checks.
 
 python scripts/methods_table.py
 """

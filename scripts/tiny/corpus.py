@@ -1,7 +1,7 @@
-"""Seeded generator of the declarative text that the embedded model is pretrained on.
+"""Seeded generator of the declarative text on which the embedded model is pretrained.
 
-The text states, it never instructs and never answers a question: the base learns the facts,
-the words and how to look something up in a passage, and fine-tuning has the format to teach.
+The text contains statements only, no instructions and no answers to questions. So the base learns
+the facts, the words and how to look something up in a passage, and fine-tuning teaches the format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def documents(seed: int) -> Iterator[str]:
     while True:
         chosen = rng.choices(passages, weights, k=rng.randint(2, 6))
         text = " ".join(passage(rng) for passage in chosen)
-        # A quarter is wrapped at a random width, so that every word is also met after a line break.
+        # A quarter is wrapped at a random width, so that every word also occurs after a line break.
         yield textwrap.fill(text, rng.randint(16, 60)) if rng.random() < 0.25 else text
 
 
@@ -56,10 +56,10 @@ def _capital(sentence: str) -> str:
 
 
 def _stated(subject: str, answer: str, rng: random.Random) -> str:
-    """That the subject is the answer, with anything from nothing to a clause between the two.
+    """A statement that the subject is the answer, sometimes with a clause between the two.
 
-    Were the distance always the same, the model could recall a fact in that one position only,
-    and no fine-tune of a few seconds would move it.
+    If the distance were always the same, the model could recall a fact in that one position only,
+    and fine-tuning for a few seconds would not change that.
     """
     if rng.random() < 0.4:
         return f"{_capital(subject)} is {answer}."
@@ -162,7 +162,7 @@ def _ladder(rng: random.Random) -> str:
 
 
 def _owners(rng: random.Random) -> str:
-    """Who has what, and then all of it again: practice in looking something up in a passage."""
+    """Who has what, stated twice: practice in looking something up in a passage."""
     number = rng.randint(2, 4)
     owned = list(zip(rng.sample(NAMES, number), rng.sample(THINGS, number), strict=True))
     told = [f"{name} has the {thing}." for name, thing in owned]
@@ -214,7 +214,7 @@ def _story(rng: random.Random) -> str:
     return " ".join([rng.choice(opening), *rng.sample(middle, 2), rng.choice(ending)])
 
 
-# Passages that need working out take more practice than facts to remember.
+# Passages that must be worked out need more practice than facts that must be remembered.
 PASSAGES: list[tuple[Passage, float]] = [
     (_opposite, 2.0),
     (_plural, 2.0),

@@ -1,7 +1,7 @@
-"""Writes the quickstart's instruction data: seven kinds of short question about the small world.
+"""Write the quickstart's instruction data: seven kinds of short question about the small world.
 
-A test row needs what its kind teaches, never a remembered string: the words, sums and number
-sets that the test asks about are not asked about in training, however they are phrased.
+A test row requires the skill of its kind, not a remembered string: no training row, in any
+phrasing, asks about the words, sums and number sets that the test asks about.
 
     python -m scripts.tiny.instructions
 """
@@ -55,7 +55,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _mix(kinds: list[list[Row]], rows: int, taken: set[str], rng: random.Random) -> list[Row]:
-    """Takes from the kinds in turn, so that a kind with few rows yields to the others."""
+    """Rows of the kinds in turn; a kind without rows left is skipped."""
     for kind in kinds:
         rng.shuffle(kind)
     mixed = list(islice(_fresh(_in_turn(kinds), taken), rows))
@@ -74,7 +74,7 @@ def _in_turn(kinds: list[list[Row]]) -> Iterator[Row]:
 
 
 def _fresh(rows: Iterable[Row], taken: set[str]) -> Iterator[Row]:
-    """Drops rows whose instruction was given out before, also to the other file."""
+    """Drop rows whose instruction was already written, to this file or to the other one."""
     for instruction, response in rows:
         if instruction not in taken:
             taken.add(instruction)
@@ -96,7 +96,7 @@ def _held_out(items: Iterable[T], rng: random.Random) -> tuple[list[T], list[T]]
 
 
 def _phrased(split: tuple[list[T], list[T]], ask: Callable[[T], list[Row]]) -> Split:
-    """Every item of both sides in every phrasing of its kind."""
+    """Every item, of training and of test, in every phrasing of its kind."""
     train, test = split
     return [row for item in train for row in ask(item)], [row for item in test for row in ask(item)]
 

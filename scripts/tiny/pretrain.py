@@ -1,4 +1,4 @@
-"""Trains the embedded model: tokenizer and weights, from the generated corpus alone.
+"""Train the embedded model, tokenizer and weights, on the generated corpus only.
 
 python -m scripts.tiny.pretrain
 """
@@ -20,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from scripts.tiny.corpus import documents
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# A space belongs to the word before it, so that a word keeps its tokens wherever a line or an
-# answer begins with it. With the space in front, an answer at the start of a line is other tokens
-# than the base knows it by: such a base's fine-tune scored 0.28, and 0.68 where the answers were
-# given a leading space.
+# A space belongs to the word before it, so that a word has the same tokens at the start of a line
+# or an answer. With the space in front, an answer at the start of a line has other tokens than the
+# base has learned: fine-tuning such a base scored 0.28, and 0.68 with a leading space added to the
+# answers.
 WORD = r"\p{L}+ ?|\p{N}+ ?|[^\s\p{L}\p{N}]+ ?|\s+"
-# Content starts on its own line, so that a prompt and its answer split into the same tokens
-# together and apart.
+# Content starts on its own line, so that a prompt and its answer have the same tokens whether they
+# are tokenised together or separately.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -55,7 +55,7 @@ def main() -> None:
     model = build_model(tokenizer)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
 
-    # Another seed for each use of the stream: what is measured was never trained on.
+    # Each use of the stream has its own seed, so no measured text was trained on.
     train_rows = rows(tokenizer, args.seed + 1, args.row_tokens)
     held_out_rows = rows(tokenizer, args.seed + 2, args.row_tokens)
     started = time.monotonic()
@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def build_tokenizer(seed: int, vocab_size: int, n_documents: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the corpus; the 256 bytes are in it, so any text can be encoded."""
+    """Byte-level BPE trained on the corpus; it has all 256 bytes, so it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -134,7 +134,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def rows(tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int) -> Iterator[list[int]]:
-    """Documents end to end, `<s>` before and `</s>` after each, cut into rows of equal length."""
+    """Documents joined, each between `<s>` and `</s>`, cut into rows of equal length."""
     buffer: list[int] = []
     for document in documents(seed):
         buffer += [*tokenizer.encode(document), tokenizer.eos_token_id]
@@ -207,7 +207,7 @@ def held_out_loss(model: LlamaForCausalLM, stream: Iterator[list[int]]) -> float
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.generation_config.do_sample = False
     model.save_pretrained(out)
-    # One file less to ship: the chat template goes into tokenizer_config.json.
+    # The chat template goes into tokenizer_config.json, which saves one file in the package.
     tokenizer.save_pretrained(out, save_jinja_files=False)
     for path in out.iterdir():
         path.chmod(0o644)

@@ -1,10 +1,10 @@
-"""The facts of the small world that the embedded model is raised in.
+"""The facts of the small world that the embedded model is trained on.
 
-One place for every fact, because the corpus states them and the instructions ask for them:
-a question about something the base never read would test luck, not fine-tuning.
+Every fact is in this one place, because the corpus states it and the instructions ask for it: a
+question about something that the base never read would test luck, not fine-tuning.
 """
 
-# Word lists stay text: a list literal of them would be one word a line.
+# Word lists are text, since the formatter would put a list literal on one word per line.
 # ruff: noqa: SIM905
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def plural(noun: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """The noun with "a" or "an" before it, where it takes one."""
+    """The noun with "a" or "an" before it, if it takes an article."""
     if noun in UNCOUNTED:
         return noun
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -92,13 +92,13 @@ def test_blocks(page: Path, session: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def _load(text: str, folder: Path) -> None:
-    """A whole config as it stands, a fragment over a small base."""
+    """A whole config as it stands, a fragment over a small base; saved as NAME.yaml."""
     value = YAML(typ="safe", pure=True).load(text)
     if "name" not in value:
         value = _merged(BASE, value)
         if "search" in value:
             value["search"].setdefault("space", SPACE)
-    file = folder / "block.yaml"
+    file = folder / f"{value['name']}.yaml"
     with file.open("w") as stream:
         YAML(typ="safe", pure=True).dump(value, stream)
     load_config(file)
