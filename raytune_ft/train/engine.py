@@ -84,15 +84,16 @@ class Engine:
         """See `Forward.example_logits`."""
         assert self.reading is not None
         with self.autocast():
-            return example_logits(self.wrapped, self.reading, self._inputs(batch), batch)
+            return example_logits(self.wrapped, self.reading, self.inputs(batch), batch)
 
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""
         keep_BS = label_positions(batch) if keep_BS is None else keep_BS
         with self.autocast(), seeing(self.model, batch):
-            return label_logits(self.wrapped, self.head, self._inputs(batch), keep_BS)
+            return label_logits(self.wrapped, self.head, self.inputs(batch), keep_BS)
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """The keyword arguments of the model's forward."""
         inputs: dict[str, Any] = batch.model_inputs()
         if not self.by_example:
             return inputs

@@ -1,0 +1,203 @@
+"""The overhead of our training step over a bare PyTorch loop on the same work, on a CPU.
+
+    python benchmarks/overhead.py --shared ../shared
+
+Both arms train the same model from the same weights, on the same micro-batches, with the same
+AdamW, in one process, and take turns step by step. Our arm is `train.loop.train` as `raytune-ft
+train` runs it: it lays each step out, collates it, votes, clips, writes `metrics.jsonl`. The bare
+arm gets its micro-batches ready made, outside its clock, and does forward, cross entropy, backward,
+clip, step. Their losses are compared at every step, so that both do the same work.
+
+Models: a Llama of 24M random parameters and stories260k; LoRA of rank 16 and full, float32 and
+bfloat16. The figure is the median over steps of (ours / bare - 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from train_throughput import MAX_LENGTH, THREADS, build_base
+
+from raytune_ft.config.schema import Config
+from raytune_ft.data.batch import NO_TARGET, MicroBatch
+from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.model.export import Exporter
+from raytune_ft.model.load import disk_dtype, load_tokenizer
+from raytune_ft.model.meta import build
+from raytune_ft.records import StepMetrics
+from raytune_ft.strategy import STRATEGIES
+from raytune_ft.train.engine import Engine
+from raytune_ft.train.loop import train
+from raytune_ft.train.optim import build_optimizer
+from raytune_ft.train.report import Silent
+from raytune_ft.train.setup import build_engine, build_objective, open_run, order_of
+from raytune_ft.train.spec import RunSpec
+from raytune_ft.train.watchdog import Heartbeat
+
+WARMUP_STEPS = 3
+
+
+def config_of(base: Path, rows: Path, method: str, precision: str, batch: int) -> Config:
+    """One run without evaluations or checkpoints in its steps."""
+    source = {"path": str(rows), "prompt": "question", "completion": "answer"}
+    methods: dict[str, Any] = {"lora": {"name": "lora", "rank": 16}, "full": {"name": "full"}}
+    return Config.model_validate(
+        {
+            "name": "overhead",
+            "model": {"path": str(base)},
+            "method": methods[method],
+            "data": {"train": source, "validation": 0.002, "max_length": MAX_LENGTH},
+            "train": {
+                "batch_size": batch,
+                "lr": 2e-4,
+                "lr_schedule": "constant",
+                "precision": precision,
+                "eval_every_examples": 10**9,
+            },
+            "checkpoint": {"every_examples": 10**9},
+        }
+    )
+
+
+def engine_of(config: Config, data: PreparedData) -> Engine:
+    """A freshly built model; the same weights each time, since they follow from the seed."""
+    strategy = STRATEGIES["single"](config.parallel, config.train.precision)
+    built = build(
+        config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, None
+    )
+    optimizer_of = partial(build_optimizer, train=config.train)
+    objective = build_objective(config, data, strategy)
+    return build_engine(built, config, strategy, optimizer_of, objective)
+
+
+@dataclass
+class Bare(Silent):
+    """Runs a bare step after each of ours, from our reporter; both are timed."""
+
+    engine: Engine
+    config: Config
+    data: PreparedData
+    steps: int
+    ours_s: list[float] = field(default_factory=list)
+    bare_s: list[float] = field(default_factory=list)
+    largest_difference: float = 0.0
+
+    def __post_init__(self) -> None:
+        causal_lm = getattr(self.engine.model, "get_base_model", lambda: self.engine.model)()
+        self.body, self.head = causal_lm.model, causal_lm.lm_head
+        self.parameters = [p for p in self.engine.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(
+            {n: p for n, p in self.engine.model.named_parameters() if p.requires_grad},
+            self.config.train,
+        )
+        self.order = order_of(self.config, self.data)
+        self.began = time.perf_counter()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Our step ends here; what comes until the next call is the next one of ours."""
+        self.ours_s.append(time.perf_counter() - self.began)
+        batch = self.config.train.batch_size
+        indices = self.order.indices(metrics.examples - batch, batch)
+        layout = self.engine.layout(self.data.train.lengths[indices].tolist())
+        batches = [self.engine.collate(self.data.train, indices, rows) for rows in layout]
+        began = time.perf_counter()
+        loss = self.train_on(batches, metrics.label_tokens)
+        self.bare_s.append(time.perf_counter() - began)
+        difference = abs(loss - metrics.loss) / abs(metrics.loss)
+        self.largest_difference = max(self.largest_difference, difference)
+        self.began = time.perf_counter()
+
+    def train_on(self, batches: list[MicroBatch], label_tokens: int) -> float:
+        """What a careful user would write by hand."""
+        total = 0.0
+        for batch in batches:
+            keep_BS = batch.targets_BS != NO_TARGET
+            with torch.autocast("cpu", torch.bfloat16, self.config.train.precision == "bfloat16"):
+                hidden_BSH = self.body(**self.engine.inputs(batch)).last_hidden_state
+                logits_NV = self.head(hidden_BSH[keep_BS])
+            loss = F.cross_entropy(logits_NV.float(), batch.targets_BS[keep_BS], reduction="sum")
+            (loss / label_tokens).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm or 1e9)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / label_tokens
+
+
+def measure(base: Path, rows: Path, method: str, precision: str, batch: int, steps: int) -> None:
+    """Print one line of the table."""
+    config = config_of(base, rows, method, precision, batch)
+    budget = config.train.model_copy(update={"max_examples": batch * steps})
+    config = config.model_copy(update={"train": budget})
+    root = Path(tempfile.mkdtemp(dir=base.parent))
+    data = prepare_data(config.data, load_tokenizer(config.model), 0, base.parent / "cache")
+    ours, bare_engine = engine_of(config, data), engine_of(config, data)
+    bare = Bare(bare_engine, config, data, steps)
+    spec, heart = RunSpec(config, root / "run", data.path), Heartbeat()
+    spec.run_dir.mkdir()
+    exporter = Exporter(ours.model, disk_dtype(config.model, None), None)
+    with ThreadPoolExecutor(1) as pool:
+        run = open_run(
+            spec, data, ours.strategy, ours.names, exporter, ours.strategy, bare, heart, pool
+        )
+        train(ours, data, run, lambda: False, heart)
+        run.close()
+    ratios = [ours_s / bare_s for ours_s, bare_s in zip(bare.ours_s, bare.bare_s, strict=True)][
+        WARMUP_STEPS:
+    ]
+    print(
+        json.dumps(
+            {
+                "model": base.name,
+                "method": method,
+                "precision": precision,
+                "batch_size": batch,
+                "steps": len(ratios),
+                "bare_ms": round(1e3 * statistics.median(bare.bare_s[WARMUP_STEPS:]), 2),
+                "overhead_percent": round(100 * (statistics.median(ratios) - 1), 2),
+                "largest_loss_difference": f"{bare.largest_difference:.1e}",
+            }
+        ),
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shared", type=Path, default=Path("../shared"), help="real data and models"
+    )
+    parser.add_argument("--steps", type=int, default=40, help="steps of each arm (default 40)")
+    parser.add_argument("--short", action="store_true", help="the small model alone, 10 steps")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    rows = arguments.shared / "data/gsm8k/train.jsonl"
+    stories = arguments.shared / "models/stories260k"
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "llama-24m"
+        small = Path(folder) / "stories260k"
+        small.symlink_to(stories.resolve())
+        models = [(small, 16)]
+        if not arguments.short:
+            build_base(large, arguments.shared)
+            models.append((large, 16))
+        for base, batch in models:
+            for method in ("lora", "full"):
+                for precision in ("float32", "bfloat16"):
+                    steps = 10 if arguments.short else arguments.steps
+                    measure(base, rows, method, precision, batch, steps)
+
+
+if __name__ == "__main__":
+    main()
