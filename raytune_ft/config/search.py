@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import Positive, Section, SectionOf
 
 
-class AshaConfig(Section):
+class SchedulerConfig(Section):
+    """What the section of every scheduler has; a subclass narrows `name` to its own."""
+
+    name: str
+    grace_examples: Positive = Field(1000, description="no trial is stopped before")
+
+
+class AshaConfig(SchedulerConfig):
     """Asynchronous successive halving (arXiv 1810.05934), measured in examples seen."""
 
     name: Literal["asha"] = "asha"
@@ -17,7 +27,7 @@ class AshaConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
 
 
-class HyperbandConfig(Section):
+class HyperbandConfig(SchedulerConfig):
     """ASHA with several first rungs, for when it is unknown how early a trial can be judged."""
 
     name: Literal["hyperband"]
@@ -28,7 +38,7 @@ class HyperbandConfig(Section):
     )
 
 
-class MedianConfig(Section):
+class MedianConfig(SchedulerConfig):
     """The median stopping rule of Google Vizier (Golovin et al., 2017)."""
 
     name: Literal["median"]
@@ -38,9 +48,66 @@ class MedianConfig(Section):
     )
 
 
-SchedulerConfig = Annotated[
-    AshaConfig | HyperbandConfig | MedianConfig, Field(discriminator="name")
-]
+def _no_rungs(config: Any, examples: int) -> list[int]:
+    return []
+
+
+def _whole_cost(config: Any, budget_examples: int) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A rule that stops trials before their end.
+
+    Attributes:
+        config: its section, whose `name` is the entry's name.
+        implementation: loads the function (config, budget_examples, metric, mode) -> a scheduler of
+            Ray Tune that is given `examples` and `metric` of each evaluation; `mode` is min or max.
+        rungs: (config, examples) -> the rungs below `examples` that the report draws.
+        cost_share: (config, budget_examples) -> the least share of a sweep's full cost that the
+            rule leaves, for `plan`.
+    """
+
+    config: type[SchedulerConfig]
+    implementation: Callable[[], Callable[[Any, int, str, str], Any]]
+    rungs: Callable[[Any, int], list[int]] = _no_rungs
+    cost_share: Callable[[Any, int], float] = _whole_cost
+
+
+def _halving_rungs(config: AshaConfig | HyperbandConfig, examples: int) -> list[int]:
+    """Those of the first bracket: each is `reduction_factor` times the one before."""
+    rungs = []
+    rung = config.grace_examples
+    while rung < examples:
+        rungs.append(rung)
+        rung *= config.reduction_factor
+    return rungs
+
+
+def _halving_share(config: AshaConfig, budget_examples: int) -> float:
+    """Of the trials that reach a rung, one in `reduction_factor` goes on.
+
+    Asynchronous halving promotes some trials too early, so a sweep spends more.
+    """
+    spent, before, alive = 0.0, 0, 1.0
+    for rung in _halving_rungs(config, budget_examples):
+        spent += alive * (rung - before)
+        before, alive = rung, alive / config.reduction_factor
+    return (spent + alive * (budget_examples - before)) / budget_examples
+
+
+def _rules() -> ModuleType:
+    from raytune_ft.ray_backend import schedulers
+
+    return schedulers
+
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "asha": Scheduler(AshaConfig, lambda: _rules().asha, _halving_rungs, _halving_share),
+    "hyperband": Scheduler(HyperbandConfig, lambda: _rules().hyperband, _halving_rungs),
+    "median": Scheduler(MedianConfig, lambda: _rules().median),
+}
 
 
 class BudgetConfig(Section):
@@ -156,7 +223,7 @@ class SearchConfig(Section):
         description="points to try first, such as [{train.lr: 1e-4}]; the rest of a point is as "
         "in this file, or drawn where that lies outside the space",
     )
-    scheduler: SchedulerConfig | None = Field(
+    scheduler: Annotated[SchedulerConfig, SectionOf(SCHEDULERS, "asha")] | None = Field(
         default_factory=AshaConfig, description="null runs every trial to its end"
     )
     storage: str | None = Field(
@@ -174,6 +241,12 @@ class SearchConfig(Section):
         description="what every trial must meet, such as train.batch_size * method.rank <= 512: "
         "arithmetic, comparisons, and, or, not over lines of the space",
     )
+
+    def cost_share(self, budget_examples: int) -> float:
+        """The least share of the sweep's full cost that the scheduler leaves; 1 without one."""
+        if self.scheduler is None:
+            return 1.0
+        return SCHEDULERS[self.scheduler.name].cost_share(self.scheduler, budget_examples)
 
     @property
     def metrics(self) -> list[str]:

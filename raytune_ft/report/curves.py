@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from raytune_ft.config.search import AshaConfig, HyperbandConfig
+from raytune_ft.config.search import SCHEDULERS
 from raytune_ft.report.collect import Facts, Record, Trial
 from raytune_ft.report.svg import COLOURS, QUIET, Plot, bounds, legend, shown
 
@@ -224,14 +224,10 @@ def rungs(facts: Facts) -> Markup:
     """Who was stopped at which rung: every trial's value there, a ring where it went no further."""
     search = facts.config.search
     scheduler = search.scheduler if search else None
-    if not isinstance(scheduler, AshaConfig | HyperbandConfig) or not facts.is_sweep:
+    if scheduler is None or not facts.is_sweep:
         return Markup("")
     longest = max((trial.examples for trial in facts.trials), default=0)
-    levels = []
-    level = scheduler.grace_examples
-    while level < longest:
-        levels.append(level)
-        level *= scheduler.reduction_factor
+    levels = SCHEDULERS[scheduler.name].rungs(scheduler, longest)
     at = {level: _reached(facts, level) for level in levels}
     values = [value for found in at.values() for _, value, _ in found]
     if not values:

@@ -216,3 +216,14 @@ def test_the_loss_of_a_source_is_a_metric_from_the_second_on() -> None:
         )
     point = EvalMetrics(1, 2, 3.0, eval_loss_by_source={"maths": 2.0, "general": 4.0})
     assert [point.value(name) for name in metric] == [3.0, 4.0]
+
+
+def test_halving_leaves_a_third_at_each_rung() -> None:
+    halving = {"name": "asha", "grace_examples": 100, "reduction_factor": 3}
+    shares = []
+    for scheduler in (halving, {**halving, "name": "hyperband"}, {"name": "median"}, None):
+        search = with_search(scheduler=scheduler).search
+        assert search is not None
+        shares.append((search.cost_share(900), search.cost_share(100)))
+    assert shares[0] == (pytest.approx((100 + 200 / 3 + 600 / 9) / 900), 1.0)
+    assert shares[1:] == [(1.0, 1.0)] * 3
