@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import NameIn, Positive, Section
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a source's rows are read.
+
+    Attributes:
+        implementation: loads the `data.formats.RowReader`: columns, checks, prompt and tokens.
+        keys: keys of a source that other formats refuse.
+        chat_template: the tokenizer's chat template writes the text of a row.
+        documents: a row over `data.max_length` may be cut into chunks.
+        labels: rows have labels, which become the targets of a classifier.
+    """
+
+    implementation: Callable[[], Any]
+    keys: tuple[str, ...] = ()
+    chat_template: bool = False
+    documents: bool = False
+    labels: bool = False
+
+
+def _prompt_completion() -> Any:
+    from raytune_ft.data.formats.plain import PROMPT_COMPLETION
+
+    return PROMPT_COMPLETION
+
+
+def _messages() -> Any:
+    from raytune_ft.data.formats.chat import MESSAGES
+
+    return MESSAGES
+
+
+def _text() -> Any:
+    from raytune_ft.data.formats.plain import TEXT
+
+    return TEXT
+
+
+def _classification() -> Any:
+    from raytune_ft.data.formats.classification import CLASSIFICATION
+
+    return CLASSIFICATION
+
+
+def _rationale() -> Any:
+    from raytune_ft.data.formats.rationale import ANSWER_WITH_RATIONALE
+
+    return ANSWER_WITH_RATIONALE
+
+
+FORMATS: dict[str, Format] = {
+    "prompt_completion": Format(_prompt_completion),
+    "messages": Format(_messages, keys=("tools", "train_on"), chat_template=True),
+    "text": Format(_text, documents=True),
+    "classification": Format(_classification, keys=("text_pair",), labels=True),
+    "rationale": Format(_rationale, keys=("rationale_until",)),
+}
 
 
 class SourceConfig(Section):
@@ -20,9 +79,7 @@ class SourceConfig(Section):
         description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
         "by datasets, or a hub id",
     )
-    format: Literal["prompt_completion", "messages", "text", "classification", "rationale"] = (
-        "prompt_completion"
-    )
+    format: Annotated[str, NameIn(FORMATS)] = "prompt_completion"
     prompt: str = Field(
         "prompt", description="column of the prompt, for prompt_completion and rationale"
     )

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import (
+    FORMATS,
     DataConfig,
     NamedSource,
     SourceConfig,
@@ -134,7 +135,7 @@ def prepare_data(
             replace(one, source=number) if number else one for one in rows
         )
     labels: tuple[str, ...] = ()
-    if any(source.format == "classification" for source in configs.values()):
+    if any(FORMATS[source.format].labels for source in configs.values()):
         labels = label_names(data, examples["train"])
     if isinstance(data.validation, float):
         examples["train"], examples["validation"] = hold_out(
@@ -294,6 +295,7 @@ def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]
     if encoder.eos is None:
         notes.append("the tokenizer has no EOS token, so examples end without one")
     template = str(encoder.tokenizer.chat_template or "")
-    if "strftime_now" in template and any(source.format == "messages" for source in sources):
+    templated = any(FORMATS[source.format].chat_template for source in sources)
+    if "strftime_now" in template and templated:
         notes.append("the chat template may write today's date into every example")
     return tuple(notes)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.data.rows import Row
+from raytune_ft.config.data import DataConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError, StorageError
 from raytune_ft.records import to_json
@@ -64,9 +62,8 @@ def _shown(split: SplitReport | None) -> str:
     return f"{split.examples:,} examples (sha256 {split.sha256[:12]})" if split else "nothing"
 
 
-def prompt_key(source: SourceConfig, row: Row) -> bytes:
-    """A hash of what the row asks; equal where only case and blanks differ."""
-    text = PROMPTS[source.format](source, row)
+def prompt_key(text: str) -> bytes:
+    """A hash of a prompt; equal where only case and white space differ."""
     normal = " ".join(text.casefold().split())
     return hashlib.blake2b(normal.encode(), digest_size=16).digest()
 
@@ -104,24 +101,6 @@ def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
                 f"promote.max_overlap={limit:g} allows ({why})",
                 f"take them out of data.{other}, or raise promote.max_overlap",
             )
-
-
-def _turns(source: SourceConfig, row: Row) -> str:
-    """Everything before the last turn of the assistant."""
-    turns: list[dict[str, Any]] = row.values[source.messages]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
-
-
-PROMPTS: dict[str, Callable[[SourceConfig, Row], str]] = {
-    "prompt_completion": lambda source, row: str(row.values[source.prompt]),
-    "messages": _turns,
-    "text": lambda source, row: str(row.values[source.text]),
-    "classification": lambda source, row: "\n".join(
-        str(row.values[column]) for column in (source.text, source.text_pair) if column is not None
-    ),
-    "rationale": lambda source, row: str(row.values[source.prompt]),
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from raytune_ft.config.data import DataConfig, SourceConfig, difficulty_column
+from raytune_ft.config.data import FORMATS, DataConfig, SourceConfig, difficulty_column
 from raytune_ft.data.formats import WEIGHT, Encoder, Example, columns_of, encode_rows
 from raytune_ft.data.formats.classification import read_labels
 from raytune_ft.data.report import SourceReport
@@ -108,7 +108,7 @@ def _fitted(
     longest, limit = max(len(one.ids) for one in all_of_it), data.max_length
     tally.longest = max(tally.longest, longest)
     if longest > limit:
-        if data.chunk is not None and source.format == "text":
+        if data.chunk is not None and FORMATS[source.format].documents:
             return chunks(result, limit, data.chunk.overlap)
         if data.too_long == "error":
             raise DataError(

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.reference import one_of
-from raytune_ft.data.formats.example import Encoder, Example
+from raytune_ft.data.formats.example import Encoder, Example, RowReader
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.errors import DataError
 
@@ -20,12 +20,12 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Stands in a chat template that marks by itself what the assistant says."""
 
 
-def message_columns(source: SourceConfig) -> dict[str, str]:
+def _columns(source: SourceConfig) -> dict[str, str]:
     tools = {"tools": source.tools} if source.tools is not None else {}
     return {"messages": source.messages, **tools}
 
 
-def check_messages(source: SourceConfig, row: Row) -> BadRow | None:
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
     turns = row.values[source.messages]
     if isinstance(turns, str) and not valid_unicode(turns):
         return BadRow(row.origin, "bad_encoding", f"{source.messages!r} is no UTF-8")
@@ -56,7 +56,7 @@ def _valid_turn(turn: dict[str, Any]) -> bool:
     return all(valid_unicode(value) for value in turn.values() if isinstance(value, str))
 
 
-def encode_messages(
+def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
     """The chat template writes the conversation; what the assistant says carries loss.
@@ -84,6 +84,16 @@ def encode_messages(
     # The template's mark is around what the assistant says alone.
     write = _encode_marked if marked and source.train_on == ["assistant"] else _encode_unmarked
     return [_conversation(encoder, _Chat.of(source, row), row, write) for row in rows]
+
+
+def _prompt(source: SourceConfig, row: Row) -> str:
+    """Everything before the last turn of the assistant."""
+    turns: list[dict[str, Any]] = row.values[source.messages]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
+
+
+MESSAGES = RowReader(columns=_columns, check=_check, prompt=_prompt, encode=_encode)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.data.formats.example import Encoder, Example, bad_text
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
 
@@ -22,14 +22,12 @@ SECOND = "second"
 MAX_LABELS = 1000
 
 
-def classified_columns(source: SourceConfig) -> dict[str, str]:
-    """See `Format.columns`."""
+def _columns(source: SourceConfig) -> dict[str, str]:
     pair = {"text_pair": source.text_pair} if source.text_pair is not None else {}
     return {"text": source.text, **pair, "label": source.label}
 
 
-def check_classified(source: SourceConfig, row: Row) -> BadRow | None:
-    """See `Format.check`."""
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
     bad = bad_text(row, source.text)
     if bad is None and source.text_pair is not None:
         bad = bad_text(row, source.text_pair)
@@ -44,7 +42,13 @@ def check_classified(source: SourceConfig, row: Row) -> BadRow | None:
     return None
 
 
-def encode_classified(
+def _prompt(source: SourceConfig, row: Row) -> str:
+    """The text or both texts."""
+    texts = [column for column in (source.text, source.text_pair) if column is not None]
+    return "\n".join(str(row.values[column]) for column in texts)
+
+
+def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
     """With the tokenizer's own special tokens, and nothing else."""
@@ -79,6 +83,9 @@ def encode_classified(
             )
         )
     return found
+
+
+CLASSIFICATION = RowReader(columns=_columns, check=_check, prompt=_prompt, encode=_encode)
 
 
 def read_labels(example: Example, data: DataConfig) -> Example | BadRow:

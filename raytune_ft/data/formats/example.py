@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.data.split import Mask, TokenIds
 
@@ -20,7 +21,7 @@ class Example:
     """Token ids and the label mask of one row; the first token is never a label.
 
     Attributes:
-        prompt: `overlap.prompt_key` of the row.
+        prompt: `report.prompt_key` of the row's prompt.
         columns: see `TokenizedSplit.columns`.
         labels: what the row is to be classified as, names or numbers; None for any other format.
         kept: tokens at the end, such as [SEP], that stay where the example is cut.
@@ -77,6 +78,26 @@ class Encoder:
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of one format become examples.
+
+    `encode` gets many rows at once, because fast tokenizers encode a batch on all cores.
+
+    Attributes:
+        columns: source -> {config key: column}, the columns that a row must have.
+        check: (source, row) -> why a row with these columns cannot be used, or None.
+        prompt: (source, row) -> the text by which two examples ask the same; the overlap of splits
+            is counted by it.
+        encode: (encoder, source, separator, sound rows) -> one result for each row.
+    """
+
+    columns: Callable[[SourceConfig], dict[str, str]]
+    check: Callable[[SourceConfig, Row], BadRow | None]
+    prompt: Callable[[SourceConfig, Row], str]
+    encode: Callable[[Encoder, SourceConfig, str, Sequence[Row]], list[Example | BadRow]]
 
 
 def bad_text(row: Row, column: str) -> BadRow | None:
