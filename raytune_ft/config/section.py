@@ -98,7 +98,7 @@ class SectionOf:
 
     def _validated(self, value: Any) -> Section:
         if type(value) in self.sections:
-            return value  # type: ignore[no-any-return]
+            return value
         if not isinstance(value, dict):
             raise PydanticCustomError("section_type", "not a section")
         name = value.get("name", self.default)

@@ -18,7 +18,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
-from raytune_ft.merge.methods import MERGES, MergeSettings, Place
+from raytune_ft.merge.methods import Formula, MergeSettings, RowPosition
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count
 from raytune_ft.merge.write_model import plan_hash
 from raytune_ft.model.heads import Head
@@ -78,9 +78,9 @@ class Merged:
     """`Weights` of a merge. Tensors that are no floating-point numbers are the base's."""
 
     def __init__(
-        self, method: str, members: Sequence[Weights], base: Weights, settings: MergeSettings
+        self, formula: Formula, members: Sequence[Weights], base: Weights, settings: MergeSettings
     ) -> None:
-        self._method, self._members, self._base = MERGES[method], list(members), base
+        self._formula, self._members, self._base = formula, list(members), base
         self._settings = settings
         self._facts = lru_cache(maxsize=1)(self._measure)
 
@@ -103,8 +103,8 @@ class Merged:
             row *= size
         facts = self._facts(name)
         made = [
-            self._method.combine(
-                *self._read(name, low, high), self._settings, facts, Place(name, low * row)
+            self._formula.combine(
+                *self._read(name, low, high), self._settings, facts, RowPosition(name, low * row)
             )
             for low, high in self._runs(name, start, end)
         ]
@@ -122,7 +122,7 @@ class Merged:
         return tensors, self._base.rows(name, start, end).float()
 
     def _measure(self, name: str) -> Any:
-        if self._method.measure is None:
+        if self._formula.measure is None:
             return None
         shape = self.shapes[name]
 
@@ -130,7 +130,7 @@ class Merged:
             for low, high in self._runs(name, 0, row_count(shape)):
                 yield self._read(name, low, high)
 
-        return self._method.measure(rows, torch.Size(shape).numel(), self._settings)
+        return self._formula.measure(rows, torch.Size(shape).numel(), self._settings)
 
 
 @dataclass(frozen=True)
@@ -162,22 +162,22 @@ class Opening:
     base: Opened
     members: tuple[Opened, ...]
 
-    def merged(self, method: str, chosen: Sequence[int], settings: MergeSettings) -> Opened:
+    def merged(self, formula: Formula, chosen: Sequence[int], settings: MergeSettings) -> Opened:
         """A merge of some of the members; -1 stands for the base.
 
         Raises:
-            ConfigError: the method takes another number of them.
+            ConfigError: the formula takes another number of them.
         """
-        found = MERGES[method]
-        if len(chosen) < found.least or (found.most is not None and len(chosen) > found.most):
+        most = formula.most
+        if len(chosen) < formula.least or (most is not None and len(chosen) > most):
             raise ConfigError(
-                f"promote.merge={method}",
-                f"takes {found.most or found.least} models, and there are {len(chosen)}",
-                f"write promote.top_k: {found.least} or more, or another merge",
+                f"promote.merge={formula.name}",
+                f"takes {most or formula.least} models, and there are {len(chosen)}",
+                f"write promote.top_k: {formula.least} or more, or another merge",
             )
         parts = [self.base if index < 0 else self.members[index] for index in chosen]
-        weights = Merged(method, [part.weights for part in parts], self.base.weights, settings)
-        identity = [method, repr(settings), [p.identity for p in (self.base, *parts)]]
+        weights = Merged(formula, [part.weights for part in parts], self.base.weights, settings)
+        identity = [formula.name, repr(settings), [p.identity for p in (self.base, *parts)]]
         return Opened(weights, self.base.outline, self.base.tied, None, plan_hash(identity))
 
 

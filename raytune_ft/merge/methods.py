@@ -1,4 +1,6 @@
-"""How several tensors become one: pure functions of float32 tensors, one dict entry each.
+"""How several tensors become one: pure functions of float32 tensors.
+
+The constants in capitals are the `formula` of the entries of `config.merging.MERGES`.
 
 A function gets the same rows of the tensor of every member, those of the base, and the facts that
 its `measure` has learned of the whole tensors, since rows do not know them: norms, thresholds.
@@ -48,7 +50,7 @@ class MergeSettings:
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPosition:
     """Which rows these are: dare's choice depends on where an element lies and on nothing else."""
 
     name: str
@@ -56,20 +58,32 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Method:
-    """`combine(tensors, base, settings, facts, place)`; `measure(all_rows, count, settings)`.
+class Formula:
+    """How the same tensor of several members becomes one.
 
-    `count` is the number of elements of the whole tensor. `most`: of members, None without end.
+    Attributes:
+        name: what the manifest of a merge calls it.
+        combine: (members' rows, the base's rows, settings, facts, position) -> merged rows.
+        measure: (all rows, elements of the whole tensor, settings) -> the `facts` for `combine`.
+        shares: (settings, number of members) -> the factor of each member's delta, where the merge
+            is a sum of deltas.
+        least, most: members that it takes; None is any number.
     """
 
-    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, Place], Tensor]
+    name: str
+    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, RowPosition], Tensor]
     measure: Callable[[Callable[[], Rows], int, MergeSettings], Any] | None = None
+    shares: Callable[[MergeSettings, int], list[float]] | None = None
     least: int = 1
     most: int | None = None
 
 
 def linear(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: Any,
+    at: RowPosition,
 ) -> Tensor:
     """The weighted mean (model soups, arXiv 2203.05482)."""
     total = torch.zeros_like(tensors[0])
@@ -79,7 +93,11 @@ def linear(
 
 
 def task_arithmetic(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: Any,
+    at: RowPosition,
 ) -> Tensor:
     """base + scale * sum of weighted deltas (arXiv 2212.04089)."""
     total = torch.zeros_like(base)
@@ -93,7 +111,7 @@ def slerp(
     base: Tensor,
     settings: MergeSettings,
     facts: tuple[float, float],
-    place: Place,
+    at: RowPosition,
 ) -> Tensor:
     """Along the great circle through two tensors; along the line where they are nearly parallel."""
     return facts[0] * tensors[0] + facts[1] * tensors[1]
@@ -123,7 +141,7 @@ def ties(
     base: Tensor,
     settings: MergeSettings,
     facts: Sequence[float],
-    place: Place,
+    at: RowPosition,
 ) -> Tensor:
     """Trim, elect sign, merge disjointly (arXiv 2306.01708).
 
@@ -163,34 +181,52 @@ def measure_ties(
 
 
 def dare(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: Any,
+    at: RowPosition,
 ) -> Tensor:
     """Drop a random share of every delta, rescale the rest, add up (arXiv 2311.03099)."""
-    deltas = _dropped(tensors, base, settings, place)
+    deltas = _dropped(tensors, base, settings, at)
     total = sum(deltas[1:], deltas[0])
     return base + _scale(settings, TASK_ARITHMETIC_SCALE) * total
 
 
 def dare_ties(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    settings: MergeSettings,
+    facts: Any,
+    at: RowPosition,
 ) -> Tensor:
     """Drop as in dare, then elect sign and merge as in ties."""
-    deltas = _dropped(tensors, base, settings, place)
+    deltas = _dropped(tensors, base, settings, at)
     return base + _scale(settings, 1.0) * _agreeing_mean(deltas, settings)
 
 
-MERGES: dict[str, Method] = {
-    "linear": Method(linear),
-    "task_arithmetic": Method(task_arithmetic),
-    "slerp": Method(slerp, measure_slerp, least=2, most=2),
-    "ties": Method(ties, measure_ties),
-    "dare": Method(dare),
-    "dare_ties": Method(dare_ties),
-}
+def mean_shares(settings: MergeSettings, count: int) -> list[float]:
+    """The members' shares of the weighted mean."""
+    weights = [settings.weight(index) for index in range(count)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def sum_shares(settings: MergeSettings, count: int) -> list[float]:
+    """The members' factors in the scaled sum of deltas."""
+    scale = _scale(settings, TASK_ARITHMETIC_SCALE)
+    return [scale * settings.weight(index) for index in range(count)]
+
+
+LINEAR = Formula("linear", linear, shares=mean_shares)
+TASK_ARITHMETIC = Formula("task_arithmetic", task_arithmetic, shares=sum_shares)
+SLERP = Formula("slerp", slerp, measure_slerp, least=2, most=2)
+TIES = Formula("ties", ties, measure_ties)
+DARE = Formula("dare", dare)
+DARE_TIES = Formula("dare_ties", dare_ties)
 
 
 def merge_tensors(
-    method: str,
+    formula: Formula,
     tensors: Sequence[Tensor],
     base: Tensor,
     settings: MergeSettings | None = None,
@@ -198,11 +234,10 @@ def merge_tensors(
 ) -> Tensor:
     """A whole tensor at once, all in float32 and of one shape; `name` seeds dare."""
     settings = settings or MergeSettings()
-    found = MERGES[method]
     facts = None
-    if found.measure is not None:
-        facts = found.measure(lambda: [(tensors, base)], base.numel(), settings)
-    return found.combine(tensors, base, settings, facts, Place(name))
+    if formula.measure is not None:
+        facts = formula.measure(lambda: [(tensors, base)], base.numel(), settings)
+    return formula.combine(tensors, base, settings, facts, RowPosition(name))
 
 
 def _scale(settings: MergeSettings, default: float) -> float:
@@ -225,26 +260,26 @@ def _agreeing_mean(deltas: Sequence[Tensor], settings: MergeSettings) -> Tensor:
 
 
 def _dropped(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, at: RowPosition
 ) -> list[Tensor]:
     density = _density(settings, DARE_DENSITY)
     deltas = []
     for index, tensor in enumerate(tensors):
         delta = settings.weight(index) * (tensor - base)
         if density < 1:
-            chosen = _uniform(f"{settings.seed} {index} {place.name}", place, delta.numel())
+            chosen = _uniform(f"{settings.seed} {index} {at.name}", at, delta.numel())
             delta = delta * (chosen.view(delta.shape) < density) / density
         deltas.append(delta)
     return deltas
 
 
-def _uniform(key: str, place: Place, count: int) -> Tensor:
+def _uniform(key: str, at: RowPosition, count: int) -> Tensor:
     """Numbers in [0, 1) for elements by where they lie, whatever else was asked before.
 
     Philox makes 8 of them for every value of its counter.
     """
     digest = hashlib.sha256(key.encode()).digest()
-    counter, skipped = divmod(place.first_element, 8)
+    counter, skipped = divmod(at.first_element, 8)
     philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=counter)
     drawn = np.random.Generator(philox).random(skipped + count, dtype=np.float32)
     return torch.from_numpy(drawn[skipped:])

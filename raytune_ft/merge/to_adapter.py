@@ -17,7 +17,7 @@ from raytune_ft.files import fsync
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Delta
 from raytune_ft.merge.folded_weights import Adapted
 from raytune_ft.merge.members import Opening, Untied, open_members
-from raytune_ft.merge.methods import TASK_ARITHMETIC_SCALE, MergeSettings
+from raytune_ft.merge.methods import LINEAR, Formula, MergeSettings
 from raytune_ft.merge.streaming_forward import whole
 from raytune_ft.tensors.write import Entry, write_tensors
 
@@ -38,14 +38,14 @@ def refactor(
     members: Sequence[Path],
     target: Path,
     rank: int,
-    method: str = "linear",
+    formula: Formula = LINEAR,
     settings: MergeSettings | None = None,
 ) -> Refactored:
     """Write the merge of some adapters of `model` as one PEFT adapter into the new folder `target`.
 
-    A merge that is a sum of deltas (linear, task_arithmetic) is decomposed exactly, from the
-    factors alone. Of any other, and of DoRA, every weight's delta is made and decomposed at random
-    (Halko et al., arXiv 0909.4061).
+    A merge that is a sum of deltas (`formula.shares`) is decomposed exactly, from the factors
+    alone. Of any other, and of DoRA, every weight's delta is made and decomposed at random (Halko
+    et al., arXiv 0909.4061).
 
     Raises:
         ModelError: members that are no adapters, that hold whole weights or biases, or that do not
@@ -61,10 +61,10 @@ def refactor(
         ]
         deltas = _targets(members, adapters)
         plain = all(d.magnitude is None for a in adapters for d in a.plan.deltas.values())
-        if plain and method in ("linear", "task_arithmetic"):
-            found = _from_factors(adapters, deltas, _shares(method, settings, len(adapters)), rank)
+        if plain and formula.shares is not None:
+            found = _from_factors(adapters, deltas, formula.shares(settings, len(adapters)), rank)
         else:
-            found = _from_deltas(opening, adapters, deltas, method, settings, rank)
+            found = _from_deltas(opening, adapters, deltas, formula, settings, rank)
         tensors: dict[str, Tensor] = {}
         kept = total = 0.0
         for name, (a, b, held, all_of_it) in found:
@@ -105,14 +105,6 @@ def _whole_weights(path: Path, name: str) -> ModelError:
     )
 
 
-def _shares(method: str, settings: MergeSettings, count: int) -> list[float]:
-    weights = [settings.weight(index) for index in range(count)]
-    if method == "linear":
-        return [weight / sum(weights) for weight in weights]
-    scale = TASK_ARITHMETIC_SCALE if settings.scale is None else settings.scale
-    return [scale * weight for weight in weights]
-
-
 Found = tuple[Tensor, Tensor, float, float]
 """A `[r, in]`, B `[out, r]`, and the squared norms of what they hold and of all there was."""
 
@@ -138,11 +130,11 @@ def _from_deltas(
     opening: Opening,
     adapters: Sequence[Adapted],
     deltas: Mapping[str, Delta],
-    method: str,
+    formula: Formula,
     settings: MergeSettings,
     rank: int,
 ) -> Iterator[tuple[str, Found]]:
-    merged = opening.merged(method, range(len(adapters)), settings).weights
+    merged = opening.merged(formula, range(len(adapters)), settings).weights
     for name, like in deltas.items():
         stored = name if name in merged.shapes else adapters[0].stored(name)
         delta = whole(merged, stored).float() - whole(opening.base.weights, stored).float()
