@@ -100,9 +100,10 @@ class ResumableScheduler(FIFOScheduler):
     budget, where stopping saves nothing, or one that a resumed trial repeats.
     """
 
-    def __init__(self, rule: TrialScheduler) -> None:
+    def __init__(self, rule: TrialScheduler, metric: str) -> None:
         super().__init__()
         self.rule = rule
+        self._judged_by = metric
         self._seen: dict[str, float] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -120,13 +121,13 @@ class ResumableScheduler(FIFOScheduler):
         stub = _NamedTrial(trial, {"trial": trial, "budget": math.inf})
         self.on_trial_add(None, stub)
         for examples, value in sorted(values.items()):
-            self.on_trial_result(None, stub, {"examples": examples, self.rule.metric: value})
+            self.on_trial_result(None, stub, {"examples": examples, self._judged_by: value})
 
 
 def scheduler_for(config: Any, budget_examples: int, metric: str, mode: str) -> ResumableScheduler:
     """The scheduler of a `search.scheduler` section, before any trial."""
     rule = SCHEDULERS[config.name].implementation()
-    return ResumableScheduler(rule(config, budget_examples, metric, mode))
+    return ResumableScheduler(rule(config, budget_examples, metric, mode), metric)
 
 
 def _named(trial: Any) -> _NamedTrial:

