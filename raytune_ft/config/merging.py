@@ -16,13 +16,16 @@ class MergingConfig(Section):
     """How several models become one; null is the method's own default."""
 
     scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the sum of deltas; task_arithmetic and dare 0.4, ties, dare_ties 1"
+        None,
+        description="factor of the sum of deltas; 0.4 for task_arithmetic and dare, 1 for ties and "
+        "dare_ties",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of each delta that is kept; ties 0.2, dare and dare_ties 0.5"
+        None,
+        description="share of each delta that is kept; 0.2 for ties, 0.5 for dare and dare_ties",
     )
     alphas: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = Field(
-        [0.2, 0.4, 0.6, 0.8, 1.0], description="wise_ft: shares of the tuned model to try"
+        [0.2, 0.4, 0.6, 0.8, 1.0], description="for wise_ft, shares of the tuned model to try"
     )
     adapter_rank: Positive | None = Field(
         None, description="also write the merge of adapters as one PEFT adapter of this rank"
@@ -48,9 +51,8 @@ class Merge:
     Attributes:
         formula: loads the `merge.methods.Formula` that combines tensors of the members; None folds
             the best checkpoint and merges nothing.
-        make: loads the function of a `merge.merge.Job` and a target directory that chooses members,
-            writes their merge there and returns a `MergeReport`; by default all members, or as many
-            as the formula takes.
+        make: loads the function (`merge.merge.MergeJob`, target directory) -> `MergeReport` that
+            chooses members and writes their merge; by default all, or as many as the formula takes.
         interpolates: the members are the base and the best trial, and each of
             `promote.merging.alphas` between 0 and 1 is a candidate of its own.
         with_head: may be written under a task head, which the base does not have.

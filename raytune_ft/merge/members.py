@@ -1,4 +1,4 @@
-"""A merge of checkpoints as `Weights`: nothing is held but the rows at hand, of every member."""
+"""A merge of checkpoints as `Weights`: only the rows being merged are in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ REMEDY = "merge checkpoints of one base"
 
 
 def check_members(base: Path, members: Sequence[Path]) -> None:
-    """
+    """Check that the members are of one base, as far as their files name it.
+
     Raises:
         ModelError: adapters name different bases, or a tokenizer is not the base's.
     """
@@ -47,7 +48,7 @@ def check_members(base: Path, members: Sequence[Path]) -> None:
 
 
 def _check_tokenizer(base: Path, member: Path) -> None:
-    """Rows of the embedding mean what the tokenizer says: another one makes a sum of nothing."""
+    """Refuses another tokenizer: equal rows of the embeddings would stand for other tokens."""
     ours, theirs = _json(base / "tokenizer.json"), _json(member / "tokenizer.json")
     if ours and theirs and _vocabulary(ours) != _vocabulary(theirs):
         raise ModelError(
@@ -75,7 +76,7 @@ def _real(name: str) -> str:
 
 
 class Merged:
-    """`Weights` of a merge. Tensors that are no floating-point numbers are the base's."""
+    """`Weights` of a merge. Tensors of integers or booleans are the base's."""
 
     def __init__(
         self, formula: Formula, members: Sequence[Weights], base: Weights, settings: MergeSettings
@@ -94,7 +95,6 @@ class Merged:
         return self._base.dtype(name)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         if not self.dtype(name).is_floating_point:
             return self._base.rows(name, start, end)
         shape = self.shapes[name]
@@ -111,7 +111,7 @@ class Merged:
         return torch.cat(made) if len(made) > 1 else made[0]
 
     def _runs(self, name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """As few rows at a time as there are many members."""
+        """Spans of rows; the more members, the fewer rows at a time."""
         shape = self.shapes[name]
         run = max(1, CHUNK // (len(self._members) + 1) // max(1, torch.Size(shape[1:]).numel()))
         for low in range(start, end, run):
@@ -135,29 +135,27 @@ class Merged:
 
 @dataclass(frozen=True)
 class Untied:
-    """Weights whose head is the input embedding, with a head of its own: the same rows."""
+    """Weights whose head is the input embedding, with a separate head of the same rows."""
 
     inner: Weights
     heads: Mapping[str, str]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """And the heads'."""
+        """The inner weights' shapes and the heads'."""
         own = self.inner.shapes
         return {**own, **{head: own[origin] for head, origin in self.heads.items()}}
 
     def dtype(self, name: str) -> torch.dtype:
-        """See `Weights`."""
         return self.inner.dtype(self.heads.get(name, name))
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         return self.inner.rows(self.heads.get(name, name), start, end)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The base and the members, open; `base` is what merges that ask for one start from."""
+    """The base and the members, open."""
 
     base: Opened
     members: tuple[Opened, ...]
@@ -166,7 +164,7 @@ class Opening:
         """A merge of some of the members; -1 stands for the base.
 
         Raises:
-            ConfigError: the formula takes another number of them.
+            ConfigError: the formula takes another number of members.
         """
         most = formula.most
         if len(chosen) < formula.least or (most is not None and len(chosen) > most):
@@ -185,9 +183,9 @@ class Opening:
 def open_members(
     model: ModelConfig, members: Sequence[Path], head: Head | None = None
 ) -> Iterator[Opening]:
-    """The base and its checkpoints, adapters of any rank or whole models, brought to one shape.
+    """Open the base and its checkpoints, adapters of any rank or whole models, with equal shapes.
 
-    With the `head` that all of them were trained with, the base has one as well, of zeros.
+    With the task `head` of the checkpoints, the base has one as well, of zeros.
 
     Raises:
         ModelError, CheckpointError: they do not fit together; see `check_members` and `fold`.

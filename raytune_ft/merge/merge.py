@@ -1,4 +1,4 @@
-"""Merges by their names: which models take part, what is tried, and what is kept of it."""
+"""Write a merge: which members take part, which candidates are tried, which one is kept."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from raytune_ft.model.load import disk_dtype
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Score = Callable[[Path], float]
-"""Of a model directory, on validation; less is better."""
+"""The score of a model directory on validation; lower is better."""
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A merge that was scored: its members' places in the list, and the share of them (wise_ft)."""
+    """A merge that was scored: its members' indices, and their share against the base (wise_ft)."""
 
     members: tuple[int, ...]
     alpha: float | None
@@ -47,7 +47,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written. `tried` is all that was scored on the way, in that order."""
+    """What was written. `tried` are all scored candidates, in order."""
 
     method: str
     members: tuple[int, ...]
@@ -57,17 +57,17 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one merge is made of.
+class MergeJob:
+    """One merge and its inputs.
 
     Attributes:
         name: the entry of `MERGES`.
         formula: how the members' tensors are combined.
         opening: the base and the members, open; `paths` are the members, the best first.
-        settings: as they are written.
-        score: asked of a model directory by merges that choose; None where there is nothing to ask.
+        settings: those of `promote.merging`.
+        score: of a model directory, for merges that choose between candidates; may be None.
         alphas: shares of the best member that `best_share` tries.
-        examples: held-out token ids `[S]` that what is written is checked on.
+        examples: held-out token ids `[S]` to check the written model on.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Job:
         return check
 
     def required_score(self) -> Score:
-        """Raises ConfigError where there is no score to choose by."""
+        """The score. Raises ConfigError if there is none."""
         if self.score is None:
             raise ConfigError(
                 f"promote.merge={self.name}", "chooses by a score", "give it one, or another merge"
@@ -123,8 +123,8 @@ def merge(
 
     `best` folds the first member; every other entry of `MERGES` chooses its members itself. Those
     that choose by `score` write candidates beside `target` and keep the best. `examples` are
-    held-out token ids `[S]` that what is written is checked on. `head` is the task head that all
-    members were trained with. Resumes what was interrupted.
+    held-out token ids `[S]` to check the written model on. `head` is the task head of all members.
+    An interrupted merge is continued.
 
     Raises:
         ConfigError: an unknown name, too few members, or no `score` for a merge that needs one.
@@ -141,7 +141,7 @@ def merge(
         check = fold(model, members[0], target, examples, max_shard_size, dtype, tell, head)
         return MergeReport(name, (0,), None, check)
     with open_members(model, members, head) as opening:
-        job = Job(
+        job = MergeJob(
             name=name,
             formula=found.formula(),
             model=model,
@@ -159,13 +159,13 @@ def merge(
         return report
 
 
-def merge_all(job: Job, target: Path) -> MergeReport:
+def merge_all(job: MergeJob, target: Path) -> MergeReport:
     """All members, or the first `formula.most`."""
     chosen = tuple(range(len(job.paths)))[: job.formula.most]
     return MergeReport(job.name, chosen, None, job.write(target, chosen, job.settings))
 
 
-def greedy_soup(job: Job, target: Path) -> MergeReport:
+def greedy_soup(job: MergeJob, target: Path) -> MergeReport:
     """Members by their score, each added if the mean is then better (arXiv 2203.05482)."""
     score = job.required_score()
     equal = replace(job.settings, weights=None)
@@ -191,7 +191,7 @@ def greedy_soup(job: Job, target: Path) -> MergeReport:
     return MergeReport(job.name, soup, None, best[1], tuple(tried))
 
 
-def best_share(job: Job, target: Path) -> MergeReport:
+def best_share(job: MergeJob, target: Path) -> MergeReport:
     """Between the base and the best member, the share that scores best (arXiv 2109.01903)."""
     score = job.required_score()
     best: tuple[float, FoldCheck, Path, float] | None = None
@@ -215,7 +215,7 @@ def best_share(job: Job, target: Path) -> MergeReport:
 
 
 def _beside(target: Path, name: str) -> Path:
-    """Where a candidate is written. One that an earlier attempt finished, its score is lost."""
+    """Where a candidate is written. One from an earlier attempt is deleted: its score is lost."""
     place = target.with_name(f".{target.name}-{name}")
     if (place / MANIFEST).is_file():
         shutil.rmtree(place)
@@ -223,6 +223,6 @@ def _beside(target: Path, name: str) -> Path:
 
 
 def _move(place: Path, target: Path) -> None:
-    """Into a directory that may be there and empty."""
+    """Rename `place` to `target`, which may exist if it is empty."""
     place.replace(target)
     fsync(target.parent)

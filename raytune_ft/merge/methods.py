@@ -2,8 +2,8 @@
 
 The constants in capitals are the `formula` of the entries of `config.merging.MERGES`.
 
-A function gets the same rows of the tensor of every member, those of the base, and the facts that
-its `measure` has learned of the whole tensors, since rows do not know them: norms, thresholds.
+A function gets the same rows of every member's tensor and of the base's, and the `facts` that its
+`measure` computed from the whole tensors, such as norms and thresholds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Rows = Iterable[tuple[Sequence[Tensor], Tensor]]
-"""All rows, a few at a time: of every member, and of the base."""
+"""All rows of a tensor, a few at a time: (those of every member, those of the base)."""
 
 TASK_ARITHMETIC_SCALE = 0.4
 TIES_DENSITY, DARE_DENSITY = 0.2, 0.5
@@ -28,14 +28,15 @@ SLERP_PARALLEL = 0.9995
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What a merge is asked for; None stands for the method's own default.
+    """Settings of a merge; None is the formula's own default.
 
     Attributes:
-        weights: one for every member; equal ones.
-        scale: of the sum of deltas (lambda); task_arithmetic and dare 0.4, ties and dare_ties 1.
-        density: share of every delta that is kept; ties 0.2, dare and dare_ties 0.5.
-        position: slerp's t, from the first member to the second; 0.5.
-        seed: of dare's random choice.
+        weights: one for every member; None is equal weights.
+        scale: factor of the sum of deltas (lambda); 0.4 for task_arithmetic and dare, 1 for ties
+            and dare_ties.
+        density: share of every delta that is kept; 0.2 for ties, 0.5 for dare and dare_ties.
+        position: slerp's t, from the first member (0) to the second (1).
+        seed: for the elements that dare drops.
     """
 
     weights: tuple[float, ...] | None = None
@@ -45,13 +46,13 @@ class MergeSettings:
     seed: int = 0
 
     def weight(self, index: int) -> float:
-        """Of a member."""
+        """The weight of a member."""
         return 1.0 if self.weights is None else self.weights[index]
 
 
 @dataclass(frozen=True)
 class RowPosition:
-    """Which rows these are: dare's choice depends on where an element lies and on nothing else."""
+    """Which rows of which tensor these are: dare drops an element by its position alone."""
 
     name: str
     first_element: int = 0
@@ -120,7 +121,7 @@ def slerp(
 def measure_slerp(
     rows: Callable[[], Rows], count: int, settings: MergeSettings
 ) -> tuple[float, float]:
-    """The two tensors' factors."""
+    """The factors of the two tensors."""
     squares, dot = [0.0, 0.0], 0.0
     for tensors, _ in rows():
         first, second = tensors[0].double(), tensors[1].double()
@@ -157,7 +158,7 @@ def ties(
 def measure_ties(
     rows: Callable[[], Rows], count: int, settings: MergeSettings
 ) -> tuple[float, ...]:
-    """The k-th largest magnitude of every member's delta, exactly, in two passes and no sort.
+    """The exact k-th largest magnitude of every member's delta, in two passes without a sort.
 
     Bits of floats that are not negative sort as the floats do: the first pass counts their upper
     halves, the second the lower ones of those that share the upper half looked for.
@@ -232,7 +233,7 @@ def merge_tensors(
     settings: MergeSettings | None = None,
     name: str = "",
 ) -> Tensor:
-    """A whole tensor at once, all in float32 and of one shape; `name` seeds dare."""
+    """Merge whole tensors, all in float32 and of one shape; `name` seeds dare."""
     settings = settings or MergeSettings()
     facts = None
     if formula.measure is not None:
@@ -274,9 +275,9 @@ def _dropped(
 
 
 def _uniform(key: str, at: RowPosition, count: int) -> Tensor:
-    """Numbers in [0, 1) for elements by where they lie, whatever else was asked before.
+    """Numbers in [0, 1) that depend only on `key` and the elements' positions.
 
-    Philox makes 8 of them for every value of its counter.
+    Philox gives 8 numbers for every value of its counter.
     """
     digest = hashlib.sha256(key.encode()).digest()
     counter, skipped = divmod(at.first_element, 8)
@@ -286,7 +287,7 @@ def _uniform(key: str, at: RowPosition, count: int) -> Tensor:
 
 
 def _histograms(rows: Callable[[], Rows], of: Callable[[Any, int], Any]) -> list[Any]:
-    """For every member, how often each of 65,536 values occurs among the bits of its delta."""
+    """For every member, counts of the 65,536 values that `of` makes of the bits of its delta."""
     counts: list[Any] = []
     for tensors, base in rows():
         counts = counts or [np.zeros(1 << 16, np.int64) for _ in tensors]
@@ -297,7 +298,7 @@ def _histograms(rows: Callable[[], Rows], of: Callable[[Any, int], Any]) -> list
 
 
 def _bucket(counts: Any, kept: int) -> tuple[int, int]:
-    """The value that holds the `kept`-th largest, and how many of it are still wanted."""
+    """The value of the `kept`-th largest element, and its rank among those of the same value."""
     above = np.cumsum(counts[::-1])[::-1]  # of this value or more
     value = int(np.nonzero(above >= min(kept, above[0]))[0][-1])
     return value, kept - int(above[value] - counts[value])

@@ -26,7 +26,7 @@ _OVERSAMPLE, _ITERATIONS = 16, 6
 
 @dataclass(frozen=True)
 class Refactored:
-    """`lost`: what the rank cannot hold, as a share of the merged delta's norm (Frobenius)."""
+    """`lost`: what the rank cannot hold, as a share of the merged delta's Frobenius norm."""
 
     path: Path
     rank: int
@@ -44,11 +44,11 @@ def refactor(
     """Write the merge of some adapters of `model` as one PEFT adapter into the new folder `target`.
 
     A merge that is a sum of deltas (`formula.shares`) is decomposed exactly, from the factors
-    alone. Of any other, and of DoRA, every weight's delta is made and decomposed at random (Halko
-    et al., arXiv 0909.4061).
+    alone. For any other merge, and for DoRA, the delta of every weight is computed and decomposed
+    by a randomised SVD (Halko et al., arXiv 0909.4061).
 
     Raises:
-        ModelError: members that are no adapters, that hold whole weights or biases, or that do not
+        ModelError: members that are not adapters, that hold whole weights or biases, or that do not
             fit together.
         StorageError: `target` exists.
     """
@@ -106,7 +106,7 @@ def _whole_weights(path: Path, name: str) -> ModelError:
 
 
 Found = tuple[Tensor, Tensor, float, float]
-"""A `[r, in]`, B `[out, r]`, and the squared norms of what they hold and of all there was."""
+"""A `[r, in]`, B `[out, r]`, and the squared norms of B @ A and of the whole delta."""
 
 
 def _from_factors(
@@ -146,7 +146,7 @@ def _from_deltas(
 
 
 def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int, total: Tensor) -> Found:
-    """Both factors get the root of the singular values; what a rank has too many of is zero."""
+    """Both factors get the roots of the singular values; ranks beyond those are zero."""
     root = s[:rank].clamp(min=0).sqrt()
     a, b = root[:, None] * vh[:rank], u[:, :rank] * root
     missing = rank - len(root)
@@ -168,7 +168,7 @@ def _write(
     modules: list[str],
     model: ModelConfig,
 ) -> None:
-    """Under a hidden name until it is whole."""
+    """Written under a hidden name until it is whole."""
     folder = target.with_name(f".{target.name}.new")
     folder.mkdir(parents=True, exist_ok=True)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]

