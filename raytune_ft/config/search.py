@@ -51,14 +51,6 @@ class MedianConfig(SchedulerConfig):
     )
 
 
-def _no_rungs(config: Any, examples: int) -> list[int]:
-    return []
-
-
-def _whole_cost(config: Any, budget_examples: int) -> float:
-    return 1.0
-
-
 @dataclass(frozen=True)
 class Scheduler:
     """A rule that stops trials before their end.
@@ -74,8 +66,8 @@ class Scheduler:
 
     config: type[SchedulerConfig]
     implementation: Callable[[], Callable[[Any, int, str, str], Any]]
-    rungs: Callable[[Any, int], list[int]] = _no_rungs
-    cost_share: Callable[[Any, int], float] = _whole_cost
+    rungs: Callable[[Any, int], list[int]] = lambda config, examples: []
+    cost_share: Callable[[Any, int], float] = lambda config, budget_examples: 1.0
 
 
 def _halving_rungs(config: AshaConfig | HyperbandConfig, examples: int) -> list[int]:

@@ -18,7 +18,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
-from raytune_ft.merge.methods import Formula, MergeSettings, RowPosition
+from raytune_ft.merge.methods import Formula, MergeSettings, Position
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count
 from raytune_ft.merge.write_model import plan_hash
 from raytune_ft.model.heads import Head
@@ -104,7 +104,7 @@ class Merged:
         facts = self._facts(name)
         made = [
             self._formula.combine(
-                *self._read(name, low, high), self._settings, facts, RowPosition(name, low * row)
+                *self._read(name, low, high), self._settings, facts, Position(name, low * row)
             )
             for low, high in self._runs(name, start, end)
         ]

@@ -51,7 +51,7 @@ class MergeSettings:
 
 
 @dataclass(frozen=True)
-class RowPosition:
+class Position:
     """Which rows of which tensor these are: dare drops an element by its position alone."""
 
     name: str
@@ -72,7 +72,7 @@ class Formula:
     """
 
     name: str
-    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, RowPosition], Tensor]
+    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, Position], Tensor]
     measure: Callable[[Callable[[], Rows], int, MergeSettings], Any] | None = None
     shares: Callable[[MergeSettings, int], list[float]] | None = None
     least: int = 1
@@ -80,11 +80,7 @@ class Formula:
 
 
 def linear(
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    settings: MergeSettings,
-    facts: Any,
-    at: RowPosition,
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """The weighted mean (model soups, arXiv 2203.05482)."""
     total = torch.zeros_like(tensors[0])
@@ -94,11 +90,7 @@ def linear(
 
 
 def task_arithmetic(
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    settings: MergeSettings,
-    facts: Any,
-    at: RowPosition,
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """base + scale * sum of weighted deltas (arXiv 2212.04089)."""
     total = torch.zeros_like(base)
@@ -112,7 +104,7 @@ def slerp(
     base: Tensor,
     settings: MergeSettings,
     facts: tuple[float, float],
-    at: RowPosition,
+    at: Position,
 ) -> Tensor:
     """Along the great circle through two tensors; along the line where they are nearly parallel."""
     return facts[0] * tensors[0] + facts[1] * tensors[1]
@@ -142,7 +134,7 @@ def ties(
     base: Tensor,
     settings: MergeSettings,
     facts: Sequence[float],
-    at: RowPosition,
+    at: Position,
 ) -> Tensor:
     """Trim, elect sign, merge disjointly (arXiv 2306.01708).
 
@@ -182,11 +174,7 @@ def measure_ties(
 
 
 def dare(
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    settings: MergeSettings,
-    facts: Any,
-    at: RowPosition,
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """Drop a random share of every delta, rescale the rest, add up (arXiv 2311.03099)."""
     deltas = _dropped(tensors, base, settings, at)
@@ -195,11 +183,7 @@ def dare(
 
 
 def dare_ties(
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    settings: MergeSettings,
-    facts: Any,
-    at: RowPosition,
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """Drop as in dare, then elect sign and merge as in ties."""
     deltas = _dropped(tensors, base, settings, at)
@@ -238,7 +222,7 @@ def merge_tensors(
     facts = None
     if formula.measure is not None:
         facts = formula.measure(lambda: [(tensors, base)], base.numel(), settings)
-    return formula.combine(tensors, base, settings, facts, RowPosition(name))
+    return formula.combine(tensors, base, settings, facts, Position(name))
 
 
 def _scale(settings: MergeSettings, default: float) -> float:
@@ -261,7 +245,7 @@ def _agreeing_mean(deltas: Sequence[Tensor], settings: MergeSettings) -> Tensor:
 
 
 def _dropped(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, at: RowPosition
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, at: Position
 ) -> list[Tensor]:
     density = _density(settings, DARE_DENSITY)
     deltas = []
@@ -274,7 +258,7 @@ def _dropped(
     return deltas
 
 
-def _uniform(key: str, at: RowPosition, count: int) -> Tensor:
+def _uniform(key: str, at: Position, count: int) -> Tensor:
     """Numbers in [0, 1) that depend only on `key` and the elements' positions.
 
     Philox gives 8 numbers for every value of its counter.

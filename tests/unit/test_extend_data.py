@@ -33,7 +33,7 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import ConfigError
 from raytune_ft.merge.merge import merge
-from raytune_ft.merge.methods import Formula, MergeSettings, RowPosition
+from raytune_ft.merge.methods import Formula, MergeSettings, Position
 from raytune_ft.plan.make import make_plan
 from raytune_ft.plan.text import describe
 from raytune_ft.promote.promote import promote
@@ -111,7 +111,7 @@ def test_a_format_is_planned_prepared_and_trained_on(
 
 
 def consensus(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: RowPosition
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     deltas = torch.stack([tensor - base for tensor in tensors])
     agrees = deltas.sign().sum(0).abs() == len(tensors)
@@ -159,7 +159,7 @@ def test_a_merge_competes_in_a_promotion(
     differs = 0
     for name, weight in merged.items():
         expected = consensus(
-            [one[name], two[name]], origin[name], MergeSettings(), None, RowPosition(name)
+            [one[name], two[name]], origin[name], MergeSettings(), None, Position(name)
         )
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-5)
         differs += int((weight != origin[name]).sum())

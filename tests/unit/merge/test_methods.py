@@ -18,7 +18,7 @@ from raytune_ft.merge.methods import (
     TIES,
     Formula,
     MergeSettings,
-    RowPosition,
+    Position,
     measure_slerp,
     measure_ties,
     merge_tensors,
@@ -161,7 +161,7 @@ def test_rows_at_a_time_are_the_whole(found: Formula) -> None:
 
     facts = found.measure(rows, base.numel(), settings) if found.measure else None
     parts = [
-        found.combine(*held, settings, facts, RowPosition("w", a * 11))
+        found.combine(*held, settings, facts, Position("w", a * 11))
         for held, (a, _) in zip(rows(), cuts, strict=True)
     ]
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-6)
