@@ -15,19 +15,19 @@ from pathlib import Path
 
 from load_memory import write_model
 
-MERGES = ("linear", "slerp", "ties", "dare_ties")
+FORMULAS = ("LINEAR", "SLERP", "TIES", "DARE_TIES")
 MERGE = """
 import sys, time, torch
 from pathlib import Path
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.merge.fold import write_model
-from raytune_ft.merge.methods import MergeSettings
+from raytune_ft.merge import methods
 from raytune_ft.merge.members import open_members
 folder, name = Path(sys.argv[1]), sys.argv[2]
 members = [folder / f"model{number}" for number in (1, 2, 3)]
 with open_members(ModelConfig(path=str(folder / "model0")), members) as opening:
-    chosen = (0, 1) if name == "slerp" else (0, 1, 2)
-    made = opening.merged(name, chosen, MergeSettings())
+    chosen = (0, 1) if name == "SLERP" else (0, 1, 2)
+    made = opening.merged(getattr(methods, name), chosen, methods.MergeSettings())
     write_model(made, folder / name, "200MB", torch.bfloat16, print)
 status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
 largest = max(path.stat().st_size for path in (folder / name).glob("*.safetensors"))
@@ -50,7 +50,7 @@ def main() -> int:
             write_model(folder, arguments.layers)
         print("| merge | high water | bound | CPU s |")
         print("|---" * 4 + "|", flush=True)
-        for name in MERGES:
+        for name in FORMULAS:
             done = subprocess.run(
                 [sys.executable, "-c", MERGE, temporary, name],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -28,6 +28,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.merge import methods
 from raytune_ft.merge.fold import write_model
 from raytune_ft.merge.members import open_members
 from raytune_ft.merge.methods import MergeSettings
@@ -151,7 +152,7 @@ def by_us(paths: list[Path], name: str, settings: MergeSettings, out: Path) -> d
     """What this package writes."""
     with open_members(ModelConfig(path=str(paths[0])), paths[1:]) as opening:
         chosen = (0, 1) if name == "slerp" else (0, 1, 2)
-        merged = opening.merged(name, chosen, settings)
+        merged = opening.merged(getattr(methods, name.upper()), chosen, settings)
         write_model(merged, out, "5GB", torch.float32, lambda line: None)
     return load_file(out / "model.safetensors")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from raytune_ft.config.search import AshaConfig
-from raytune_ft.ray_backend.schedulers import Asha
+from raytune_ft.ray_backend.schedulers import scheduler_for
 
 Curve = list[tuple[int, float]]
 WORKERS = 4
@@ -90,8 +90,9 @@ def replay(
 
 
 def asha(grace: int, factor: int, budget: int) -> Callable[[str, int, float], bool]:
-    """The rule of `search.scheduler: asha`, by its own class."""
-    rule = Asha(AshaConfig(grace_examples=grace, reduction_factor=factor), budget, "loss", "min")
+    """The rule of `search.scheduler: asha`, by its own code."""
+    config = AshaConfig(grace_examples=grace, reduction_factor=factor)
+    rule = scheduler_for(config, budget, "loss", "min")
     trials: dict[str, object] = {}
 
     def goes_on(trial: str, examples: int, loss: float) -> bool:

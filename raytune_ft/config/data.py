@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import NameIn, Positive, Section
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a source's rows are read.
+
+    Attributes:
+        implementation: loads the `data.formats.RowReader`: columns, checks, prompt and tokens.
+        keys: keys of a source that other formats refuse.
+        chat_template: the tokenizer's chat template writes the text of a row.
+        documents: a row over `data.max_length` may be cut into chunks.
+        labels: rows have labels, which become the targets of a classifier.
+    """
+
+    implementation: Callable[[], Any]
+    keys: tuple[str, ...] = ()
+    chat_template: bool = False
+    documents: bool = False
+    labels: bool = False
+
+
+def _prompt_completion() -> Any:
+    from raytune_ft.data.formats.plain import PROMPT_COMPLETION
+
+    return PROMPT_COMPLETION
+
+
+def _messages() -> Any:
+    from raytune_ft.data.formats.chat import MESSAGES
+
+    return MESSAGES
+
+
+def _text() -> Any:
+    from raytune_ft.data.formats.plain import TEXT
+
+    return TEXT
+
+
+def _classification() -> Any:
+    from raytune_ft.data.formats.classification import CLASSIFICATION
+
+    return CLASSIFICATION
+
+
+def _rationale() -> Any:
+    from raytune_ft.data.formats.rationale import ANSWER_WITH_RATIONALE
+
+    return ANSWER_WITH_RATIONALE
+
+
+FORMATS: dict[str, Format] = {
+    "prompt_completion": Format(_prompt_completion),
+    "messages": Format(_messages, keys=("tools", "train_on"), chat_template=True),
+    "text": Format(_text, documents=True),
+    "classification": Format(_classification, keys=("text_pair",), labels=True),
+    "rationale": Format(_rationale, keys=("rationale_until",)),
+}
 
 
 class SourceConfig(Section):
@@ -20,39 +79,39 @@ class SourceConfig(Section):
         description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
         "by datasets, or a hub id",
     )
-    format: Literal["prompt_completion", "messages", "text", "classification", "rationale"] = (
-        "prompt_completion"
-    )
+    format: Annotated[str, NameIn(FORMATS)] = "prompt_completion"
     prompt: str = Field(
         "prompt", description="column of the prompt, for prompt_completion and rationale"
     )
-    completion: str = Field("completion", description="column of the completion, likewise")
-    rationale: str = Field("rationale", description="column of the reasons, for rationale")
+    completion: str = Field(
+        "completion", description="column of the completion, for prompt_completion and rationale"
+    )
+    rationale: str = Field("rationale", description="column of the rationale, for rationale")
     rationale_until: str | None = Field(
         None,
-        description="rationale: a regular expression in place of that column; what stands before "
-        "its last match in the completion is the rationale, what follows it the answer",
+        description="for rationale, a regular expression instead of that column: in the "
+        "completion, the text before its last match is the rationale, the text after it the answer",
     )
     messages: str = Field("messages", description="column of the chat turns, for messages")
     tools: str | None = Field(
-        None, description="messages: column of the tools that the chat template is given"
+        None, description="for messages, column of the tools that the chat template gets"
     )
     train_on: Annotated[list[str], Field(min_length=1)] = Field(
-        ["assistant"], description="messages: roles whose turns carry loss"
+        ["assistant"], description="for messages, the roles whose turns carry loss"
     )
     text: str = Field("text", description="column of the document, for text and classification")
     text_pair: str | None = Field(
-        None, description="classification: column of a second text, such as a hypothesis"
+        None, description="for classification, column of a second text, such as a hypothesis"
     )
     label: str = Field(
         "label",
-        description="classification: column of the label, of a list of labels, or of numbers",
+        description="for classification, column of the label, of a list of labels, or of numbers",
     )
     rows: Literal["lines", "file"] = Field(
-        "lines", description="of a .txt file: each line, or the file as one document"
+        "lines", description="of a .txt file: each line is a row, or the whole file is one"
     )
     example_weight: str | None = Field(
-        None, description="column of a number of at least 0 by which an example counts"
+        None, description="column of the example's weight in the loss, a number of at least 0"
     )
     split: str | None = Field(None, description="split of a hub or saved data set, such as train")
     subset: str | None = Field(None, description="configuration name of a hub data set")
@@ -62,12 +121,11 @@ class SourceConfig(Section):
 
 
 class ChunkConfig(Section):
-    """Documents over `data.max_length` are cut into several examples, and none of it is lost."""
+    """Documents over `data.max_length` are cut into several examples, without dropping tokens."""
 
     overlap: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="tokens of the chunk before that a chunk begins with, to be seen and not "
-        "learnt again",
+        description="tokens repeated from the previous chunk as context; they carry no loss",
     )
 
 
@@ -80,12 +138,12 @@ class NamedSource(SourceConfig):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
-        description="what figures of this source are called; null is the file's name",
+        description="name of the source in metrics; null is the file's name",
     )
 
     @property
     def called(self) -> str:
-        """The name, as written or by the file."""
+        """The written name, or the file's."""
         return self.name or name_of_path(self.path)
 
 
@@ -93,7 +151,7 @@ class MixedSource(NamedSource):
     """One of several sources that are trained on together."""
 
     weight: Share | None = Field(
-        None, description="its share of the mix, over the sum of all weights"
+        None, description="its share of the mix is this over the sum of all weights"
     )
     epochs: Share | None = Field(
         None, description="how often a pass of the mix sees each of its examples; 1 by default"
@@ -101,29 +159,31 @@ class MixedSource(NamedSource):
 
 
 class MixtureConfig(Section):
-    """How much of each source a pass of the mix holds, where no source says it for itself."""
+    """How many examples of each source one pass of the mix holds."""
 
     temperature: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="a source of n examples has a share in proportion to n^(1/temperature): 1 is "
-        "as it comes, and a large one makes all alike",
+        description="a source of n examples has a share in proportion to n^(1/temperature): 1 "
+        "keeps the proportions of the sources, a large value makes their shares equal",
     )
     examples: Literal["total", "shortest", "longest"] | Positive = Field(
         "total",
-        description="of one pass: as many as all sources hold, as many until the first of them is "
-        "used up or until the last one is, or a number",
+        description="length of one pass: total is the examples of all sources; shortest and "
+        "longest end it when the first or the last source is used up; or a number",
     )
 
 
 class CurriculumConfig(Section):
-    """Which examples come first. It orders each source by itself, so that the mix stays."""
+    """Which examples come first. Each source is ordered by itself, so that the mix is the same."""
 
     by: Literal["length", "column", "base_loss"] = Field(
         "length",
-        description="what is difficult: many tokens, a number in a column of the rows, or a high "
-        "loss under the model before training",
+        description="what counts as difficult: many tokens, a high number in a column of the rows, "
+        "or a high loss under the model before training",
     )
-    column: str | None = Field(None, description="by: column, the one of that name in every source")
+    column: str | None = Field(
+        None, description="for by: column, the name of that column in every source"
+    )
     order: Literal["easy_first", "hard_first"] = "easy_first"
     schedule: Literal["sort", "linear", "sqrt"] = Field(
         "sqrt",
@@ -150,49 +210,51 @@ class DataConfig(Section):
         "train, or a list of them",
     )
     test: SourceConfig | list[NamedSource] | None = Field(
-        None, description="likewise, measured by promotion alone, once"
+        None, description="a source or a list of them, which promotion measures once, at the end"
     )
     mixture: MixtureConfig | None = Field(
-        None, description="how much of each source of train a pass holds"
+        None, description="how many examples of each source of train a pass holds"
     )
     curriculum: CurriculumConfig | None = Field(
-        None, description="which examples of train come first; null is a new order every epoch"
+        None, description="which examples of train come first; null shuffles them anew every epoch"
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens of one example")
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="most tokens of one example")
     separator: str = Field("\n", description="between prompt and completion")
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="what happens to rows over max_length; truncate cuts the end"
     )
     chunk: ChunkConfig | None = Field(
-        None, description="format: text; cut long documents into chunks, which clm does by itself"
+        None,
+        description="for text, cut long documents into chunks; train.objective: clm always does",
     )
     problem: Literal["single_label", "multi_label", "regression"] = Field(
-        "single_label", description="classification: one label a row, any number, or numbers"
+        "single_label",
+        description="for classification: one label per row, any number of labels, or numbers",
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="classification: the labels in their order; null sorts those of train"
+        None, description="for classification, the labels in their order; null sorts those of train"
     )
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="more unusable rows than this and the run refuses to start"
+        0.01, description="largest share of unusable rows of a source with which the run starts"
     )
     packing: Literal["auto"] | bool = Field(
         "auto",
-        description="several examples to a row; auto packs where a probe of the built model "
-        "shows that it changes nothing, true refuses where it would",
+        description="put several examples into one row; auto packs if a probe of the built model "
+        "shows that its outputs stay the same, true refuses to start if they do not",
     )
 
 
 def name_of_path(path: str) -> str:
-    """What a source is called by its path: the file's name without its end."""
+    """The default name of a source: its file's name without the extension."""
     stem = PurePath(path).name.partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "source"
 
 
 def called(items: Sequence[Any], name: str) -> dict[str, Any]:
-    """The plain source of that name, or of that number, in a list as it is written.
+    """The source of that name or number in a list as the file has it.
 
     Raises:
-        KeyError: there is none; its argument lists those that there are.
+        KeyError: there is none; its argument lists the names that exist.
     """
     names = [
         str(item.get("name") or name_of_path(str(item.get("path", ""))))
@@ -208,7 +270,7 @@ def called(items: Sequence[Any], name: str) -> dict[str, Any]:
 
 
 def listed(sources: Any) -> Sequence[SourceConfig]:
-    """The sources of a split: none of a fraction, one, or those of a list."""
+    """The sources of a split; a fraction has none."""
     if isinstance(sources, SourceConfig):
         return [sources]
     return sources if isinstance(sources, list) else []
@@ -226,9 +288,9 @@ def source_configs(data: DataConfig) -> Mapping[str, SourceConfig]:
 
 
 def source_names(data: DataConfig) -> tuple[str, ...]:
-    """Names by the number in the column `source`: those of train, then what only others have.
+    """The names behind the numbers of the column `source`: those of train, then all others.
 
-    Empty where no split has several sources.
+    Empty if no split has several sources.
     """
     several = [getattr(data, split) for split in ("train", "validation", "test")]
     if not any(isinstance(each, list) for each in several):
@@ -239,5 +301,5 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def difficulty_column(data: DataConfig) -> str | None:
-    """The column of the rows that a curriculum goes by."""
+    """The column of the rows that the curriculum sorts by, if it does."""
     return data.curriculum.column if data.curriculum is not None else None

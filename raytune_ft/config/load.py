@@ -136,10 +136,6 @@ def validated(data: dict[str, Any]) -> Config:
     method = data.get("method")
     if isinstance(method, dict):  # the discriminator of a union has no default of its own
         data = {**data, "method": {"name": "lora", **method}}
-    search = data.get("search")
-    scheduler = search.get("scheduler") if isinstance(search, dict) else None
-    if isinstance(search, dict) and isinstance(scheduler, dict):
-        data = {**data, "search": {**search, "scheduler": {"name": "asha", **scheduler}}}
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from raytune_ft.config import paths
 from raytune_ft.config.explain import shown_value
+from raytune_ft.config.merging import merges_with_head
 from raytune_ft.config.reference import closest, one_of
 from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import SearchConfig
@@ -41,8 +42,6 @@ OF_A_HEAD: dict[str, dict[str, Mode]] = {
 """By `data.problem`: what a task head is measured by, whatever `promote.metrics` names."""
 RETENTION: dict[str, Mode] = {"retention_loss": "min", "retention_kl": "min"}
 HARNESS = "lm_eval:"
-SOUPS = ("best", "uniform_soup", "greedy_soup", "auto")
-"""Merges that ask nothing of the base."""
 _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
 
@@ -135,11 +134,11 @@ def _check_head(promote: PromoteConfig, problem: str) -> None:
         raise ConfigError(
             "promote.retention", f"asks for the next token, and {head} has none", "leave it out"
         )
-    if promote.merge not in SOUPS:
+    if promote.merge not in merges_with_head():
         raise ConfigError(
             f"promote.merge={promote.merge}",
             f"starts from the base, which has no head under {head}",
-            f"write {one_of(SOUPS)}",
+            f"write {one_of(merges_with_head())}",
         )
     if promote.merging.adapter_rank is not None:
         raise ConfigError(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raytune_ft.config.data import SourceConfig, listed, source_configs
+from raytune_ft.config.data import FORMATS, SourceConfig, listed, source_configs
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config
@@ -106,11 +106,12 @@ def _check_keys(config: Config, facts: Facts) -> None:
             "train.objective=kd", "needs a teacher", "write train.kd: {teacher: a model}"
         )
     formats = [source.format for source in listed(config.data.train)]
-    if config.data.chunk is not None and "text" not in formats:
+    documents = [name for name, entry in FORMATS.items() if entry.documents]
+    if config.data.chunk is not None and not any(FORMATS[name].documents for name in formats):
         raise ConfigError(
             f"data.chunk={shown_value(config.data.chunk.model_dump())}",
             f"cuts documents, and data.train.format={formats[0]}",
-            "write format: text, or leave the key out",
+            f"write format: {one_of(documents)}, or leave the key out",
         )
     if train.objective != "classification" and (
         config.data.labels is not None or config.data.problem != "single_label"
@@ -124,13 +125,9 @@ def _check_keys(config: Config, facts: Facts) -> None:
 
 
 def _check_source(label: str, source: SourceConfig) -> None:
-    owners = {
-        "rationale_until": ("rationale",),
-        "tools": ("messages",),
-        "train_on": ("messages",),
-        "text_pair": ("classification",),
-    }
-    for key, formats in owners.items():
+    owned = dict.fromkeys(key for entry in FORMATS.values() for key in entry.keys)
+    for key in owned:
+        formats = [name for name, entry in FORMATS.items() if key in entry.keys]
         value = getattr(source, key)
         default = type(source).model_fields[key].default
         if value != default and source.format not in formats:

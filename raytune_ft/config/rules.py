@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def check_data(data: DataConfig) -> None:
-    """Every rule over sources, mixture and curriculum. Raises ConfigError."""
+    """Checks sources, mixture and curriculum. Raises ConfigError."""
     for split in SPLITS:
         _check_names(split, getattr(data, split))
     _check_shares(data)
@@ -38,7 +38,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_apart(data: DataConfig) -> None:
-    """What is chosen on is not what is measured in the end. Raises ConfigError."""
+    """The test set is neither trained nor selected on. Raises ConfigError."""
     measured = [_content(source) for source in listed(data.test)]
     for split in ("validation", "train"):
         for source in listed(getattr(data, split)):
@@ -65,7 +65,7 @@ def _check_names(split: str, written: object) -> None:
         raise ConfigError(
             f"data.{split}: {name}",
             f"is the name of {count} sources",
-            f"write a name of its own for each, for example name: {name}-2",
+            f"give each another name, for example name: {name}-2",
         )
 
 
@@ -77,7 +77,7 @@ def _check_shares(data: DataConfig) -> None:
     if mixture is not None and len(sources) < 2:
         raise ConfigError(
             f"data.mixture={shown_value(mixture.model_dump())}",
-            "is of several sources, and data.train has one",
+            "needs several sources, and data.train has one",
             "delete data.mixture, or write a list of sources",
         )
     has_weights, has_epochs = (
@@ -90,7 +90,7 @@ def _check_shares(data: DataConfig) -> None:
         name = sources[weights.index(None)].called
         raise ConfigError(
             f"data.train.{name}",
-            "has no weight, and other sources have",
+            "has no weight, and other sources have one",
             "write one for every source, 0 for one that is measured and not trained on",
         )
     for key, shares in (("weight", weights), ("epochs", epochs)):

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.merging import MergeName, MergingConfig
 from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.section import Positive, Section
@@ -151,37 +152,6 @@ class CheckpointConfig(Section):
         description="also keep, for good, the first checkpoint at or past each multiple",
     )
     asynchronous: bool = Field(True, description="write in the background while training goes on")
-
-
-MergeName = Literal[
-    "best",
-    "uniform_soup",
-    "greedy_soup",
-    "task_arithmetic",
-    "slerp",
-    "ties",
-    "dare",
-    "dare_ties",
-    "wise_ft",
-    "auto",
-]
-
-
-class MergingConfig(Section):
-    """How several models become one; null is the method's own default."""
-
-    scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the sum of deltas; task_arithmetic and dare 0.4, ties, dare_ties 1"
-    )
-    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of each delta that is kept; ties 0.2, dare and dare_ties 0.5"
-    )
-    alphas: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = Field(
-        [0.2, 0.4, 0.6, 0.8, 1.0], description="wise_ft: shares of the tuned model to try"
-    )
-    adapter_rank: Positive | None = Field(
-        None, description="also write the merge of adapters as one PEFT adapter of this rank"
-    )
 
 
 class PromoteConfig(Section):

@@ -2,56 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import Positive, Section, SectionOf
 
 
-class AshaConfig(Section):
+class SchedulerConfig(Section):
+    """What the section of every scheduler has; a subclass narrows `name` to its own."""
+
+    name: str
+    grace_examples: Positive = Field(1000, description="no trial is stopped before")
+
+
+class AshaConfig(SchedulerConfig):
     """Asynchronous successive halving (arXiv 1810.05934), measured in examples seen."""
 
     name: Literal["asha"] = "asha"
     grace_examples: Positive = Field(1000, description="the first rung")
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        3, description="one trial in this many goes on"
+    )
 
 
-class HyperbandConfig(Section):
+class HyperbandConfig(SchedulerConfig):
     """ASHA with several first rungs, for when it is unknown how early a trial can be judged."""
 
     name: Literal["hyperband"]
     grace_examples: Positive = Field(1000, description="the first rung of the first bracket")
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="one in this many goes on")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        3, description="one trial in this many goes on"
+    )
     brackets: Annotated[int, Field(ge=2)] = Field(
         3, description="each begins a rung later; most trials are in the first"
     )
 
 
-class MedianConfig(Section):
+class MedianConfig(SchedulerConfig):
     """The median stopping rule of Google Vizier (Golovin et al., 2017)."""
 
     name: Literal["median"]
-    grace_examples: Positive = Field(1000, description="nobody is stopped before")
     min_trials: Positive = Field(
-        3, description="others that must have come as far before anybody is stopped"
+        3, description="other trials that must have come as far before one is stopped"
     )
 
 
-SchedulerConfig = Annotated[
-    AshaConfig | HyperbandConfig | MedianConfig, Field(discriminator="name")
-]
+@dataclass(frozen=True)
+class Scheduler:
+    """A rule that stops trials before their end.
+
+    Attributes:
+        config: its section, whose `name` is the entry's name.
+        implementation: loads the function (config, budget_examples, metric, mode) -> a scheduler of
+            Ray Tune that is given `examples` and `metric` of each evaluation; `mode` is min or max.
+        rungs: (config, examples) -> the rungs below `examples` that the report draws.
+        cost_share: (config, budget_examples) -> the least share of a sweep's full cost that the
+            rule leaves, for `plan`.
+    """
+
+    config: type[SchedulerConfig]
+    implementation: Callable[[], Callable[[Any, int, str, str], Any]]
+    rungs: Callable[[Any, int], list[int]] = lambda config, examples: []
+    cost_share: Callable[[Any, int], float] = lambda config, budget_examples: 1.0
+
+
+def _halving_rungs(config: AshaConfig | HyperbandConfig, examples: int) -> list[int]:
+    """Those of the first bracket: each is `reduction_factor` times the one before."""
+    rungs = []
+    rung = config.grace_examples
+    while rung < examples:
+        rungs.append(rung)
+        rung *= config.reduction_factor
+    return rungs
+
+
+def _halving_share(config: AshaConfig, budget_examples: int) -> float:
+    """Of the trials that reach a rung, one in `reduction_factor` goes on.
+
+    Asynchronous halving promotes some trials too early, so a sweep spends more.
+    """
+    spent, before, alive = 0.0, 0, 1.0
+    for rung in _halving_rungs(config, budget_examples):
+        spent += alive * (rung - before)
+        before, alive = rung, alive / config.reduction_factor
+    return (spent + alive * (budget_examples - before)) / budget_examples
+
+
+def _rules() -> ModuleType:
+    from raytune_ft.ray_backend import schedulers
+
+    return schedulers
+
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "asha": Scheduler(AshaConfig, lambda: _rules().asha, _halving_rungs, _halving_share),
+    "hyperband": Scheduler(HyperbandConfig, lambda: _rules().hyperband, _halving_rungs),
+    "median": Scheduler(MedianConfig, lambda: _rules().median),
+}
 
 
 class BudgetConfig(Section):
-    """What all trials together may spend, over resumes too; whichever is used up first ends it."""
+    """What all trials may spend together, across resumes. The first limit ends the sweep."""
 
-    examples: Positive | None = Field(None, description="examples that trials train on, together")
+    examples: Positive | None = Field(None, description="training examples of all trials")
     wall_s: Annotated[float, Field(gt=0)] | str | None = Field(
         None, description="time of the sweep: seconds, or a text such as 90m, 2h, 1d"
     )
     gpu_hours: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="GPUs that trials hold, times the hours that they hold them"
+        None, description="GPUs that trials hold, times hours"
     )
 
 
@@ -67,7 +129,7 @@ class Distribution(Section):
     choice: list[Any] | None = Field(None, description="any number of values")
     when: dict[str, Any] | None = Field(
         None,
-        description="drawn only where another line, a choice, has this value or one of this list: "
+        description="drawn only if another line, a choice, has this value or one of this list: "
         "{method.name: lora}",
     )
 
@@ -117,7 +179,7 @@ class SearchConfig(Section):
     """Which trials are run."""
 
     trials: Literal["auto"] | Positive = Field(
-        "auto", description="auto is 16; under sampler: grid the whole grid, which limits a number"
+        "auto", description="auto is 16, and the whole grid under sampler: grid, which has no more"
     )
     metric: Metric | list[Metric | OfSource] = Field(
         "eval_loss",
@@ -130,33 +192,33 @@ class SearchConfig(Section):
     )
     budget: BudgetConfig | None = Field(
         None,
-        description="beside trials: no trial begins after it, running ones end at their next "
-        "evaluation as pruned",
+        description="limits beside trials; once one is reached no trial starts, and running trials "
+        "are pruned at their next evaluation",
     )
     max_concurrent: Literal["auto"] | Positive = Field(
-        "auto", description="trials at a time; auto is what the cluster holds in whole bundles"
+        "auto", description="trials at a time; auto is the number that fits on the cluster"
     )
     execution: Literal["auto", "packed", "isolated"] = Field(
         "auto",
-        description="packed: LoRA trials share one frozen base in one worker group, which auto "
-        "chooses where they can; isolated: a worker group for each trial",
+        description="packed: LoRA trials share one frozen base in one worker group; isolated: a "
+        "worker group for each trial; auto: packed if the trials can share a base",
     )
     sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = Field(
         "tpe",
-        description="tpe: any space; gp: a Gaussian process, best with few trials; cmaes: numbers "
-        "alone, best with many; grid: every combination of choices once",
+        description="tpe: any space; gp: a Gaussian process, best with few trials; cmaes: only "
+        "numbers, best with many; grid: every combination of choices once",
     )
     defaults: bool = Field(
         True,
-        description="begin with the values of this file, then with a published learning rate, "
-        "where they lie in the space; never under grid",
+        description="first try the values of this file, then a published learning rate, if the "
+        "space contains them; without effect under grid",
     )
     first: list[dict[str, Any]] = Field(
         default_factory=list,
-        description="points to try first, such as [{train.lr: 1e-4}]; the rest of a point is as "
-        "in this file, or drawn where that lies outside the space",
+        description="points to try first, such as [{train.lr: 1e-4}]; other keys have the value of "
+        "this file, or are drawn if the space does not contain it",
     )
-    scheduler: SchedulerConfig | None = Field(
+    scheduler: Annotated[SchedulerConfig, SectionOf(SCHEDULERS, "asha")] | None = Field(
         default_factory=AshaConfig, description="null runs every trial to its end"
     )
     storage: str | None = Field(
@@ -171,18 +233,24 @@ class SearchConfig(Section):
     space: dict[str, Distribution] = Field(min_length=1)
     constraints: list[str] = Field(
         default_factory=list,
-        description="what every trial must meet, such as train.batch_size * method.rank <= 512: "
+        description="conditions on every trial, such as train.batch_size * method.rank <= 512: "
         "arithmetic, comparisons, and, or, not over lines of the space",
     )
 
+    def cost_share(self, budget_examples: int) -> float:
+        """The least share of the sweep's full cost that the scheduler leaves; 1 without one."""
+        if self.scheduler is None:
+            return 1.0
+        return SCHEDULERS[self.scheduler.name].cost_share(self.scheduler, budget_examples)
+
     @property
     def metrics(self) -> list[str]:
-        """What trials are judged by, the first first."""
+        """The metrics of the sweep; the first ranks trials."""
         return [self.metric] if isinstance(self.metric, str) else list(self.metric)
 
     @property
     def modes(self) -> list[Literal["min", "max"]]:
-        """Which way each metric is better."""
+        """For each metric, whether a lower or a higher value is better."""
         return [
             "min" if metric.partition(":")[0] in LOWER_IS_BETTER else "max"
             for metric in self.metrics

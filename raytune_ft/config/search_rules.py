@@ -51,19 +51,19 @@ NOT_SEARCHED = (
 )
 MIN_DRAWS, MAX_DRAWS = 100, 10_000
 
-# Of a source of data.train, what decides how often it is seen and not what is measured.
+# Keys of a source of data.train that change how often it is seen, not what is measured.
 SHARES = ("weight", "epochs")
 
 Apply = Callable[[Config, Mapping[str, Any]], Config]
 
 
 def check_search(search: SearchConfig) -> None:
-    """Each metric once, and each looked for in its own direction."""
+    """Metrics are distinct, and `mode` is the direction of each. Raises ConfigError."""
     metrics, modes = search.metrics, search.modes
     if not metrics or len(set(metrics)) < len(metrics):
         raise ConfigError(
             f"search.metric={shown_value(metrics)}",
-            "is empty or names one twice",
+            "is empty or repeats a metric",
             "write one metric, or a list of different ones",
         )
     if ":" in metrics[0]:
@@ -77,17 +77,19 @@ def check_search(search: SearchConfig) -> None:
         wrong = [m for m, now, best in zip(metrics, written, modes, strict=False) if now != best]
         raise ConfigError(
             f"search.mode={shown_value(search.mode)}",
-            f"looks for the worst {wrong[0]}" if wrong else f"is not one for each of {metrics}",
+            f"looks for the worst {wrong[0]}"
+            if wrong
+            else f"does not give each of {metrics} a direction",
             f"write search.mode: {shown_value(modes[0] if len(modes) == 1 else modes)}",
         )
     if len(metrics) > 1 and search.sampler == "cmaes":
         raise ConfigError(
-            "search.sampler=cmaes", "follows one metric alone", "write sampler: tpe, gp or random"
+            "search.sampler=cmaes", "supports one metric only", "write sampler: tpe, gp or random"
         )
 
 
 def check_budget(config: Config) -> None:
-    """A time that can be read, and GPUs to count."""
+    """The time can be read, and there are GPUs to count. Raises ConfigError."""
     budget = config.search.budget if config.search else None
     if budget is None:
         return
@@ -102,8 +104,8 @@ def check_budget(config: Config) -> None:
 
 
 def check_examples(search: SearchConfig, budget: int) -> None:
-    """What `search` counts in examples against those that a trial sees, which epochs alone do not
-    tell.
+    """The search's budget and first rung against the `budget` examples of one trial, which is
+    known once the data are read. Raises ConfigError.
     """
     whole = search.budget.examples if search.budget else None
     if whole is not None and whole < budget:
@@ -122,10 +124,10 @@ def check_examples(search: SearchConfig, budget: int) -> None:
 
 
 def check_space(config: Config, apply: Apply) -> None:
-    """Every key and value of the search space, by putting it where a trial would have it, and then
-    what is said over several of them.
+    """Every key and value of the search space, each in the config of a trial that has it; then the
+    sampler, the constraints and the first points. Raises ConfigError.
 
-    `apply` is `load.apply_overrides`, handed in because load calls this module.
+    `apply` is `load.apply_overrides`, an argument because load imports this module.
     """
     search = config.search
     assert search is not None
@@ -162,7 +164,7 @@ def _check_sampler(search: SearchConfig, tree: Branches) -> None:
             what = "a choice" if line.kind == "choice" else "not in every trial"
             raise ConfigError(
                 f"search.space.{key}",
-                f"is {what}, and search.sampler=cmaes moves through numbers alone",
+                f"is {what}, and search.sampler=cmaes supports only numbers",
                 "write a range, or sampler: tpe",
             )
     if len(search.space) < 2:
@@ -172,14 +174,14 @@ def _check_sampler(search: SearchConfig, tree: Branches) -> None:
 
 
 def _check_constraints(search: SearchConfig, tree: Branches) -> None:
-    """Each can be computed wherever it applies, and together they leave something."""
+    """Each can be computed wherever it applies, and some point meets all of them."""
     constraints = conditions(search)
     for each in constraints:
         for name in sorted(each.names - search.space.keys()):
             near = reference.closest(name, search.space)
             raise ConfigError(
                 f"search.constraints: {shown_value(each.text)}",
-                f"names {shown_value(name)}, which is no line of search.space",
+                f"names {shown_value(name)}, which is not a line of search.space",
                 f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
             )
     if not constraints:
@@ -197,7 +199,9 @@ def _check_constraints(search: SearchConfig, tree: Branches) -> None:
 
 
 def _is_met(search: SearchConfig, tree: Branches, constraints: Sequence[Condition]) -> bool:
-    """By one draw of many; some more are made, since each shows whether it can be computed."""
+    """Whether one of many draws meets all; at least `MIN_DRAWS` are made, since each draw also
+    shows whether the constraints can be computed.
+    """
     rng = random.Random(0)
     met = 0
     for tried in range(MAX_DRAWS):
@@ -212,7 +216,7 @@ def _check_first(alone: Config, search: SearchConfig, tree: Branches, apply: App
     for number, point in enumerate(search.first):
         where = f"search.first[{number}]"
         if not point:
-            raise ConfigError(where, "says nothing", "write for example {train.lr: 1e-4}")
+            raise ConfigError(where, "is empty", "write for example {train.lr: 1e-4}")
         needed: dict[str, Any] = {}
         for key, value in point.items():
             _check_point(where, point, key, search, tree)
@@ -241,7 +245,7 @@ def _check_point(
         near = reference.closest(key, search.space)
         raise ConfigError(
             f"{where}: {shown_value(key)}",
-            "is no line of search.space",
+            "is not a line of search.space",
             f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
         )
     if not contains(line, value):

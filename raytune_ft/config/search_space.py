@@ -45,7 +45,7 @@ class Branches:
 
 
 def branches(space: Mapping[str, Distribution]) -> Branches:
-    """Raises ConfigError for a `when` that names no choice of the space, or itself in a circle."""
+    """Raises ConfigError for a `when` that names no choice of the space, or a cycle of them."""
     needs = {key: _needs(key, line, space) for key, line in space.items()}
     order: list[str] = []
     while len(order) < len(space):
@@ -99,7 +99,7 @@ def _allowed(
         choices = [name for name, each in space.items() if each.kind == "choice" and name != key]
         raise ConfigError(
             f"{where}: {shown_value(other)}",
-            "is no other choice of search.space",
+            "is not another choice of search.space",
             f"write {reference.one_of(choices)}" if choices else "delete the `when`",
         )
     written = value if isinstance(value, list) and not contains(line, value) else [value]
@@ -268,7 +268,7 @@ def duration_s(value: float | str, key: str = "search.budget.wall_s") -> float:
     seconds = float(found[1]) * UNITS_S[found[2]] if found else value
     if isinstance(seconds, str) or not 0 < seconds < math.inf:
         raise ConfigError(
-            f"{key}={shown_value(value)}", "is no span of time", "write seconds, or 90m, 2h, 1d"
+            f"{key}={shown_value(value)}", "is not a time span", "write seconds, or 90m, 2h, 1d"
         )
     return float(seconds)
 
@@ -291,7 +291,7 @@ def allowed(point: Mapping[str, Any], constraints: Sequence[Condition]) -> bool:
 def uniform_point(
     space: Mapping[str, Distribution], tree: Branches, rng: random.Random, known: Mapping[str, Any]
 ) -> Point:
-    """A point at random, with the values of `known` where it has their keys."""
+    """A random point; keys in `known` have its values."""
     point: Point = {}
     for key in tree.order:
         if tree.exists(key, point):
@@ -302,7 +302,7 @@ def uniform_point(
 def grid(search: SearchConfig) -> list[Point]:
     """Every allowed combination, once, in the order of the file.
 
-    Raises ConfigError for a line that has no end of values, and for more than `MAX_GRID` points.
+    Raises ConfigError for a line with infinitely many values, or for over `MAX_GRID` points.
     """
     steps = {key: _steps(key, line) for key, line in search.space.items()}
     tree, constraints = branches(search.space), conditions(search)
@@ -345,7 +345,7 @@ def _steps(key: str, line: Distribution) -> Sequence[Any]:
         return range(line.values[0], line.values[1] + 1)
     raise ConfigError(
         f"search.space.{key}",
-        f"is {line.kind}, which has no end of values, and search.sampler=grid tries every one",
+        f"is {line.kind}, which has infinitely many values, and search.sampler=grid tries all",
         "write choice: [...], or sampler: tpe",
     )
 

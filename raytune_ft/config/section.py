@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from raytune_ft.errors import ConfigError
 
@@ -34,3 +37,73 @@ class Section(BaseModel):
     """Strict, so that `lr: "fast"` and `batch_size: 1.5` are errors and not surprises."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class NameIn:
+    """Metadata of a text field: it takes the names in `entries`, as they are at validation, and the
+    words in `more`. An entry that is added to the dict is accepted from then on.
+    """
+
+    entries: Mapping[str, Any]
+    more: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every word that the field takes."""
+        return (*self.entries, *self.more)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names)}
+
+    def _checked(self, name: str) -> str:
+        if name not in self.names:
+            raise PydanticCustomError("name_unknown", "not a known name")
+        return name
+
+
+@dataclass(frozen=True, eq=False)
+class SectionOf:
+    """Metadata of a field that holds a section: `name` chooses its class, the `config` of the entry
+    of that name, as the dict is at validation. Without a `name` it is `default`.
+    """
+
+    entries: Mapping[str, Any]
+    default: str
+
+    @property
+    def sections(self) -> list[type[Section]]:
+        """Every class that the field may hold."""
+        return [entry.config for entry in self.entries.values()]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        choices = {
+            name: entry.config.__pydantic_core_schema__ for name, entry in self.entries.items()
+        }
+        return handler(core_schema.tagged_union_schema(choices, discriminator="name"))
+
+    def _validated(self, value: Any) -> Section:
+        if type(value) in self.sections:
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("section_type", "not a section")
+        name = value.get("name", self.default)
+        entry = self.entries.get(name) if isinstance(name, str) else None
+        if entry is None:
+            raise PydanticCustomError("union_tag_invalid", "not a known name")
+        section: Section = entry.config.model_validate(value)
+        return section

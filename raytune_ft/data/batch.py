@@ -19,7 +19,7 @@ from raytune_ft.data.split import TokenizedSplit
 Row = tuple[int, ...]
 """Positions (in the step's list of examples) of the examples of one row, in order."""
 MicroLayout = tuple[Row, ...]
-"""The rows of one forward pass. Empty for a rank that only has to take part."""
+"""The rows of one forward pass. Empty for a rank that has no examples left in the step."""
 
 
 def lay_out(
@@ -38,7 +38,7 @@ def lay_out(
         for mine in _split_over_ranks(lengths, world_size)
     ]
     most = max(len(rank) for rank in ranks)
-    # Collectives dead-lock when ranks differ in the number of passes: the rest are empty ones.
+    # Collectives dead-lock when ranks differ in the number of passes: the others get empty ones.
     return [rank + [()] * (most - len(rank)) for rank in ranks]
 
 
@@ -111,13 +111,15 @@ class Span:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Every span begins with `virtual` places for tokens of a method, which predict nothing.
+    """The rows of one forward pass.
+
+    Every span begins with `virtual` positions for virtual tokens of a method, which have no target.
 
     `targets_BS[b, s]` is the token after `tokens_BS[b, s]` in its own example, or NO_TARGET.
 
     `positions_BS` restarts at every example of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
-    `columns` has those of the split `[E, width]`, and `indices` where in the split each example is,
+    `columns` are the split's `[E, width]`, and `indices` are the examples' positions in the split,
     both in the order of `spans`, which is that of rows.
     """
 
@@ -140,7 +142,7 @@ class MicroBatch:
         return inputs
 
     def repeated(self, times: int) -> MicroBatch:
-        """All rows again and again, with the same examples."""
+        """All rows `times` times, with the same examples."""
         rows = len(self.tokens_BS)
 
         def again(rows: Tensor | None) -> Any:
@@ -162,7 +164,7 @@ class MicroBatch:
         )
 
     def part(self, times: int) -> MicroBatch:
-        """The batch of which this one is so many."""
+        """The batch before `repeated(times)`."""
         rows, examples = len(self.tokens_BS) // times, len(self.spans) // times
 
         def first(rows_BS: Tensor | None) -> Tensor | None:
@@ -180,7 +182,7 @@ class MicroBatch:
         )
 
     def unpacked(self, pad_token: int) -> MicroBatch:
-        """The same examples in the same order, each in a row of its own."""
+        """The same examples in the same order, one per row."""
         if self.positions_BS is None:
             return self
         lengths = [span.stop - span.start for span in self.spans]
@@ -228,11 +230,11 @@ def collate(
     device: torch.device,
     virtual: int = 0,
 ) -> MicroBatch:
-    """Write the examples `indices` of `split` into rows as `layout` says, with room for `virtual`
+    """Write the examples `indices` of `split` into the rows of `layout`, with room for `virtual`
     tokens before each of them.
 
-    An empty layout gives one token that predicts nothing: a forward of weight zero, for ranks
-    that have no work left while others still communicate. An empty row is padding alone.
+    An empty layout gives one token without a target: a forward pass of weight zero, for ranks that
+    have no examples left while others still communicate. An empty row holds only padding.
     """
     counts_B = np.array([len(row) for row in layout] or [0])
     ordered = [position for row in layout for position in row]
@@ -256,14 +258,14 @@ def collate(
     columns_S = np.arange(width)
     tokens_BS = np.full(shape, pad_token, np.int64)
     targets_BS = np.full(shape, NO_TARGET, np.int64)
-    # Padding is a document of its own: under a mask from positions no example sees it.
+    # Padding is a separate document: under a mask made from positions no example attends to it.
     positions_BS = columns_S - used_B[:, None]
     tokens_BS.flat[places_T[real_T]] = split.input_ids[sources_T[real_T]]
     targets_BS.flat[places_T[followed_T]] = np.where(
         split.label_mask[nexts_T], split.input_ids[nexts_T], NO_TARGET
     )
     positions_BS.flat[places_T] = offsets_T
-    # A row without examples attends to one token all the same: attention to nothing is NaN.
+    # A row without examples still attends to one token: attention over no token gives NaN.
     attention_BS = (columns_S < np.maximum(used_B, 1)[:, None]).astype(np.int64)
     packed = bool((counts_B > 1).any())
     padded = bool((attention_BS == 0).any())

@@ -1,4 +1,4 @@
-"""The folders of the token cache: named by content, written whole, safe against other writers."""
+"""The folders of the token cache: named by content, written atomically, also by several writers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from raytune_ft.errors import StorageError
 
 
 def tokenizer_sha256(encoder: Encoder) -> str:
-    """Of the files that the tokenizer saves, whatever its kind.
+    """Hash of the files that the tokenizer saves, whatever its kind.
 
-    tokenizer_config.json is left out, because it also says how the tokenizer was loaded; what
-    tokens depend on in it is taken from the object.
+    tokenizer_config.json is left out, because it also holds how the tokenizer was loaded; the keys
+    that tokens depend on are read from the object.
     """
     tokenizer = encoder.tokenizer
     facts = [encoder.prefix, encoder.eos, tokenizer.chat_template, tokenizer.special_tokens_map]
@@ -33,10 +33,10 @@ def tokenizer_sha256(encoder: Encoder) -> str:
 
 
 def keep_folder(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bool]) -> None:
-    """Let `fill` write a folder, which becomes `target`, unless a sound one is there meanwhile.
+    """Let `fill` write a folder, which becomes `target`, unless a sound one has appeared there.
 
     Raises:
-        StorageError: there is no room, or no right to write.
+        StorageError: the disk is full, or the folder is not writable.
     """
     try:
         _write(target, fill, is_sound)
@@ -64,7 +64,7 @@ def _write(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bo
                 return
             if is_sound():
                 return
-            # Damaged: out of the way first. Another process may be quicker, which is as good.
+            # Damaged: move it away first. Another process may already have done so.
             aside = target.with_name(f".damaged-{uuid.uuid4().hex}")
             with suppress(FileNotFoundError):
                 target.rename(aside)

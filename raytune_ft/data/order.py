@@ -26,10 +26,10 @@ from raytune_ft.errors import ConfigError, DataError
 
 
 def quotas_of(data: DataConfig, split: TokenizedSplit) -> tuple[int, ...]:
-    """Examples of each source of `data.train` in a pass over `split`, the training split.
+    """How many examples of each source of `data.train` a pass over the training split holds.
 
     Raises:
-        ConfigError: a source that is to be trained on has none.
+        ConfigError: a source with a share above 0 has no example in a pass.
     """
     if not isinstance(data.train, list):
         return (len(split),)
@@ -59,7 +59,7 @@ def pass_length(data: DataConfig, split: TokenizedSplit) -> int:
 
 
 def apportioned(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` in whole numbers by largest remainder; of equal remainders the first."""
+    """`total` split into whole numbers by largest remainder; among equal remainders, the first."""
     exact = np.array(shares) * total / sum(shares)
     quotas = np.floor(exact).astype(np.int64)
     left = total - int(quotas.sum())
@@ -70,7 +70,7 @@ def apportioned(total: int, shares: Sequence[float]) -> list[int]:
 def _shares(
     data: DataConfig, sources: Sequence[MixedSource], counts: Sequence[int]
 ) -> list[float] | None:
-    """Shares that add up to 1, None where each source says how often it is seen."""
+    """Shares that add up to 1; None if sources have epochs instead."""
     mixture = data.mixture
     if any(source.weight is not None for source in sources):
         raw = [source.weight or 0.0 for source in sources]
@@ -90,9 +90,9 @@ def _length(data: DataConfig, shares: Sequence[float], counts: Sequence[int]) ->
         return examples
     if examples == "total":
         return sum(counts)
-    # So many examples of the mix use each source up once.
+    # Length of the mix at which each source is used up once.
     passes = [count / share for count, share in zip(counts, shares, strict=True) if share > 0]
-    slack = 1e-9  # what a product and a quotient may lose
+    slack = 1e-9  # rounding of a product and a quotient
     if examples == "shortest":
         return max(1, math.floor(min(passes) * (1 + slack)))
     return math.ceil(max(passes) * (1 - slack))
@@ -120,7 +120,7 @@ def draw_validation(
 def hold_out(
     rows: list[Example], fraction: float, seed: int, names: Sequence[str]
 ) -> tuple[list[Example], list[Example]]:
-    """Train and validation examples: the fraction of every source, so that each is measured.
+    """Train and validation examples; every source gives the fraction, so that each is measured.
 
     Examples of one row stay together.
     """
@@ -140,7 +140,7 @@ def hold_out(
 Indices = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
 
-# Of what is drawn for a pass as a whole, where a source has its number.
+# Random streams of a whole pass; those of sources are numbered from 0.
 PLACES, CHANCES = 2**32 - 1, 2**32 - 2
 
 
@@ -151,14 +151,14 @@ def permutation(seed: int, number: int, n: int, stream: int = 0) -> Indices:
 
 @dataclass(frozen=True, eq=False)
 class Curriculum:
-    """What comes first. Positions are of the stream, ranks of a source's own examples.
+    """Which examples come first. Positions are those of the stream, ranks those within a source.
 
     Attributes:
-        ranked: of each source, its examples (by their place in the source) from the first to come
-            to the last.
-        schedule: `sort` puts every pass in that order. The others draw from the first ones of
-            `ranked`, with replacement, a share that grows from `start` at position 0 to all of
-            them at position `end`; from there on the stream is the plain one.
+        ranked: for each source, its examples (by their index in the source), the first to come
+            first.
+        schedule: `sort` puts every pass in that order. The others draw with replacement from the
+            beginning of `ranked`: from a share of it that grows from `start` at position 0 to 1 at
+            position `end`. After that the stream is the plain one.
     """
 
     ranked: tuple[Indices, ...]
@@ -167,7 +167,7 @@ class Curriculum:
     end: int = 0
 
     def share(self, positions: Indices) -> Numbers:
-        """What part of a source is drawn from: the competence of arXiv 1903.09848."""
+        """The share of a source that is drawn from: the competence of arXiv 1903.09848."""
         time = np.minimum(positions / max(1, self.end), 1.0)
         if self.schedule == "linear":
             return self.start + time * (1 - self.start)
@@ -179,8 +179,8 @@ class Order:
     """The stream over a split.
 
     Attributes:
-        members: of each source, its examples in the split.
-        quotas: of each source, how many examples of it a pass holds.
+        members: for each source, its examples in the split.
+        quotas: for each source, how many of its examples a pass holds.
     """
 
     seed: int
@@ -194,7 +194,7 @@ class Order:
         return cls(seed, (np.arange(n),), (n,))
 
     def __len__(self) -> int:
-        """Examples of a pass, which is what an epoch is."""
+        """Examples of a pass, that is, of an epoch."""
         return sum(self.quotas)
 
     def indices(self, start: int, count: int) -> Indices:
@@ -253,13 +253,13 @@ def _own(order: Order, source: int, start: int, count: int) -> Indices:
 def ranked(
     members: tuple[Indices, ...], difficulty: Numbers, hard_first: bool
 ) -> tuple[Indices, ...]:
-    """For `Curriculum`: equal ones stay in the order of the rows."""
+    """`Curriculum.ranked`; examples of equal difficulty keep the order of the rows."""
     signed = -difficulty if hard_first else difficulty
     return tuple(np.argsort(signed[each], kind="stable") for each in members)
 
 
 def members_of(split: TokenizedSplit, count: int) -> tuple[Indices, ...]:
-    """The examples of each of `count` sources; all of them of the only one."""
+    """The examples of each of `count` sources; a split without a column `source` has one."""
     numbers = split.source_numbers
     if numbers is None:
         return (np.arange(len(split)),)

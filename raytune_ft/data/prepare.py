@@ -1,10 +1,11 @@
-"""From config to tokenised splits: once, on the driver, into a cache that all workers map."""
+"""From the config to tokenised splits: once, on the driver, in a cache that all workers map."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import (
+    FORMATS,
     DataConfig,
     NamedSource,
     SourceConfig,
@@ -41,52 +43,25 @@ from raytune_ft.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-import shutil
-from collections.abc import Callable
-
-
-def derived(
-    prepared: PreparedData, sha256: str, add: Callable[[Path], dict[str, Any]]
-) -> PreparedData:
-    """What an earlier call of this hash left; else the files of `prepared` and what `add` writes
-    beside them. It returns the fields of the report that say so.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
-    named = f"{prepared.path.name} {sha256}"
-    target = prepared.path.with_name(hashlib.sha256(named.encode()).hexdigest())
-    found = sound_at(target)
-    if found is not None:
-        return found
-
-    def fill(folder: Path) -> None:
-        for file in prepared.path.iterdir():
-            shutil.copyfile(file, folder / file.name)
-        report = replace(prepared.report, **add(folder))
-        (folder / REPORT).write_text(report.to_json())
-
-    keep_folder(target, fill, lambda: sound_at(target) is not None)
-    return open_prepared(target)
 
 
 CACHE_FORMAT = 2
-"""Raise it when the same rows and keys would give other tokens or other files."""
+"""To be raised when the same rows and keys give other tokens or other files."""
 
 REPORT = "report.json"
 BASE_LOSS = "base_loss.npy"
 TEACHER_LOGITS = "teacher_logits.npy"
 NO_TOKENS = {"path", "weight", "epochs"}
-"""Keys of a source that its tokens do not depend on."""
+"""Keys of a source on which its tokens do not depend."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """The splits of a run, memory-mapped from `path`.
 
-    `base_loss` is [n] of train: the loss of each example under the model before training, where
-    somebody measured it (see `with_base_loss`). `teacher_logits` is [label tokens of train,
-    vocabulary], where they are kept (see `with_teacher_logits`).
+    `base_loss` is [n]: the loss of each training example under the model before training, if it was
+    measured (see `with_base_loss`). `teacher_logits` is [label tokens of train, vocabulary], if
+    they are kept (see `with_teacher_logits`).
     """
 
     train: TokenizedSplit
@@ -105,14 +80,14 @@ def prepare_data(
     cache_dir: Path,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Tokenise all sources, or take what an earlier call with equal content and keys left.
+    """Tokenise all sources, or reuse what an earlier call with the same content and keys left.
 
     Args:
         seed: draws the validation examples where `data.validation` is a fraction.
-        progress: gets a line for every source and, in long ones, every 20,000 rows.
+        progress: gets a line for every source, and every 20,000 rows of long ones.
 
     Raises:
-        DataError: a source, a row or a column is wrong, or too many rows are.
+        DataError: a source or a column is wrong, or too many rows are unusable.
         StorageError: `cache_dir` cannot be written.
     """
     tell = progress or (lambda line: None)
@@ -134,7 +109,7 @@ def prepare_data(
             replace(one, source=number) if number else one for one in rows
         )
     labels: tuple[str, ...] = ()
-    if any(source.format == "classification" for source in configs.values()):
+    if any(FORMATS[source.format].labels for source in configs.values()):
         labels = label_names(data, examples["train"])
     if isinstance(data.validation, float):
         examples["train"], examples["validation"] = hold_out(
@@ -143,7 +118,7 @@ def prepare_data(
     for name in examples:
         if labels:
             examples[name] = with_targets(name, examples[name], data, labels)
-        elif name != "train":  # measured by the answers alone
+        elif name != "train":  # only the answers are measured
             examples[name] = [one for one in examples[name] if one.columns.get(RATIONALE) != (1.0,)]
     splits: dict[str, TokenizedSplit] = {
         name: split_of(name, examples[name], data, names)
@@ -171,7 +146,7 @@ def prepare_data(
 
 
 def open_prepared(path: Path) -> PreparedData:
-    """Map what `prepare_data` left at `path`; cheap, so that every worker calls it.
+    """Map what `prepare_data` left at `path`; cheap enough for every worker.
 
     Raises:
         RunFailed: a file is missing, cut short, or not the one that the report describes.
@@ -189,7 +164,7 @@ def open_prepared(path: Path) -> PreparedData:
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
-        raise RunFailed(f"{path / REPORT} names no train and validation split")
+        raise RunFailed(f"{path / REPORT} lacks a train or a validation split")
     return PreparedData(
         splits["train"],
         splits["validation"],
@@ -204,7 +179,7 @@ def open_prepared(path: Path) -> PreparedData:
 
 
 def _mapped(path: Path, rows: int) -> npt.NDArray[Any]:
-    """Nothing of the file is read until it is used."""
+    """The array in the file, whose pages are read on first use."""
     try:
         found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -215,7 +190,7 @@ def _mapped(path: Path, rows: int) -> npt.NDArray[Any]:
 
 
 def sound_at(path: Path) -> PreparedData | None:
-    """What lies at `path`, if every token, loss and logit of it is what the report says."""
+    """The data at `path`, if its tokens, losses and logits have the hashes in its report."""
     if not path.is_dir():
         return None
     try:
@@ -236,16 +211,41 @@ def sound_at(path: Path) -> PreparedData | None:
 
 
 def sha256_of_numbers(numbers: npt.NDArray[Any]) -> str:
-    """Of the bytes of an array, without the header that a file has."""
+    """Hash of an array's bytes, without a file header."""
     return hashlib.sha256(numbers.tobytes()).hexdigest()
+
+
+def derived(
+    prepared: PreparedData, sha256: str, add: Callable[[Path], dict[str, Any]]
+) -> PreparedData:
+    """`prepared` with the files that `add` writes into a folder of their own, named by `sha256`; or
+    what an earlier call with that hash left. `add` returns the changed fields of the report.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    named = f"{prepared.path.name} {sha256}"
+    target = prepared.path.with_name(hashlib.sha256(named.encode()).hexdigest())
+    found = sound_at(target)
+    if found is not None:
+        return found
+
+    def fill(folder: Path) -> None:
+        for file in prepared.path.iterdir():
+            shutil.copyfile(file, folder / file.name)
+        report = replace(prepared.report, **add(folder))
+        (folder / REPORT).write_text(report.to_json())
+
+    keep_folder(target, fill, lambda: sound_at(target) is not None)
+    return open_prepared(target)
 
 
 def split_of(
     name: str, rows: Sequence[Example], data: DataConfig, names: tuple[str, ...] = ()
 ) -> TokenizedSplit:
-    """With the columns that any of the examples has, and those of mixes.
+    """The split of these examples, with every column that one of them has.
 
-    Where a source has none of weights, its examples weigh 1; of anything else, 0.
+    Examples without a weight weigh 1; any other column that an example lacks is 0.
     """
     written = getattr(data, name)
     known = {column: values for one in rows for column, values in one.columns.items()}
@@ -262,7 +262,7 @@ def split_of(
 
 
 def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, seed: int) -> str:
-    """Hash of everything that the tokens depend on, and of nothing else.
+    """Hash of everything that the tokens depend on.
 
     The directories of a source are left out: a moved data set is the same data set.
     """
@@ -294,6 +294,7 @@ def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]
     if encoder.eos is None:
         notes.append("the tokenizer has no EOS token, so examples end without one")
     template = str(encoder.tokenizer.chat_template or "")
-    if "strftime_now" in template and any(source.format == "messages" for source in sources):
+    templated = any(FORMATS[source.format].chat_template for source in sources)
+    if "strftime_now" in template and templated:
         notes.append("the chat template may write today's date into every example")
     return tuple(notes)

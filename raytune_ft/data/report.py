@@ -1,26 +1,24 @@
-"""What became of every row: the data report, `report.json` beside the tokens."""
+"""What happened to each row: the data report, `report.json` beside the tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.data.rows import Row
+from raytune_ft.config.data import DataConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError, StorageError
 from raytune_ft.records import to_json
 
 
 def check_same(saved: Path, now: DataReport) -> None:
-    """Compares content: a moved source and tokens that were made anew are the same data.
+    """Compare by content: a moved source or tokens that were made again are the same data.
 
     Raises:
         DataError: a split has other examples than in the report at `saved`, or they have other
@@ -31,7 +29,7 @@ def check_same(saved: Path, now: DataReport) -> None:
         before = DataReport.from_json(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
-            str(saved), "is no data report", "bring it back, or write another name"
+            str(saved), "is not a data report", "bring it back, or write another name"
         ) from error
     for name in {**before.splits, **now.splits}:
         old, new = before.splits.get(name), now.splits.get(name)
@@ -44,8 +42,8 @@ def check_same(saved: Path, now: DataReport) -> None:
     if before.base_loss and now.base_loss and before.base_loss != now.base_loss:
         raise DataError(
             f"data.curriculum with losses of sha256 {now.base_loss[:12]}",
-            f"is not what the run began with, {before.base_loss[:12]}: measured again, they put "
-            "examples in another order",
+            f"is not what the run began with, {before.base_loss[:12]}, and other losses give "
+            "another order of examples",
             "bring back the token cache that it had, or train under another name",
         )
     if before.teacher and now.teacher and before.teacher != now.teacher:
@@ -64,9 +62,8 @@ def _shown(split: SplitReport | None) -> str:
     return f"{split.examples:,} examples (sha256 {split.sha256[:12]})" if split else "nothing"
 
 
-def prompt_key(source: SourceConfig, row: Row) -> bytes:
-    """A hash of what the row asks; equal where only case and blanks differ."""
-    text = PROMPTS[source.format](source, row)
+def prompt_key(text: str) -> bytes:
+    """A hash of a prompt; equal where only case and white space differ."""
     normal = " ".join(text.casefold().split())
     return hashlib.blake2b(normal.encode(), digest_size=16).digest()
 
@@ -80,9 +77,9 @@ def count_overlaps(prompts: Mapping[str, Sequence[bytes]]) -> dict[str, int]:
 
 
 def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
-    """Refuse to measure on what was trained on, or to choose on what is measured in the end.
+    """Refuse a split that repeats too many prompts of one that is trained or selected on.
 
-    A validation split that is drawn from train is as repetitive as train is, and is not refused.
+    A validation split drawn from train repeats as much as train does, and is not checked.
 
     Raises:
         DataError: more than `limit` of a split's prompts stand in one that comes before it.
@@ -96,7 +93,7 @@ def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
             why = (
                 "selecting on the test set is refused"
                 if other == "validation"
-                else "what was trained on measures memory"
+                else "prompts that were trained on measure memorisation"
             )
             raise DataError(
                 f"data.{name}",
@@ -104,24 +101,6 @@ def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
                 f"promote.max_overlap={limit:g} allows ({why})",
                 f"take them out of data.{other}, or raise promote.max_overlap",
             )
-
-
-def _turns(source: SourceConfig, row: Row) -> str:
-    """Everything before the last turn of the assistant."""
-    turns: list[dict[str, Any]] = row.values[source.messages]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
-
-
-PROMPTS: dict[str, Callable[[SourceConfig, Row], str]] = {
-    "prompt_completion": lambda source, row: str(row.values[source.prompt]),
-    "messages": _turns,
-    "text": lambda source, row: str(row.values[source.text]),
-    "classification": lambda source, row: "\n".join(
-        str(row.values[column]) for column in (source.text, source.text_pair) if column is not None
-    ),
-    "rationale": lambda source, row: str(row.values[source.prompt]),
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +149,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All sources and splits.
+    """The report on all sources and splits.
 
     Attributes:
         sources: "train" and, where they are sources of their own, "validation" and "test"; of
@@ -178,15 +157,16 @@ class DataReport:
         splits: "train", "validation" and, if there is one, "test".
         duplicates: "train/validation" -> examples of validation that train holds too (same tokens
             and same mask), and so for every pair; "train.A/train.B" of two sources of train.
-        overlaps: likewise, examples of validation whose prompt train holds too, whatever its case
-            and blanks.
-        notes: what a person should know, one sentence each.
-        names: of the numbers in the column `source`; empty where no split has several sources.
-        base_loss: sha256 of the losses that a curriculum goes by.
-        teacher: what the kept logits of a teacher depend on beside the data, as one sha256.
+        overlaps: for the same pairs of splits, examples of the second whose prompt the first holds
+            too; case and white space do not count.
+        notes: remarks for the user, one sentence each.
+        names: source names behind the numbers of the column `source`; empty if no split has several
+            sources.
+        base_loss: sha256 of the losses that the curriculum sorts by.
+        teacher: sha256 of what the teacher's logits depend on beside the data.
         teacher_logits: sha256 of the file that holds them.
-        labels: of a classification, in the order of their numbers.
-        problem: its `data.problem`, None for everything else.
+        labels: of a classification, in class order.
+        problem: `data.problem` of a classification, else None.
     """
 
     sources: dict[str, SourceReport]
@@ -242,8 +222,8 @@ def describe_split(split: TokenizedSplit) -> SplitReport:
 
 
 def count_duplicates(splits: Mapping[str, TokenizedSplit]) -> dict[str, int]:
-    """For every pair "a/b" of splits, how many examples of b are identical to one of a; likewise of
-    two sources of train, where some are.
+    """For every pair "a/b" of splits, how many examples of b are identical to one of a; also for
+    every pair of sources of train that have any.
     """
     prints = {name: split.fingerprints() for name, split in splits.items()}
     train = splits["train"]

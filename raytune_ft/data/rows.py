@@ -1,8 +1,8 @@
 """Rows of the text formats: JSONL, JSON, CSV, TSV and plain text.
 
-A row that cannot be used is never left out: it comes as a `BadRow` with its line and its cause.
-Lines are parsed here and not by a data-frame library because none of those says which line was
-bad and goes on.
+A row that cannot be used is not left out: it becomes a `BadRow` with its line and its cause.
+Lines are parsed here and not by a data-frame library, because none of them names a bad line and
+continues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from raytune_ft.errors import DataError
 
 TEXT_COLUMN = "text"
-"""The column that a line of a .txt file fills."""
+"""The column of a .txt file's lines."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -25,7 +25,7 @@ _FOREIGN_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Row:
-    """Column values of one row; `origin` is where it stands, such as `train.jsonl:12`."""
+    """Column values of one row; `origin` is its place, such as `train.jsonl:12`."""
 
     origin: str
     values: dict[str, Any]
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that no example can be made of. `cause` is a key of the data report."""
+    """A row that cannot become an example. `cause` is a key of the data report."""
 
     origin: str
     cause: str
@@ -44,7 +44,7 @@ Rows = Iterator[Row | BadRow]
 
 
 def valid_unicode(text: str) -> bool:
-    """False where bytes were no UTF-8, or an escape such as \\ud800 stands for half a character."""
+    """False if bytes were not UTF-8, or an escape such as \\ud800 is half a character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -53,7 +53,7 @@ def valid_unicode(text: str) -> bool:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """One JSON object a line. Blank lines are `empty` rows, but for those at the end."""
+    """One JSON object per line. Blank lines are `empty` rows, except for those at the end."""
     for number, line in _lines(path):
         origin = f"{path.name}:{number}"
         if isinstance(line, BadRow):
@@ -71,25 +71,25 @@ def read_json(path: Path) -> Rows:
     """A list of objects, or an object that holds such a list under `data`.
 
     Raises:
-        DataError: the file is no JSON, or holds something else.
+        DataError: the file is not JSON, or holds something else.
     """
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         remedy = "correct it; a file with one object a line is named .jsonl"
-        raise DataError(str(path), f"is no JSON document ({error})", remedy) from error
+        raise DataError(str(path), f"is not a JSON document ({error})", remedy) from error
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
         remedy = 'write [{...}, ...] or {"data": [{...}, ...]}'
-        raise DataError(str(path), "holds no list of objects", remedy)
+        raise DataError(str(path), "does not hold a list of objects", remedy)
     for number, value in enumerate(content, start=1):
         yield _object(f"{path.name}:row {number}", value)
 
 
 def read_whole(path: Path) -> Rows:
-    """One row, under the column `text`: the file, its line ends as they are."""
+    """One row: the whole file in the column `text`, with its line ends."""
     _refuse_foreign_encoding(path)
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     if text.strip():
@@ -97,7 +97,7 @@ def read_whole(path: Path) -> Rows:
 
 
 def read_txt(path: Path) -> Rows:
-    """One row for each line that is not blank, under the column `text`."""
+    """One row for each line that is not blank, in the column `text`."""
     for number, line in _lines(path):
         if isinstance(line, str):
             yield Row(f"{path.name}:{number}", {TEXT_COLUMN: line})
@@ -106,10 +106,10 @@ def read_txt(path: Path) -> Rows:
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None) -> Rows:
-    """One row a line, fields between tabs, every other character literal.
+    """One row per line, fields between tabs, every other character literal.
 
     There is no quoting, as in the registered type text/tab-separated-values: a quote is a quote,
-    and a field holds neither tab nor line end. Text that needs them belongs into CSV or JSONL.
+    and a field cannot hold a tab or a line end. Text that has them needs CSV or JSONL.
     """
     header = columns
     for number, line in _lines(path):
@@ -142,7 +142,7 @@ def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
             except csv.Error as error:
                 if records.line_num != line:
                     remedy = 'close the quote, and write a quote inside a field as ""'
-                    raise DataError(f"{path}:{line}", f"is no CSV ({error})", remedy) from error
+                    raise DataError(f"{path}:{line}", f"is not CSV ({error})", remedy) from error
                 yield BadRow(origin, "bad_csv", str(error))
                 continue
             finally:
@@ -155,15 +155,15 @@ def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
             if header is None:
                 header = _header(path, fields if all(map(valid_unicode, fields)) else None)
             elif not all(map(valid_unicode, fields)):
-                yield BadRow(origin, "bad_encoding", "bytes that are no UTF-8")
+                yield BadRow(origin, "bad_encoding", "bytes that are not UTF-8")
             else:
                 yield _record(origin, header, fields)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
-    """Numbered lines without their ends; blank ones and those that are no UTF-8 as `BadRow`.
+    """Numbered lines without their ends; blank lines and those that are not UTF-8 as `BadRow`.
 
-    Blank lines at the end of the file are how editors end files, and no rows.
+    Blank lines at the end of the file are left out: editors end files with them.
     """
     _refuse_foreign_encoding(path)
     blank: list[tuple[int, BadRow]] = []
@@ -175,7 +175,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
             try:
                 text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
-                bad = BadRow(origin, "bad_encoding", f"byte {error.start + 1} is no UTF-8")
+                bad = BadRow(origin, "bad_encoding", f"byte {error.start + 1} is not UTF-8")
                 yield from blank
                 blank.clear()
                 yield number, bad
@@ -196,9 +196,9 @@ def _refuse_foreign_encoding(path: Path) -> None:
 
 
 def _header(path: Path, names: list[str] | None) -> list[str]:
-    remedy = "mend the header line, or name the columns of a file without one in `columns`"
+    remedy = "correct the header line, or name the columns of a file without one in `columns`"
     if names is None:
-        raise DataError(str(path), "begins with a line that is blank or no UTF-8", remedy)
+        raise DataError(str(path), "begins with a line that is blank or not UTF-8", remedy)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(str(path), f"has two columns named {twice[0]!r}", remedy)

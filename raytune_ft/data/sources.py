@@ -46,8 +46,8 @@ class Source:
         label: the config key, such as `data.train`, for messages.
         name: the file's name or the hub id; without directories, so that a report can be moved.
         sha256: of the file's bytes, or of the Arrow files behind a data set.
-        columns: the columns there are, None where only reading the rows tells.
-        read: rows of the wanted columns (more may come), in order.
+        columns: its columns, None if they are known only once the rows are read.
+        read: (columns) -> rows with at least these columns, in order.
     """
 
     label: str
@@ -57,10 +57,10 @@ class Source:
     read: Callable[[Sequence[str]], Rows]
 
     def rows(self, wanted: Mapping[str, str]) -> Rows:
-        """Every row, as one that has all wanted columns or as a bad one.
+        """Every row; one that lacks a wanted column is a bad row.
 
         Args:
-            wanted: config key of the source (such as `prompt`), or a whole one (such as
+            wanted: key of the source (such as `prompt`), or a whole key (such as
                 `data.curriculum.column`) -> column.
 
         Raises:
@@ -91,7 +91,7 @@ class Source:
         for key, column in wanted.items():
             if column not in columns:
                 where = key if "." in key else f"{self.label}.{key}"
-                rule = f"is no column of {self.name}, which has {_shown(columns)}"
+                rule = f"is not a column of {self.name}, which has {_shown(columns)}"
                 remedy = _nearest(column, columns, f"{where}=") or "write one of those"
                 if self.name.lower().endswith((".csv", ".tsv")):
                     remedy += f" (a file without a header line needs {self.label}.columns)"
@@ -99,10 +99,10 @@ class Source:
 
 
 def open_source(label: str, source: SourceConfig) -> Source:
-    """Find the source and read what stands before its rows.
+    """Find the source and read its columns, where they come before the rows.
 
     Raises:
-        DataError: it does not exist, cannot be read, or is of no kind that is known.
+        DataError: it does not exist, cannot be read, or is of an unknown kind.
     """
     path = Path(source.path).expanduser()
     try:
@@ -169,7 +169,7 @@ def _open_saved(label: str, source: SourceConfig, path: Path) -> Source:
     try:
         saved = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
-        rule = "is a folder, but none that datasets' save_to_disk made"
+        rule = "is a folder that datasets' save_to_disk did not make"
         raise _refusal(label, source, rule, "write one, or a single file") from error
     return _of_data_set(label, source, path.name, saved)
 
@@ -182,7 +182,7 @@ def _open_hub(label: str, source: SourceConfig) -> Source:
     try:
         found = datasets.load_dataset(source.path, source.subset)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        rule = f"is no local path, and the hub does not give it ({_first_line(error)})"
+        rule = f"is not a local path, and the hub does not provide it ({_first_line(error)})"
         remedy = (
             "correct it or, without a network, download the data set elsewhere and write its "
             "local path"
@@ -214,13 +214,13 @@ def _pick_split(
     value = f"{label}.split={source.split}"
     if splits is None:
         if source.split is not None:
-            raise DataError(value, "was asked of a data set without splits", f"drop {label}.split")
+            raise DataError(value, "is set for data without splits", f"drop {label}.split")
         return data
     if source.split is None and len(splits) == 1:
         return data[splits[0]]
     if source.split not in splits:
         remedy = _nearest(str(source.split), splits, f"{label}.split=")
-        rule = f"is no split of {source.path}, which has {_shown(splits)}"
+        rule = f"is not a split of {source.path}, which has {_shown(splits)}"
         raise DataError(value, rule, remedy or "write one of those")
     return data[source.split]
 
@@ -236,7 +236,7 @@ def _batch_rows(name: str, batches: Iterable[pa.RecordBatch | pa.Table]) -> Iter
 
 
 def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values; one that is no UTF-8 becomes a lone surrogate, as in the text formats."""
+    """Python values; text that is not UTF-8 becomes a lone surrogate, as in the text formats."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
@@ -251,16 +251,16 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _guarded(label: str, source: SourceConfig, rows: Iterable[Row | BadRow]) -> Rows:
-    """What goes wrong while reading is the source's fault as much as what does on opening."""
+    """Errors while rows are read name the source, like those on opening it."""
     try:
         yield from rows
     except (OSError, pa.ArrowException) as error:
-        rule = f"broke off while it was read ({_first_line(error)})"
-        raise _refusal(label, source, rule, "write a sound copy of it") from error
+        rule = f"could not be read to its end ({_first_line(error)})"
+        raise _refusal(label, source, rule, "write an intact copy of it") from error
 
 
 def _sha256(files: Iterable[Path]) -> str:
-    """Of the one file, or of the hashes of several."""
+    """Hash of one file, or of the hashes of several."""
     digests = []
     for path in files:
         with path.open("rb") as file:
@@ -273,11 +273,11 @@ def _sha256(files: Iterable[Path]) -> str:
 def _refuse_unused(
     label: str, source: SourceConfig, kind: str, used: Mapping[str, set[str]]
 ) -> None:
-    """A key that would be ignored is a mistake, and `split` ignored reads the wrong rows."""
+    """Refuses keys that have no effect: without its `split` a source would give the wrong rows."""
     for key in ("split", "subset", "columns"):
         if key not in used.get(kind, set()) and getattr(source, key) is not None:
             value = f"{label}.{key}={getattr(source, key)}"
-            raise DataError(value, f"means nothing for {source.path}", "remove it")
+            raise DataError(value, f"has no effect on {source.path}", "remove it")
 
 
 def _refusal(label: str, source: SourceConfig, rule: str, remedy: str) -> DataError:

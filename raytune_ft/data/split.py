@@ -35,8 +35,8 @@ class TokenizedSplit:
         label_mask: [tokens], True where the token is a label, that is, where predicting it
             carries loss. It sits on the predicted token and not on the one before it.
         offsets: [n + 1], example `i` is `input_ids[offsets[i]:offsets[i + 1]]`.
-        columns: name -> [n, width], what an example has beside its tokens, such as its weight.
-        sources: names of the numbers in the column `source`; they are not part of the file.
+        columns: name -> [n, width], other numbers of an example, such as its weight.
+        sources: source names behind the numbers of the column `source`; not saved in the file.
     """
 
     input_ids: TokenIds
@@ -62,7 +62,7 @@ class TokenizedSplit:
 
     @classmethod
     def open(cls, path: Path) -> TokenizedSplit:
-        """Map the file that `write` made; nothing is read until it is used.
+        """Map the file that `write` made. Its pages are read on first use.
 
         Raises:
             RunFailed: the file is missing, cut short or something else.
@@ -71,7 +71,7 @@ class TokenizedSplit:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             own = list(reader.schema)[len(SCHEMA) :]
             if list(reader.schema)[: len(SCHEMA)] != list(SCHEMA) or reader.num_record_batches != 1:
-                raise RunFailed(f"{path} is an Arrow file, but no token cache")
+                raise RunFailed(f"{path} is an Arrow file, but not a token cache")
             ids, mask, *columns = reader.get_batch(0).columns
         except (OSError, pa.ArrowException) as error:
             raise RunFailed(f"{path} cannot be read as a token cache: {error}") from error
@@ -120,7 +120,7 @@ class TokenizedSplit:
     def label_counts(self) -> npt.NDArray[np.int64]:
         """[n], tokens of each example that carry loss.
 
-        The first token never counts, whatever its mask says: nothing predicts it.
+        The first token never counts, whatever its mask says: no token comes before it.
         """
         running = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_mask)])
         counts = np.diff(running[self.offsets])
@@ -130,13 +130,13 @@ class TokenizedSplit:
 
     @cached_property
     def source_numbers(self) -> npt.NDArray[np.int64] | None:
-        """[n], the number of each example's source; None where nobody tells sources apart."""
+        """[n], the number of each example's source; None without a column `source`."""
         column = self.columns.get("source")
         return None if column is None else column[:, 0].astype(np.int64)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content: equal for equal examples in an equal order."""
+        """Hash of the content: equal for equal examples in the same order."""
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
         for array in (self.offsets, self.input_ids, self.label_mask):
             digest.update(np.ascontiguousarray(array).data)

@@ -1,4 +1,4 @@
-"""A teacher's logits at the label tokens of the training split, in a file that workers map."""
+"""The losses of a curriculum and a teacher's logits, measured once and kept beside the tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def with_base_loss(
 ) -> PreparedData:
     """The same data with the loss of every training example under the model of that hash.
 
-    It is measured once and kept in a folder of its own: on another machine, or under another
-    layout, it would differ in its last digits, and examples of about equal losses would change
+    The losses are measured once and kept in a separate folder: on another machine, or under another
+    layout, they would differ in the last digits, and examples of nearly equal loss would change
     places.
 
     Raises:
@@ -45,34 +45,34 @@ def with_base_loss(
 
 
 BFLOAT16 = np.dtype(np.int16)
-"""Which numpy does not know: the bits of such numbers lie in the file as integers."""
+"""numpy has no bfloat16: the file holds the bits as integers."""
 
 Part = tuple[int, Tensor]
 """An example of the split, and `logits_NV` at its label tokens."""
 
 
 def stored(precision: str) -> np.dtype[Any]:
-    """As logits come out of the matrix products of a run in this precision."""
+    """The file's dtype for logits of a run in this precision."""
     return BFLOAT16 if precision == "bfloat16" else np.dtype(precision)
 
 
 def tensor_of(logits_NV: npt.NDArray[Any]) -> Tensor:
-    """Of a copy of rows of the file."""
+    """The logits in a copy of the file's rows."""
     found = torch.from_numpy(logits_NV)
     return found.view(torch.bfloat16) if logits_NV.dtype == BFLOAT16 else found
 
 
 def first_rows(split: TokenizedSplit) -> npt.NDArray[np.int64]:
-    """`[n + 1]`: the rows of example i are those from `[i]` to `[i + 1]`, without it."""
+    """`[n + 1]`: the rows of example i are `[i]` to `[i + 1]`, exclusive."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(split.label_counts)])
 
 
 def with_teacher_logits(
     prepared: PreparedData, teacher_sha256: str, write: Callable[[Path], None]
 ) -> PreparedData:
-    """The same data with the logits that `write` puts into a file, where none are there yet.
+    """The same data with the teacher's logits; `write` fills their file if there is none yet.
 
-    `teacher_sha256` is of all that they depend on beside the data.
+    `teacher_sha256` is the hash of everything else that they depend on.
 
     Raises:
         StorageError: they cannot be written.
@@ -89,9 +89,9 @@ def with_teacher_logits(
 def write_logits(
     path: Path, split: TokenizedSplit, width: int, precision: str, parts: Iterable[Part]
 ) -> bool:
-    """Every example of the split once, in any order. Was nothing rounded on the way?
+    """Write `parts`, every example of the split once, in any order. Whether no logit was rounded.
 
-    Not through a mapping, where a full disk would be a signal and no error.
+    The file is not memory-mapped: with a mapping a full disk would raise a signal and no error.
     """
     first, dtype, exact = first_rows(split), stored(precision), True
     header = {"descr": dtype.str, "fortran_order": False, "shape": (int(first[-1]), width)}

@@ -1,4 +1,4 @@
-"""One source to examples: what fits, what is cut, what cannot be used."""
+"""From one source to its examples: rows are encoded, cut to length, dropped or counted as bad."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from raytune_ft.config.data import DataConfig, SourceConfig, difficulty_column
+from raytune_ft.config.data import FORMATS, DataConfig, SourceConfig, difficulty_column
 from raytune_ft.data.formats import WEIGHT, Encoder, Example, columns_of, encode_rows
 from raytune_ft.data.formats.classification import read_labels
 from raytune_ft.data.report import SourceReport
@@ -41,7 +41,7 @@ class _Tally:
 def tokenise(
     opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tell: Progress
 ) -> tuple[list[Example], SourceReport]:
-    """The usable examples of one source, and what became of its other rows."""
+    """The usable examples of one source, and the report on all of its rows."""
     tally, examples = _Tally(), list[Example]()
     column = difficulty_column(data) if opened.label.startswith("data.train") else None
     wanted = {} if column is None else {"data.curriculum.column": column}
@@ -61,7 +61,7 @@ def tokenise(
             tell(f"{opened.label}: {tally.rows:,} rows")
     _refuse_bad(opened, data, tally)
     if source.example_weight is not None and not any(one.columns[WEIGHT][0] for one in examples):
-        rule = "has a weight of zero everywhere, so that nothing is left to learn"
+        rule = "gives every example the weight 0, which leaves nothing to train on"
         raise DataError(
             f"{opened.label}.example_weight={source.example_weight}", rule, "write another column"
         )
@@ -84,7 +84,7 @@ def tokenise(
 
 
 def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example | BadRow:
-    """With the number in the column that a curriculum goes by; text formats hold it as text."""
+    """With the difficulty from `column`, a number, which some formats hold as text."""
     if isinstance(result, BadRow) or isinstance(row, BadRow):
         return result
     value = row.values[column]
@@ -93,7 +93,7 @@ def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example 
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        return BadRow(row.origin, "bad_difficulty", f"{column!r} is no number")
+        return BadRow(row.origin, "bad_difficulty", f"{column!r} is not a number")
     others = tuple(replace(other, difficulty=number) for other in result.others)
     return replace(result, difficulty=number, others=others)
 
@@ -101,14 +101,14 @@ def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example 
 def _fitted(
     result: Example | BadRow, label: str, source: SourceConfig, data: DataConfig, tally: _Tally
 ) -> list[Example] | BadRow:
-    """The examples of a row within `data.max_length`; none where it was dropped for its length."""
+    """The examples of a row within `data.max_length`; empty if the row is too long."""
     if isinstance(result, BadRow):
         return result
     all_of_it = [replace(result, others=()), *result.others]
     longest, limit = max(len(one.ids) for one in all_of_it), data.max_length
     tally.longest = max(tally.longest, longest)
     if longest > limit:
-        if data.chunk is not None and source.format == "text":
+        if data.chunk is not None and FORMATS[source.format].documents:
             return chunks(result, limit, data.chunk.overlap)
         if data.too_long == "error":
             raise DataError(
@@ -132,7 +132,7 @@ def _fitted(
 
 
 def _cut(example: Example, limit: int) -> Example:
-    """The end goes, but for the tokens that must stand there."""
+    """Cuts the end off, except for the `kept` last tokens."""
     if len(example.ids) <= limit:
         return example
     kept = min(example.kept, limit)
@@ -144,7 +144,7 @@ def chunks(document: Example, limit: int, overlap: int) -> list[Example]:
     """Of at most `limit` tokens, each beginning with the last `overlap` of the one before.
 
     Every token is a label once, but for the first of the document and, without an overlap, the
-    first of every chunk, which nothing precedes.
+    first of every chunk, which have no token before them.
     """
     made = []
     for start in range(0, len(document.ids) - overlap, limit - overlap):

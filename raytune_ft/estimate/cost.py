@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.config.search import AshaConfig, SchedulerConfig
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import Work, held_by
 from raytune_ft.estimate.parameters import Shell, elements
@@ -174,23 +173,3 @@ def _ring_s(message: Message, size: int, parallel: ParallelConfig, hardware: Har
     latency = inside if one_node else between
     seconds = (size - 1) / size * message.bytes / (speed * LINK_ACHIEVED * 1e9)
     return message.factor * (seconds + (size - 1) * latency)
-
-
-def asha_share(scheduler: SchedulerConfig | None, budget: int) -> float:
-    """The least share of the full cost of a sweep that successive halving leaves: of those that
-    reach a rung, one in `reduction_factor` goes on.
-
-    An asynchronous scheduler promotes some too early, so a sweep takes more. 1 for other rules.
-    """
-    if not isinstance(scheduler, AshaConfig) or scheduler.grace_examples >= budget:
-        return 1.0
-    spent, before, alive = 0.0, 0, 1.0
-    rung = scheduler.grace_examples
-    while rung < budget:
-        spent += alive * (rung - before)
-        before, alive, rung = (
-            rung,
-            alive / scheduler.reduction_factor,
-            (rung * scheduler.reduction_factor),
-        )
-    return (spent + alive * (budget - before)) / budget

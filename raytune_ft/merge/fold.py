@@ -1,10 +1,10 @@
-"""Turn a checkpoint into a plain model directory, and prove that it computes the same.
+"""Turn a checkpoint into a plain model directory, and check that it computes the same.
 
-No model is loaded. W + B@A * scale (and what rsLoRA, DoRA, patterns, embeddings and saved modules
-make of it) is added up in float32, some rows of a tensor at a time, and rounded once, into the
-dtype that the base has on disk. What was interrupted goes on where it was.
+No model is loaded. W + B@A * scale (with rsLoRA, DoRA, patterns, embeddings and saved modules) is
+computed in float32, some rows of a tensor at a time, and rounded once, to the dtype that the base
+has on disk. An interrupted fold continues where it stopped.
 
-What is proved, by models whose weights are read layer by layer, before `manifest.json` is written:
+Three checks, by models whose weights are read layer by layer, before `manifest.json` is written:
 
 1. In float32, before rounding, the folded model has the logits of base + adapter in PEFT, to 1e-4
    (or to 1e-5 of the largest logit, where that is more: float32 holds seven digits).
@@ -12,7 +12,7 @@ What is proved, by models whose weights are read layer by layer, before `manifes
 3. Rounded to bfloat16 or float16, its logits stay within 1/32 (root mean square, relative to the
    logits' spread) of those of base + adapter. One rounding moves a weight by up to 2^-9 of itself
    and a model of a few dozen layers by about 1 %; this bound catches a base whose dtype cannot
-   hold what was learned, and is not needed to catch a wrong fold, which 1 does.
+   hold what was learned. A wrong fold is caught by 1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from raytune_ft.tensors.read import TensorFiles, open_model
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
 
 CHECKED_EXAMPLES = 8
-CHECKED_UNDER_A_HEAD = 32  # which says one thing of each
+CHECKED_UNDER_A_HEAD = 32  # a head gives one row of logits for each example
 CHECKED_TOKENS = 64  # of each
 MANIFEST = "manifest.json"
 
@@ -69,9 +69,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint as `Weights`. `tied`: the head is the input embedding.
+    """A checkpoint as `Weights`.
 
-    `reference` gives the logits `[N, V]` of base + adapter in PEFT, None of a whole model.
+    `tied`: the head is the input embedding. `reference` computes the logits `[N, V]` of base +
+    adapter in PEFT; None for a whole model. `identity` changes when any of the files does.
     """
 
     weights: Weights
@@ -93,9 +94,9 @@ def fold(
 ) -> FoldCheck:
     """Write `checkpoint` (an adapter of `model`, or a whole model) into `target`, and check it.
 
-    `examples` are token ids `[S]` that training has not seen, see `held_out`. `dtype`: another
-    than the base's. `head` is the task head that it was trained with. A `target` in which the same
-    fold was interrupted is completed.
+    `examples` are token ids `[S]` that were not trained on, see `held_out`. `dtype` of the written
+    weights; None is the base's. `head` is the task head of the checkpoint. A `target` in which the
+    same fold was interrupted is completed.
 
     Raises:
         CheckpointError: the checkpoint holds no safetensors weights, or those of another model.
@@ -114,7 +115,7 @@ def fold(
 
 
 def held_out(split: TokenizedSplit, head: Head | None = None) -> list[Tensor]:
-    """Token ids `[S]` of the first examples of a split, cut short: what a fold is checked on."""
+    """Token ids `[S]` of the first examples of a split, cut short, to check a fold on."""
     wanted = CHECKED_EXAMPLES if head is None else CHECKED_UNDER_A_HEAD
     return [
         torch.from_numpy(split.example(i)[0][:CHECKED_TOKENS].astype(np.int64))
@@ -166,7 +167,7 @@ def _under(head: Head | None, files: TensorFiles, of: Outline) -> tuple[Weights,
 
 
 def base_folder(model: ModelConfig) -> Path:
-    """The directory of a base; of a hub id, where its files were downloaded to."""
+    """The directory of a base; for a hub id, the directory that its files are downloaded to."""
     path = resolve_model_path(model.path)
     if Path(path).is_dir():
         return Path(path)
@@ -177,9 +178,10 @@ def base_folder(model: ModelConfig) -> Path:
 
 
 def refuse_code(folder: Path, model: ModelConfig, head: Head | None = None) -> None:
-    """
+    """Refuse a model that brings code, unless `model.trust_remote_code` allows it.
+
     Raises:
-        ModelError: the model's config.json names code of its own and nobody allowed it.
+        ModelError: the model's config.json names Python code.
     """
     config = load_model_config(model, head)
     if getattr(config, "auto_map", None) and not model.trust_remote_code:
@@ -220,7 +222,7 @@ def check_written(
     dtype: torch.dtype,
     of: str = "base + adapter",
 ) -> FoldCheck:
-    """Compare what was written with `reference`, or else with its own weights before rounding.
+    """Compare the written model with `reference`, or with its own weights before rounding.
 
     Raises:
         MergeError: see `compare`.
@@ -234,9 +236,10 @@ def check_written(
 
 
 def require_bytes(target: Path, files: Sequence[FileRecord]) -> None:
-    """
+    """Read the files again and compare their hashes.
+
     Raises:
-        MergeError: a file does not hold what was written into it.
+        MergeError: a file does not hold the bytes that were written into it.
     """
     for record in files:
         if sha256_of(target / record.path) != record.sha256:
@@ -246,14 +249,14 @@ def require_bytes(target: Path, files: Sequence[FileRecord]) -> None:
 def write_manifest(
     target: Path, files: Sequence[FileRecord], check: FoldCheck, lineage: dict[str, Any]
 ) -> None:
-    """`manifest.json`, which says that the directory is whole; the journal goes."""
+    """Write `manifest.json`, which marks the directory as whole, and delete the journal."""
     content = {"files": [asdict(file) for file in files], "check": asdict(check), **lineage}
     write_json_atomic(target / MANIFEST, content)
     forget_journal(target)
 
 
 def _save_config(opened: Opened, target: Path, dtype: torch.dtype) -> None:
-    """As `save_pretrained` would, with the head untied where it has become its own."""
+    """As `save_pretrained` does; a head that has its own tensor now is saved as untied."""
     shell = opened.outline.pattern
     if not opened.tied:
         for config in (shell.config, shell.config.get_text_config()):
@@ -268,6 +271,6 @@ def _save_config(opened: Opened, target: Path, dtype: torch.dtype) -> None:
 
 
 def _identity(files: TensorFiles) -> list[list[object]]:
-    """Files by name, size and time: another fold of the same ones may go on with the journal."""
+    """Names, sizes and times of the files: a fold of the same files may use the journal."""
     stats = [(file.name, file.stat()) for file in files.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -28,15 +28,15 @@ from raytune_ft.tensors.read import TensorFiles
 
 
 class Headed:
-    """`Weights` of the files of a base, under the names that the model with the head has for them.
+    """`Weights` of a base's files, under the names of the same model with a task head.
 
-    Files of an encoder alone have no prefix there, and those of a language model hold an output
-    layer that goes. What is converted on loading keeps its names. A weight that no file holds is
-    the head's: an adapter has it, and as the base's it is zero.
+    Files of an encoder have no prefix, and those of a language model hold an output layer that is
+    left out. Tensors that are converted on loading keep their names. A weight that no file holds
+    belongs to the head: the adapter has its values, and in the base it is zero.
     """
 
     def __init__(self, files: Weights, outline: Outline) -> None:
-        """`outline` is of `files`; that of these weights is `self.outline`."""
+        """`outline` describes `files`; `self.outline` describes these weights."""
         self._files = files
         self._stored: dict[str, str] = {}
         sources: dict[str, Source] = {}
@@ -57,16 +57,14 @@ class Headed:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See `Weights`; the head last."""
+        """Shapes by name; the head's come last."""
         held = {name: self._files.shapes[stored] for name, stored in self._stored.items()}
         return {**held, **self._new}
 
     def dtype(self, name: str) -> torch.dtype:
-        """See `Weights`."""
         return torch.float32 if name in self._new else self._files.dtype(self._stored[name])
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         if name in self._new:
             return torch.zeros(end - start, *self._new[name][1:])
         return self._files.rows(self._stored[name], start, end)
@@ -79,13 +77,13 @@ def _itself(name: str) -> Source:
 class Adapted:
     """`Weights` of base + adapter, under the names of the base's files.
 
-    An output head that shares its weight with the input embedding gets a tensor of its own if the
-    adapter touches either of them; shared, one delta would change both or be lost. `tied` says
-    whether they are still one.
+    An output head that shares its weight with the input embedding gets a separate tensor if the
+    adapter changes either of them: with a shared tensor one delta would change both or be lost.
+    `tied`: they still share it.
     """
 
     def __init__(self, base: Weights, outline: Outline, adapter: Path) -> None:
-        """`outline` is of `base`, and PEFT's layers are put into it.
+        """`outline` describes `base`; PEFT's layers are put into its model.
 
         Raises:
             CheckpointError: the adapter is not of this base.
@@ -114,7 +112,7 @@ class Adapted:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Those of the base, and of a head that has become its own."""
+        """The base's shapes, and that of a head with a separate tensor."""
         extra = {name: self._base.shapes[origin] for name, origin in self._extra.items()}
         return {**self._base.shapes, **extra}
 
@@ -123,7 +121,6 @@ class Adapted:
         return self._base.dtype(self._extra.get(name, name))
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         if name in self._groups:
             return self._group(self._groups[name].target)[name][start:end]
         stored = self._extra.get(name, name)
@@ -140,7 +137,7 @@ class Adapted:
         return base if delta is None else self._fold(target, base, delta, start)
 
     def replaced(self) -> list[str]:
-        """Weights that the adapter holds whole; PEFT also saves some that are still the base's."""
+        """Names of the adapter's whole weights that differ from the base's; PEFT saves more."""
         return [
             target
             for target, key in self.plan.replaced.items()
@@ -150,7 +147,7 @@ class Adapted:
         ]
 
     def stored(self, target: str) -> str:
-        """What the files call one of the model's weights that lies in them as it is."""
+        """The name in the files of a weight that is not converted on loading."""
         name = self._sources[target].tensors[0][1]
         return self._extra.get(name, name)
 
@@ -175,8 +172,8 @@ class Adapted:
 
     @torch.no_grad()
     def _merge_layer(self, module: str) -> dict[str, Tensor]:
-        """Weight and bias of a layer as PEFT merges them: the one place where a whole layer is in
-        memory, in float32.
+        """Weight and bias of a layer as PEFT merges them, in float32: only here is a whole layer in
+        memory.
         """
         ends = [end for end in ("weight", "bias") if f"{module}.{end}" in self.plan.deltas]
         given = {end: whole(self._base, self.stored(f"{module}.{end}")).float() for end in ends}
@@ -208,7 +205,7 @@ class Adapted:
         return (whole(self.adapter, delta.a).float() if delta.a else b), b
 
     def _measure_lengths(self, target: str) -> Tensor:
-        """The length of every output's row of W + delta, whose direction DoRA keeps."""
+        """The norm of every output's row of W + delta; DoRA keeps the row's direction."""
         delta = self.plan.deltas[target]
         name = self.stored(target)
         squares = []
@@ -219,7 +216,7 @@ class Adapted:
         return total.sqrt().float()
 
     def _untie(self) -> None:
-        """Give tied weights of which one is touched tensors of their own."""
+        """Separate tied weights of which the adapter changes one."""
         for target, origin in self._ties.items():
             if not {target, origin} & self.plan.touched:
                 continue
@@ -237,7 +234,7 @@ class Adapted:
             self._sources[target] = Source(target, ((target, target),), None)
 
     def _place(self, target: str, source: Source) -> None:
-        """Which tensors of the files an adapter changes, and how."""
+        """Note which tensors of the files the adapter changes for this weight of the model."""
         if source.converter is None:
             if target in self.plan.touched:
                 self._targets[source.tensors[0][1]] = target
@@ -247,8 +244,8 @@ class Adapted:
 
     @torch.no_grad()
     def _compute_group(self, first: str) -> dict[str, Tensor]:
-        """Tensors that the model holds in another form (experts in one tensor, for one): all of
-        those that are converted together, whole.
+        """Tensors that the model holds in another form, such as all experts in one tensor: all that
+        are converted together, whole.
         """
         source = next(s for s in self._groups.values() if s.target == first)
         state = converted(source, self._outline, lambda name: whole(self._base, name))
@@ -274,7 +271,7 @@ class Adapted:
         try:
             layer.lora_A["default"].weight = nn.Parameter(a, requires_grad=False)
             layer.lora_B["default"].weight = nn.Parameter(b, requires_grad=False)
-            layer.get_param = lambda: torch.empty(0)  # of which PEFT asks the dtype alone
+            layer.get_param = lambda: torch.empty(0)  # PEFT reads only its dtype
             found: Tensor = layer.get_delta_weight("default")
             return found
         finally:

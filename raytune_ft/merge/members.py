@@ -1,4 +1,4 @@
-"""A merge of checkpoints as `Weights`: nothing is held but the rows at hand, of every member."""
+"""A merge of checkpoints as `Weights`: only the rows being merged are in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
-from raytune_ft.merge.methods import MERGES, MergeSettings, Place
+from raytune_ft.merge.methods import Formula, MergeSettings, Position
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count
 from raytune_ft.merge.write_model import plan_hash
 from raytune_ft.model.heads import Head
@@ -27,7 +27,8 @@ REMEDY = "merge checkpoints of one base"
 
 
 def check_members(base: Path, members: Sequence[Path]) -> None:
-    """
+    """Check that the members are of one base, as far as their files name it.
+
     Raises:
         ModelError: adapters name different bases, or a tokenizer is not the base's.
     """
@@ -47,7 +48,7 @@ def check_members(base: Path, members: Sequence[Path]) -> None:
 
 
 def _check_tokenizer(base: Path, member: Path) -> None:
-    """Rows of the embedding mean what the tokenizer says: another one makes a sum of nothing."""
+    """Refuses another tokenizer: equal rows of the embeddings would stand for other tokens."""
     ours, theirs = _json(base / "tokenizer.json"), _json(member / "tokenizer.json")
     if ours and theirs and _vocabulary(ours) != _vocabulary(theirs):
         raise ModelError(
@@ -75,12 +76,12 @@ def _real(name: str) -> str:
 
 
 class Merged:
-    """`Weights` of a merge. Tensors that are no floating-point numbers are the base's."""
+    """`Weights` of a merge. Tensors of integers or booleans are the base's."""
 
     def __init__(
-        self, method: str, members: Sequence[Weights], base: Weights, settings: MergeSettings
+        self, formula: Formula, members: Sequence[Weights], base: Weights, settings: MergeSettings
     ) -> None:
-        self._method, self._members, self._base = MERGES[method], list(members), base
+        self._formula, self._members, self._base = formula, list(members), base
         self._settings = settings
         self._facts = lru_cache(maxsize=1)(self._measure)
 
@@ -94,7 +95,6 @@ class Merged:
         return self._base.dtype(name)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         if not self.dtype(name).is_floating_point:
             return self._base.rows(name, start, end)
         shape = self.shapes[name]
@@ -103,15 +103,15 @@ class Merged:
             row *= size
         facts = self._facts(name)
         made = [
-            self._method.combine(
-                *self._read(name, low, high), self._settings, facts, Place(name, low * row)
+            self._formula.combine(
+                *self._read(name, low, high), self._settings, facts, Position(name, low * row)
             )
             for low, high in self._runs(name, start, end)
         ]
         return torch.cat(made) if len(made) > 1 else made[0]
 
     def _runs(self, name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """As few rows at a time as there are many members."""
+        """Spans of rows; the more members, the fewer rows at a time."""
         shape = self.shapes[name]
         run = max(1, CHUNK // (len(self._members) + 1) // max(1, torch.Size(shape[1:]).numel()))
         for low in range(start, end, run):
@@ -122,7 +122,7 @@ class Merged:
         return tensors, self._base.rows(name, start, end).float()
 
     def _measure(self, name: str) -> Any:
-        if self._method.measure is None:
+        if self._formula.measure is None:
             return None
         shape = self.shapes[name]
 
@@ -130,54 +130,52 @@ class Merged:
             for low, high in self._runs(name, 0, row_count(shape)):
                 yield self._read(name, low, high)
 
-        return self._method.measure(rows, torch.Size(shape).numel(), self._settings)
+        return self._formula.measure(rows, torch.Size(shape).numel(), self._settings)
 
 
 @dataclass(frozen=True)
 class Untied:
-    """Weights whose head is the input embedding, with a head of its own: the same rows."""
+    """Weights whose head is the input embedding, with a separate head of the same rows."""
 
     inner: Weights
     heads: Mapping[str, str]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """And the heads'."""
+        """The inner weights' shapes and the heads'."""
         own = self.inner.shapes
         return {**own, **{head: own[origin] for head, origin in self.heads.items()}}
 
     def dtype(self, name: str) -> torch.dtype:
-        """See `Weights`."""
         return self.inner.dtype(self.heads.get(name, name))
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """See `Weights`."""
         return self.inner.rows(self.heads.get(name, name), start, end)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The base and the members, open; `base` is what merges that ask for one start from."""
+    """The base and the members, open."""
 
     base: Opened
     members: tuple[Opened, ...]
 
-    def merged(self, method: str, chosen: Sequence[int], settings: MergeSettings) -> Opened:
+    def merged(self, formula: Formula, chosen: Sequence[int], settings: MergeSettings) -> Opened:
         """A merge of some of the members; -1 stands for the base.
 
         Raises:
-            ConfigError: the method takes another number of them.
+            ConfigError: the formula takes another number of members.
         """
-        found = MERGES[method]
-        if len(chosen) < found.least or (found.most is not None and len(chosen) > found.most):
+        most = formula.most
+        if len(chosen) < formula.least or (most is not None and len(chosen) > most):
             raise ConfigError(
-                f"promote.merge={method}",
-                f"takes {found.most or found.least} models, and there are {len(chosen)}",
-                f"write promote.top_k: {found.least} or more, or another merge",
+                f"promote.merge={formula.name}",
+                f"takes {most or formula.least} models, and there are {len(chosen)}",
+                f"write promote.top_k: {formula.least} or more, or another merge",
             )
         parts = [self.base if index < 0 else self.members[index] for index in chosen]
-        weights = Merged(method, [part.weights for part in parts], self.base.weights, settings)
-        identity = [method, repr(settings), [p.identity for p in (self.base, *parts)]]
+        weights = Merged(formula, [part.weights for part in parts], self.base.weights, settings)
+        identity = [formula.name, repr(settings), [p.identity for p in (self.base, *parts)]]
         return Opened(weights, self.base.outline, self.base.tied, None, plan_hash(identity))
 
 
@@ -185,9 +183,9 @@ class Opening:
 def open_members(
     model: ModelConfig, members: Sequence[Path], head: Head | None = None
 ) -> Iterator[Opening]:
-    """The base and its checkpoints, adapters of any rank or whole models, brought to one shape.
+    """Open the base and its checkpoints, adapters of any rank or whole models, with equal shapes.
 
-    With the `head` that all of them were trained with, the base has one as well, of zeros.
+    With the task `head` of the checkpoints, the base has one as well, of zeros.
 
     Raises:
         ModelError, CheckpointError: they do not fit together; see `check_members` and `fold`.

@@ -1,4 +1,4 @@
-"""Merges by their names: which models take part, what is tried, and what is kept of it."""
+"""Write a merge: which members take part, which candidates are tried, which one is kept."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from raytune_ft.config.schema import MergeName, ModelConfig
+from raytune_ft.config.merging import MERGES
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.files import fsync
 from raytune_ft.merge.fold import (
@@ -24,22 +24,21 @@ from raytune_ft.merge.fold import (
     write_model,
 )
 from raytune_ft.merge.members import Opening, open_members
-from raytune_ft.merge.methods import MergeSettings
+from raytune_ft.merge.methods import Formula, MergeSettings
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype
 
-MERGE_NAMES: tuple[str, ...] = tuple(n for n in get_args(MergeName) if n != "auto")
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Score = Callable[[Path], float]
-"""Of a model directory, on validation; less is better."""
+"""The score of a model directory on validation; lower is better."""
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A merge that was scored: its members' places in the list, and the share of them (wise_ft)."""
+    """A merge that was scored: its members' indices, and their share against the base (wise_ft)."""
 
     members: tuple[int, ...]
     alpha: float | None
@@ -48,7 +47,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written. `tried` is all that was scored on the way, in that order."""
+    """What was written. `tried` are all scored candidates, in order."""
 
     method: str
     members: tuple[int, ...]
@@ -58,28 +57,52 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Maker:
+class MergeJob:
+    """One merge and its inputs.
+
+    Attributes:
+        name: the entry of `MERGES`.
+        formula: how the members' tensors are combined.
+        opening: the base and the members, open; `paths` are the members, the best first.
+        settings: those of `promote.merging`.
+        score: of a model directory, for merges that choose between candidates; may be None.
+        alphas: shares of the best member that `best_share` tries.
+        examples: held-out token ids `[S]` to check the written model on.
+    """
+
+    name: str
+    formula: Formula
     model: ModelConfig
     opening: Opening
     paths: Sequence[Path]
+    settings: MergeSettings
+    score: Score | None
+    alphas: Sequence[float]
     examples: Sequence[Tensor]
     max_shard_size: str
     dtype: torch.dtype
     tell: Tell
 
-    def write(
-        self, target: Path, method: str, chosen: Sequence[int], settings: MergeSettings
-    ) -> FoldCheck:
-        made = self.opening.merged(method, chosen, settings)
+    def write(self, target: Path, chosen: Sequence[int], settings: MergeSettings) -> FoldCheck:
+        """Writes the merge of some members into `target` and checks it; -1 stands for the base."""
+        made = self.opening.merged(self.formula, chosen, settings)
         files = write_model(made, target, self.max_shard_size, self.dtype, self.tell)
         check = check_written(
             self.model, made, target, self.examples, None, self.dtype, "the merge before rounding"
         )
         require_bytes(target, files)
         names = [self.model.path if i < 0 else str(self.paths[i]) for i in chosen]
-        lineage = {"merge": method, "members": names, "settings": asdict(settings)}
+        lineage = {"merge": self.formula.name, "members": names, "settings": asdict(settings)}
         write_manifest(target, files, check, {"base": self.model.path, **lineage})
         return check
+
+    def required_score(self) -> Score:
+        """The score. Raises ConfigError if there is none."""
+        if self.score is None:
+            raise ConfigError(
+                f"promote.merge={self.name}", "chooses by a score", "give it one, or another merge"
+            )
+        return self.score
 
 
 def merge(
@@ -98,10 +121,10 @@ def merge(
 ) -> MergeReport:
     """Write one merge of `members` (checkpoints of one base, the best first) into `target`.
 
-    best folds the first; slerp takes the first two, wise_ft the first and the base, the others
-    all. greedy_soup and wise_ft ask `score` of what they write beside `target`, and keep the best.
-    `examples` are held-out token ids `[S]` that what is written is checked on. `head` is the task
-    head that all members were trained with. Resumes what was interrupted.
+    `best` folds the first member; every other entry of `MERGES` chooses its members itself. Those
+    that choose by `score` write candidates beside `target` and keep the best. `examples` are
+    held-out token ids `[S]` to check the written model on. `head` is the task head of all members.
+    An interrupted merge is continued.
 
     Raises:
         ConfigError: an unknown name, too few members, or no `score` for a merge that needs one.
@@ -109,47 +132,54 @@ def merge(
         MergeError: a value that is not finite, or a check that failed.
         StorageError: `target` holds something else.
     """
-    if name not in MERGE_NAMES:
+    if name not in MERGES:
         raise ConfigError(
-            f"promote.merge={name}", "is no merge", f"write one of {', '.join(MERGE_NAMES)}"
+            f"promote.merge={name}", "is not a merge", f"write one of {', '.join(MERGES)}"
         )
-    if name == "best":
+    found = MERGES[name]
+    if found.formula is None:
         check = fold(model, members[0], target, examples, max_shard_size, dtype, tell, head)
         return MergeReport(name, (0,), None, check)
-    settings = settings or MergeSettings()
-    everyone = tuple(range(len(members)))
     with open_members(model, members, head) as opening:
-        written = dtype or disk_dtype(model, head)
-        maker = _Maker(model, opening, members, examples, max_shard_size, written, tell)
-        if name in ("greedy_soup", "wise_ft"):
-            if score is None:
-                raise ConfigError(
-                    f"promote.merge={name}", "chooses by a score", "give it one, or another merge"
-                )
-            if name == "wise_ft":
-                return _wise_ft(maker, target, score, settings, alphas)
-            return _greedy_soup(maker, target, score, settings, everyone)
-        chosen = everyone[:2] if name == "slerp" else everyone
-        method = "linear" if name == "uniform_soup" else name
-        return MergeReport(name, chosen, None, maker.write(target, method, chosen, settings))
+        job = MergeJob(
+            name=name,
+            formula=found.formula(),
+            model=model,
+            opening=opening,
+            paths=members,
+            settings=settings or MergeSettings(),
+            score=score,
+            alphas=alphas,
+            examples=examples,
+            max_shard_size=max_shard_size,
+            dtype=dtype or disk_dtype(model, head),
+            tell=tell,
+        )
+        report: MergeReport = found.make()(job, target)
+        return report
 
 
-def _greedy_soup(
-    maker: _Maker, target: Path, score: Score, settings: MergeSettings, everyone: tuple[int, ...]
-) -> MergeReport:
+def merge_all(job: MergeJob, target: Path) -> MergeReport:
+    """All members, or the first `formula.most`."""
+    chosen = tuple(range(len(job.paths)))[: job.formula.most]
+    return MergeReport(job.name, chosen, None, job.write(target, chosen, job.settings))
+
+
+def greedy_soup(job: MergeJob, target: Path) -> MergeReport:
     """Members by their score, each added if the mean is then better (arXiv 2203.05482)."""
-    equal = replace(settings, weights=None)
+    score = job.required_score()
+    equal = replace(job.settings, weights=None)
     soup: tuple[int, ...] = ()
     best: tuple[float, FoldCheck, Path] | None = None
     tried = []
-    for index in everyone:
+    for index in range(len(job.paths)):
         candidate = (*soup, index)
         place = _beside(target, f"soup-{'-'.join(map(str, candidate))}")
-        check = maker.write(place, "linear", candidate, equal)
+        check = job.write(place, candidate, equal)
         found = score(place)
         tried.append(Tried(candidate, None, found))
         better = best is None or found < best[0]
-        maker.tell(f"soup of {len(candidate)}: {found:.6f}{'' if better else ', not better'}")
+        job.tell(f"soup of {len(candidate)}: {found:.6f}{'' if better else ', not better'}")
         if better:
             if best is not None:
                 shutil.rmtree(best[2])
@@ -158,22 +188,21 @@ def _greedy_soup(
             shutil.rmtree(place)
     assert best is not None
     _move(best[2], target)
-    return MergeReport("greedy_soup", soup, None, best[1], tuple(tried))
+    return MergeReport(job.name, soup, None, best[1], tuple(tried))
 
 
-def _wise_ft(
-    maker: _Maker, target: Path, score: Score, settings: MergeSettings, alphas: Sequence[float]
-) -> MergeReport:
+def best_share(job: MergeJob, target: Path) -> MergeReport:
     """Between the base and the best member, the share that scores best (arXiv 2109.01903)."""
+    score = job.required_score()
     best: tuple[float, FoldCheck, Path, float] | None = None
     tried = []
-    for alpha in alphas:
+    for alpha in job.alphas:
         place = _beside(target, f"alpha-{alpha}")
-        shares = replace(settings, weights=(1 - alpha, alpha))
-        check = maker.write(place, "linear", (-1, 0), shares)
+        shares = replace(job.settings, weights=(1 - alpha, alpha))
+        check = job.write(place, (-1, 0), shares)
         found = score(place)
         tried.append(Tried((0,), alpha, found))
-        maker.tell(f"alpha {alpha}: {found:.6f}")
+        job.tell(f"alpha {alpha}: {found:.6f}")
         if best is None or found < best[0]:
             if best is not None:
                 shutil.rmtree(best[2])
@@ -182,11 +211,11 @@ def _wise_ft(
             shutil.rmtree(place)
     assert best is not None
     _move(best[2], target)
-    return MergeReport("wise_ft", (0,), best[3], best[1], tuple(tried))
+    return MergeReport(job.name, (0,), best[3], best[1], tuple(tried))
 
 
 def _beside(target: Path, name: str) -> Path:
-    """Where a candidate is written. One that an earlier attempt finished, its score is lost."""
+    """Where a candidate is written. One from an earlier attempt is deleted: its score is lost."""
     place = target.with_name(f".{target.name}-{name}")
     if (place / MANIFEST).is_file():
         shutil.rmtree(place)
@@ -194,6 +223,6 @@ def _beside(target: Path, name: str) -> Path:
 
 
 def _move(place: Path, target: Path) -> None:
-    """Into a directory that may be there and empty."""
+    """Rename `place` to `target`, which may exist if it is empty."""
     place.replace(target)
     fsync(target.parent)

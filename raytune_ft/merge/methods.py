@@ -1,7 +1,9 @@
-"""How several tensors become one: pure functions of float32 tensors, one dict entry each.
+"""How several tensors become one: pure functions of float32 tensors.
 
-A function gets the same rows of the tensor of every member, those of the base, and the facts that
-its `measure` has learned of the whole tensors, since rows do not know them: norms, thresholds.
+The constants in capitals are the `formula` of the entries of `config.merging.MERGES`.
+
+A function gets the same rows of every member's tensor and of the base's, and the `facts` that its
+`measure` computed from the whole tensors, such as norms and thresholds.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 Rows = Iterable[tuple[Sequence[Tensor], Tensor]]
-"""All rows, a few at a time: of every member, and of the base."""
+"""All rows of a tensor, a few at a time: (those of every member, those of the base)."""
 
 TASK_ARITHMETIC_SCALE = 0.4
 TIES_DENSITY, DARE_DENSITY = 0.2, 0.5
@@ -26,14 +28,15 @@ SLERP_PARALLEL = 0.9995
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """What a merge is asked for; None stands for the method's own default.
+    """Settings of a merge; None is the formula's own default.
 
     Attributes:
-        weights: one for every member; equal ones.
-        scale: of the sum of deltas (lambda); task_arithmetic and dare 0.4, ties and dare_ties 1.
-        density: share of every delta that is kept; ties 0.2, dare and dare_ties 0.5.
-        position: slerp's t, from the first member to the second; 0.5.
-        seed: of dare's random choice.
+        weights: one for every member; None is equal weights.
+        scale: factor of the sum of deltas (lambda); 0.4 for task_arithmetic and dare, 1 for ties
+            and dare_ties.
+        density: share of every delta that is kept; 0.2 for ties, 0.5 for dare and dare_ties.
+        position: slerp's t, from the first member (0) to the second (1).
+        seed: for the elements that dare drops.
     """
 
     weights: tuple[float, ...] | None = None
@@ -43,33 +46,41 @@ class MergeSettings:
     seed: int = 0
 
     def weight(self, index: int) -> float:
-        """Of a member."""
+        """The weight of a member."""
         return 1.0 if self.weights is None else self.weights[index]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which rows these are: dare's choice depends on where an element lies and on nothing else."""
+class Position:
+    """Which rows of which tensor these are: dare drops an element by its position alone."""
 
     name: str
     first_element: int = 0
 
 
 @dataclass(frozen=True)
-class Method:
-    """`combine(tensors, base, settings, facts, place)`; `measure(all_rows, count, settings)`.
+class Formula:
+    """How the same tensor of several members becomes one.
 
-    `count` is the number of elements of the whole tensor. `most`: of members, None without end.
+    Attributes:
+        name: what the manifest of a merge calls it.
+        combine: (members' rows, the base's rows, settings, facts, position) -> merged rows.
+        measure: (all rows, elements of the whole tensor, settings) -> the `facts` for `combine`.
+        shares: (settings, number of members) -> the factor of each member's delta, where the merge
+            is a sum of deltas.
+        least, most: members that it takes; None is any number.
     """
 
-    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, Place], Tensor]
+    name: str
+    combine: Callable[[Sequence[Tensor], Tensor, MergeSettings, Any, Position], Tensor]
     measure: Callable[[Callable[[], Rows], int, MergeSettings], Any] | None = None
+    shares: Callable[[MergeSettings, int], list[float]] | None = None
     least: int = 1
     most: int | None = None
 
 
 def linear(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """The weighted mean (model soups, arXiv 2203.05482)."""
     total = torch.zeros_like(tensors[0])
@@ -79,7 +90,7 @@ def linear(
 
 
 def task_arithmetic(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """base + scale * sum of weighted deltas (arXiv 2212.04089)."""
     total = torch.zeros_like(base)
@@ -93,7 +104,7 @@ def slerp(
     base: Tensor,
     settings: MergeSettings,
     facts: tuple[float, float],
-    place: Place,
+    at: Position,
 ) -> Tensor:
     """Along the great circle through two tensors; along the line where they are nearly parallel."""
     return facts[0] * tensors[0] + facts[1] * tensors[1]
@@ -102,7 +113,7 @@ def slerp(
 def measure_slerp(
     rows: Callable[[], Rows], count: int, settings: MergeSettings
 ) -> tuple[float, float]:
-    """The two tensors' factors."""
+    """The factors of the two tensors."""
     squares, dot = [0.0, 0.0], 0.0
     for tensors, _ in rows():
         first, second = tensors[0].double(), tensors[1].double()
@@ -123,7 +134,7 @@ def ties(
     base: Tensor,
     settings: MergeSettings,
     facts: Sequence[float],
-    place: Place,
+    at: Position,
 ) -> Tensor:
     """Trim, elect sign, merge disjointly (arXiv 2306.01708).
 
@@ -139,7 +150,7 @@ def ties(
 def measure_ties(
     rows: Callable[[], Rows], count: int, settings: MergeSettings
 ) -> tuple[float, ...]:
-    """The k-th largest magnitude of every member's delta, exactly, in two passes and no sort.
+    """The exact k-th largest magnitude of every member's delta, in two passes without a sort.
 
     Bits of floats that are not negative sort as the floats do: the first pass counts their upper
     halves, the second the lower ones of those that share the upper half looked for.
@@ -163,46 +174,55 @@ def measure_ties(
 
 
 def dare(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """Drop a random share of every delta, rescale the rest, add up (arXiv 2311.03099)."""
-    deltas = _dropped(tensors, base, settings, place)
+    deltas = _dropped(tensors, base, settings, at)
     total = sum(deltas[1:], deltas[0])
     return base + _scale(settings, TASK_ARITHMETIC_SCALE) * total
 
 
 def dare_ties(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, facts: Any, at: Position
 ) -> Tensor:
     """Drop as in dare, then elect sign and merge as in ties."""
-    deltas = _dropped(tensors, base, settings, place)
+    deltas = _dropped(tensors, base, settings, at)
     return base + _scale(settings, 1.0) * _agreeing_mean(deltas, settings)
 
 
-MERGES: dict[str, Method] = {
-    "linear": Method(linear),
-    "task_arithmetic": Method(task_arithmetic),
-    "slerp": Method(slerp, measure_slerp, least=2, most=2),
-    "ties": Method(ties, measure_ties),
-    "dare": Method(dare),
-    "dare_ties": Method(dare_ties),
-}
+def mean_shares(settings: MergeSettings, count: int) -> list[float]:
+    """The members' shares of the weighted mean."""
+    weights = [settings.weight(index) for index in range(count)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def sum_shares(settings: MergeSettings, count: int) -> list[float]:
+    """The members' factors in the scaled sum of deltas."""
+    scale = _scale(settings, TASK_ARITHMETIC_SCALE)
+    return [scale * settings.weight(index) for index in range(count)]
+
+
+LINEAR = Formula("linear", linear, shares=mean_shares)
+TASK_ARITHMETIC = Formula("task_arithmetic", task_arithmetic, shares=sum_shares)
+SLERP = Formula("slerp", slerp, measure_slerp, least=2, most=2)
+TIES = Formula("ties", ties, measure_ties)
+DARE = Formula("dare", dare)
+DARE_TIES = Formula("dare_ties", dare_ties)
 
 
 def merge_tensors(
-    method: str,
+    formula: Formula,
     tensors: Sequence[Tensor],
     base: Tensor,
     settings: MergeSettings | None = None,
     name: str = "",
 ) -> Tensor:
-    """A whole tensor at once, all in float32 and of one shape; `name` seeds dare."""
+    """Merge whole tensors, all in float32 and of one shape; `name` seeds dare."""
     settings = settings or MergeSettings()
-    found = MERGES[method]
     facts = None
-    if found.measure is not None:
-        facts = found.measure(lambda: [(tensors, base)], base.numel(), settings)
-    return found.combine(tensors, base, settings, facts, Place(name))
+    if formula.measure is not None:
+        facts = formula.measure(lambda: [(tensors, base)], base.numel(), settings)
+    return formula.combine(tensors, base, settings, facts, Position(name))
 
 
 def _scale(settings: MergeSettings, default: float) -> float:
@@ -225,33 +245,33 @@ def _agreeing_mean(deltas: Sequence[Tensor], settings: MergeSettings) -> Tensor:
 
 
 def _dropped(
-    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, place: Place
+    tensors: Sequence[Tensor], base: Tensor, settings: MergeSettings, at: Position
 ) -> list[Tensor]:
     density = _density(settings, DARE_DENSITY)
     deltas = []
     for index, tensor in enumerate(tensors):
         delta = settings.weight(index) * (tensor - base)
         if density < 1:
-            chosen = _uniform(f"{settings.seed} {index} {place.name}", place, delta.numel())
+            chosen = _uniform(f"{settings.seed} {index} {at.name}", at, delta.numel())
             delta = delta * (chosen.view(delta.shape) < density) / density
         deltas.append(delta)
     return deltas
 
 
-def _uniform(key: str, place: Place, count: int) -> Tensor:
-    """Numbers in [0, 1) for elements by where they lie, whatever else was asked before.
+def _uniform(key: str, at: Position, count: int) -> Tensor:
+    """Numbers in [0, 1) that depend only on `key` and the elements' positions.
 
-    Philox makes 8 of them for every value of its counter.
+    Philox gives 8 numbers for every value of its counter.
     """
     digest = hashlib.sha256(key.encode()).digest()
-    counter, skipped = divmod(place.first_element, 8)
+    counter, skipped = divmod(at.first_element, 8)
     philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=counter)
     drawn = np.random.Generator(philox).random(skipped + count, dtype=np.float32)
     return torch.from_numpy(drawn[skipped:])
 
 
 def _histograms(rows: Callable[[], Rows], of: Callable[[Any, int], Any]) -> list[Any]:
-    """For every member, how often each of 65,536 values occurs among the bits of its delta."""
+    """For every member, counts of the 65,536 values that `of` makes of the bits of its delta."""
     counts: list[Any] = []
     for tensors, base in rows():
         counts = counts or [np.zeros(1 << 16, np.int64) for _ in tensors]
@@ -262,7 +282,7 @@ def _histograms(rows: Callable[[], Rows], of: Callable[[Any, int], Any]) -> list
 
 
 def _bucket(counts: Any, kept: int) -> tuple[int, int]:
-    """The value that holds the `kept`-th largest, and how many of it are still wanted."""
+    """The value of the `kept`-th largest element, and its rank among those of the same value."""
     above = np.cumsum(counts[::-1])[::-1]  # of this value or more
     value = int(np.nonzero(above >= min(kept, above[0]))[0][-1])
     return value, kept - int(above[value] - counts[value])

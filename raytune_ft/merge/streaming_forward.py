@@ -1,8 +1,8 @@
-"""Run a model whose weights are not in memory: every layer gets its own for as long as it runs.
+"""Run a model whose weights are not in memory: every layer gets its weights only while it runs.
 
-What a model of any size says can so be asked on a machine that does not hold it. Layers compute in
-float32. Wide linear layers are computed some outputs at a time, and of an embedding only the rows
-of the tokens at hand are read.
+So the logits of a model of any size can be computed on a machine that cannot hold it. Layers
+compute in float32. Wide linear layers compute some outputs at a time, and of an embedding only the
+rows of the given tokens are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raytune_ft.model.file_weights import Source
 from raytune_ft.model.meta import Outline
 
 CHUNK = 1 << 22
-"""Elements at a time: 16 MB in float32, of which a computation holds several."""
+"""Elements at a time: 16 MB in float32; a computation holds several such chunks."""
 
 
 class Weights(Protocol):
@@ -32,57 +32,57 @@ class Weights(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """By name, in the order in which they are written."""
+        """Shapes by name, in the order of the file."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which it is written."""
+        """The dtype in which it is written."""
         ...
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """Rows `start` to `end`: float32 where they were computed, else as they lie on the disk.
-        A scalar has one row.
+        """Rows `start` to `end`: in float32 if they were computed, else in the file's dtype. A
+        scalar has one row.
         """
         ...
 
 
 def row_count(shape: tuple[int, ...]) -> int:
-    """Of a tensor; 1 of a scalar."""
+    """Rows of a tensor; a scalar has 1."""
     return shape[0] if shape else 1
 
 
 def spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor, at most `CHUNK` elements of them at a time and at least one."""
+    """Spans of a tensor's rows, each of at most `CHUNK` elements or of one row."""
     run = max(1, CHUNK // max(1, math.prod(shape[1:])))
     for start in range(0, row_count(shape), run):
         yield start, min(start + run, row_count(shape))
 
 
 def whole(weights: Weights, name: str) -> Tensor:
-    """A tensor in its shape."""
+    """A whole tensor."""
     return weights.rows(name, 0, row_count(weights.shapes[name]))
 
 
 def converted(source: Source, outline: Outline, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The weights of the model, in float32, that some tensors of its files become."""
+    """The model's weights, in float32, that are made of the source's tensors."""
     if source.converter is None:
         return {source.target: read(source.tensors[0][1]).float()}
     return source.weights(outline.pattern, lambda name: read(name).float())
 
 
 Rows = Callable[[int, int], Tensor]
-"""Rows from the first to the last of a weight, in float32; None stands for all of them."""
+"""(start, end) -> these rows of a weight, in float32."""
 Find = Callable[[str], "Read"]
 
 
 class Read:
-    """One weight, wherever it is."""
+    """One weight: its shape, and how its rows are read."""
 
     def __init__(self, shape: tuple[int, ...], rows: Rows) -> None:
         self.shape, self.rows = shape, rows
 
     def whole(self) -> Tensor:
-        """All of it."""
+        """All rows."""
         return self.rows(0, self.shape[0] if self.shape else 1)
 
 
@@ -93,8 +93,8 @@ def logits(
     """`[N, V]`: the logits of all examples one after another.
 
     `find` gives the weights on the meta device by their names. Examples `[S]` are padded on the
-    right, which no token of a causal model sees. A task head gives `[E, L]`, and finds the ends of
-    examples by the padding token `head_pad` and a mask.
+    right, which no token of a causal model attends to. A task head gives `[E, L]`, and finds the
+    ends of examples by the padding token `head_pad` and a mask.
     """
     width = max(len(ids) for ids in examples)
     tokens_BS = torch.stack(
@@ -147,7 +147,7 @@ def _served(model: nn.Module, find: Find) -> Iterator[None]:
 
 
 def _own(module: nn.Module) -> list[str]:
-    """The weights that a module uses itself; PEFT's layers reach into what lies below them."""
+    """The weights that a module uses itself; PEFT's layers also use those of their submodules."""
     if isinstance(module, BaseTunerLayer):
         plain = isinstance(module, LoraLinear | LoraEmbedding)
         dora = bool(getattr(module, "lora_magnitude_vector", None))
@@ -181,7 +181,7 @@ class _Whole:
 
 
 class _EmbeddingRows:
-    """The layer sees a small table of the rows at hand, and tokens that are numbers of its rows."""
+    """The layer gets a small table of the rows it needs, and tokens that index that table."""
 
     def __init__(self, read: Read) -> None:
         self._read, self._absent = read, None

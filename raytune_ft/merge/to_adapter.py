@@ -17,7 +17,7 @@ from raytune_ft.files import fsync
 from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Delta
 from raytune_ft.merge.folded_weights import Adapted
 from raytune_ft.merge.members import Opening, Untied, open_members
-from raytune_ft.merge.methods import TASK_ARITHMETIC_SCALE, MergeSettings
+from raytune_ft.merge.methods import LINEAR, Formula, MergeSettings
 from raytune_ft.merge.streaming_forward import whole
 from raytune_ft.tensors.write import Entry, write_tensors
 
@@ -26,7 +26,7 @@ _OVERSAMPLE, _ITERATIONS = 16, 6
 
 @dataclass(frozen=True)
 class Refactored:
-    """`lost`: what the rank cannot hold, as a share of the merged delta's norm (Frobenius)."""
+    """`lost`: what the rank cannot hold, as a share of the merged delta's Frobenius norm."""
 
     path: Path
     rank: int
@@ -38,17 +38,17 @@ def refactor(
     members: Sequence[Path],
     target: Path,
     rank: int,
-    method: str = "linear",
+    formula: Formula = LINEAR,
     settings: MergeSettings | None = None,
 ) -> Refactored:
     """Write the merge of some adapters of `model` as one PEFT adapter into the new folder `target`.
 
-    A merge that is a sum of deltas (linear, task_arithmetic) is decomposed exactly, from the
-    factors alone. Of any other, and of DoRA, every weight's delta is made and decomposed at random
-    (Halko et al., arXiv 0909.4061).
+    A merge that is a sum of deltas (`formula.shares`) is decomposed exactly, from the factors
+    alone. For any other merge, and for DoRA, the delta of every weight is computed and decomposed
+    by a randomised SVD (Halko et al., arXiv 0909.4061).
 
     Raises:
-        ModelError: members that are no adapters, that hold whole weights or biases, or that do not
+        ModelError: members that are not adapters, that hold whole weights or biases, or that do not
             fit together.
         StorageError: `target` exists.
     """
@@ -61,10 +61,10 @@ def refactor(
         ]
         deltas = _targets(members, adapters)
         plain = all(d.magnitude is None for a in adapters for d in a.plan.deltas.values())
-        if plain and method in ("linear", "task_arithmetic"):
-            found = _from_factors(adapters, deltas, _shares(method, settings, len(adapters)), rank)
+        if plain and formula.shares is not None:
+            found = _from_factors(adapters, deltas, formula.shares(settings, len(adapters)), rank)
         else:
-            found = _from_deltas(opening, adapters, deltas, method, settings, rank)
+            found = _from_deltas(opening, adapters, deltas, formula, settings, rank)
         tensors: dict[str, Tensor] = {}
         kept = total = 0.0
         for name, (a, b, held, all_of_it) in found:
@@ -105,16 +105,8 @@ def _whole_weights(path: Path, name: str) -> ModelError:
     )
 
 
-def _shares(method: str, settings: MergeSettings, count: int) -> list[float]:
-    weights = [settings.weight(index) for index in range(count)]
-    if method == "linear":
-        return [weight / sum(weights) for weight in weights]
-    scale = TASK_ARITHMETIC_SCALE if settings.scale is None else settings.scale
-    return [scale * weight for weight in weights]
-
-
 Found = tuple[Tensor, Tensor, float, float]
-"""A `[r, in]`, B `[out, r]`, and the squared norms of what they hold and of all there was."""
+"""A `[r, in]`, B `[out, r]`, and the squared norms of B @ A and of the whole delta."""
 
 
 def _from_factors(
@@ -138,11 +130,11 @@ def _from_deltas(
     opening: Opening,
     adapters: Sequence[Adapted],
     deltas: Mapping[str, Delta],
-    method: str,
+    formula: Formula,
     settings: MergeSettings,
     rank: int,
 ) -> Iterator[tuple[str, Found]]:
-    merged = opening.merged(method, range(len(adapters)), settings).weights
+    merged = opening.merged(formula, range(len(adapters)), settings).weights
     for name, like in deltas.items():
         stored = name if name in merged.shapes else adapters[0].stored(name)
         delta = whole(merged, stored).float() - whole(opening.base.weights, stored).float()
@@ -154,7 +146,7 @@ def _from_deltas(
 
 
 def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int, total: Tensor) -> Found:
-    """Both factors get the root of the singular values; what a rank has too many of is zero."""
+    """Both factors get the roots of the singular values; ranks beyond those are zero."""
     root = s[:rank].clamp(min=0).sqrt()
     a, b = root[:, None] * vh[:rank], u[:, :rank] * root
     missing = rank - len(root)
@@ -176,7 +168,7 @@ def _write(
     modules: list[str],
     model: ModelConfig,
 ) -> None:
-    """Under a hidden name until it is whole."""
+    """Written under a hidden name until it is whole."""
     folder = target.with_name(f".{target.name}.new")
     folder.mkdir(parents=True, exist_ok=True)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]

@@ -1,4 +1,4 @@
-"""Whether written weights compute what they were made of, without loading either."""
+"""Whether written weights compute the same as their origin, without loading either model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class FoldCheck:
 
     Attributes:
         dtype: of the written weights.
-        tolerance: largest absolute difference of a logit allowed where nothing is rounded.
-        fold_difference: the largest in float32, before rounding; held to `tolerance`.
-        written_difference: likewise of the written directory; held to it in float32 alone.
+        tolerance: largest absolute difference of a logit allowed without rounding.
+        fold_difference: the largest in float32, before rounding; checked against `tolerance`.
+        written_difference: the largest for the written directory; checked only in float32.
         rounding: root mean square of that difference, relative to the spread of the logits.
-        rounding_tolerance: what it was held to, None where nothing is rounded.
+        rounding_tolerance: the bound for `rounding`, None if nothing is rounded.
         kl: Kullback-Leibler divergence of the written model's next-token distribution from that of
             base + adapter, in nats, mean over the tokens.
     """
@@ -52,7 +52,7 @@ class FoldCheck:
 
 
 def run_weights(outline: Outline, weights: Weights, examples: Sequence[Tensor]) -> Tensor:
-    """`[N, V]`: the logits of the model that `outline` is of, with these weights."""
+    """`[N, V]`: the logits of the model of `outline` with these weights."""
     find = partial(_find, outline, weights)
     return _logits(outline, outline.model, find, examples)
 
@@ -60,7 +60,7 @@ def run_weights(outline: Outline, weights: Weights, examples: Sequence[Tensor]) 
 def run_adapter(
     outline: Outline, base: Weights, adapted: Adapted, examples: Sequence[Tensor]
 ) -> Tensor:
-    """`[N, V]`: likewise of base + adapter in PEFT, which has put its layers into `outline`."""
+    """`[N, V]`: the logits of base + adapter; PEFT's layers are in the model of `outline`."""
 
     def find(name: str) -> Read:
         if is_adapters(name):
@@ -76,7 +76,7 @@ def run_adapter(
 
 
 def _logits(outline: Outline, model: Any, find: Find, examples: Sequence[Tensor]) -> Tensor:
-    """Of a task head those of examples, else those of as many tokens as keep them small."""
+    """Of a task head those of all examples, else those of so few tokens that they fit in memory."""
     text = outline.pattern.config.get_text_config()
     if outline.head is not None:
         return logits(model, find, examples, text.pad_token_id)
@@ -98,7 +98,7 @@ def _find(outline: Outline, weights: Weights, name: str) -> Read:
 def compare(
     reference: Tensor, exact: Tensor, written: Tensor, dtype: torch.dtype, of: str
 ) -> FoldCheck:
-    """Compare logits `[N, V]`: of what was made, before rounding, and as written.
+    """Compare logits `[N, V]`: the reference's, those before rounding, and those as written.
 
     Raises:
         MergeError: a difference is larger than its tolerance, or not a number.
@@ -117,7 +117,7 @@ def compare(
         rounding_tolerance=ROUNDING_TOLERANCE if rounds else None,
         kl=divergence(reference, written),
     )
-    # Written so that NaN is refused.
+    # `not <=` also refuses NaN.
     if not check.fold_difference <= tolerance:
         raise MergeError(
             f"the folded model's logits differ from {of} by {check.fold_difference:.1e}, "

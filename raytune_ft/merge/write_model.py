@@ -1,4 +1,4 @@
-"""Write a model's weights in shards, one after another, so that what was killed can go on.
+"""Write a model's weights in shards, one after another, so that a killed write can continue.
 
 .journal.json                       the shards that have reached the disk, with their hashes
 .model-00002-of-00003.safetensors   being written, or left by a process that died
@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 
 def plan_hash(*facts: object) -> str:
-    """Names what is written, so that only the same work goes on with it."""
+    """A hash of what is written: only the same work continues an interrupted write."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
@@ -44,9 +44,9 @@ def write_weights(
     dtype: torch.dtype | None = None,
     tell: Tell = lambda line: None,
 ) -> list[FileRecord]:
-    """The shards and, if there are several, their index; what the journal has is not done again.
+    """Write the shards and, if there are several, their index; shards in the journal are kept.
 
-    Floating-point tensors are cast once, to `dtype` or to their own.
+    Floating-point tensors are cast once, to `dtype` or to their own dtype.
 
     Raises:
         MergeError: a value is not finite; names the tensor.
@@ -70,7 +70,7 @@ def write_weights(
 
 
 def forget_journal(target: Path) -> None:
-    """Once a manifest says more."""
+    """Delete the journal, once there is a manifest."""
     (target / JOURNAL).unlink(missing_ok=True)
     fsync(target)
 
@@ -78,7 +78,7 @@ def forget_journal(target: Path) -> None:
 def _layout(
     weights: Weights, max_shard_bytes: int, dtype: torch.dtype | None
 ) -> list[tuple[str, list[Entry]]]:
-    """Tensors in order, as many to a file as fit, and at least one."""
+    """Files with their tensors, in order: as many per file as fit, and at least one."""
     groups: list[list[Entry]] = [[]]
     size = 0
     for name, shape in weights.shapes.items():
@@ -101,13 +101,13 @@ def _cast(weights: Weights, entries: Iterable[Entry]) -> Iterator[Tensor]:
             if entry.dtype.is_floating_point and not torch.isfinite(rows).all():
                 raise MergeError(
                     f"{entry.name} is not finite (NaN or infinity) in {entry.dtype}; "
-                    "nothing can be made of these weights"
+                    "these weights cannot be used"
                 )
             yield rows
 
 
 def _resume(target: Path, plan: str, names: list[str], tell: Tell) -> dict[str, FileRecord]:
-    """Shards of an earlier attempt at the same work whose bytes are those that were written."""
+    """Shards of an earlier attempt at the same work that still have their hashes."""
     target.mkdir(parents=True, exist_ok=True)
     for rubbish in target.glob(".model*.safetensors"):
         rubbish.unlink()
@@ -138,7 +138,7 @@ def _resume(target: Path, plan: str, names: list[str], tell: Tell) -> dict[str, 
         if name not in sound:
             (target / name).unlink()
     if sound:
-        tell(f"{len(sound)} of {len(names)} shards are there already")
+        tell(f"{len(sound)} of {len(names)} shards are already written")
     return sound
 
 

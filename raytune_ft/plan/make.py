@@ -94,7 +94,7 @@ def make_plan(
     data = prepare(expanded, tell)
 
     from raytune_ft.data.formats import describe_example, describe_target
-    from raytune_ft.estimate.cost import asha_share, evaluation_flops, step_flops
+    from raytune_ft.estimate.cost import evaluation_flops, step_flops
     from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.model.load import load_tokenizer
     from raytune_ft.plan.layouts import Planner
@@ -145,7 +145,7 @@ def make_plan(
         node_choices=tuple(choices),
         duration=duration(own),
         node_durations=tuple(duration(c.option) if c.option else None for c in choices),
-        asha_share=asha_share(config.search.scheduler, budget) if config.search else 1.0,
+        asha_share=config.search.cost_share(budget) if config.search else 1.0,
         report=data.report,
         quotas=dict(zip(data.report.names, order.quotas, strict=False)),
         example="".join(shown) + describe_target(data.train, 0, data.report),

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from raytune_ft.config.metrics import SOUPS
-from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
+from raytune_ft.config.merging import MERGES, tried_merges
+from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.merge.fold import FoldCheck, fold
 from raytune_ft.merge.merge import merge
-from raytune_ft.merge.methods import MergeSettings
+from raytune_ft.merge.methods import TASK_ARITHMETIC, MergeSettings
 from raytune_ft.merge.to_adapter import Refactored, refactor
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_base
@@ -27,8 +27,6 @@ Tell = Callable[[str], None]
 BASE_NAME = "base"
 BASE, BEST, INTERPOLATED, MERGED = range(4)
 """How simple candidates are: nothing, one trial, one trial and the base, several trials."""
-AUTO: tuple[MergeName, ...] = ("wise_ft", "uniform_soup", "greedy_soup", "task_arithmetic")
-"""What `merge: auto` tries: cheap to make, and seldom worse than one trial."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +75,6 @@ def entries(pantry: Pantry) -> list[Entry]:
 
     Under a task head the base is none: it has no head that says anything.
     """
-    written = pantry.settings.merge
     base = Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target))
     best = Entry(
         pantry.trials[0],
@@ -86,10 +83,11 @@ def entries(pantry: Pantry) -> list[Entry]:
         {"trials": [pantry.trials[0]]},
     )
     found = [base, best] if pantry.head is None else [best]
-    auto = AUTO if pantry.head is None else tuple(name for name in AUTO if name in SOUPS)
-    for name in auto if written == "auto" else () if written == "best" else (written,):
-        if name == "wise_ft":
-            found += [_interpolated(pantry, alpha) for alpha in _between(pantry)]
+    for name in tried_merges(pantry.settings.merge, with_head=pantry.head is not None):
+        if MERGES[name].formula is None:
+            continue
+        if MERGES[name].interpolates:
+            found += [_interpolated(pantry, name, alpha) for alpha in _between(pantry)]
         elif len(pantry.checkpoints) > 1:
             found.append(_merged(pantry, name))
         else:
@@ -127,7 +125,7 @@ def _between(pantry: Pantry) -> list[float]:
     return [alpha for alpha in pantry.settings.merging.alphas if 0 < alpha < 1]
 
 
-def _interpolated(pantry: Pantry, alpha: float) -> Entry:
+def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
     """One point between the base and the best trial."""
 
     def write(target: Path) -> FoldCheck:
@@ -136,7 +134,7 @@ def _interpolated(pantry: Pantry, alpha: float) -> Entry:
             pantry.model,
             first,
             target,
-            "wise_ft",
+            name,
             pantry.examples,
             score=lambda _: 0.0,  # there is one alpha to choose from
             alphas=(alpha,),
@@ -146,13 +144,13 @@ def _interpolated(pantry: Pantry, alpha: float) -> Entry:
     def adapter(target: Path, rank: int) -> Refactored:
         share = MergeSettings(scale=alpha)
         first = pantry.checkpoints[:1]
-        return refactor(pantry.model, first, target, rank, "task_arithmetic", share)
+        return refactor(pantry.model, first, target, rank, TASK_ARITHMETIC, share)
 
-    settings = {"merge": "wise_ft", "alpha": alpha, "trials": [pantry.trials[0]]}
-    return Entry(f"wise_ft-{alpha}", INTERPOLATED, write, settings, adapter)
+    settings = {"merge": name, "alpha": alpha, "trials": [pantry.trials[0]]}
+    return Entry(f"{name}-{alpha}", INTERPOLATED, write, settings, adapter)
 
 
-def _merged(pantry: Pantry, name: MergeName) -> Entry:
+def _merged(pantry: Pantry, name: str) -> Entry:
     """A merge of several trials; which of them took part is known once it is written."""
     settings: dict[str, Any] = {"merge": name}
     taken: list[Path] = []
@@ -175,7 +173,8 @@ def _merged(pantry: Pantry, name: MergeName) -> Entry:
         return report.check
 
     def adapter(target: Path, rank: int) -> Refactored:
-        method = "linear" if name.endswith("soup") else name
-        return refactor(pantry.model, taken, target, rank, method, pantry.merging)
+        formula = MERGES[name].formula
+        assert formula is not None
+        return refactor(pantry.model, taken, target, rank, formula(), pantry.merging)
 
     return Entry(name, MERGED, write, settings, adapter)

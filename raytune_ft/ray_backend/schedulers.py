@@ -1,7 +1,6 @@
 """When a trial is stopped before its end: Ray's own rules, over examples.
 
-Ray's schedulers know a trial by Tune's id, which a resume changes, and their state dies with the
-driver. Here a trial has its name, and the study fills the rules again.
+Each function here is the `implementation` of an entry of `config.search.SCHEDULERS`.
 """
 
 from __future__ import annotations
@@ -19,125 +18,117 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from raytune_ft.config.search import AshaConfig, HyperbandConfig, MedianConfig, SchedulerConfig
+from raytune_ft.config.search import SCHEDULERS, AshaConfig, HyperbandConfig, MedianConfig
+
+
+def asha(
+    config: AshaConfig | HyperbandConfig,
+    budget_examples: int,
+    metric: str,
+    mode: str,
+) -> AsyncHyperBandScheduler:
+    """Asynchronous successive halving; `budget_examples` of a usual trial limits the rungs."""
+    return AsyncHyperBandScheduler(**_halving(config, budget_examples, metric, mode))
+
+
+def hyperband(
+    config: HyperbandConfig, budget_examples: int, metric: str, mode: str
+) -> AsyncHyperBandScheduler:
+    """ASHA with several first rungs."""
+    settings = _halving(config, budget_examples, metric, mode)
+    return _Hyperband(brackets=config.brackets, **settings)
+
+
+def median(
+    config: MedianConfig, budget_examples: int, metric: str, mode: str
+) -> MedianStoppingRule:
+    """Stops a trial whose best value is worse than the median of the others' means so far."""
+    return _Median(
+        time_attr="examples",
+        metric=metric,
+        mode=mode,
+        grace_period=config.grace_examples,
+        min_samples_required=config.min_trials,
+    )
+
+
+def _halving(
+    config: AshaConfig | HyperbandConfig, budget_examples: int, metric: str, mode: str
+) -> dict[str, Any]:
+    return {
+        "time_attr": "examples",
+        "metric": metric,
+        "mode": mode,
+        "max_t": max(budget_examples, config.grace_examples),
+        "grace_period": config.grace_examples,
+        "reduction_factor": config.reduction_factor,
+        "stop_last_trials": False,
+    }
+
+
+class _Hyperband(AsyncHyperBandScheduler):
+    """A trial's bracket is a function of its id, so that a resume finds it again; Ray draws it."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        weights = np.exp([len(bracket._rungs) for bracket in self._brackets])
+        chosen = random.Random(trial.trial_id).choices(self._brackets, weights.tolist())
+        self._trial_info[trial.trial_id] = chosen[0]
+
+
+class _Median(MedianStoppingRule):
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        """Continues, where Ray would pause the trial so that others get ahead."""
+        return str(TrialScheduler.CONTINUE)
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A trial as the rules see it; equal to another of the same name."""
+class _NamedTrial:
+    """A trial as the rule sees it; equal to another of the same name."""
 
     trial_id: str
     config: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
 
-class ByName(FIFOScheduler):
-    """What the rules below have in common.
+class ResumableScheduler(FIFOScheduler):
+    """Lets a rule of Ray decide, and gives it back what it knew before a resume.
 
-    The untouched base is not compared, nobody is stopped at the end of its own budget, where there
-    is nothing left to save, and an evaluation that a resumed trial repeats is not counted again.
+    Ray's rules know a trial by Tune's id, which a resume changes, and their state dies with the
+    driver. Here the rule sees each trial under its name, and `recall` replays the study.
+
+    The rule does not see the evaluation of the untouched base, one at the end of a trial's own
+    budget, where stopping saves nothing, or one that a resumed trial repeats.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, rule: TrialScheduler, metric: str) -> None:
+        super().__init__()
+        self.rule = rule
+        self._judged_by = metric
         self._seen: dict[str, float] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
-        super().on_trial_add(tune_controller, _named(trial))
+        self.rule.on_trial_add(tune_controller, _named(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """See `TrialScheduler`."""
         name, examples = trial.config["trial"], result.get("examples", 0)
         if not self._seen.get(name, 0) < examples < trial.config["budget"]:
             return str(TrialScheduler.CONTINUE)
         self._seen[name] = examples
-        return str(super().on_trial_result(tune_controller, _named(trial), result))
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """See `TrialScheduler`; an outcome is no evaluation, so that no rule hears of it."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
+        return str(self.rule.on_trial_result(tune_controller, _named(trial), result))
 
     def recall(self, trial: str, values: dict[int, float]) -> None:
-        """Takes an earlier driver's evaluations of a trial, by examples."""
-        stub = _Named(trial, {"trial": trial, "budget": math.inf})
+        """Replays an earlier driver's evaluations of a trial: examples -> value of the metric."""
+        stub = _NamedTrial(trial, {"trial": trial, "budget": math.inf})
         self.on_trial_add(None, stub)
         for examples, value in sorted(values.items()):
-            self.on_trial_result(None, stub, {"examples": examples, self.metric: value})
+            self.on_trial_result(None, stub, {"examples": examples, self._judged_by: value})
 
 
-class Asha(ByName, AsyncHyperBandScheduler):
-    """Asynchronous successive halving; `budget_examples` of a usual trial says how many rungs."""
-
-    def __init__(
-        self,
-        config: AshaConfig | HyperbandConfig,
-        budget_examples: int,
-        metric: str,
-        mode: str,
-        brackets: int = 1,
-    ) -> None:
-        super().__init__(
-            time_attr="examples",
-            metric=metric,
-            mode=mode,
-            max_t=max(budget_examples, config.grace_examples),
-            grace_period=config.grace_examples,
-            reduction_factor=config.reduction_factor,
-            brackets=brackets,
-            stop_last_trials=False,
-        )
+def scheduler_for(config: Any, budget_examples: int, metric: str, mode: str) -> ResumableScheduler:
+    """The scheduler of a `search.scheduler` section, before any trial."""
+    rule = SCHEDULERS[config.name].implementation()
+    return ResumableScheduler(rule(config, budget_examples, metric, mode), metric)
 
 
-class Hyperband(Asha):
-    """ASHA with several first rungs. A trial's bracket is a function of its name, where Ray draws
-    it anew, so that a resume finds it again.
-    """
-
-    def __init__(
-        self, config: HyperbandConfig, budget_examples: int, metric: str, mode: str
-    ) -> None:
-        super().__init__(config, budget_examples, metric, mode, config.brackets)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
-        super().on_trial_add(tune_controller, trial)
-        name = trial.config["trial"]
-        weights = np.exp([len(bracket._rungs) for bracket in self._brackets])
-        chosen = random.Random(name).choices(self._brackets, weights.tolist())
-        self._trial_info[name] = chosen[0]
-
-
-class Median(ByName, MedianStoppingRule):
-    """Stops a trial whose best is worse than the median of the others' means until then."""
-
-    def __init__(self, config: MedianConfig, metric: str, mode: str) -> None:
-        super().__init__(
-            time_attr="examples",
-            metric=metric,
-            mode=mode,
-            grace_period=config.grace_examples,
-            min_samples_required=config.min_trials,
-        )
-
-    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
-        """Goes on, where Ray would pause the trial for the sake of others."""
-        return str(TrialScheduler.CONTINUE)
-
-
-def scheduler_for(
-    config: SchedulerConfig, budget_examples: int, metric: str, mode: str
-) -> Asha | Median:
-    """The rule of a config, which knows of no trial yet."""
-    match config:
-        case MedianConfig():
-            return Median(config, metric, mode)
-        case HyperbandConfig():
-            return Hyperband(config, budget_examples, metric, mode)
-        case AshaConfig():
-            return Asha(config, budget_examples, metric, mode)
-
-
-def _named(trial: Any) -> _Named:
-    return _Named(trial.config["trial"])
+def _named(trial: Any) -> _NamedTrial:
+    return _NamedTrial(trial.config["trial"])

@@ -36,7 +36,7 @@ from raytune_ft.ray_backend.cluster import (
     stop_grace_s,
     train_environment,
 )
-from raytune_ft.ray_backend.schedulers import Asha, Median, scheduler_for
+from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
     Place,
@@ -412,7 +412,7 @@ class _Sweep:
         width = getattr(text, "hidden_size", None)
         return first_points(self._shared.config, str(text.model_type), width)
 
-    def _scheduler(self) -> Asha | Median | None:
+    def _scheduler(self) -> ResumableScheduler | None:
         if self._search.scheduler is None:
             return None
         budget = _budget(self._shared.config, self._train)

@@ -15,7 +15,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from raytune_ft.config.search import AshaConfig, HyperbandConfig
+from raytune_ft.config.search import SCHEDULERS
 from raytune_ft.format import number, params_text, seconds
 from raytune_ft.report.collect import Facts, Record, Trial
 
@@ -257,17 +257,13 @@ def alpha_curve(promoted: Record) -> Plot | None:
 
 
 def rungs(facts: Facts) -> Plot | None:
-    """Every trial's value at each rung of ASHA or Hyperband; a ring where it was stopped."""
+    """every trial's value at each rung; a ring where it was stopped."""
     search = facts.config.search
     scheduler = search.scheduler if search else None
-    if not isinstance(scheduler, AshaConfig | HyperbandConfig) or not facts.is_sweep:
+    if scheduler is None or not facts.is_sweep:
         return None
     longest = max((trial.examples for trial in facts.trials), default=0)
-    levels = []
-    level = scheduler.grace_examples
-    while level < longest:
-        levels.append(level)
-        level *= scheduler.reduction_factor
+    levels = SCHEDULERS[scheduler.name].rungs(scheduler, longest)
     at = [_reached(facts, level) for level in levels]
     shown = [
         (i, *one)

@@ -1,4 +1,4 @@
-"""What earlier sweeps found out, as trials that the sampler learns from. Imports no ray."""
+"""The first points of a sweep, and trials of earlier sweeps to learn from. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ LR = "train.lr"
 
 
 def first_points(config: Config, family: str, width: int | None) -> list[Point]:
-    """The values of the file, the points of `search.first`, and `published_lr` with the file's
-    values otherwise; under `search.defaults: false` the points alone, under a grid none.
+    """The points to try first: the values of the file, those of the file with `published_lr`, and
+    `search.first`. With `search.defaults: false` only the last; under a grid none.
 
-    A value outside the space is left out, to be drawn; a point that breaks a constraint or repeats
-    another is left out whole. `family` and `width` are transformers' `model_type` and
-    `hidden_size`, which few models lack.
+    A value outside the space is left out of its point, to be drawn. A point that breaks a
+    constraint or repeats another is dropped. `family` and `width` are transformers' `model_type`
+    and `hidden_size`; a few models have no `hidden_size`.
     """
     search = config.search
     assert search is not None
@@ -71,7 +71,7 @@ def published_lr(method: str, family: str, width: int) -> float:
     From "LoRA Without Regret" (Schulman et al., Thinking Machines, 2025) and the `get_lr` of its
     tinker-cookbook: the power is 0.781 for Llama and 0.0775 for Qwen; for others, where none was
     published, the rate is not scaled. Fitted at widths from 2048 to 8192; the cookbook has replaced
-    it by a table of measured rates since, which lie between 1e-4 and 1e-3. A first guess, no more.
+    it by a table of measured rates since, which lie between 1e-4 and 1e-3. It is a first guess.
     """
     power = next((each for name, each in WIDTH_POWERS.items() if family.startswith(name)), 0.0)
     factor = 1.0 if method in WHOLE_MODEL else LORA_FACTOR
@@ -79,7 +79,7 @@ def published_lr(method: str, family: str, width: int) -> float:
 
 
 def written_values(config: Config, search: SearchConfig) -> Point:
-    """The file's own values of the lines that could have drawn them."""
+    """The file's values for the lines of the space that contain them."""
     plain: dict[str, Any] = config.model_dump()
     found: Point = {}
     for key, line in search.space.items():
@@ -92,7 +92,7 @@ def written_values(config: Config, search: SearchConfig) -> Point:
 
 
 def _filled(search: SearchConfig, given: Point, rest: Mapping[str, Any]) -> Point:
-    """`given`, and of `rest` what exists beside it, unless the two break a constraint together."""
+    """`given` with the values of `rest` that exist beside it, unless that breaks a constraint."""
     tree = branches(search.space)
     wanted: Point = {}
     for key, value in given.items():
@@ -113,11 +113,11 @@ FROM = "from"
 def earlier_trials(search: SearchConfig) -> list[FrozenTrial]:
     """The completed trials of the sweeps in `search.warm_start` that lie in the space.
 
-    A line that an earlier sweep did not search has the value of its file. Each trial says where it
-    is from.
+    A line that an earlier sweep did not search has the value of that sweep's file. The attribute
+    `from` of a trial names its sweep and number.
 
     Raises:
-        StorageError: a directory holds no sweep, or one of other metrics or other keys.
+        StorageError: a directory holds no sweep, or a sweep of other metrics or other keys.
     """
     written = search.warm_start or []
     folders = [written] if isinstance(written, str) else written
@@ -176,7 +176,7 @@ def _study(folder: Path, config: Config, earlier: SearchConfig) -> optuna.Study:
 
 
 def _point(search: SearchConfig, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The values of every line that exists beside the others; None where one is outside of it."""
+    """The value of every line that exists beside the others; None if one is outside its line."""
     tree = branches(search.space)
     point: dict[str, Any] = {}
     for key in tree.order:

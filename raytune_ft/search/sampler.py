@@ -1,6 +1,6 @@
-"""One trial is drawn as a whole: its branches, its constraints, the values that are given.
+"""Draw all values of a trial at once, with branches, constraints and given values.
 
-Imports no ray.
+Does not import Ray.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ MAX_SAMPLED, MAX_UNIFORM = 20, 100_000
 class JointSampler(BaseSampler):
     """Draws all values of a trial before one of them is stored, by the sampler of the config.
 
-    A function of the sweep's seed, the trial's number and the trials before it: a sampler that
-    lives as long as the process would draw the first trials again after a resume. What a trial has
-    already, because its driver died while it stored them, is kept. A draw that repeats a trial is
-    drawn again, since the same seed would train the same weights. `points` are the first trials.
+    The draw depends on the sweep's seed, the trial's number and the trials before it, and on no
+    state of the process, so a resume does not draw the first trials again. Values that a trial
+    already has, because its driver died while storing them, are kept. A draw that repeats a trial
+    is drawn again, since the same seed would train the same weights. `points` are the first trials.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class JointSampler(BaseSampler):
             random.Random(seed).shuffle(self._points)
 
     def suggest(self, trial: optuna.Trial) -> None:
-        """Gives a trial that was just asked for, or was cut short, all its values.
+        """Give a new trial, or one whose driver died, all its values.
 
         Raises:
             ConfigError: no draw met the constraints.
@@ -71,13 +71,11 @@ class JointSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """See `BaseSampler`: all of it."""
         return self._distributions
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """See `BaseSampler`."""
         known, own = decode(self._search.space, trial.params), own_trials(study)
         number = [each.number for each in own].index(trial.number)
         if number < len(self._points):
@@ -110,7 +108,6 @@ class JointSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """See `BaseSampler`; never asked, since nothing is outside the whole."""
         raise AssertionError(f"{param_name} was not drawn with the rest")
 
     def _draw(

@@ -1,4 +1,4 @@
-"""How many trials share an engine. Pure: no torch, no ray."""
+"""How many trials share an engine. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
 
 MAX_SLOTS = 16
-"""More slots cost more memory and gain little: a pass is large enough by then."""
+"""More slots cost memory and gain little: a forward pass is large enough by then."""
 TRIALS_PER_SLOT = 6
-"""A slot costs a process of Ray Tune's, about 2 s of a core, which fewer trials do not earn."""
+"""A slot costs a process of Ray Tune, about 2 s of one core, which fewer trials do not save."""
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """`at_once` trials in `engines` worker groups of `slots` slots each, for adapters up to that of
-    `method`. `measured`: an engine is to find out whether fewer slots do as well.
+    """`at_once` trials in `engines` worker groups of `slots` slots each, for adapters up to the
+    rank of `method`. `measured`: the engine measures whether fewer slots are as fast.
     """
 
     at_once: int
@@ -30,8 +30,8 @@ class Arrangement:
 def arrange(config: Config, fit: int, trials: int, fill_pass: int) -> Arrangement:
     """Engines and slots for `trials` trials on a cluster that holds `fit` worker groups.
 
-    `fill_pass`: so many steps of usual trials fill a pass. One trial more waits at least, so that
-    no engine stands still while Ray Tune thinks of the next.
+    `fill_pass` is the number of trials whose steps fill one forward pass. There are at least two
+    slots, so that an engine has work while Ray Tune asks for the next trial.
     """
     assert config.search is not None
     written = config.search.max_concurrent

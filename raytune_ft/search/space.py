@@ -1,6 +1,6 @@
-"""The search space: lines of the config as Optuna distributions, drawn values as the file has them.
+"""The search space: config lines as Optuna distributions, and drawn values as config values.
 
-Imports no ray.
+Does not import Ray.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DRIVERS = {"postgresql": "postgresql+psycopg"}  # the driver that the `postgres`
 
 
 def open_storage(url: str) -> BaseStorage:
-    """What Optuna calls a storage, made where there is none yet.
+    """Open an Optuna storage, or create it.
 
     Raises:
-        StorageError: no such URL, no driver, or nobody answers there within `CONNECT_TIMEOUT_S`.
+        StorageError: a wrong URL, a missing driver, or no answer within `CONNECT_TIMEOUT_S`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -57,12 +57,12 @@ def open_storage(url: str) -> BaseStorage:
             f"cannot be opened ({_reason(error)})",
             "install its driver, for PostgreSQL with pip install 'raytune-ft[postgres]'"
             if isinstance(error, ImportError | NoSuchModuleError)
-            else "write an Optuna URL that answers here",
+            else "write an Optuna URL that can be reached from here",
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of it; drivers go on with hints and links."""
+    """The first line of the message; drivers add hints and links."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:MAX_REASON]
 
@@ -71,7 +71,7 @@ SCALARS = (bool, int, float, str, type(None))
 
 
 def distributions(space: Mapping[str, Distribution]) -> dict[str, BaseDistribution]:
-    """Optuna's side of every line."""
+    """The Optuna distribution of every line."""
     return {key: _distribution(line) for key, line in space.items()}
 
 

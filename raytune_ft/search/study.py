@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep: opened, told how trials went, read as rows. Imports no ray."""
+"""The Optuna study of a sweep: open it, record trials, read them as rows. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACTS = ("eval_loss", "examples", "wall_s")
 
 
 def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -> optuna.Study:
-    """The study of one sweep: a file of its own, or a name of its own in a shared storage.
+    """The study of one sweep: a separate file, or a separate name in a shared storage.
 
     Raises:
         StorageError: the storage cannot be opened, holds a study of that name already, or another
@@ -50,7 +50,7 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
 
 
 def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> None:
-    """The study is the one that the sweep began with, and says what its trials were drawn from."""
+    """Check that the study is the sweep's, and record the space that its trials are drawn from."""
     plain = search.model_dump(mode="json", exclude_none=True)
     now = {"space": plain["space"], "metric": search.metrics, "mode": search.modes}
     saved = study.user_attrs.get(SEARCH)
@@ -63,7 +63,7 @@ def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> N
             )
         known = {trial.user_attrs.get(FROM) for trial in study.get_trials(deepcopy=False)}
         for trial in earlier_trials(search):
-            if trial.user_attrs[FROM] not in known:  # else a driver died between two of them
+            if trial.user_attrs[FROM] not in known:  # a driver may have died between two of them
                 study.add_trial(trial)
         study.set_user_attr(SEARCH, now)
     elif saved != now:
@@ -80,36 +80,36 @@ def _check_same(study: optuna.Study, search: SearchConfig, sweep_dir: Path) -> N
 
 
 def own_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The sweep's trials by their numbers, without the earlier sweeps' that come before them."""
+    """The sweep's trials by number, without those of earlier sweeps, which come first."""
     return [each for each in study.get_trials(deepcopy=False) if FROM not in each.user_attrs]
 
 
 def unfinished(study: optuna.Study) -> list[int]:
-    """Numbers of trials that were begun and not ended."""
+    """Numbers of trials that have started and not ended."""
     every = enumerate(own_trials(study))
     return [number for number, trial in every if trial.state == TrialState.RUNNING]
 
 
 def report(study: optuna.Study, number: int, result: Mapping[str, Any], metric: str) -> None:
-    """An intermediate value at so many examples; the untouched base is none."""
+    """Record the metric of one evaluation, by examples seen; except that of the base."""
     value, examples = result.get(metric), result.get("examples", 0)
     if not (examples > 0 and isinstance(value, float) and math.isfinite(value)):
         return
     trial = live(study, number)
     if len(study.directions) == 1:
         trial.report(value, step=int(examples))
-    else:  # which Optuna does not take where there are several metrics
+    else:  # Optuna takes no intermediate values with several metrics
         trial.set_user_attr(REPORTS, {**trial.user_attrs.get(REPORTS, {}), str(examples): value})
 
 
 def reports(trial: FrozenTrial) -> dict[int, float]:
-    """Its evaluations by the first metric, by the examples seen."""
+    """Examples seen -> the first metric, for each evaluation of the trial."""
     kept = trial.user_attrs.get(REPORTS, {})
     return {int(examples): value for examples, value in kept.items()} or trial.intermediate_values
 
 
 def pareto(study: optuna.Study) -> tuple[str, ...] | None:
-    """The trials that no other one beats in every metric; None where there is one metric."""
+    """The trials that no other one beats in every metric; None if there is one metric."""
     if len(study.directions) == 1:
         return None
     signs = [1 if each == StudyDirection.MINIMIZE else -1 for each in study.directions]
@@ -129,7 +129,7 @@ def pareto(study: optuna.Study) -> tuple[str, ...] | None:
 
 
 def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
-    """A run that ended by itself: `outcome` is its status, `values` its metrics at its best."""
+    """Record a run that ended by itself: `outcome` is its status, `values` its best metrics."""
     trial = live(study, number)
     set_attributes(trial, facts(result))
     if result["outcome"] == "failed" or result.get("values") is None:
@@ -140,14 +140,14 @@ def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) ->
 
 
 def tell_failed(study: optuna.Study, number: int, error: str) -> None:
-    """A trial that is no use to anybody, and why."""
+    """Record a failed trial and its error."""
     trial = live(study, number)
     trial.set_user_attr("error", error)
     study.tell(trial, state=TrialState.FAIL)
 
 
 def rows(study: optuna.Study, search: SearchConfig) -> list[TrialRecord]:
-    """What the study knows of every trial; of a pruned one, what was known when it was stopped."""
+    """One row for every trial; for a pruned one, as it was when it was stopped."""
     return [_row(number, trial, search) for number, trial in enumerate(own_trials(study))]
 
 
@@ -178,17 +178,17 @@ def _row(number: int, trial: FrozenTrial, search: SearchConfig) -> TrialRecord:
 
 
 def facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial's row needs of a message, where it says so."""
+    """The attributes of a trial's row that a message contains."""
     known = {name: result.get(f"best_{name}", result.get(name)) for name in FACTS}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def set_attributes(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
-    """Kept with the trial."""
+    """Store attributes with the trial."""
     for name, value in values.items():
         trial.set_user_attr(name, value)
 
 
 def live(study: optuna.Study, number: int) -> optuna.Trial:
-    """The trial as one that may still be written to, whoever began it."""
+    """The trial in a form that can be written to, also if another driver started it."""
     return optuna.Trial(study, own_trials(study)[number]._trial_id)

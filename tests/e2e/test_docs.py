@@ -21,7 +21,10 @@ import typer
 from ruamel.yaml import YAML
 
 from raytune_ft.cli import app, run_command
+from raytune_ft.config.data import FORMATS
 from raytune_ft.config.load import load_config
+from raytune_ft.config.merging import MERGES
+from raytune_ft.config.search import SCHEDULERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,8 +75,12 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    entries = [(each, dict(each)) for each in (FORMATS, MERGES, SCHEDULERS)]
     yield tmp_path
     torch.set_num_threads(threads)
+    for each, before in entries:  # what docs/extending.md adds
+        each.clear()
+        each.update(before)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -16,7 +16,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from raytune_ft.config.search import AshaConfig
-from raytune_ft.ray_backend.schedulers import Asha
+from raytune_ft.ray_backend.schedulers import scheduler_for
 from tests.support.commands import ROOT, command, run_process
 from tests.support.head import Head, start_head
 from tests.support.runs import metrics
@@ -183,12 +183,13 @@ def _assert_decisions_of_asha(sweep: Path, logs: list[Path], unsure: set[str]) -
     """The last word on a trial before the fault may have been lost with it."""
     rows = {row["id"]: row for row in _result(sweep)["trials"]}
     config = AshaConfig(grace_examples=240, reduction_factor=2)
-    rule = Asha(config, EXAMPLES, "eval_loss", "min")
+    rule = scheduler_for(config, EXAMPLES, "eval_loss", "min")
     heard = [
         (number, name, int(examples.replace(",", "")))
         for number, log in enumerate(logs)
         for name, examples in REPORT.findall(log.read_text())
     ]
+    added = set[str]()
     last = {(number, name): examples for number, name, examples in heard}
     stopped = 0
     for number, name, examples in heard:
@@ -198,7 +199,8 @@ def _assert_decisions_of_asha(sweep: Path, logs: list[Path], unsure: set[str]) -
             if "eval_loss" in line
         }
         trial = type("Trial", (), {"config": {"trial": name, "budget": EXAMPLES}})
-        if name not in rule._trial_info:
+        if name not in added:
+            added.add(name)
             rule.on_trial_add(None, trial)
         result = {"examples": examples, "eval_loss": values[examples]}
         stops = rule.on_trial_result(None, trial, result) == TrialScheduler.STOP

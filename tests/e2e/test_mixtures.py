@@ -114,8 +114,8 @@ def _assert_sorted_by_a_loss_of_transformers(file: Path, tmp_path: Path, digest:
         ("data.train.words.weight=-1", "data.train.words.weight=-1 is not a number of at least 0"),
         ("data.train=[]", "data.train=[] names no source; write at least one"),
         ("data.train.words.path=gone.jsonl", "data.train.words.path="),
-        ("data.train.words.prompt=question", "data.train.words.prompt=question is no column"),
-        ("data.curriculum={by: column, column: level}", "data.curriculum.column=level is no colu"),
+        ("data.train.words.prompt=question", "data.train.words.prompt=question is not a column"),
+        ("data.curriculum={by: column, column: level}", "data.curriculum.column=level is not a"),
         ("data.mixture.temperature=0", "data.mixture.temperature=0 is not a number above 0"),
     ],
 )

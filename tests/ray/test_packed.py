@@ -18,7 +18,7 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import Interrupted
-from raytune_ft.ray_backend.schedulers import Asha
+from raytune_ft.ray_backend.schedulers import scheduler_for
 from raytune_ft.ray_backend.sweep import run_sweep
 from raytune_ft.search.results import SweepResult
 from raytune_ft.train.report import Silent
@@ -251,7 +251,8 @@ def test_asha_decides_alike_on_the_same_reports(inputs: Inputs, tmp_path: Path) 
 def _stopped_by_asha(
     order: list[tuple[str, int]], losses: dict[tuple[str, int], float]
 ) -> dict[str, int]:
-    rule = Asha(AshaConfig(grace_examples=70, reduction_factor=2), 277, "eval_loss", "min")
+    config = AshaConfig(grace_examples=70, reduction_factor=2)
+    rule = scheduler_for(config, 277, "eval_loss", "min")
     trials, stopped = {}, {}
     for name, examples in order:
         if name not in trials:

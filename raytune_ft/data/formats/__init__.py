@@ -1,33 +1,21 @@
 """Rows become token ids and a mask of the tokens that carry loss.
 
-A format is one function and one entry of `FORMATS`. It gets many rows at once, because fast
-tokenizers encode a batch on all cores.
+A format is one `RowReader` and one entry of `config.data.FORMATS`, which says how it is loaded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats.chat import check_messages, encode_messages, message_columns
-from raytune_ft.data.formats.classification import (
-    TARGET,
-    check_classified,
-    classified_columns,
-    encode_classified,
-)
-from raytune_ft.data.formats.example import Encoder, Example, bad_text, example_of
-from raytune_ft.data.formats.rationale import (
-    RATIONALE,
-    check_rationale,
-    encode_rationale,
-    rationale_columns,
-)
+from raytune_ft.config.data import FORMATS, SourceConfig
+from raytune_ft.data.formats.classification import TARGET
+from raytune_ft.data.formats.example import Encoder, Example, RowReader
+from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.split import TokenIds, TokenizedSplit
@@ -36,74 +24,66 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "FORMATS",
     "Encoder",
     "Example",
-    "Format",
+    "RowReader",
     "columns_of",
     "describe_example",
     "describe_target",
     "encode_rows",
+    "reader_of",
 ]
 
 WEIGHT = "weight"
-"""Column of examples: by how much one counts."""
+"""Column of examples: the factor of an example's loss."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """How one format reads its rows.
-
-    Attributes:
-        columns: config key -> column, for the columns that a row must have.
-        check: the reason why a row with these columns makes no example, or None.
-        encode: sound rows -> one result each. Arguments: encoder, source, separator, rows.
-    """
-
-    columns: Callable[[SourceConfig], dict[str, str]]
-    check: Callable[[SourceConfig, Row], BadRow | None]
-    encode: Callable[[Encoder, SourceConfig, str, Sequence[Row]], list[Example | BadRow]]
+def reader_of(source: SourceConfig) -> RowReader:
+    """How rows of the source's format are read."""
+    reader: RowReader = FORMATS[source.format].implementation()
+    return reader
 
 
 def encode_rows(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row | BadRow]
 ) -> Iterator[Example | BadRow]:
-    """One result for each row, in order; nothing is cut to a length here.
+    """One result for each row, in order, at its full length.
 
     Raises:
-        DataError: the tokenizer cannot do what the format needs.
+        DataError: the tokenizer lacks something that the format needs.
     """
-    chosen = FORMATS[source.format]
-    checked = [row if isinstance(row, BadRow) else _checked(chosen, source, row) for row in rows]
+    reader = reader_of(source)
+    checked = [row if isinstance(row, BadRow) else _checked(reader, source, row) for row in rows]
     sound = [row for row in checked if isinstance(row, Row)]
-    encoded = iter(chosen.encode(encoder, source, separator, sound))
+    encoded = iter(reader.encode(encoder, source, separator, sound))
     for row in checked:
         result = row if isinstance(row, BadRow) else next(encoded)
         if isinstance(row, Row) and isinstance(result, Example):
-            result = _completed(source, row, result)
+            result = _completed(reader, source, row, result)
         yield result
 
 
 def columns_of(source: SourceConfig) -> dict[str, str]:
     """Config key -> column, for the columns that a row must have."""
-    columns = FORMATS[source.format].columns(source)
+    columns = reader_of(source).columns(source)
     return columns | ({WEIGHT: source.example_weight} if source.example_weight is not None else {})
 
 
-def _checked(chosen: Format, source: SourceConfig, row: Row) -> Row | BadRow:
+def _checked(reader: RowReader, source: SourceConfig, row: Row) -> Row | BadRow:
     if source.example_weight is not None and _weight(row.values[source.example_weight]) is None:
         shown = repr(row.values[source.example_weight])[:40]
-        return BadRow(row.origin, "bad_weight", f"{shown} is no number of at least 0")
-    return chosen.check(source, row) or row
+        return BadRow(row.origin, "bad_weight", f"{shown} is not a number of at least 0")
+    return reader.check(source, row) or row
 
 
-def _completed(source: SourceConfig, row: Row, example: Example) -> Example:
-    """With what all formats have in common."""
+def _completed(reader: RowReader, source: SourceConfig, row: Row, example: Example) -> Example:
+    """Adds the weight and the prompt's hash, which every format has."""
     columns, column = dict(example.columns), source.example_weight
     if column is not None and (weight := _weight(row.values[column])) is not None:
         columns[WEIGHT] = (weight,)
-    others = tuple(_completed(source, row, other) for other in example.others)
-    return replace(example, prompt=prompt_key(source, row), columns=columns, others=others)
+    others = tuple(_completed(reader, source, row, other) for other in example.others)
+    prompt = prompt_key(reader.prompt(source, row))
+    return replace(example, prompt=prompt, columns=columns, others=others)
 
 
 def _weight(value: Any) -> float | None:
@@ -112,59 +92,6 @@ def _weight(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return weight if math.isfinite(weight) and weight >= 0 else None
-
-
-# prompt_completion
-
-
-def _prompt_columns(source: SourceConfig) -> dict[str, str]:
-    return {"prompt": source.prompt, "completion": source.completion}
-
-
-def _check_prompt(source: SourceConfig, row: Row) -> BadRow | None:
-    return bad_text(row, source.prompt) or bad_text(row, source.completion)
-
-
-def _encode_prompt(
-    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
-) -> list[Example | BadRow]:
-    """Prompt and completion apart, so that no token reaches over the boundary between them."""
-    prompts = encoder.encode([row.values[source.prompt] + separator for row in rows])
-    completions = encoder.encode([row.values[source.completion] for row in rows])
-    return [
-        example_of(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix])
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-    ]
-
-
-# text
-
-
-def _text_columns(source: SourceConfig) -> dict[str, str]:
-    return {"text": source.text}
-
-
-def _check_text(source: SourceConfig, row: Row) -> BadRow | None:
-    return bad_text(row, source.text)
-
-
-def _encode_text(
-    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
-) -> list[Example | BadRow]:
-    documents = encoder.encode([row.values[source.text] for row in rows])
-    return [
-        example_of(row, list(encoder.prefix), [*ids, *encoder.suffix])
-        for row, ids in zip(rows, documents, strict=True)
-    ]
-
-
-FORMATS: dict[str, Format] = {
-    "prompt_completion": Format(_prompt_columns, _check_prompt, _encode_prompt),
-    "messages": Format(message_columns, check_messages, encode_messages),
-    "text": Format(_text_columns, _check_text, _encode_text),
-    "classification": Format(classified_columns, check_classified, encode_classified),
-    "rationale": Format(rationale_columns, check_rationale, encode_rationale),
-}
 
 
 def describe_example(
@@ -188,7 +115,7 @@ def describe_example(
 
 
 def describe_target(split: TokenizedSplit, i: int, report: DataReport) -> str:
-    """What example `i` is to be beside its label tokens, as lines below it; mostly nothing."""
+    """Labels, task and weight of example `i`, each on a line of its own; mostly empty."""
     columns = {name: values[i] for name, values in split.columns.items()}
     lines = []
     if TARGET in columns and report.problem == "regression":

@@ -12,33 +12,33 @@ from jinja2 import TemplateError
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.config.reference import one_of
-from raytune_ft.data.formats.example import Encoder, Example
+from raytune_ft.data.formats.example import Encoder, Example, RowReader
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.errors import DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Stands in a chat template that marks by itself what the assistant says."""
+"""In a chat template that marks the assistant's text itself."""
 
 
-def message_columns(source: SourceConfig) -> dict[str, str]:
+def _columns(source: SourceConfig) -> dict[str, str]:
     tools = {"tools": source.tools} if source.tools is not None else {}
     return {"messages": source.messages, **tools}
 
 
-def check_messages(source: SourceConfig, row: Row) -> BadRow | None:
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
     turns = row.values[source.messages]
     if isinstance(turns, str) and not valid_unicode(turns):
-        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} is no UTF-8")
+        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} is not UTF-8")
     if turns is None or turns == []:
-        return BadRow(row.origin, "empty", f"{source.messages!r} holds no turn")
+        return BadRow(row.origin, "empty", f"{source.messages!r} has no turns")
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-        detail = f"{source.messages!r} is no list of objects with the texts `role` and `content`"
+        detail = f"{source.messages!r} is not a list of objects with the texts `role` and `content`"
         return BadRow(row.origin, "wrong_type", detail)
     tools = row.values[source.tools] if source.tools is not None else None
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
-        return BadRow(row.origin, "wrong_type", f"{source.tools!r} is no list of objects")
+        return BadRow(row.origin, "wrong_type", f"{source.tools!r} is not a list of objects")
     if not all(map(_valid_turn, turns)):
         return BadRow(row.origin, "bad_encoding", f"{source.messages!r} has half a character")
     return None
@@ -56,16 +56,16 @@ def _valid_turn(turn: dict[str, Any]) -> bool:
     return all(valid_unicode(value) for value in turn.values() if isinstance(value, str))
 
 
-def encode_messages(
+def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """The chat template writes the conversation; what the assistant says carries loss.
+    """The chat template writes the conversation; the turns of the trained roles carry loss.
 
-    The template also writes BOS and ends of turns, so that nothing is added around it.
+    The template also writes BOS and the ends of turns, so no token is added around it.
 
     Raises:
         DataError: the tokenizer has no chat template or no offsets, or the template rewrites
-            earlier turns, so that what the assistant said cannot be found in its output.
+            earlier turns, so that a trained turn cannot be found in its output.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.chat_template:
@@ -81,9 +81,19 @@ def encode_messages(
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
     marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    # The template's mark is around what the assistant says alone.
+    # The template marks only the assistant's text.
     write = _encode_marked if marked and source.train_on == ["assistant"] else _encode_unmarked
     return [_conversation(encoder, _Chat.of(source, row), row, write) for row in rows]
+
+
+def _prompt(source: SourceConfig, row: Row) -> str:
+    """Everything before the last turn of the assistant."""
+    turns: list[dict[str, Any]] = row.values[source.messages]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
+
+
+MESSAGES = RowReader(columns=_columns, check=_check, prompt=_prompt, encode=_encode)
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def _conversation(
 
 
 def _encode_marked(encoder: Encoder, chat: _Chat) -> Written:
-    """For a template with {% generation %}: it says itself what the assistant said."""
+    """For a template with {% generation %}, which marks the assistant's text itself."""
     written = encoder.tokenizer.apply_chat_template(
         chat.turns,
         tools=chat.tools,
@@ -135,7 +145,7 @@ def _encode_marked(encoder: Encoder, chat: _Chat) -> Written:
 
 
 def _encode_unmarked(encoder: Encoder, chat: _Chat) -> Written:
-    """Find each turn that carries loss as what its rendering adds to the rendering up to it.
+    """Find each trained turn as the text that its rendering adds to the rendering before it.
 
     The header that the template writes to prompt the assistant belongs to what comes before.
     """
@@ -154,8 +164,8 @@ def _encode_unmarked(encoder: Encoder, chat: _Chat) -> Written:
         if not (whole.startswith(until) and until.startswith(before)):
             raise DataError(
                 f"{chat.origin} turn {number + 1}",
-                "is written differently by the chat template once other turns follow it, so that "
-                "what the assistant said cannot be told apart",
+                "is written differently by the chat template once other turns follow it, so its "
+                "tokens cannot be identified",
                 "write a model whose chat template marks it with {% generation %}, or "
                 "conversations that end with their only assistant turn",
             )
@@ -166,14 +176,14 @@ def _encode_unmarked(encoder: Encoder, chat: _Chat) -> Written:
     said = [0] * len(encoded["input_ids"])
     for start, stop in spans:
         inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < stop and b > start]
-        # From the first to the last, so that a token of no width between them is not lost.
+        # From the first to the last, so that a token of width 0 between them is included.
         for i in range(inside[0], inside[-1] + 1) if inside else ():
             said[i] = 1
     return encoded["input_ids"], said
 
 
 def _rendered(encoder: Encoder, chat: _Chat, count: int, prompt: bool = False) -> str:
-    """The first so many turns."""
+    """The first `count` turns as text; `prompt` adds the header that prompts the assistant."""
     text: str = encoder.tokenizer.apply_chat_template(
         chat.turns[:count], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
     )

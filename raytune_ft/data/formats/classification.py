@@ -1,5 +1,5 @@
-"""Texts with labels: the tokenizer dresses them as the model's classifier expects, and labels
-become targets once those of all rows are known.
+"""Texts with labels, with the special tokens that classifiers expect. Labels become targets once
+those of all rows are known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.data.formats.example import Encoder, Example, bad_text
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
 
@@ -22,14 +22,12 @@ SECOND = "second"
 MAX_LABELS = 1000
 
 
-def classified_columns(source: SourceConfig) -> dict[str, str]:
-    """See `Format.columns`."""
+def _columns(source: SourceConfig) -> dict[str, str]:
     pair = {"text_pair": source.text_pair} if source.text_pair is not None else {}
     return {"text": source.text, **pair, "label": source.label}
 
 
-def check_classified(source: SourceConfig, row: Row) -> BadRow | None:
-    """See `Format.check`."""
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
     bad = bad_text(row, source.text)
     if bad is None and source.text_pair is not None:
         bad = bad_text(row, source.text_pair)
@@ -40,14 +38,22 @@ def check_classified(source: SourceConfig, row: Row) -> BadRow | None:
         return BadRow(row.origin, "empty", f"{source.label!r} has no value")
     many = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str | int | float) for one in many):
-        return BadRow(row.origin, "wrong_type", f"{source.label!r} is no label and no list of them")
+        return BadRow(
+            row.origin, "wrong_type", f"{source.label!r} is neither a label nor a list of labels"
+        )
     return None
 
 
-def encode_classified(
+def _prompt(source: SourceConfig, row: Row) -> str:
+    """The text or both texts."""
+    texts = [column for column in (source.text, source.text_pair) if column is not None]
+    return "\n".join(str(row.values[column]) for column in texts)
+
+
+def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """With the tokenizer's own special tokens, and nothing else."""
+    """Texts with the tokenizer's own special tokens and no others."""
     if not rows:
         return []
     pair = source.text_pair
@@ -81,8 +87,11 @@ def encode_classified(
     return found
 
 
+CLASSIFICATION = RowReader(columns=_columns, check=_check, prompt=_prompt, encode=_encode)
+
+
 def read_labels(example: Example, data: DataConfig) -> Example | BadRow:
-    """The labels as the problem has them: names, or numbers that are finite."""
+    """The example with labels of the problem's type: names, or finite numbers."""
     assert example.labels is not None
     if data.problem == "regression":
         try:
@@ -91,7 +100,7 @@ def read_labels(example: Example, data: DataConfig) -> Example | BadRow:
             numbers = (math.nan,)
         if not numbers or not all(map(math.isfinite, numbers)):
             shown = ", ".join(map(str, example.labels))
-            return BadRow(example.origin, "bad_label", f"{shown!r} is no finite number")
+            return BadRow(example.origin, "bad_label", f"{shown!r} is not a finite number")
         return replace(example, labels=numbers)
     names = tuple(str(one) for one in example.labels)
     if data.problem == "single_label" and len(names) != 1:
@@ -103,7 +112,7 @@ def read_labels(example: Example, data: DataConfig) -> Example | BadRow:
 
 
 def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
-    """The labels in the order of their numbers; for regression, a name for each number.
+    """The labels in class order; for regression, a name for each number.
 
     Raises:
         DataError: there are too few or too many of them, or one that is written occurs twice.
@@ -139,7 +148,7 @@ def with_targets(
     """Each with a column `target`: a class vector, or its numbers.
 
     Raises:
-        DataError: a label is none of `names`, or no example of train has one of them.
+        DataError: a label is not in `names`, or a label has no example in train.
     """
     number = {name: i for i, name in enumerate(names)}
     made, seen = [], set()
@@ -150,7 +159,7 @@ def with_targets(
                 raise DataError(
                     f"data.{split}: {one.origin}",
                     f"has {len(one.labels)} numbers where others have {len(names)}",
-                    "write as many in every row",
+                    "write the same count in every row",
                 )
             target = tuple(float(value) for value in one.labels)
         else:
@@ -169,8 +178,8 @@ def with_targets(
     if split == "train" and data.problem != "regression" and absent:
         raise DataError(
             f"data.{'labels' if data.labels else 'train'}",
-            f"has the label {absent[0]!r}, of which no training example is left",
-            "take it out, or add rows that have it",
+            f"has the label {absent[0]!r}, which no training example has",
+            "remove it, or add rows that have it",
         )
     return made
 

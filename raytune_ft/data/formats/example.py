@@ -1,13 +1,14 @@
-"""A row on its way to tokens: what an example is, and what a tokenizer makes of texts."""
+"""What an example is, how a tokenizer encodes texts, and how a format reads rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.data.split import Mask, TokenIds
 
@@ -20,12 +21,12 @@ class Example:
     """Token ids and the label mask of one row; the first token is never a label.
 
     Attributes:
-        prompt: `overlap.prompt_key` of the row.
+        prompt: `report.prompt_key` of the row's prompt.
         columns: see `TokenizedSplit.columns`.
-        labels: what the row is to be classified as, names or numbers; None for any other format.
-        kept: tokens at the end, such as [SEP], that stay where the example is cut.
-        others: examples that the same row makes beside this one.
-        difficulty: what a curriculum goes by.
+        labels: classes or numbers that a classifier is to predict; None for other formats.
+        kept: number of tokens at the end, such as [SEP], that stay when the example is cut.
+        others: more examples of the same row.
+        difficulty: what a curriculum sorts by.
         source: the number of the row's source.
     """
 
@@ -43,11 +44,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and what it puts around a text of its own accord.
+    """A tokenizer, and the special tokens that it puts around a text.
 
     Attributes:
-        prefix: what it puts in front (its BOS, where it adds one by default).
-        eos: the end of an example, None where the tokenizer has no such token.
+        prefix: tokens before a text (BOS, if the tokenizer adds it by default).
+        eos: the token that ends an example, None if the tokenizer has none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Ask the tokenizer what it adds, by encoding the same text with and without."""
+        """Finds what the tokenizer adds by encoding a text with and without special tokens."""
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         dressed = tokenizer("a")["input_ids"]
         starts = range(len(dressed) - len(bare) + 1)
@@ -65,11 +66,11 @@ class Encoder:
 
     @property
     def suffix(self) -> list[int]:
-        """The end of an example."""
+        """Tokens after an example."""
         return [] if self.eos is None else [self.eos]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text and nothing around them."""
+        """Token ids of each text, without special tokens."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -79,8 +80,28 @@ class Encoder:
         return ids
 
 
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of one format become examples.
+
+    `encode` gets many rows at once, because fast tokenizers encode a batch on all cores.
+
+    Attributes:
+        columns: source -> {config key: column}, the columns that a row must have.
+        check: (source, row) -> why a row with these columns cannot be used, or None.
+        prompt: (source, row) -> the text by which two examples ask the same; the overlap of splits
+            is counted by it.
+        encode: (encoder, source, separator, sound rows) -> one result for each row.
+    """
+
+    columns: Callable[[SourceConfig], dict[str, str]]
+    check: Callable[[SourceConfig, Row], BadRow | None]
+    prompt: Callable[[SourceConfig, Row], str]
+    encode: Callable[[Encoder, SourceConfig, str, Sequence[Row]], list[Example | BadRow]]
+
+
 def bad_text(row: Row, column: str) -> BadRow | None:
-    """Why the column holds no text to learn from, or None."""
+    """The row as a `BadRow` if the column does not hold a usable text, else None."""
     value = row.values[column]
     if value is None:
         return BadRow(row.origin, "empty", f"{column!r} has no value")
@@ -90,12 +111,14 @@ def bad_text(row: Row, column: str) -> BadRow | None:
     if not value.strip():
         return BadRow(row.origin, "empty", f"{column!r} is blank")
     if not valid_unicode(value):
-        return BadRow(row.origin, "bad_encoding", f"{column!r} has half a character or no UTF-8")
+        return BadRow(
+            row.origin, "bad_encoding", f"{column!r} has half a character or is not UTF-8"
+        )
     return None
 
 
 def example_of(row: Row, context: list[int], labels: list[int]) -> Example:
-    """Context without loss, then labels."""
+    """An example of context without loss, then label tokens."""
     mask = np.zeros(len(context) + len(labels), dtype=np.bool_)
     mask[len(context) :] = True
     mask[:1] = False

@@ -7,23 +7,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats.example import Encoder, Example, bad_text, example_of
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text, example_of
 from raytune_ft.data.rows import BadRow, Row
 
 RATIONALE = "rationale"
 """Column of examples: 1 where the completion is the rationale, 0 where it is the answer."""
 ANSWER_TASK, RATIONALE_TASK = "[label] ", "[rationale] "
-"""What prompts begin with, so that the model can tell the tasks apart."""
+"""Prefixes of prompts by which the model distinguishes the tasks."""
 
 
-def rationale_columns(source: SourceConfig) -> dict[str, str]:
-    """See `Format.columns`."""
+def _columns(source: SourceConfig) -> dict[str, str]:
     reasons = {} if source.rationale_until is not None else {"rationale": source.rationale}
     return {"prompt": source.prompt, "completion": source.completion, **reasons}
 
 
-def check_rationale(source: SourceConfig, row: Row) -> BadRow | None:
-    """See `Format.check`."""
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
     bad = bad_text(row, source.prompt) or bad_text(row, source.completion)
     if bad is not None or source.rationale_until is None:
         return bad or bad_text(row, source.rationale)
@@ -34,10 +32,10 @@ def check_rationale(source: SourceConfig, row: Row) -> BadRow | None:
     return None
 
 
-def encode_rationale(
+def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """The answer's example, with the rationale's beside it."""
+    """The answer's example, with the rationale's in `others`."""
     parts = [_parts(source, row) for row in rows]
     asked = [row.values[source.prompt] + separator for row in rows]
     answers = zip(
@@ -62,8 +60,16 @@ def encode_rationale(
     ]
 
 
+ANSWER_WITH_RATIONALE = RowReader(
+    columns=_columns,
+    check=_check,
+    prompt=lambda source, row: str(row.values[source.prompt]),
+    encode=_encode,
+)
+
+
 def _parts(source: SourceConfig, row: Row) -> tuple[str, str]:
-    """Rationale and answer; both empty where the completion cannot be split."""
+    """Rationale and answer; both empty if the completion cannot be split."""
     completion: str = row.values[source.completion]
     if source.rationale_until is None:
         return row.values[source.rationale], completion

@@ -37,8 +37,7 @@ def load(tmp_path: Path) -> Load:
         ("train: []", "data.train=[] names no source; write at least one"),
         (
             "train: [{path: x/a.jsonl}, {path: y/a.json}]",
-            "data.train: a is the name of 2 sources; write a name of its own for each, for example "
-            "name: a-2",
+            "data.train: a is the name of 2 sources; give each another name, for example name: a-2",
         ),
         ("train: [{path: a.jsonl, name: a.b}]", "data.train.a.b.name=a.b is not"),
         ("train: [{path: a.jsonl, wieght: 1}]", "did you mean data.train.0.weight?"),
@@ -63,12 +62,12 @@ def load(tmp_path: Path) -> Load:
         ),
         (
             "train: [{path: a.jsonl, weight: 1}, {path: b.jsonl}]",
-            "data.train.b has no weight, and other sources have",
+            "data.train.b has no weight, and other sources have one",
         ),
         (f"train: {TWO % ('weight: 0', 'weight: 0')}", "weight=0 of every source leaves nothing"),
         (f"train: {TWO % ('epochs: 0', 'epochs: 0')}", "epochs=0 of every source leaves nothing"),
-        (f"train: {ONE}, mixture: {{temperature: 2}}", "is of several sources, and data.train has"),
-        (f"train: [{ONE}], mixture: {{}}", "is of several sources, and data.train has one"),
+        (f"train: {ONE}, mixture: {{temperature: 2}}", "needs several sources, and data.train has"),
+        (f"train: [{ONE}], mixture: {{}}", "needs several sources, and data.train has one"),
         (
             f"train: {PLAIN}, mixture: {{temperature: 0}}",
             "data.mixture.temperature=0 is not a number above 0",

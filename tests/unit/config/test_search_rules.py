@@ -27,7 +27,7 @@ def with_search(**search: Any) -> Config:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"sampler": "grid"}, "search.space.train.lr is log_uniform, which has no end of values"),
+        ({"sampler": "grid"}, "search.space.train.lr is log_uniform, which has infinitely many"),
         (
             {"sampler": "grid", "space": {"seed": {"int_uniform": [0, 20_000]}}},
             "search.sampler=grid has over 10000 combinations; write fewer choices, or sampler: tpe",
@@ -38,14 +38,14 @@ def with_search(**search: Any) -> Config:
         ),
         (
             {"sampler": "cmaes"},
-            "search.space.method.rank is a choice, and search.sampler=cmaes moves through numbers",
+            "search.space.method.rank is a choice, and search.sampler=cmaes supports only numbers",
         ),
         (
             {"sampler": "cmaes", "space": {"train.lr": LR}},
             "search.sampler=cmaes needs two lines of search.space; write sampler: tpe",
         ),
-        ({"first": [{}]}, "search.first[0] says nothing; write for example"),
-        ({"first": [{"train.lrr": 1}]}, "search.first[0]: train.lrr is no line of search.space; d"),
+        ({"first": [{}]}, "search.first[0] is empty; write for example"),
+        ({"first": [{"train.lrr": 1}]}, "search.first[0]: train.lrr is not a line of search.spa"),
         (
             {"first": [{"train.lr": 1e-4}, {"train.lr": 1.0}]},
             "search.first[1]: train.lr=1.0 is not within log_uniform: [1e-05, 0.001]; write",
@@ -63,7 +63,7 @@ def with_search(**search: Any) -> Config:
         ),
         (
             {"space": {**SPACE, "method.rank": {**RANK, "when": {"train.lr": 1}}}},
-            "search.space.method.rank.when: train.lr is no other choice of search.space; delete",
+            "search.space.method.rank.when: train.lr is not another choice of search.space; delete",
         ),
         (
             {"space": {**SPACE, "method.alpha": {"choice": [1.0], "when": {"method.rank": 5}}}},
@@ -78,18 +78,18 @@ def with_search(**search: Any) -> Config:
          "search.space.method.rank: method.rank is not a key of method full"),
         ({"constraints": ["train.lr * 2"]}, "search.constraints: train.lr * 2 compares nothing;"),
         ({"constraints": ["train.lr <"]}, "search.constraints: train.lr < is not a condition;"),
-        ({"constraints": ["train.lrr < 1"]}, "which is no line of search.space; did you mean"),
+        ({"constraints": ["train.lrr < 1"]}, "which is not a line of search.space; did you mean"),
         ({"constraints": ["method.rank < 'a'"]}, "cannot be computed at method.rank="),
         ({"warm_start": "runs/a", "sampler": "random"}, "which learns nothing from it;"),
-        ({"metric": ["eval_loss", "eval_loss"]}, "is empty or names one twice; write one metric"),
+        ({"metric": ["eval_loss", "eval_loss"]}, "is empty or repeats a metric; write one metric"),
         (
             {"metric": ["eval_loss", "eval_exact_match"], "mode": ["min", "min"]},
             "search.mode=[min, min] looks for the worst eval_exact_match; write search.mode",
         ),
-        ({"metric": ["eval_loss", "eval_exact_match"], "mode": "min"}, "is not one for each of"),
+        ({"metric": ["eval_loss", "eval_exact_match"], "mode": "min"}, "does not give each of"),
         (
             {"metric": ["eval_loss", "eval_exact_match"], "sampler": "cmaes"},
-            "search.sampler=cmaes follows one metric alone; write sampler: tpe, gp or random",
+            "search.sampler=cmaes supports one metric only; write sampler: tpe, gp or random",
         ),
         (
             {"metric": ["eval_loss", "eval_loss:general"]},
@@ -101,7 +101,7 @@ def with_search(**search: Any) -> Config:
             "search.scheduler.reduction_factor is not a key of scheduler median; the keys of",
         ),
         ({"scheduler": {"graze": 3}}, "search.scheduler.graze is not a key of scheduler asha;"),
-        ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is no span of time;"),
+        ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is not a time span;"),
         ({"budget": {"wall_s": 0}}, "search.budget.wall_s=0 is not a number above 0 or text"),
         ({"budget": {"gpu_hours": 1.0}}, "counts GPUs, and parallel.resources_per_worker has none"),
         (
@@ -216,3 +216,14 @@ def test_the_loss_of_a_source_is_a_metric_from_the_second_on() -> None:
         )
     point = EvalMetrics(1, 2, 3.0, eval_loss_by_source={"maths": 2.0, "general": 4.0})
     assert [point.value(name) for name in metric] == [3.0, 4.0]
+
+
+def test_halving_leaves_a_third_at_each_rung() -> None:
+    halving = {"name": "asha", "grace_examples": 100, "reduction_factor": 3}
+    shares = []
+    for scheduler in (halving, {**halving, "name": "hyperband"}, {"name": "median"}, None):
+        search = with_search(scheduler=scheduler).search
+        assert search is not None
+        shares.append((search.cost_share(900), search.cost_share(100)))
+    assert shares[0] == (pytest.approx((100 + 200 / 3 + 600 / 9) / 900), 1.0)
+    assert shares[1:] == [(1.0, 1.0)] * 3

@@ -159,7 +159,7 @@ def test_a_column_of_the_rows_is_kept(prepare: Prepare, tmp_path: Path) -> None:
 def test_a_row_without_a_number_is_bad(prepare: Prepare, tmp_path: Path, value: object) -> None:
     train = rows(tmp_path / "a.jsonl", 20, level=lambda i: value if i == 7 else "2.5")
     data = {"train": train, "curriculum": {"by": "column", "column": "level"}}
-    with pytest.raises(DataError, match=r"bad_difficulty 1; the first is .*:8: 'level' is no num"):
+    with pytest.raises(DataError, match=r"bad_difficulty 1; the first is .*:8: 'level' is not a"):
         prepare(data)
     source = prepare({**data, "max_bad_fraction": 0.1}).report.sources["train"]
     assert (source.usable, source.bad) == (19, {"bad_difficulty": 1})
@@ -170,4 +170,4 @@ def test_a_column_that_is_not_there(prepare: Prepare, tmp_path: Path) -> None:
     data = {"train": train, "curriculum": {"by": "column", "column": "level"}}
     with pytest.raises(DataError) as caught:
         prepare(data)
-    assert "data.curriculum.column=level is no column of b.jsonl" in str(caught.value)
+    assert "data.curriculum.column=level is not a column of b.jsonl" in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.formats import reader_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import check_overlap, prompt_key
 from raytune_ft.data.rows import Row
@@ -18,8 +19,12 @@ from raytune_ft.model.load import load_tokenizer
 from tests.support.models import save_tiny_llama
 
 
+def key_of(source: SourceConfig, row: Row) -> bytes:
+    return prompt_key(reader_of(source).prompt(source, row))
+
+
 def key(text: str) -> bytes:
-    return prompt_key(SourceConfig(path="x"), Row("x:1", {"prompt": text, "completion": "c"}))
+    return key_of(SourceConfig(path="x"), Row("x:1", {"prompt": text, "completion": "c"}))
 
 
 def test_prompts_are_compared_as_they_are_read() -> None:
@@ -34,7 +39,7 @@ def test_a_conversation_is_what_comes_before_the_last_answer() -> None:
     def turns(*said: str) -> bytes:
         roles = ["user", "assistant"] * 2
         rows = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
-        return prompt_key(source, Row("x:1", {"messages": rows}))
+        return key_of(source, Row("x:1", {"messages": rows}))
 
     assert turns("a", "b") == turns("A", "c")
     assert turns("a", "b", "c", "d") != turns("a", "x", "c", "d")

@@ -86,7 +86,7 @@ def test_every_kind_gives_the_same_rows_with_an_origin(tmp_path: Path, name: str
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "data.json"])
 def test_every_kind_names_the_column_that_no_row_has(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name)
-    with pytest.raises(DataError, match=r"data\.train\.prompt=question is no column .* q, a"):
+    with pytest.raises(DataError, match=r"data\.train\.prompt=question is not a column .* q, a"):
         read(tmp_path / name, {"prompt": "question", "completion": "a"})
 
 
@@ -140,7 +140,7 @@ def test_bad_records_of_csv_are_named_with_their_first_line(tmp_path: Path) -> N
 
 def test_a_csv_quote_that_never_closes_is_refused_and_swallows_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('q,a\n"open,b\nc,d\ne,f\n')
-    with pytest.raises(DataError, match=r"a\.csv:2 is no CSV"):
+    with pytest.raises(DataError, match=r"a\.csv:2 is not CSV"):
         read(tmp_path / "a.csv")
 
 
@@ -255,7 +255,7 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_saved_data_set_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="none that datasets' save_to_disk made"):
+    with pytest.raises(DataError, match="that datasets' save_to_disk did not make"):
         read(tmp_path)
 
 

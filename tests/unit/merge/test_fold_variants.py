@@ -208,6 +208,6 @@ def test_an_adapter_that_names_unknown_modules_is_refused(tmp_path: Path) -> Non
     base = save_tiny_llama(tmp_path / "base")
     other = save_tiny("gpt2", tmp_path / "other")
     adapter = adapt(other, tmp_path / "adapter", target_modules=["c_attn"])
-    with pytest.raises(CheckpointError, match="is no adapter of its base"):
+    with pytest.raises(CheckpointError, match="is not an adapter of its base"):
         fold(ModelConfig(path=str(base)), adapter, tmp_path / "out", TOKENS)
     assert VOCABULARY == 96

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.merging import MERGES
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError, ConfigError, MergeError, ModelError
 from raytune_ft.merge import members as walk
 from raytune_ft.merge import streaming_forward as weights_module
-from raytune_ft.merge.merge import MERGE_NAMES, merge
+from raytune_ft.merge.merge import merge
 from raytune_ft.merge.methods import MergeSettings, merge_tensors
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.unit.merge.test_fold_variants import TOKENS, adapt, adapt_by, loaded, merged_by_peft
@@ -76,7 +77,7 @@ def tuned(base: Path) -> list[Path]:
     return paths
 
 
-SIMPLE = [n for n in MERGE_NAMES if n not in ("best", "greedy_soup", "wise_ft")]
+SIMPLE = [name for name in MERGES if name not in ("best", "greedy_soup", "wise_ft")]
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,12 @@ def test_a_merge_is_the_formula_on_folded_weights(
     assert report.members == tuple(range(len(used)))
     states = [loaded(m) if kind == "tuned" else merged_by_peft(base, m) for m in used]
     origin, found = loaded(base), loaded(tmp_path / "out")
-    method = "linear" if name == "uniform_soup" else name
+    formula = MERGES[name].formula
+    assert formula is not None
     assert found.keys() == origin.keys()
     for weight, value in found.items():
         expected = merge_tensors(
-            method, [s[weight] for s in states], origin[weight], settings, weight
+            formula(), [s[weight] for s in states], origin[weight], settings, weight
         )
         # A magnitude at the very threshold may fall on the other side by rounding.
         different = ~torch.isclose(value, expected, rtol=0, atol=1e-5)
@@ -223,7 +225,7 @@ def test_what_a_merge_asks_for(tmp_path: Path, base: Path, tuned: list[Path]) ->
     model = ModelConfig(path=str(base))
     with pytest.raises(ConfigError, match=r"promote\.merge=slerp takes 2 models, and there are 1"):
         merge(model, tuned[:1], tmp_path / "out", "slerp", TOKENS)
-    with pytest.raises(ConfigError, match=r"promote\.merge=average is no merge; write one of best"):
+    with pytest.raises(ConfigError, match=r"promote\.merge=average is not a merge; write one of b"):
         merge(model, tuned, tmp_path / "out", "average", TOKENS)
     with pytest.raises(ConfigError, match="greedy_soup chooses by a score"):
         merge(model, tuned, tmp_path / "out", "greedy_soup", TOKENS)

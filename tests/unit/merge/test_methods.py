@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from raytune_ft.merge.methods import (
-    MERGES,
+    DARE,
+    DARE_TIES,
+    LINEAR,
+    SLERP,
+    TASK_ARITHMETIC,
+    TIES,
+    Formula,
     MergeSettings,
-    Place,
+    Position,
     measure_slerp,
     measure_ties,
     merge_tensors,
 )
 
+FORMULAS = (LINEAR, TASK_ARITHMETIC, SLERP, TIES, DARE, DARE_TIES)
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -56,8 +63,8 @@ def close(found: Tensor, expected: Array) -> None:
 
 def test_the_mean() -> None:
     tensors, base = drawn()
-    close(merge_tensors("linear", tensors, base), np.mean(numbers(tensors, base)[0], axis=0))
-    weighted = merge_tensors("linear", tensors, base, MergeSettings(weights=(1, 2, 5)))
+    close(merge_tensors(LINEAR, tensors, base), np.mean(numbers(tensors, base)[0], axis=0))
+    weighted = merge_tensors(LINEAR, tensors, base, MergeSettings(weights=(1, 2, 5)))
     one, two, five = numbers(tensors, base)[0]
     close(weighted, (one + 2 * two + 5 * five) / 8)
 
@@ -66,8 +73,8 @@ def test_task_arithmetic() -> None:
     tensors, base = drawn()
     arrays, origin = numbers(tensors, base)
     total = sum((array - origin for array in arrays), np.zeros_like(origin))
-    close(merge_tensors("task_arithmetic", tensors, base), origin + 0.4 * total)
-    scaled = merge_tensors("task_arithmetic", tensors, base, MergeSettings(scale=1.5))
+    close(merge_tensors(TASK_ARITHMETIC, tensors, base), origin + 0.4 * total)
+    scaled = merge_tensors(TASK_ARITHMETIC, tensors, base, MergeSettings(scale=1.5))
     close(scaled, origin + 1.5 * total)
 
 
@@ -78,21 +85,21 @@ def test_slerp(position: float) -> None:
     one, two = (t.double().numpy() for t in tensors)
     angle = np.arccos((one * two).sum() / np.linalg.norm(one) / np.linalg.norm(two))
     expected = np.sin((1 - position) * angle) * one + np.sin(position * angle) * two
-    found = merge_tensors("slerp", tensors, tensors[0], MergeSettings(position=position))
+    found = merge_tensors(SLERP, tensors, tensors[0], MergeSettings(position=position))
     close(found, expected / np.sin(angle))
 
 
 def test_slerp_of_parallel_tensors_is_the_line() -> None:
     tensors = [torch.ones(4), 3 * torch.ones(4)]
-    assert torch.equal(merge_tensors("slerp", tensors, tensors[0]), 2 * torch.ones(4))
-    assert torch.equal(merge_tensors("slerp", [torch.zeros(3)] * 2, tensors[0]), torch.zeros(3))
+    assert torch.equal(merge_tensors(SLERP, tensors, tensors[0]), 2 * torch.ones(4))
+    assert torch.equal(merge_tensors(SLERP, [torch.zeros(3)] * 2, tensors[0]), torch.zeros(3))
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.71, 1.0])
 def test_ties(density: float) -> None:
     tensors, base = drawn()
     arrays, origin = numbers(tensors, base)
-    found = merge_tensors("ties", tensors, base, MergeSettings(density=density, scale=0.7))
+    found = merge_tensors(TIES, tensors, base, MergeSettings(density=density, scale=0.7))
     close(found, ties_by_the_paper(arrays, origin, density, 0.7))
 
 
@@ -110,17 +117,16 @@ def test_the_threshold_of_ties_is_exact() -> None:
 
 def test_deltas_of_nothing_change_nothing() -> None:
     base = torch.randn(5, 4)
-    for method, found in MERGES.items():
-        count = found.most or 3
-        merged = merge_tensors(method, [base.clone() for _ in range(count)], base)
+    for formula in FORMULAS:
+        count = formula.most or 3
+        merged = merge_tensors(formula, [base.clone() for _ in range(count)], base)
         torch.testing.assert_close(merged, base, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dare", "dare_ties"])
-def test_dare_keeps_everything_at_density_1(method: str) -> None:
+@pytest.mark.parametrize(("formula", "other"), [(DARE, TASK_ARITHMETIC), (DARE_TIES, TIES)])
+def test_dare_keeps_everything_at_density_1(formula: Formula, other: Formula) -> None:
     tensors, base = drawn()
-    whole = merge_tensors(method, tensors, base, MergeSettings(density=1.0))
-    other = "task_arithmetic" if method == "dare" else "ties"
+    whole = merge_tensors(formula, tensors, base, MergeSettings(density=1.0))
     settings = MergeSettings(density=1.0)
     assert torch.equal(whole, merge_tensors(other, tensors, base, settings))
 
@@ -129,26 +135,25 @@ def test_dare_drops_at_random_and_is_right_on_average() -> None:
     base = torch.zeros(200, 300)
     tensors = [torch.full_like(base, 1.0)]
     settings = MergeSettings(density=0.3, scale=1.0, seed=5)
-    found = merge_tensors("dare", tensors, base, settings, "w")
+    found = merge_tensors(DARE, tensors, base, settings, "w")
     kept = found != 0
     assert torch.allclose(found[kept], torch.tensor(1 / 0.3))
     assert abs(kept.float().mean().item() - 0.3) < 0.01  # 60,000 draws: 5 standard deviations
     assert abs(found.mean().item() - 1) < 0.04
-    assert torch.equal(found, merge_tensors("dare", tensors, base, settings, "w"))
+    assert torch.equal(found, merge_tensors(DARE, tensors, base, settings, "w"))
     for other in (MergeSettings(density=0.3, scale=1.0, seed=6), settings):
         name = "w" if other.seed == 6 else "v"
-        agreement = (merge_tensors("dare", tensors, base, other, name) != 0) == kept
+        agreement = (merge_tensors(DARE, tensors, base, other, name) != 0) == kept
         assert abs(agreement.float().mean().item() - 0.58) < 0.02  # as chance has it
-    members = merge_tensors("dare", [*tensors, -tensors[0]], base, settings, "w")
+    members = merge_tensors(DARE, [*tensors, -tensors[0]], base, settings, "w")
     assert (members != 0).any()  # every member drops its own
 
 
-@pytest.mark.parametrize("method", MERGES)
-def test_rows_at_a_time_are_the_whole(method: str) -> None:
-    tensors, base = drawn(MERGES[method].most or 3, (37, 11))
+@pytest.mark.parametrize("found", FORMULAS, ids=lambda formula: formula.name)
+def test_rows_at_a_time_are_the_whole(found: Formula) -> None:
+    tensors, base = drawn(found.most or 3, (37, 11))
     settings = MergeSettings(seed=9)
-    expected = merge_tensors(method, tensors, base, settings, "w")
-    found = MERGES[method]
+    expected = merge_tensors(found, tensors, base, settings, "w")
     cuts = [(0, 1), (1, 14), (14, 15), (15, 37)]
 
     def rows() -> list[tuple[list[Tensor], Tensor]]:
@@ -156,7 +161,7 @@ def test_rows_at_a_time_are_the_whole(method: str) -> None:
 
     facts = found.measure(rows, base.numel(), settings) if found.measure else None
     parts = [
-        found.combine(*held, settings, facts, Place("w", a * 11))
+        found.combine(*held, settings, facts, Position("w", a * 11))
         for held, (a, _) in zip(rows(), cuts, strict=True)
     ]
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-6)

@@ -10,7 +10,14 @@ import torch
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, StorageError
-from raytune_ft.merge.methods import MergeSettings, merge_tensors
+from raytune_ft.merge.methods import (
+    LINEAR,
+    TASK_ARITHMETIC,
+    TIES,
+    Formula,
+    MergeSettings,
+    merge_tensors,
+)
 from raytune_ft.merge.to_adapter import refactor
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.unit.merge.test_fold_variants import adapt, loaded, merged_by_peft
@@ -33,18 +40,18 @@ def members(base: Path) -> list[Path]:
     return [adapt(base, base.parent / f"adapter{i}", **kind) for i, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("formula", [LINEAR, TASK_ARITHMETIC])
 def test_a_sum_of_deltas_fits_the_sum_of_ranks(
-    tmp_path: Path, base: Path, members: list[Path], method: str
+    tmp_path: Path, base: Path, members: list[Path], formula: Formula
 ) -> None:
     settings = MergeSettings(weights=(1, 2, 3))
     model = ModelConfig(path=str(base))
-    made = refactor(model, members, tmp_path / "out", 9, method, settings)
+    made = refactor(model, members, tmp_path / "out", 9, formula, settings)
     assert made.lost < 1e-6
     states, origin = [merged_by_peft(base, member) for member in members], loaded(base)
     found = merged_by_peft(base, tmp_path / "out")
     for name, weight in found.items():
-        expected = merge_tensors(method, [s[name] for s in states], origin[name], settings)
+        expected = merge_tensors(formula, [s[name] for s in states], origin[name], settings)
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-5, msg=name)
 
 
@@ -69,11 +76,11 @@ def test_a_smaller_rank_is_the_nearest(tmp_path: Path, base: Path, members: list
 def test_merges_that_are_no_sum_and_dora(tmp_path: Path, base: Path, members: list[Path]) -> None:
     dora = adapt(base, tmp_path / "dora", r=2, target_modules=["q_proj"], use_dora=True)
     both = [members[1], dora]
-    made = refactor(ModelConfig(path=str(base)), both, tmp_path / "out", 32, "ties")
+    made = refactor(ModelConfig(path=str(base)), both, tmp_path / "out", 32, TIES)
     assert made.lost < 1e-4  # the width of the model is 32
     states, origin = [merged_by_peft(base, member) for member in both], loaded(base)
     name = "model.layers.1.self_attn.q_proj.weight"
-    expected = merge_tensors("ties", [s[name] for s in states], origin[name])
+    expected = merge_tensors(TIES, [s[name] for s in states], origin[name])
     weight = merged_by_peft(base, tmp_path / "out")[name]
     different = ~torch.isclose(weight, expected, rtol=0, atol=1e-4)
     assert different.sum() <= 2  # at the very threshold

@@ -73,7 +73,7 @@ def test_an_interrupted_fold_goes_on(
             fold(model, inputs[1], target, TOKENS, "20KB")
     told: list[str] = []
     fold(model, inputs[1], target, TOKENS, "20KB", tell=told.append)
-    assert told == [f"2 of {len(content(target))} shards are there already"]
+    assert told == [f"2 of {len(content(target))} shards are already written"]
     assert content(target) == content(tmp_path / "once")
     assert not list(target.glob(".*"))
 
@@ -105,7 +105,7 @@ def test_killed_three_times_and_damaged_it_gives_the_same_bytes(
     first.write_bytes(data)
     told: list[str] = []
     fold(ModelConfig(path=str(inputs[0])), inputs[1], target, TOKENS, "20KB", tell=told.append)
-    assert told == [f"{finished[-1] - 1} of {len(content(target))} shards are there already"]
+    assert told == [f"{finished[-1] - 1} of {len(content(target))} shards are already written"]
     assert content(target) == content(tmp_path / "once")
     assert not list(target.glob(".*"))
 

@@ -280,7 +280,7 @@ def test_what_the_model_cannot_take(base: Path, method: dict[str, Any], error: s
 def test_an_adapter_of_another_model(base: Path, tmp_path: Path) -> None:
     saved(moved(base, "adapter", "float32"), tmp_path / "adapter")
     other: Any = AutoModelForCausalLM.from_pretrained(save_tiny("gpt2", tmp_path / "gpt2"))
-    with pytest.raises(CheckpointError, match="is no adapter of its base"):
+    with pytest.raises(CheckpointError, match="is not an adapter of its base"):
         attach_saved(other, tmp_path / "adapter")
 
 

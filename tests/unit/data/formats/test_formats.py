@@ -10,8 +10,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats import FORMATS, Encoder, Example, describe_example, encode_rows
+from raytune_ft.config.data import FORMATS, SourceConfig
+from raytune_ft.data.formats import Encoder, Example, describe_example, encode_rows
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError
