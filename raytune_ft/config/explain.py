@@ -79,7 +79,7 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
         kind = "a section such as {choice: [8, 16]}" if below_space else "a number"
         return ConfigError(f"{'.'.join(path)}={shown}", f"is not {kind}", "write one")
     expected = reference.words(field)
-    choices = reference.choices(field.annotation)
+    choices = reference.choices(field)
     if choices == [expected]:
         rule = f"is not in this version, which has {expected}"
         return ConfigError(f"{'.'.join(path)}={shown}", rule, f"write {expected}")

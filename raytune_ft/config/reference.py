@@ -13,7 +13,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from raytune_ft.config.schema import Config
-from raytune_ft.config.section import Section
+from raytune_ft.config.section import NameIn, Section
 
 # Names that people bring along from other trainers; no spelling distance finds these.
 ELSEWHERE = {
@@ -173,11 +173,24 @@ def _made_up(dotted: str) -> bool:
     return not {MADE_UP, NAMED}.isdisjoint(dotted.split("."))
 
 
-def choices(annotation: Any) -> list[str]:
+def choices(field: FieldInfo) -> list[str]:
     """The words that a field takes, such as `auto`; empty where it takes any text or number."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return [str(item) for item in typing.get_args(annotation)]
-    return [word for item in typing.get_args(annotation) for word in choices(item)]
+    return _choices(field.annotation, field.metadata)
+
+
+def _choices(annotation: Any, metadata: Sequence[Any]) -> list[str]:
+    if named := _names(metadata):
+        return list(named)
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return [str(item) for item in args]
+    if origin is typing.Annotated:
+        return _choices(args[0], args[1:])
+    return [word for item in args for word in _choices(item, ())]
+
+
+def _names(metadata: Sequence[Any]) -> tuple[str, ...]:
+    return next((item.names for item in metadata if isinstance(item, NameIn)), ())
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -224,6 +237,8 @@ def words(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, metadata: Sequence[Any]) -> str:
+    if named := _names(metadata):
+        return one_of(named)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         inner = [part for item in args[1:] for part in getattr(item, "metadata", [item])]

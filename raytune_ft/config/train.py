@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_ft.config.section import Fraction, Positive, Section
+from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
 class EarlyStopping(Section):
@@ -44,7 +45,7 @@ class KdConfig(Section):
 class TrainConfig(Section):
     """How weights move."""
 
-    objective: Literal["sft", "clm", "classification", "rationale", "kd"] = Field(
+    objective: Annotated[str, NameIn(OBJECTIVES)] = Field(
         "sft", description="what is optimised; see docs/objectives.md"
     )
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")

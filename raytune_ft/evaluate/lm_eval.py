@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_ft.config.metrics import Mode
+from raytune_ft.config.objectives import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.scores import Scores
 

@@ -19,14 +19,15 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError
+from raytune_ft.evaluate.columns import batches, columns_of
 from raytune_ft.evaluate.context import engine_of
-from raytune_ft.evaluate.token_scores import batches, forced
 from raytune_ft.model.load import (
     base_file_hashes,
     load_model_config,
     load_tokenizer,
     resolve_model_path,
 )
+from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
 from raytune_ft.train.engine import Engine
@@ -47,8 +48,9 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
 
     def measure(split: TokenizedSplit) -> Numbers:
         tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
-        seen = forced(engine_of(model, load_tokenizer(model)), split)
-        return seen.losses / seen.tokens
+        engine = engine_of(model, load_tokenizer(model))
+        columns = columns_of(engine, TokenObjective(), split)
+        return columns["loss"] / columns["tokens"]
 
     facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

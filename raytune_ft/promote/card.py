@@ -13,7 +13,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.methods import WHOLE_MODEL
-from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.fold import FoldCheck
@@ -124,7 +123,7 @@ def model_card(
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
-            if name not in RETENTION and "/" not in name  # which are of other data
+            if not name.startswith("retention_") and "/" not in name  # which are of other data
         ],
     )
     body = "\n\n".join(

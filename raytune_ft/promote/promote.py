@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.layout import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
+from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
-from raytune_ft.evaluate.classifier import classification, constant_scores
+from raytune_ft.evaluate.classifier import constant_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
     Measured,
@@ -39,6 +40,7 @@ from raytune_ft.merge.fold import FoldCheck, held_out
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, model_card, package_versions
 from raytune_ft.promote.decide import (
@@ -53,7 +55,7 @@ from raytune_ft.promote.decide import (
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
-from raytune_ft.train.setup import head_of
+from raytune_ft.train.setup import evaluation_objective, head_of
 
 CONSTANT = "constant"
 """What classifiers are compared with: always the answer that suits the training set best."""
@@ -106,8 +108,10 @@ class Measurer:
 
     def _constant(self, split: str, head: Head) -> Measured:
         train = self.data.train
-        objective = classification(head, self.config.train.class_weights, train)
-        return Measured(constant_scores(train, split_named(self.data, split), objective))
+        objective = evaluation_objective(self.config.train, self.data)
+        assert isinstance(objective, Classification)
+        own = figures(self.config.train.objective, head.problem)
+        return Measured(constant_scores(train, split_named(self.data, split), objective, own))
 
     def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
         base = self.base
@@ -123,7 +127,7 @@ class Measurer:
             samples,
             is_chat(self.config.data),
             self.head,
-            self.config.train.class_weights,
+            self.config.train,
         )
 
 

@@ -14,8 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import raytune_ft
-from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, RETENTION
-from raytune_ft.config.metrics import figures as known_figures
+from raytune_ft.config.metrics import direction
 from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.curves import (
     alpha_curve,
@@ -205,8 +204,7 @@ def lineage(facts: Facts) -> list[tuple[str, str]]:
 
 def _tone(name: str, gap: Record | None, promoted: Record) -> str:
     """up for an improvement, down for the contrary; nothing where the interval covers zero."""
-    modes = {**known_figures(list(FIGURES)), **OF_A_HEAD["regression"], **RETENTION}
-    mode = promoted["mode"] if name == promoted["metric"] else modes.get(name)
+    mode = promoted["mode"] if name == promoted["metric"] else direction(name)
     if gap is None or mode is None or _covers_zero(gap["interval"]):
         return ""
     return "up" if (gap["difference"] < 0) == (mode == "min") else "down"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raytune_ft.checkpoints.layout import checkpoint_path
@@ -29,8 +29,8 @@ class Goal:
         """Whether `new` is better than `old` by more than `by`."""
         if old is None:
             return True
-        gain = getattr(new, self.metric) - getattr(old, self.metric)
-        return bool((gain if self.mode == "max" else -gain) > by)
+        gain = new.value(self.metric) - old.value(self.metric)
+        return (gain if self.mode == "max" else -gain) > by
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def after_evaluation(
     """Best, final and the count of evaluations without an improvement."""
     min_delta = settings.early_stopping.min_delta if settings.early_stopping else 0.0
     enough = goal.improves(evaluation, progress.best, by=min_delta)
-    point = Point(**asdict(evaluation))
+    point = Point(**vars(evaluation))
     best = progress.best
     if goal.improves(evaluation, best):
         best = replace(point, checkpoint=checkpoint_path(evaluation.step))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from raytune_ft.evaluate.token_scores import retention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.config.data import DataConfig, SourceConfig
@@ -22,7 +23,6 @@ from raytune_ft.evaluate.evaluate import measure
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import extracted
 from raytune_ft.evaluate.scores import Scores, calibration_error
-from raytune_ft.evaluate.token_scores import retention
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote, save_tokenizer
 
