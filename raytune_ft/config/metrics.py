@@ -36,11 +36,14 @@ METRICS: dict[str, tuple[Figure, ...]] = {
     "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
 }
 """The figures that each other entry of `promote.metrics` gives."""
-RETENTION = (
-    Figure("retention_loss", "min", label="loss on the general set"),
-    Figure("retention_kl", "min", label="KL from the base on the general set"),
-)
-"""The figures that `promote.retention` gives."""
+RETENTION: dict[str, Figure] = {
+    each.name: each
+    for each in (
+        Figure("retention_loss", "min", label="loss on the general set"),
+        Figure("retention_kl", "min", label="KL from the base on the general set"),
+    )
+}
+"""The figures that `promote.retention` gives, over a set of its own."""
 HARNESS = "lm_eval:"
 SOUPS = ("best", "uniform_soup", "greedy_soup", "auto")
 """Merges that do not need the base."""
@@ -50,8 +53,8 @@ _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 def known_figures() -> dict[str, Figure]:
     """Every declared figure, by its name in promotion and by its name in training."""
     own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
-    other = [figure for given in (*METRICS.values(), RETENTION) for figure in given]
-    return {name: each for each in (*other, *own) for name in (each.promoted, each.name)}
+    other = [figure for given in METRICS.values() for figure in given]
+    return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
 
 
 def label(name: str) -> str:

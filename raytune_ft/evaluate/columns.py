@@ -67,9 +67,11 @@ def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, 
             logits_NV.log_softmax(-1), base_NV.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
         values = zip(RETENTION, (token_losses(logits_NV, batch), kl_N), strict=True)
-        found.add(indices, batch, Columns({each.name: row.unsqueeze(0) for each, row in values}))
+        found.add(indices, batch, Columns({name: row.unsqueeze(0) for name, row in values}))
     tokens = split.label_counts.astype(np.float64)
-    return {each.name: Scores((found.columns[each.name], tokens), each.mode) for each in RETENTION}
+    return {
+        name: Scores((found.columns[name], tokens), each.mode) for name, each in RETENTION.items()
+    }
 
 
 def batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:

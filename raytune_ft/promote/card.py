@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.fold import FoldCheck
@@ -123,7 +124,7 @@ def model_card(
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
-            if not name.startswith("retention_") and "/" not in name  # which are of other data
+            if name not in RETENTION and "/" not in name  # which are of other data
         ],
     )
     body = "\n\n".join(
