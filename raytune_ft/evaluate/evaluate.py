@@ -35,7 +35,7 @@ class Job:
     Attributes:
         model: what is measured; its path is a directory, a hub id or `builtin:`. It may be an
             adapter that cannot be folded.
-        base: for retention, what is compared with, and what such an adapter works in.
+        base: what retention compares with, and the model that such an adapter works in.
         split: "validation" or "test".
         head: the task head that `model` has; None where it predicts tokens.
         train: what it was trained for.
@@ -72,7 +72,7 @@ class Measured:
 
 
 def run_job(job: Job) -> Measured:
-    """Load, measure, forget.
+    """Load one model and measure it.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -153,7 +153,9 @@ def evaluate_directory(
 
 
 def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own; its base's where it has none, and for an adapter that cannot be folded."""
+    """The model's tokenizer, or its base's: where it has none, and for an adapter that cannot be
+    folded.
+    """
     directory = Path(model.path)
     bare = directory.is_dir() and not list(directory.glob("tokenizer*"))
     return load_tokenizer(base if bare or unfoldable(directory) else model)

@@ -162,17 +162,21 @@ def classification(subject: Subject) -> dict[str, Scores]:
 
 
 def custom(name: str, subject: Subject) -> dict[str, Scores]:
-    """The user's own function of prompt, reference and continuation."""
+    """The user's own function of prompt, reference and continuation.
+
+    Raises:
+        RunFailed: it raised, or gave something that is not a finite number.
+    """
     function = load_function(name)
     key = name.rpartition(":")[2]
     values = []
     for text in subject.continuations:
         try:
             value = float(function(text.prompt, text.reference, text.generated))
-        except Exception as error:  # anything may go wrong in there
+        except Exception as error:  # it is code of the user
             raise RunFailed(f"{name} failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
-            raise RunFailed(f"{name} gave {value}, which is no score")
+            raise RunFailed(f"{name} gave {value}, which is not a finite number")
         values.append(value)
     return {key: Scores.mean(values)}
 
