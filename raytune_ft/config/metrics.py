@@ -26,7 +26,7 @@ from raytune_ft.errors import ConfigError
 
 OWN = "loss"
 """The entry of `promote.metrics` that stands for the figures of the objective itself."""
-METRICS: dict[str, tuple[Figure, ...]] = {
+FIGURES: dict[str, tuple[Figure, ...]] = {
     "answer": (Figure("answer_exact_match", "max", label="exact match of the answer"),),
     "rouge": (
         Figure("rouge1", "max", label="ROUGE-1"),
@@ -35,7 +35,7 @@ METRICS: dict[str, tuple[Figure, ...]] = {
     ),
     "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
 }
-"""The figures that each other entry of `promote.metrics` gives."""
+"""The figures that each of the other entries of `promote.metrics` gives."""
 RETENTION: dict[str, Figure] = {
     each.name: each
     for each in (
@@ -53,7 +53,7 @@ _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 def known_figures() -> dict[str, Figure]:
     """Every declared figure, by its name in promotion and by its name in training."""
     own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
-    other = [figure for given in METRICS.values() for figure in given]
+    other = [figure for given in FIGURES.values() for figure in given]
     return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
 
 
@@ -81,7 +81,7 @@ def check(promote: PromoteConfig, objective: str, problem: str) -> None:
     """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern,
     and under an objective with a task head for what such a head does not have.
     """
-    names = (OWN, *METRICS)
+    names = (OWN, *FIGURES)
     for name in promote.metrics:
         if name in names or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
             continue
@@ -181,7 +181,7 @@ def _check_figure(promote: PromoteConfig, objective: str, problem: str) -> None:
         return
     if harness and "/" in promote.metric:  # such as arc_easy/acc
         return
-    own = {name: [each.promoted for each in given] for name, given in METRICS.items()}
+    own = {name: [each.promoted for each in given] for name, given in FIGURES.items()}
     owner = next((name for name, given in own.items() if promote.metric in given), None)
     near = closest(promote.metric, known)
     raise ConfigError(
@@ -200,5 +200,5 @@ def _names(metrics: Sequence[str], objective: str, problem: str) -> list[str]:
     known = [figure.promoted for figure in figures(objective, problem)]
     for name in metrics:
         found = function_of(name)
-        known += [found[1]] if found else [each.promoted for each in METRICS.get(name, ())]
+        known += [found[1]] if found else [each.promoted for each in FIGURES.get(name, ())]
     return known

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raytune_ft.config import metrics
-from raytune_ft.config.metrics import HARNESS, OWN, function_of
+from raytune_ft.config.metrics import FIGURES, HARNESS, OWN, function_of
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
@@ -126,7 +125,7 @@ def rouge(subject: Subject) -> dict[str, Scores]:
             "needs the package rouge-score, which is not installed",
             "pip install rouge-score, or 'raytune-ft[metrics]'",
         ) from error
-    names = [figure.name for figure in metrics.METRICS["rouge"]]
+    names = [figure.name for figure in FIGURES["rouge"]]
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score(text.reference, text.generated) for text in subject.continuations]
     return {name: Scores.mean([one[name].fmeasure for one in found]) for name in names}
@@ -157,8 +156,7 @@ def classification(subject: Subject) -> dict[str, Scores]:
     target_NL = np.eye(len(labels) + 1, dtype=np.float32)[wanted]
     asked = replace(subject.split, columns={TARGET: target_NL})
     objective = Classification("single_label", (1.0,) * (len(labels) + 1))
-    figures = metrics.METRICS["classification"]
-    return scores_of(torch.from_numpy(outputs_NL), asked, objective, figures)
+    return scores_of(torch.from_numpy(outputs_NL), asked, objective, FIGURES["classification"])
 
 
 def custom(name: str, subject: Subject) -> dict[str, Scores]:
