@@ -55,7 +55,10 @@ def main() -> None:
             assert result.final is not None, result.error
             final = result.final
             losses = f"{result.base['eval_loss']:.3f} | {final.eval_loss:.3f}"
-            print(f"| {arm} | {seed} | {losses} | {final.eval_exact_match:.3f} |", flush=True)
+            print(
+                f"| {arm} | {seed} | {losses} | {final.figures['eval_exact_match']:.3f} |",
+                flush=True,
+            )
 
 
 def short_rows(rows: list[dict[str, str]], model: Path) -> list[dict[str, str]]:

@@ -1,14 +1,16 @@
 """Facts that cross processes and files: frozen, JSON in, JSON out.
 
-The names of the fields are the keys of `metrics.jsonl`, `result.json` and `manifest.json`.
+The names of fields are the keys of `metrics.jsonl`, `result.json` and `manifest.json`; so are the
+names of an evaluation's figures, which stand beside the fields.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Self
 
 RunStatus = Literal["completed", "early_stopped", "failed", "interrupted"]
 TrialStatus = Literal["completed", "early_stopped", "pruned", "failed", "interrupted"]
@@ -33,36 +35,52 @@ class StepMetrics:
 class EvalMetrics:
     """One evaluation of the whole validation set, taken after `examples` training examples.
 
-    `eval_loss_by_source` has the name of each source that the set has examples of; it is empty
-    where nobody tells sources apart.
-    Which figures there are beside the loss depends on the objective; the others are None.
+    Attributes:
+        figures: by name, `eval_loss` and what else the objective declares; each is a key of its
+            own in a file.
+        eval_loss_by_source: the loss over the examples of each source, where there are several.
     """
 
     step: int
     examples: int
-    eval_loss: float
-    eval_token_accuracy: float | None = None
-    eval_exact_match: float | None = None
-    eval_perplexity: float | None = None
-    eval_accuracy: float | None = None
-    eval_macro_f1: float | None = None
-    eval_calibration_error: float | None = None
-    eval_mse: float | None = None
-    eval_r2: float | None = None
-    eval_pearson: float | None = None
+    figures: dict[str, float]
     eval_loss_by_source: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """From its plain values; keys that are not its own and figures that are null are left out.
+
+        Raises:
+            KeyError, TypeError: it has no `eval_loss`, step or examples.
+        """
+        own = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
+        scores = {
+            name: value
+            for name, value in plain.items()
+            if name.startswith("eval_") and name != BY_SOURCE and value is not None
+        }
+        return cls(**{**own, "figures": {"eval_loss": plain["eval_loss"]} | scores})
+
     @property
-    def figures(self) -> dict[str, float]:
-        """Those that there are, by name."""
-        values = {name: getattr(self, name) for name in FIGURES}
-        return {name: value for name, value in values.items() if value is not None}
+    def plain(self) -> dict[str, Any]:
+        """Its keys and values in a file."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        scores = own.pop("figures")
+        first = {key: own.pop(key) for key in ("step", "examples")}
+        return {**first, **scores, **own}
+
+    @property
+    def eval_loss(self) -> float:
+        """The loss over all examples."""
+        return self.figures["eval_loss"]
 
     def value(self, metric: str) -> float:
-        """A figure by its name, or by `eval_loss:SOURCE`."""
+        """A figure by its name, or the loss on a source by `eval_loss:SOURCE`."""
         name, _, source = metric.partition(":")
-        found = self.eval_loss_by_source[source] if source else getattr(self, name)
-        return float(found)
+        return self.eval_loss_by_source[source] if source else self.figures[name]
+
+
+BY_SOURCE = "eval_loss_by_source"
 
 
 @dataclass(frozen=True)
@@ -72,16 +90,9 @@ class Point(EvalMetrics):
     checkpoint: str | None = None
 
 
-BY_SOURCE = "eval_loss_by_source"
-FIGURES = tuple(
-    name for name in EvalMetrics.__annotations__ if name.startswith("eval_") and name != BY_SOURCE
-)
-OPTIONAL = frozenset(FIGURES) - {"eval_loss"}
-
-
 @dataclass(frozen=True)
 class RunResult:
-    """`result.json` of a run directory. `notes` says what was chosen by measurement, and why."""
+    """`result.json` of a run directory. `notes` are sentences on what was chosen by measurement."""
 
     status: RunStatus | Literal["pruned"]
     base: dict[str, Any] | None
@@ -95,8 +106,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One row of `trials` in a sweep's `result.json`. `value` is its best of `search.metric`, of
-    the first one where there are several; `values` are then all of them at that checkpoint.
+    """One row of `trials` in a sweep's `result.json`.
+
+    `value` is its best value of `search.metric`. Of several metrics it is that of the first, and
+    `values` has all of them at the same checkpoint.
     """
 
     id: str
@@ -121,7 +134,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """`manifest.json`: written last, so a checkpoint without a valid one does not exist."""
+    """`manifest.json`. It is written last: a checkpoint without a valid one counts as absent."""
 
     step: int
     examples: int
@@ -134,26 +147,20 @@ class CheckpointManifest:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def plain_of(record: Any) -> dict[str, Any]:
-    """A record as plain values, without the figures that its objective does not have."""
-    plain: dict[str, Any] = _known(asdict(record))
-    return plain
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _known(item)
-            for key, item in value.items()
-            if item is not None or key not in OPTIONAL
-        }
-    return [_known(item) for item in value] if isinstance(value, list | tuple) else value
+def plain_of(record: Any) -> Any:
+    """A record, or records inside mappings and lists, as plain values."""
+    if isinstance(record, EvalMetrics):
+        return plain_of(record.plain)
+    if is_dataclass(record):
+        return {each.name: plain_of(getattr(record, each.name)) for each in fields(record)}
+    if isinstance(record, Mapping):
+        return {key: plain_of(value) for key, value in record.items()}
+    return [plain_of(value) for value in record] if isinstance(record, list | tuple) else record
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON of a record, a dict or a list of them; NaN and the infinities become null."""
-    plain = plain_of(value) if hasattr(value, "__dataclass_fields__") else value
-    return json.dumps(_finite(plain), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(plain_of(value)), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -161,6 +168,4 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return plain_of(value) if hasattr(value, "__dataclass_fields__") else value
+    return [_finite(item) for item in value] if isinstance(value, list) else value

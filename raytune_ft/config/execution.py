@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from raytune_ft.config import objectives
 from raytune_ft.config.load import apply_overrides, choose_strategy
 from raytune_ft.config.methods import ACTIVATIONS, WHOLE_MODEL, LoraMethod
+from raytune_ft.config.objectives import OBJECTIVES, SHARED_KEYS
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import is_share
@@ -21,7 +21,7 @@ OF_THE_ENGINE = (
     "train.precision",
     "train.micro_tokens",
     "train.objective",
-    *(f"train.{key}" for key in objectives.SHARED_KEYS),
+    *(f"train.{key}" for key in SHARED_KEYS),
 )
 # Each slot has an order of its own over the tokens that all share.
 OF_A_SLOT = ("data.mixture", "data.curriculum")
@@ -36,8 +36,8 @@ def packable(config: Config) -> str | None:
         return f"method.name={method.name} moves the weights that packed runs share"
     if not isinstance(method, LoraMethod):
         return f"method.name={method.name} is not stacked, as plain LoRA is"
-    if config.train.objective == "classification":
-        return "train.objective=classification trains a head, which every run has of its own"
+    if OBJECTIVES[config.train.objective].head:
+        return f"train.objective={config.train.objective} trains a head, which packed runs lack"
     if config.train.neftune_alpha is not None:
         noise = f"train.neftune_alpha={config.train.neftune_alpha}"
         return f"{noise} draws noise that depends on the layout"

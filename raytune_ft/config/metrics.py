@@ -1,4 +1,4 @@
-"""What `promote.metrics` may name, and the figures that each of them gives. Loads no file."""
+"""What `promote.metrics` may name, and the figures that each entry gives. Reads no file."""
 
 from __future__ import annotations
 
@@ -6,43 +6,68 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from raytune_ft.config import paths
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.merging import merges_with_head
+from raytune_ft.config.objectives import (
+    ACCURACY,
+    CALIBRATION_ERROR,
+    MACRO_F1,
+    OBJECTIVES,
+    SEARCHABLE,
+    Figure,
+    Mode,
+    figures,
+)
 from raytune_ft.config.reference import closest, one_of
 from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 
-Mode = Literal["min", "max"]
-
-FIGURES: dict[str, dict[str, Mode]] = {
-    "loss": {
-        "eval_loss": "min",
-        "perplexity": "min",
-        "token_accuracy": "max",
-        "exact_match": "max",
-    },
-    "answer": {"answer_exact_match": "max"},
-    "rouge": {"rouge1": "max", "rouge2": "max", "rougeL": "max"},
-    "classification": {"accuracy": "max", "macro_f1": "max", "calibration_error": "min"},
+OWN = "loss"
+"""The entry of `promote.metrics` that stands for the figures of the objective itself."""
+FIGURES: dict[str, tuple[Figure, ...]] = {
+    "answer": (Figure("answer_exact_match", "max", label="exact match of the answer"),),
+    "rouge": (
+        Figure("rouge1", "max", label="ROUGE-1"),
+        Figure("rouge2", "max", label="ROUGE-2"),
+        Figure("rougeL", "max", label="ROUGE-L"),
+    ),
+    "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
 }
-OF_A_HEAD: dict[str, dict[str, Mode]] = {
-    "single_label": {
-        "eval_loss": "min",
-        "accuracy": "max",
-        "macro_f1": "max",
-        "calibration_error": "min",
-    },
-    "multi_label": {"eval_loss": "min", "accuracy": "max", "macro_f1": "max"},
-    "regression": {"eval_loss": "min", "mse": "min", "r2": "max", "pearson": "max"},
+"""The figures that each of the other entries of `promote.metrics` gives."""
+RETENTION: dict[str, Figure] = {
+    each.name: each
+    for each in (
+        Figure("retention_loss", "min", label="loss on the general set"),
+        Figure("retention_kl", "min", label="KL from the base on the general set"),
+    )
 }
-"""By `data.problem`: what a task head is measured by, whatever `promote.metrics` names."""
-RETENTION: dict[str, Mode] = {"retention_loss": "min", "retention_kl": "min"}
+"""The figures that `promote.retention` gives, over a set of its own."""
 HARNESS = "lm_eval:"
 _FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
+
+
+def known_figures() -> dict[str, Figure]:
+    """Every declared figure, by its name in promotion and by its name in training."""
+    own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
+    other = [figure for given in FIGURES.values() for figure in given]
+    return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
+
+
+def label(name: str) -> str:
+    """A figure in words, for tables. Any other name, such as `arc_easy/acc`, stays as it is."""
+    figure = known_figures().get(name)
+    if figure is None:
+        return name
+    return figure.label or figure.promoted.replace("_", " ")
+
+
+def direction(name: str) -> Mode | None:
+    """Which way a figure is better; None where that is not declared, as for `arc_easy/acc`."""
+    figure = known_figures().get(name)
+    return None if figure is None else figure.mode
 
 
 def function_of(name: str) -> tuple[str, str] | None:
@@ -51,17 +76,18 @@ def function_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def check(promote: PromoteConfig, problem: str | None = None) -> None:
-    """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern;
-    with the `problem` of a task head, for what such a head does not have.
+def check(promote: PromoteConfig, objective: str, problem: str) -> None:
+    """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern,
+    and under an objective with a task head for what such a head does not have.
     """
+    names = (OWN, *FIGURES)
     for name in promote.metrics:
-        if name in FIGURES or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
+        if name in names or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
             continue
-        near = closest(name, list(FIGURES))
+        near = closest(name, names)
         raise ConfigError(
             f"promote.metrics={shown_value(name)}",
-            f"is none of {', '.join(FIGURES)}, {HARNESS}TASK or FILE.py:FUNCTION",
+            f"is none of {', '.join(names)}, {HARNESS}TASK or FILE.py:FUNCTION",
             f"did you mean {near}?" if near else "write one of those",
         )
     if len(set(promote.metrics)) < len(promote.metrics):
@@ -69,31 +95,21 @@ def check(promote: PromoteConfig, problem: str | None = None) -> None:
             f"promote.metrics={shown_value(promote.metrics)}", "names one twice", "write it once"
         )
     _check_pattern(promote.answer)
-    if problem is None:
-        _check_figure(promote)
+    if OBJECTIVES[objective].head:
+        _check_head(promote, objective, problem)
     else:
-        _check_head(promote, problem)
-
-
-def figures(metrics: Sequence[str]) -> dict[str, Mode]:
-    """The figures of these metrics whose names are known beforehand, and which way is better."""
-    known: dict[str, Mode] = dict(FIGURES["loss"])
-    for name in metrics:
-        found = function_of(name)
-        known |= {found[1]: "max"} if found else FIGURES.get(name, {})
-    return known
+        _check_figure(promote, objective, problem)
 
 
 def deciding(promote: PromoteConfig, search: SearchConfig | None) -> str:
     """The figure that decides what is promoted."""
     if promote.metric is not None:
         return promote.metric
-    searched = search.metrics[0] if search else "eval_loss"
-    return searched if searched == "eval_loss" else searched.removeprefix("eval_")
+    return SEARCHABLE[search.metrics[0] if search else "eval_loss"].promoted
 
 
 def located(name: str, cwd: Path) -> str:
-    """With the path of a file in it made absolute."""
+    """A metric's name, with the path of a file in it made absolute."""
     found = function_of(name)
     if found:
         return f"{paths.absolute(found[0], cwd, 'promote.metrics')}:{found[1]}"
@@ -109,21 +125,21 @@ def _check_pattern(pattern: str) -> None:
     except re.error as error:
         raise ConfigError(
             f"promote.answer={shown_value(pattern)}",
-            f"is no regular expression ({error})",
+            f"is not a regular expression ({error})",
             r"write one such as '####\s*(\S+)'",
         ) from None
     if groups != 1:
         raise ConfigError(
             f"promote.answer={shown_value(pattern)}",
-            f"has {groups} groups, and the answer is what one group finds",
+            f"has {groups} groups, and the answer is what one group matches",
             r"write one such as '####\s*(\S+)'",
         )
 
 
-def _check_head(promote: PromoteConfig, problem: str) -> None:
-    """What is asked of words that follow each other has no answer from a head."""
-    head = "train.objective=classification"
-    foreign = next((n for n in promote.metrics if n not in ("loss", "classification")), None)
+def _check_head(promote: PromoteConfig, objective: str, problem: str) -> None:
+    """A head labels whole examples and predicts no tokens."""
+    head = f"train.objective={objective}"
+    foreign = next((n for n in promote.metrics if n not in (OWN, "classification")), None)
     if foreign is not None:
         raise ConfigError(
             f"promote.metrics={shown_value(foreign)}",
@@ -132,7 +148,9 @@ def _check_head(promote: PromoteConfig, problem: str) -> None:
         )
     if promote.retention is not None:
         raise ConfigError(
-            "promote.retention", f"asks for the next token, and {head} has none", "leave it out"
+            "promote.retention",
+            f"measures token predictions, and {head} makes none",
+            "leave it out",
         )
     if promote.merge not in merges_with_head():
         raise ConfigError(
@@ -143,32 +161,43 @@ def _check_head(promote: PromoteConfig, problem: str) -> None:
     if promote.merging.adapter_rank is not None:
         raise ConfigError(
             f"promote.merging.adapter_rank={promote.merging.adapter_rank}",
-            f"makes factors of layers, and {head} trains a whole head beside them",
+            f"factors layers of the base, and {head} trains a whole head beside them",
             "leave it out",
         )
-    if promote.metric not in (None, *OF_A_HEAD[problem]):
+    names = [figure.promoted for figure in figures(objective, problem)]
+    if promote.metric not in (None, *names):
         raise ConfigError(
             f"promote.metric={shown_value(promote.metric)}",
-            f"is no figure of data.problem={problem}",
-            f"write one of {', '.join(OF_A_HEAD[problem])}",
+            f"is not a figure of data.problem={problem}",
+            f"write one of {', '.join(names)}",
         )
 
 
-def _check_figure(promote: PromoteConfig) -> None:
-    known = figures(promote.metrics)
+def _check_figure(promote: PromoteConfig, objective: str, problem: str) -> None:
+    known = _names(promote.metrics, objective, problem)
     harness = any(name.startswith(HARNESS) for name in promote.metrics)
     if promote.metric is None or promote.metric in known:
         return
     if harness and "/" in promote.metric:  # such as arc_easy/acc
         return
-    owner = next((name for name, given in FIGURES.items() if promote.metric in given), None)
-    near = closest(promote.metric, list(known))
+    own = {name: [each.promoted for each in given] for name, given in FIGURES.items()}
+    owner = next((name for name, given in own.items() if promote.metric in given), None)
+    near = closest(promote.metric, known)
     raise ConfigError(
         f"promote.metric={shown_value(promote.metric)}",
-        f"is no figure of promote.metrics={shown_value(promote.metrics)}",
+        f"is not a figure of promote.metrics={shown_value(promote.metrics)}",
         f"add {owner} to promote.metrics"
         if owner
         else f"did you mean {near}?"
         if near
         else f"write one of {', '.join(known)}",
     )
+
+
+def _names(metrics: Sequence[str], objective: str, problem: str) -> list[str]:
+    """The figures of these metrics whose names are known before they are computed."""
+    known = [figure.promoted for figure in figures(objective, problem)]
+    for name in metrics:
+        found = function_of(name)
+        known += [found[1]] if found else [each.promoted for each in FIGURES.get(name, ())]
+    return known

@@ -1,181 +1,257 @@
-"""What goes with each objective: formats of sources, keys, figures. Loads no torch."""
+"""What is optimised: every objective with its facts and the figures of its evaluations.
+
+An objective is one entry of `OBJECTIVES`; other packages may add theirs. Figures are declared here
+and computed from the columns that `model.objectives.base.Objective.columns` gives. Nothing here
+imports torch or numpy: formulas use the operators and methods of what they are given.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from raytune_ft.config.data import FORMATS, SourceConfig, listed, source_configs
-from raytune_ft.config.explain import shown_value
-from raytune_ft.config.reference import is_under, one_of
-from raytune_ft.config.schema import Config
-from raytune_ft.errors import ConfigError
+Mode = Literal["min", "max"]
+EVAL = "eval_"
+LARGEST_EXPONENT = 700.0
+"""Near the largest number whose exponential is a float64."""
+ROUNDING = 1e-12
+"""A variance below this share of the mean square is the rounding error of a constant."""
 
-TOKEN_FIGURES = ("eval_loss", "eval_token_accuracy", "eval_exact_match")
+
+def ratio(top: Any, bottom: Any) -> float:
+    """One sum over another, such as a loss per label token; NaN where the other is 0."""
+    return float(top / bottom) if bottom else math.nan
+
+
+def exponential(top: Any, bottom: Any) -> float:
+    """The exponential of a ratio, such as the perplexity."""
+    return math.exp(min(ratio(top, bottom), LARGEST_EXPONENT))
+
+
+def macro_f1(hits_L: Any, guesses_L: Any, wanted_L: Any) -> float:
+    """Mean F1 of the labels that occur in guesses or references."""
+    occurs_L = guesses_L + wanted_L > 0
+    shares = 2 * hits_L[occurs_L] / (guesses_L + wanted_L)[occurs_L]
+    return float(shares.mean()) if occurs_L.any() else 0.0
+
+
+def binned_gap(gaps_b: Any, examples: Any) -> float:
+    """Expected calibration error (Guo et al., 2017): `gaps_b` has confidence minus accuracy, summed
+    over the examples of each bin.
+    """
+    return float(abs(gaps_b).sum() / examples)
+
+
+def r2(examples: Any, y_L: Any, p_L: Any, yy_L: Any, pp_L: Any, yp_L: Any) -> float:
+    """Mean over the numbers of an example, from the sums of y, p, y^2, p^2 and yp; 0 for a number
+    that is the same in every example.
+    """
+    variance = _variance(y_L / examples, yy_L / examples)
+    varies = variance > 0
+    error = yy_L / examples - 2 * (yp_L / examples) + pp_L / examples
+    unexplained = error / (variance + ~varies)
+    return float(((1 - unexplained) * varies).mean())
+
+
+def pearson(examples: Any, y_L: Any, p_L: Any, yy_L: Any, pp_L: Any, yp_L: Any) -> float:
+    """Pearson's r, from the same sums as `r2`; 0 where y or p is the same in every example."""
+    y, p, yy, pp, yp = (each / examples for each in (y_L, p_L, yy_L, pp_L, yp_L))
+    spread = (_variance(y, yy) * _variance(p, pp)) ** 0.5
+    varies = spread > 0
+    return float(((yp - y * p) / (spread + ~varies) * varies).mean())
+
+
+def _variance(mean: Any, mean_square: Any) -> Any:
+    found = mean_square - mean * mean
+    return found * (found > ROUNDING * mean_square)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of an evaluation: a formula of sums over examples.
+
+    Training adds the columns up over examples, micro-batches and ranks; promotion adds them up over
+    the examples of each bootstrap draw.
+
+    Attributes:
+        name: its key in metrics.jsonl and in `search.metric`, which begins with `eval_`; of a
+            figure that only promotion measures any name.
+        mode: which way is better.
+        columns: names of per-example columns; () where a metric of `promote.metrics` computes the
+            value of each example itself.
+        formula: from the sum of each column, in that order, to the value. A sum is a number, or an
+            array [L] of a column [examples, L].
+        label: words for tables; the name without `_` where there are none.
+        trained: whether evaluations during training have it, so that a search may follow it.
+        problems: the values of `data.problem` that have it; () is all of them.
+    """
+
+    name: str
+    mode: Mode
+    columns: tuple[str, ...] = ()
+    formula: Callable[..., float] = ratio
+    label: str = ""
+    trained: bool = True
+    problems: tuple[str, ...] = ()
+
+    @property
+    def promoted(self) -> str:
+        """Its name in promotion and in `evaluate`, where only the loss keeps its `eval_`."""
+        return self.name if self.name == LOSS.name else self.name.removeprefix(EVAL)
+
+    def of(self, sums: Mapping[str, Any]) -> float:
+        """Its value from sums of columns by name."""
+        return self.formula(*(sums[name] for name in self.columns))
+
+
+LOSS = Figure("eval_loss", "min", ("loss", "counted"), label="loss")
+PERPLEXITY = Figure("eval_perplexity", "min", ("loss", "counted"), exponential)
+TOKEN_ACCURACY = Figure("eval_token_accuracy", "max", ("right", "tokens"))
+EXACT_MATCH = Figure("eval_exact_match", "max", ("exact", "examples"))
+ACCURACY = Figure(
+    "eval_accuracy", "max", ("right", "examples"), problems=("single_label", "multi_label")
+)
+MACRO_F1 = Figure(
+    "eval_macro_f1",
+    "max",
+    ("hits", "guesses", "wanted"),
+    macro_f1,
+    "macro F1",
+    problems=("single_label", "multi_label"),
+)
+CALIBRATION_ERROR = Figure(
+    "eval_calibration_error",
+    "min",
+    ("gaps", "examples"),
+    binned_gap,
+    "expected calibration error",
+    problems=("single_label",),
+)
+MOMENTS = ("examples", "target", "output", "target_squared", "output_squared", "product")
+MSE = Figure(
+    "eval_mse",
+    "min",
+    ("squared_error", "examples"),
+    label="mean squared error",
+    problems=("regression",),
+)
+R2 = Figure("eval_r2", "max", MOMENTS, r2, "R2", problems=("regression",))
+PEARSON = Figure("eval_pearson", "max", MOMENTS, pearson, "Pearson's r", problems=("regression",))
+
+TOKEN_FIGURES = (
+    LOSS,
+    replace(PERPLEXITY, trained=False),
+    TOKEN_ACCURACY,
+    EXACT_MATCH,
+)
 COMPLETIONS = ("prompt_completion", "messages", "text")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """`keys` of `train` belong to this objective; `smooth`: there is a distribution to smooth."""
+class ObjectiveFacts:
+    """What the config, the data and the evaluation of an objective have to know.
+
+    Attributes:
+        formats: values of `data.*.format` that it learns from.
+        figures: what its evaluations give, the loss first.
+        implementation: imports and returns the function `(train, data, teacher_of) -> Objective` of
+            `model.objectives.base`, where `train` is the config section, `data` the prepared data
+            and `teacher_of()` loads the teacher.
+        keys: keys of `train` that belong to it alone.
+        head: its models have a task head, which reads whole examples; `data.problem` and
+            `data.labels` are its keys.
+        teacher: it needs `train.kd`.
+        chunked: documents are cut into chunks also where `data.chunk` is not written.
+        smooth: `train.label_smoothing` has a distribution to smooth.
+    """
 
     formats: tuple[str, ...]
-    figures: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    implementation: Callable[[], Callable[..., Any]]
     keys: tuple[str, ...] = ()
+    head: bool = False
+    teacher: bool = False
+    chunked: bool = False
     smooth: bool = True
 
 
-FACTS: dict[str, Facts] = {
-    "sft": Facts(COMPLETIONS, TOKEN_FIGURES),
-    "clm": Facts(("text",), (*TOKEN_FIGURES, "eval_perplexity")),
-    "classification": Facts(
-        ("classification",),
-        ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_calibration_error"),
-        ("class_weights",),
+def _tokens() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.tokens import token_objective
+
+    return token_objective
+
+
+def _rationale() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.tokens import rationale
+
+    return rationale
+
+
+def _classification() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.classification import classification
+
+    return classification
+
+
+def _distillation() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.distillation import distillation
+
+    return distillation
+
+
+OBJECTIVES: dict[str, ObjectiveFacts] = {
+    "sft": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _tokens),
+    "clm": ObjectiveFacts(
+        ("text",), (LOSS, PERPLEXITY, TOKEN_ACCURACY, EXACT_MATCH), _tokens, chunked=True
     ),
-    "rationale": Facts(("rationale",), TOKEN_FIGURES, ("rationale_weight",)),
-    "kd": Facts(COMPLETIONS, TOKEN_FIGURES, ("kd",)),
+    "classification": ObjectiveFacts(
+        ("classification",),
+        (LOSS, ACCURACY, MACRO_F1, CALIBRATION_ERROR, MSE, R2, PEARSON),
+        _classification,
+        keys=("class_weights",),
+        head=True,
+    ),
+    "rationale": ObjectiveFacts(
+        ("rationale",), TOKEN_FIGURES, _rationale, keys=("rationale_weight",)
+    ),
+    "kd": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _distillation, keys=("kd",), teacher=True),
 }
-REGRESSION_FIGURES = ("eval_loss", "eval_mse", "eval_r2", "eval_pearson")
-SHARED_KEYS = ("label_smoothing", "neftune_alpha", "class_weights", "rationale_weight", "kd")
-"""Keys of `train` that all trials of one engine have in common."""
-OF_THE_TEACHER = ("model", "train.precision", "train.kd.teacher")
-"""Keys that its logits depend on, beside the data."""
+SHARED_KEYS = (
+    "label_smoothing",
+    "neftune_alpha",
+    *(key for entry in OBJECTIVES.values() for key in entry.keys),
+)
+"""Keys of `train` that all trials of one packed engine have in common."""
 
 
-def figures(config: Config) -> tuple[str, ...]:
-    """What an evaluation of such a run gives."""
-    found = FACTS[config.train.objective].figures
-    if config.train.objective != "classification":
-        return found
-    if config.data.problem == "regression":
-        return REGRESSION_FIGURES
-    return found if config.data.problem == "single_label" else found[:-1]
+def figures(
+    objective: str, problem: str = "single_label", trained: bool = False
+) -> tuple[Figure, ...]:
+    """What an evaluation of such a run gives; with `trained` only what training evaluates."""
+    return tuple(
+        figure
+        for figure in OBJECTIVES[objective].figures
+        if (not figure.problems or problem in figure.problems) and (figure.trained or not trained)
+    )
 
 
-def sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
-    """Those of the data section, by their keys."""
-    for name, source in source_configs(config.data).items():
-        yield f"data.{name}", source
+class _Searchable(Mapping[str, Figure]):
+    """The figures that `search.metric` may name, of all objectives that there are now."""
+
+    def _now(self) -> dict[str, Figure]:
+        entries = OBJECTIVES.values()
+        return {each.name: each for one in entries for each in one.figures if each.trained}
+
+    def __getitem__(self, name: str) -> Figure:
+        return self._now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError where keys and sources are not those of the objective."""
-    train, facts = config.train, FACTS[config.train.objective]
-    for label, source in sources(config):
-        if source.format not in facts.formats:
-            fits = [name for name, one in FACTS.items() if source.format in one.formats]
-            raise ConfigError(
-                f"{label}.format={source.format}",
-                f"is nothing that train.objective={train.objective} learns from",
-                f"write format: {one_of(facts.formats)}, or train.objective: {one_of(fits)}",
-            )
-        _check_source(label, source)
-    _check_keys(config, facts)
-    if train.label_smoothing > 0 and config.data.problem != "single_label":
-        raise ConfigError(
-            f"train.label_smoothing={train.label_smoothing}",
-            f"has nothing to smooth under data.problem={config.data.problem}",
-            "write 0",
-        )
-    chunk = config.data.chunk
-    if chunk is not None and chunk.overlap >= config.data.max_length - 1:
-        raise ConfigError(
-            f"data.chunk.overlap={chunk.overlap}",
-            f"leaves no room for new tokens in data.max_length={config.data.max_length}",
-            f"write less than {config.data.max_length - 1}",
-        )
-    if config.search is not None:
-        _check_metrics(config)
-        _check_kept_teacher(config)
-
-
-def _check_keys(config: Config, facts: Facts) -> None:
-    train, defaults = config.train, type(config.train).model_fields
-    for name, other in FACTS.items():
-        for key in other.keys:
-            if key not in facts.keys and getattr(train, key) != defaults[key].default:
-                raise ConfigError(
-                    f"train.{key}={shown_value(getattr(train, key))}",
-                    f"is for train.objective={name}, and this is {train.objective}",
-                    f"write train.objective: {name}, or leave the key out",
-                )
-    if train.objective == "kd" and train.kd is None:
-        raise ConfigError(
-            "train.objective=kd", "needs a teacher", "write train.kd: {teacher: a model}"
-        )
-    formats = [source.format for source in listed(config.data.train)]
-    documents = [name for name, entry in FORMATS.items() if entry.documents]
-    if config.data.chunk is not None and not any(FORMATS[name].documents for name in formats):
-        raise ConfigError(
-            f"data.chunk={shown_value(config.data.chunk.model_dump())}",
-            f"cuts documents, and data.train.format={formats[0]}",
-            f"write format: {one_of(documents)}, or leave the key out",
-        )
-    if train.objective != "classification" and (
-        config.data.labels is not None or config.data.problem != "single_label"
-    ):
-        key = "labels" if config.data.labels is not None else "problem"
-        raise ConfigError(
-            f"data.{key}={shown_value(getattr(config.data, key))}",
-            f"is for train.objective=classification, and this is {train.objective}",
-            "write train.objective: classification, or leave the key out",
-        )
-
-
-def _check_source(label: str, source: SourceConfig) -> None:
-    owned = dict.fromkeys(key for entry in FORMATS.values() for key in entry.keys)
-    for key in owned:
-        formats = [name for name, entry in FORMATS.items() if key in entry.keys]
-        value = getattr(source, key)
-        default = type(source).model_fields[key].default
-        if value != default and source.format not in formats:
-            raise ConfigError(
-                f"{label}.{key}={shown_value(value)}",
-                f"is for format: {one_of(formats)}, and this is {source.format}",
-                "leave it out",
-            )
-    if source.rows == "file" and not source.path.lower().endswith(".txt"):
-        raise ConfigError(f"{label}.rows=file", "is for .txt files", "leave it out")
-    if source.rationale_until is not None:
-        try:
-            re.compile(source.rationale_until)
-        except re.error as error:
-            raise ConfigError(
-                f"{label}.rationale_until={shown_value(source.rationale_until)}",
-                f"is no regular expression ({error})",
-                r"write one such as '####\s*'",
-            ) from None
-
-
-def _check_kept_teacher(config: Config) -> None:
-    """The logits that lie on disk are those of one teacher, whatever the trial."""
-    assert config.search is not None
-    if config.train.kd is None or config.train.kd.cache == "memory":
-        return
-    for key in config.search.space:
-        if key == "train.kd" or is_under(key, OF_THE_TEACHER):
-            raise ConfigError(
-                f"search.space.{key}",
-                "changes the teacher's logits, and train.kd.cache=disk keeps those of one teacher",
-                "write train.kd.cache: memory, or delete the line",
-            )
-
-
-def _check_metrics(config: Config) -> None:
-    assert config.search is not None
-    given = figures(config)
-    if "train.objective" in config.search.space:
-        return
-    data = config.data
-    several = data.train if isinstance(data.validation, float) else data.validation
-    named = several if isinstance(several, list) else []
-    of_sources = [f"eval_loss:{source.called}" for source in named]
-    for metric in config.search.metrics:
-        if metric not in (*given, *of_sources):
-            raise ConfigError(
-                f"search.metric={metric}",
-                f"is no figure of train.objective={config.train.objective}",
-                f"write {one_of((*given, *of_sources))}",
-            )
+SEARCHABLE = _Searchable()

@@ -8,6 +8,7 @@ from raytune_ft.config import deepspeed_json, environment, metrics, paths
 from raytune_ft.config.data import NamedSource, listed
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, to_plain, validated
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_space import trial_count
 
@@ -43,7 +44,7 @@ def resolve(
         retained["path"] = paths.source(retained["path"], here, "promote.retention.path")
     if config.promote.base is not None:
         data["promote"]["base"] = paths.model(config.promote.base, here)
-    if config.train.objective == "clm" and config.data.chunk is None:
+    if OBJECTIVES[config.train.objective].chunked and config.data.chunk is None:
         data["data"]["chunk"] = {"overlap": 0}
     if config.train.kd is not None:
         data["train"]["kd"]["teacher"] = paths.model(config.train.kd.teacher, here)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from raytune_ft.config import metrics, objectives, paths
+from raytune_ft.config import metrics, objective_rules, paths
 from raytune_ft.config.data import DataConfig, MixedSource, NamedSource, SourceConfig, listed
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import (
@@ -15,6 +15,7 @@ from raytune_ft.config.methods import (
     check_head,
     check_promotion,
 )
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.section import parse_size
@@ -135,9 +136,8 @@ def check(config: Config) -> None:
     paths.check_storage(config.storage)
     _check_layout(config)
     _check_method(config)
-    of_a_head = config.train.objective == "classification"
-    metrics.check(config.promote, config.data.problem if of_a_head else None)
-    objectives.check(config)
+    metrics.check(config.promote, config.train.objective, config.data.problem)
+    objective_rules.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
     if config.promote.max_overlap < 1:
@@ -255,7 +255,7 @@ def _check_method(config: Config) -> None:
         raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
     check_activations(method)
     check_promotion(config.promote.merge, config.promote.metrics, methods_of(config))
-    if config.train.objective == "classification":
+    if OBJECTIVES[config.train.objective].head:
         check_head(methods_of(config))
     if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
         raise ConfigError(

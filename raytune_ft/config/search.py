@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.config.section import Positive, Section, SectionOf
+from raytune_ft.config.objectives import SEARCHABLE
+from raytune_ft.config.section import NameIn, Positive, Section, SectionOf
 
 
 class SchedulerConfig(Section):
@@ -159,20 +160,8 @@ class Distribution(Section):
         return self
 
 
-Metric = Literal[
-    "eval_loss",
-    "eval_token_accuracy",
-    "eval_exact_match",
-    "eval_perplexity",
-    "eval_accuracy",
-    "eval_macro_f1",
-    "eval_calibration_error",
-    "eval_mse",
-    "eval_r2",
-    "eval_pearson",
-]
+Metric = Annotated[str, NameIn(SEARCHABLE)]
 OfSource = Annotated[str, Field(pattern=r"^eval_loss:[A-Za-z0-9][A-Za-z0-9_-]*$")]
-LOWER_IS_BETTER = ("eval_loss", "eval_perplexity", "eval_calibration_error", "eval_mse")
 
 
 class SearchConfig(Section):
@@ -250,8 +239,5 @@ class SearchConfig(Section):
 
     @property
     def modes(self) -> list[Literal["min", "max"]]:
-        """For each metric, whether a lower or a higher value is better."""
-        return [
-            "min" if metric.partition(":")[0] in LOWER_IS_BETTER else "max"
-            for metric in self.metrics
-        ]
+        """Which way each metric is better."""
+        return [SEARCHABLE[metric.partition(":")[0]].mode for metric in self.metrics]

@@ -42,16 +42,18 @@ class Section(BaseModel):
 @dataclass(frozen=True, eq=False)
 class NameIn:
     """Metadata of a text field: it takes the names in `entries`, as they are at validation, and the
-    words in `more`. An entry that is added to the dict is accepted from then on.
+    words in `first` and `more`, which come before and after them where the names are printed. An
+    entry that is added to the dict is accepted from then on.
     """
 
     entries: Mapping[str, Any]
+    first: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every word that the field takes."""
-        return (*self.entries, *self.more)
+        return (*self.first, *self.entries, *self.more)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -6,65 +6,68 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raytune_ft.config.section import Fraction, Positive, Section
+from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
 class EarlyStopping(Section):
-    """Stop when the evaluation has not improved."""
+    """Stop when evaluations no longer improve."""
 
-    patience: Positive = Field(3, description="evaluations in a row without improvement")
+    patience: Positive = Field(3, description="evaluations in a row without an improvement")
     min_delta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="an improvement is larger than this"
+        0.0, description="an evaluation counts as an improvement if it is better by more than this"
     )
 
 
 class KdConfig(Section):
-    """A teacher whose distribution over tokens is learnt beside the labels."""
+    """Knowledge distillation: a teacher's distribution over tokens is learnt beside the labels."""
 
     teacher: str = Field(min_length=1, description="a model directory or hub id")
     divergence: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or KL(student || teacher)"
     )
     temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of both; the divergence is multiplied by its square"
+        1.0, description="of both distributions; the divergence is multiplied by its square"
     )
     weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="of the divergence; the loss on the labels has the rest"
+        0.5, description="of the divergence; the loss on labels has 1 - weight"
     )
     cache: Literal["memory", "disk"] = Field(
         "memory",
-        description="memory: every worker holds the teacher and runs it; disk: it is run once, "
+        description="memory: every worker holds the teacher and runs it; disk: it runs once "
         "before workers start, and they read its logits from a file",
     )
     cache_limit_gib: Annotated[float, Field(gt=0)] = Field(
-        64.0, description="a larger file is refused before the teacher is run"
+        64.0, description="cache: disk; a larger file is refused before the teacher runs"
     )
 
 
 class TrainConfig(Section):
     """How weights move."""
 
-    objective: Literal["sft", "clm", "classification", "rationale", "kd"] = Field(
+    objective: Annotated[str, NameIn(OBJECTIVES)] = Field(
         "sft", description="what is optimised; see docs/objectives.md"
     )
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
     lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_fraction: Fraction = Field(0.0, description="of the steps, rising linearly from 0")
+    warmup_fraction: Fraction = Field(
+        0.0, description="share of the steps that raise lr linearly from 0"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="decoupled (AdamW); on matrices, not on norms and biases"
+        0.0, description="decoupled, as in AdamW; of matrices, not of norms and biases"
     )
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1.0e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="clip by global norm; null does not clip"
+        1.0, description="clip gradients to this global norm; null does not clip"
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="budget in passes; with max_examples too, whichever ends first"
+        None, description="budget in passes over train; with max_examples too, the smaller one"
     )
     max_examples: Positive | None = Field(
-        None, description="budget in examples; neither written means one epoch"
+        None, description="budget in examples; with neither key written it is one epoch"
     )
     eval_every_examples: Positive = Field(
         1000, description="evaluate at the first step at or past each multiple, and at the end"
@@ -77,16 +80,18 @@ class TrainConfig(Section):
         "auto", description="tokens of one forward pass on one worker, padding included"
     )
     label_smoothing: Fraction = Field(
-        0.0, description="of the loss on tokens and single labels; not in evaluations"
+        0.0, description="in the loss on tokens and single labels; evaluations have none"
     )
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="noise on embeddings (NEFTune, arXiv 2310.05914); not in evaluations"
+        None,
+        description="size of the noise on embeddings (NEFTune, arXiv 2310.05914); evaluations have "
+        "none",
     )
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
         "none",
-        description="classification: by label; balanced counts every label alike, however rare",
+        description="classification: of labels in the loss; balanced: inverse to their frequency",
     )
     rationale_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="rationale: of the loss on rationales against that on answers"
+        1.0, description="rationale: of the loss on rationales; the loss on answers has 1"
     )
-    kd: KdConfig | None = Field(None, description="objective: kd")
+    kd: KdConfig | None = Field(None, description="objective: kd; its teacher")

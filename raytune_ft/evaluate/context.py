@@ -1,9 +1,9 @@
-"""A model that is being measured, with what several metrics need of it, each computed once."""
+"""A model that is measured, with what several metrics need of it, each computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from raytune_ft.config.objectives import TOKEN_FIGURES, Figure
 from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.generate import BACKENDS, choose_backend
-from raytune_ft.evaluate.token_scores import Forced, forced
 from raytune_ft.model.heads import Head, reading
 from raytune_ft.model.load import disk_dtype, load_base, pad_token
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
+from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.engine import Engine, choose_micro_tokens
 
@@ -35,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Texts without special tokens and outer blanks."""
+    """Texts without special tokens and without blanks around them."""
 
     prompt: str
     reference: str
@@ -46,8 +47,11 @@ class Continuation:
 class Subject:
     """One model on one split.
 
-    `train` is where labels are read from; `is_chat` says that rows are conversations, which the
-    tokenizer's chat template writes. `model` may be an adapter that cannot be folded, of `base`.
+    Attributes:
+        model: may be an adapter that cannot be folded; it then works in `base`.
+        train: the split that labels are read from.
+        is_chat: rows are conversations, which the tokenizer's chat template writes.
+        objective, figures: what the model was trained for, and the figures of its evaluation.
     """
 
     model: ModelConfig
@@ -57,6 +61,8 @@ class Subject:
     settings: PromoteConfig
     is_chat: bool = False
     base: ModelConfig | None = None
+    objective: Objective = field(default_factory=TokenObjective)
+    figures: tuple[Figure, ...] = TOKEN_FIGURES
 
     @cached_property
     def engine(self) -> Engine:
@@ -64,25 +70,22 @@ class Subject:
         return engine_of(self.model, self.tokenizer, self.base)
 
     @cached_property
-    def forced(self) -> Forced:
-        """See `forced`."""
-        return forced(self.engine, self.split)
-
-    @cached_property
     def continuations(self) -> list[Continuation]:
-        """What the model says after every prompt of the split, greedily."""
+        """The greedy continuation of every prompt of the split."""
         return self._continued(range(len(self.split)), self.settings.max_new_tokens)
 
     def first(self, count: int) -> list[Continuation]:
-        """Likewise of the first examples that begin with something to continue, cut short."""
+        """Greedy continuations of at most `SAMPLE_TOKENS`, of the first `count` examples whose
+        prompt is not empty.
+        """
         able = (i for i in range(len(self.split)) if len(self.prompt(i).ids) > 1)
         return self._continued(list(islice(able, count)), SAMPLE_TOKENS)
 
     def _continued(self, examples: Sequence[int], limit: int) -> list[Continuation]:
-        """The prompt's tokens are those of training: nothing is rendered or tokenised anew."""
+        """Prompts are the token ids of training: nothing is rendered or tokenised again."""
         prompts = [self.prompt(i) for i in examples]
         wanted = self.settings.generation
-        # Other backends know nothing of what works on activations.
+        # Other backends cannot run methods that work on activations.
         own = unfoldable(Path(self.model.path)) is not None
         generate = BACKENDS["transformers" if own else choose_backend(wanted)]
         end: Any = self.tokenizer.eos_token_id
@@ -94,7 +97,7 @@ class Subject:
         ]
 
     def prompt(self, i: int) -> Prompt:
-        """What the model is given of example `i`, and what it should say."""
+        """The prompt of example `i` and its reference."""
         return prompt_of(self.split, i)
 
 
@@ -107,7 +110,7 @@ def prompt_of(split: TokenizedSplit, i: int) -> Prompt:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
-    """Text of token ids without special tokens and outer blanks."""
+    """The text of token ids, without special tokens and without blanks around it."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
@@ -117,12 +120,13 @@ def engine_of(
     base: ModelConfig | None = None,
     head: Head | None = None,
 ) -> Engine:
-    """A model as it is measured: no autocast, no packing, the dtype that it has on disk. Where it
-    is an adapter that cannot be folded, it works in `base`. With a task `head`, that is asked.
+    """A model as it is measured: no autocast, no packing, the dtype that it has on disk.
+
+    An adapter that cannot be folded works in `base`. `head` is the task head that the model has.
 
     Raises:
         ModelError: it cannot be loaded.
-        CheckpointError: such an adapter is of another base.
+        CheckpointError: an adapter that cannot be folded belongs to another base.
     """
     strategy = Single(ParallelConfig(), "float32")
     adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None

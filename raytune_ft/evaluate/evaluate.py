@@ -1,28 +1,31 @@
-"""What a model directory scores on a split: every figure with one value for each example."""
+"""Measure a model directory on a split: every figure, from columns with a value an example."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import FORMATS, DataConfig, listed
+from raytune_ft.config.metrics import OWN
+from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.report import check_overlap
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.evaluate.classifier import check_head, classification, head_scores
+from raytune_ft.evaluate.classifier import check_head
+from raytune_ft.evaluate.columns import columns_of, figures_of, retention
 from raytune_ft.evaluate.context import Continuation, Subject, engine_of
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
-from raytune_ft.evaluate.token_scores import retention
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.train.setup import head_of
+from raytune_ft.train.setup import evaluation_objective, head_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Job:
     Attributes:
         model: what is measured; its path is a directory, a hub id or `builtin:`. It may be an
             adapter that cannot be folded.
-        base: for retention, what is compared with, and what such an adapter works in.
+        base: what retention compares with, and the model that such an adapter works in.
         split: "validation" or "test".
-        head: the task head that `model` has; None where it predicts tokens. Its classes have
-            `class_weights` in the loss, as in training.
+        head: the task head that `model` has; None where it predicts tokens.
+        train: what it was trained for.
         retained: tokens of `promote.retention`, None where there is none.
-        samples: prompts of the split's beginning to continue, for people to read.
+        samples: how many of the first prompts of the split are continued, for people to read.
     """
 
     model: ModelConfig
@@ -49,12 +52,12 @@ class Job:
     samples: int = 0
     is_chat: bool = False
     head: Head | None = None
-    class_weights: str | dict[str, float] = "none"
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures by name, of which `retention_...` are over another set; and texts.
+    """Scores by the names of figures, those of `retention_` over another set; and texts.
 
     `continuations` are of all examples where a metric needs them, else of the samples alone.
     """
@@ -64,31 +67,34 @@ class Measured:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Name -> value."""
+        """The values by name."""
         return {name: score.value for name, score in self.scores.items()}
 
 
 def run_job(job: Job) -> Measured:
-    """Load, measure, forget.
+    """Load one model and measure it.
 
     Raises:
         ModelError: the model cannot be loaded.
         ConfigError, DataError, RunFailed: a metric cannot be computed.
     """
     data = open_prepared(job.data_dir)
-    tokenizer = _tokenizer_of(job.model, job.base)
-    if job.head is not None:  # which continues nothing, and has one set of figures
-        engine = engine_of(job.model, tokenizer, head=job.head)
-        objective = classification(job.head, job.class_weights, data.train)
-        return Measured(head_scores(engine, split_named(data, job.split), objective))
+    tokenizer, split = _tokenizer_of(job.model, job.base), split_named(data, job.split)
+    objective = evaluation_objective(job.train, data)
+    own = figures(job.train.objective, data.report.problem or "single_label")
+    if job.head is not None:  # which generates no text, so that no other metric applies
+        columns = columns_of(engine_of(job.model, tokenizer, head=job.head), objective, split)
+        return Measured(figures_of(columns, own, split))
     subject = Subject(
         job.model,
         tokenizer,
-        split_named(data, job.split),
+        split,
         data.train,
         job.settings,
         job.is_chat,
         job.base,
+        objective,
+        own,
     )
     scores = measure(subject)
     if job.retained is not None:
@@ -101,9 +107,9 @@ def run_job(job: Job) -> Measured:
 
 
 def measure(subject: Subject) -> dict[str, Scores]:
-    """Every figure of `promote.metrics`; those of `loss` always."""
+    """Every figure of `promote.metrics`; those of the objective itself always."""
     scores: dict[str, Scores] = {}
-    for name in dict.fromkeys(["loss", *subject.settings.metrics]):
+    for name in dict.fromkeys([OWN, *subject.settings.metrics]):
         scores |= metric_named(name)(subject)
     return scores
 
@@ -113,12 +119,13 @@ def evaluate_directory(
 ) -> tuple[str, int, dict[str, float]]:
     """(split, examples, figures) of any model directory on the test data of `config`.
 
-    The tokens are those of the directory's own tokenizer; an adapter that cannot be folded is used
-    with `model` of the config, and its tokenizer. Without data.test the split is
-    "validation". Retention is against `model` of the config.
+    Tokens are those of the directory's own tokenizer; an adapter that cannot be folded is used with
+    `model` of the config and its tokenizer. Without data.test the split is "validation". Retention
+    compares with `model` of the config.
 
     Raises:
-        ConfigError: a metric of the user's own is not there.
+        ConfigError: a metric of the user's own does not exist, or the objective's keys do not go
+            with the data.
         DataError, ModelError: the data or the directory cannot be read, or they overlap.
     """
     check_functions(config.promote.metrics)
@@ -140,13 +147,15 @@ def evaluate_directory(
         retained,
         is_chat=is_chat(config.data),
         head=head,
-        class_weights=config.train.class_weights,
+        train=config.train,
     )
     return name, len(split_named(data, name)), run_job(job).figures
 
 
 def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own; its base's where it has none, and for an adapter that cannot be folded."""
+    """The model's tokenizer, or its base's: where it has none, and for an adapter that cannot be
+    folded.
+    """
     directory = Path(model.path)
     bare = directory.is_dir() and not list(directory.glob("tokenizer*"))
     return load_tokenizer(base if bare or unfoldable(directory) else model)
@@ -165,7 +174,7 @@ def prepare_retention(
     """
     if settings.retention is None:
         return None
-    # Its rows fill the split "train"; a validation split, which nobody reads, is a copy of it.
+    # The rows fill the split "train". A validation split is required and not read: a copy.
     changes: dict[str, Any] = {
         "train": settings.retention,
         "validation": settings.retention,

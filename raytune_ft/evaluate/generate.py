@@ -23,16 +23,16 @@ Backend = Callable[[Engine, ModelConfig, Sequence[Ids], int, int | None], list[l
 
 
 def choose_backend(written: str) -> str:
-    """What `promote.generation` stands for here.
+    """The backend that `promote.generation` names on this machine.
 
     Raises:
-        ConfigError: vLLM is asked for, and it or a GPU is not there.
+        ConfigError: vLLM is written, and it is not installed or there is no GPU.
     """
     ready = find_spec("vllm") is not None and torch.cuda.is_available()
     if written == "vllm" and not ready:
         raise ConfigError(
             "promote.generation=vllm",
-            "needs a GPU and the package vllm, which are not here",
+            "needs a GPU and the package vllm, which this machine does not have",
             "write promote.generation: auto, or pip install vllm",
         )
     return "vllm" if ready and written != "transformers" else "transformers"
@@ -78,7 +78,7 @@ def _generate(
         do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=pad
     )
     method = attached(model)
-    if method:  # which knows a prompt by the cache that begins with it
+    if method:  # it tells the prompt from continuations by an empty cache
         model.generation_config.use_cache = True
     plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
     with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
@@ -89,7 +89,7 @@ def _generate(
 def with_vllm(
     engine: Engine, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
 ) -> list[list[int]]:
-    """As `with_transformers`, by vLLM's own copy of the model. Not run by any test of ours."""
+    """As `with_transformers`, with vLLM's own copy of the model. No test of ours runs this."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, its own or a local YAML file."""
+"""Tasks of EleutherAI's lm-evaluation-harness: one of its own, or a local YAML file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_ft.config.metrics import Mode
+from raytune_ft.config.objectives import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.scores import Scores
 
@@ -25,11 +25,10 @@ _TASK = re.compile(r"""^task:\s*["']?([^\s"'#]+)""", re.M)
 def harness(task: str, subject: Subject) -> dict[str, Scores]:
     """Every metric of the task that is the mean of a number for each document, as "task/metric".
 
-    A task of a YAML file is found without a network, and alone; one that the harness knows by
-    name may download its data.
+    A task of a YAML file needs no network to be found; a task of the harness may download its data.
 
     Raises:
-        ConfigError: the harness is not installed, or knows no such task.
+        ConfigError: the harness is not installed, or has no such task.
         RunFailed: the task failed, or has no such metric.
     """
     try:
@@ -53,7 +52,7 @@ def harness(task: str, subject: Subject) -> dict[str, Scores]:
                 bootstrap_iters=0,
                 apply_chat_template=subject.is_chat,
             )
-        except Exception as error:  # tasks are code and data of others
+        except Exception as error:  # tasks run code of others
             raise RunFailed(f"lm_eval:{task} failed: {type(error).__name__}: {error}") from error
     scores = {
         figure: score
@@ -66,26 +65,26 @@ def harness(task: str, subject: Subject) -> dict[str, Scores]:
 
 
 def _find(task: str) -> tuple[str, Any]:
-    """The task's name, and a manager that knows it."""
+    """The task's name, and a task manager that has it. Raises ConfigError."""
     from lm_eval.tasks import TaskManager
 
     path, value = Path(task), f"promote.metrics=lm_eval:{task}"
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(value, "names a file that does not exist", "write a task's YAML file")
-        # Read as text: the tags of a task file, such as !function, are the harness' business.
+        # Read as text: a YAML parser would have to know the harness' tags, such as !function.
         written = _TASK.search(path.read_text(encoding="utf-8"))
         name = written[1] if written else ""
         manager = TaskManager(include_path=str(path.parent), include_defaults=False)
     else:
         name, manager = task, TaskManager()
     if name not in manager.all_tasks:
-        raise ConfigError(value, "is no task of the harness", "write one of `lm-eval ls tasks`")
+        raise ConfigError(value, "is not a task of the harness", "write one of `lm-eval ls tasks`")
     return name, manager
 
 
 def _loaded(manager: Any, name: str) -> Any:
-    """Tasks as the harness' own command line sets them up."""
+    """Tasks set up as by the harness' own command line."""
     loaded = manager.load([name])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -95,7 +94,7 @@ def _loaded(manager: Any, name: str) -> Any:
 
 
 def _scores(task: str, samples: list[dict[str, Any]], better: dict[str, bool]) -> dict[str, Scores]:
-    """Per document and metric, in the order of the documents; of several filters the first."""
+    """Scores by metric, in the order of the documents; of several filters the first counts."""
     samples = [one for one in samples if one["filter"] == samples[0]["filter"]]
     samples.sort(key=lambda one: one["doc_id"])
     scores = {}
@@ -109,6 +108,6 @@ def _scores(task: str, samples: list[dict[str, Any]], better: dict[str, bool]) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness talks on stderr, its bars and its warnings alike."""
+    """Inside, stderr is dropped: the harness writes progress bars and warnings there."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         yield

@@ -1,4 +1,6 @@
-"""The metrics: each is one function of a measured model, and one entry of `METRICS`."""
+"""The metrics of `promote.metrics`: each is one function of a `Subject` and one entry of `METRICS`;
+its figures are declared in `config.metrics`.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +9,34 @@ import math
 import re
 import runpy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from raytune_ft.config.metrics import FIGURES, HARNESS, function_of
+from raytune_ft.config.metrics import FIGURES, HARNESS, OWN, function_of
+from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
+from raytune_ft.evaluate.classifier import scores_of
+from raytune_ft.evaluate.columns import columns_of, figures_of
 from raytune_ft.evaluate.context import Subject
 from raytune_ft.evaluate.lm_eval import harness
-from raytune_ft.evaluate.scores import Column, Scores, by_source, calibration_error, ratio
-from raytune_ft.evaluate.token_scores import forced
+from raytune_ft.evaluate.scores import Scores
+from raytune_ft.model.objectives import TokenObjective
+from raytune_ft.model.objectives.classification import Classification
 
 Score = Callable[[str, str, str], float]
-"""prompt, reference, generated -> a number, more is better."""
+"""prompt, reference, generated -> a number; more is better."""
 
 
 def check_functions(metrics: Sequence[str]) -> None:
-    """Whether each file has its function, without running any of it.
+    """Check that each file of `promote.metrics` defines its function, without running the file.
 
     Raises:
-        ConfigError: the file cannot be read, is no Python, or has no such function.
+        ConfigError: the file cannot be read, is not Python, or has no such function.
     """
     for name in metrics:
         found = function_of(name)
@@ -39,7 +47,7 @@ def check_functions(metrics: Sequence[str]) -> None:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no Python"
+            reason = getattr(error, "strerror", None) or "it is not Python"
             raise ConfigError(
                 value, f"names a file that cannot be read ({reason})", "write FILE.py:FUNCTION"
             ) from None
@@ -53,10 +61,10 @@ def check_functions(metrics: Sequence[str]) -> None:
 
 
 def load_function(name: str) -> Score:
-    """Run the file and take the function.
+    """Run the file and return the function.
 
     Raises:
-        ConfigError: see `check_functions`.
+        ConfigError: the file has no such function.
     """
     check_functions([name])
     found = function_of(name)
@@ -65,31 +73,21 @@ def load_function(name: str) -> Score:
     return score
 
 
-LARGEST_EXPONENT = 700.0
 MAX_LABELS = 100
 
 Metric = Callable[[Subject], dict[str, Scores]]
 
 
-def loss(subject: Subject) -> dict[str, Scores]:
-    """Loss per label token, its exponential, and what greedy decoding would reproduce.
-
-    Greedy decoding picks the first label token, so sees the reference before the second, and so
-    on: it reproduces a whole completion where every single token of it is the likeliest.
-    """
-    seen = subject.forced
-    return {
-        "eval_loss": Scores((seen.losses, seen.tokens), "min"),
-        "perplexity": Scores((seen.losses, seen.tokens), "min", _perplexity),
-        "token_accuracy": Scores((seen.right, seen.tokens)),
-        "exact_match": Scores.mean((seen.right == seen.tokens).astype(float).tolist()),
-    } | by_source(seen.losses, seen.tokens, subject.split)
+def own(subject: Subject) -> dict[str, Scores]:
+    """The figures that the objective of the run declares, from teacher-forced outputs."""
+    columns = columns_of(subject.engine, subject.objective, subject.split)
+    return figures_of(columns, subject.figures, subject.split)
 
 
 def answer(subject: Subject) -> dict[str, Scores]:
     """Whether the answer in the continuation is the one in the reference.
 
-    A reference without an answer, such as one that was cut short, is matched by nothing.
+    A reference without an answer, such as one that was cut short, never matches.
     """
     pattern = re.compile(subject.settings.answer)
     texts = subject.continuations
@@ -108,7 +106,9 @@ def answer(subject: Subject) -> dict[str, Scores]:
 
 
 def extracted(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the pattern's group finds first, without case, thousands separators and a full stop."""
+    """The first match of the pattern's group, in lower case and without thousands separators and a
+    full stop at the end; None where nothing matches.
+    """
     found = pattern.search(text)
     if found is None:
         return None
@@ -120,21 +120,24 @@ def rouge(subject: Subject) -> dict[str, Scores]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _absent("rouge", "rouge-score") from error
-    scorer = RougeScorer(list(FIGURES["rouge"]), use_stemmer=True)
+        raise ConfigError(
+            "promote.metrics=rouge",
+            "needs the package rouge-score, which is not installed",
+            "pip install rouge-score, or 'raytune-ft[metrics]'",
+        ) from error
+    names = [figure.name for figure in FIGURES["rouge"]]
+    scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score(text.reference, text.generated) for text in subject.continuations]
-    return {name: Scores.mean([one[name].fmeasure for one in found]) for name in FIGURES["rouge"]}
+    return {name: Scores.mean([one[name].fmeasure for one in found]) for name in names}
 
 
 def classification(subject: Subject) -> dict[str, Scores]:
     """The likeliest of the completions of train as the label of a prompt.
 
-    Every label is scored by its whole log-probability, end token included; the softmax over
-    labels is the confidence, of which `calibration_error` is the expected calibration error over
-    ten bins (Guo et al., 2017).
+    A completion is scored by its whole log-probability, end token included, and the softmax over
+    completions is the confidence. A reference that is no completion of train is a label of its
+    own, which is never guessed.
     """
-    from scipy.special import softmax
-
     labels = _labels(subject.train)
     prompts = [subject.prompt(i) for i in range(len(subject.split))]
     rows = [
@@ -146,37 +149,38 @@ def classification(subject: Subject) -> dict[str, Scores]:
     split = TokenizedSplit.from_examples(
         [(ids, places >= start) for (ids, places), start in zip(rows, starts, strict=True)]
     )
-    chances_NL = softmax(-forced(subject.engine, split).losses.reshape(-1, len(labels)), axis=1)
+    losses = columns_of(subject.engine, TokenObjective(), split)["loss"].reshape(-1, len(labels))
+    outputs_NL = np.pad(-losses, ((0, 0), (0, 1)), constant_values=-np.inf)
     number = {label: i for i, label in enumerate(labels)}
-    wanted = np.array([number.get(prompt.reference, -1) for prompt in prompts], np.float64)
-    guessed = chances_NL.argmax(1).astype(np.float64)
-    return {
-        "accuracy": Scores.mean((wanted == guessed).astype(float).tolist()),
-        "macro_f1": Scores((guessed, wanted), "max", _macro_f1),
-        "calibration_error": Scores(
-            (chances_NL.max(1), (wanted == guessed).astype(np.float64)), "min", calibration_error
-        ),
-    }
+    wanted = [number.get(prompt.reference, len(labels)) for prompt in prompts]
+    target_NL = np.eye(len(labels) + 1, dtype=np.float32)[wanted]
+    asked = replace(subject.split, columns={TARGET: target_NL})
+    objective = Classification("single_label", (1.0,) * (len(labels) + 1))
+    return scores_of(torch.from_numpy(outputs_NL), asked, objective, FIGURES["classification"])
 
 
 def custom(name: str, subject: Subject) -> dict[str, Scores]:
-    """The user's own function of prompt, reference and continuation."""
+    """The user's own function of prompt, reference and continuation.
+
+    Raises:
+        RunFailed: it raised, or gave something that is not a finite number.
+    """
     function = load_function(name)
     key = name.rpartition(":")[2]
     values = []
     for text in subject.continuations:
         try:
             value = float(function(text.prompt, text.reference, text.generated))
-        except Exception as error:  # anything may go wrong in there
+        except Exception as error:  # it is code of the user
             raise RunFailed(f"{name} failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
-            raise RunFailed(f"{name} gave {value}, which is no score")
+            raise RunFailed(f"{name} gave {value}, which is not a finite number")
         values.append(value)
     return {key: Scores.mean(values)}
 
 
 METRICS: dict[str, Metric] = {
-    "loss": loss,
+    OWN: own,
     "answer": answer,
     "rouge": rouge,
     "classification": classification,
@@ -192,21 +196,8 @@ def metric_named(name: str) -> Metric:
     return partial(custom, name)
 
 
-def _perplexity(losses: Column, tokens: Column) -> float:
-    return math.exp(min(ratio(losses, tokens), LARGEST_EXPONENT))
-
-
-def _macro_f1(guessed: Column, wanted: Column) -> float:
-    """Over the labels that occur; a reference that is no label counts as a class of its own."""
-    try:
-        from sklearn.metrics import f1_score
-    except ImportError as error:
-        raise _absent("classification", "scikit-learn") from error
-    return float(f1_score(wanted, guessed, average="macro", zero_division=0.0))
-
-
 def _labels(train: TokenizedSplit) -> list[tuple[int, ...]]:
-    """The different completions of train."""
+    """The different completions of train. Raises DataError where there are too many."""
     found: dict[tuple[int, ...], None] = {}
     for i in range(len(train)):
         ids, mask = train.example(i)
@@ -218,11 +209,3 @@ def _labels(train: TokenizedSplit) -> list[tuple[int, ...]]:
                 "write loss, answer or rouge",
             )
     return list(found)
-
-
-def _absent(metric: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"promote.metrics={metric}",
-        f"needs the package {package}, which is not installed",
-        f"pip install {package}, or 'raytune-ft[metrics]'",
-    )

@@ -1,4 +1,6 @@
-"""The logits of a teacher on the training examples, computed once, for `train.kd.cache: disk`."""
+"""What one model computes on the training examples before training: the losses of the base for a
+curriculum, and a teacher's logits for `train.kd.cache: disk`.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,28 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError
+from raytune_ft.evaluate.columns import batches, columns_of
 from raytune_ft.evaluate.context import engine_of
-from raytune_ft.evaluate.token_scores import batches, forced
 from raytune_ft.model.load import (
     base_file_hashes,
     load_model_config,
     load_tokenizer,
     resolve_model_path,
 )
+from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
 from raytune_ft.train.engine import Engine
 
 
 def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> PreparedData:
-    """The data with the losses that the curriculum goes by, where it goes by any.
+    """The data with the base's loss on each training example, where the curriculum goes by it.
 
-    They are measured in this process, once for all runs over these data and this base.
+    The losses are computed in this process, once for all runs over these data and this base.
 
     Raises:
         ModelError: the base cannot be loaded.
-        StorageError: the losses cannot be kept.
+        StorageError: the losses cannot be written.
     """
     curriculum, model = config.data.curriculum, config.model
     if curriculum is None or curriculum.by != "base_loss":
@@ -47,8 +50,9 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
 
     def measure(split: TokenizedSplit) -> Numbers:
         tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
-        seen = forced(engine_of(model, load_tokenizer(model)), split)
-        return seen.losses / seen.tokens
+        engine = engine_of(model, load_tokenizer(model))
+        columns = columns_of(engine, TokenObjective(), split)
+        return columns["loss"] / columns["tokens"]
 
     facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -66,14 +70,14 @@ def taught(
     tell: Tell,
     accept: Callable[[DataReport], object] = lambda report: None,
 ) -> PreparedData:
-    """The data with the teacher's logits, where the config wants them kept.
+    """The data with the teacher's logits, under `train.kd.cache: disk`.
 
-    They are computed in this process, once for all runs over these data and this teacher. `accept`
-    may refuse both by raising, before anything is computed.
+    The logits are computed in this process, once for all runs over these data and this teacher.
+    `accept` may refuse the data by raising, before anything is computed.
 
     Raises:
         ModelError: the teacher cannot be loaded.
-        StorageError: there is no room for the logits.
+        StorageError: the disk has no room for the logits.
         OutOfMemory: the teacher does not fit on this process's accelerator.
     """
     file = logits_file(config, data)
@@ -86,7 +90,7 @@ def taught(
 
     def write(path: Path) -> None:
         _check_room(data.path.parent, file)
-        tell(f"train.kd: the teacher runs once, and {file} of its logits are kept")
+        tell(f"train.kd: the teacher runs once, and {file} of its logits are written")
         engine = teacher_engine(config, Single(ParallelConfig(), precision))
         parts = _parts(engine, data.train, tell)
         try:
@@ -98,13 +102,13 @@ def taught(
 
     kept = with_teacher_logits(data, sha256, write)
     tell(f"train.kd: the teacher's logits are in {kept.path}")
-    if torch.cuda.is_available():  # which workers of this machine need
+    if torch.cuda.is_available():  # workers on this machine need its memory
         torch.cuda.empty_cache()
     return kept
 
 
 def _sha256(model: ModelConfig, precision: str) -> str:
-    """Of the teacher's files, or of its commit on the hub, and of how it computes."""
+    """Hash of the teacher's files, or of its commit on the hub, and of how it computes."""
     local = Path(resolve_model_path(model.path)).is_dir()
     commit = getattr(load_model_config(model), "_commit_hash", None)
     content = {

@@ -1,70 +1,72 @@
-"""Figures as what they are made of: columns with one value for each example, and a summary."""
+"""Figures of a model over a set of examples, and the paired bootstrap that compares two models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raytune_ft.config.metrics import Mode
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.config.objectives import Figure, Mode, ratio
 
-Column = npt.NDArray[np.float64]
-Summary = Callable[..., float]
+Column = npt.NDArray[Any]
+"""`[n]`, or `[n, L]`: numbers, or truth values that count as 0 and 1."""
 
 DRAWS = 2000
 FEWEST_EXAMPLES = 10
-"""Of fewer, the draws are of the same few values, and say nothing about any other."""
+"""Draws from fewer examples repeat the same few values, so that no interval is given."""
 CONFIDENCE = 0.95
 FEWEST_DRAWS, MAX_NUMBERS = 400, 200_000_000
-"""Over many examples fewer draws do, and 2,000 would take minutes."""
-BINS = 10
+"""Many examples need fewer draws, and 2,000 would take minutes."""
 _CHUNK = 4_000_000  # numbers drawn at a time
-
-
-def ratio(numerators: Column, denominators: Column) -> float:
-    """Sum over sum: of a loss per token as of a share of examples."""
-    return float(numerators.sum() / denominators.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One figure of one model: `summary(*columns)`, each column `[n]`, one value an example, or
-    `[n, L]` of a summary that takes it.
+    """One figure of one model: `formula` of the sums of its columns over all examples.
+
+    `by_example`: scores.jsonl has its value for each example, where there is one.
     """
 
     columns: tuple[Column, ...]
     mode: Mode = "max"
-    summary: Summary = ratio
+    formula: Callable[..., float] = ratio
+    by_example: bool = True
+
+    @classmethod
+    def of(cls, figure: Figure, columns: Mapping[str, Column]) -> Scores:
+        """A declared figure, from columns by name."""
+        own = tuple(columns[name] for name in figure.columns)
+        return cls(own, figure.mode, figure.formula)
 
     @classmethod
     def mean(cls, values: Sequence[float] | Column, mode: Mode = "max") -> Scores:
-        """Of one score for each example."""
+        """The mean of one score for each example."""
         column = np.asarray(values, np.float64)
         return cls((column, np.ones_like(column)), mode)
 
     @property
     def value(self) -> float:
         """The figure over all examples."""
-        return self.summary(*self.columns)
+        return self.formula(*(column.sum(0) for column in self.columns))
 
     @property
     def each(self) -> Column | None:
-        """`[n]`: the figure of every example by itself; None where there is no such thing."""
-        if self.summary is not ratio:
+        """`[n]`: the figure of every example alone; None where it is not a mean over examples."""
+        if self.formula is not ratio or not self.by_example:
             return None
         top, bottom = self.columns
-        return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
+        return np.divide(top, bottom, out=np.zeros(len(top)), where=bottom != 0)
 
 
 @dataclass(frozen=True)
 class Difference:
     """`b - a` of a figure over the same examples, with a paired bootstrap interval.
 
-    Of fewer than `FEWEST_EXAMPLES` it has no ends: such data tell nothing apart.
+    With fewer than `FEWEST_EXAMPLES` examples the interval has no finite ends.
     """
 
     value: float
@@ -73,17 +75,17 @@ class Difference:
 
     @property
     def covers_zero(self) -> bool:
-        """Whether the data do not tell the two apart."""
+        """Whether the interval contains zero, so that the data show no difference."""
         return self.low <= 0 <= self.high
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """`(low, high)`; None where the examples are too few, or are not numbers."""
+        """`(low, high)`; None where the examples are too few or a value is not a number."""
         return (self.low, self.high) if math.isfinite(self.high - self.low) else None
 
 
 def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Difference:
-    """Percentile bootstrap (Efron, 1979): examples are drawn with replacement, for both alike."""
+    """Paired percentile bootstrap (Efron, 1979): every draw has the same examples of both."""
     n, rng = len(a.columns[0]), np.random.default_rng(seed)
     if n < FEWEST_EXAMPLES:
         return Difference(b.value - a.value, -math.inf, math.inf)
@@ -98,37 +100,20 @@ def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Diffe
     return Difference(b.value - a.value, float(low), float(high))
 
 
-def by_source(losses: Column, counted: Column, split: TokenizedSplit) -> dict[str, Scores]:
-    """The loss over the examples of each source of a split, where it has several."""
-    numbers = split.source_numbers
-    if numbers is None:
-        return {}
-    own = {name: np.flatnonzero(numbers == i) for i, name in enumerate(split.sources)}
-    return {
-        f"eval_loss_{name}": Scores((losses[rows], counted[rows]), "min", _of_a_source)
-        for name, rows in own.items()
-        if len(rows)
-    }
-
-
-def _of_a_source(losses: Column, counted: Column) -> float:
-    """A summary of its own, so that `scores.jsonl`, which has every loss once, leaves it out."""
-    return ratio(losses, counted)
-
-
-def calibration_error(confidences: Column, right: Column) -> float:
-    """Mean over ten bins of |confidence - accuracy|, weighted by their examples."""
-    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, confidences - right, BINS)
-    return float(np.abs(gaps).sum() / len(confidences))
-
-
-def _resampled(scores: Scores, picks_DN: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _resampled(scores: Scores, picks_DN: npt.NDArray[np.int64]) -> Column:
     """`[D]`: the figure of every draw."""
-    if scores.summary is ratio:
-        top, bottom = scores.columns
-        weights = bottom[picks_DN].sum(1)
-        return np.divide(
-            top[picks_DN].sum(1), weights, out=np.zeros(len(picks_DN)), where=weights != 0
-        )
-    return np.array([scores.summary(*(c[picks] for c in scores.columns)) for picks in picks_DN])
+    sums = [_sums(column, picks_DN) for column in scores.columns]
+    if scores.formula is ratio:
+        top, bottom = sums
+        return np.divide(top, bottom, out=np.zeros(len(picks_DN)), where=bottom != 0)
+    return np.array([scores.formula(*each) for each in zip(*sums, strict=True)])
+
+
+def _sums(column: Column, picks_DN: npt.NDArray[np.int64]) -> Column:
+    """`[D]` or `[D, L]`: the sum of a column over every draw."""
+    if column.ndim == 1:
+        return column[picks_DN].sum(1)
+    draws, n = picks_DN.shape
+    places = picks_DN + n * np.arange(draws)[:, None]
+    counts_DN = np.bincount(places.ravel(), minlength=draws * n).reshape(draws, n)
+    return counts_DN.astype(np.float64) @ column.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What may be promoted: the base, the best checkpoint and merges, each a model directory."""
+"""The candidates of a promotion: the base, the best checkpoint and merges, as model directories."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS
 from raytune_ft.model.methods.saved import unfoldable
 
 Score = Callable[[Path], float]
-"""The deciding figure of a model directory on validation, turned so that less is better."""
+"""The deciding figure of a model directory on validation, negated where more is better."""
 Tell = Callable[[str], None]
 BASE_NAME = "base"
 BASE, BEST, INTERPOLATED, MERGED = range(4)
-"""How simple candidates are: nothing, one trial, one trial and the base, several trials."""
+"""How simple a candidate is, by what it is made of: the base alone, one trial, one trial and the
+base, several trials.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A candidate; `write` makes its model directory, or that of an adapter that cannot be folded.
-    `settings` are what it was made with.
+    """A candidate.
 
-    `adapter` writes a merge as one PEFT adapter of a rank, once it was written as a model.
+    Attributes:
+        write: makes its model directory, or that of an adapter that cannot be folded.
+        settings: what it is made of and how.
+        adapter: writes a merge as one PEFT adapter of the given rank, after `write`; None for what
+            is not a merge.
     """
 
     name: str
@@ -46,11 +51,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pantry:
-    """What candidates are made of: the base, the trials' checkpoints (the best first) and names.
+    """What candidates are made of.
 
-    `examples` are held-out token ids `[S]` that what is written is checked on; `score` is asked by
-    merges that look before they add. `head` is the task head that all trials have, and the base
-    has not.
+    Attributes:
+        checkpoints, trials: of the trials, the best first.
+        examples: held-out token ids `[S]` on which every written model is checked.
+        score: measures a merge while it is made; greedy_soup adds a trial only where that helps.
+        head: the task head of the trials, which the base does not have; None without one.
     """
 
     model: ModelConfig
@@ -65,7 +72,7 @@ class Pantry:
 
     @property
     def merging(self) -> MergeSettings:
-        """As `promote.merging` says."""
+        """The settings of `promote.merging`."""
         written = self.settings.merging
         return MergeSettings(scale=written.scale, density=written.density, seed=self.seed)
 
@@ -73,7 +80,7 @@ class Pantry:
 def entries(pantry: Pantry) -> list[Entry]:
     """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges.
 
-    Under a task head the base is none: it has no head that says anything.
+    With a task head the base is not a candidate, since it has no trained head.
     """
     base = Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target))
     best = Entry(
@@ -96,7 +103,7 @@ def entries(pantry: Pantry) -> list[Entry]:
 
 
 def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
-    """Folded into the base, or as it is."""
+    """The best checkpoint folded into the base, or a copy of an adapter that cannot be folded."""
     checkpoint = pantry.checkpoints[0]
     if unfoldable(checkpoint) is None:
         return fold(
@@ -115,13 +122,13 @@ def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
 
 
 def write_base(model: ModelConfig, target: Path) -> None:
-    """The base as it is. Raises ModelError."""
+    """Write the base unchanged. Raises ModelError."""
     built: Any = load_base(model, disk_dtype(model))
     built.save_pretrained(str(target))
 
 
 def _between(pantry: Pantry) -> list[float]:
-    """The alphas but 0 and 1, which are candidates of their own."""
+    """The alphas between 0 and 1; those two are the base and the best trial themselves."""
     return [alpha for alpha in pantry.settings.merging.alphas if 0 < alpha < 1]
 
 
@@ -151,7 +158,7 @@ def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
 
 
 def _merged(pantry: Pantry, name: str) -> Entry:
-    """A merge of several trials; which of them took part is known once it is written."""
+    """A merge of several trials; `settings` name those that took part once it is written."""
     settings: dict[str, Any] = {"merge": name}
     taken: list[Path] = []
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.methods import WHOLE_MODEL
-from raytune_ft.config.metrics import RETENTION
+from raytune_ft.config.metrics import RETENTION, label
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.fold import FoldCheck
@@ -81,23 +81,6 @@ def package_versions() -> dict[str, str]:
 
 MAX_LABELS = 50
 """Labels that the card lists; `config.json` has all of them."""
-_METRIC_NAMES = {
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "answer_exact_match": "exact match of the answer",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "calibration_error": "expected calibration error",
-    "mse": "mean squared error",
-    "r2": "R2",
-    "pearson": "Pearson's r",
-    "retention_loss": "loss on the general set",
-    "retention_kl": "KL from the base on the general set",
-}
 
 
 def model_card(
@@ -304,7 +287,7 @@ def _is_of(name: str, split: str = "train") -> bool:
 def _metric_name(figure: str, reference: str) -> str:
     if figure == "eval_loss":
         return "loss per label token" if reference == "base" else "loss per example"
-    return _METRIC_NAMES.get(figure, figure)
+    return label(figure)
 
 
 def _pairs(columns: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_ft.config.metrics import Mode
+from raytune_ft.config.objectives import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, Scores, difference

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.layout import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
+from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
-from raytune_ft.evaluate.classifier import classification, constant_scores
+from raytune_ft.evaluate.classifier import constant_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
     Measured,
@@ -39,6 +40,7 @@ from raytune_ft.merge.fold import FoldCheck, held_out
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, entries
 from raytune_ft.promote.card import Lineage, model_card, package_versions
 from raytune_ft.promote.decide import (
@@ -53,15 +55,15 @@ from raytune_ft.promote.decide import (
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
 from raytune_ft.rundir import DATA, PROMOTED, cache_in
-from raytune_ft.train.setup import head_of
+from raytune_ft.train.setup import evaluation_objective, head_of
 
 CONSTANT = "constant"
-"""What classifiers are compared with: always the answer that suits the training set best."""
+"""The reference of classifiers: a constant answer, the one with the smallest training loss."""
 
 
 @dataclass(frozen=True)
 class Measurer:
-    """One promotion's `base`, data and settings. `retained`, `samples`: see `Job`."""
+    """Measures the models of one promotion. `retained` and `samples` are those of `Job`."""
 
     base: ModelConfig
     head: Head | None
@@ -73,11 +75,13 @@ class Measurer:
 
     @property
     def reference(self) -> str:
-        """What a promoted model is compared with: a base whose head says nothing is no model."""
+        """The name of what a promoted model is compared with: the base, or without a trained head a
+        constant answer.
+        """
         return BASE_NAME if self.head is None else CONSTANT
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
-        """Every candidate on validation, and on the general set; the reference is the first."""
+        """Every candidate on validation and on the general set, the reference first."""
         jobs = [self._job(directory, "validation") for directory in directories]
         measured = measure_all(jobs, self.config.parallel)
         contenders = [
@@ -90,7 +94,9 @@ class Measurer:
         return [Contender(CONSTANT, BASE, constant, is_model=False), *contenders]
 
     def held_out(self, split: str, promoted: Path | None) -> tuple[Measured, Measured]:
-        """The reference and the promoted model; None: the base was kept, and is both."""
+        """Scores of the reference and of the promoted model; `promoted` is None where the base was
+        kept and is both.
+        """
         directories = [Path(self.base.path)] if self.head is None else []
         directories += [] if promoted is None else [promoted]
         jobs = [self._job(directory, split, self.samples) for directory in directories]
@@ -99,15 +105,19 @@ class Measurer:
         return reference, measured[-1]
 
     def score(self, directory: Path, figure: str) -> float:
-        """For merges that look before they add: on validation, and less is better."""
+        """The figure of a directory on validation, negated where more is better; for merges that
+        measure while they are made.
+        """
         job = replace(self._job(directory, "validation"), retained=None)
         found = run_job(job).scores[figure]
         return found.value if found.mode == "min" else -found.value
 
     def _constant(self, split: str, head: Head) -> Measured:
         train = self.data.train
-        objective = classification(head, self.config.train.class_weights, train)
-        return Measured(constant_scores(train, split_named(self.data, split), objective))
+        objective = evaluation_objective(self.config.train, self.data)
+        assert isinstance(objective, Classification)
+        own = figures(self.config.train.objective, head.problem)
+        return Measured(constant_scores(train, split_named(self.data, split), objective, own))
 
     def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
         base = self.base
@@ -123,13 +133,15 @@ class Measurer:
             samples,
             is_chat(self.config.data),
             self.head,
-            self.config.train.class_weights,
+            self.config.train,
         )
 
 
 def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
-    """In order; at the same time where this process is part of a Ray cluster."""
-    if len(jobs) > 1 and "ray" in sys.modules:  # else nobody has joined a cluster
+    """Results in the order of the jobs, which run in parallel where this process is part of a Ray
+    cluster.
+    """
+    if len(jobs) > 1 and "ray" in sys.modules:  # otherwise this process has not joined a cluster
         from raytune_ft.ray_backend import evaluate as ray_evaluate
 
         if ray_evaluate.joined():
@@ -138,7 +150,7 @@ def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]
 
 
 def same_scores(a: Measured, b: Measured) -> bool:
-    """Whether every example has the very same loss, as if an adapter had not been applied."""
+    """Whether every example has exactly the same loss, as where an adapter was not applied."""
     one, other = (each.scores["eval_loss"].columns[0] for each in (a, b))
     return bool(np.array_equal(one, other))
 
@@ -150,7 +162,7 @@ _LOCK = ".promoted.lock"
 
 
 def looks_so_far(directory: Path) -> int:
-    """How often the held-out split of this run or sweep has been measured."""
+    """How often the held-out split of this run or sweep has been measured before."""
     counts = [0]
     for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
         counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
@@ -158,7 +170,9 @@ def looks_so_far(directory: Path) -> int:
 
 
 def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None:
-    """Move `unfinished` to `target`, whose earlier content becomes `promoted-1`, and so on."""
+    """Move `unfinished` to `target`; an earlier `target` is kept as `promoted-1` or the next free
+    number.
+    """
     fsync_folders(unfinished)
     if target.exists():
         number = 1
@@ -171,7 +185,9 @@ def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
-    """Tokenizer and chat template; and the end token that training used ends generation too."""
+    """Save tokenizer and chat template, and add the end token of training to those that end
+    generation.
+    """
     tokenizer.save_pretrained(str(model))
     path = model / "generation_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -186,7 +202,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One promotion at a time; the kernel gives the lock up when its holder dies."""
+    """Hold the lock of a directory, which allows one promotion at a time.
+
+    The kernel releases it when its holder dies.
+
+    Raises:
+        StorageError: another process holds it, or the directory cannot be written.
+    """
     lock = FileLock(directory / _LOCK, timeout=0)
     try:
         lock.acquire()
@@ -209,10 +231,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it. `trial` is the one that was promoted, None for the base, a merge or a run.
+    """The result of a promotion.
 
-    `better`: than the base, by the figure that decided, beyond the interval. `check` is None where
-    the base was kept.
+    Attributes:
+        trial: the trial that was promoted; None for the base, a merge and a run of its own.
+        better: the promoted model is better than the reference by the figure that decided, and the
+            interval of the difference excludes zero.
+        check: None where nothing was folded.
     """
 
     path: Path
@@ -224,7 +249,7 @@ class Promotion:
 
     @property
     def model(self) -> Path:
-        """The directory that `from_pretrained` takes; of an adapter without a fold, that one."""
+        """The directory of the model, or of an adapter that cannot be folded."""
         model = self.path / MODEL
         return model if model.exists() else self.path / ADAPTER
 
@@ -239,16 +264,18 @@ def promote(
     """Write `directory/promoted` from a run or a sweep that has ended.
 
     Candidates are compared on validation alone, and the base is one of them; classifiers, whose
-    base is none, are held against a constant answer. The test split is measured here and nowhere
-    else, once for the base and once for the promoted model. With `again` an earlier `promoted` is
-    kept as `promoted-1`, and so on. What is killed half-way leaves `promoted` as it was.
+    base has no trained head, are compared with a constant answer. The test split is measured here
+    only, once for the base and once for the promoted model. With `again` an earlier `promoted` is
+    kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was.
 
     Raises:
-        StorageError: no run that ended, `promoted` exists and not `again`, or no room to write.
-        RunFailed: nothing usable (CheckpointError: nothing sound; MergeError: a wrong fold).
-        DataError: the data are gone, overlap, or are not what they were when the run began.
-        ConfigError: a metric that cannot be computed.
-        ModelError: the base is gone.
+        StorageError: the run has not ended, `promoted` exists without `again`, or the disk is full.
+        RunFailed: no trial is usable.
+        CheckpointError: no checkpoint is sound.
+        MergeError: a folded model differs from base and adapter.
+        DataError: the data are missing, overlap, or have changed since the run began.
+        ConfigError: a metric cannot be computed.
+        ModelError: the base cannot be loaded.
     """
     target = directory / PROMOTED
     selection = select(directory, tell)
@@ -263,7 +290,7 @@ def promote(
     tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
     with locked(directory):
         unfinished = directory / UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a promotion that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
             promotion = _Promoter(selection, directory, unfinished, tokens, tell, samples).run()
@@ -305,8 +332,8 @@ class _Promoter:
         )
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)
-        else:  # of a trial by itself, or of an earlier version
-            tell(f"{directory} keeps no {DATA}, so whether the data are the same is not known")
+        else:  # a trial alone has none
+            tell(f"{directory} has no {DATA}, so that changes of the data cannot be detected")
         check_overlap(data, self._data.report, settings.max_overlap)
         self._promoted = folder / MODEL
         self._measurer = Measurer(
@@ -320,7 +347,7 @@ class _Promoter:
         )
 
     def run(self) -> Promotion:
-        """Everything that can be refused is refused before the test split is measured."""
+        """Everything that may raise comes before the test split is measured."""
         chosen, manifest = self._selection.candidate, self._selection.manifest
         self._tell(f"promoting {chosen.trial or chosen.run_dir.name}, step {manifest.step}")
         others = self._selection.others
@@ -360,7 +387,7 @@ class _Promoter:
         return base if name == BASE_NAME else self._folder / "candidates" / name
 
     def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, FoldCheck | None]:
-        """Of what `merge: auto` tries, a merge that cannot be made is passed over."""
+        """Write all candidates. Under `merge: auto` a merge that cannot be made is left out."""
         written: dict[Entry, FoldCheck | None] = {}
         for entry in wanted:
             try:
@@ -381,7 +408,7 @@ class _Promoter:
         return check
 
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
-        """Every candidate on validation, and on the general set."""
+        """Measure every candidate on validation and on the general set."""
         count = len(self._data.validation)
         several = f"{len(found)} candidates" if len(found) > 1 else "1 candidate"
         self._tell(f"measuring {several} on {count:,} examples (validation)")
@@ -391,13 +418,13 @@ class _Promoter:
         for one in contenders[1:]:
             if same_scores(contenders[0].measured, one.measured):
                 reference = self._measurer.reference
-                self._tell(f"{one.name} scores exactly as the {reference}: it changes nothing")
+                self._tell(f"{one.name} has exactly the scores of {reference}: it changes nothing")
         return contenders
 
     def _test(
         self, verdict: Verdict, contenders: Sequence[Contender], settings: dict[str, dict[str, Any]]
     ) -> Evaluation:
-        """The reference and the winner on the test split; without one, on validation again."""
+        """Measure the reference and the winner on the test split, or without one on validation."""
         name, reference = measured_split(self._data), self._measurer.reference
         count = len(split_named(self._data, name))
         self._tell(f"measuring {reference} and promoted model on {count:,} examples ({name})")
@@ -409,13 +436,13 @@ class _Promoter:
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
     def _score(self, directory: Path) -> float:
-        """For merges that look before they add."""
+        """The deciding figure of a merge that is being made."""
         if not (directory / "tokenizer_config.json").is_file():
             save_tokenizer(self._tokenizer, directory)
         return self._measurer.score(directory, self._selection.figure)
 
     def _take(self, winner: Entry) -> None:
-        """The winner's directory becomes the promoted model, the others go."""
+        """Make the winner's directory the promoted model and delete the others."""
         if winner.name == BASE_NAME:
             winner.write(self._folder / MODEL)
             save_tokenizer(self._tokenizer, self._folder / MODEL)
@@ -428,12 +455,12 @@ class _Promoter:
         shutil.rmtree(self._folder / "candidates")
 
     def _write_adapter(self, winner: Entry) -> None:
-        """As `promote.merging.adapter_rank` asks. One trial alone has its adapter already."""
+        """Write a winning merge as an adapter too, where `promote.merging.adapter_rank` is set."""
         rank = self._selection.settings.merging.adapter_rank
         if rank is None:
             return
         if winner.adapter is None:
-            self._tell(f"{winner.name} is no merge: nothing is factored to rank {rank}")
+            self._tell(f"{winner.name} is not a merge: nothing is factored to rank {rank}")
             return
         made = winner.adapter(self._folder / ADAPTER, rank)
         self._tell(f"{ADAPTER}: rank {rank}, which loses {made.lost:.2%} of what was merged")

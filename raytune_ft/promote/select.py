@@ -1,4 +1,4 @@
-"""Which checkpoint leaves a run or a sweep: a decision from files, without loading a model."""
+"""Select the checkpoint of a run or a sweep to promote, from files alone: no model is loaded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from raytune_ft.search.results import USABLE
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run whose best checkpoint may be promoted; `score` is of that checkpoint, on validation.
+    """A run whose best checkpoint may be promoted.
 
-    `trial` and `params` are those of its sweep, None and {} for a run of its own.
+    Attributes:
+        trial, params: of its sweep; None and {} for a run of its own.
+        score: the metric of that checkpoint on validation.
     """
 
     run_dir: Path
@@ -34,11 +36,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What may be promoted. `metric` and `mode` say what was best, `config` is the run's own.
+    """What may be promoted.
 
-    `name`, `data_seed` and `settings` are those of the directory: a sweep draws its splits once, by
-    its own seed, whatever seed a trial trains with. `figure` decides between `candidate`, the
-    base and what is merged; `others` are the sound candidates after the best, for merges.
+    Attributes:
+        candidate: the best run with a sound checkpoint, whose manifest and config follow.
+        name, data_seed, settings: of the directory. A sweep draws its splits once, by its own seed,
+            whatever seed a trial trains with.
+        metric, mode: what ranked the runs.
+        figure: decides between the candidate, the base and merges.
+        others: the sound candidates after the best, for merges.
     """
 
     candidate: Candidate
@@ -57,9 +63,9 @@ def select(directory: Path, tell: Callable[[str], None]) -> Selection:
     """The best run of `directory` whose best checkpoint verifies, out of the first `top_k`.
 
     Raises:
-        StorageError: the directory is no run or sweep that has ended.
+        StorageError: the directory is not a run or sweep that has ended.
         RunFailed: no trial is usable, or the run failed.
-        CheckpointError: no checkpoint that could be promoted is sound.
+        CheckpointError: none of the checkpoints looked at is sound.
     """
     result = read_result(directory)
     if result.get("status") == "interrupted":
@@ -107,7 +113,7 @@ def read_result(directory: Path) -> dict[str, Any]:
     """`result.json` of a run or a sweep.
 
     Raises:
-        StorageError: there is none, or it is not JSON.
+        StorageError: it does not exist, or is not JSON.
     """
     remedy = "write the directory of a run or sweep that ended, or resume it with --resume"
     try:
@@ -123,8 +129,8 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 def _the_run(directory: Path, result: Mapping[str, Any], metric: str, mode: str) -> list[Candidate]:
     if result["status"] not in USABLE:
-        why = result.get("error") or "no reason known"
-        raise RunFailed(f"{directory} has status {result['status']} ({why}), so nothing to promote")
+        why = result.get("error") or "no reason is recorded"
+        raise RunFailed(f"{directory} has status {result['status']} ({why}): nothing to promote")
     found = _candidate(directory, None, {}, metric, mode)
     if found is None:
         raise CheckpointError(f"{directory} has no checkpoint of its best evaluation")
@@ -134,7 +140,7 @@ def _the_run(directory: Path, result: Mapping[str, Any], metric: str, mode: str)
 def _ranked_trials(
     directory: Path, result: Mapping[str, Any], metric: str, mode: str
 ) -> list[Candidate]:
-    """Usable trials, the sweep's own best first, then by their best evaluation."""
+    """Usable trials: the best of the sweep's result first, the others by their best evaluation."""
     found = [
         _candidate(directory / TRIALS / trial["id"], trial["id"], trial["params"], metric, mode)
         for trial in result["trials"]
@@ -151,9 +157,9 @@ def _ranked_trials(
 def _candidate(
     run_dir: Path, trial: str | None, params: Mapping[str, Any], metric: str, mode: str
 ) -> Candidate | None:
-    """The best evaluation of a run with its checkpoint; None where it has none.
+    """The best evaluation of a run that has a checkpoint; None where there is none.
 
-    A trial that was stopped from outside has no result of its own: then its manifests speak.
+    A trial that was stopped from outside has no result.json; its manifests have the evaluations.
     """
     result = run_dir / RESULT
     point = json.loads(result.read_text(encoding="utf-8")).get("best") if result.is_file() else None
@@ -167,6 +173,6 @@ def _candidate(
     measured = [(score, path) for score, path in scores if score is not None]
     if not measured:
         return None
-    # Of equals the first, as in the run itself.
+    # The first of equal ones, as in the run itself.
     score, path = (min if mode == "min" else max)(measured, key=lambda pair: pair[0])
     return Candidate(run_dir, trial, params, path, score)

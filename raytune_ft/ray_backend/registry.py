@@ -33,8 +33,7 @@ class Report:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Report:
         """From the plain values of a message."""
-        numbers: dict[str, Any] = {name: values.get(name) for name in EvalMetrics.__annotations__}
-        return cls(EvalMetrics(**numbers), values["checkpoint"])
+        return cls(EvalMetrics.of(values), values["checkpoint"])
 
 
 @dataclass(frozen=True)

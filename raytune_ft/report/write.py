@@ -13,8 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import raytune_ft
-from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, RETENTION
-from raytune_ft.config.metrics import figures as known_figures
+from raytune_ft.config.metrics import direction
 from raytune_ft.format import cell, interval, number
 from raytune_ft.report import tables
 from raytune_ft.report.collect import Facts, Record, collect
@@ -169,8 +168,7 @@ def _tones(promoted: Record) -> dict[tuple[int, int], str]:
 def _tone(name: str, promoted: Record) -> str:
     """`up` for an improvement, `down` for a loss, empty where the interval covers zero."""
     gap = promoted["differences"].get(name)
-    modes = {**known_figures(list(FIGURES)), **OF_A_HEAD["regression"], **RETENTION}
-    mode = promoted["mode"] if name == promoted["metric"] else modes.get(name)
+    mode = promoted["mode"] if name == promoted["metric"] else direction(name)
     if gap is None or mode is None or _covers_zero(gap["interval"]):
         return ""
     return "up" if (gap["difference"] < 0) == (mode == "min") else "down"

@@ -1,4 +1,4 @@
-"""What comes out of a sweep: rows, the best of them, a status. Pure: no ray, no files."""
+"""The result of a sweep: its trials, their ranking and what they spent. Pure: no Ray, no files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def apply_params(config: Config, params: Mapping[str, Any], trial: str, storage:
     """The config of one trial: a run called `trial` in `storage`, without a search of its own.
 
     Raises:
-        ConfigError: the values are each right and wrong together.
+        ConfigError: the values do not go together.
     """
     own = config.model_copy(update={"search": None, "name": trial, "storage": storage})
     return apply_overrides(own, params)
 
 
 def trial_name(number: int) -> str:
-    """`trial-007`, by Optuna's number of the trial."""
+    """The directory of a trial, such as `trial-007`, from Optuna's number."""
     return f"trial-{number:03d}"
 
 
@@ -33,14 +33,14 @@ HOUR_S = 3600.0
 
 
 class Spending:
-    """Of all trials, by all drivers of the sweep.
+    """What all trials of a sweep have spent of `search.budget`, over resumes too.
 
     Args:
         budget: None limits nothing.
-        examples: by trial, what earlier drivers trained.
-        gpu_s: seconds that earlier drivers held GPUs, times their number.
-        gpus: of one trial, a share of a GPU where trials share one.
-        elapsed_s: the seconds of all drivers until now.
+        examples: trial -> examples that it trained on under earlier drivers.
+        gpu_s: GPU seconds of earlier drivers.
+        gpus: GPUs that one trial holds; below 1 where trials share a GPU.
+        elapsed_s: gives the seconds that all drivers have run so far.
     """
 
     def __init__(
@@ -58,26 +58,26 @@ class Spending:
         self._wall_s = None if self._budget.wall_s is None else duration_s(self._budget.wall_s)
 
     def began(self, trial: str) -> None:
-        """A trial holds its workers."""
+        """A trial has been given its workers."""
         self._running[trial] = self._elapsed_s()
 
     def trained(self, trial: str, examples: int) -> None:
-        """A trial has seen so many examples, counted from its first driver on."""
+        """A trial has trained on `examples` in all, counted over resumes."""
         self._examples[trial] = max(examples, self._examples.get(trial, 0))
 
     def ended(self, trial: str) -> None:
-        """A trial holds nothing any more."""
+        """A trial has given back its workers."""
         if trial in self._running:
             self._gpu_s += (self._elapsed_s() - self._running.pop(trial)) * self._gpus
 
     @property
     def gpu_s(self) -> float:
-        """Seconds of GPUs, of running trials too."""
+        """GPU seconds, those of running trials included."""
         held_s = sum(self._elapsed_s() - since for since in self._running.values())
         return self._gpu_s + held_s * self._gpus
 
     def over(self) -> str | None:
-        """The key of `search.budget` that is used up, None where none is."""
+        """The key of `search.budget` that is used up; None where none is."""
         spent = {
             "examples": (sum(self._examples.values()), self._budget.examples),
             "wall_s": (self._elapsed_s(), self._wall_s),
@@ -88,15 +88,19 @@ class Spending:
 
 
 SweepStatus = Literal["completed", "failed", "interrupted"]
-# A pruned trial was worse than others when it was stopped; it counts when those failed later on.
+# A pruned trial counts: the trials that were better when it was stopped may have failed later.
 USABLE = ("completed", "early_stopped", "pruned")
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """`result.json` of a sweep. `best` is None where no trial is usable; `ended_by` is the key of
-    `search.budget` that was used up, `pareto` the completed trials that no other one beats in every
-    metric, None where there is one metric.
+    """`result.json` of a sweep.
+
+    Attributes:
+        base: figures of the base on validation.
+        best: id, parameters and loss of the best trial; None where no trial is usable.
+        ended_by: the key of `search.budget` that was used up.
+        pareto: the completed trials that no other one dominates; None where there is one metric.
     """
 
     status: SweepStatus
@@ -118,7 +122,7 @@ def sweep_result(
     mode: str,
     execution: str,
 ) -> SweepResult:
-    """Rows in the order of their numbers, and the best usable one."""
+    """The trials in the order of their ids, and the best usable one."""
     ranked = ranking(trials, mode)
     error = None
     status: SweepStatus = "completed"

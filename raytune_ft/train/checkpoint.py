@@ -6,12 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor, Future, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -138,8 +138,12 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"base": EvalMetrics, "best": Point, "final": Point}
-        records = {key: _record(kind, content[key]) for key, kind in kinds.items()}
-        progress: Progress = _record(Progress, content | records)
+        evaluations = {
+            key: None if content[key] is None else kind.of(content[key])
+            for key, kind in kinds.items()
+        }
+        known = {each.name for each in fields(Progress)} & content.keys()
+        progress = Progress(**({key: content[key] for key in known} | evaluations))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
     return progress
@@ -186,13 +190,6 @@ def _check_names(checkpoint: Path, saved: set[str], built: list[str]) -> None:
             f"{checkpoint} is of another model or method: {len(odd)} of {len(built)} trained "
             f"weights differ, among them {odd[0]}"
         )
-
-
-def _record(kind: type[Any], content: dict[str, Any] | None) -> Any:
-    if content is None:
-        return None
-    known = {field.name for field in fields(kind)}
-    return kind(**{key: value for key, value in content.items() if key in known})
 
 
 PACKAGES = ("raytune_ft", "torch", "transformers", "peft", "safetensors")
@@ -285,8 +282,7 @@ class Saver:
             )
 
     def _facts(self, progress: Progress, evaluation: EvalMetrics | None) -> CheckpointFacts:
-        scores = asdict(evaluation) if evaluation else {}
-        scores = {key: value for key, value in scores.items() if isinstance(value, float)}
+        scores = dict(evaluation.figures) if evaluation else {}
         return CheckpointFacts(
             examples=progress.examples,
             config_sha256=config_sha256(self._spec.config),

@@ -24,7 +24,12 @@ GIB = 2**30
 
 
 def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teacher:
-    """Raises ModelError where it cannot be loaded, RunFailed where nobody has kept its logits."""
+    """The teacher of a run.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        RunFailed: under `cache: disk` the data hold no logits of it.
+    """
     settings = config.train.kd
     assert settings is not None
     if settings.cache == "memory":
@@ -35,13 +40,17 @@ def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teache
 
 
 def teacher_model(config: Config) -> ModelConfig:
-    """The teacher as `model` would say it; it is loaded as the student is."""
+    """The `model` section of the teacher, which is loaded in the same way as the student."""
     assert config.train.kd is not None
     return config.model.model_copy(update={"path": config.train.kd.teacher, "revision": None})
 
 
 def teacher_engine(config: Config, strategy: Strategy) -> Engine:
-    """Without packing, so that no probe of it is needed. Raises ModelError."""
+    """An engine for the teacher. It does not pack, so that packing needs no probe.
+
+    Raises:
+        ModelError: the teacher cannot be loaded.
+    """
     built: Any = build_frozen(teacher_model(config), config.train.precision)
     return Engine(
         model=built.to(strategy.device),
@@ -57,7 +66,7 @@ def teacher_engine(config: Config, strategy: Strategy) -> Engine:
 
 
 def check_teacher(config: Config) -> None:
-    """Raises ModelError where the teacher is no model, or its tokens are not the student's."""
+    """Raises ModelError where the teacher cannot be loaded or has another vocabulary."""
     if config.train.kd is None:
         return
     model = teacher_model(config)
@@ -74,13 +83,13 @@ def check_teacher(config: Config) -> None:
             f"train.kd.teacher={model.path}",
             f"has another vocabulary ({sizes[1]:,} tokens) than model.path ({sizes[0]:,}), so that "
             "their distributions cannot be compared",
-            "write a teacher of the student's family",
+            "write a teacher with the student's tokenizer",
         )
 
 
 @dataclass(frozen=True)
 class LogitsFile:
-    """What is kept of a teacher: so many rows of so many numbers."""
+    """The size of a file of logits: a row of `width` numbers for each label token."""
 
     rows: int
     width: int
@@ -88,7 +97,7 @@ class LogitsFile:
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """Of the whole file."""
         return self.rows * self.width * self.number_bytes
 
     def __str__(self) -> str:
@@ -99,7 +108,7 @@ class LogitsFile:
 
 
 def logits_file(config: Config, data: PreparedData) -> LogitsFile | None:
-    """What `train.kd.cache: disk` keeps; None where nothing is kept."""
+    """What `train.kd.cache: disk` writes; None under `memory` and without a teacher."""
     if config.train.kd is None or config.train.kd.cache == "memory":
         return None
     width = load_model_config(teacher_model(config)).get_text_config().vocab_size
@@ -108,7 +117,7 @@ def logits_file(config: Config, data: PreparedData) -> LogitsFile | None:
 
 
 def check_size(config: Config, data: PreparedData) -> None:
-    """Raises ConfigError where the teacher's logits are more than may be kept."""
+    """Raises ConfigError where the teacher's logits exceed `train.kd.cache_limit_gib`."""
     file, settings = logits_file(config, data), config.train.kd
     if file is None or settings is None or file.bytes <= settings.cache_limit_gib * GIB:
         return
@@ -121,14 +130,14 @@ def check_size(config: Config, data: PreparedData) -> None:
 
 
 def in_gib(count: int) -> str:
-    """Three digits, or the whole number."""
+    """GiB with three significant digits, from 1,000 on as a whole number."""
     return f"{count / GIB:.3g}" if count < 1000 * GIB else f"{count / GIB:.0f}"
 
 
 class InMemory:
-    """Runs on the rows of the student, one example to a row where they share one.
+    """A teacher that runs on each batch of the student, with every example in a row of its own.
 
-    So the student may be packed, whatever the teacher.
+    So the student may pack where the teacher's architecture does not allow it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -142,9 +151,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Kept:
-    """Reads what `InMemory` would compute, for batches of training examples.
+    """A teacher that reads what `InMemory` would compute, for batches of training examples.
 
-    `first_rows` is [n + 1]: where in `logits_NV` each example begins.
+    `first_rows` is [n + 1]: example `i` has the rows `first_rows[i]` to `first_rows[i + 1]` of
+    `logits_NV`.
     """
 
     logits_NV: npt.NDArray[Any]
@@ -152,7 +162,7 @@ class Kept:
     device: torch.device
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        """See `InMemory`."""
+        """`logits_NV` at the label positions of the batch, in its order."""
         first = self.first_rows
         rows = [self.logits_NV[first[i] : first[i + 1]] for i in batch.indices]
         return tensor_of(np.concatenate([self.logits_NV[:0], *rows])).to(self.device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.config.objectives import Figure, figures
 from raytune_ft.data.batch import MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
@@ -55,7 +56,8 @@ class Engine:
     """`wrapped` is `model` as the strategy calls it.
 
     `names` are those of the trained weights in a single process. `by_example`: see
-    `model.attention`; else a mask over the row keeps examples apart. `reading` is how a task head
+    `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
+    evaluation. `reading` is how a task head
     reads its examples, None where the model predicts tokens. `noise` is NEFTune's alpha.
     """
 
@@ -71,6 +73,7 @@ class Engine:
     by_example: bool = False
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=TokenObjective)
+    figures: tuple[Figure, ...] = figures("sft", trained=True)
     reading: Reading | None = None
     noise: float | None = None
 

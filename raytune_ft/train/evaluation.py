@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from raytune_ft.config.objectives import LOSS
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
@@ -16,27 +20,27 @@ from raytune_ft.records import EvalMetrics
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.watchdog import Beat, unheard
 
+Shapes = dict[str, tuple[int, ...]]
+
 BLOCK_EXAMPLES = 1024
 """Laid out together; bounds the time of packing, which grows faster than its input."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of a split, under their names in `EvalMetrics`.
-
-    `loss_by_source` is of the split's sources by name, where it has several.
+    """Figures of a split by name; `loss_by_source` by the names of its sources, where there are
+    several.
     """
 
     figures: dict[str, float]
     loss_by_source: Mapping[str, float] = field(default_factory=dict)
 
     def after(self, step: int, examples: int) -> EvalMetrics:
-        """As what a run has come to. Raises Diverged where the loss is not finite."""
-        loss = self.figures["eval_loss"]
+        """The record of a run's evaluation. Raises Diverged where the loss is not finite."""
+        loss = self.figures[LOSS.name]
         if not math.isfinite(loss):
             raise Diverged(f"step {step}: evaluation loss {loss}")
-        own = dict(self.loss_by_source)
-        return EvalMetrics(step, examples, **self.figures, eval_loss_by_source=own)
+        return EvalMetrics(step, examples, dict(self.figures), dict(self.loss_by_source))
 
 
 def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
@@ -48,30 +52,31 @@ def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Sco
 def evaluate_groups(
     engine: Engine, split: TokenizedSplit, groups: int, beat: Beat = unheard
 ) -> list[Scores]:
-    """Scores of each of several models that share one, which sees the rows once for each of them.
+    """Scores of each of several models that share one engine.
 
-    The g-th group of rows is the g-th model's.
+    Every batch holds the rows `groups` times, and the g-th copy is the g-th model's.
     """
     engine = replace(engine, micro_tokens=max(1, engine.micro_tokens // groups))
-    objective, sources = engine.objective, _sources(split)
-    sums_S = [_sums(engine, split, own, groups, beat) for own in sources.values()]
-    everything = np.arange(len(split))
-    summed_SGK = engine.strategy.sum(torch.stack(sums_S)).cpu().numpy()
-    return [
-        Scores(
-            objective.figures(sums_SK.sum(0), split, everything),
-            {
-                name: objective.figures(sums_K, split, own)["eval_loss"]
-                for (name, own), sums_K in zip(sources.items(), sums_SK, strict=True)
-                if len(sources) > 1
-            },
-        )
-        for sums_SK in summed_SGK.swapaxes(0, 1)
-    ]
+    sources = _sources(split)
+    found = [_sums(engine, split, own, groups, beat) for own in sources.values()]
+    shapes = found[0][1]
+    summed_SGK = engine.strategy.sum(torch.stack([sums for sums, _ in found])).cpu().numpy()
+    everything = _known(engine, split, np.arange(len(split)))
+    of_sources = [_known(engine, split, own) for own in sources.values()]
+    scores = []
+    for sums_SK in summed_SGK.swapaxes(0, 1):
+        sums = _named(shapes, sums_SK.sum(0)) | everything
+        losses = {
+            name: LOSS.of(_named(shapes, sums_K) | known)
+            for name, sums_K, known in zip(sources, sums_SK, of_sources, strict=True)
+        }
+        figures = {figure.name: figure.of(sums) for figure in engine.figures}
+        scores.append(Scores(figures, losses if len(sources) > 1 else {}))
+    return scores
 
 
 def _sources(split: TokenizedSplit) -> dict[str, Indices]:
-    """The examples of each source that has some; of all together where nobody tells them apart."""
+    """The examples of each source that has any; of a split without sources all, under ""."""
     numbers = split.source_numbers
     if numbers is None:
         return {"": np.arange(len(split))}
@@ -81,17 +86,35 @@ def _sources(split: TokenizedSplit) -> dict[str, Indices]:
 
 def _sums(
     engine: Engine, split: TokenizedSplit, examples: Indices, groups: int, beat: Beat
-) -> torch.Tensor:
-    """`[G, K]`: what the objective adds up over these examples, on this rank."""
-    objective, sums_GK = engine.objective, None
+) -> tuple[Tensor, Shapes]:
+    """`[G, K]`, the columns summed over these examples on this rank, one after another; and the
+    shape of each sum.
+    """
+    objective, sums_GK, shapes = engine.objective, None, Shapes()
     for start in range(0, len(examples), BLOCK_EXAMPLES):
         indices = examples[start : start + BLOCK_EXAMPLES]
         layout = engine.layout(split.lengths[indices].tolist())
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
             batch = engine.collate(split, indices, rows).repeated(groups)
-            sums = objective.sums(objective.outputs(engine, batch), batch, groups).double()
-            sums_GK = sums if sums_GK is None else sums_GK + sums
+            columns = objective.columns(objective.outputs(engine, batch), batch, groups)
+            sums = {name: values.double().sum(1) for name, values in columns.all.items()}
+            shapes = {name: values.shape[1:] for name, values in sums.items()}
+            batch_GK = torch.cat([values.reshape(groups, -1) for values in sums.values()], 1)
+            sums_GK = batch_GK if sums_GK is None else sums_GK + batch_GK
             beat(number, len(layout))
     assert sums_GK is not None
-    return sums_GK
+    return sums_GK, shapes
+
+
+def _named(shapes: Shapes, sums_K: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The sums by the names of their columns."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+    parts = np.split(sums_K, ends)
+    named = zip(shapes.items(), parts, strict=True)
+    return {name: part.reshape(shape) for (name, shape), part in named}
+
+
+def _known(engine: Engine, split: TokenizedSplit, indices: Indices) -> dict[str, Any]:
+    """The sums of the columns that depend on the data alone."""
+    return {name: each.sum() for name, each in engine.objective.known(split, indices).items()}

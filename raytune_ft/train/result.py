@@ -6,12 +6,12 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
-from raytune_ft.records import BY_SOURCE, EvalMetrics, Point, RunResult, plain_of
+from raytune_ft.records import EvalMetrics, Point, RunResult, plain_of
 from raytune_ft.rundir import METRICS, RESULT, write_json_atomic
 from raytune_ft.train.checkpoint import Progress
 from raytune_ft.train.spec import RunSpec
@@ -89,7 +89,7 @@ def load_result(run_dir: Path) -> RunResult | None:
     if not path.exists():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    points = {name: Point(**data[name]) if data.get(name) else None for name in ("best", "final")}
+    points = {name: Point.of(data[name]) if data.get(name) else None for name in ("best", "final")}
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     return RunResult(**{**data, **points, **lists})
 
@@ -101,8 +101,7 @@ def _evaluations(path: Path) -> list[Point]:
         with contextlib.suppress(json.JSONDecodeError):  # the half line of a killed writer
             record = json.loads(line)
             if record.get("eval_loss") is not None:
-                known = EvalMetrics.__annotations__.keys() & record.keys()
-                points.append(Point(**{key: record[key] for key in known}))
+                points.append(Point.of(record))
     return points
 
 
@@ -111,15 +110,6 @@ def with_checkpoint(point: Point, run_dir: Path) -> Point:
     path = checkpoint_path(point.step)
     kept = path if (run_dir / path).is_dir() else None
     return replace(point, checkpoint=kept)
-
-
-def _numbers(point: EvalMetrics) -> dict[str, Any]:
-    return {
-        "step": point.step,
-        "examples": point.examples,
-        **point.figures,
-        BY_SOURCE: point.eval_loss_by_source,
-    }
 
 
 def _from_metrics(spec: RunSpec, status: Ending, error: str | None) -> RunResult:
@@ -131,8 +121,8 @@ def _from_metrics(spec: RunSpec, status: Ending, error: str | None) -> RunResult
     sign = 1 if spec.mode == "min" else -1
     return RunResult(
         status=status,
-        base=_numbers(base) if base else None,
-        best=min(saved, key=lambda point: sign * getattr(point, spec.metric), default=None),
+        base=plain_of(EvalMetrics.of(base.plain)) if base else None,
+        best=min(saved, key=lambda point: sign * point.value(spec.metric), default=None),
         final=points[-1] if points else None,
         seed=spec.config.seed,
         config_sha256=config_sha256(spec.config),

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.data import CurriculumConfig
@@ -37,8 +37,8 @@ class Goal:
         """Whether `new` is better than `old` by more than `by`."""
         if old is None:
             return True
-        gain = getattr(new, self.metric) - getattr(old, self.metric)
-        return bool((gain if self.mode == "max" else -gain) > by)
+        gain = new.value(self.metric) - old.value(self.metric)
+        return (gain if self.mode == "max" else -gain) > by
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def after_evaluation(
     """Progress with this evaluation: best, final, and how many in a row have not improved."""
     min_delta = settings.early_stopping.min_delta if settings.early_stopping else 0.0
     enough = goal.improves(evaluation, progress.best, by=min_delta)
-    point = Point(**asdict(evaluation))
+    point = Point(**vars(evaluation))
     best = progress.best
     if goal.improves(evaluation, best):
         best = replace(point, checkpoint=checkpoint_path(evaluation.step))

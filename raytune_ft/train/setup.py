@@ -17,7 +17,9 @@ from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
 from raytune_ft.config.methods import virtual_positions
+from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
 from raytune_ft.data.prepare import PreparedData
@@ -32,9 +34,7 @@ from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
-from raytune_ft.model.objectives import OBJECTIVES, Objective, TokenObjective
-from raytune_ft.model.objectives.classification import class_weights
-from raytune_ft.model.objectives.tokens import relative_rationale_weight
+from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import OptimizerOf, Strategy
@@ -98,29 +98,23 @@ def _difficulty(settings: CurriculumConfig, data: PreparedData) -> Numbers:
 
 def head_of(config: Config, report: DataReport) -> Head | None:
     """The task head that the model is built with, None where it predicts tokens."""
-    if config.train.objective != "classification":
+    if not OBJECTIVES[config.train.objective].head:
         return None
     assert report.problem is not None
     return Head(report.problem, report.labels, config.seed)
 
 
 def head_before(config: Config) -> Head | None:
-    """`head_of` before the data are read; with two labels where the config names none."""
-    if config.train.objective != "classification":
+    """The task head before the data are read, with two labels where none are written."""
+    if not OBJECTIVES[config.train.objective].head:
         return None
     return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
 
 
 def check_objective(config: Config, data: PreparedData) -> None:
     """Raises ConfigError where keys of the objective do not fit the data."""
-    if config.train.objective == "classification":
-        assert data.report.problem is not None
-        written, labels = config.train.class_weights, data.report.labels
-        class_weights(written, data.report.problem, labels, data.train)
-    elif config.train.objective == "rationale":
-        relative_rationale_weight(data.train, config.train.rationale_weight)
-    elif config.train.objective == "kd":
-        check_size(config, data)
+    evaluation_objective(config.train, data)
+    check_size(config, data)
 
 
 def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> Objective:
@@ -130,8 +124,21 @@ def build_objective(config: Config, data: PreparedData, strategy: Strategy) -> O
         ConfigError: its keys do not fit the data.
         ModelError: its teacher cannot be loaded, or has another vocabulary.
     """
-    teacher = partial(teacher_of, config, data, strategy)
-    return OBJECTIVES[config.train.objective](config.train, data, teacher)
+    return _objective(config.train, data, partial(teacher_of, config, data, strategy))
+
+
+def evaluation_objective(train: TrainConfig, data: PreparedData) -> Objective:
+    """The same without its teacher, which evaluations do not ask. Raises ConfigError."""
+
+    def absent(batch: MicroBatch) -> torch.Tensor:
+        raise AssertionError("an evaluation asked for the teacher")
+
+    return _objective(train, data, lambda: absent)
+
+
+def _objective(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> Objective:
+    built: Objective = OBJECTIVES[train.objective].implementation()(train, data, teacher_of)
+    return built
 
 
 def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
@@ -263,6 +270,7 @@ def build_engine(
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
         notes=built.notes,
         objective=objective or TokenObjective(),
+        figures=figures(config.train.objective, config.data.problem, trained=True),
         noise=config.train.neftune_alpha,
     )
     if engine.objective.of_tokens:

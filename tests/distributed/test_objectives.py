@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.model.objectives import OBJECTIVES
+from raytune_ft.config.objectives import OBJECTIVES
 from tests.support.distributed import run_distributed
 from tests.support.models import true_float64
 from tests.support.objectives import CASES, config_of, save_inputs

@@ -29,10 +29,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "metric twice": (["promote.metrics=[loss, loss]"], "names one twice; write it once"),
     "figure of a metric that is not measured": (
         ["promote.metric=rougeL"],
-        "promote.metric=rougeL is no figure of promote.metrics=[loss]; add rouge to",
+        "promote.metric=rougeL is not a figure of promote.metrics=[loss]; add rouge to",
     ),
     "misspelt figure": (["promote.metric=eval_los"], "did you mean eval_loss?"),
-    "bad pattern": (["promote.answer=(a"], "is no regular expression"),
+    "bad pattern": (["promote.answer=(a"], "is not a regular expression"),
     "pattern with two groups": (["promote.answer=(a)(b)"], "has 2 groups"),
     "metric file that does not exist": (
         ["promote.metrics=[{tmp}/none.py:score]"],

@@ -90,8 +90,8 @@ def test_a_format_is_planned_prepared_and_trained_on(
         load_config(file, wanted)
     with monkeypatch.context() as patch:
         patch.setitem(FORMATS, "arrow", Format(lambda: ARROW))
-        sft = objectives.FACTS["sft"]
-        patch.setitem(objectives.FACTS, "sft", replace(sft, formats=(*sft.formats, "arrow")))
+        sft = objectives.OBJECTIVES["sft"]
+        patch.setitem(objectives.OBJECTIVES, "sft", replace(sft, formats=(*sft.formats, "arrow")))
         plan = describe(make_plan(file, [*wanted, "name=arrow"], lambda line: None))
         assert "[[aa</s>]]" in plan
         run = train("arrow", *wanted)

@@ -1,11 +1,11 @@
-"""What an objective answers for. Loop, layout and packing know nothing else of it."""
+"""The protocol of an objective. Loop, layout and packing know nothing else of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -13,11 +13,15 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 
-Sums = npt.NDArray[np.float64]
+WEIGHT = "weight"
+"""The column of a split that holds the weights of its examples."""
+Teacher = Callable[[MicroBatch], Tensor]
+"""Gives `logits_NV` of a frozen model at the label positions."""
+TeacherOf = Callable[[], Teacher]
 
 
 class Forward(Protocol):
-    """A model that can be asked for what an objective reads."""
+    """A model that computes the outputs that an objective asks for."""
 
     def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
         """`logits_NV` of tokens, by default of those that predict a label token."""
@@ -26,13 +30,31 @@ class Forward(Protocol):
         """`logits_EL` of a task head, one row for each span of the batch."""
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What figures are computed from, by the names that `config.objectives.Figure` uses.
+
+    Attributes:
+        rows: `[G, N]`, a value for each label token of each of G models, in the order of outputs.
+        examples: `[G, E]` or `[G, E, L]`, for each example, in the order of the batch's spans.
+    """
+
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, Tensor]:
+        """Both, rows first."""
+        return {**self.rows, **self.examples}
+
+
 class Objective(Protocol):
-    """Outputs of a batch become losses, and a split becomes the number that divides their sum.
+    """Outputs of a batch become losses, and examples become the number that divides their sum.
 
-    The gradient of a step is that of the summed `losses` of its examples over its `count`, on
-    however many ranks and in whatever rows they are.
+    The gradient of a step is that of the summed `losses` of its examples over their `count`, on
+    any number of ranks and in any layout of rows.
 
-    `of_tokens`: outputs are logits of tokens; else they are those of a head, one row an example.
+    `of_tokens`: outputs are logits of tokens; otherwise those of a head, one row an example.
     """
 
     of_tokens: ClassVar[bool]
@@ -44,24 +66,24 @@ class Objective(Protocol):
         """What losses and figures are computed from, as the model gives it."""
 
     def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
-        """One training loss for each row of `outputs`, weighted."""
+        """One weighted training loss for each row of `outputs`."""
 
-    def sums(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Tensor:
-        """`[groups, K]`: what an evaluation adds up, over examples and ranks.
+    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+        """The columns of evaluations that depend on the model, without smoothing.
 
-        The batch holds the same examples `groups` times, for as many models.
+        The batch holds the same examples `groups` times, once for each of as many models.
         """
 
-    def figures(self, sums_K: Sums, split: TokenizedSplit, indices: Indices) -> dict[str, float]:
-        """Fields of `EvalMetrics` from those sums over these examples of a split."""
+    def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+        """`[E]` each: the columns of these examples that depend on the data alone."""
 
 
 def example_weights(columns: Mapping[str, Any]) -> Any:
-    """`[E]`, by how much each example counts; None where all count alike."""
-    weight_E1 = columns.get("weight")
+    """`[E]`, the weight of each example; None where all weigh the same."""
+    weight_E1 = columns.get(WEIGHT)
     return None if weight_E1 is None else weight_E1[:, 0]
 
 
 def columns_at(split: TokenizedSplit, indices: Sequence[int] | Indices) -> dict[str, Any]:
-    """The columns of these examples."""
+    """The data columns of these examples."""
     return {name: values[indices] for name, values in split.columns.items()}

@@ -7,23 +7,33 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.order import Indices
+from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.objectives.base import Forward, Sums, columns_at, example_weights
+from raytune_ft.model.objectives.base import (
+    Columns,
+    Forward,
+    TeacherOf,
+    columns_at,
+    example_weights,
+)
 
 BINS = 10
+"""Of the expected calibration error."""
 
 
 @dataclass(frozen=True)
 class Classification:
-    """One loss an example. `class_weights` has one for each label, all 1 where none is written."""
+    """One loss for each example. `class_weights` has one number for each label, by default 1."""
 
     of_tokens: ClassVar[bool] = False
     problem: str
@@ -31,7 +41,7 @@ class Classification:
     label_smoothing: float = 0.0
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """Examples, each with its weight and, for a single label, that of its class."""
+        """The sum of the examples' weights, times those of their classes for a single label."""
         return float(self.weights(columns_at(split, indices), np.ones_like).sum())
 
     def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
@@ -45,7 +55,7 @@ class Classification:
         return losses_E * self.weights(batch.columns, torch.ones_like).to(losses_E.dtype)
 
     def unweighted(self, outputs: Tensor, target_EL: Tensor, smoothing: float = 0.0) -> Tensor:
-        """`[E]`, as the heads of transformers have it: the mean over labels of an example."""
+        """`[E]`, as the heads of transformers compute it: the mean over labels of an example."""
         if self.problem == "regression":
             return (outputs - target_EL).square().mean(1)
         if self.problem == "multi_label":
@@ -55,7 +65,10 @@ class Classification:
         return F.cross_entropy(outputs, classes_E, reduction="none", label_smoothing=smoothing)
 
     def weights(self, columns: Mapping[str, Any], ones_like: Any) -> Any:
-        """`[E]`, of each example and of its class, of numpy arrays and of tensors alike."""
+        """`[E]`, the weight of each example times that of its class.
+
+        `columns` are numpy arrays or tensors, and `ones_like` is the function of that library.
+        """
         target_EL = columns[TARGET]
         weights_E = example_weights(columns)
         if weights_E is None:
@@ -66,77 +79,64 @@ class Classification:
         classes_L = target_EL.new_tensor(own) if isinstance(target_EL, Tensor) else own
         return weights_E * (target_EL * classes_L).sum(1)
 
-    def sums(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Tensor:
-        """`[1, K]`: the weighted loss, the weights, and counts that all figures follow from."""
+    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+        """See `columns_of`."""
         assert groups == 1, "every model has a head of its own"
-        outputs = outputs.double()
-        target_EL = batch.columns[TARGET].double()
-        weights_E = self.weights(batch.columns, torch.ones_like).double()
+        found = self.columns_of(outputs, batch.columns)
+        return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
+
+    def columns_of(self, outputs: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`[E]` or `[E, L]` each, from the outputs and the data columns of the same examples.
+
+        The loss is weighted and `counted` has the weights; all else counts examples alike. Of
+        several labels, `right` is that all of them are. `gaps` is `[E, BINS]`: confidence minus
+        accuracy, in the bin of the confidence.
+        """
+        outputs, target_EL = outputs.double(), data[TARGET].double()
+        weights_E = self.weights(data, torch.ones_like).double()
         losses_E = self.unweighted(outputs, target_EL)
-        first = torch.stack([(losses_E * weights_E).sum(), weights_E.sum()])
+        found = {"loss": losses_E * weights_E, "counted": weights_E}
         if self.problem == "regression":
-            moments = (
-                target_EL,
-                outputs,
-                target_EL.square(),
-                outputs.square(),
-                target_EL * outputs,
-            )
-            return torch.cat([first, *(each.sum(0) for each in moments)]).unsqueeze(0)
-        guess_EL = guessed(outputs, self.problem)
-        right_E = (guess_EL == target_EL).all(1).double()
-        hits_L, guesses_L, wanted_L = (
-            each.sum(0) for each in (guess_EL * target_EL, guess_EL, target_EL)
-        )
-        gaps_b = outputs.new_zeros(BINS)
+            return found | {
+                "squared_error": (outputs - target_EL).square().mean(1),
+                "target": target_EL,
+                "output": outputs,
+                "target_squared": target_EL.square(),
+                "output_squared": outputs.square(),
+                "product": target_EL * outputs,
+            }
+        wanted_EL, guess_EL = target_EL > 0, guessed(outputs, self.problem)
+        right_E = (guess_EL == wanted_EL).all(1)
+        found |= {
+            "right": right_E,
+            "hits": guess_EL & wanted_EL,
+            "guesses": guess_EL,
+            "wanted": wanted_EL,
+        }
         if self.problem == "single_label":
             sure_E = outputs.softmax(1).amax(1)
             bins_E = (sure_E * BINS).long().clamp_max(BINS - 1)
-            gaps_b.index_add_(0, bins_E, sure_E - right_E)
-        parts = [first, right_E.sum().unsqueeze(0), hits_L, guesses_L, wanted_L, gaps_b]
-        return torch.cat(parts).unsqueeze(0)
+            found["gaps"] = F.one_hot(bins_E, BINS) * (sure_E - right_E.double()).unsqueeze(1)
+        return found
 
-    def figures(self, sums_K: Sums, split: TokenizedSplit, indices: Indices) -> dict[str, float]:
-        """See `Objective.figures`. Of several labels, accuracy is that all of them are right."""
-        n, labels = len(indices), len(self.class_weights)
-        figures = {"eval_loss": float(sums_K[0] / sums_K[1])}
-        if self.problem == "regression":
-            return figures | _regression(sums_K[2:].reshape(5, labels), n)
-        right, rest = sums_K[2], sums_K[3:]
-        figures["eval_accuracy"] = float(right / n)
-        hits, guesses, wanted = rest[: 3 * labels].reshape(3, labels)
-        figures["eval_macro_f1"] = macro_f1(hits, guesses, wanted)
-        if self.problem == "single_label":
-            figures["eval_calibration_error"] = float(np.abs(rest[3 * labels :]).sum() / n)
-        return figures
+    def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+        """Every example counts once, except in the loss."""
+        return {"examples": np.ones(len(indices))}
 
 
 def guessed(outputs: Tensor, problem: str) -> Tensor:
-    """`[E, L]`, 1 for the labels that these outputs stand for."""
+    """`[E, L]`, True for the labels that these outputs stand for."""
     if problem == "multi_label":
-        return (outputs > 0).double()
-    return F.one_hot(outputs.argmax(1), outputs.shape[1]).double()
+        return outputs > 0
+    return F.one_hot(outputs.argmax(1), outputs.shape[1]).bool()
 
 
-def macro_f1(hits: Sums, guesses: Sums, wanted: Sums) -> float:
-    """Mean of the F1 of the labels that occur, in guesses or references."""
-    occurs = guesses + wanted > 0
-    return float(np.mean(2 * hits[occurs] / (guesses + wanted)[occurs])) if occurs.any() else 0.0
-
-
-def _regression(moments: Sums, n: int) -> dict[str, float]:
-    """Means over the numbers of an example."""
-    y, p, yy, pp, yp = moments / n
-    variance, spread = np.maximum(yy - y * y, 0), np.maximum(pp - p * p, 0)
-    mse = yy - 2 * yp + pp
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r2 = 1 - mse / variance
-        pearson = (yp - y * p) / np.sqrt(variance * spread)
-    return {
-        "eval_mse": float(mse.mean()),
-        "eval_r2": float(r2.mean()),
-        "eval_pearson": float(pearson.mean()),
-    }
+def classification(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> Classification:
+    """Raises ConfigError where `train.class_weights` does not go with the labels."""
+    problem, labels = data.report.problem, data.report.labels
+    assert problem is not None
+    weights = class_weights(train.class_weights, problem, labels, data.train)
+    return Classification(problem, weights, train.label_smoothing)
 
 
 def class_weights(
@@ -144,10 +144,10 @@ def class_weights(
 ) -> tuple[float, ...]:
     """One for each label.
 
-    Balanced is scikit-learn's: examples over labels times the examples of a label.
+    `balanced` is as in scikit-learn: examples / (labels x examples of the label).
 
     Raises:
-        ConfigError: a label is written that there is not, or none counts at all.
+        ConfigError: a label is written that the data do not have, or all weights are 0.
     """
     if written == "none" or problem == "regression":
         return (1.0,) * len(labels)
@@ -161,7 +161,7 @@ def class_weights(
             )
         weights = tuple(float(written.get(name, 1.0)) for name in labels)
         if not any(weights):
-            rule = "is zero for every label, so that nothing is left to learn"
+            rule = "is 0 for every label, so that no example counts"
             raise ConfigError(f"train.class_weights={written}", rule, "write one above 0")
         return weights
     counts_L = split.columns[TARGET].astype(np.float64).sum(0)

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Indices
+from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.loss import label_positions, token_losses
-from raytune_ft.model.objectives.base import Forward, Sums, columns_at, example_weights
-
-LARGEST_EXPONENT = 700.0
+from raytune_ft.model.objectives.base import (
+    Columns,
+    Forward,
+    TeacherOf,
+    columns_at,
+    example_weights,
+)
 
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """Cross entropy of label tokens, each weighted as its example is.
+    """Cross entropy of label tokens, each with the weight of its example.
 
-    `rationale_weight` is that of a token of a rationale, where examples are of two tasks.
+    `rationale_weight` is the weight of a token of a rationale, where examples are of two tasks.
     """
 
     of_tokens: ClassVar[bool] = True
     label_smoothing: float = 0.0
     rationale_weight: float = 1.0
-    perplexity: bool = False
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Label tokens times the weights of their examples."""
-        counts_E = split.label_counts[indices]
-        weights_E = self._weights(columns_at(split, indices))
-        return int(counts_E.sum()) if weights_E is None else float((weights_E * counts_E).sum())
+        return float(self.known(split, indices)["counted"].sum())
 
     def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
         """`logits_NV` at the label positions."""
@@ -54,8 +58,13 @@ class TokenObjective:
             return losses_N
         return losses_N * batch.by_token(weights_E)[label_positions(batch)].to(losses_N.dtype)
 
-    def sums(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Tensor:
-        """`[G, 3]`: loss, right tokens and wholly right examples."""
+    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+        """Weighted cross entropy and whether a label token is the likeliest; of an example whether
+        all of its label tokens are.
+
+        Each of them is predicted from the reference before it, so `exact` is 1 where greedy
+        decoding reproduces the completion.
+        """
         once = batch if groups == 1 else batch.part(groups)
         owners_N = once.owners_BS()[label_positions(once)]
         examples = [span.example for span in once.spans]
@@ -63,41 +72,44 @@ class TokenObjective:
         right_GN = (outputs.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
         wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
         wrong_GE.index_add_(1, owners_N, (~right_GN).long())
-        exact_G = (wrong_GE[:, examples] == 0).sum(1)
-        return torch.stack([losses_GN.double().sum(1), right_GN.sum(1), exact_G], 1)
+        rows = {"loss": losses_GN, "right": right_GN}
+        return Columns(rows, {"exact": wrong_GE[:, examples] == 0})
 
-    def figures(self, sums_K: Sums, split: TokenizedSplit, indices: Indices) -> dict[str, float]:
-        """Each sum divided once.
+    def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+        """Label tokens, and what the loss counts of them."""
+        tokens_E = split.label_counts[indices]
+        weights_E = self._weights(columns_at(split, indices))
+        counted_E = tokens_E if weights_E is None else weights_E * tokens_E
+        return {"tokens": tokens_E, "counted": counted_E, "examples": np.ones(len(indices))}
 
-        `eval_exact_match` is the share of examples of which every label token is the likeliest
-        given the reference before it; that is when greedy decoding reproduces the completion.
-        """
-        loss, right, exact = sums_K.tolist()
-        eval_loss = loss / self.count(split, indices)
-        figures = {
-            "eval_loss": eval_loss,
-            "eval_token_accuracy": right / int(split.label_counts[indices].sum()),
-            "eval_exact_match": exact / len(indices),
-        }
-        if self.perplexity:
-            figures["eval_perplexity"] = math.exp(min(eval_loss, LARGEST_EXPONENT))
-        return figures
-
-    def _weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
-        """Of numpy arrays and of tensors alike."""
-        weights_E: Tensor | None = example_weights(columns)
+    def _weights(self, columns: Mapping[str, Any]) -> Any:
+        """`[E]` from columns that are numpy arrays or tensors; None where all weigh the same."""
+        weights_E = example_weights(columns)
         if RATIONALE not in columns:
             return weights_E
         tasks_E = 1 + (self.rationale_weight - 1) * columns[RATIONALE][:, 0]
         return tasks_E if weights_E is None else weights_E * tasks_E
 
 
-def relative_rationale_weight(split: TokenizedSplit, written: float) -> float:
-    """What a token of a rationale counts so that the loss is that of arXiv 2305.02301.
+def token_objective(
+    train: TrainConfig, data: PreparedData, teacher_of: TeacherOf
+) -> TokenObjective:
+    """`sft` and `clm`."""
+    return TokenObjective(train.label_smoothing)
 
-    There the mean over answer tokens and `written` times the mean over rationale tokens are added.
-    The two means weigh alike where every token counts in proportion to how rare its task is in the
-    whole split; divided by the weighted number of tokens, the sum of both is (L_label + written *
+
+def rationale(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> TokenObjective:
+    """Distilling step by step. Raises ConfigError where one of the two tasks has no example."""
+    weight = relative_rationale_weight(data.train, train.rationale_weight)
+    return TokenObjective(train.label_smoothing, weight)
+
+
+def relative_rationale_weight(split: TokenizedSplit, written: float) -> float:
+    """The weight of a rationale token that makes the loss that of arXiv 2305.02301.
+
+    The paper adds the mean over answer tokens and `written` times the mean over rationale tokens.
+    With answers A and rationales R in tokens of the whole split, weighing rationale tokens by
+    written * A / R and dividing by the weighted number of tokens gives (L_label + written *
     L_rationale) / (1 + written).
 
     Raises:
@@ -110,6 +122,6 @@ def relative_rationale_weight(split: TokenizedSplit, written: float) -> float:
         raise ConfigError(
             "train.objective=rationale",
             f"has {answers:,} tokens of answers and {rationales:,} of rationales left to learn",
-            "raise data.max_length, or see in data.json what became of the rows",
+            "raise data.max_length, or read in data.json which rows were dropped",
         )
     return written * answers / rationales

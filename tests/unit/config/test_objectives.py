@@ -36,7 +36,7 @@ def config(train: dict[str, Any], source: dict[str, Any], **data: Any) -> Config
             {"objective": "rationale"},
             {"format": "rationale", "rationale_until": "("},
             {},
-            "is no regular expression",
+            "rationale_until=.* is not a regular expression",
         ),
         (
             {"objective": "clm"},

@@ -93,7 +93,7 @@ def with_search(**search: Any) -> Config:
         ),
         (
             {"metric": ["eval_loss", "eval_loss:general"]},
-            "search.metric=eval_loss:general is no figure of train.objective=sft; write eval_loss",
+            "search.metric=eval_loss:general is not a figure of train.objective=sft; write eval_",
         ),
         ({"scheduler": {"name": "medain"}}, "search.scheduler.name=medain is not asha, hyperband"),
         (
@@ -210,11 +210,11 @@ def test_the_loss_of_a_source_is_a_metric_from_the_second_on() -> None:
     assert (found.metrics, found.modes) == (metric, ["min", "min"])
     with pytest.raises(ConfigError, match="begins with eval_loss:general, and trials are ranked"):
         apply_overrides(written, {"search": {"space": SPACE, "metric": metric[::-1]}})
-    with pytest.raises(ConfigError, match="eval_loss:other is no figure"):
+    with pytest.raises(ConfigError, match="eval_loss:other is not a figure"):
         apply_overrides(
             written, {"search": {"space": SPACE, "metric": ["eval_loss", "eval_loss:other"]}}
         )
-    point = EvalMetrics(1, 2, 3.0, eval_loss_by_source={"maths": 2.0, "general": 4.0})
+    point = EvalMetrics(1, 2, {"eval_loss": 3.0}, {"maths": 2.0, "general": 4.0})
     assert [point.value(name) for name in metric] == [3.0, 4.0]
 
 

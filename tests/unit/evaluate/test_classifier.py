@@ -8,7 +8,7 @@ import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +23,16 @@ from sklearn.metrics import f1_score, log_loss, mean_squared_error, r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytune_ft.config.load import load_config, validated
-from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, deciding
+from raytune_ft.config.metrics import FIGURES, RETENTION, deciding, direction, label
+from raytune_ft.config.objectives import OBJECTIVES, SEARCHABLE, Figure, figures
 from raytune_ft.config.rules import check
 from raytune_ft.config.schema import PromoteConfig
-from raytune_ft.config.search import Metric, SearchConfig
+from raytune_ft.config.search import SearchConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.evaluate.classifier import constant_scores, scores_of
 from raytune_ft.evaluate.evaluate import evaluate_directory
+from raytune_ft.evaluate.scores import Scores
 from raytune_ft.merge.export import export
 from raytune_ft.merge.fold import fold
 from raytune_ft.merge.merge import merge
@@ -262,13 +264,21 @@ def split_of(target: Any, weight: Any = None) -> TokenizedSplit:
     return TokenizedSplit.from_examples(ids, columns)
 
 
+def own_figures(head: Classification) -> tuple[Figure, ...]:
+    return figures("classification", head.problem)
+
+
+def values_of(scores: dict[str, Scores]) -> dict[str, float]:
+    return {name: score.value for name, score in scores.items()}
+
+
 def test_figures_of_one_label() -> None:
     rng = np.random.default_rng(0)
     wanted, outputs = rng.integers(0, 4, 50), rng.normal(size=(50, 4))
     weight = rng.uniform(0, 2, 50).astype(np.float32)
     head = Classification("single_label", (1.0,) * 4)
     train, split = split_of(np.eye(4)[rng.integers(0, 4, 90)]), split_of(np.eye(4)[wanted], weight)
-    found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
+    found = values_of(scores_of(torch.from_numpy(outputs), split, head, own_figures(head)))
     shares = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
     assert found["eval_loss"] == pytest.approx(log_loss(wanted, shares, sample_weight=weight))
     assert found["accuracy"] == (outputs.argmax(1) == wanted).mean()
@@ -276,14 +286,14 @@ def test_figures_of_one_label() -> None:
     assert found["macro_f1"] == pytest.approx(expected)
     # The constant is scikit-learn's.
     dummy = DummyClassifier(strategy="prior").fit(np.zeros(90), train.columns["target"].argmax(1))
-    constant = constant_scores(train, split, head)
+    constant = constant_scores(train, split, head, own_figures(head))
     expected = log_loss(wanted, dummy.predict_proba(np.zeros(50)), sample_weight=weight)
     assert constant["eval_loss"].value == pytest.approx(expected)
     assert constant["accuracy"].value == (dummy.predict(np.zeros(50)) == wanted).mean()
     # Where labels count alike it is sure of none, and says the most frequent.
     counts = train.columns["target"].sum(0).astype(np.float64)
     balanced = Classification("single_label", tuple((90 / (4 * counts)).tolist()))
-    constant = constant_scores(train, split, balanced)
+    constant = constant_scores(train, split, balanced, own_figures(balanced))
     assert constant["eval_loss"].value == pytest.approx(np.log(4))
     assert constant["accuracy"].value == (counts.argmax() == wanted).mean()
 
@@ -292,13 +302,15 @@ def test_figures_of_several_labels() -> None:
     rng = np.random.default_rng(0)
     wanted, outputs = rng.random((50, 3)) < 0.3, rng.normal(size=(50, 3))
     head, split = Classification("multi_label", (1.0,) * 3), split_of(wanted)
-    found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
+    found = values_of(scores_of(torch.from_numpy(outputs), split, head, own_figures(head)))
     shares = 1 / (1 + np.exp(-outputs))
     losses = [log_loss(wanted[:, i], shares[:, i]) for i in range(3)]
     assert found["eval_loss"] == pytest.approx(np.mean(losses))
     assert found["accuracy"] == ((outputs > 0) == wanted).all(1).mean()
     assert found["macro_f1"] == pytest.approx(f1_score(wanted, outputs > 0, average="macro"))
-    constant = constant_scores(split_of(np.ones((20, 3))), split, head)["eval_loss"].value
+    constant = constant_scores(split_of(np.ones((20, 3))), split, head, own_figures(head))[
+        "eval_loss"
+    ].value
     assert constant == pytest.approx(-np.where(wanted, np.log(21 / 22), np.log(1 / 22)).mean())
 
 
@@ -307,7 +319,7 @@ def test_figures_of_numbers() -> None:
     wanted = rng.normal(size=(50, 2)).astype(np.float32)
     outputs = wanted + rng.normal(size=(50, 2))
     head, split = Classification("regression", (1.0,) * 2), split_of(wanted)
-    found = {n: s.value for n, s in scores_of(torch.from_numpy(outputs), split, head).items()}
+    found = values_of(scores_of(torch.from_numpy(outputs), split, head, own_figures(head)))
     mse = mean_squared_error(wanted, outputs)
     assert (found["eval_loss"], found["mse"]) == pytest.approx((mse, mse))
     assert found["r2"] == pytest.approx(r2_score(wanted, outputs))
@@ -315,7 +327,7 @@ def test_figures_of_numbers() -> None:
     assert found["pearson"] == pytest.approx(np.mean(each))
     train = split_of(rng.normal(size=(90, 2)))
     dummy = DummyRegressor().fit(np.zeros(90), train.columns["target"])
-    constant = {name: score.value for name, score in constant_scores(train, split, head).items()}
+    constant = values_of(constant_scores(train, split, head, own_figures(head)))
     guessed = dummy.predict(np.zeros(50))
     assert constant["mse"] == pytest.approx(mean_squared_error(wanted, guessed), rel=1e-5)
     assert constant["r2"] == pytest.approx(r2_score(wanted, guessed), rel=1e-5)
@@ -363,10 +375,16 @@ SPACE = {"space": {"method.name": {"choice": ["lora", "loreft"]}}}
     ("written", "message"),
     [
         ({"metrics": ["loss", "answer"]}, "=answer scores continuations, and train.objective=cl"),
-        ({"retention": {"path": "x.jsonl", "format": "text"}}, "asks for the next token"),
+        (
+            {"retention": {"path": "x.jsonl", "format": "text"}},
+            "measures token predictions, and .* makes none; leave it out",
+        ),
         ({"merge": "ties"}, "starts from the base, which has no head .*; write best, uniform_soup"),
         ({"merging": {"adapter_rank": 2}}, "trains a whole head beside them; leave it out"),
-        ({"metric": "exact_match"}, "is no figure of data.problem=single_label; write one of eval"),
+        (
+            {"metric": "exact_match"},
+            "is not a figure of data.problem=single_label; write one of eval",
+        ),
         ({"search": SPACE}, "=loreft trains no head and keeps none.*; write lora, freeze or full"),
         ({"metric": "macro_f1"}, None),
         ({"metrics": ["loss", "classification"], "metric": "accuracy", "merge": "auto"}, None),
@@ -385,12 +403,30 @@ def test_what_a_head_does_not_have_is_refused(written: Any, message: str | None)
         check(validated(plain))
 
 
-@pytest.mark.parametrize("metric", get_args(Metric))
+@pytest.mark.parametrize("metric", SEARCHABLE)
 def test_every_metric_of_a_search_decides_a_promotion(metric: str) -> None:
-    figure = deciding(PromoteConfig(), SearchConfig(metric=metric, space={"seed": {"choice": [1]}}))
-    every = {
-        name: mode
-        for given in [*FIGURES.values(), *OF_A_HEAD.values()]
-        for name, mode in given.items()
-    }
-    assert every[figure] == SearchConfig(metric=metric, space={"seed": {"choice": [1]}}).modes[0]
+    search = SearchConfig(metric=metric, space={"seed": {"choice": [1]}})
+    figure = deciding(PromoteConfig(), search)
+    measured = [each for entry in OBJECTIVES.values() for each in entry.figures]
+    assert figure in [each.promoted for each in measured]
+    assert direction(figure) == direction(metric) == search.modes[0]
+
+
+def test_figures_are_known_by_both_names() -> None:
+    assert (label("eval_macro_f1"), label("macro_f1")) == ("macro F1", "macro F1")
+    assert (label("token_accuracy"), direction("token_accuracy")) == ("token accuracy", "max")
+    assert (label("retention_kl"), direction("retention_kl")) == (
+        RETENTION["retention_kl"].label,
+        "min",
+    )
+    assert {direction(each.name) for each in FIGURES["rouge"]} == {"max"}
+    assert (label("arc_easy/acc"), direction("arc_easy/acc")) == ("arc_easy/acc", None)
+
+
+def test_numbers_that_do_not_vary_have_no_r2() -> None:
+    """Whatever rounding leaves of their variance."""
+    head, split = Classification("regression", (1.0, 1.0)), split_of(np.full((30, 2), 0.1))
+    outputs = np.random.default_rng(0).normal(size=(30, 2))
+    found = values_of(scores_of(torch.from_numpy(outputs), split, head, own_figures(head)))
+    assert (found["r2"], found["pearson"]) == (0.0, 0.0)
+    assert found["mse"] == pytest.approx(((outputs - 0.1) ** 2).mean(), rel=1e-6)

@@ -13,17 +13,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.config.data import DataConfig, SourceConfig
+from raytune_ft.config.objectives import CALIBRATION_ERROR
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
+from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
+from raytune_ft.evaluate.columns import retention
 from raytune_ft.evaluate.context import Subject, engine_of, prompt_of
 from raytune_ft.evaluate.evaluate import measure
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import extracted
-from raytune_ft.evaluate.scores import Scores, calibration_error
-from raytune_ft.evaluate.token_scores import retention
+from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.load import load_tokenizer
+from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.promote.promote import promote, save_tokenizer
 
 GSM8K = re.compile(r"####\s*(\S+)")
@@ -112,8 +115,9 @@ def test_classification(model: ModelConfig) -> None:
     pairs = [("say a", "aa"), ("say b", "bb"), ("say c", "aa"), ("say a", "zz")]
     found = scores(model, pairs, train=["aa", "bb", "cc", "aa"], metrics=["classification"])
     assert found["accuracy"].columns[0].tolist() == [1, 1, 0, 0]
-    guessed, wanted = found["macro_f1"].columns
-    assert (guessed.tolist(), wanted.tolist()) == ([0, 1, 2, 0], [0, 1, 0, -1])
+    _, *classes = (column.argmax(1) for column in found["macro_f1"].columns)
+    guessed, wanted = classes
+    assert (guessed.tolist(), wanted.tolist()) == ([0, 1, 2, 0], [0, 1, 0, 3])
     from sklearn.metrics import f1_score
 
     assert found["macro_f1"].value == pytest.approx(f1_score(wanted, guessed, average="macro"))
@@ -127,18 +131,29 @@ def test_classification(model: ModelConfig) -> None:
             logp = plain(ids).logits[0].log_softmax(-1)
         logs.append(sum(logp[i - 1, ids[0, i]] for i in range(6, 9)))
     confidence = torch.stack(logs).softmax(0).max().item()
-    assert found["calibration_error"].columns[0][0] == pytest.approx(confidence, abs=1e-5)
+    # It is right, so that its gap in the bin of the confidence is confidence - 1.
+    gaps = found["calibration_error"].columns[0][0]
+    assert gaps[int(confidence * 10)] == gaps.sum() == pytest.approx(confidence - 1, abs=1e-5)
     labels = [f"{a}{b}" for a in "abcdefghijkl" for b in "abcdefghi"]
     with pytest.raises(DataError, match="over 100 different completions"):
         scores(model, pairs, train=labels, metrics=["classification"])
 
 
 def test_calibration_error() -> None:
-    confidences = np.array([0.95, 0.95, 0.55, 0.55, 1.0])
-    right = np.array([1.0, 0.0, 1.0, 0.0, 1.0])
+    def error(confidences: list[float], right: list[int]) -> float:
+        chances = torch.tensor([[each, 1 - each] for each in confidences], dtype=torch.float64)
+        target = torch.eye(2)[[1 - each for each in right]]
+        columns = Classification("single_label", (1.0, 1.0)).columns_of(
+            chances.log(), {TARGET: target}
+        )
+        return CALIBRATION_ERROR.of(
+            {"gaps": columns["gaps"].sum(0).numpy(), "examples": len(right)}
+        )
+
     # The last bin holds 0.95, 0.95 and 1.0: |2.9 - 2| / 5; the sixth |1.1 - 1| / 5.
-    assert calibration_error(confidences, right) == pytest.approx((0.9 + 0.1) / 5)
-    assert calibration_error(np.ones(4), np.ones(4)) == 0
+    found = error([0.95, 0.95, 0.55, 0.55, 1.0], [1, 0, 1, 0, 1])
+    assert found == pytest.approx((0.9 + 0.1) / 5)
+    assert error([1.0] * 4, [1] * 4) == 0
 
 
 def test_a_function_of_ones_own(model: ModelConfig, tmp_path: Path) -> None:

@@ -233,14 +233,13 @@ def test_a_full_checkpoint_is_a_classifier_by_itself(tmp_path: Path, root: Path)
     config = config_of(root, "classification", {"method": {"name": "full"}}, "encoder")
     result = run(config, tmp_path / "run")
     assert result.best is not None
-    assert result.best.eval_accuracy is not None
     folder = tmp_path / "run" / str(result.best.checkpoint)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model.config.problem_type == "single_label_classification"
     _, examples, figures = evaluate_directory(folder, config, tmp_path / "cache")
     assert examples == 8
-    assert figures["accuracy"] == result.best.eval_accuracy
+    assert figures["accuracy"] == result.best.figures["eval_accuracy"]
     other = config_of(root, "classification", {"data.labels": ["c", "b", "a"]}, "encoder")
     with pytest.raises(ModelError, match="tells a, b, c apart, and the data c, b, a"):
         evaluate_directory(folder, other, tmp_path / "cache")

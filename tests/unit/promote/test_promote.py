@@ -176,7 +176,7 @@ def test_what_is_not_better_than_the_base_is_not_promoted(
     found = load_file(promotion.model / "model.safetensors")
     base = load_file(inputs / "base/model.safetensors")
     assert all(torch.equal(tensor, base[name]) for name, tensor in found.items())
-    assert ("trained scores exactly as the base: it changes nothing" in said) == tied
+    assert ("trained has exactly the scores of base: it changes nothing" in said) == tied
     content = json.loads((run_dir / "promoted/evaluation.json").read_text())
     assert content["winner"] == "base"
     assert content["verdict"].startswith("the base is kept: no candidate is better on validation")

@@ -18,7 +18,7 @@ def _write(path: Path, steps: range, resume_step: int | None) -> None:
     for step in steps:
         file.step(_step(step))
         if step % 2 == 0:
-            file.evaluation(EvalMetrics(step, step * 4, 0.5, 0.1, 0.0), None)
+            file.evaluation(EvalMetrics(step, step * 4, {"eval_loss": 0.5}), None)
     file.close()
 
 

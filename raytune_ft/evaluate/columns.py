@@ -1,0 +1,102 @@
+"""The columns of a whole split, one value for each example, that figures are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from raytune_ft.config.metrics import RETENTION
+from raytune_ft.config.objectives import LOSS, Figure
+from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.order import Indices
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.evaluate.scores import Column, Scores
+from raytune_ft.model.loss import label_positions, token_losses
+from raytune_ft.model.objectives import Columns, Objective
+from raytune_ft.model.objectives.base import WEIGHT
+from raytune_ft.train.engine import Engine
+from raytune_ft.train.evaluation import BLOCK_EXAMPLES
+
+
+@torch.no_grad()
+def columns_of(engine: Engine, objective: Objective, split: TokenizedSplit) -> dict[str, Column]:
+    """`[n]` or `[n, L]` each, in the order of the split.
+
+    Of label tokens all examples count the same, whatever weights they have in training.
+    """
+    if objective.of_tokens:
+        others = {name: each for name, each in split.columns.items() if name != WEIGHT}
+        split = replace(split, columns=others)
+    found = _Filled(len(split))
+    for indices, batch in batches(engine, split):
+        found.add(indices, batch, objective.columns(objective.outputs(engine, batch), batch, 1))
+    return found.columns | objective.known(split, np.arange(len(split)))
+
+
+def figures_of(
+    columns: dict[str, Column], figures: Sequence[Figure], split: TokenizedSplit
+) -> dict[str, Scores]:
+    """Figures by their names in promotion, and the loss of each source where there are several."""
+    found = {figure.promoted: Scores.of(figure, columns) for figure in figures}
+    numbers = split.source_numbers
+    if numbers is None:
+        return found
+    for number, name in enumerate(split.sources):
+        rows = np.flatnonzero(numbers == number)
+        if len(rows):
+            own = {column: columns[column][rows] for column in LOSS.columns}
+            found[f"{LOSS.name}_{name}"] = replace(Scores.of(LOSS, own), by_example=False)
+    return found
+
+
+@torch.no_grad()
+def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, Scores]:
+    """Loss of a model on a general set, and the divergence KL(base || model) per token of it.
+
+    Both models are in memory.
+    """
+    found = _Filled(len(split))
+    for indices, batch in batches(engine, split):
+        logits_NV, base_NV = engine.logits(batch), base.logits(batch)
+        kl_N = F.kl_div(
+            logits_NV.log_softmax(-1), base_NV.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+        values = zip(RETENTION, (token_losses(logits_NV, batch), kl_N), strict=True)
+        found.add(indices, batch, Columns({name: row.unsqueeze(0) for name, row in values}))
+    tokens = split.label_counts.astype(np.float64)
+    return {
+        name: Scores((found.columns[name], tokens), each.mode) for name, each in RETENTION.items()
+    }
+
+
+def batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
+    """Every example of the split once: the block that it was laid out with, and a batch of it."""
+    for start in range(0, len(split), BLOCK_EXAMPLES):
+        indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
+        for rows in engine.layout(split.lengths[indices].tolist()):
+            yield indices, engine.collate(split, indices, rows)
+
+
+class _Filled:
+    """Columns of `n` examples that batches fill."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self.columns: dict[str, npt.NDArray[np.generic]] = {}
+
+    def add(self, indices: Indices, batch: MicroBatch, made: Columns) -> None:
+        """Sum the values of label tokens into their examples, and put those of examples there."""
+        owners_N = batch.owners_BS()[label_positions(batch)].cpu().numpy()
+        for name, values_GN in made.rows.items():
+            column = self.columns.setdefault(name, np.zeros(self._n))
+            np.add.at(column, indices[owners_N], values_GN[0].double().cpu().numpy())
+        own = indices[[span.example for span in batch.spans]]
+        for name, values_GE in made.examples.items():
+            values = values_GE[0].cpu().numpy()
+            empty = np.zeros((self._n, *values.shape[1:]), values.dtype)
+            self.columns.setdefault(name, empty)[own] = values
