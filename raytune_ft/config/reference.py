@@ -12,8 +12,9 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import Config
-from raytune_ft.config.section import Section
+from raytune_ft.config.section import NameIn, Section
 
 # Names that people bring along from other trainers; no spelling distance finds these.
 ELSEWHERE = {
@@ -48,6 +49,8 @@ class Key:
 
 def sections_of(annotation: Any) -> list[type[Section]]:
     """The section classes that a field may hold: none for a plain value, several for a union."""
+    if annotation is MethodConfig:
+        return list(methods().values())
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
@@ -80,9 +83,8 @@ def name_of(section: type[Section]) -> str | None:
 
 
 def methods() -> dict[str, type[Section]]:
-    """Every method by its name."""
-    found = sections_of(Config.model_fields["method"].annotation)
-    return {name: section for section in found if (name := name_of(section)) is not None}
+    """The class of each method's keys, by the method's name."""
+    return {name: method.config for name, method in METHODS.items()}
 
 
 def method_keys(name: str) -> frozenset[str]:
@@ -173,11 +175,24 @@ def _made_up(dotted: str) -> bool:
     return not {MADE_UP, NAMED}.isdisjoint(dotted.split("."))
 
 
-def choices(annotation: Any) -> list[str]:
+def choices(field: FieldInfo) -> list[str]:
     """The words that a field takes, such as `auto`; empty where it takes any text or number."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return [str(item) for item in typing.get_args(annotation)]
-    return [word for item in typing.get_args(annotation) for word in choices(item)]
+    return _choices(field.annotation, field.metadata)
+
+
+def _choices(annotation: Any, metadata: Sequence[Any]) -> list[str]:
+    if named := _names(metadata):
+        return list(named)
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return [str(item) for item in args]
+    if origin is typing.Annotated:
+        return _choices(args[0], args[1:])
+    return [word for item in args for word in _choices(item, ())]
+
+
+def _names(metadata: Sequence[Any]) -> tuple[str, ...]:
+    return next((item.names for item in metadata if isinstance(item, NameIn)), ())
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -224,6 +239,8 @@ def words(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, metadata: Sequence[Any]) -> str:
+    if named := _names(metadata):
+        return one_of(named)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         inner = [part for item in args[1:] for part in getattr(item, "metadata", [item])]

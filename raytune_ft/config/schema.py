@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.config.methods import LoraMethod, MethodConfig
+from raytune_ft.config.methods import AnyMethod, LoraMethod
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import NameIn, Positive, Section
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.config.train import TrainConfig
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -71,7 +72,7 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the work is laid out. Nothing here changes the numbers."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = Field(
+    strategy: Annotated[str, NameIn(STRATEGIES, more=("auto",))] = Field(
         "auto",
         description="auto: single for one worker, ddp for adapters on a base that fits on each "
         "worker, else fsdp",
@@ -239,7 +240,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = Field("runs", min_length=1, description="where runs are kept")
     model: ModelConfig = ModelConfig()
-    method: MethodConfig = LoraMethod()
+    method: AnyMethod = LoraMethod()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from raytune_ft.errors import ConfigError
 
@@ -16,13 +19,13 @@ def parse_size(text: str, key: str = "--max-shard-size") -> int:
     """Bytes of a size such as 5GB (10^9), 500MB or 2GiB.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ConfigError(f"{key}={text}", "is no size", "write one such as 5GB or 500MB")
+        raise ConfigError(f"{key}={text}", "is not a size", "write one such as 5GB or 500MB")
     return size
 
 
@@ -34,3 +37,33 @@ class Section(BaseModel):
     """Strict, so that `lr: "fast"` and `batch_size: 1.5` are errors and not surprises."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class NameIn:
+    """Metadata of a text field: it takes the names in `entries`, as they are at validation, and the
+    words in `more`. An entry that is added to the dict is accepted from then on.
+    """
+
+    entries: Mapping[str, Any]
+    more: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every word that the field takes."""
+        return (*self.more, *self.entries)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.names)}
+
+    def _checked(self, name: str) -> str:
+        if name not in self.names:
+            raise PydanticCustomError("name_unknown", "not a known name")
+        return name

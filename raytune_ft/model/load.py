@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig, QloraMethod
+from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import Head, draw_head, train_head
-from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods import attach, leave_casts_to_autocast, trained_parameters
 from raytune_ft.tensors.write import DTYPES
 
 
@@ -55,22 +55,22 @@ def _embed_in_bfloat16(model: nn.Module) -> None:
 
 
 def check_backend(method: MethodConfig) -> None:
-    """Raises ModelError where a method needs bitsandbytes and it is not there."""
-    if isinstance(method, QloraMethod) and find_spec("bitsandbytes") is None:
+    """Raises ModelError where a method needs bitsandbytes and it is not installed."""
+    if METHODS[method.name].quantised and find_spec("bitsandbytes") is None:
         raise ModelError(
-            "method.name=qlora",
+            f"method.name={method.name}",
             "holds the base in 4 bits by bitsandbytes, which is not installed here",
             "pip install 'raytune-ft[quantize]', or write method.name: lora",
         )
 
 
-def quantisation_of(method: MethodConfig, compute: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told; nothing for methods that leave the base as it is.
+def quantisation_of(method: Any, compute: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a base in 4 bits; none for methods that do not round it.
 
     Raises:
         ModelError: see `check_backend`.
     """
-    if not isinstance(method, QloraMethod):
+    if not METHODS[method.name].quantised:
         return {}
     check_backend(method)
     from transformers import BitsAndBytesConfig
@@ -289,8 +289,8 @@ def _is_of_head(base: Any, name: str) -> bool:
 
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
-    """In which the weights of the base are read: masters are not rounded first."""
-    return _master(precision) if method.name in WHOLE_MODEL else _frozen(model, precision)
+    """The dtype that weights of the base are read in; those that train are not rounded first."""
+    return _master(precision) if METHODS[method.name].whole_model else _frozen(model, precision)
 
 
 def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
@@ -301,8 +301,8 @@ def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
 def frozen_dtype(
     model: ModelConfig, method: MethodConfig, precision: Precision
 ) -> torch.dtype | None:
-    """In which weights that stay are held, where they are read in another."""
-    return _frozen(model, precision) if method.name == "freeze" else None
+    """The dtype that frozen weights are held in; None where they are read in that dtype."""
+    return _frozen(model, precision) if METHODS[method.name].trains == "part" else None
 
 
 def _master(precision: Precision) -> torch.dtype:
@@ -341,7 +341,7 @@ def apply_method(
     """
     set_up(base, precision)
     torch.manual_seed(seed)
-    built = METHODS[method.name](base, method)
+    built = attach(base, method)
     train_head(built)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
@@ -396,7 +396,7 @@ def count_parameters(
     """
     with torch.device("meta"):
         base = build_shapes(model, head)
-        built = METHODS[method.name](base, method)
+        built = attach(base, method)
     trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
     return sum(parameter.numel() for parameter in built.parameters()), trained
 

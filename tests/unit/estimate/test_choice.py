@@ -59,7 +59,8 @@ def test_a_teacher_takes_room_unless_its_logits_are_on_disk(config: Config) -> N
     built = build_frozen(teacher_model(taught), taught.train.precision)
     assert teaching.held == sum(p.nbytes for p in built.parameters())
     shell = build_shell(config.model, config.method, config.train.precision)
-    usable = held_by(shell, config.parallel).resident + teaching.held // 2
+    copied = config.parallel.model_copy(update={"strategy": "ddp"})
+    usable = held_by(shell, copied).resident + teaching.held // 2
     assert shortage(taught, usable) is not None
     assert shortage(apply_overrides(taught, {"train.kd.cache": "disk"}), usable) is None
 
