@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
             "search.space.method.name.choice=[lora, full]",
             "search.space.method.rank=null",
         ],
-        "search.execution=packed trains LoRA trials on one frozen base, and method.name=full trains",
+        "search.execution=packed trains LoRA trials on one frozen base, and method.name=full tr",
     ),
     "packed under deepspeed": (
         "sweep",
