@@ -380,7 +380,7 @@ class Method:
 
     @property
     def on_activations(self) -> bool:
-        """It leaves an adapter that cannot be folded, and has no place for a task head."""
+        """It leaves an adapter that cannot be folded and cannot hold a task head."""
         return self.trains == "activations"
 
 

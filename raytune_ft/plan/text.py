@@ -186,7 +186,7 @@ def _data(plan: Plan) -> list[str]:
 
 
 def table(rows: list[Cells]) -> list[str]:
-    """Columns as wide as their widest cell; the last one is not padded."""
+    """Lines with columns as wide as their widest cell; the last column is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  "
@@ -196,7 +196,7 @@ def table(rows: list[Cells]) -> list[str]:
 
 
 def size(count: int | None) -> str:
-    """Bytes in the largest unit that leaves a number above 1."""
+    """Bytes in the largest unit that gives a number of at least 1."""
     number, unit = float(count or 0), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if number < 1024:
@@ -206,7 +206,7 @@ def size(count: int | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration that a person reads at once."""
+    """A duration with a unit that suits it."""
     if value < 0.1:
         return f"{value * 1000:.2g} ms"
     if value < 120:

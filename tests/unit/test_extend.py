@@ -178,7 +178,7 @@ def test_a_method_is_validated_and_described(name: str, tmp_path: Path) -> None:
     assert memory_decides(config)  # its base is frozen
     with pytest.raises(ConfigError, match=rf"method.name={name}x is not .*; did you mean {name}"):
         load_config(file, [f"method.name={name}x"])
-    with pytest.raises(ConfigError, match=f"method.ranks is not a key of method {name}"):
+    with pytest.raises(ConfigError, match=rf"method.ranks is not a key of method {name}"):
         load_config(file, [f"method.name={name}", "method.ranks=1"])
     assert {key.dotted for key in keys()} > {"method.scale", "method.rank"}
     schema = Config.model_json_schema()
@@ -186,7 +186,7 @@ def test_a_method_is_validated_and_described(name: str, tmp_path: Path) -> None:
 
 
 def test_keys_of_a_method_are_checked_by_itself(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="method.rank=3 is odd; write an even number"):
+    with pytest.raises(ConfigError, match=r"method.rank=3 is odd; write an even number"):
         load_config(write_config(tmp_path), ["method.name=reflect", "method.rank=3"])
 
 

@@ -363,7 +363,10 @@ SPACE = {"space": {"method.name": {"choice": ["lora", "loreft"]}}}
         ({"merge": "ties"}, "starts from the base, which has no head .*; write best, uniform_soup"),
         ({"merging": {"adapter_rank": 2}}, "trains a whole head beside them; leave it out"),
         ({"metric": "exact_match"}, "is no figure of data.problem=single_label; write one of eval"),
-        ({"search": SPACE}, "=loreft trains no head and keeps none.*; write lora, freeze or full"),
+        (
+            {"search": SPACE},
+            "=loreft cannot train a classification head.*; write lora, freeze or full",
+        ),
         ({"metric": "macro_f1"}, None),
         ({"metrics": ["loss", "classification"], "metric": "accuracy", "merge": "auto"}, None),
     ],

@@ -303,8 +303,11 @@ def test_lora_plus_moves_b_faster(base: Path) -> None:
             LoraMethod(alpha_pattern={"(": 2.0}),
             r"method.alpha_pattern.\( is not a regular expression",
         ),
-        (LoraMethod(init="pissa", rank=33), "method.rank=33 is above what .*; write at most 32"),
-        (LoraMethod(init="olora", targets=["embed_tokens"]), "begins with the weights of linear"),
+        (
+            LoraMethod(init="pissa", rank=33),
+            "method.rank=33 is larger than the weight .*; write at most 32",
+        ),
+        (LoraMethod(init="olora", targets=["embed_tokens"]), "init=olora needs linear layers"),
         (
             Ia3Method(name="ia3", targets=["q_prj"]),
             "names no layer .*; write all-linear, or names su",
