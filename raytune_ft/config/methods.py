@@ -356,7 +356,8 @@ class Method:
         beside a frozen base that can be folded into it, "activations" modules that work on
         activations of a frozen base and cannot be folded.
     quantised: its base is held in 4 bits, as keys `quantisation` and `double_quantisation` say.
-    packable: trials can be packed by packed/lora.py, unless `MethodConfig.unpackable` says no.
+    packable: `config` is a LoraMethod, and packed/lora.py can pack its trials unless
+        `MethodConfig.unpackable` names a key.
     one_example_rows: why a row cannot hold several examples, None where it can.
     lr_factor: its published learning rate as a multiple of that of `full`; None: not published.
     saved_as: what adapter_config.json calls it, by `peft_type` or `method`; None leaves a model.

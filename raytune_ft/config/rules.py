@@ -228,14 +228,17 @@ def _check_replicas(parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.replicas={parallel.replicas}",
             f"is for {one_of(able)}, which does not support parallel.offload={parallel.offload}",
-            f"write parallel.offload: {' or '.join(sorted(offloads))}, or parallel.replicas: 1",
+            f"write parallel.offload: {' or '.join(sorted({'none', *offloads}))}, or "
+            "parallel.replicas: 1",
         )
 
 
 def _check_precision(config: Config) -> None:
     parallel, names = config.parallel, candidates(config.parallel)
     if config.train.precision == "float64" and not any(STRATEGIES[n].float64 for n in names):
-        another = "parallel.offload: none" if parallel.strategy == "auto" else "another strategy"
+        another = (
+            "parallel.offload: none" if parallel.strategy == "auto" else "another parallel.strategy"
+        )
         raise ConfigError(
             "train.precision=float64",
             f"is not supported by {one_of(names)}",
@@ -261,8 +264,8 @@ def _check_method(config: Config) -> None:
             "cannot train a classification head, which train.objective=classification needs",
             "write lora, freeze or full",
         )
-    unserved = [serves(method, name) for name in candidates(config.parallel)]
-    if unserved and (error := unserved[0]) is not None and None not in unserved:
+    refusals = [refusal(method, name) for name in candidates(config.parallel)]
+    if refusals and (error := refusals[0]) is not None and None not in refusals:
         raise error
     if METHODS[method.name].quantised and config.train.precision == "float64":
         raise ConfigError(
@@ -272,8 +275,8 @@ def _check_method(config: Config) -> None:
         )
 
 
-def serves(method: MethodConfig, strategy: str) -> ConfigError | None:
-    """None where a strategy can train with a method, else the error that says why not."""
+def refusal(method: MethodConfig, strategy: str) -> ConfigError | None:
+    """The error that says why a strategy cannot train a method, None where it can."""
     facts = STRATEGIES[strategy]
     if METHODS[method.name].quantised and facts.shards:
         whole = [name for name, other in STRATEGIES.items() if not other.shards]

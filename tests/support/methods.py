@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import METHODS
-from raytune_ft.config.rules import serves
+from raytune_ft.config.rules import refusal
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.prepare import prepare_data
@@ -74,7 +74,7 @@ def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config
 
 def is_served(name: str, strategy: str) -> bool:
     """What the facts say: whether the strategy can train the method or variant."""
-    return serves(small_config(name, (Path("model"), Path("rows"))).method, strategy) is None
+    return refusal(small_config(name, (Path("model"), Path("rows"))).method, strategy) is None
 
 
 def held_out(config: Config, cache: Path) -> TokenizedSplit:
