@@ -196,7 +196,7 @@ def table(rows: list[Cells]) -> list[str]:
 
 
 def size(count: int | None) -> str:
-    """Bytes in the largest unit that gives a number of at least 1."""
+    """Bytes in the largest unit that leaves a number above 1."""
     number, unit = float(count or 0), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if number < 1024:
@@ -206,7 +206,7 @@ def size(count: int | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration with a unit that suits it."""
+    """A duration that a person reads at once."""
     if value < 0.1:
         return f"{value * 1000:.2g} ms"
     if value < 120:
