@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Annotated, Any, Literal, Union
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, TypeAdapter
-from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic import Field
 
 from raytune_ft.config.section import Fraction, Positive, Section
 from raytune_ft.errors import ConfigError
@@ -385,18 +384,55 @@ class Method:
         return self.trains == "activations"
 
 
-def _torch(module: str, name: str) -> Callable[[], Any]:
-    """The implementation of a method of this package; imports torch when it is called."""
-    return lambda: getattr(import_module(f"raytune_ft.model.methods.{module}"), name)
+def _freeze() -> ModuleType:
+    from raytune_ft.model.methods import freeze
+
+    return freeze
+
+
+def _lora() -> ModuleType:
+    from raytune_ft.model.methods import lora
+
+    return lora
+
+
+def _peft() -> ModuleType:
+    from raytune_ft.model.methods import peft
+
+    return peft
+
+
+def _loreft() -> ModuleType:
+    from raytune_ft.model.methods import loreft
+
+    return loreft
+
+
+def _bottleneck() -> ModuleType:
+    from raytune_ft.model.methods import bottleneck
+
+    return bottleneck
+
+
+def _virtual() -> ModuleType:
+    from raytune_ft.model.methods import virtual
+
+    return virtual
+
+
+def _prefix() -> ModuleType:
+    from raytune_ft.model.methods import prefix
+
+    return prefix
 
 
 DEFAULT_METHOD = "lora"
 METHODS: dict[str, Method] = {
-    "full": Method(FullMethod, _torch("freeze", "FULL"), "model", lr_factor=1.0),
-    "freeze": Method(FreezeMethod, _torch("freeze", "FREEZE"), "part", lr_factor=1.0),
+    "full": Method(FullMethod, lambda: _freeze().FULL, "model", lr_factor=1.0),
+    "freeze": Method(FreezeMethod, lambda: _freeze().FREEZE, "part", lr_factor=1.0),
     "lora": Method(
         LoraMethod,
-        _torch("lora", "LORA"),
+        lambda: _lora().LORA,
         "adapter",
         packable=True,
         lr_factor=10.0,
@@ -405,58 +441,33 @@ METHODS: dict[str, Method] = {
     ),
     "qlora": Method(
         QloraMethod,
-        _torch("lora", "LORA"),
+        lambda: _lora().LORA,
         "adapter",
         quantised=True,
         lr_factor=10.0,
         saved_as="LORA",
         own_weights="lora_",
     ),
-    "ia3": Method(Ia3Method, _torch("peft", "IA3"), "adapter", saved_as="IA3", own_weights="ia3_"),
+    "ia3": Method(Ia3Method, lambda: _peft().IA3, "adapter", saved_as="IA3", own_weights="ia3_"),
     "vera": Method(
-        VeraMethod, _torch("peft", "VERA"), "adapter", saved_as="VERA", own_weights="vera_lambda_"
+        VeraMethod, lambda: _peft().VERA, "adapter", saved_as="VERA", own_weights="vera_lambda_"
     ),
-    "oft": Method(OftMethod, _torch("peft", "OFT"), "adapter", saved_as="OFT", own_weights="oft_"),
-    "loreft": Method(LoreftMethod, _torch("loreft", "LOREFT"), "activations", saved_as="loreft"),
+    "oft": Method(OftMethod, lambda: _peft().OFT, "adapter", saved_as="OFT", own_weights="oft_"),
+    "loreft": Method(LoreftMethod, lambda: _loreft().LOREFT, "activations", saved_as="loreft"),
     "adapter": Method(
-        AdapterMethod, _torch("bottleneck", "ADAPTER"), "activations", saved_as="adapter"
+        AdapterMethod, lambda: _bottleneck().ADAPTER, "activations", saved_as="adapter"
     ),
     "prompt": Method(
-        PromptMethod, _torch("virtual", "PROMPT"), "activations", saved_as="PROMPT_TUNING"
+        PromptMethod, lambda: _virtual().PROMPT, "activations", saved_as="PROMPT_TUNING"
     ),
     "p_tuning": Method(
-        PTuningMethod, _torch("virtual", "P_TUNING"), "activations", saved_as="P_TUNING"
+        PTuningMethod, lambda: _virtual().P_TUNING, "activations", saved_as="P_TUNING"
     ),
     "prefix": Method(
         PrefixMethod,
-        _torch("prefix", "PREFIX"),
+        lambda: _prefix().PREFIX,
         "activations",
         one_example_rows="a prefix stands before a row, not before each of its examples",
         saved_as="PREFIX_TUNING",
     ),
 }
-
-
-def _of_its_class(value: Any) -> Any:
-    """A section becomes an object of the class that `METHODS` has for its name."""
-    if not isinstance(value, dict):
-        return value
-    name = value.get("name", DEFAULT_METHOD)
-    if not isinstance(name, str) or name not in METHODS:
-        context = {"discriminator": "'name'", "tag": str(name), "expected_tags": ", ".join(METHODS)}
-        raise PydanticKnownError("union_tag_invalid", context)
-    return METHODS[name].config.model_validate({"name": name, **value})
-
-
-class _AllClasses:
-    """Describes every class of `METHODS` in the JSON schema."""
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        classes = tuple(method.config for method in METHODS.values())
-        union = Annotated[Union[classes], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
-        return {**handler(TypeAdapter(union).core_schema), "title": "Method"}
-
-
-AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_of_its_class), _AllClasses()]

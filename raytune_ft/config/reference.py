@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import Config
-from raytune_ft.config.section import NameIn, Section
+from raytune_ft.config.section import NameIn, Section, SectionOf
 
 # Names that people bring along from other trainers; no spelling distance finds these.
 ELSEWHERE = {
@@ -53,6 +53,9 @@ def sections_of(annotation: Any) -> list[type[Section]]:
         return list(methods().values())
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
+    for item in typing.get_args(annotation):
+        if isinstance(item, SectionOf):
+            return item.sections
     if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
         return [found for item in typing.get_args(annotation) for found in sections_of(item)]
     return []

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.data import DataConfig, SourceConfig
-from raytune_ft.config.methods import AnyMethod, LoraMethod
+from raytune_ft.config.methods import DEFAULT_METHOD, METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.section import NameIn, Positive, Section
+from raytune_ft.config.section import NameIn, Positive, Section, SectionOf
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.config.train import TrainConfig
 
@@ -240,7 +240,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = Field("runs", min_length=1, description="where runs are kept")
     model: ModelConfig = ModelConfig()
-    method: AnyMethod = LoraMethod()
+    method: Annotated[MethodConfig, SectionOf(METHODS, DEFAULT_METHOD)] = LoraMethod()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -67,3 +67,43 @@ class NameIn:
         if name not in self.names:
             raise PydanticCustomError("name_unknown", "not a known name")
         return name
+
+
+@dataclass(frozen=True, eq=False)
+class SectionOf:
+    """Metadata of a field that holds a section: `name` chooses its class, the `config` of the entry
+    of that name, as the dict is at validation. Without a `name` it is `default`.
+    """
+
+    entries: Mapping[str, Any]
+    default: str
+
+    @property
+    def sections(self) -> list[type[Section]]:
+        """Every class that the field may hold."""
+        return [entry.config for entry in self.entries.values()]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        choices = {
+            name: entry.config.__pydantic_core_schema__ for name, entry in self.entries.items()
+        }
+        return handler(core_schema.tagged_union_schema(choices, discriminator="name"))
+
+    def _validated(self, value: Any) -> Section:
+        if type(value) in self.sections:
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("section_type", "not a section")
+        name = value.get("name", self.default)
+        entry = self.entries.get(name) if isinstance(name, str) else None
+        if entry is None:
+            raise PydanticCustomError("union_tag_invalid", "not a known name")
+        section: Section = entry.config.model_validate(value)
+        return section

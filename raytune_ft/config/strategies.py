@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from raytune_ft.errors import ConfigError
@@ -77,16 +76,35 @@ def _describe_deepspeed(parallel: Any) -> Mapping[str, str]:
     return {f"parallel.zero_stage={stage}": f"zero_stage {stage}"}
 
 
-def _class(module: str, name: str) -> Callable[[], Any]:
-    """The class of a strategy of this package; torch is imported when it is asked for."""
-    return lambda: getattr(import_module(f"raytune_ft.strategy.{module}"), name)
+def _single() -> Any:
+    from raytune_ft.strategy.single import Single
+
+    return Single
+
+
+def _ddp() -> Any:
+    from raytune_ft.strategy.ddp import Ddp
+
+    return Ddp
+
+
+def _fsdp() -> Any:
+    from raytune_ft.strategy.fsdp import Fsdp
+
+    return Fsdp
+
+
+def _deepspeed() -> Any:
+    from raytune_ft.strategy.deepspeed import DeepSpeed
+
+    return DeepSpeed
 
 
 STRATEGIES: dict[str, StrategyFacts] = {
-    "single": StrategyFacts(_class("single", "Single"), one_process=True),
-    "ddp": StrategyFacts(_class("ddp", "Ddp")),
+    "single": StrategyFacts(_single, one_process=True),
+    "ddp": StrategyFacts(_ddp),
     "fsdp": StrategyFacts(
-        _class("fsdp", "Fsdp"),
+        _fsdp,
         shards=True,
         replicas=True,
         offload=("all",),
@@ -94,7 +112,7 @@ STRATEGIES: dict[str, StrategyFacts] = {
         describe=_describe_fsdp,
     ),
     "deepspeed": StrategyFacts(
-        _class("deepspeed", "DeepSpeed"),
+        _deepspeed,
         shards=True,
         offload=("optimizer", "all"),
         float64=False,
