@@ -19,13 +19,13 @@ def parse_size(text: str, key: str = "--max-shard-size") -> int:
     """Bytes of a size such as 5GB (10^9), 500MB or 2GiB.
 
     Raises:
-        ConfigError: the text is not a size.
+        ConfigError: it is none.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ConfigError(f"{key}={text}", "is not a size", "write one such as 5GB or 500MB")
+        raise ConfigError(f"{key}={text}", "is no size", "write one such as 5GB or 500MB")
     return size
 
 
