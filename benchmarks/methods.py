@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.config.methods import METHODS
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import count_parameters, load_tokenizer
-from raytune_ft.model.methods import METHODS
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
 from raytune_ft.train.spec import RunSpec

@@ -36,7 +36,7 @@ from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype, load_tokenizer
 from raytune_ft.model.meta import build
 from raytune_ft.records import StepMetrics
-from raytune_ft.strategy import STRATEGIES
+from raytune_ft.strategy import build_strategy
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
@@ -72,7 +72,7 @@ def config_of(base: Path, rows: Path, method: str, precision: str, batch: int) -
 
 def engine_of(config: Config, data: PreparedData) -> Engine:
     """A freshly built model; the same weights each time, since they follow from the seed."""
-    strategy = STRATEGIES["single"](config.parallel, config.train.precision)
+    strategy = build_strategy("single", config.parallel, config.train.precision)
     built = build(
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, None
     )

@@ -186,7 +186,7 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
     torch.set_num_threads(1)
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
-    from raytune_ft.strategy import STRATEGIES
+    from raytune_ft.strategy import strategy_class
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
     from raytune_ft.train.spec import RunSpec
@@ -203,7 +203,7 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
         dist.init_process_group("gloo", rank=rank, world_size=case.workers, store=store)
         dist.all_reduce(torch.zeros(1))
     seen: dict[str, int] = {}
-    kind = STRATEGIES[case.strategy]
+    kind = strategy_class(case.strategy)
     prepare, step = kind.prepare, kind.step
 
     def prepared(self: Any, model: Any, optimizer_of: Any) -> Any:

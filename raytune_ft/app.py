@@ -28,6 +28,7 @@ from raytune_ft.config.load import (
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
+from raytune_ft.config.strategies import REPLICATED, SHARDED, STRATEGIES
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.preflight import prepare
 from raytune_ft.records import RunResult
@@ -206,7 +207,7 @@ def _as_it_began(written: Config, config: Config, run: OpenRun) -> Config:
     before, now = run.saved.parallel, config.parallel
     depends_on = ("workers", "offload", "replicas")
     same = all(getattr(before, key) == getattr(now, key) for key in depends_on)
-    if not same or before.strategy not in ("ddp", "fsdp"):
+    if not same or before.strategy not in (REPLICATED, SHARDED):
         return config
     return apply_overrides(config, {"parallel.strategy": before.strategy})
 
@@ -226,7 +227,7 @@ def joins_cluster(config: Config) -> bool:
 
 
 def _needs_ray(config: Config) -> bool:
-    return config.search is not None or choose_strategy(config)[0] != "single"
+    return config.search is not None or not STRATEGIES[choose_strategy(config)[0]].one_process
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
@@ -268,7 +269,7 @@ def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResul
     if not _needs_ray(spec.config):
         from raytune_ft.train.run import run_training
 
-        return run_training(spec, "single", reporter)
+        return run_training(spec, choose_strategy(spec.config)[0], reporter)
     from raytune_ft.ray_backend.run_handle import fit
 
     parallel = spec.config.parallel

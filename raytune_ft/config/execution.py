@@ -1,4 +1,4 @@
-"""Which runs can share one process and one base with others, and whether a sweep's trials do."""
+"""Which runs can be trained packed, and whether the trials of a sweep are."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import itertools
 from typing import Any
 
 from raytune_ft.config.load import apply_overrides, choose_strategy
-from raytune_ft.config.methods import ACTIVATIONS, WHOLE_MODEL, LoraMethod
+from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import OBJECTIVES, SHARED_KEYS
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import is_share
 from raytune_ft.config.search_space import METHOD
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import ConfigError
 
-# What all slots of an engine have in common, since they share its base and its passes.
+# Keys with one value for all slots of an engine, since slots share its base and its passes.
 OF_THE_ENGINE = (
     "model",
     "data",
@@ -23,43 +24,33 @@ OF_THE_ENGINE = (
     "train.objective",
     *(f"train.{key}" for key in SHARED_KEYS),
 )
-# Each slot has an order of its own over the tokens that all share.
+# Each slot has its own order over the examples that all share.
 OF_A_SLOT = ("data.mixture", "data.curriculum")
 
 
 def packable(config: Config) -> str | None:
-    """None where runs like this one can be trained packed, else the reason why not."""
-    method = config.method
-    if method.name in ACTIVATIONS:
-        return f"method.name={method.name} works on activations, which packed runs do not stack"
-    if method.name in WHOLE_MODEL:
-        return f"method.name={method.name} moves the weights that packed runs share"
-    if not isinstance(method, LoraMethod):
-        return f"method.name={method.name} is not stacked, as plain LoRA is"
+    """Why runs with this config cannot be trained packed, None where they can."""
+    name, facts = config.method.name, METHODS[config.method.name]
+    if facts.on_activations:
+        return f"method.name={name} works on activations, and packed runs stack weights"
+    if facts.whole_model:
+        return f"method.name={name} trains the weights that packed runs share"
+    if not facts.packable:
+        return f"method.name={name} cannot be stacked as plain LoRA can"
     if OBJECTIVES[config.train.objective].head:
         return f"train.objective={config.train.objective} trains a head, which packed runs lack"
     if config.train.neftune_alpha is not None:
         noise = f"train.neftune_alpha={config.train.neftune_alpha}"
         return f"{noise} draws noise that depends on the layout"
-    if method.dora:
-        return "method.dora=true normalises by the weights of each run's own sum"
-    if method.init in ("pissa", "olora"):
-        return f"method.init={method.init} takes a part of its own out of the base"
-    for key in ("rank_pattern", "alpha_pattern"):
-        if getattr(method, key):
-            return f"method.{key} gives layers of one run several scales, and a slot has one"
-    if method.lr_ratio != 1.0:
-        return f"method.lr_ratio={method.lr_ratio:g} gives one run two learning rates"
-    if method.dropout > 0:
-        return f"method.dropout={method.dropout} draws noise that depends on the layout"
-    return None
+    return config.method.unpackable()
 
 
 def reason_against(config: Config) -> str | None:
-    """None where any trial that the space allows can share an engine with any other."""
+    """Why the trials of a sweep cannot be packed, None where all that the space allows can."""
     assert config.search is not None
-    if choose_strategy(config)[0] == "deepspeed":
-        return "parallel.strategy=deepspeed builds on weights that it trains, and a base is frozen"
+    strategy = choose_strategy(config)[0]
+    if (why := STRATEGIES[strategy].unpackable) is not None:
+        return f"parallel.strategy={strategy} {why}"
     for key in config.search.space:
         own = is_under(key, OF_A_SLOT) or is_share(key)
         if is_under(key, OF_THE_ENGINE) and not own:

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from raytune_ft.config import reference
 from raytune_ft.config.data import called
+from raytune_ft.config.methods import DEFAULT_METHOD
 from raytune_ft.errors import ConfigError
 
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
@@ -181,5 +182,5 @@ def _scheduler(data: dict[str, Any]) -> object:
 
 def _method(data: dict[str, Any]) -> object:
     method = data.get("method")
-    name = method.get("name") if isinstance(method, dict) else "lora"
+    name = method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else DEFAULT_METHOD
     return name if isinstance(name, str) and name in reference.methods() else None

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from raytune_ft.config import environment, reference, rules, search_rules, yaml_text
 from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
-from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.methods import DEFAULT_METHOD, METHODS
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
+from raytune_ft.config.strategies import ALONE, REPLICATED, SHARDED, candidates
 from raytune_ft.errors import ConfigError
 
 Notify = Callable[[str], None]
@@ -88,39 +89,33 @@ def parse_override(text: str) -> tuple[str, Any]:
 def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, str]:
     """The strategy that `auto` stands for and the reason, or the written one.
 
-    `shortage` says why a frozen base does not fit on a worker, if somebody found that out.
+    `shortage` says why a frozen base does not fit on a worker, where that is known.
     """
-    parallel = config.parallel
+    parallel, method = config.parallel, METHODS[config.method.name]
     workers = parallel.max_workers
     if parallel.strategy != "auto":
         return parallel.strategy, "written in the config"
     if parallel.replicas > 1:
-        return "fsdp", "parallel.replicas is what it alone can do"
-    if parallel.offload == "optimizer":
-        return "deepspeed", "parallel.offload: optimizer is what it alone can do"
-    if parallel.offload == "all":
-        return "fsdp", "parallel.offload: all"
+        return candidates(parallel)[0], f"parallel.replicas: {parallel.replicas}"
+    if parallel.offload != "none":
+        return candidates(parallel)[0], f"parallel.offload: {parallel.offload}"
     if workers == 1:
-        return "single", "one worker has nobody to share with"
-    if config.method.name in WHOLE_MODEL:
-        return (
-            "fsdp",
-            f"the model's own weights move, so {workers} workers share weights and moments",
-        )
-    if config.method.name == "qlora":
-        return "ddp", f"a base in 4 bits is not sharded: {workers} workers each hold it"
+        return ALONE, "there is one worker"
+    if method.whole_model:
+        return SHARDED, f"weights of the model train: {workers} workers share weights and moments"
+    if method.quantised:
+        return REPLICATED, f"a base in 4 bits is not sharded: {workers} workers each hold it"
     if shortage is not None:
-        return "fsdp", f"the base is frozen, and {shortage}: {workers} workers share it"
-    return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
+        return SHARDED, f"the base is frozen, and {shortage}: {workers} workers share it"
+    return REPLICATED, f"the base is frozen: {workers} workers each hold it and share gradients"
 
 
 def memory_decides(config: Config) -> bool:
-    """Does `auto` depend on whether the base fits on a worker?"""
-    parallel = config.parallel
+    """Whether `auto` depends on whether the base fits on a worker."""
+    parallel, method = config.parallel, METHODS[config.method.name]
     automatic = parallel.strategy == "auto" and parallel.offload == "none"
-    return (
-        automatic and parallel.max_workers > 1 and config.method.name not in (*WHOLE_MODEL, "qlora")
-    )
+    several = automatic and parallel.max_workers > 1
+    return several and not method.whole_model and not method.quantised
 
 
 def _checked(data: dict[str, Any]) -> Config:
@@ -133,9 +128,6 @@ def _checked(data: dict[str, Any]) -> Config:
 
 
 def validated(data: dict[str, Any]) -> Config:
-    method = data.get("method")
-    if isinstance(method, dict):  # the discriminator of a union has no default of its own
-        data = {**data, "method": {"name": "lora", **method}}
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -159,7 +151,7 @@ def _switch_method(data: dict[str, Any], name: Any, notify: Notify | None) -> No
     written = data.get("method", {})
     if not isinstance(written, dict) or not isinstance(name, str):
         return
-    if name not in reference.methods() or name == written.get("name", "lora"):
+    if name not in reference.methods() or name == written.get("name", DEFAULT_METHOD):
         return
     own = reference.method_keys(name)
     others = {key for other in reference.methods() for key in reference.method_keys(other)} - own

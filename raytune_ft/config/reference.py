@@ -12,6 +12,7 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.config.section import NameIn, Section, SectionOf
 
@@ -48,6 +49,8 @@ class Key:
 
 def sections_of(annotation: Any) -> list[type[Section]]:
     """The section classes that a field may hold: none for a plain value, several for a union."""
+    if annotation is MethodConfig:
+        return list(methods().values())
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     for item in typing.get_args(annotation):
@@ -83,9 +86,8 @@ def name_of(section: type[Section]) -> str | None:
 
 
 def methods() -> dict[str, type[Section]]:
-    """Every method by its name."""
-    found = sections_of(Config.model_fields["method"].annotation)
-    return {name: section for section in found if (name := name_of(section)) is not None}
+    """The class of each method's keys, by the method's name."""
+    return {name: method.config for name, method in METHODS.items()}
 
 
 def method_keys(name: str) -> frozenset[str]:

@@ -7,18 +7,13 @@ from collections import Counter
 from raytune_ft.config import metrics, objective_rules, paths
 from raytune_ft.config.data import DataConfig, MixedSource, NamedSource, SourceConfig, listed
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.methods import (
-    FreezeMethod,
-    LoraMethod,
-    QloraMethod,
-    check_activations,
-    check_head,
-    check_promotion,
-)
+from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.schema import Config
+from raytune_ft.config.reference import one_of
+from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.section import parse_size
+from raytune_ft.config.strategies import STRATEGIES, candidates
 from raytune_ft.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -165,13 +160,8 @@ def _check_layout(config: Config) -> None:
             f"is smaller than parallel.workers={parallel.workers}",
             f"write at least {parallel.max_workers}",
         )
-    if parallel.strategy == "single" and parallel.max_workers > 1:
-        raise ConfigError(
-            "parallel.strategy=single",
-            f"is one process, and parallel.workers={parallel.workers}",
-            "write auto, ddp, fsdp or deepspeed, or parallel.workers: 1",
-        )
-    _check_sharding(config)
+    _check_strategy(parallel)
+    _check_precision(config)
     for name, amount in parallel.resources_per_worker.items():
         key = f"parallel.resources_per_worker.{name}"
         if amount < 0:
@@ -184,11 +174,42 @@ def _check_layout(config: Config) -> None:
         )
 
 
-def _check_sharding(config: Config) -> None:
-    """Keys that only some strategies can follow."""
-    parallel = config.parallel
+def _check_strategy(parallel: ParallelConfig) -> None:
+    """Keys that only some strategies support."""
     strategy = parallel.strategy
-    if parallel.replicas > 1 and (parallel.elastic or parallel.max_workers % parallel.replicas):
+    written = STRATEGIES.get(strategy)
+    if written is not None and written.one_process and parallel.max_workers > 1:
+        several = [name for name, facts in STRATEGIES.items() if not facts.one_process]
+        raise ConfigError(
+            f"parallel.strategy={strategy}",
+            f"runs in one process, and parallel.workers={parallel.workers}",
+            f"write {one_of(['auto', *several])}, or parallel.workers: 1",
+        )
+    if parallel.replicas > 1:
+        _check_replicas(parallel)
+    for name, facts in STRATEGIES.items():
+        for key in facts.own_keys:
+            value = getattr(parallel, key)
+            if strategy != name and value != ParallelConfig.model_fields[key].default:
+                raise ConfigError(
+                    f"parallel.{key}={shown_value(value)}",
+                    f"is for {name}, and parallel.strategy={strategy}",
+                    f"write parallel.strategy: {name}, or leave the key out",
+                )
+    able = [name for name, facts in STRATEGIES.items() if parallel.offload in facts.offload]
+    if parallel.offload != "none" and strategy not in ("auto", *able):
+        raise ConfigError(
+            f"parallel.offload={parallel.offload}",
+            f"is not supported by {strategy}",
+            f"write parallel.strategy: {' or '.join(able)}, or parallel.offload: none",
+        )
+    if written is not None:
+        written.check(parallel)
+
+
+def _check_replicas(parallel: ParallelConfig) -> None:
+    able = {name: facts for name, facts in STRATEGIES.items() if facts.replicas}
+    if parallel.elastic or parallel.max_workers % parallel.replicas:
         raise ConfigError(
             f"parallel.replicas={parallel.replicas}",
             f"does not divide parallel.workers={parallel.workers}"
@@ -196,109 +217,101 @@ def _check_sharding(config: Config) -> None:
             else f"needs a fixed number of workers, not parallel.workers={parallel.workers}",
             "write a divisor of the number of workers, or 1",
         )
-    if parallel.replicas > 1 and strategy not in ("auto", "fsdp"):
+    if parallel.strategy not in ("auto", *able):
         raise ConfigError(
             f"parallel.replicas={parallel.replicas}",
-            f"is for fsdp, and parallel.strategy={strategy}",
-            "write parallel.strategy: fsdp, or parallel.replicas: 1",
+            f"is for {one_of(able)}, and parallel.strategy={parallel.strategy}",
+            f"write parallel.strategy: {' or '.join(able)}, or parallel.replicas: 1",
         )
-    if parallel.replicas > 1 and parallel.offload == "optimizer":
+    offloads = {offload for facts in able.values() for offload in facts.offload}
+    if parallel.offload not in ("none", *offloads):
         raise ConfigError(
             f"parallel.replicas={parallel.replicas}",
-            "is for fsdp, and parallel.offload=optimizer for deepspeed",
-            "write parallel.offload: all, or parallel.replicas: 1",
+            f"is for {one_of(able)}, which does not support parallel.offload={parallel.offload}",
+            f"write parallel.offload: {' or '.join(sorted({'none', *offloads}))}, or "
+            "parallel.replicas: 1",
         )
-    if parallel.deepspeed is not None and strategy != "deepspeed":
-        raise ConfigError(
-            f"parallel.deepspeed={shown_value(parallel.deepspeed)}",
-            f"is for deepspeed, and parallel.strategy={strategy}",
-            "write parallel.strategy: deepspeed, or leave the key out",
+
+
+def _check_precision(config: Config) -> None:
+    parallel, names = config.parallel, candidates(config.parallel)
+    if config.train.precision == "float64" and not any(STRATEGIES[n].float64 for n in names):
+        another = (
+            "parallel.offload: none" if parallel.strategy == "auto" else "another parallel.strategy"
         )
-    able = {
-        "none": ("auto", "single", "ddp", "fsdp", "deepspeed"),
-        "optimizer": ("auto", "deepspeed"),
-        "all": ("auto", "fsdp", "deepspeed"),
-    }[parallel.offload]
-    if strategy not in able:
-        raise ConfigError(
-            f"parallel.offload={parallel.offload}",
-            f"is nothing that {strategy} can do",
-            f"write parallel.strategy: {' or '.join(able[1:])}, or parallel.offload: none",
-        )
-    if strategy == "deepspeed" and parallel.offload == "all" and parallel.zero_stage < 3:
-        raise ConfigError(
-            "parallel.offload=all",
-            f"keeps weights in host memory, which parallel.zero_stage={parallel.zero_stage} "
-            "does not shard",
-            "write parallel.zero_stage: 3, or parallel.offload: optimizer",
-        )
-    chosen = strategy == "auto" and parallel.offload == "optimizer"  # which nothing else can do
-    if (strategy == "deepspeed" or chosen) and config.train.precision == "float64":
         raise ConfigError(
             "train.precision=float64",
-            "is nothing that deepspeed can keep",
-            "write float32 or bfloat16, or parallel.offload: none"
-            if chosen
-            else "write float32 or bfloat16, or another parallel.strategy",
+            f"is not supported by {one_of(names)}",
+            f"write float32 or bfloat16, or {another}",
         )
 
 
 def methods_of(config: Config) -> list[str]:
     """Names of the methods of a run, or of the trials of its search."""
     line = config.search.space.get("method.name") if config.search is not None else None
-    return [config.method.name] if line is None else list(map(str, line.values))
+    names = [config.method.name] if line is None else list(map(str, line.values))
+    return [name for name in names if name in METHODS]  # others are refused with the search space
 
 
 def _check_method(config: Config) -> None:
-    method = config.method
-    if getattr(method, "targets", None) == []:
-        raise ConfigError("method.targets=[]", "adapts nothing", "write all-linear or some names")
-    check_activations(method)
-    check_promotion(config.promote.merge, config.promote.metrics, methods_of(config))
-    if OBJECTIVES[config.train.objective].head:
-        check_head(methods_of(config))
-    if isinstance(method, LoraMethod) and method.dora and method.init in ("pissa", "olora"):
+    method, tried = config.method, methods_of(config)
+    method.check()
+    _check_promotion(config.promote, tried)
+    headless = next((name for name in tried if METHODS[name].on_activations), None)
+    if OBJECTIVES[config.train.objective].head and headless is not None:
         raise ConfigError(
-            f"method.init={method.init}",
-            "takes a part out of the weights by whose length method.dora=true normalises",
-            "write method.init: default, or method.dora: false",
+            f"method.name={headless}",
+            f"cannot train the head that train.objective={config.train.objective} needs",
+            "write lora, freeze or full",
         )
-    if isinstance(method, FreezeMethod):
-        _check_freeze(config, method)
-    if isinstance(method, QloraMethod):
-        _check_quantised(config)
-
-
-def _check_quantised(config: Config) -> None:
-    parallel = config.parallel
-    sharded = parallel.strategy in ("fsdp", "deepspeed") or parallel.offload != "none"
-    if sharded or parallel.replicas > 1:
-        raise ConfigError(
-            "method.name=qlora",
-            "holds a base in 4 bits, which neither fsdp nor deepspeed shards here",
-            "write parallel.strategy: ddp or single without offload, or method.name: lora",
-        )
-    if config.train.precision == "float64":
+    refusals = [refusal(method, name) for name in candidates(config.parallel)]
+    if refusals and (error := refusals[0]) is not None and None not in refusals:
+        raise error
+    if METHODS[method.name].quantised and config.train.precision == "float64":
         raise ConfigError(
             "train.precision=float64",
-            "is nothing that a base in 4 bits computes in",
+            f"is not supported with method.name={method.name}, whose base is held in 4 bits",
             "write float32 or bfloat16",
         )
 
 
-def _check_freeze(config: Config, method: FreezeMethod) -> None:
-    if method.first is not None and method.last is not None:
-        raise ConfigError(
-            f"method.first={method.first}",
-            f"counts the frozen blocks from below, and method.last={method.last} the others "
-            "from above",
-            "write one of the two",
+def refusal(method: MethodConfig, strategy: str) -> ConfigError | None:
+    """The error that says why a strategy cannot train a method, None where it can."""
+    facts = STRATEGIES[strategy]
+    if METHODS[method.name].quantised and facts.shards:
+        whole = [name for name, other in STRATEGIES.items() if not other.shards]
+        return ConfigError(
+            f"method.name={method.name}",
+            f"holds its base in 4 bits, which {strategy} does not shard",
+            f"write parallel.strategy: {one_of(whole)} without offload and replicas, or another "
+            "method",
         )
-    parallel = config.parallel
-    zero = parallel.strategy == "deepspeed" or parallel.offload == "optimizer"
-    if method.unfreeze_every_examples is not None and zero:
+    if method.late_groups is not None and not facts.late_groups:
+        late = [name for name, other in STRATEGIES.items() if other.late_groups]
+        return ConfigError(
+            method.late_groups,
+            f"is not supported with {strategy}, which creates all optimizer moments at the start",
+            f"write parallel.strategy: {one_of(late)} without offload: optimizer, or leave the key "
+            "out",
+        )
+    return None
+
+
+def _check_promotion(promote: PromoteConfig, methods: list[str]) -> None:
+    """Methods on activations leave nothing that could be merged or read as a plain model."""
+    name = next((name for name in methods if METHODS[name].on_activations), None)
+    if name is None:
+        return
+    if promote.merge != "best":
         raise ConfigError(
-            f"method.unfreeze_every_examples={method.unfreeze_every_examples}",
-            "is nothing that deepspeed can do, whose moments all begin at once",
-            "write parallel.strategy: ddp or fsdp, or leave the key out",
+            f"promote.merge={promote.merge}",
+            f"merges weights, and method.name={name} changes none",
+            "write promote.merge: best",
+        )
+    task = next((metric for metric in promote.metrics if metric.startswith("lm_eval:")), None)
+    if task is not None:
+        raise ConfigError(
+            f"promote.metrics={task}",
+            f"evaluates a plain model, and method.name={name} works on activations",
+            "leave it out",
         )

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.merging import MergeName, MergingConfig
-from raytune_ft.config.methods import LoraMethod, MethodConfig
+from raytune_ft.config.methods import DEFAULT_METHOD, METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.config.section import Positive, Section
+from raytune_ft.config.section import NameIn, Positive, Section, SectionOf
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.config.train import TrainConfig
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -70,9 +71,9 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the work is laid out. Nothing here changes the numbers."""
+    """How a run is spread over workers. Nothing here changes the numbers."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = Field(
+    strategy: Annotated[str, NameIn(STRATEGIES, first=("auto",))] = Field(
         "auto",
         description="auto: single for one worker, ddp for adapters on a base that fits on each "
         "worker, else fsdp",
@@ -88,20 +89,20 @@ class ParallelConfig(Section):
     )
     replicas: Positive = Field(
         1,
-        description="fsdp: copies of the sharded model, each over workers / replicas of the "
-        "workers; best one a node, so that weights are gathered inside nodes alone",
+        description="fsdp: copies of the sharded model, each on workers / replicas of the workers; "
+        "with one copy a node, weights are gathered inside nodes alone",
     )
     reshard_after_forward: bool = Field(
         True,
         description="fsdp: free a block's gathered weights after its forward; false keeps them "
-        "until its backward, which is faster and needs room for the whole model",
+        "until its backward, which is faster and needs memory for the whole model",
     )
     zero_stage: Literal[1, 2, 3] = Field(
         3, description="deepspeed: 1 shards moments, 2 gradients too, 3 weights too"
     )
     deepspeed: str | None = Field(
         None,
-        description="deepspeed: a JSON file of its own; keys that contradict this file are "
+        description="deepspeed: a DeepSpeed JSON file; keys that contradict this config are "
         "refused by name",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
@@ -111,7 +112,7 @@ class ParallelConfig(Section):
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="compute blocks again in the backward: selective keeps the results of matrix "
+        description="recompute blocks in the backward: selective keeps the results of matrix "
         "products and attention, full keeps a block's input alone",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
@@ -119,13 +120,13 @@ class ParallelConfig(Section):
     )
     hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0,
-        description="a group whose workers make no progress for so long is restarted, and the "
-        "log says where each one stood",
+        description="a group of workers without progress for this long is restarted, and the log "
+        "says what each worker was doing",
     )
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers that a run goes on with."""
+        """The fewest workers that a run continues with."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
@@ -135,7 +136,7 @@ class ParallelConfig(Section):
 
     @property
     def elastic(self) -> bool:
-        """May the number of workers change while the run goes on?"""
+        """Whether the number of workers may change during the run."""
         return self.min_workers != self.max_workers
 
 
@@ -209,7 +210,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = Field("runs", min_length=1, description="where runs are kept")
     model: ModelConfig = ModelConfig()
-    method: MethodConfig = LoraMethod()
+    method: Annotated[MethodConfig, SectionOf(METHODS, DEFAULT_METHOD)] = LoraMethod()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -1,7 +1,7 @@
-"""What a model keeps for the backward, from one and two of its blocks run without memory.
+"""Memory of activations, from a trace of one and two blocks of a model on fake tensors.
 
-Fake tensors have shapes and no data, so that the operators, casts and kernels are those of a real
-step and cost nothing. Every storage that comes into being is followed until it is dropped.
+Fake tensors have shapes and no data, so that operators, casts and kernels are those of a real step.
+Every storage is counted from its allocation until it is freed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from raytune_ft.model.checkpointing import Activations, checkpoint_activations
 from raytune_ft.model.methods import leave_casts_to_autocast
 from raytune_ft.model.objectives.distillation import divergence
 
-# What a fake run may stumble over in somebody's model: the values of tensors, unknown operators.
+# Errors of models that cannot run on fake tensors, since they use values or unknown operators.
 _CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Bytes as a function of rows and blocks, between and beyond the points where it was traced.
+    """Bytes as a function of rows and blocks, inter- and extrapolated from traced points.
 
-    Linear in blocks. In rows it is the larger of several lines, so that what lies between two
-    points is at most what is said.
+    It is linear in blocks. In rows the true function is convex, so that the interpolation between
+    two points is an upper bound.
     """
 
     points: dict[tuple[int, int], int]
 
     def at(self, rows: int, blocks: int) -> int:
-        """Bytes for a micro-batch of so many rows through so many blocks."""
+        """Bytes for a micro-batch of `rows` rows through `blocks` blocks."""
         low, high = min(r for r, _ in self.points), max(r for r, _ in self.points)
         left = self._blocks(low, blocks)
         if low == high:
@@ -57,10 +57,10 @@ class Plane:
 
 @dataclass(frozen=True)
 class Traced:
-    """`kept` when the forward of rows of `width` tokens ends; `peak` at any time until the blocks'
-    backward is over.
+    """Bytes for rows of `width` tokens: `kept` at the end of the forward, `peak` at any time until
+    the end of the blocks' backward.
 
-    `exact` is false where the model could not be traced and a formula stands in.
+    `exact` is false where the model could not be traced and a formula was used.
     """
 
     width: int
@@ -76,9 +76,9 @@ def trace(
     checkpointing: Activations,
     gathered: bool = False,
 ) -> Traced:
-    """Run micro-batches of so many rows through one and two blocks.
+    """Run micro-batches of the smallest and largest of `rows` through one and two blocks.
 
-    `gathered`: weights come in the dtype of the products, as a strategy gathers them.
+    `gathered`: a strategy gathers weights in the dtype of matrix products.
     """
     kept, peak = {}, {}
     ends = {min(rows), max(rows)}
@@ -97,7 +97,7 @@ def trace(
 
 
 def _by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activations) -> Traced:
-    """Korthikanti et al. (arXiv 2205.05198): 34 bytes a token and hidden unit in 16 bits."""
+    """34 bytes per token and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198)."""
     unit = width * shell.hidden * shell.compute
     each = {"none": 17, "selective": 11, "full": 1}[checkpointing] * unit
     kept = {(rows, blocks): rows * each * blocks for rows in ends for blocks in (1, 2)}
@@ -106,7 +106,7 @@ def _by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activat
 
 
 class _Follow(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, until they are dropped."""
+    """Counts the bytes of storages from their allocation by an operator until they are freed."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -165,10 +165,10 @@ def _run(
     checkpointing: Activations,
     gathered: bool,
 ) -> tuple[int, int]:
-    """Bytes at the end of the forward, and at the most.
+    """Bytes at the end of the forward, and the peak.
 
-    What lies around the blocks is frozen here: the gradients of embeddings and head are made when
-    the blocks keep nothing yet or nothing any more, and are counted apart.
+    Embeddings and head are frozen here: their gradients do not exist at the same time as the
+    activations of blocks, and are counted separately.
     """
     module = copy.deepcopy(module)
     checkpoint_activations(module, checkpointing)
@@ -180,7 +180,7 @@ def _run(
         inside = {id(p) for block in find_blocks(module).values() for p in block.parameters()}
         embedding, head = _ends(module)
         if head is not None:
-            head.forward = lambda hidden_BSH: hidden_BSH  # the head is traced apart
+            head.forward = lambda hidden_BSH: hidden_BSH  # the head is traced separately
         if any(p.requires_grad for p in embedding.parameters()):
             embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_(True))
         for parameter in module.parameters():
@@ -205,12 +205,12 @@ def _run(
 def trace_head(
     shell: Shell, labels: int, gathered: bool = False, kd: KdConfig | None = None
 ) -> int:
-    """Bytes at the most while the loss of so many label tokens is taken and sent back.
+    """Peak bytes of forward and backward of the loss of `labels` label tokens.
 
-    With `kd`, a teacher's logits are there too, and the divergence from them is part of the loss.
+    With `kd`, the teacher's logits are held too, and the divergence from them is part of the loss.
     """
     _, head = _ends(shell.module)
-    if head is None:  # a task head's logits are few
+    if head is None:  # logits of a task head are small
         return 0
     head = copy.deepcopy(head)
     _set_dtypes(head, shell, gathered)
@@ -260,7 +260,7 @@ def _set_dtypes(module: nn.Module, shell: Shell, gathered: bool) -> None:
 
 
 def _fill(module: nn.Module) -> None:
-    """Weights of the meta device move to a fake `cpu`, which has autocast and real kernels."""
+    """Move weights from the meta device to a fake `cpu`, which has autocast and real kernels."""
     module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
 
 

@@ -1,11 +1,10 @@
-"""What workers run on: this machine as it is, or accelerators by name.
+"""Hardware of workers: this machine, measured, or accelerators by name.
 
-The table's figures are of the vendors' data sheets: memory in GiB (of cards with GDDR6, what their
-driver shows, since ECC takes a part of it), dense TFLOP/s of matrix products without sparsity
-(float32 without TF32, as torch computes it), memory bandwidth in GB/s, and what one accelerator
-sends to its neighbours in a node, in GB/s and one direction. `network` is what a node of the
-vendor's reference design, or of the clouds that offer it, sends to others: of A10G, L4 and L40S one
-with 8 of them.
+Figures of the table are from the vendors' data sheets: memory in GiB (for cards with GDDR6 as their
+driver reports it, without the part that ECC takes), dense TFLOP/s of matrix products (float32
+without TF32, as torch computes it), memory bandwidth in GB/s, and the link of one accelerator
+inside a node in GB/s and one direction. `network` is the bandwidth of a node of the vendor's
+reference design or of the clouds that offer it; for A10G, L4 and L40S of a node with 8 of them.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from raytune_ft.errors import ConfigError
 
 GIB = 2**30
 USABLE = 0.94
-"""Of an accelerator's memory; the rest is the context of the driver and of the collectives, and
-what an allocator cannot use for its pieces."""
+"""Share of an accelerator's memory; the rest goes to the contexts of driver and collectives and to
+fragmentation."""
 USABLE_RAM = 0.9
 ACHIEVED = 0.4
-"""Of the peak: Llama 3 was trained at 38 to 43 % of it (arXiv 2407.21783, table 4)."""
+"""Share of the peak rate: Llama 3 was trained at 38 to 43 % (arXiv 2407.21783, table 4)."""
 BESIDE_PRODUCTS = 0.6
-"""Of the rate of a bare matrix product, where norms, activations and masks take their time too."""
+"""Share of the rate of a matrix product, since norms, activations and masks take time too."""
 PROCESS = {"cpu": int(0.6 * GIB), "cuda": 0}
 """A worker's host memory before it holds a model: Python, torch, transformers."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One line of the table."""
+    """One accelerator; units as in the module's docstring."""
 
     memory: float
     bfloat16: float
@@ -56,15 +55,15 @@ ACCELERATORS = {
     "L40S": Accelerator(45, 362, 91.6, 864, 32, 50, "NVIDIA L40S data sheet, AWS g6e"),
     "MI300X": Accelerator(192, 1307, 163.4, 5300, 448, 400, "AMD Instinct MI300X data sheet"),
 }
-# What Ray calls them in a node's resources, where that is another name. Its A100 is of either size.
+# Ray's names in a node's resources, where they differ. Its A100 may have either size.
 RAY_NAMES = {"A100": "A100-40G", "AMD-Instinct-MI300X-OAM": "MI300X"}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """`memory` and `usable` are bytes of one worker, None where nobody knows. `tflops` is what
-    matrix products achieve; `bandwidth`, `link` and `network` are GB/s of memory, between the
-    workers of a node (each), and between nodes (all of a node's workers together).
+    """`memory` and `usable` are bytes of one worker, None if unknown. `tflops` is the rate that one
+    worker achieves. GB/s: `bandwidth` of memory, `link` of each worker inside a node, `network` of
+    all workers of a node together.
     """
 
     name: str
@@ -80,11 +79,11 @@ class Hardware:
     source: str
 
     def fits(self, needed: int) -> bool:
-        """What is unknown is presumed to do."""
+        """Whether a worker has room for `needed` bytes; true if its memory is unknown."""
         return self.usable is None or needed + PROCESS[self.device] <= self.usable
 
     def shared(self, gpus: float) -> Hardware:
-        """For workers that have a part of an accelerator each, as in `GPU: 0.5`."""
+        """The hardware of workers that share an accelerator, as with `GPU: 0.5`."""
         part = gpu_part(gpus)
         return replace(
             self,
@@ -96,23 +95,21 @@ class Hardware:
 
 
 def gpu_part(gpus: float) -> float:
-    """Of one accelerator, which is all that a worker uses of several."""
+    """The share of an accelerator that a worker uses, which is at most one."""
     return min(1.0, gpus)
 
 
 def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
-    """Nodes of accelerators out of the table.
+    """Nodes with an accelerator of the table.
 
     Raises:
-        ConfigError: the table has none of that name.
+        ConfigError: the table has no accelerator of that name.
     """
     key = next((k for k in ACCELERATORS if k.lower() == name.lower()), None)
     if key is None:
         near = [k for k in ACCELERATORS if k.lower().startswith(name.lower())]
         near = near or difflib.get_close_matches(name.upper(), ACCELERATORS) or list(ACCELERATORS)
-        raise ConfigError(
-            f"--accelerator={name}", "is none that is known", f"write {' or '.join(near)}"
-        )
+        raise ConfigError(f"--accelerator={name}", "is unknown", f"write {' or '.join(near)}")
     one = ACCELERATORS[key]
     memory = int(one.memory * GIB)
     peak = one.bfloat16 if precision == "bfloat16" else one.float32
@@ -132,7 +129,7 @@ def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
 
 
 def machine(workers: int, resources_per_worker: Mapping[str, float], precision: str) -> Hardware:
-    """This machine with so many workers, measured for a second."""
+    """This machine with `workers` workers; its rates are measured for a second."""
     import torch
 
     gpus = resources_per_worker.get("GPU", 0.0)
@@ -198,7 +195,7 @@ def worker_memory(workers: int, gpus: float) -> int | None:
 
 
 def machine_memory() -> int:
-    """RAM, or what a container may use of it."""
+    """Bytes of RAM, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -211,7 +208,7 @@ def machine_memory() -> int:
 
 
 def measure(device: str, precision: str, seconds: float = 0.5) -> tuple[float, float]:
-    """TFLOP/s of a matrix product and GB/s of a copy, on this process' threads."""
+    """TFLOP/s of a matrix product and GB/s of a copy, on the threads of this process."""
     import torch
 
     size = 8192 if device == "cuda" else 1024
@@ -225,7 +222,7 @@ def measure(device: str, precision: str, seconds: float = 0.5) -> tuple[float, f
 
 
 def _rate(act: Callable[[], object], device: str, seconds: float) -> float:
-    """Times a second; what is queued on a device is waited for."""
+    """Calls of `act` per second, with synchronisation of the device."""
     import torch
 
     def wait() -> None:

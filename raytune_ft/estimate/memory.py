@@ -1,4 +1,4 @@
-"""What one worker holds, under each strategy, and at the worst moment of a step."""
+"""Memory of one worker: what it holds throughout, and its peak in a step."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ from dataclasses import dataclass
 
 import torch
 
-from raytune_ft.config.methods import LoraMethod, PrefixMethod, virtual_positions
+from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.schema import Config, ParallelConfig
+from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
 from raytune_ft.data.batch import lay_out
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.activations import Traced, trace, trace_head
 from raytune_ft.estimate.hardware import GIB, PROCESS
-from raytune_ft.estimate.parameters import Shell, Weight, build_shell, elements
+from raytune_ft.estimate.parameters import Shell, build_shell
 from raytune_ft.model.load import build_shapes, dtype_of
+from raytune_ft.strategy import strategy_class
+from raytune_ft.strategy.footprint import Held
 from raytune_ft.train.distill import teacher_model
 from raytune_ft.train.engine import MICRO_TOKENS
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.setup import head_before, plain_order
 
-LOOKED_AT = 20
+SAMPLED_STEPS = 20
 """Steps that are laid out to find the largest micro-batch."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """`rows` of `width` tokens with `labels` label tokens are the most of one forward pass;
-    `micro_batches` the most passes of a step. `step_tokens` and `step_labels` are of one worker
-    and a whole step, in the mean, padding included.
+    """What one worker computes.
+
+    The largest micro-batch has `rows` rows of `width` tokens, at most `labels` of which are label
+    tokens. A step has at most `micro_batches` passes and on average `step_tokens` tokens, padding
+    included, and `step_labels` label tokens.
     """
 
     rows: int
@@ -40,7 +45,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of the largest micro-batch."""
+        """Tokens of the largest micro-batch, with padding."""
         return self.rows * self.width
 
 
@@ -51,7 +56,7 @@ def micro_tokens(config: Config, device: str) -> int:
 
 
 def steps_in_a_pass(config: Config, length: float) -> int:
-    """How many steps on examples of this mean length a pass of all workers holds; at least 1."""
+    """How many steps on examples of this mean length fill one pass of all workers; at least 1."""
     parallel = config.parallel
     device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
     room = micro_tokens(config, device) * parallel.max_workers
@@ -59,16 +64,17 @@ def steps_in_a_pass(config: Config, length: float) -> int:
 
 
 def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) -> Work:
-    """From the layout of the first steps, as the run would lay them out without a curriculum,
-    under which they are not like those to come.
+    """The work of a run, from the layout of its first steps without a curriculum, whose first steps
+    would not be typical.
     """
     batch, budget = config.train.batch_size, micro_tokens(config, device)
-    virtual = virtual_positions(config.method)
-    packing = config.data.packing is not False and not isinstance(config.method, PrefixMethod)
+    virtual = config.method.virtual_tokens
+    shared_rows = METHODS[config.method.name].one_example_rows is None
+    packing = config.data.packing is not False and shared_rows
     tokens = labels = rows = width = most = most_labels = passes = 0
     order = plain_order(config, split)
     whole = total_examples(config.train, len(order)) // batch
-    steps = min(LOOKED_AT, max(1, whole))
+    steps = min(SAMPLED_STEPS, max(1, whole))
     for step in range(steps):
         indices = order.indices(step * batch, batch)
         lengths = (split.lengths[indices] + virtual).tolist()
@@ -89,8 +95,8 @@ def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) ->
 
 
 def work_at_most(config: Config, workers: int, device: str) -> Work:
-    """Without data: every example as long as it may be, every token with loss."""
-    width = config.data.max_length + virtual_positions(config.method)
+    """The most work that a run can have: all examples at full length, a loss on every token."""
+    width = config.data.max_length + config.method.virtual_tokens
     examples = -(-config.train.batch_size // workers)
     rows = max(1, min(examples, micro_tokens(config, device) // width))
     passes = -(-examples // rows)
@@ -99,9 +105,9 @@ def work_at_most(config: Config, workers: int, device: str) -> Work:
 
 @dataclass(frozen=True)
 class Teaching:
-    """`held` are the bytes of the teacher's weights, 0 where its logits are read from a file.
+    """The teacher of a distillation. `held`: bytes of its weights, 0 where its logits are on disk.
 
-    What its passes keep for a moment is less than the loss takes afterwards, and is not counted.
+    Temporary memory of its passes is not counted: the loss needs more afterwards.
     """
 
     settings: KdConfig
@@ -109,7 +115,7 @@ class Teaching:
 
 
 def teaching_of(config: Config) -> Teaching | None:
-    """None without a teacher. Raises ModelError where it cannot be read."""
+    """The teacher of a run, None without one. Raises ModelError where it cannot be read."""
     settings = config.train.kd
     if settings is None:
         return None
@@ -125,8 +131,8 @@ def teaching_of(config: Config) -> Teaching | None:
 def shortage(config: Config, usable: int | None) -> str | None:
     """Why a whole copy of the base does not fit on a worker; None where it does.
 
-    Where not even sharding the base makes room, what lacks room is something else (activations),
-    and the base alone is asked about. Memory that nobody knows is presumed to do.
+    Where a step does not fit even with a sharded base, activations are the cause, and the answer is
+    about the base alone. If available memory is unknown, the model is assumed to fit.
 
     Raises:
         ModelError: the model cannot be read, or cannot take the method.
@@ -137,12 +143,12 @@ def shortage(config: Config, usable: int | None) -> str | None:
     device = "cuda" if parallel.resources_per_worker.get("GPU", 0) > 0 else "cpu"
     shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
     work = work_at_most(config, parallel.max_workers, device)
-    plain = parallel.model_copy(update={"strategy": "ddp"})
+    plain = parallel.model_copy(update={"strategy": REPLICATED})
     teaching = teaching_of(config)
     needed = held_by(shell, plain).resident + (teaching.held if teaching is not None else 0)
     if needed <= usable:
         model = MemoryModel(shell, (work.rows,), work.width, teaching)
-        parts = parallel.model_copy(update={"strategy": "fsdp"})
+        parts = parallel.model_copy(update={"strategy": SHARDED})
         needed, shared = (
             model.estimate(layout, work, device).peak + PROCESS[device] for layout in (plain, parts)
         )
@@ -151,22 +157,14 @@ def shortage(config: Config, usable: int | None) -> str | None:
     return f"a whole copy needs {needed / GIB:,.1f} GiB of a worker's {usable / GIB:,.1f}"
 
 
-MOMENTS = 2
-# DeepSpeed's defaults: elements that stay gathered, and our bucket (strategy/deepspeed.py).
-ZERO3_LIVE = 1_000_000_000
-ZERO_BUCKET = 50_000_000
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one worker.
 
-    Throughout: `parameters`, `gradients`, `optimizer` (with master weights that are held beside
-    the parameters), `buffers` (gradients on their way to other workers), `teacher`. For a while:
-    `gathered` weights of other workers, `activations`, `logits`, and what the optimizer's step
-    takes. `offloaded` of all this lies in host memory, as does `snapshot`, the copy that a
-    checkpoint is written from. `peak` is the most at any time on the device; on a CPU, device and
-    host are one.
+    `parameters`, `gradients`, `optimizer`, `buffers`, `gathered`, `stepping` and `snapshot`: see
+    `strategy.footprint.Held`. `teacher`: weights of a teacher. `activations` and `logits`: at the
+    peak of a pass. `offloaded`: the part of all these in host memory, where `snapshot` is too.
+    `peak`: the most at any time on the device; a CPU's device memory is its host memory.
     """
 
     parameters: int
@@ -184,7 +182,7 @@ class Memory:
 
 
 class MemoryModel:
-    """Estimates for one model, and for what it learns from; traces are made once and kept."""
+    """Estimates for one model and its teacher; each trace is made once."""
 
     def __init__(
         self, shell: Shell, rows: tuple[int, ...], width: int, teaching: Teaching | None = None
@@ -195,7 +193,7 @@ class MemoryModel:
         self._heads: dict[tuple[int, bool], int] = {}
 
     def traced(self, parallel: ParallelConfig) -> Traced:
-        """What the blocks keep under a policy; casts of weights are no activations of fsdp."""
+        """Activations of the blocks under the layout's checkpointing."""
         key = (parallel.activation_checkpointing, self._casts_on_gathering(parallel))
         if key not in self._traced:
             self._traced[key] = trace(self.shell, self._rows, self.width, *key)
@@ -204,8 +202,9 @@ class MemoryModel:
     def estimate(
         self, parallel: ParallelConfig, work: Work, device: str, saves_midway: bool = True
     ) -> Memory:
-        """`parallel.strategy` is concrete. `device` is cpu or cuda; `saves_midway`: a checkpoint
-        is written before the last step.
+        """The memory of one layout, whose strategy is concrete, on a `device` cpu or cuda.
+
+        saves_midway: a checkpoint is written before the last step.
         """
         shell, held = self.shell, held_by(self.shell, parallel)
         traced = self.traced(parallel)
@@ -222,9 +221,8 @@ class MemoryModel:
         teacher = self._teaching.held if self._teaching is not None else 0
         resident += teacher
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
-        # In a step of one pass, gradients come as activations go; ZeRO-3 keeps their memory.
-        lasting = parallel.strategy == "deepspeed" and parallel.zero_stage == 3
-        there = away == "none" and (work.micro_batches > 1 or lasting)
+        # In a step of one pass, gradients appear as activations are freed.
+        there = away == "none" and (work.micro_batches > 1 or held.keeps_gradients)
         grown = held.between_passes if there else 0
         moving = max(kept + logits, peak + (0 if grown else head)) + grown
         moving = max(moving + held.gathered, gradients + max(stepping, head))
@@ -253,107 +251,17 @@ class MemoryModel:
         return self._heads[key]
 
     def _casts_on_gathering(self, parallel: ParallelConfig) -> bool:
-        casts = parallel.strategy == "fsdp" and self.shell.compute < self.shell.master
-        return casts and 2 * self.shell.trained > self.shell.total  # those of adapters are small
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes before activations, by strategy. `gradients` are there when the optimizer steps,
-    `between_passes` is what is there of them before.
-    """
-
-    parameters: int
-    gradients: int
-    between_passes: int
-    optimizer: int
-    buffers: int
-    gathered: int
-    stepping_cpu: int
-    stepping_cuda: int
-    snapshot: int
-
-    @property
-    def resident(self) -> int:
-        """What is there between steps."""
-        return self.parameters + self.optimizer + self.buffers
+        """Whether no casts of weights are kept as activations; those of adapters are too small to
+        matter.
+        """
+        casts = strategy_class(parallel.strategy).casts_on_gathering
+        narrow = casts and self.shell.compute < self.shell.master
+        return narrow and 2 * self.shell.trained > self.shell.total
 
 
 def held_by(shell: Shell, parallel: ParallelConfig) -> Held:
     """What a worker holds before it computes anything; `parallel.strategy` is concrete."""
-    if parallel.strategy == "fsdp":
-        return _fsdp(shell, parallel)
-    if parallel.strategy == "deepspeed":
-        return _zero(shell, parallel)
-    return _whole(shell, parallel)
-
-
-def _whole(shell: Shell, parallel: ParallelConfig) -> Held:
-    trained = shell.trained * shell.master
-    workers = parallel.max_workers
-    return Held(
-        parameters=_bytes(shell, shell.weights),
-        gradients=trained,
-        between_passes=trained,
-        optimizer=MOMENTS * trained,
-        # DistributedDataParallel reduces copies, in buckets that it keeps.
-        buffers=trained if parallel.strategy == "ddp" else 0,
-        gathered=0,
-        stepping_cpu=2 * _largest(shell, 1),
-        stepping_cuda=trained,
-        snapshot=(1 + MOMENTS) * trained // workers,
-    )
-
-
-def _fsdp(shell: Shell, parallel: ParallelConfig) -> Held:
-    shards = parallel.max_workers // parallel.replicas
-    trained = sum(w.share(shards) for w in shell.weights if w.trained) * shell.master
-    block = max((_gathered(shell, block) for block in shell.blocks), default=0)
-    moving = max((elements(block, trained=True) for block in shell.blocks), default=0)
-    # The root stays whole; of the blocks one is computed, one is on its way and one is being
-    # copied out of what was received. Gradients of a block are made in the dtype that weights
-    # come in, and summed in the masters'.
-    whole = _gathered(shell, shell.root)
-    if parallel.reshard_after_forward:
-        whole += min(3, len(shell.blocks)) * block
-    else:
-        whole += sum(_gathered(shell, each) for each in shell.blocks) + block
-    if shards == 1:
-        whole = 0
-    return Held(
-        parameters=round(sum(w.share(shards) * shell.held(w) for w in shell.weights)),
-        gradients=trained,
-        between_passes=trained,
-        optimizer=MOMENTS * trained,
-        buffers=0,
-        gathered=whole + moving * (shell.compute + shell.master),
-        stepping_cpu=2 * _largest(shell, shards),
-        stepping_cuda=trained,
-        snapshot=(1 + MOMENTS) * trained,
-    )
-
-
-def _zero(shell: Shell, parallel: ParallelConfig) -> Held:
-    workers, stage = parallel.max_workers, parallel.zero_stage
-    trained = shell.trained * shell.master
-    part = -(-trained // workers)
-    bucket = min(shell.trained, ZERO_BUCKET) * shell.master
-    whole = _bytes(shell, shell.weights)
-    gathered = 0
-    if stage == 3:
-        gathered = round(whole * min(1.0, ZERO3_LIVE / max(1, shell.total)))
-        whole = -(-whole // workers)
-    return Held(
-        parameters=whole,
-        gradients=part,
-        between_passes=trained if stage == 1 else part,
-        optimizer=(1 + MOMENTS) * part,
-        buffers=bucket,
-        gathered=gathered,
-        stepping_cpu=2 * part,
-        stepping_cuda=part,
-        snapshot=(1 + MOMENTS) * part,
-    )
+    return strategy_class(parallel.strategy).memory(shell, parallel)
 
 
 def _offloaded(parallel: ParallelConfig, held: Held) -> int:
@@ -361,18 +269,3 @@ def _offloaded(parallel: ParallelConfig, held: Held) -> int:
         return 0
     weights = held.parameters if parallel.offload == "all" else 0
     return weights + held.optimizer + held.gradients
-
-
-def _bytes(shell: Shell, weights: tuple[Weight, ...]) -> int:
-    return round(sum(w.size * shell.held(w) for w in weights))
-
-
-def _gathered(shell: Shell, weights: tuple[Weight, ...]) -> int:
-    """Under bfloat16 all weights travel in it; else each as it is held."""
-    if shell.compute < shell.master:
-        return elements(weights) * shell.compute
-    return _bytes(shell, weights)
-
-
-def _largest(shell: Shell, shards: int) -> int:
-    return max((w.share(shards) for w in shell.weights if w.trained), default=0) * shell.master

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from raytune_ft.config.methods import MethodConfig
+from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.heads import Head, train_head
 from raytune_ft.model.load import Precision, build_shapes, load_model_config
-from raytune_ft.model.methods import METHODS
+from raytune_ft.model.methods import attach
 
 FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -115,10 +115,10 @@ def build_shell(
             base = build_shapes(model, head, attn_implementation=attention)
         except ValueError:  # a model that knows eager attention alone
             base = build_shapes(model, head)
-        built = METHODS[method.name](base, method)
+        built = attach(base, method)
         train_head(built)
     built.eval()
-    blocks = find_blocks(built)
+    blocks, quantised = find_blocks(built), METHODS[method.name].quantised
     text = config.get_text_config()
     routed = _routed_share(text)
 
@@ -129,7 +129,7 @@ def build_shell(
             if inside or not in_block:
                 active = routed if ".experts." in f".{name}." else 1.0
                 shape, trained = tuple(parameter.shape), parameter.requires_grad
-                rounded = inside and method.name == "qlora" and not trained and len(shape) == 2
+                rounded = inside and quantised and not trained and len(shape) == 2
                 found.append(Weight(shape, trained, active, rounded))
         return tuple(found)
 

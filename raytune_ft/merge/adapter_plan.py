@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from raytune_ft.config.methods import METHODS
 from raytune_ft.errors import CheckpointError, ModelError
 from raytune_ft.model.meta import Outline
 from raytune_ft.model.methods.saved import unfoldable
@@ -25,8 +26,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _NAME = "default"
-# What PEFT begins the names of an adapter's own weights with, by its kind.
-_OWN = {"LORA": "lora_", "IA3": "ia3_", "VERA": "vera_lambda_", "OFT": "oft_"}
 # Initialisations that subtract the adapter's initial delta from the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED = ("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora")
@@ -92,7 +91,7 @@ def read_adapter_config(adapter: Path) -> Any:
             "works on activations, and cannot be folded into weights",
             "use it with its base, as docs/interventions.md says, or write --format adapter",
         )
-    if kind not in _OWN:
+    if kind not in _own_weights():
         raise _refused(adapter, f"peft_type={kind}", "has no delta that can be folded")
     for key in _REFUSED:
         if written.get(key):
@@ -178,7 +177,12 @@ def is_adapters(name: str) -> bool:
 
 
 def _is_tuners(name: str) -> bool:
-    return any(f".{prefix}" in name for prefix in _OWN.values())
+    return any(f".{prefix}" in name for prefix in _own_weights().values())
+
+
+def _own_weights() -> dict[str, str]:
+    """For each kind of adapter that is folded, how PEFT begins the names of its own weights."""
+    return {m.saved_as: m.own_weights for m in METHODS.values() if m.saved_as and m.own_weights}
 
 
 def base_name(name: str) -> str:

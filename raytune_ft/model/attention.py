@@ -1,8 +1,8 @@
-"""Attention of each example to itself alone, however many share a row.
+"""Attention inside each example of a packed row.
 
-A mask over a packed row would let every token look at the whole row and then forget most of what
-it saw. Here the tokens of each example are taken out of their row, attend, and are put back.
-transformers hands `examples` on to the attention of every layer (its `AttentionInterface`).
+With a mask over a packed row, scores would be computed for the whole row and most of them dropped.
+Here the tokens of each example are gathered from their row, attend, and are put back. transformers
+passes `examples` to the attention of every layer (its `AttentionInterface`).
 
 Shapes: B rows of S tokens, H heads of D numbers, E examples of at most L tokens, T tokens of all
 of them with their padding, N = E * H.
@@ -27,20 +27,23 @@ from raytune_ft.model.methods.hooks import attached
 
 NAME = "by_example"
 MIN_LENGTH = 32
-"""Examples up to here go together; longer ones with those of at most twice their length."""
+"""Examples up to this length form one group; longer ones are grouped by powers of two."""
 MAX_HEAD, MAX_LENGTH = 32, 1024
-"""Up to here `CausalBlocks` is faster on a CPU than torch's kernel, and holds little memory."""
+"""Head size and length up to which `CausalBlocks` is faster on a CPU than torch's kernel, and needs
+little memory."""
 BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Where the examples of a micro-batch stand.
+    """Positions of the examples of a micro-batch.
 
-    `tokens_EL` (one for each group of examples of like length) counts through the tokens of all
-    rows; an example that is shorter than L repeats its last, since nothing times the NaN of another
-    example is NaN. `places_BS` says where among all T of them a token went, T for padding, and is
-    None where every row is one example. `owners_BS` tells examples apart.
+    tokens_EL: for each group of examples of similar length, indices of their tokens among those of
+        all rows. A shorter example repeats its last token, not one of another example, since 0
+        times a NaN is NaN.
+    places_BS: the index among the T gathered tokens of each token, T for padding; None where every
+        row is one example.
+    owners_BS: the number of each token's example.
     """
 
     tokens_EL: tuple[Tensor, ...]
@@ -49,7 +52,7 @@ class Examples:
 
     @staticmethod
     def of(batch: MicroBatch) -> Examples:
-        """Those of `batch`, on its device."""
+        """The examples of `batch`, on its device."""
         rows, width = batch.tokens_BS.shape
         owners_BS = batch.owners_BS()
         if batch.positions_BS is None:
@@ -88,15 +91,15 @@ def attention(
 ) -> tuple[Tensor, None]:
     """`[B, S, H, D]` from queries, keys and values `[B, H, S, D]`.
 
-    A mask, which there is where tokens see less than all before them, is kept; nothing but the
-    tokens of one's own example is added to what it hides. Without `examples`: as `sdpa` does it.
+    A given mask, as of sliding windows, is kept, and tokens of other examples are masked too.
+    Without `examples` this is transformers' `sdpa`.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if examples is not None and causal and attention_mask is None:
         heads = query, key, value
         if examples.places_BS is not None:
             return _in_groups(module, heads, examples, dropout, scaling), None
-        # Every row is one example, and padding behind it is seen by nobody.
+        # Every row is one example, and no token attends to the padding after it.
         return _causal(module, heads, dropout, scaling).transpose(1, 2), None
     if examples is not None and (examples.places_BS is not None or not causal):
         owners_BS = examples.owners_BS
@@ -111,10 +114,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attend_by_example(model: nn.Module, wanted: bool) -> bool:
-    """Have the model attend so, or as it did before; can it?
+    """Switch attention by example on or off; whether it is on now.
 
-    It leaves attention to transformers' `sdpa`, and hands on what its forward is given; and its
-    method wants nothing else of attention.
+    It needs a model that uses transformers' `sdpa` and passes further arguments of its forward on
+    to attention, and a method that allows it.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
@@ -162,7 +165,7 @@ def _causal(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    """`[E, H, L, D]`; every token sees those before it."""
+    """`[E, H, L, D]`; every token attends to itself and the tokens before it."""
     query, key, value = heads
     groups = getattr(module, "num_key_value_groups", 1)
     length, size = query.shape[-2:]
@@ -182,15 +185,15 @@ def _causal(
 
 
 class CausalBlocks(torch.autograd.Function):
-    """Causal attention of small heads, block of queries by block.
+    """Causal attention of small heads, one block of queries at a time.
 
-    Small products are fast with D in front, `x_NDL`, and slow the other way round. No token looks
-    beyond its block, and the probabilities are kept for the backward.
+    Small products are fast in the layout `x_NDL` and slow in `x_NLD`. Keys after the block of a
+    query are not computed, and the probabilities are kept for the backward.
     """
 
     @staticmethod
     def forward(ctx: Any, query_NLD: Tensor, key_NLD: Tensor, value_NLD: Tensor) -> Tensor:
-        """`query_NLD` is scaled."""
+        """`[N, L, D]`; `query_NLD` is already scaled."""
         q_NDL, k_NDL, v_NDL = (x.mT.contiguous() for x in (query_NLD, key_NLD, value_NLD))
         out_NDL = torch.empty_like(v_NDL)
         hidden_bb = q_NDL.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)

@@ -10,9 +10,9 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost repeated blocks by name, in order.
 
-    What the model's classes name as units, where these are repeated: some name their embeddings
-    as well, which may be tied to the head. A model that names none, or not those that hold most,
-    is asked by its structure: the list of equal modules that holds the most parameters.
+    They are the repeated modules among those that the model's classes list in `_no_split_modules`,
+    where some also list embeddings that may be tied to the head. If these hold less than half as
+    many parameters as the largest list of modules of one class, they are the modules of that list.
     """
     lists = _outermost(
         {
@@ -44,7 +44,7 @@ def _named_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Without those that lie inside another; `modules` begins with the outer ones."""
+    """The modules that lie inside no other; in `modules` outer ones come first."""
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks are computed again in the backward instead of being kept."""
+"""Activation checkpointing: activations of blocks are recomputed in the backward, not kept."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _Kept = dict[Any, deque[Any]]
 def checkpoint_activations(model: nn.Module, activations: Activations) -> None:
     """Wrap the forward of every repeated block; names of parameters stay.
 
-    Not the block: a strategy's hooks on it gather its weights, and stay outside of what is
-    computed twice. transformers' own switch does nothing in eval mode, in which models are here.
+    The block itself is not wrapped: hooks of a strategy that gather its weights must stay outside
+    the recomputed part. transformers' own switch has no effect in eval mode, which is used here.
     """
     if activations == "none":
         return
@@ -45,23 +45,23 @@ def _twice(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
 
 
 def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a block's forward, and around its second one.
+    """Contexts for a block's forward and for its recomputation.
 
-    torch's own `create_selective_checkpoint_contexts` wants every operator to come again as
-    often, which does not hold where weights are gathered inside of the block (ZeRO 3).
+    torch's `create_selective_checkpoint_contexts` requires the same operators both times, which
+    does not hold where weights are gathered inside the block (ZeRO 3).
     """
     kept: _Kept = defaultdict(deque)
     return _Keep(kept), _Reuse(kept)
 
 
-def _is_dear(operator: Any) -> bool:
-    """Is it a matrix product or attention?"""
+def _is_expensive(operator: Any) -> bool:
+    """Whether it is a matrix product or attention."""
     name = operator.name().removeprefix("aten::").partition(".")[0]
     return name in _PRODUCTS or "scaled_dot_product" in name
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps the results of products, also of those that the model then changes in place."""
+    """Keeps the results of products, with a copy of those that the model then changes in place."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _Keep(TorchDispatchMode):
                 if (changed := self._by_storage.pop(_storage(tensor), None)) is not None:
                     changed.copy()
         result = func(*args, **(kwargs or {}))
-        if _is_dear(func):
+        if _is_expensive(func):
             self._kept[func].append(tree_map(self._with_version, result))
         elif func is torch.ops.aten._unsafe_view.default and (
             viewed := self._by_storage.get(_storage(args[0]))
@@ -90,40 +90,42 @@ class _Keep(TorchDispatchMode):
 
 
 class _Reuse(TorchDispatchMode):
+    """Returns the kept results instead of computing products again."""
+
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_dear(func):
+        if _is_expensive(func):
             return tree_map(_unchanged, self._kept[func].popleft())
         return func(*args, **(kwargs or {}))
 
 
 class _Versioned:
-    """A tensor as it was; for `tree_map` a leaf."""
+    """A tensor with its version counter; `tree_map` treats it as a leaf."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = _same_version(tensor)
         self._seen = [(self.tensor, tensor._version)]
 
     def follow(self, view: Tensor) -> None:
-        """A product of three dimensions ends in `_unsafe_view`, which counts for itself."""
+        """Add a view with its own version counter, such as that of a three-dimensional product."""
         self._seen.append((_same_version(view), view._version))
 
     def copy(self) -> None:
-        """The memory is about to be written to."""
+        """Copy the values, since the memory is about to be overwritten."""
         self.tensor = self.tensor.clone()
         self._seen = []
 
     @property
     def is_unchanged(self) -> bool:
-        """Whatever wrote to it was seen here."""
+        """Whether no write went unnoticed."""
         return all(tensor._version == version for tensor, version in self._seen)
 
 
 def _same_version(tensor: Tensor) -> Tensor:
-    # Below autograd, where modes are, a detached tensor would count its changes for itself.
+    # Inside a dispatch mode, a detached tensor would get its own version counter.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
@@ -133,7 +135,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that an operator changes."""
+    """The tensors that an operator changes in place."""
     named = [(argument, kwargs.get(argument.name)) for argument in func._schema.arguments]
     placed = list(zip(func._schema.arguments, args, strict=False)) + named
     return [

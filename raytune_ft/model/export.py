@@ -1,4 +1,4 @@
-"""Write what others read: a method's adapter, or a Hugging Face model in the dtype of its base."""
+"""Write an adapter, or a Hugging Face model in the dtype of its base, for other programs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Read = Callable[[str], Tensor]
 
 
 class Exporter:
-    """Made before a strategy lays the model out, and from then on independent of it.
+    """Made before a strategy lays the model out, and independent of the model afterwards.
 
-    Saving a sharded module would communicate, from a thread that the other ranks know nothing of.
+    To save a sharded module would start collectives from the thread of one rank.
     """
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, frozen: BaseFiles | None = None
     ) -> None:
-        """`frozen`: where the weights of a model are of which only some are trained."""
+        """`frozen`: the base's files, for a model of which only some weights train."""
         saver = model
         if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
-            # PEFT asks such modules for their state, at which a sharded model gathers and frees
-            # its weights, in the middle of a step.
+            # PEFT reads the state of such modules, for which a sharded model would gather and free
+            # its weights in the middle of a step.
             saver = shapes_of(model)
         self._write_adapter = adapter_writer(model, saver)
         self._names = list(trained_parameters(model))
@@ -57,10 +57,10 @@ class Exporter:
         world_size: int,
         wrote: Callable[[int], None] = ignore,
     ) -> list[FileRecord]:
-        """Add this rank's files to `directory`: all of them where it is the only one.
+        """Add this rank's files to `directory` and return their records.
 
-        An adapter is small, and rank 0's. Of a model each rank writes some blocks, one after
-        another, so that it holds one of them at a time.
+        Rank 0 writes an adapter. Of a model each rank writes some blocks, one after another, so
+        that it holds one of them at a time.
         """
         if self._write_adapter is None:
             with self._reading(read) as either:
@@ -74,9 +74,7 @@ class Exporter:
 
     @contextmanager
     def _reading(self, read: Read) -> Iterator[Read]:
-        """What is not trained is the base's, as it lies in its files, and in no checkpoint's
-        state.
-        """
+        """A reader that takes frozen weights, which no checkpoint holds, from the base's files."""
         if self._frozen is None:
             yield read
             return
@@ -86,7 +84,7 @@ class Exporter:
 
 
 class _HuggingFaceModel:
-    """The outside of a model some or all weights of which are trained, without its weights."""
+    """The classes and configuration of a model, without its weights."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -108,7 +106,6 @@ class _HuggingFaceModel:
         world_size: int,
         wrote: Callable[[int], None] = ignore,
     ) -> list[FileRecord]:
-        """See `Exporter.save`."""
         shares = self._shares(world_size)
         entries = [self._entries(share) for share in shares]
         records = []
@@ -128,7 +125,7 @@ class _HuggingFaceModel:
         return records
 
     def _shares(self, world_size: int) -> list[list[list[str]]]:
-        """Units to ranks, in order, so that each has about as many elements."""
+        """The units of each rank, in order, with about as many elements each."""
         sizes = [sum(self._shapes[name].numel() for name in unit) for unit in self._units]
         shares: list[list[list[str]]] = [[] for _ in range(world_size)]
         before, total = 0, sum(sizes)
@@ -138,7 +135,7 @@ class _HuggingFaceModel:
         return shares
 
     def _entries(self, share: list[list[str]]) -> list[Entry]:
-        """What `_tensors` will give, found out on tensors without memory."""
+        """Names, dtypes and shapes of what `_tensors` will give, from meta tensors."""
 
         def empty(name: str) -> Tensor:
             return torch.empty(self._shapes[name], device="meta")
@@ -155,14 +152,14 @@ class _HuggingFaceModel:
                 yield tensor
 
     def _as_on_disk(self, unit: list[str], read: Read) -> list[tuple[str, Tensor]]:
-        """Names and layout of the files that the model came from, which transformers may change
-        on loading (experts in one tensor, for one).
+        """Weights with the names and layout of the model's files, which transformers may convert on
+        loading, for example by joining experts in one tensor.
         """
         state = {name: read(name).to(self._dtype) for name in unit}
         return sorted(revert_weight_conversion(self._shell, state).items())
 
     def _save_config(self, directory: Path, weights: set[str]) -> list[FileRecord]:
-        """All files that this makes; other ranks write those of `weights` meanwhile."""
+        """Records of the files made here; other ranks write those of `weights` meanwhile."""
         before = set(directory.iterdir())
         shell = self._shell
         shell.config.dtype = str(self._dtype).removeprefix("torch.")
@@ -177,7 +174,7 @@ class _HuggingFaceModel:
 
 
 def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
-    """Weights that are converted together: a block's, and each other one alone."""
+    """Groups of weights that are converted together: those of a block, and each other alone."""
     prefixes = [f"{name}." for name in find_blocks(model)]
     units: dict[str, list[str]] = {}
     for name in names:
@@ -187,7 +184,7 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
 
 
 def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
-    """Which file holds which tensor."""
+    """Write the index that names the file of each tensor."""
     files = {
         entry.name: shard_name("model", rank, len(entries))
         for rank, held in enumerate(entries)
@@ -201,7 +198,7 @@ def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that are saved; tied weights are written once, under one name."""
+    """Copies of persistent buffers; tied weights are left out, since they are saved once."""
     weights = {name for name, _ in model.named_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {

@@ -1,8 +1,8 @@
-"""Task heads: classes or numbers for whole examples, however many share a row.
+"""Task heads: classes or numbers for whole examples, also where several share a row.
 
-A head of transformers reads the first or the last token of a row. Here the token of each example
-is taken out of the hidden states, and the head is given each as a row of its own, so that it is
-transformers' own code, and the output of the whole model, from which the loss comes.
+A head of transformers reads the first or the last token of a row. Here the token of each example is
+selected from the hidden states and given to the head as a row of its own, so that the code of
+transformers computes the logits.
 
 Shapes: B rows, S tokens, E examples, H hidden units, L labels.
 """
@@ -31,14 +31,14 @@ Place = Literal["first", "last", "row"]
 
 @dataclass(frozen=True)
 class Head:
-    """What a task head is for. `seed` draws its weights where the model has none."""
+    """A task head's problem and labels. `seed` draws its weights where the files lack them."""
 
     problem: str
     labels: tuple[str, ...]
     seed: int = 0
 
     def describe(self, config: Any) -> None:
-        """Write it into a model's configuration, as transformers reads it."""
+        """Write problem and labels into a configuration of transformers."""
         config.num_labels = len(self.labels)
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
@@ -47,9 +47,10 @@ class Head:
 
 @torch.no_grad()
 def draw_head(base: nn.Module, missing: list[str], seed: int) -> None:
-    """Draw the weights that the files lack, alike in every process, and note what is the head's.
+    """Draw the weights that the files lack, equal in every process, and note the head's modules.
 
-    Matrices are normal with the model's own spread, biases zero and scales one.
+    Matrices are normal with the standard deviation of the model's configuration, biases are zero
+    and scales one.
     """
     rng = torch.Generator().manual_seed(seed)
     spread = getattr(base.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[union-attr, operator]
@@ -70,13 +71,13 @@ def draw_head(base: nn.Module, missing: list[str], seed: int) -> None:
 
 
 def head_modules(base: nn.Module) -> list[str]:
-    """Modules of the base that train under every method; none where it predicts tokens."""
+    """The head's modules, which train under every method; none where the base predicts tokens."""
     names: list[str] = getattr(base, _MODULES, [])
     return [name for name in names if next(base.get_submodule(name).parameters(), None) is not None]
 
 
 def train_head(built: nn.Module) -> None:
-    """Whatever the method has frozen; PEFT trains a copy of the head, and does so by itself."""
+    """Let the head train if the method froze it; PEFT trains a copy of the head by itself."""
     if not isinstance(built, PeftModel):
         for name in head_modules(built):
             built.get_submodule(name).requires_grad_(True)
@@ -84,7 +85,7 @@ def train_head(built: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """Which token of an example the head reads; "row": something else, of rows as they are."""
+    """How a head reads an example: its first or last token, or, for "row", a whole row."""
 
     backbone: nn.Module
     pooler: nn.Module | None
@@ -93,7 +94,7 @@ class Reading:
 
 
 def reading(model: nn.Module, place: Place) -> Reading:
-    """Of a built model, before a strategy wraps it or after."""
+    """The `Reading` of a built model, whether or not a strategy has wrapped it."""
     wrapped: Any = model
     base = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
     pooler = getattr(base.base_model, "pooler", None)
@@ -138,7 +139,7 @@ def example_logits(
     if how.pooler is not None:
         handles.append(how.pooler.register_forward_pre_hook(pooled))
     try:
-        # One token a row: what the head believes it is given.
+        # The head is called as if each row had one token.
         stand_ins_E1 = torch.zeros_like(rows_E).unsqueeze(1)
         logits = model(input_ids=stand_ins_E1, use_cache=False).logits
     finally:
@@ -149,7 +150,7 @@ def example_logits(
 
 
 def _segments(how: Reading, batch: MicroBatch) -> dict[str, Tensor]:
-    """Which of two texts a token is of, for models that are told."""
+    """Token types for models that take them: 0 for the first text of a pair, 1 for the second."""
     if not how.segments or SECOND not in batch.columns:
         return {}
     segments_BS = torch.zeros_like(batch.tokens_BS)

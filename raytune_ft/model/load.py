@@ -1,4 +1,4 @@
-"""Build what is trained: base model, then the method on top of it."""
+"""Load a base model and attach the method to it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig, QloraMethod
+from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import Head, draw_head, train_head
-from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods import attach, leave_casts_to_autocast, trained_parameters
 from raytune_ft.tensors.write import DTYPES
 
 
 def set_up(base: nn.Module, precision: str) -> None:
-    """Ready to compute in it, without noise; the weights may be on the meta device."""
+    """Set a model to eval mode and to a precision; its weights may be on the meta device."""
     base.eval()
-    if precision == "float64":  # for which the fused products of experts have no kernel
+    if precision == "float64":  # fused products of experts have no float64 kernel
         base.set_experts_implementation("eager")  # type: ignore[operator]
     if precision == "bfloat16":
         _embed_in_bfloat16(base)
 
 
 def _embed_in_bfloat16(model: nn.Module) -> None:
-    """The residual stream begins in bfloat16, whether embeddings are held in it, cast to it by a
-    strategy, or kept in float32, which autocast leaves alone.
+    """Cast the output of embeddings, which autocast leaves in float32, so that the residual stream
+    has one dtype under every strategy.
     """
 
     def narrow(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -55,22 +55,22 @@ def _embed_in_bfloat16(model: nn.Module) -> None:
 
 
 def check_backend(method: MethodConfig) -> None:
-    """Raises ModelError where a method needs bitsandbytes and it is not there."""
-    if isinstance(method, QloraMethod) and find_spec("bitsandbytes") is None:
+    """Raises ModelError where a method needs bitsandbytes and it is not installed."""
+    if METHODS[method.name].quantised and find_spec("bitsandbytes") is None:
         raise ModelError(
-            "method.name=qlora",
+            f"method.name={method.name}",
             "holds the base in 4 bits by bitsandbytes, which is not installed here",
             "pip install 'raytune-ft[quantize]', or write method.name: lora",
         )
 
 
-def quantisation_of(method: MethodConfig, compute: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told; nothing for methods that leave the base as it is.
+def quantisation_of(method: Any, compute: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a base in 4 bits; none for methods that do not round it.
 
     Raises:
         ModelError: see `check_backend`.
     """
-    if not isinstance(method, QloraMethod):
+    if not METHODS[method.name].quantised:
         return {}
     check_backend(method)
     from transformers import BitsAndBytesConfig
@@ -85,17 +85,17 @@ def quantisation_of(method: MethodConfig, compute: torch.dtype) -> dict[str, Any
 
 
 def keep_as_rounded(base: nn.Module) -> None:
-    """On some CPUs bitsandbytes would lay weights out anew in a first pass without a gradient,
-    round their scales once more, and refuse widths that are no multiple of 64.
+    """Keep bitsandbytes from repacking weights on some CPUs in the first pass without a gradient,
+    which rounds their scales again and refuses widths that are not a multiple of 64.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - typed as a Tensor
 
 
-if not torch.cuda.is_available():  # else it says so on stdout, once transformers imports it to save
+if not torch.cuda.is_available():  # else DeepSpeed prints a line when transformers imports it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-disable_progress_bar()  # one bar per worker and load; this package reports progress itself
+disable_progress_bar()  # one bar per worker and load
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -109,7 +109,7 @@ def resolve_model_path(path: str) -> str:
     if path.startswith(BUILTIN):
         directory = Path(str(resources.files("raytune_ft.model"))) / path.removeprefix(BUILTIN)
         if not (directory / "config.json").is_file():
-            raise ModelError(f"model.path={path}", "is no built-in model", "write builtin:tiny")
+            raise ModelError(f"model.path={path}", "is not a built-in model", "write builtin:tiny")
         return str(directory)
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -130,13 +130,11 @@ def resolve_model_path(path: str) -> str:
 
 
 def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
-    """The model's own configuration; the cheapest proof that the model is there.
-
-    With a `head`, it says what that is for.
+    """The model's own configuration, with the labels of `head` in it.
 
     Raises:
-        ModelError: it cannot be found or read, or it is no causal language model, or none that
-            transformers gives a task head.
+        ModelError: the model cannot be found or read, is not a causal language model, or has no
+            classification head in transformers.
     """
     path = resolve_model_path(model.path)
     try:
@@ -154,25 +152,25 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             return config
         raise ModelError(
             f"model.path={model.path}",
-            f"is a {config.model_type} model, which transformers gives no classification head",
+            f"is a {config.model_type} model, which has no classification head in transformers",
             "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
         )
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
-            f"is a {config.model_type} model, which is no causal language model",
+            f"is a {config.model_type} model, which is not a causal language model",
             "write a decoder such as Llama, Qwen or GPT-2, or train.objective: classification",
         )
     return config
 
 
 def auto_class(head: Head | None) -> Any:
-    """What loads a model, or builds it from its configuration."""
+    """The class that loads a model or builds it from its configuration."""
     return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
 
 
 def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
-    """The dtype in which a model's weights lie on disk: its config's word, else its first file's.
+    """The dtype of a model's weights on disk: that of its configuration, else of its first file.
 
     Raises:
         ModelError: the model is quantised, or has no floating-point weights in safetensors.
@@ -225,7 +223,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do for padding, which nothing sees; the tokenizer's own where it has one."""
+    """The tokenizer's padding token, else any other, since padding has no effect."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -243,11 +241,11 @@ def load_base(
     A task head that the files lack is drawn from its seed.
 
     Raises:
-        ModelError: a file or a weight is missing, or they are there as pickles alone.
+        ModelError: a file or a weight is missing, or the weights are not in safetensors files.
     """
     config = load_model_config(model, head)
     text_config = config.get_text_config()
-    if head is not None and text_config.pad_token_id is None:  # by which heads find the last token
+    if head is not None and text_config.pad_token_id is None:  # heads find the last token by it
         text_config.pad_token_id = pad_token(load_tokenizer(model))
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
@@ -268,7 +266,7 @@ def load_base(
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
-    missing = sorted(loading["missing_keys"])  # which each process would draw for itself
+    missing = sorted(loading["missing_keys"])  # each process would draw its own values
     if head is not None:
         new = [name for name in missing if _is_of_head(base, name)]
         draw_head(base, new, head.seed)
@@ -283,14 +281,14 @@ def load_base(
 
 
 def _is_of_head(base: Any, name: str) -> bool:
-    """Beside the backbone, or its pooler."""
+    """Whether a weight lies outside the backbone or in its pooler."""
     prefix = f"{base.base_model_prefix}."
     return not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
 
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
-    """In which the weights of the base are read: masters are not rounded first."""
-    return _master(precision) if method.name in WHOLE_MODEL else _frozen(model, precision)
+    """The dtype that weights of the base are read in; those that train are not rounded first."""
+    return _master(precision) if METHODS[method.name].whole_model else _frozen(model, precision)
 
 
 def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
@@ -301,8 +299,8 @@ def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
 def frozen_dtype(
     model: ModelConfig, method: MethodConfig, precision: Precision
 ) -> torch.dtype | None:
-    """In which weights that stay are held, where they are read in another."""
-    return _frozen(model, precision) if method.name == "freeze" else None
+    """The dtype that frozen weights are held in; None where they are read in that dtype."""
+    return _frozen(model, precision) if METHODS[method.name].trains == "part" else None
 
 
 def _master(precision: Precision) -> torch.dtype:
@@ -316,11 +314,11 @@ def build_model(
     seed: int,
     head: Head | None = None,
 ) -> nn.Module:
-    """Base and method, ready to be wrapped by a strategy.
+    """The base with the method attached, ready to be wrapped by a strategy.
 
     Trained weights are held in float32 (float64 under float64), frozen ones as `model.dtype`
-    says. The module is in eval mode throughout: dropout of the base is off, and the only noise
-    is what the method asks for. New weights are drawn from `seed` alone.
+    says. The module stays in eval mode: dropout of the base is off, and the only noise is that of
+    the method. New weights are drawn from `seed` alone.
     """
     quantisation = quantisation_of(method, getattr(torch, precision))
     base = load_base(model, dtype_of(model, method, precision), head, quantisation)
@@ -335,19 +333,19 @@ def apply_method(
     seed: int,
     frozen: torch.dtype | None = None,
 ) -> nn.Module:
-    """See `build_model`; the weights of `base` may be on the meta device.
+    """Attach the method to a base, whose weights may be on the meta device; see `build_model`.
 
-    Weights that stay are brought to `frozen`, where that is written.
+    Frozen weights are cast to `frozen`, if it is given.
     """
     set_up(base, precision)
     torch.manual_seed(seed)
-    built = METHODS[method.name](base, method)
+    built = attach(base, method)
     train_head(built)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
     master = _master(precision)
     for module in built.modules():
-        if isinstance(module, BufferDict):  # of values that trained weights are multiplied by
+        if isinstance(module, BufferDict):  # values that trained weights are multiplied by
             module.to(master)
     for parameter in built.parameters():
         dtype = master if parameter.requires_grad else frozen or parameter.dtype
@@ -357,7 +355,7 @@ def apply_method(
 
 
 def build_frozen(model: ModelConfig, precision: Precision) -> nn.Module:
-    """The base as `build_model` has it under an adapter, and no adapter.
+    """The base as `build_model` has it under an adapter, without the adapter.
 
     Raises:
         ModelError: see `load_base`.
@@ -366,13 +364,13 @@ def build_frozen(model: ModelConfig, precision: Precision) -> nn.Module:
 
 
 def freeze(base: nn.Module, precision: Precision) -> nn.Module:
-    """See `build_frozen`; the weights of `base` may be on the meta device."""
+    """Freeze a base, whose weights may be on the meta device; see `build_frozen`."""
     set_up(base, precision)
     return base.requires_grad_(False)
 
 
 def build_shapes(model: ModelConfig, head: Head | None = None, **options: Any) -> nn.Module:
-    """The base as it comes out of its configuration; on the meta device where that is chosen.
+    """The base built from its configuration, on the current default device, such as meta.
 
     Raises:
         ModelError: the model cannot be read.
@@ -389,14 +387,14 @@ def build_shapes(model: ModelConfig, head: Head | None = None, **options: Any) -
 def count_parameters(
     model: ModelConfig, method: MethodConfig, head: Head | None = None
 ) -> tuple[int, int]:
-    """All and trained parameters, from shapes alone: no weight is read.
+    """Numbers of all and of trained parameters, from shapes alone: no weight is read.
 
     Raises:
         ModelError: the model cannot be read, or cannot take the method.
     """
     with torch.device("meta"):
         base = build_shapes(model, head)
-        built = METHODS[method.name](base, method)
+        built = attach(base, method)
     trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
     return sum(parameter.numel() for parameter in built.parameters()), trained
 

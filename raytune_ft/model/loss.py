@@ -1,4 +1,4 @@
-"""Token losses of a micro-batch, computing the head only where there is something to predict.
+"""Token losses of a micro-batch; the head is computed at label positions alone.
 
 Shapes: B rows, S tokens, N label tokens, H hidden units, V vocabulary.
 """
@@ -20,9 +20,9 @@ def label_logits(
 ) -> Tensor:
     """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
 
-    The head sees only those positions: prompts and padding cost it nothing. `head` is the output
-    embedding inside `model`, found before a strategy wrapped it; a model that has none, or does
-    not call it, gives logits for all positions, of which the same are taken.
+    The head is applied to those positions alone. `head` is the output embedding inside `model`,
+    found before a strategy wrapped it. A model that has none, or does not call it, gives logits for
+    all positions, and those of `keep_BS` are selected.
     """
 
     def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -45,5 +45,5 @@ def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -
 
 
 def label_positions(batch: MicroBatch) -> Tensor:
-    """`keep_BS`: which positions predict a label token."""
+    """`keep_BS`: the positions that predict a label token."""
     return batch.targets_BS != NO_TARGET

@@ -1,4 +1,4 @@
-"""What a model can do, asked of the built model and not of a list of names."""
+"""Tests of a built model: whether packing is exact on it and whether it is causal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from raytune_ft.data.split import TokenIds, TokenizedSplit
 from raytune_ft.model.load import Precision
 
 Logits = Callable[[MicroBatch, Tensor], Tensor]
-"""A batch and the positions `keep_BS` to their logits `[N, V]`, in row order."""
+"""From a batch and the positions `keep_BS` to their logits `[N, V]`, in row order."""
 
-# Documents in packed rows against the same alone, relative to the spread of the logits. A leak of
-# attention or a wrong position moves them by tenths; rounding stays far below these bounds.
+# Largest difference between packed and single documents, relative to the spread of the logits. A
+# leak of attention or a wrong position changes logits by tenths; rounding is far below the bounds.
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 LENGTHS = (7, 9, 5)
 PACKED: MicroLayout = ((0, 1), (2,))
@@ -27,11 +27,11 @@ PACKED: MicroLayout = ((0, 1), (2,))
 def probe_packing(
     logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
 ) -> str | None:
-    """None where packed rows compute what their documents compute alone, else the reason.
+    """Why packed rows compute something else than single documents, None where they do not.
 
-    Two questions: do the documents keep their logits (positions, virtual tokens), and do the
-    others stay the same when the first one is exchanged (attention across documents)? The second
-    is a sharp instrument even where bfloat16 blunts the first. `virtual`: see `collate`.
+    Two tests: every document keeps its logits (positions, virtual tokens), and the others keep
+    theirs when the first one is exchanged (attention across documents). The second is sensitive
+    even in bfloat16, where rounding limits the first. `virtual`: see `collate`.
     """
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
@@ -40,7 +40,7 @@ def probe_packing(
     alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
     packed, exchanged = of(documents, PACKED), of(other, PACKED)
     if packed.shape != alone.shape:
-        return "its head reads rows, and not the examples in them"
+        return "its head reads whole rows, not the examples in them"
     own = len(of(documents, ((0,),)))
     spread = alone.std().item() or 1.0
     moved = (packed - alone).abs().max().item() / spread
@@ -56,9 +56,9 @@ def probe_packing(
 def is_causal(
     logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
 ) -> bool:
-    """Do the logits of a document stay when its last token, which they precede, is exchanged?
+    """Whether the logits before the last token of a document do not depend on that token.
 
-    Where they do not, tokens see their own targets, and a loss of nothing would be learnt.
+    Where they do, tokens see their own targets, and training would reach a loss of 0 by copying.
     """
     document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
     other = document.copy()
@@ -77,7 +77,7 @@ def same_of_one(
     precision: Precision,
     device: torch.device,
 ) -> bool:
-    """Do two ways to ask a model give the same of a document alone?"""
+    """Whether two ways to call a model give the same output for one document."""
     document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
     split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
     batch = collate(split, [0], ((0,),), 0, device)
@@ -93,7 +93,7 @@ def _logits_of(
     documents: Sequence[TokenIds],
     layout: MicroLayout,
 ) -> Tensor:
-    """At the documents' own tokens, of which the last half are labels."""
+    """Logits at the documents' own tokens, the second half of which are labels."""
     split = TokenizedSplit.from_examples(
         [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
     )

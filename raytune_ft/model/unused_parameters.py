@@ -1,4 +1,4 @@
-"""Which trained weights text does not reach, such as those of a vision tower."""
+"""Trained weights that get no gradient from text, such as those of a vision tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raytune_ft.model.load import Precision
 def unreached(model: nn.Module, device: torch.device, precision: Precision) -> list[nn.Parameter]:
     """Trained weights on which the output for one token does not depend.
 
-    Read off the graph of a forward pass, without a backward.
+    They are read from the graph of a forward pass, without a backward.
     """
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):

@@ -1,4 +1,4 @@
-"""The layouts that a config could run under: what each needs, and why it is rejected."""
+"""Layouts that a config could run under: memory and time of each, and which do not fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raytune_ft.config.schema import Config, ParallelConfig
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.cost import StepCost, step_cost
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
@@ -17,7 +18,7 @@ POLICIES = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Option:
-    """One layout. `rejected` says why, and is None where it fits."""
+    """One layout. `rejected`: why it does not fit, None where it does."""
 
     parallel: ParallelConfig
     memory: Memory
@@ -26,23 +27,22 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As a person would say it."""
-        parallel = self.parallel
-        words: list[str] = [parallel.strategy]
-        if parallel.strategy == "deepspeed":
-            words.append(f"zero_stage {parallel.zero_stage}")
-        if parallel.replicas > 1:
-            words.append(f"replicas {parallel.replicas}")
-        if parallel.strategy == "fsdp" and not parallel.reshard_after_forward:
-            words.append("not resharded")
-        if parallel.offload != "none":
-            words.append(f"offload {parallel.offload}")
-        return ", ".join(words)
+        """The strategy and what tells its layouts apart."""
+        return ", ".join(_described(self.parallel).values())
+
+    @property
+    def keys(self) -> list[str]:
+        """What a config has to say for this layout, as key=value."""
+        found = list(_described(self.parallel))
+        if self.parallel.activation_checkpointing != "none":
+            policy = self.parallel.activation_checkpointing
+            found.append(f"parallel.activation_checkpointing={policy}")
+        return found
 
 
 @dataclass(frozen=True)
 class NodeChoice:
-    """The fastest option that fits on so many nodes, or why there is none."""
+    """The fastest option that fits on a number of nodes, or why none fits."""
 
     nodes: int
     workers: int
@@ -51,7 +51,7 @@ class NodeChoice:
 
 
 class Planner:
-    """Weighs layouts of one config on nodes of one kind."""
+    """Estimates layouts of one config on nodes of one kind."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Planner:
 
     @property
     def exact(self) -> bool:
-        """Could the model be traced?"""
+        """Whether the model could be traced, so that activations are not from a formula."""
         return self._model.traced(self.config.parallel).exact
 
     def work(self, parallel: ParallelConfig) -> Work:
@@ -81,7 +81,7 @@ class Planner:
         return self.works[parallel.max_workers]
 
     def weigh(self, parallel: ParallelConfig, hardware: Hardware | None = None) -> Option:
-        """One layout, on the hardware of the plan or on fewer nodes of it."""
+        """Estimate one layout, on the hardware of the plan or on fewer of its nodes."""
         hardware = hardware or self.hardware
         work = self.work(parallel)
         memory = self._model.estimate(parallel, work, hardware.device, self.saves_midway)
@@ -89,9 +89,8 @@ class Planner:
         return Option(parallel, memory, cost, _too_large(memory, hardware))
 
     def options(self, workers: int, hardware: Hardware) -> list[Option]:
-        """Layouts from the plainest to the thriftiest, each with checkpointing as far as needed.
-
-        What does not fit even with all of it is listed once.
+        """Layouts from the simplest to the one that needs least memory, each with the checkpointing
+        policies up to the first that fits; one that never fits is listed with the last policy.
         """
         found: list[Option] = []
         for parallel in self._layouts(workers, hardware):
@@ -105,7 +104,7 @@ class Planner:
         return found
 
     def node_choices(self) -> list[NodeChoice]:
-        """The best for one node, two, four and so on."""
+        """The fastest option for one node, two, four and so on."""
         found = []
         for nodes in node_counts(self.hardware.nodes):
             workers = nodes * self.hardware.per_node
@@ -131,28 +130,45 @@ class Planner:
                 "deepspeed": None,
             }
         )
-        if workers == 1:
-            return [plain.model_copy(update={"strategy": "single"})]
-        changes: list[dict[str, object]] = [{"strategy": "ddp"}, {"strategy": "fsdp"}]
-        changes.append({"strategy": "fsdp", "reshard_after_forward": False})
         divides = 1 < hardware.nodes < workers and workers % hardware.nodes == 0
-        if divides and not self.config.parallel.elastic:
-            changes.append({"strategy": "fsdp", "replicas": hardware.nodes})
-        if self.shell.precision != "float64":
-            changes += [{"strategy": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)]
-        if hardware.device == "cuda":
-            changes.append({"strategy": "fsdp", "offload": "all"})
-        return [plain.model_copy(update=change) for change in changes]
+        replicated = divides and not self.config.parallel.elastic
+        found: list[ParallelConfig] = []
+        offloaded: list[ParallelConfig] = []
+        for name, facts in STRATEGIES.items():
+            if facts.one_process != (workers == 1):
+                continue
+            if self.shell.precision == "float64" and not facts.float64:
+                continue
+            layouts = [plain.model_copy(update={"strategy": name, **c}) for c in facts.layouts]
+            found += [layout for layout in layouts if layout.offload == "none"]
+            offloaded += [layout for layout in layouts if layout.offload != "none"]
+            if facts.replicas and replicated:
+                changes = {"strategy": name, "replicas": hardware.nodes}
+                found.append(plain.model_copy(update=changes))
+        return found + (offloaded if hardware.device == "cuda" else [])
+
+
+def _described(parallel: ParallelConfig) -> dict[str, str]:
+    """What tells a layout apart, as key=value and in words; checkpointing is told separately."""
+    found = {f"parallel.strategy={parallel.strategy}": parallel.strategy}
+    if parallel.replicas > 1:
+        found[f"parallel.replicas={parallel.replicas}"] = f"replicas {parallel.replicas}"
+    found |= STRATEGIES[parallel.strategy].describe(parallel)
+    if parallel.offload != "none":
+        found[f"parallel.offload={parallel.offload}"] = f"offload {parallel.offload}"
+    return found
 
 
 def node_counts(most: int) -> list[int]:
-    """1, 2, 4 and so on, and the most itself."""
+    """1, 2, 4 and so on, and `most` itself."""
     powers = [2**power for power in range(most.bit_length()) if 2**power < most]
     return [*powers, most]
 
 
 def fastest(options: Sequence[Option]) -> Option | None:
-    """Of those that fit; the plainest one where several are as fast, as far as this can tell."""
+    """The first option that fits and is within 5 % of the fastest, which the estimate cannot tell
+    apart; None where none fits.
+    """
     fitting = [option for option in options if option.rejected is None]
     least = min((option.cost.step_s for option in fitting), default=0.0)
     return next((option for option in fitting if option.cost.step_s <= 1.05 * least), None)

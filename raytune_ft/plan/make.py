@@ -27,7 +27,7 @@ PER_NODE = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """Hardware that the command names; without any, it is this machine or the joined cluster."""
+    """Hardware named on the command line; by default this machine or the joined cluster."""
 
     nodes: int | None = None
     per_node: int | None = None
@@ -36,7 +36,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Duration:
-    """Of one run: its steps, and its evaluations over the whole validation set."""
+    """Seconds of one run: for its steps, and for its evaluations on the whole validation set."""
 
     training_s: float
     evaluation_s: float
@@ -44,12 +44,12 @@ class Duration:
 
     @property
     def total_s(self) -> float:
-        """Both, without start-up and checkpoints."""
+        """Seconds, without start-up and checkpoints."""
         return self.training_s + self.evaluation_s
 
     @property
     def worker_hours(self) -> float:
-        """What is paid for."""
+        """Hours of all workers together."""
         return self.total_s * self.workers / 3600
 
 
@@ -81,7 +81,7 @@ class Plan:
 def make_plan(
     file: Path, overrides: Sequence[str], tell: Callable[[str], None], asked: Asked | None = None
 ) -> Plan:
-    """Everything that `plan` prints; raises what `train` or `sweep` would."""
+    """Make the plan of a config file; raises what `train` or `sweep` would."""
     asked = asked or Asked()
     loaded = load_config(file, overrides, tell)
     per_node = _per_node(loaded, asked)
@@ -158,7 +158,7 @@ def make_plan(
 
 
 def on_hardware(config: Config, asked: Asked) -> Config:
-    """The config with the workers that the command names."""
+    """The config with the workers that the command line names."""
     changes: dict[str, object] = {}
     if asked.accelerator is not None:
         resources = {**config.parallel.resources_per_worker, "GPU": 1.0}
@@ -178,7 +178,7 @@ def _per_node(config: Config, asked: Asked) -> int:
 
 
 def _usable(config: Config, asked: Asked) -> int | None:
-    """Of a worker's memory, where the command says on what; else `placed` finds out."""
+    """Usable bytes of a worker of the named accelerator; None without one, where `placed` asks."""
     if asked.accelerator is None:
         return None
     from raytune_ft.estimate.hardware import named
@@ -187,7 +187,7 @@ def _usable(config: Config, asked: Asked) -> int | None:
 
 
 def _room(config: Config, asked: Asked) -> Room | None:
-    """What workers find on the cluster that is joined, where there is one and it counts."""
+    """The resources of the joined cluster, None without one or with a named accelerator."""
     if asked.accelerator is not None or not joins_cluster(config):
         return None
     from raytune_ft.ray_backend.memory import cluster_room
@@ -196,8 +196,8 @@ def _room(config: Config, asked: Asked) -> Room | None:
 
 
 def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) -> Hardware:
-    """Of a cluster, nodes and memory are its own; rates, where it names no accelerator, are this
-    machine's.
+    """The named accelerator, the joined cluster or this machine. A cluster without a known
+    accelerator is given the rates of this machine.
     """
     from raytune_ft.estimate.hardware import machine, named
 
@@ -234,14 +234,16 @@ def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
     if (kept := logits_file(config, data)) is not None:
         notes.append(
             f"train.kd.cache: disk keeps {kept} in {data.path.parent}; "
-            "the teacher's one pass is in no estimate of time"
+            "its one pass over the data is not part of the estimated time"
         )
     elif config.train.kd is not None:
-        notes.append("the teacher's passes, one in every step, are in no estimate of time")
+        notes.append("the teacher's passes, one in every step, are not part of the estimated time")
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     if config.data.test is None:
-        notes.append("without data.test, promotion measures on validation, which chose the model")
+        notes.append(
+            "without data.test, promotion evaluates on validation, which also chose the model"
+        )
     if not exact:
-        notes.append("activations are from a formula, since this model could not be traced")
+        notes.append("activations are estimated by a formula, since this model could not be traced")
     return tuple(notes)

@@ -101,19 +101,7 @@ def _options(plan: Plan) -> list[str]:
 def _advice(option: Option | None) -> str:
     if option is None:
         return "nothing fits; use more or larger workers, or a smaller train.micro_tokens"
-    parallel = option.parallel
-    changes = [f"parallel.strategy={parallel.strategy}"]
-    if parallel.strategy == "deepspeed":
-        changes.append(f"parallel.zero_stage={parallel.zero_stage}")
-    if parallel.replicas > 1:
-        changes.append(f"parallel.replicas={parallel.replicas}")
-    if parallel.strategy == "fsdp" and not parallel.reshard_after_forward:
-        changes.append("parallel.reshard_after_forward=false")
-    if parallel.offload != "none":
-        changes.append(f"parallel.offload={parallel.offload}")
-    if parallel.activation_checkpointing != "none":
-        changes.append(f"parallel.activation_checkpointing={parallel.activation_checkpointing}")
-    return f"the fastest that fits, by this estimate: {' '.join(changes)}"
+    return f"the fastest that fits, by this estimate: {' '.join(option.keys)}"
 
 
 def _nodes(plan: Plan) -> list[str]:
@@ -199,7 +187,7 @@ def _data(plan: Plan) -> list[str]:
 
 
 def table(rows: list[Cells]) -> list[str]:
-    """Columns as wide as their widest cell; the last one is not padded."""
+    """Lines with columns as wide as their widest cell; the last column is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  "

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 
 import raytune_ft
 from raytune_ft.config.data import source_configs
-from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.methods import METHODS
 from raytune_ft.config.metrics import RETENTION, label
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
@@ -255,7 +255,7 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
     reference = "base + adapter"
     if lineage.step is None:  # a merge
         reference = "the merge in float32"
-    elif lineage.config.method.name in WHOLE_MODEL:
+    elif METHODS[lineage.config.method.name].whole_model:
         reference = "the trained checkpoint"
     unit = "tokens" if lineage.data.problem is None else "examples"
     text = (

@@ -33,11 +33,11 @@ def engine_worker(payload: dict[str, Any]) -> str:
 
     from raytune_ft.data.prepare import open_prepared
     from raytune_ft.packed.engine import PackedEngine, Passes
-    from raytune_ft.strategy import STRATEGIES
+    from raytune_ft.strategy import build_strategy
 
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]
-    strategy = STRATEGIES[name](parallel, spec.config.train.precision)
+    strategy = build_strategy(name, parallel, spec.config.train.precision)
     data = open_prepared(spec.data_dir)
     host = host_of(payload["run"], payload["switchboard"])
     desk = _Desk(payload["board"], spec.run_dir.name, strategy)

@@ -43,6 +43,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
 from raytune_ft.ray_backend.cluster import whole_groups
 from raytune_ft.ray_backend.registry import Group
@@ -127,7 +128,7 @@ def train_group(
 
 def _process_group(config: Config, gpu: bool) -> BackendConfig:
     """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
-    if choose_strategy(config)[0] == "single":
+    if STRATEGIES[choose_strategy(config)[0]].one_process:
         return BackendConfig()
     # A hang is to be found, and told, before a collective gives up by itself.
     timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from raytune_ft.config.environment import expand_text
 from raytune_ft.config.load import load_config
-from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.methods import METHODS
 from raytune_ft.config.reference import one_of
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
@@ -29,7 +29,6 @@ from raytune_ft.rundir import CONFIG
 from raytune_ft.search.space import STUDY_FILE, decode, distributions, encode, open_storage
 
 BASE_LR = 5e-5
-LORA_FACTOR = 10.0
 REFERENCE_WIDTH = 2000
 WIDTH_POWERS = {"llama": 0.781, "qwen": 0.0775}
 LR = "train.lr"
@@ -53,7 +52,7 @@ def first_points(config: Config, family: str, width: int | None) -> list[Point]:
         wanted.insert(0, ({}, written))
         method = str(written.get(METHOD, config.method.name))
         line = search.space.get(LR)
-        known = method in (*WHOLE_MODEL, "lora", "qlora")
+        known = METHODS[method].lr_factor is not None
         prior = published_lr(method, family, width) if width and known else None
         if line is not None and contains(line, prior):
             wanted.append(({LR: prior}, written))
@@ -74,7 +73,7 @@ def published_lr(method: str, family: str, width: int) -> float:
     it by a table of measured rates since, which lie between 1e-4 and 1e-3. It is a first guess.
     """
     power = next((each for name, each in WIDTH_POWERS.items() if family.startswith(name)), 0.0)
-    factor = 1.0 if method in WHOLE_MODEL else LORA_FACTOR
+    factor = METHODS[method].lr_factor or 1.0
     return BASE_LR * factor * float((REFERENCE_WIDTH / width) ** power)
 
 

@@ -1,18 +1,21 @@
-"""How one optimizer step is spread over processes; one file each, one contract for all."""
+"""How one optimizer step is spread over processes: one file a strategy, one contract for all."""
 
 from __future__ import annotations
 
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.strategies import STRATEGIES
+from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, Strategy
-from raytune_ft.strategy.ddp import Ddp
-from raytune_ft.strategy.deepspeed import DeepSpeed
-from raytune_ft.strategy.fsdp import Fsdp
-from raytune_ft.strategy.single import Single
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "single": Single,
-    "ddp": Ddp,
-    "fsdp": Fsdp,
-    "deepspeed": DeepSpeed,
-}
+__all__ = ["MOMENTS", "OptimizerOf", "Strategy", "build_strategy", "strategy_class"]
 
-__all__ = ["MOMENTS", "STRATEGIES", "OptimizerOf", "Strategy"]
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The class of a strategy by its name."""
+    found: type[Strategy] = STRATEGIES[name].implementation()
+    return found
+
+
+def build_strategy(name: str, parallel: ParallelConfig, precision: Precision) -> Strategy:
+    """This process's part of a strategy; those of several processes need a process group."""
+    return strategy_class(name)(parallel, precision)

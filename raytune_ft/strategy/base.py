@@ -1,4 +1,4 @@
-"""What a strategy answers for. The loop knows nothing else of processes and shards."""
+"""What a strategy does. Training knows processes and shards through this protocol alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.exchange import Exchange
+from raytune_ft.strategy.footprint import Held, Shape, Traffic
 from raytune_ft.tensors.write import Part
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerOf = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
-"""From trained weights by their names. A group may have a `lr_ratio`, by which the rate is
-multiplied, and `waits`, the number of steps of the run before its weights begin to move."""
+"""Makes the optimizer of trained weights, which come by name. A group may have `lr_ratio`, by which
+the learning rate is multiplied, and `waits`, the number of steps before its weights train."""
 
 
 class Strategy(Protocol):
@@ -34,33 +35,37 @@ class Strategy(Protocol):
     device: torch.device
     precision: Precision
     takes_parts: bool
-    """May `prepare` be given weights on the meta device, to be filled afterwards?"""
+    """Whether `prepare` takes weights on the meta device, which are filled afterwards."""
+    casts_on_gathering: bool
+    """Whether weights are gathered in the dtype of matrix products, so that no copies are cast."""
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None: ...
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
-        """Lay the model out, build its optimizer; the module to call. Called once.
+        """Lay the model out, build its optimizer and return the module to call. Called once.
 
-        Parameters keep the names that `model.named_parameters()` gives before.
+        Parameters keep their names.
         """
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; gradients are whole after the last."""
+        """A context for forward and backward of a micro-batch; after the last one of a step,
+        gradients are complete.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the loss."""
 
     def step(self, lr: float, max_norm: float | None) -> float:
-        """Scale the gradient down to `max_norm`, take a step with it, forget it; its global norm.
+        """Clip the gradient to `max_norm`, take a step and drop it; returns its global norm.
 
-        Where the norm is not finite, weights are lost.
+        A step with a norm that is not finite may spoil the weights.
         """
 
     def start_from(self, step: int) -> None:
-        """Bring the optimizer to where it is after `step` steps, with moments still to fill in."""
+        """Set the optimizer up as after `step` steps; its moments are filled in afterwards."""
 
     def loaded(self) -> None:
-        """Train with what was just copied into the parts; all ranks call it at once."""
+        """Called on all ranks at once, after a checkpoint was copied into the parts."""
 
     def parts(self, name: str) -> dict[str, Part]:
         """What this rank holds of a trained weight, under "", and of each of its `MOMENTS`."""
@@ -72,7 +77,15 @@ class Strategy(Protocol):
         """Sum over ranks, in place."""
 
     def agree(self, value: T) -> T:
-        """Rank 0's value, on every rank: for what each could find out, but not surely alike."""
+        """Rank 0's value, on every rank."""
 
     def exchange(self) -> Exchange:
-        """A line between the ranks for a thread beside the training; all ranks call it at once."""
+        """A channel between the ranks for another thread; all ranks call this at once."""
+
+    @staticmethod
+    def memory(shape: Shape, parallel: ParallelConfig) -> Held:
+        """What one worker holds of a model; `parallel` has a fixed number of workers."""
+
+    @staticmethod
+    def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
+        """What the workers send each other in a step of `micro_batches` passes."""

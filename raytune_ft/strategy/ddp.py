@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.unused_parameters import unreached
+from raytune_ft.strategy.footprint import Held, Message, Shape, Traffic
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
 
@@ -19,11 +22,11 @@ class Ddp(Grouped):
     wrapped: DistributedDataParallel
 
     def lay_out(self, model: nn.Module) -> nn.Module:
-        """Buffers of a language model never change, so they are not sent again every step.
+        """Buffers of a language model never change, so they are not broadcast.
 
-        Looking for weights that a step did not use costs a walk over its graph, and is needed for
-        models that hold some which text does not reach, such as a vision tower. A frozen model has
-        no gradients to reduce, and torch refuses it.
+        To look for unused parameters costs a walk over the graph of every step; it is on only for
+        models with weights that text does not reach, such as a vision tower. A frozen model has no
+        gradients to reduce, and torch refuses to wrap it.
         """
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model.to(self.device)
@@ -39,17 +42,17 @@ class Ddp(Grouped):
         return nullcontext() if last else self.wrapped.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """DistributedDataParallel averages over ranks; a sum is wanted."""
+        """Scale the loss, since DistributedDataParallel averages over ranks and a sum is needed."""
         (loss * self.world_size).backward()
 
     def part(self, name: str, tensor: Tensor) -> Part:
-        """All of it, on every rank; each saves some of the weights."""
+        """The whole tensor, on every rank; each rank saves some of the weights."""
         shape = tuple(tensor.shape)
         return Part(shape, 0, tensor.view(-1), writes=self._writers[name] == self.rank)
 
     @cached_property
     def _writers(self) -> dict[str, int]:
-        """Weights to ranks, the largest first and each to who has the least so far."""
+        """The rank that saves each weight; largest first, each to the least loaded rank."""
         loads = [0] * self.world_size
         found = {}
         for name, parameter in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
@@ -57,3 +60,15 @@ class Ddp(Grouped):
             loads[rank] += parameter.numel()
             found[name] = rank
         return found
+
+    @staticmethod
+    def memory(shape: Shape, parallel: ParallelConfig) -> Held:
+        """A whole copy, and the buckets in which copies of gradients are reduced."""
+        held = Grouped.memory(shape, parallel)
+        return replace(held, buffers=held.gradients)
+
+    @staticmethod
+    def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
+        """One all-reduce, during the last backward."""
+        reduce = Message("all-reduce", shape.trained * shape.master, 1)
+        return Traffic((reduce,), overlap=2 / 3 / micro_batches)

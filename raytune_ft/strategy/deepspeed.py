@@ -1,4 +1,4 @@
-"""Moments, gradients and weights sharded over ranks, in host memory if need be (DeepSpeed ZeRO)."""
+"""Moments, gradients and weights sharded over ranks, optionally in host memory (DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.model.unused_parameters import unreached
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf
+from raytune_ft.strategy.footprint import Held, Message, Shape, Traffic, held_bytes
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
 
@@ -37,23 +38,23 @@ class Range:
 
 
 class Zero(Protocol):
-    """What is asked of either kind."""
+    """Where the stages of ZeRO keep master weights."""
 
     def flats(self) -> Iterable[Tensor]:
         """The tensors that Adam steps on this rank."""
 
     def range_of(self, parameter: nn.Parameter) -> Range:
-        """What this rank holds of a parameter, without padding; nothing is an empty range."""
+        """What this rank holds of a parameter, without padding; may be empty."""
 
     def refresh(self) -> None:
-        """Make what the forward pass uses of the master weights; every rank must call this."""
+        """Copy master weights to the weights of the forward pass; every rank must call this."""
 
 
 class Zero12:
     """Stages 1 and 2: whole weights on every rank, master weights and moments cut in slices.
 
-    A group's parameters lie end to end, with gaps where they are aligned; every rank has a slice
-    of the same length, the last of them ending in padding.
+    A group's parameters lie end to end, with gaps for alignment. Every rank has a slice of the same
+    length, and the last one ends in padding.
     """
 
     def __init__(self, optimizer: Any, rank: int) -> None:
@@ -75,32 +76,27 @@ class Zero12:
                 self._ranges[parameter] = Range(start, flat, low - left, high - left)
 
     def flats(self) -> Iterable[Tensor]:
-        """See `Zero.flats`."""
         flats: list[Tensor] = self._optimizer.single_partition_of_fp32_groups
         return flats
 
     def range_of(self, parameter: nn.Parameter) -> Range:
-        """See `Zero.range_of`."""
         return self._ranges[parameter]
 
     def refresh(self) -> None:
-        """See `Zero.refresh`."""
         self._optimizer.update_lp_params()
 
 
 class Zero3:
-    """Stage 3: of every parameter each rank has one slice, the last ones ending in padding."""
+    """Stage 3: each rank has one slice of every parameter; the last ones end in padding."""
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer, self._rank = optimizer, rank
 
     def flats(self) -> Iterable[Tensor]:
-        """See `Zero.flats`."""
         flats: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
         return flats
 
     def range_of(self, parameter: nn.Parameter) -> Range:
-        """See `Zero.range_of`."""
         whole: int = parameter.ds_numel  # type: ignore[attr-defined]
         place = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
         group, low, size = place
@@ -110,7 +106,7 @@ class Zero3:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """As the end of a step does; weights that a forward pass left gathered are dropped."""
+        """Do what the end of a step does; gathered weights of a forward pass are dropped."""
         optimizer = self._optimizer
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
@@ -119,37 +115,38 @@ class Zero3:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-# DeepSpeed sets up buffers of this many elements, and by default of ten times as many.
+# Elements of DeepSpeed's communication buffers; its default is ten times as many.
 BUCKET = 50_000_000
+# DeepSpeed's default for the elements that stay gathered under stage 3.
+LIVE_ELEMENTS = 1_000_000_000
 
 
 class DeepSpeed(Grouped):
     """DeepSpeed's engine around our AdamW.
 
-    Trained weights are float32 for DeepSpeed, and matrix products go through autocast, as with
-    every other strategy. So its own bf16 mode, which keeps weights and norms in bfloat16 beside
-    the master weights, is off.
+    Trained weights are float32 and matrix products go through autocast, as with every other
+    strategy. DeepSpeed's own bf16 mode, which also keeps weights and norms in bfloat16, is off.
     """
 
     zero: Zero
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
-        """See `Strategy.prepare`; the optimizer is built while parameters have their shapes."""
+        """The optimizer is built first, while parameters still have their shapes."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.optimizer = optimizer_of(self.parameters)
-        self._leave_alone_what_gets_no_gradient(model)
+        self._exempt_unused_from_decay(model)
         config = engine_config(self.parallel, self.precision, self.world_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             deepspeed = _import_deepspeed(self.device)
-            deepspeed.init_distributed(dist_init_required=False)  # with the group that is there
+            deepspeed.init_distributed(dist_init_required=False)  # use the existing group
             if self.parallel.zero_stage == 3:
                 self._shard(deepspeed, model, config)
             self.engine: Any = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=config, dist_init_required=False
             )[0]
-        # It calls torch by names that torch has deprecated, in every step.
+        # DeepSpeed calls deprecated functions of torch in every step.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         kind = Zero3 if self.parallel.zero_stage == 3 else Zero12
         self.zero = kind(self.engine.optimizer, self.rank)
@@ -158,14 +155,16 @@ class DeepSpeed(Grouped):
         return wrapped
 
     def _shard(self, deepspeed: Any, model: nn.Module, config: dict[str, Any]) -> None:
-        """Weight by weight: the engine would first put all of them on the device."""
+        """Shard weight by weight: the engine would first move all of them to the device."""
         deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    def _leave_alone_what_gets_no_gradient(self, model: nn.Module) -> None:
-        """Adam passes over weights without a gradient; in a flat group it would decay them."""
+    def _exempt_unused_from_decay(self, model: nn.Module) -> None:
+        """AdamW skips weights without a gradient; inside DeepSpeed's flat groups it would decay
+        them.
+        """
         groups = [group for group in self.optimizer.param_groups if group["weight_decay"]]
         idle = self._idle(model) if groups else set()
         for group in groups:
@@ -176,9 +175,8 @@ class DeepSpeed(Grouped):
                 self.optimizer.add_param_group({**group, "params": rest, "weight_decay": 0.0})
 
     def _idle(self, model: nn.Module) -> set[int]:
-        """Stage 3 may be there because the device cannot hold the model, so that one asks the CPU.
-
-        Where the model cannot run there, as with flash attention, nothing counts as idle.
+        """Ids of unused parameters. Under stage 3 the device may be too small for the model, so
+        that it runs on the CPU; where it cannot, as with flash attention, none counts as unused.
         """
         if self.parallel.zero_stage < 3:
             return {id(p) for p in unreached(model.to(self.device), self.device, self.precision)}
@@ -188,16 +186,15 @@ class DeepSpeed(Grouped):
             return set()
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """See `Strategy.accumulate`."""
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over ranks; a sum is wanted."""
+        """Scale the loss, since DeepSpeed averages over ranks and a sum is needed."""
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float | None) -> float:
-        """See `Strategy.step`; a gradient that is not finite moves nothing here."""
+        """A gradient that is not finite changes no weight."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.engine.optimizer.clip_grad = max_norm or 0.0
@@ -205,7 +202,6 @@ class DeepSpeed(Grouped):
         return float(self.engine.get_global_grad_norm())
 
     def start_from(self, step: int) -> None:
-        """See `Strategy.start_from`."""
         for flat in self.zero.flats():
             self.optimizer.state[flat] = {
                 "step": torch.tensor(float(step)),
@@ -213,11 +209,9 @@ class DeepSpeed(Grouped):
             }
 
     def loaded(self) -> None:
-        """See `Strategy.loaded`."""
         self.zero.refresh()
 
     def parts(self, name: str) -> dict[str, Part]:
-        """See `Strategy.parts`."""
         found = self.zero.range_of(self.parameters[name])
         state = self.optimizer.state[found.flat]
         values = found.of(found.flat)
@@ -227,13 +221,51 @@ class DeepSpeed(Grouped):
             for key, tensor in {"": values, **moments}.items()
         }
 
+    @staticmethod
+    def memory(shape: Shape, parallel: ParallelConfig) -> Held:
+        """Flat slices of moments and masters, from stage 2 of gradients, under 3 of weights."""
+        workers, stage = parallel.max_workers, parallel.zero_stage
+        trained = shape.trained * shape.master
+        part = -(-trained // workers)
+        whole = held_bytes(shape, shape.weights)
+        gathered = 0
+        if stage == 3:
+            gathered = round(whole * min(1.0, LIVE_ELEMENTS / max(1, shape.total)))
+            whole = -(-whole // workers)
+        return Held(
+            parameters=whole,
+            gradients=part,
+            between_passes=trained if stage == 1 else part,
+            optimizer=(1 + len(MOMENTS)) * part,
+            buffers=min(shape.trained, BUCKET) * shape.master,
+            gathered=gathered,
+            stepping_cpu=2 * part,
+            stepping_cuda=part,
+            stepped=-(-shape.trained // workers) * shape.master,
+            snapshot=(1 + len(MOMENTS)) * part,
+            keeps_gradients=stage == 3,
+        )
+
+    @staticmethod
+    def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
+        """Gradients are scattered, in every pass from stage 2 on; weights are gathered after the
+        step, under stage 3 for forward and backward of every pass.
+        """
+        trained, stage = shape.trained * shape.master, parallel.zero_stage
+        reduce = Message("reduce-scatter", trained, 1 if stage == 1 else micro_batches)
+        if stage < 3:
+            return Traffic((reduce, Message("all-gather", trained, 1)))
+        blocks = max(1, len(shape.blocks))
+        gathered = held_bytes(shape, shape.weights) // blocks
+        return Traffic((reduce, Message("all-gather", gathered, 2 * blocks * micro_batches)))
+
 
 def engine_config(
     parallel: ParallelConfig, precision: Precision, world_size: int
 ) -> dict[str, Any]:
-    """What DeepSpeed is told: the user's own keys, and ours over them.
+    """DeepSpeed's configuration: the user's own keys, overridden by ours.
 
-    Sizes of batches are there for its bookkeeping alone: the loop counts label tokens.
+    Batch sizes are for its bookkeeping alone: the loop normalises by label tokens.
     """
     own = deepspeed_json.passed_on(parallel.deepspeed) if parallel.deepspeed else {}
     own_zero = own.pop("zero_optimization", {})
@@ -256,26 +288,26 @@ def engine_config(
         "torch_autocast": {
             "enabled": precision == "bfloat16",
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # none: reductions stay in float32
+            "lower_precision_safe_modules": [],  # reductions stay in float32
         },
         "zero_optimization": zero,
     }
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, silent, on the device that this process was given."""
+    """The package, without its log output, on the device of this process."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # the device is all that it looks up there
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads the device from it
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # No kernel of its own is used, and looking for those that would work compiles some.
+    # None of its kernels is used, and the search for compatible ones compiles some.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 def _forget_casts(*_: object) -> None:
-    """Autocast would keep a copy in bfloat16 of every weight gathered until the forward ends."""
+    """Autocast would keep a bfloat16 copy of every gathered weight until the forward ends."""
     torch.set_autocast_cache_enabled(False)

@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the training, from a thread of its own."""
+"""Messages between ranks beside those of the training, such as while a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -14,38 +14,36 @@ T = TypeVar("T")
 
 
 class Exchange(Protocol):
-    """A line between the ranks that the training does not use."""
+    """A channel between the ranks that the training does not use."""
 
     rank: int
     world_size: int
     waiting: bool
-    """For other ranks, which have not answered yet."""
+    """Whether this rank waits for others that have not answered yet."""
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
 
 
 class Alone:
-    """One process has nobody to talk to."""
+    """The channel of a single process."""
 
     rank, world_size, waiting = 0, 1, False
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Exchange.gather`."""
         return [value]
 
 
 class Group:
-    """A gloo group beside the training's, since two threads must not share one."""
+    """A gloo group of its own, since two threads must not share a group."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # A checkpoint takes as long as the storage does; hangs are found by the heartbeat.
+        # Writing a checkpoint takes as long as the storage needs; the watchdog finds hangs.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.waiting = False
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Exchange.gather`."""
         values: list[Any] = [None] * self.world_size
         self.waiting = True
         try:
@@ -56,7 +54,7 @@ class Group:
 
 
 def together(line: Exchange, act: Callable[[], T]) -> list[T]:
-    """`act` on every rank at once; what each returned, on every rank.
+    """Call `act` on every rank at once and return the results of all ranks.
 
     Raises:
         CheckpointError: it failed on some rank; every rank raises, so that none waits for another.
@@ -65,7 +63,7 @@ def together(line: Exchange, act: Callable[[], T]) -> list[T]:
     failure: str | None = None
     try:
         value = act()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear of it
+    except Exception as error:  # noqa: BLE001 - the other ranks must fail too
         named = isinstance(error, CheckpointError | OSError)
         failure = str(error) if named else f"{type(error).__name__}: {error}"
     answers = line.gather((value, failure))

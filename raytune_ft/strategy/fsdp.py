@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -21,28 +22,39 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.load import Precision
+from raytune_ft.strategy.base import MOMENTS
+from raytune_ft.strategy.footprint import (
+    Held,
+    Message,
+    Shape,
+    Traffic,
+    WeightShape,
+    held_bytes,
+    largest,
+)
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
 
 
 class Fsdp(Grouped):
-    """torch's `fully_shard`: the repeated blocks one by one, then what is left around them.
+    """torch's `fully_shard`, for each block and then for the weights around them.
 
-    With `replicas`, weights are sharded over the inner mesh dimension and gradients all-reduced
-    over the outer one.
+    With `replicas`, weights are sharded over the inner dimension of the mesh and gradients
+    all-reduced over the outer one.
     """
 
     takes_parts = True
+    casts_on_gathering = True
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
         super().__init__(parallel, precision)
         self.mesh = self._mesh()
 
     def lay_out(self, model: nn.Module) -> nn.Module:
-        """Shard in place; parameters become DTensors under their old names.
+        """Shard in place; parameters become DTensors and keep their names.
 
-        The root is resharded after every forward in any case: a checkpoint that is loaded after
-        the probe or an evaluation would otherwise be written beneath weights still gathered.
+        The root is resharded after every forward in any case: otherwise weights that the probe or
+        an evaluation gathered would hide a checkpoint that is loaded after it.
         """
         pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         offload = pinned if self.parallel.offload == "all" else OffloadPolicy()
@@ -65,13 +77,13 @@ class Fsdp(Grouped):
         return model
 
     def loaded(self) -> None:
-        """Blocks that the probe or an evaluation left gathered would hide what was loaded."""
+        """Drop gathered weights of the probe or an evaluation, which would hide what was loaded."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def part(self, name: str, tensor: Tensor) -> Part:
-        """Whole rows; replicas hold the same ones, and the first of them saves."""
+        """Whole rows; replicas hold the same rows, and the first one saves them."""
         assert isinstance(tensor, DTensor)
         mesh, placements = tensor.device_mesh, tensor.placements
         _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
@@ -86,9 +98,9 @@ class Fsdp(Grouped):
         return Part(tuple(tensor.shape), offset[0] * row, tensor.to_local().view(-1), first)
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
-        """Masters and sums of gradients stay in float32; what is gathered is what is computed in.
+        """Master weights and sums of gradients stay in float32; weights are gathered in bfloat16.
 
-        Inputs are left alone: autocast treats them as it does in one process.
+        Inputs are not cast: autocast does it, as in one process.
         """
         if self.precision != "bfloat16":
             return MixedPrecisionPolicy()
@@ -103,3 +115,66 @@ class Fsdp(Grouped):
             (replicas, self.world_size // replicas),
             mesh_dim_names=("replicate", "shard"),
         )
+
+    @staticmethod
+    def memory(shape: Shape, parallel: ParallelConfig) -> Held:
+        """Rows of everything.
+
+        Gathered are the root and, of the blocks, the one that is computed, the one that arrives and
+        the one that is copied out of the received buffer. Gradients of a block are made in the
+        dtype of the gathered weights and summed in that of the masters.
+        """
+        shards = parallel.max_workers // parallel.replicas
+        trained = _share(shape, shards)
+        block = max((_gathered(shape, block) for block in shape.blocks), default=0)
+        gradients = max((_trained(block) for block in shape.blocks), default=0)
+        whole = _gathered(shape, shape.root)
+        if parallel.reshard_after_forward:
+            whole += min(3, len(shape.blocks)) * block
+        else:
+            whole += sum(_gathered(shape, each) for each in shape.blocks) + block
+        if shards == 1:
+            whole = 0
+        return Held(
+            parameters=round(sum(w.share(shards) * shape.held(w) for w in shape.weights)),
+            gradients=trained,
+            between_passes=trained,
+            optimizer=len(MOMENTS) * trained,
+            buffers=0,
+            gathered=whole + gradients * (shape.compute + shape.master),
+            stepping_cpu=2 * largest(shape, shards),
+            stepping_cuda=trained,
+            stepped=trained,
+            snapshot=(1 + len(MOMENTS)) * trained,
+        )
+
+    @staticmethod
+    def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
+        """Weights are gathered for forward and backward, and gradients scattered, in every pass."""
+        found = []
+        passes = 2 if parallel.reshard_after_forward else 1
+        for number, group in enumerate((shape.root, *shape.blocks)):
+            times = micro_batches * (2 if number == 0 else passes)
+            found.append(Message("all-gather", _gathered(shape, group), times))
+            gradients = _trained(group) * shape.master
+            if gradients:
+                found.append(Message("reduce-scatter", gradients, micro_batches))
+                if parallel.replicas > 1:
+                    part = gradients // (parallel.max_workers // parallel.replicas)
+                    found.append(Message("all-reduce", part, micro_batches, across=True))
+        return Traffic(tuple(found), gathers=passes)
+
+
+def _share(shape: Shape, shards: int) -> int:
+    return sum(w.share(shards) for w in shape.weights if w.trained) * shape.master
+
+
+def _trained(weights: Iterable[WeightShape]) -> int:
+    return sum(weight.size for weight in weights if weight.trained)
+
+
+def _gathered(shape: Shape, weights: Sequence[WeightShape]) -> int:
+    """Under bfloat16 all weights travel in it, else each as it is held."""
+    if shape.compute < shape.master:
+        return sum(weight.size for weight in weights) * shape.compute
+    return held_bytes(shape, weights)

@@ -1,4 +1,4 @@
-"""One process: the reference that every other layout is held to."""
+"""One process, and what all strategies share. Every other layout must give the same numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
 from raytune_ft.strategy.exchange import Alone, Exchange, Group
+from raytune_ft.strategy.footprint import Held, Shape, Traffic, held_bytes, largest
 from raytune_ft.tensors.write import Part
 
 
@@ -24,11 +25,12 @@ def local_device() -> torch.device:
 
 
 class Single:
-    """No communication. The base of the others, which say what is different with them."""
+    """No communication. The other strategies derive from it and override what differs."""
 
     rank = 0
     world_size = 1
     takes_parts = False
+    casts_on_gathering = False
     optimizer: torch.optim.Optimizer
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
@@ -38,32 +40,30 @@ class Single:
         self.steps = 0
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
-        """See `Strategy.prepare`."""
         wrapped = self.lay_out(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(self.parameters)
         return wrapped
 
     def lay_out(self, model: nn.Module) -> nn.Module:
-        """Only moved to the device."""
+        """Move the model to the device."""
         return model.to(self.device)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients add up by themselves."""
+        """Autograd adds gradients up."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy.backward`."""
         loss.backward()
 
     def step(self, lr: float, max_norm: float | None) -> float:
-        """See `Strategy.step`; a gradient that is not finite moves nothing here."""
+        """A gradient that is not finite changes no weight."""
         limit = math.inf if max_norm is None else max_norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
             if self.steps < group.get("waits", 0):
                 for parameter in group["params"]:
-                    parameter.grad = None  # neither moved nor decayed, and no moments begin
+                    parameter.grad = None  # no update, no decay, no moments
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if math.isfinite(norm):
@@ -73,7 +73,6 @@ class Single:
         return float(norm)
 
     def start_from(self, step: int) -> None:
-        """See `Strategy.start_from`."""
         self.steps = step
         for group in self.optimizer.param_groups:
             taken = float(max(0, step - group.get("waits", 0)))
@@ -84,33 +83,53 @@ class Single:
                 }
 
     def loaded(self) -> None:
-        """The parts are the weights themselves."""
+        """The parts are the weights themselves, so that nothing is left to do."""
 
     def parts(self, name: str) -> dict[str, Part]:
-        """See `Strategy.parts`."""
         parameter = self.parameters[name]
         state = self.optimizer.state[parameter]
-        # A weight that took no part in any step, such as one of an unused tower, has no moments.
+        # A weight that got no gradient yet, such as one of an unused tower, has no moments.
         moments = {
             m: state[m] if m in state else torch.zeros_like(parameter.detach()) for m in MOMENTS
         }
         return {key: self.part(name, t) for key, t in {"": parameter.detach(), **moments}.items()}
 
     def part(self, name: str, tensor: Tensor) -> Part:
-        """All of it."""
+        """The whole tensor."""
         return Part(tuple(tensor.shape), 0, tensor.view(-1))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Nothing to add."""
+        """One rank has the sum."""
         return values
 
     def agree(self, value: T) -> T:
-        """Nobody to disagree with."""
+        """One rank has the value."""
         return value
 
     def exchange(self) -> Exchange:
-        """See `Strategy.exchange`."""
         return Alone()
+
+    @staticmethod
+    def memory(shape: Shape, parallel: ParallelConfig) -> Held:
+        """A whole copy of everything; workers share the writing of checkpoints."""
+        trained = shape.trained * shape.master
+        return Held(
+            parameters=held_bytes(shape, shape.weights),
+            gradients=trained,
+            between_passes=trained,
+            optimizer=len(MOMENTS) * trained,
+            buffers=0,
+            gathered=0,
+            stepping_cpu=2 * largest(shape, 1),
+            stepping_cuda=trained,
+            stepped=trained,
+            snapshot=(1 + len(MOMENTS)) * trained // parallel.max_workers,
+        )
+
+    @staticmethod
+    def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
+        """No messages."""
+        return Traffic()
 
 
 class Grouped(Single):
@@ -122,16 +141,13 @@ class Grouped(Single):
         self.world_size = dist.get_world_size()
 
     def sum(self, values: Tensor) -> Tensor:
-        """See `Strategy.sum`."""
         dist.all_reduce(values)
         return values
 
     def agree(self, value: T) -> T:
-        """See `Strategy.agree`."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def exchange(self) -> Exchange:
-        """See `Strategy.exchange`."""
         return Group()

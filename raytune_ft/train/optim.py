@@ -10,32 +10,32 @@ import torch
 from torch import nn
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.model.methods.freeze import Pace
+from raytune_ft.model.methods.base import ParamGroup
 
 
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     train: TrainConfig,
-    paces: Mapping[str, Pace] | None = None,
+    groups: Mapping[str, ParamGroup] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with weight decay on matrices only.
 
-    `paces` are those of weights that have one of their own, by name.
+    `groups` has, by name, the weights whose settings differ from those of the run.
     """
-    groups: dict[tuple[Pace, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[ParamGroup, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        pace = (paces or {}).get(name, Pace())
-        groups.setdefault((pace, parameter.ndim >= 2), []).append(parameter)
+        group = (groups or {}).get(name, ParamGroup())
+        found.setdefault((group, parameter.ndim >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": held,
                 "weight_decay": train.weight_decay if is_matrix else 0.0,
-                "lr_ratio": pace.lr_ratio,
-                "waits": math.ceil(pace.from_examples / train.batch_size),
+                "lr_ratio": group.lr_ratio,
+                "waits": math.ceil(group.from_examples / train.batch_size),
             }
-            for (pace, is_matrix), held in sorted(
-                groups.items(), key=lambda item: (astuple(item[0][0]), not item[0][1])
+            for (group, is_matrix), held in sorted(
+                found.items(), key=lambda item: (astuple(item[0][0]), not item[0][1])
             )
         ],
         lr=train.lr,

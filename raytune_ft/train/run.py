@@ -8,14 +8,15 @@ from functools import partial
 
 import torch
 
+from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype
 from raytune_ft.model.meta import BaseFiles, build
-from raytune_ft.model.methods import paces
+from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
-from raytune_ft.strategy import STRATEGIES, Strategy
+from raytune_ft.strategy import Strategy, build_strategy
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
@@ -49,7 +50,7 @@ def run_training(
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others.
     """
-    strategy = STRATEGIES[strategy_name](spec.config.parallel, spec.config.train.precision)
+    strategy = build_strategy(strategy_name, spec.config.parallel, spec.config.train.precision)
     try:
         return _train(spec, strategy, reporter, host)
     except (RaytuneFtError, MemoryError, RuntimeError) as error:
@@ -73,10 +74,10 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
     check_vocabulary(built.model, data)
-    frozen = BaseFiles(config.model, head) if config.method.name == "freeze" else None
+    frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
     exporter = Exporter(built.model, disk_dtype(config.model, head), frozen)
     optimizer_of = partial(
-        build_optimizer, train=config.train, paces=paces(built.model, config.method)
+        build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
     engine = build_engine(built, config, strategy, optimizer_of, objective)

@@ -16,7 +16,6 @@ from torch import nn
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
-from raytune_ft.config.methods import virtual_positions
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
@@ -163,7 +162,7 @@ def check_lengths(config: Config, data: PreparedData) -> None:
     splits = (data.train, data.validation, data.test)
     longest = max(int(split.lengths.max()) for split in splits if split is not None)
     tried = [config] if config.search is None else variants(config)
-    virtual = max(virtual_positions(one.method) for one in tried)
+    virtual = max(one.method.virtual_tokens for one in tried)
     if positions is None or longest + virtual <= positions:
         return
     if longest < positions:

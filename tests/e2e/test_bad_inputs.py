@@ -75,12 +75,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
             "search.space.method.name.choice=[lora, full]",
             "search.space.method.rank=null",
         ],
-        "search.execution=packed trains LoRA trials on one frozen base, and method.name=full moves",
+        "search.execution=packed trains LoRA trials on one frozen base, and method.name=full tr",
     ),
     "packed under deepspeed": (
         "sweep",
         ["search.execution=packed", "parallel.workers=2", "parallel.strategy=deepspeed"],
-        "parallel.strategy=deepspeed builds on weights that it trains",
+        "parallel.strategy=deepspeed shards trained weights",
     ),
     "impossible constraint": (
         "sweep",

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raytune_ft.config.execution import packable
-from raytune_ft.config.methods import WHOLE_MODEL
+from raytune_ft.config.methods import METHODS
+from raytune_ft.config.rules import refusal
 from raytune_ft.config.schema import Config
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.load import keep_as_rounded, load_tokenizer
@@ -46,20 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "freeze gradually": {"embeddings": True, "unfreeze_every_examples": 20, "lr": 1e-3},
 }
 
-# What cannot be run so, by method and strategy: the error that says it.
-REFUSED: dict[tuple[str, str], str] = {
-    ("qlora", "fsdp"): "neither fsdp nor deepspeed shards",
-    ("qlora", "deepspeed"): "neither fsdp nor deepspeed shards",
-    ("freeze gradually", "deepspeed"): "nothing that deepspeed can do",
-}
-# Of these the package is not installed.
+# Their package is not installed.
 ABSENT = ("qlora",) if find_spec("bitsandbytes") is None else ()
-# What is not compared in float64: bitsandbytes and PEFT's PiSSA and OLoRA do not know it.
+# Not compared in float64, which bitsandbytes and PEFT's PiSSA and OLoRA do not support.
 FLOAT32_ONLY = ("qlora", "lora pissa", "lora olora")
-# Methods whose rows cannot be packed: what the probe then says.
-UNPACKED = {"prefix": "a prefix stands before a row"}
-# Methods that cannot be folded into a plain model: what promotion then says.
-UNFOLDED = dict.fromkeys(ON_ACTIVATIONS, "works on activations")
 
 
 def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config:
@@ -78,6 +70,11 @@ def small_config(name: str, inputs: tuple[Path, Path], **changes: Any) -> Config
             **{key.replace("__", "."): value for key, value in changes.items()},
         },
     )
+
+
+def is_served(name: str, strategy: str) -> bool:
+    """What the facts say: whether the strategy can train the method or variant."""
+    return refusal(small_config(name, (Path("model"), Path("rows"))).method, strategy) is None
 
 
 def held_out(config: Config, cache: Path) -> TokenizedSplit:
@@ -117,18 +114,17 @@ def plain_loss(base: Path, model: Path, split: TokenizedSplit, in_4_bits: bool =
 
 
 def support_table() -> str:
-    """Markdown: what the tables above say, which the suite holds to what happens."""
-    strategies = ("single", "ddp", "fsdp", "deepspeed")
+    """Markdown: what the facts of methods and strategies say; the suite proves every cell."""
     lines = [
-        f"| method | {' | '.join(strategies)} | packed rows | trials on one base | folded |",
+        f"| method | {' | '.join(STRATEGIES)} | packed rows | trials on one base | folded |",
         "|---" * 8 + "|",
     ]
     for name in [*SMALL, *VARIANTS, *ON_ACTIVATIONS]:
         config = small_config(name, (Path("model"), Path("rows")))
-        cells = ["no" if (name, each) in REFUSED else "yes" for each in strategies]
-        cells.append("no" if name in UNPACKED else "yes")
+        facts = METHODS[config.method.name]
+        cells = ["yes" if is_served(name, each) else "no" for each in STRATEGIES]
+        cells.append("yes" if facts.one_example_rows is None else "no")
         cells.append("yes" if packable(config) is None else "no")
-        whole = config.method.name in WHOLE_MODEL
-        cells.append("is a model" if whole else "no" if name in UNFOLDED else "yes")
+        cells.append("is a model" if facts.whole_model else "no" if facts.on_activations else "yes")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.evaluate.precompute import taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.packed.engine import PackedEngine, Passes
-from raytune_ft.strategy import STRATEGIES
+from raytune_ft.strategy import build_strategy
 from raytune_ft.train.report import Reporter, Silent
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import evaluations, final_weights, losses, make_config
@@ -60,7 +60,7 @@ class Packed:
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
         self.data = taught(config, data, lambda line: None)
-        laid_out = STRATEGIES[strategy](config.parallel, config.train.precision)
+        laid_out = build_strategy(strategy, config.parallel, config.train.precision)
         self.engine = PackedEngine(Passes(config, self.data, slots, rank, laid_out))
 
     def enter(self, name: str, config: Config, reporter: Reporter | None = None) -> RunSpec:

@@ -1,4 +1,4 @@
-"""Which weights move: one function per method, one dict entry."""
+"""Methods in a model: how they are attached, trained, turned off and saved."""
 
 from __future__ import annotations
 
@@ -8,65 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from raytune_ft.model.methods.bottleneck import apply_adapter
-from raytune_ft.model.methods.freeze import Pace, apply_freeze, apply_full, freeze_paces
+from raytune_ft.config.methods import METHODS, MethodConfig
+from raytune_ft.model.methods.base import Implementation, ParamGroup
 from raytune_ft.model.methods.hooks import Read, attached
-from raytune_ft.model.methods.lora import apply_lora, leave_casts_to_autocast, lora_paces
-from raytune_ft.model.methods.loreft import apply_loreft
-from raytune_ft.model.methods.peft import apply_ia3, apply_oft, apply_vera
 from raytune_ft.model.methods.pissa import PlainLora
-from raytune_ft.model.methods.prefix import apply_prefix
-from raytune_ft.model.methods.virtual import apply_p_tuning, apply_prompt
-
-__all__ = [
-    "METHODS",
-    "PACES",
-    "Pace",
-    "adapter_writer",
-    "leave_casts_to_autocast",
-    "paces",
-    "trained_parameters",
-    "without_method",
-]
-
-METHODS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
-    "full": apply_full,
-    "freeze": apply_freeze,
-    "lora": apply_lora,
-    "qlora": apply_lora,  # on a base that was read in 4 bits
-    "loreft": apply_loreft,
-    "adapter": apply_adapter,
-    "prompt": apply_prompt,
-    "p_tuning": apply_p_tuning,
-    "prefix": apply_prefix,
-    "ia3": apply_ia3,
-    "vera": apply_vera,
-    "oft": apply_oft,
-}
-
-PACES: dict[str, Callable[[nn.Module, Any], dict[str, Pace]]] = {
-    "freeze": freeze_paces,
-    "lora": lora_paces,
-    "qlora": lora_paces,
-}
 
 
-def paces(model: nn.Module, method: Any) -> dict[str, Pace]:
-    """The trained weights that have a rate or a beginning of their own."""
-    return PACES[method.name](model, method) if method.name in PACES else {}
+def attach(base: nn.Module, method: MethodConfig) -> nn.Module:
+    """The model with the method in it; only the weights of the method require a gradient.
+
+    Raises:
+        ModelError: the model cannot take the method.
+    """
+    return implementation(method).attach(base, method)
+
+
+def param_groups(model: nn.Module, method: MethodConfig) -> dict[str, ParamGroup]:
+    """By name, the trained weights whose optimizer settings differ from those of the run."""
+    return implementation(method).groups(model, method)
+
+
+def implementation(method: MethodConfig) -> Implementation:
+    """The torch part of the method."""
+    found: Implementation = METHODS[method.name].implementation()
+    return found
+
+
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from casting activations to float32, which autocast would cast back."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer moves, under the names that the unwrapped model gives."""
+    """The weights that the optimizer trains, by their names in the unwrapped model."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def without_method(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, an adapted model computes what its base does.
+    """A context in which an adapted model computes what its base does.
 
-    A fully trained model has no base beside it: there the base is the model before its first step.
+    A model whose own weights train is left as it is: its base is the model before the first step.
     """
     found = attached(model)
     if found is not None:
@@ -77,9 +63,9 @@ def without_method(model: nn.Module) -> AbstractContextManager[Any]:
 def adapter_writer(
     model: nn.Module, saver: nn.Module | None = None
 ) -> Callable[[Read, Path], None] | None:
-    """Writes the trained weights as an adapter, in files of its own; None for a whole model.
+    """A function that writes the trained weights as an adapter; None for a whole model.
 
-    `saver` may be a copy of its shapes: PEFT asks it for everything but the weights.
+    `saver` may be a copy of the model on the meta device: PEFT takes all but the weights from it.
     """
     found = attached(model)
     if found is not None:
@@ -103,7 +89,7 @@ def adapter_writer(
 
 
 def _shared_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what an adapter draws once for all layers, such as VeRA's matrices."""
+    """Copies of the buffers that all layers of an adapter share, such as VeRA's matrices."""
     return {
         name: buffer.cpu().clone()
         for name, buffer in model.named_buffers(remove_duplicate=False)

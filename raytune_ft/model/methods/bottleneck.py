@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from raytune_ft.config.methods import AdapterMethod
 from raytune_ft.errors import ModelError
+from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import (
     Attached,
     Read,
@@ -25,12 +26,12 @@ from raytune_ft.model.methods.hooks import (
     with_first,
 )
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
 }
-# What models call the sublayers of a block.
+# Names of the sublayers of a block in models of transformers.
 _SUBLAYERS = {
     "attention": ("self_attn", "attn", "self_attention", "attention"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc2"),
@@ -41,7 +42,7 @@ def apply_adapter(base: nn.Module, method: AdapterMethod) -> nn.Module:
     """Freeze the base and put a bottleneck behind sublayers of its blocks.
 
     Raises:
-        ModelError: a block is not there, or has no such sublayer.
+        ModelError: the model has no such block, or a block no such sublayer.
     """
     base.requires_grad_(False)
     Adapter(base, method)
@@ -49,7 +50,7 @@ def apply_adapter(base: nn.Module, method: AdapterMethod) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    """Down, activation, up."""
+    """Down projection, activation, up projection, and a residual connection around them."""
 
     def __init__(self, hidden: int, method: AdapterMethod) -> None:
         super().__init__()
@@ -57,11 +58,11 @@ class Bottleneck(nn.Module):
         self.up = nn.Linear(method.bottleneck, hidden)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.activation = ACTIVATIONS[method.activation]
+        self.activation = _FUNCTIONS[method.activation]
         self.dropout = nn.Dropout(method.dropout)
 
     def forward(self, states_BSH: Tensor) -> Tensor:
-        """Autocast chooses the dtype of products; without it the weights do."""
+        """Without autocast, products are computed in the dtype of the weights."""
         narrow = torch.is_autocast_enabled(states_BSH.device.type)
         states = states_BSH if narrow else states_BSH.to(self.down.weight.dtype)
         added: Tensor = self.up(self.dropout(self.activation(self.down(states))))
@@ -69,7 +70,7 @@ class Bottleneck(nn.Module):
 
 
 class Adapter(Attached):
-    """See `apply_adapter`."""
+    """The bottlenecks of one model, by the names of the sublayers that they follow."""
 
     def __init__(self, model: nn.Module, method: AdapterMethod) -> None:
         super().__init__(model)
@@ -84,7 +85,7 @@ class Adapter(Attached):
         for name in self._modules:
             sublayer = model.get_submodule(name)
             bottleneck = Bottleneck(width_of(model), method)
-            bottleneck.train()  # the one source of noise, and 0 unless written
+            bottleneck.train()  # dropout is the only noise; 0 by default
             sublayer.add_module("adapter", bottleneck)
             sublayer.register_forward_hook(self._adapt)
 
@@ -95,7 +96,6 @@ class Adapter(Attached):
         return with_first(output, bottleneck(first_of(output)))
 
     def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Attached.contents`."""
         config = {
             **self._method.model_dump(exclude={"name", "dropout"}),
             "method": "adapter",
@@ -107,12 +107,11 @@ class Adapter(Attached):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Attached.fill`."""
         for own, name in self._names():
             self._model.get_parameter(own).copy_(tensors[name])
 
     def _names(self) -> list[tuple[str, str]]:
-        """Names in the model and in the file."""
+        """Pairs of a weight's name in the model and in the file."""
         parts = [f"{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")]
         return [(f"{m}.adapter.{part}", f"{m}.{part}") for m in self._modules for part in parts]
 
@@ -129,3 +128,11 @@ def _sublayer(model: nn.Module, block: nn.Module, kind: str) -> str:
             f"write method.after: {others[0]}" if others else "write lora or loreft",
         )
     return found
+
+
+def _restore(base: nn.Module, written: Mapping[str, Any]) -> None:
+    own = {key: written[key] for key in ("bottleneck", "after", "activation", "layers")}
+    apply_adapter(base, AdapterMethod(name="adapter", **own))
+
+
+ADAPTER = Implementation(apply_adapter, restore=_restore)

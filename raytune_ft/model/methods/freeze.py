@@ -1,10 +1,9 @@
-"""Chosen weights of the model itself."""
+"""Training the model's own weights: all of them (`full`) or chosen ones (`freeze`)."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,27 +12,19 @@ from torch import nn
 from raytune_ft.config.methods import FreezeMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.methods.base import Implementation, ParamGroup
 
 
 def apply_full(base: nn.Module, method: Any) -> nn.Module:
-    """Every weight moves."""
-    base.requires_grad_(True)
-    return base
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Its rate is `lr_ratio` times the run's; it rests until the run has seen `from_examples`."""
-
-    lr_ratio: float = 1.0
-    from_examples: int = 0
+    """Train every weight."""
+    return base.requires_grad_(True)
 
 
 def apply_freeze(base: nn.Module, method: FreezeMethod) -> nn.Module:
-    """The weights that `method` chooses move, the others stay.
+    """Train the weights that `method` chooses and freeze the others.
 
     Raises:
-        ModelError: a pattern or a number of blocks is none of the model's, or nothing is left.
+        ModelError: a pattern matches no weight, the model has fewer blocks, or no weight is left.
     """
     base.requires_grad_(False)
     chosen = _chosen(base, method)
@@ -41,16 +32,17 @@ def apply_freeze(base: nn.Module, method: FreezeMethod) -> nn.Module:
         raise ModelError(
             "method.name=freeze",
             f"leaves no weight of this {type(base).__name__} to train",
-            "write fewer of method.freeze, or some of method.train, head or last",
+            "write less in method.freeze, or more in method.train, head or last",
         )
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in chosen)
     return base
 
 
-def freeze_paces(model: nn.Module, method: FreezeMethod) -> dict[str, Pace]:
-    """Gradual unfreezing (arXiv 1801.06146): what lies above the blocks and the topmost of those
-    that train move at once, one more block after every so many examples, embeddings after all.
+def unfreezing_groups(model: nn.Module, method: FreezeMethod) -> dict[str, ParamGroup]:
+    """Gradual unfreezing (arXiv 1801.06146): weights above the blocks and in the topmost trained
+    block train at once, the next block below after `method.unfreeze_every_examples` examples and
+    so on, and embeddings after all blocks.
     """
     if method.unfreeze_every_examples is None:
         return {}
@@ -61,7 +53,7 @@ def freeze_paces(model: nn.Module, method: FreezeMethod) -> dict[str, Pace]:
     from_the_top = [b for b in reversed(find_blocks(model)) if b in owners.values()]
     stages = {block: number for number, block in enumerate(from_the_top)}
     return {
-        name: Pace(
+        name: ParamGroup(
             from_examples=method.unfreeze_every_examples
             * (len(stages) if name in embeddings else stages.get(owner or "", 0))
         )
@@ -70,27 +62,27 @@ def freeze_paces(model: nn.Module, method: FreezeMethod) -> dict[str, Pace]:
 
 
 def _chosen(base: nn.Module, method: FreezeMethod) -> set[str]:
-    """Where several keys speak of a weight, the later ones decide."""
+    """Names of the trained weights; where several keys concern a weight, the later one decides."""
     blocks = find_blocks(base)
-    moving = _moving_blocks(list(blocks), method, type(base).__name__)
+    trained = _trained_blocks(list(blocks), method, type(base).__name__)
     embeddings, norms = _embeddings(base), _norms(base)
     names = [name for name, _ in base.named_parameters()]
     chosen = set()
     for name in names:
         owner = _owner(name, blocks)
         if owner is not None:
-            moves = owner in moving
+            trains = owner in trained
         else:
-            moves = method.embeddings if name in embeddings else method.head
+            trains = method.embeddings if name in embeddings else method.head
         if name in norms and method.norms is not None:
-            moves = method.norms
-        if moves:
+            trains = method.norms
+        if trains:
             chosen.add(name)
     chosen |= _matching("train", method.train, names, base)
     return chosen - _matching("freeze", method.freeze, names, base)
 
 
-def _moving_blocks(names: list[str], method: FreezeMethod, model: str) -> list[str]:
+def _trained_blocks(names: list[str], method: FreezeMethod, model: str) -> list[str]:
     for key, count in (("first", method.first), ("last", method.last)):
         if count is not None and count > len(names):
             raise ModelError(
@@ -108,7 +100,7 @@ def _owner(name: str, blocks: Iterable[str]) -> str | None:
 
 
 def _embeddings(model: nn.Module) -> set[str]:
-    """Tables that tokens and positions are looked up in; a head may be one of them."""
+    """Tables of tokens and positions; the head may share its weight with one of them."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -141,7 +133,9 @@ def _matching(key: str, patterns: list[str], names: list[str], base: nn.Module) 
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whole names with `*`, `?` and `[...]`, or parts of a name in the order that they have."""
+    """Whether a pattern with `*`, `?` or `[` matches the whole name, or another one is consecutive
+    parts of it.
+    """
     if any(sign in pattern for sign in "*?["):
         return fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."
@@ -151,3 +145,7 @@ def _nearest(pattern: str, names: list[str]) -> list[str]:
     parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
     near = difflib.get_close_matches(pattern, [*parts, *names], n=3)
     return near or list(parts)[:8]
+
+
+FULL = Implementation(apply_full)
+FREEZE = Implementation(apply_freeze, unfreezing_groups)

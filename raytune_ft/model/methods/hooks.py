@@ -1,4 +1,4 @@
-"""What methods that work on activations have in common: hooks in a frozen model, and their state.
+"""Methods that work on activations: hooks in a frozen model, and how their weights are saved.
 
 Shapes: B rows, S tokens of a row, K tokens that a method touches, H hidden units.
 """
@@ -32,9 +32,9 @@ class Attached:
     """
 
     by_example = True
-    """May the tokens of an example be taken out of their row for attention?"""
+    """Whether attention may take the tokens of an example out of their row."""
     unpackable: str | None = None
-    """Why rows of several examples cannot be exact, None where they can."""
+    """Why a row cannot hold several examples, None where it can."""
 
     def __init__(self, model: nn.Module) -> None:
         self.enabled = True
@@ -43,12 +43,12 @@ class Attached:
 
     @property
     def virtual(self) -> int:
-        """Places that every example has in its row before its first token."""
+        """Positions that every example has in its row before its first token."""
         return 0
 
     @contextmanager
     def seeing(self, batch: MicroBatch) -> Iterator[None]:
-        """Inside, forward passes are of `batch`."""
+        """A context whose forward passes are of `batch`."""
         self.batch = batch
         try:
             yield
@@ -57,7 +57,7 @@ class Attached:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what its base does."""
+        """A context in which the model computes what its base does."""
         self.enabled = False
         try:
             yield
@@ -66,19 +66,19 @@ class Attached:
 
     @contextmanager
     def generating(self, ids_BS: Tensor, mask_BS: Tensor) -> Iterator[dict[str, Any]]:
-        """Arguments of `generate` for prompts padded on the left, which may be longer in front."""
+        """Arguments of `generate` for prompts padded on the left; rows may get longer there."""
         yield {"input_ids": ids_BS, "attention_mask": mask_BS}
 
     def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Of `adapter_config.json` and of `adapter_model.safetensors`."""
+        """The contents of `adapter_config.json` and of `adapter_model.safetensors`."""
         raise NotImplementedError
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `contents` gave. Raises KeyError or RuntimeError for those of another."""
+        """Load the tensors of `contents`. Raises KeyError or RuntimeError if others are given."""
         raise NotImplementedError
 
     def save(self, read: Read, directory: Path) -> None:
-        """Weights and how to use them, for whoever loads them without this package."""
+        """Write both files, which can be used without this package."""
         config, tensors = self.contents(read)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (directory / CONFIG).write_text(text, encoding="utf-8")
@@ -87,18 +87,18 @@ class Attached:
 
 
 def attached(model: nn.Module) -> Attached | None:
-    """The method's hooks in a model, None where no method has put any there."""
+    """The hooks of the model's method, None where it has none."""
     return getattr(model, _ATTRIBUTE, None)
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """See `Attached.virtual`; 0 for all other models."""
+    """Positions before the first token of every example; 0 without hooks."""
     found = attached(model)
     return 0 if found is None else found.virtual
 
 
 def seeing(model: nn.Module, batch: MicroBatch) -> AbstractContextManager[None]:
-    """Tell the method's hooks, if there are any, which batch the forward inside is of."""
+    """A context whose forward passes are of `batch`, for the hooks of the model if it has any."""
     found = attached(model)
     return nullcontext() if found is None else found.seeing(batch)
 
@@ -110,12 +110,12 @@ def first_of(output: Any) -> Tensor:
 
 
 def with_first(output: Any, states: Tensor) -> Any:
-    """The same with other hidden states."""
+    """The output of a module with its hidden states replaced."""
     return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def begins_cache(inputs: Mapping[str, Any]) -> bool:
-    """Does a forward with these arguments see its tokens for the first time?"""
+    """Whether a forward pass with these arguments starts at the first token of its rows."""
     cache = inputs.get("past_key_values")
     return cache is None or cache.get_seq_length() == 0
 
@@ -127,7 +127,7 @@ def width_of(model: nn.Module) -> int:
 
 
 def base_name(model: nn.Module) -> str:
-    """What a saved adapter calls its base."""
+    """The name or path of the base that a saved adapter refers to."""
     return str(getattr(model, "name_or_path", "") or "")
 
 
@@ -135,12 +135,12 @@ def chosen_blocks(model: nn.Module, layers: str | list[int]) -> dict[int, tuple[
     """Blocks of the decoder by number, with their names in the model.
 
     Raises:
-        ModelError: one that is asked for is not there.
+        ModelError: the model has no block of that number.
     """
     config: Any = model.config
     blocks = list(find_blocks(model).items())
     count = getattr(config.get_text_config(), "num_hidden_layers", len(blocks))
-    if len(blocks) != count:  # a tower beside the decoder has blocks as well
+    if len(blocks) != count:  # another tower beside the decoder has blocks too
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         inside = {id(module) for module in decoder.modules()}
         blocks = [(name, block) for name, block in blocks if id(block) in inside]

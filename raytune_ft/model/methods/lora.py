@@ -1,4 +1,4 @@
-"""Low-rank adapters, through PEFT."""
+"""Low-rank adapters (`lora`, `qlora`), through PEFT."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Iterable
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from raytune_ft.config.methods import LoraMethod, QloraMethod
 from raytune_ft.errors import ModelError
-from raytune_ft.model.methods.freeze import Pace
+from raytune_ft.model.methods.base import Implementation, ParamGroup
 from raytune_ft.model.methods.peft import adapt, task_of
 from raytune_ft.model.methods.pissa import begin_with_the_weights
 
@@ -21,9 +20,11 @@ from raytune_ft.model.methods.pissa import begin_with_the_weights
 def apply_lora(base: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
     """Freeze the base and add low-rank adapters (arXiv 2106.09685) through PEFT.
 
+    The base of `qlora` was read in 4 bits, and its adapters begin by default.
+
     Raises:
-        ModelError: a target or a pattern names no layer of the model, or one that cannot begin as
-            `method.init` says.
+        ModelError: a target or a pattern names no layer of the model, or one that `method.init`
+            does not support.
     """
     _check_regular("rank_pattern", method.rank_pattern)
     _check_regular("alpha_pattern", method.alpha_pattern)
@@ -43,27 +44,20 @@ def apply_lora(base: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
     model = adapt(base, config, method.targets)
     _check_patterns("rank_pattern", method.rank_pattern, model)
     _check_patterns("alpha_pattern", method.alpha_pattern, model)
-    if init in ("pissa", "olora"):
+    if isinstance(method, LoraMethod) and method.begins_with_weights:
         begin_with_the_weights(model, init)
     return model
 
 
-def lora_paces(model: nn.Module, method: LoraMethod | QloraMethod) -> dict[str, Pace]:
-    """LoRA+ (arXiv 2402.12354): B moves faster than A."""
+def lora_plus_groups(model: nn.Module, method: LoraMethod | QloraMethod) -> dict[str, ParamGroup]:
+    """LoRA+ (arXiv 2402.12354): the learning rate of B is a multiple of that of A."""
     if method.lr_ratio == 1.0:
         return {}
     return {
-        name: Pace(lr_ratio=method.lr_ratio)
+        name: ParamGroup(lr_ratio=method.lr_ratio)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and (".lora_B." in name or ".lora_embedding_B." in name)
     }
-
-
-def leave_casts_to_autocast(model: nn.Module) -> None:
-    """Keep PEFT from casting activations to float32, only for autocast to cast them back."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
 
 
 def _check_regular(key: str, patterns: Iterable[str]) -> None:
@@ -73,13 +67,13 @@ def _check_regular(key: str, patterns: Iterable[str]) -> None:
         except re.error as error:
             raise ModelError(
                 f"method.{key}.{pattern}",
-                f"is no regular expression ({error})",
+                f"is not a regular expression ({error})",
                 "write the ending of a module's name, such as q_proj",
             ) from error
 
 
 def _check_patterns(key: str, patterns: Iterable[str], model: nn.Module) -> None:
-    """PEFT goes on with a warning where a pattern means no module."""
+    """PEFT only warns about a pattern that matches no module."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     for pattern in patterns:
@@ -90,3 +84,6 @@ def _check_patterns(key: str, patterns: Iterable[str], model: nn.Module) -> None
                 "names no adapted layer",
                 f"write names such as {', '.join(near)}",
             )
+
+
+LORA = Implementation(apply_lora, lora_plus_groups)

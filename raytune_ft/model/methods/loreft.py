@@ -1,9 +1,9 @@
 """LoReFT: low-rank edits of the residual stream at the ends of the prompt (arXiv 2404.03592).
 
 Equation 2 of the paper, for the output h of a block: h + R^T (W h + b - R h), where the rows of R
-are orthonormal. R is the Q of a QR decomposition of a free parameter, made anew in every forward:
-no constraint has to survive an optimizer, a shard or a checkpoint, and R depends on the parameter
-alone. The sign of each row is that of the parameter, so that an R that is put in comes out again.
+are orthonormal. R is the Q of a QR decomposition of an unconstrained parameter, computed in every
+forward pass, so that the optimizer, shards and checkpoints need not keep a constraint. The signs of
+the rows are chosen such that an orthonormal parameter is its own R.
 
 Shapes: R ranks, otherwise as in `attached`.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from raytune_ft.config.methods import LoreftMethod, Positions
 from raytune_ft.data.batch import NO_TARGET, MicroBatch
 from raytune_ft.errors import ModelError
+from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import (
     Attached,
     Read,
@@ -42,7 +43,7 @@ def apply_loreft(base: nn.Module, method: LoreftMethod) -> nn.Module:
     """Freeze the base and put interventions behind the blocks that `method.layers` names.
 
     Raises:
-        ModelError: a block is not there, or the rank is too large for the model.
+        ModelError: the model has no such block, or fewer hidden units than the rank.
     """
     hidden = width_of(base)
     if method.rank > hidden:
@@ -57,7 +58,7 @@ def apply_loreft(base: nn.Module, method: LoreftMethod) -> nn.Module:
 
 
 class Intervention(nn.Module):
-    """One R, W and b. It begins as the identity: W is R, and b is 0."""
+    """One R, W and b. It begins as the identity, with W = R and b = 0."""
 
     def __init__(self, hidden: int, rank: int, dropout: float) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Intervention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states_KH: Tensor) -> Tensor:
-        """What is added to each state. In float32 at least: QR knows nothing below."""
+        """The edit of each state. Computed in float32 at least, since QR supports nothing below."""
         with torch.autocast(states_KH.device.type, enabled=False):
             dtype = torch.promote_types(self.rotation.dtype, torch.float32)
             states = states_KH.to(dtype)
@@ -78,7 +79,7 @@ class Intervention(nn.Module):
 
 
 def orthonormal(rotation_RH: Tensor) -> Tensor:
-    """Rows that span the same space, by QR; those of an orthonormal matrix are its own."""
+    """Orthonormal rows that span the same space, by QR; an orthonormal matrix stays as it is."""
     q_HR, upper_RR = torch.linalg.qr(rotation_RH.mT)
     signs_R = torch.where(upper_RR.diagonal() < 0, -1.0, 1.0).to(q_HR.dtype)
     return (q_HR * signs_R).mT
@@ -96,7 +97,9 @@ class Ends(nn.Module):
         )
 
     def forward(self, states_BSH: Tensor, places: Places) -> Tensor:
-        """Every intervention takes part, also in a batch without a place for it."""
+        """Every intervention takes part, also in a batch without a position for it, so that its
+        weights always get a gradient.
+        """
         edited = states_BSH.flatten(0, 1)
         by_name = {"both": torch.cat(places), "first": places[0], "last": places[1]}
         for name, intervention in self.ends.items():
@@ -106,7 +109,7 @@ class Ends(nn.Module):
 
 
 class Loreft(Attached):
-    """See `apply_loreft`."""
+    """The interventions of one model, by the numbers of the blocks that they follow."""
 
     def __init__(self, model: nn.Module, method: LoreftMethod) -> None:
         super().__init__(model)
@@ -117,12 +120,12 @@ class Loreft(Attached):
         for name in self._blocks.values():
             block = model.get_submodule(name)
             ends = Ends(width_of(model), method)
-            ends.train()  # the one source of noise, and 0 unless written
+            ends.train()  # dropout is the only noise; 0 by default
             block.add_module("loreft", ends)
             block.register_forward_hook(self._intervene)
 
     def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> None:
-        """Where the prompts of this forward begin and end."""
+        """Find where the prompts of this forward pass begin and end."""
         positions, ids = self._method.positions, inputs.get("input_ids")
         ids = arguments[0] if ids is None else ids
         if self.batch is not None:
@@ -140,7 +143,7 @@ class Loreft(Attached):
         return with_first(output, ends(first_of(output), self._places))
 
     def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Attached.contents`; R itself is written, and no parameter that it comes from."""
+        """The file holds R itself, not the parameter that it is computed from."""
         method = self._method
         config = {
             **method.model_dump(exclude={"name", "dropout"}),
@@ -160,7 +163,6 @@ class Loreft(Attached):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Attached.fill`."""
         for number, block in self._blocks.items():
             for end in self._ends(block):
                 for own, key in _KEYS.items():
@@ -173,20 +175,20 @@ class Loreft(Attached):
 
 
 def _places_in(batch: MicroBatch, positions: Positions) -> Places:
-    """Prompts are what stands before the first label of an example."""
+    """A prompt is all tokens before the first label of an example."""
     width = batch.tokens_BS.shape[1]
     labelled_BS = (batch.targets_BS != NO_TARGET).cpu().numpy()
     starts, lengths = [], []
     for span in batch.spans:
         row = labelled_BS[span.row, span.start : span.stop]
         starts.append(span.row * width + span.start)
-        # The target at a place is the token after it.
+        # The target at a position is the token after it.
         lengths.append(int(row.argmax()) + 1 if row.any() else len(row))
     return _ends_of(starts, lengths, positions)
 
 
 def _places_under(mask_BS: Tensor | None, ids_BS: Tensor, positions: Positions) -> Places:
-    """All of each row is a prompt, but for its padding."""
+    """Each row without its padding is a prompt."""
     rows, width = ids_BS.shape
     if mask_BS is None or mask_BS.ndim != 2:
         return _ends_of([row * width for row in range(rows)], [width] * rows, positions)
@@ -196,8 +198,8 @@ def _places_under(mask_BS: Tensor | None, ids_BS: Tensor, positions: Positions) 
 
 
 def _ends_of(starts: list[int], lengths: list[int], positions: Positions) -> Places:
-    """A token of a short prompt that is among both its first and its last belongs to the end that
-    is nearer.
+    """A token of a short prompt that is among its first and its last tokens counts for the nearer
+    end.
     """
     first: list[npt.NDArray[np.int64]] = []
     last: list[npt.NDArray[np.int64]] = []
@@ -212,3 +214,12 @@ def _ends_of(starts: list[int], lengths: list[int], positions: Positions) -> Pla
 
 def _flat(parts: list[npt.NDArray[np.int64]]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+
+def _restore(base: nn.Module, written: Mapping[str, Any]) -> None:
+    own = {key: written[key] for key in ("rank", "layers", "tied")}
+    positions = Positions(**written["positions"])
+    apply_loreft(base, LoreftMethod(name="loreft", positions=positions, **own))
+
+
+LOREFT = Implementation(apply_loreft, restore=_restore)

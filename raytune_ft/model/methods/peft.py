@@ -1,4 +1,4 @@
-"""Adapters of PEFT with few weights of their own: factors, vectors and rotations."""
+"""Adapters of PEFT: what all of them share, and `ia3`, `vera` and `oft`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from torch import nn
 from raytune_ft.config.methods import Ia3Method, OftMethod, VeraMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import head_modules
+from raytune_ft.model.methods.base import Implementation
 
 
 def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
-    """Freeze the base and add the adapters of a PEFT configuration; `targets` as it was written.
+    """Freeze the base and add the adapters of a PEFT configuration.
+
+    `targets` is method.targets as written, for errors.
 
     Raises:
-        ModelError: a target names no layer of the model, or none that can be adapted.
+        ModelError: a target names no layer of the model, or a layer that PEFT cannot adapt.
     """
     if isinstance(targets, list):
         check_names("method.targets", targets, base)
     with warnings.catch_warnings():
-        # PEFT still uses a name that transformers has deprecated, and says what it does for
-        # transposed layers (GPT-2) and fused experts (Mixtral), which is right.
+        # PEFT uses a deprecated name of transformers, and warns about what it does with transposed
+        # layers (GPT-2) and fused experts (Mixtral), which is right.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
@@ -44,18 +47,18 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
         if isinstance(module, BaseTunerLayer):
             for name, child in module.named_children():
                 if name.endswith("_dropout"):
-                    child.train()  # the one source of noise, and 0 unless written
+                    child.train()  # the only noise; 0 by default
     return model
 
 
 def task_of(base: nn.Module) -> dict[str, Any]:
-    """What PEFT is told of the base: that it predicts tokens, or has a head to train and save."""
+    """PEFT's keys for a base that predicts tokens, or has a task head to train and save."""
     heads = head_modules(base)
     return {"task_type": "SEQ_CLS" if heads else "CAUSAL_LM", "modules_to_save": heads or None}
 
 
 def check_names(key: str, targets: Sequence[str], base: nn.Module) -> None:
-    """Raises ModelError where one of them ends no name of a layer."""
+    """Raises ModelError for a target with which no name of a layer ends."""
     names = _layers(base)
     endings = {name.rsplit(".", 1)[-1]: None for name in names}
     for target in targets:
@@ -119,3 +122,8 @@ def apply_oft(base: nn.Module, method: OftMethod) -> nn.Module:
         **task_of(base),
     )
     return adapt(base, config, method.targets)
+
+
+IA3 = Implementation(apply_ia3)
+VERA = Implementation(apply_vera)
+OFT = Implementation(apply_oft)

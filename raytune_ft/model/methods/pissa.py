@@ -1,11 +1,11 @@
-"""LoRA that begins with a part of the weights themselves (PiSSA, OLoRA).
+"""LoRA that begins with a part of the weights (PiSSA, arXiv 2404.02948; OLoRA, 2406.01775).
 
-Both set A and B to a part of a weight W and take that part out of W: what is trained is
-W - s B0 A0 + s B A, with s = alpha / rank. Here the base stays as it is and s B0 A0 is taken out of
-the layer's output instead, so that the model begins as its base to the last digit that rounding
-leaves, a base in bfloat16 is not rounded again, and "without the adapter" is the base. A checkpoint
-holds A and B; B0 and A0 are made of the base again. To others it is one plain LoRA of twice the
-rank, with A over A0 and B beside -B0, on the original base.
+Both set A and B to a part of a weight W and subtract that part from W: the trained weight is
+W - s B0 A0 + s B A, with s = alpha / rank. Here the base stays as it is and s B0 A0 is subtracted
+from the output of the layer instead. So the model begins as its base up to rounding, a base in
+bfloat16 is not rounded again, and the model without the adapter is the base. A checkpoint holds A
+and B; B0 and A0 are computed from the base again. The exported adapter is a plain LoRA of twice the
+rank on the original base, with A above A0 and B beside -B0.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _A, _B = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
 
 
 def begin_with_the_weights(model: nn.Module, init: str) -> None:
-    """Set every A and B as PEFT does for `init`, and keep what they begin with beside them.
+    """Set every A and B as PEFT does for `init`, and keep the initial values beside them.
 
     Raises:
-        ModelError: an adapted layer is not linear, or has a smaller rank than its adapter.
+        ModelError: an adapted layer is not linear, or smaller than the rank of its adapter.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -38,13 +38,13 @@ def begin_with_the_weights(model: nn.Module, init: str) -> None:
         if type(layer) is not Linear:
             raise ModelError(
                 f"method.init={init}",
-                f"begins with the weights of linear layers, and {name} is none",
+                f"needs linear layers, and {name} is not one",
                 "write method.init: default, or name linear layers in method.targets",
             )
         if rank > min(shape):
             raise ModelError(
                 f"method.rank={rank}",
-                f"is above what {name} has to begin with, a weight of {shape[1]} x {shape[0]}",
+                f"is larger than the weight of {name}, which is {shape[1]} x {shape[0]}",
                 f"write at most {min(shape)}, or method.init: default",
             )
         _draw(layer, init)
@@ -54,12 +54,12 @@ def begin_with_the_weights(model: nn.Module, init: str) -> None:
 
 
 def _draw(layer: Any, init: str) -> None:
-    """PEFT's own initialisation, which it has in float32 and which takes W apart."""
+    """Call PEFT's initialisation, which needs float32 and changes W; W is restored."""
     weight = layer.get_base_layer().weight
     a, b = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
     dtype = a.dtype
     with lora_layer.gather_params_ctx(weight):
-        if weight.is_meta:  # only shapes are asked for
+        if weight.is_meta:  # only shapes are needed
             return
         held, transposed = weight.data, init == "olora" and layer.fan_in_fan_out
         try:
@@ -74,7 +74,7 @@ def _draw(layer: Any, init: str) -> None:
 
 
 def _kept(weight: Tensor) -> nn.Linear:
-    """A linear layer, since those are what strategies gather."""
+    """A frozen copy as a linear layer, which strategies gather like other layers."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return layer
@@ -89,13 +89,13 @@ def _take_out(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tens
 
 
 class PlainLora:
-    """An adapter as others read it; made before a strategy lays the model out."""
+    """Converts an adapter to a plain LoRA; made before a strategy lays the model out."""
 
     def __init__(self, model: nn.Module) -> None:
         self._starts = {name: weight.detach().cpu().clone() for name, weight in _starts(model)}
 
     def weights(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Trained weights with what they began with subtracted, where they began with something."""
+        """Trained weights, with the initial ones appended where these are subtracted."""
         found = dict(trained)
         for name, start in self._starts.items():
             weight = found[name]
@@ -105,7 +105,7 @@ class PlainLora:
         return found
 
     def config(self, written: Any) -> Any:
-        """With twice the rank and the same scale, where there is something to subtract."""
+        """PEFT's keys, with twice the rank and the same scale where weights are appended."""
         if not self._starts:
             return written
         config = copy.deepcopy(written)

@@ -1,7 +1,7 @@
 """Prefix tuning: keys and values of virtual tokens in every layer (arXiv 2101.00190).
 
-They are a cache that the model finds when it begins, as with PEFT, whose module and files these
-are. A cache belongs to a row and not to an example, so that rows hold one example each.
+As in PEFT, whose module and files are used, they are a cache that the model is given with the first
+token. A cache belongs to a row, so that each row holds one example.
 
 Shapes: V virtual tokens, L layers, otherwise as in `attached`.
 """
@@ -19,45 +19,46 @@ from peft import PrefixEncoder, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from raytune_ft.config.methods import PrefixMethod
+from raytune_ft.config.methods import METHODS, PrefixMethod
 from raytune_ft.errors import ModelError
+from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 from raytune_ft.model.methods.virtual import ENCODER, KEY, computed, peft_contents
 
 
 def apply_prefix(base: nn.Module, method: PrefixMethod) -> nn.Module:
-    """Freeze the base and train what its layers find in their caches.
+    """Freeze the base and train the keys and values that its layers find in their caches.
 
     Raises:
-        ModelError: the model takes no cache of keys and values that are alike in all layers.
+        ModelError: the model takes no cache of keys and values with one shape for all layers.
     """
     base.requires_grad_(False)
-    facts = _facts(base, method.tokens)
+    keys = _peft_keys(base, method.tokens)
     size = {
         "prefix_projection": method.projection,
-        "encoder_hidden_size": method.hidden or facts["token_dim"],
+        "encoder_hidden_size": method.hidden or keys["token_dim"],
     }
-    encoder = PrefixEncoder(PrefixTuningConfig(**facts, **size))
-    # An MLP is not written, only what it computes.
-    Prefix(base, encoder, PrefixTuningConfig(**facts, encoder_hidden_size=facts["token_dim"]))
+    encoder = PrefixEncoder(PrefixTuningConfig(**keys, **size))
+    # Of an MLP only the output is saved.
+    Prefix(base, encoder, PrefixTuningConfig(**keys, encoder_hidden_size=keys["token_dim"]))
     return base
 
 
-class Kept(DynamicCache):
-    """A cache that nothing is added to: what is computed twice finds the same both times."""
+class FixedCache(DynamicCache):
+    """A cache that does not grow, so that a block that is computed again finds the same cache."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
-        """The prefix and, behind it, what one pass computes."""
+        """The keys and values of the prefix, followed by those of the pass."""
         kept: Any = self.layers[layer]
         both = (kept.keys, keys), (kept.values, values)
         return tuple(torch.cat([old.to(new.dtype), new], dim=-2) for old, new in both)
 
 
 class Prefix(Attached):
-    """See `apply_prefix`. `config` is what PEFT writes beside the weights."""
+    """The prefix of one model. `config` is what PEFT writes beside the weights."""
 
     by_example = False
-    unpackable = "a prefix stands before a row, not before each of its examples"
+    unpackable = METHODS["prefix"].one_example_rows
 
     def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
         super().__init__(model)
@@ -70,12 +71,12 @@ class Prefix(Attached):
         model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> Any:
-        """A pass that brings no cache gets the prefix."""
+        """Give the prefix to a pass that has no cache."""
         if not self.enabled or not begins_cache(inputs):
             return None
         ids_BS: Tensor = inputs["input_ids"]
         mask_BS = inputs.get("attention_mask")
-        given: dict[str, Any] = {"past_key_values": self._cache(Kept, len(ids_BS))}
+        given: dict[str, Any] = {"past_key_values": self._cache(FixedCache, len(ids_BS))}
         if mask_BS is not None:
             seen_BV = mask_BS.new_ones(len(mask_BS), self._tokens)
             given["attention_mask"] = torch.cat([seen_BV, mask_BS], 1)
@@ -83,7 +84,7 @@ class Prefix(Attached):
 
     @contextmanager
     def generating(self, ids_BS: Tensor, mask_BS: Tensor) -> Iterator[dict[str, Any]]:
-        """A cache of V tokens, which `generate` wants to see in front of its ids too."""
+        """A cache of V tokens, for which `generate` needs V ids before those of the prompt."""
         room_BV = ids_BS.new_zeros(len(ids_BS), self._tokens)
         yield {
             "input_ids": torch.cat([room_BV, ids_BS], 1),
@@ -109,17 +110,15 @@ class Prefix(Attached):
         return cache
 
     def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Attached.contents`."""
         return peft_contents(self._config, computed(self._blank, ENCODER, read)[0])
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Attached.fill`."""
         self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
 
 
-def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
-    """What PEFT's configuration says of a model's keys and values."""
+def _peft_keys(base: nn.Module, tokens: int) -> dict[str, Any]:
+    """The keys about a model in PEFT's configuration of a prefix."""
     config: Any = base.config.get_text_config()  # type: ignore[operator, union-attr]
     named = inspect.signature(type(base).forward).parameters
     written = config.to_dict()
@@ -132,7 +131,7 @@ def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
     if "past_key_values" not in named or layered or recurrent or config.is_encoder_decoder:
         raise ModelError(
             "method.name=prefix",
-            f"needs keys and values that are alike in all layers, which this {type(base).__name__} "
+            f"needs keys and values of one shape in all layers, which this {type(base).__name__} "
             "does not have",
             "write lora, loreft or prompt",
         )
@@ -147,3 +146,10 @@ def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
         "num_attention_heads": kept,
         "token_dim": kept * size,
     }
+
+
+def _restore(base: nn.Module, written: Mapping[str, Any]) -> None:
+    apply_prefix(base, PrefixMethod(name="prefix", tokens=written["num_virtual_tokens"]))
+
+
+PREFIX = Implementation(apply_prefix, restore=_restore)

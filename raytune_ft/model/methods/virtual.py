@@ -1,8 +1,8 @@
 """Virtual tokens before every example: prompt tuning (arXiv 2104.08691), p-tuning (2103.10385).
 
-PEFT puts them at the front of a row. Here every example has room for them in its row, where the
-output of the model's embedding is replaced, so that packed rows compute what examples alone do.
-The modules and the files are PEFT's.
+PEFT puts them at the front of a row. Here every example has positions for them in its row, where
+the output of the model's embedding is replaced, so that packed rows compute what single examples
+do. The modules and the files are PEFT's.
 
 Shapes: V virtual tokens, otherwise as in `attached`.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from raytune_ft.config.methods import PromptMethod, PTuningMethod
 from raytune_ft.errors import ModelError
+from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 
 ENCODER = "prompt_encoder"
@@ -35,9 +36,9 @@ def apply_prompt(base: nn.Module, method: PromptMethod) -> nn.Module:
         ModelError: `init_text` cannot be tokenised here.
     """
     base.requires_grad_(False)
-    config = PromptTuningConfig(**_facts(base, method.tokens), inference_mode=True)
-    encoder = PromptEmbedding(config, None)  # which would draw what it begins with: see below
-    Virtual(base, encoder, PromptTuningConfig(**_facts(base, method.tokens)))
+    config = PromptTuningConfig(**_peft_keys(base, method.tokens), inference_mode=True)
+    encoder = PromptEmbedding(config, None)  # without PEFT's initialisation; see _begin
+    Virtual(base, encoder, PromptTuningConfig(**_peft_keys(base, method.tokens)))
     _begin(base, encoder, _first_ids(base, method))
     return base
 
@@ -45,14 +46,14 @@ def apply_prompt(base: nn.Module, method: PromptMethod) -> nn.Module:
 def apply_p_tuning(base: nn.Module, method: PTuningMethod) -> nn.Module:
     """Freeze the base and train an MLP that computes virtual tokens."""
     base.requires_grad_(False)
-    facts = _facts(base, method.tokens)
-    size = {"encoder_hidden_size": method.hidden or facts["token_dim"]}
-    Virtual(base, PromptEncoder(PromptEncoderConfig(**facts, **size)), PromptEncoderConfig(**facts))
+    keys = _peft_keys(base, method.tokens)
+    size = {"encoder_hidden_size": method.hidden or keys["token_dim"]}
+    Virtual(base, PromptEncoder(PromptEncoderConfig(**keys, **size)), PromptEncoderConfig(**keys))
     return base
 
 
 class Virtual(Attached):
-    """See `apply_prompt` and `apply_p_tuning`. `config` is what PEFT writes beside the weights."""
+    """The virtual tokens of one model. `config` is what PEFT writes beside the weights."""
 
     def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
         super().__init__(model)
@@ -70,12 +71,11 @@ class Virtual(Attached):
 
     @property
     def virtual(self) -> int:
-        """See `Attached.virtual`."""
         return self._tokens if self.enabled else 0
 
     @contextmanager
     def generating(self, ids_BS: Tensor, mask_BS: Tensor) -> Iterator[dict[str, Any]]:
-        """Every prompt begins with room for virtual tokens, behind its padding."""
+        """Put V positions for the virtual tokens between the padding and each prompt."""
         room_BV = ids_BS.new_zeros(len(ids_BS), self.virtual)
         width = ids_BS.shape[1] + self.virtual
         firsts = mask_BS.argmax(1).tolist()
@@ -89,7 +89,7 @@ class Virtual(Attached):
             self._prompts = []
 
     def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> None:
-        """Places in the rows of this forward, and which virtual token goes there."""
+        """Find the positions of virtual tokens in the rows of this forward pass."""
         starts: list[int] = []
         if self.enabled and self.batch is not None:
             width = self.batch.tokens_BS.shape[1]
@@ -101,7 +101,9 @@ class Virtual(Attached):
         self._places = places_EV.flatten(), steps_V.repeat(len(starts))
 
     def _replace(self, embedding: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """Every virtual token takes part, also in a batch without a place for it."""
+        """Every virtual token takes part, also in a batch without a position for it, so that its
+        weights always get a gradient.
+        """
         if not self.enabled or self._places is None:
             return output
         encoder: Any = self._model.get_submodule(ENCODER)
@@ -111,17 +113,16 @@ class Virtual(Attached):
         return output.flatten(0, 1).index_copy(0, places_K, virtual_KH).view_as(output)
 
     def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Attached.contents`; of an MLP only what it computes is written, as PEFT does."""
+        """Of an MLP only its output is written, as PEFT does."""
         return peft_contents(self._config, computed(self._blank, ENCODER, read)[0])
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Attached.fill`."""
         self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
 
 
 def computed(blank: nn.Module, prefix: str, read: Read) -> Tensor:
-    """`[1, V, ...]`: what one of PEFT's encoders makes of trained weights, wherever these are."""
+    """`[1, V, ...]`: the output of one of PEFT's encoders with the weights that `read` gives."""
     encoder = copy.deepcopy(blank)
     encoder.load_state_dict({name: read(f"{prefix}.{name}") for name in encoder.state_dict()})
     tokens = encoder.get_submodule("embedding").get_parameter("weight").shape[0]
@@ -131,14 +132,14 @@ def computed(blank: nn.Module, prefix: str, read: Read) -> Tensor:
 
 
 def peft_contents(config: Any, embeddings: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Of PEFT's two files."""
+    """The contents of PEFT's two files."""
     written = config.to_dict()
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
     return plain, {KEY: embeddings}
 
 
-def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
-    """What PEFT's configurations of virtual tokens say of a model."""
+def _peft_keys(base: nn.Module, tokens: int) -> dict[str, Any]:
+    """The keys about a model in PEFT's configurations of virtual tokens."""
     config: Any = base.config.get_text_config()  # type: ignore[operator, union-attr]
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
     return {
@@ -152,7 +153,7 @@ def _facts(base: nn.Module, tokens: int) -> dict[str, Any]:
 
 
 def _first_ids(base: nn.Module, method: PromptMethod) -> Tensor:
-    """Words of the vocabulary: at random, or those of a text, again and again."""
+    """`[V]`: random words of the vocabulary, or the tokens of a text, repeated."""
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
     if method.init_text is None:
         return torch.randint(embedding.num_embeddings, (method.tokens,), device="cpu")
@@ -176,10 +177,19 @@ def _first_ids(base: nn.Module, method: PromptMethod) -> Tensor:
 
 @torch.no_grad()
 def _begin(base: nn.Module, encoder: nn.Module, ids_V: Tensor) -> None:
-    """As PEFT does it: with what the embedding gives, which some models scale."""
+    """Copy the embeddings of `ids_V` as PEFT does: the module's output, which some models scale."""
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
     weight = encoder.get_submodule("embedding").get_parameter("weight")
     if weight.is_meta:
         return
     with gather_params_ctx(embedding.parameters()):
         weight.copy_(embedding(ids_V.to(embedding.weight.device)))
+
+
+def _restore(base: nn.Module, written: Mapping[str, Any]) -> None:
+    """Of an MLP only its output was saved, so that both methods are the same from there on."""
+    apply_prompt(base, PromptMethod(name="prompt", tokens=written["num_virtual_tokens"]))
+
+
+PROMPT = Implementation(apply_prompt, restore=_restore)
+P_TUNING = Implementation(apply_p_tuning, restore=_restore)

@@ -41,8 +41,8 @@ def test_lora_trials_are_packed(space: dict[str, Any], parallel: dict[str, Any])
 @pytest.mark.parametrize(
     ("space", "sections", "reason"),
     [
-        ({}, {"method": {"name": "full"}}, "method.name=full moves the weights"),
-        ({"method.name": {"choice": ["lora", "full"]}}, {}, "method.name=full moves the weights"),
+        ({}, {"method": {"name": "full"}}, "method.name=full trains the weights"),
+        ({"method.name": {"choice": ["lora", "full"]}}, {}, "method.name=full trains the weights"),
         ({"method.dropout": {"uniform": [0.0, 0.1]}}, {}, "method.dropout=0.1 draws noise"),
         ({"method.dora": {"choice": [False, True]}}, {}, "method.dora=true"),
         ({"data.packing": {"choice": [True, False]}}, {}, "search.space.data.packing varies"),
@@ -50,7 +50,7 @@ def test_lora_trials_are_packed(space: dict[str, Any], parallel: dict[str, Any])
         (
             {},
             {"parallel": {"workers": 2, "strategy": "deepspeed"}},
-            "parallel.strategy=deepspeed builds on weights that it trains",
+            "parallel.strategy=deepspeed shards trained weights",
         ),
     ],
 )
@@ -99,11 +99,11 @@ def test_steps_that_fill_a_pass(length: float, workers: int, expected: int) -> N
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ({"name": "freeze", "last": 1}, "method.name=freeze moves the weights"),
-        ({"name": "ia3"}, "method.name=ia3 is not stacked"),
-        ({"name": "qlora"}, "method.name=qlora is not stacked"),
-        ({"init": "pissa"}, "method.init=pissa takes a part of its own"),
-        ({"rank_pattern": {"q_proj": 2}}, "method.rank_pattern gives layers of one run several"),
+        ({"name": "freeze", "last": 1}, "method.name=freeze trains the weights"),
+        ({"name": "ia3"}, "method.name=ia3 cannot be stacked"),
+        ({"name": "qlora"}, "method.name=qlora cannot be stacked"),
+        ({"init": "pissa"}, "method.init=pissa modifies the shared base"),
+        ({"rank_pattern": {"q_proj": 2}}, "method.rank_pattern gives the layers"),
         ({"lr_ratio": 4.0}, "method.lr_ratio=4 gives one run two learning rates"),
         ({"init": "gaussian"}, None),
     ],

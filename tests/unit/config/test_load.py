@@ -164,11 +164,17 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ),
         ("storage: https://me:hunter2@host/x", "storage holds a password, and the config is saved"),
         ("train: {batch_size: 4}\nparallel: {workers: 8}", "is smaller than parallel.workers=8; w"),
-        ("parallel: {strategy: single, workers: 2}", "parallel.strategy=single is one process"),
+        (
+            "parallel: {strategy: single, workers: 2}",
+            "parallel.strategy=single runs in one process",
+        ),
         ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
         ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
         ("promote: {merge: tie}", "promote.merge=tie is not best, uniform_soup, greedy_soup, task"),
-        ("promote: {max_shard_size: big}", "promote.max_shard_size=big is no size; write one such"),
+        (
+            "promote: {max_shard_size: big}",
+            "promote.max_shard_size=big is no size; write one such",
+        ),
         ("parallel: {strategy: zero}", "parallel.strategy=zero is not auto, single, ddp, fsdp or"),
         ("parallel: {workers: [4, 2]}", "parallel.workers=[4, 2] is not [min, max] with min <= m"),
         ("parallel: {workers: [2]}", "workers=[2] is not a whole number above 0 or [min, max]"),
@@ -183,7 +189,7 @@ def test_the_method_has_a_default_name(write: Write) -> None:
             "replicas=2 is for fsdp",
         ),
         ("parallel: {strategy: fsdp, deepspeed: x.json}", "parallel.deepspeed=x.json is for deeps"),
-        ("parallel: {strategy: ddp, offload: all}", "offload=all is nothing that ddp can"),
+        ("parallel: {strategy: ddp, offload: all}", "offload=all is not supported by ddp"),
         (
             "parallel: {strategy: fsdp, offload: optimizer}",
             "write parallel.strategy: deepspeed",
@@ -194,11 +200,11 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ),
         (
             "train: {precision: float64}\nparallel: {strategy: deepspeed}",
-            "nothing that deepspeed",
+            "float64 is not supported by deepspeed",
         ),
         (
             "train: {precision: float64}\nparallel: {offload: optimizer}",
-            "nothing that deepspeed",
+            "float64 is not supported by deepspeed",
         ),
         ("search: {trials: 2}", "search.space is missing; write a mapping with at least one key"),
     ],

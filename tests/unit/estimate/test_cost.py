@@ -10,12 +10,13 @@ from raytune_ft.estimate.cost import (
     HOST_LINK,
     LINK_ACHIEVED,
     evaluation_flops,
-    messages,
     step_cost,
     step_flops,
 )
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import Work
+from raytune_ft.strategy import strategy_class
+from raytune_ft.strategy.footprint import Message
 from tests.unit.estimate.test_memory import parallel, shell
 
 WORK = Work(rows=1, width=8, labels=4, micro_batches=2, step_tokens=16, step_labels=8)
@@ -25,18 +26,22 @@ def hardware(nodes: int = 1, per_node: int = 4, device: str = "cpu") -> Hardware
     return Hardware("X", device, nodes, per_node, None, None, 1.0, 100.0, 10.0, 1.0, "a test")
 
 
+def messages(layout: ParallelConfig, micro_batches: int) -> tuple[Message, ...]:
+    return strategy_class(layout.strategy).traffic(shell(), layout, micro_batches).messages
+
+
 def test_ddp_reduces_its_gradients_once_a_step() -> None:
-    (message,) = messages(shell(), parallel("ddp", 4), micro_batches=2)
+    (message,) = messages(parallel("ddp", 4), micro_batches=2)
     assert (message.kind, message.bytes, message.times) == ("all-reduce", 480, 1)
 
 
 def test_fsdp_gathers_twice_a_micro_batch_and_scatters_once() -> None:
-    found = messages(shell(), parallel("fsdp", 4), micro_batches=2)
+    found = messages(parallel("fsdp", 4), micro_batches=2)
     gathers = [m for m in found if m.kind == "all-gather"]
     scatters = [m for m in found if m.kind == "reduce-scatter"]
     assert [(m.bytes, m.times) for m in gathers] == [(160, 4)] * 3
     assert [(m.bytes, m.times) for m in scatters] == [(160, 2)] * 3
-    kept = messages(shell(), parallel("fsdp", 4, reshard_after_forward=False), 2)
+    kept = messages(parallel("fsdp", 4, reshard_after_forward=False), 2)
     assert [m.times for m in kept if m.kind == "all-gather"] == [4, 2, 2]
 
 

@@ -385,7 +385,7 @@ SPACE = {"space": {"method.name": {"choice": ["lora", "loreft"]}}}
             {"metric": "exact_match"},
             "is not a figure of data.problem=single_label; write one of eval",
         ),
-        ({"search": SPACE}, "=loreft trains no head and keeps none.*; write lora, freeze or full"),
+        ({"search": SPACE}, "=loreft cannot train the head.*; write lora, freeze or full"),
         ({"metric": "macro_f1"}, None),
         ({"metrics": ["loss", "classification"], "metric": "accuracy", "merge": "auto"}, None),
     ],

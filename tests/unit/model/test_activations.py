@@ -291,7 +291,7 @@ def test_an_adapter_of_another_model(base: Path, tmp_path: Path) -> None:
         ({"method.layers": []}, "names no block"),
         ({"method.layers": [1, 1]}, "names 1 twice"),
         ({"promote.merge": "greedy_soup"}, "merges weights, and method.name=loreft changes none"),
-        ({"promote.metrics": ["lm_eval:arc"]}, "calls a plain model"),
+        ({"promote.metrics": ["lm_eval:arc"]}, "evaluates a plain model"),
     ],
 )
 def test_what_a_config_cannot_say(base: Path, changes: dict[str, Any], error: str) -> None:
