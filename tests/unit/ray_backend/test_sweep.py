@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.config.search import BudgetConfig
 from raytune_ft.ray_backend import sweep
 from raytune_ft.ray_backend import trial as ray_trial
-from raytune_ft.ray_backend.sweep import StopWith
+from raytune_ft.ray_backend.sweep import StopAtBudget, StopWith
 from raytune_ft.ray_backend.trial import SweepTrial
+from raytune_ft.search.results import Spending
 
 
 class Somewhere:
@@ -71,3 +73,18 @@ def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
     )
     trial.cleanup()
     assert done == (["saved", "stopped"] if stopping else ["stopped", "pruned"])
+
+
+def test_running_trials_stop_at_their_next_report() -> None:
+    kept: list[int] = []
+    budget = BudgetConfig(examples=300)
+    stop = StopAtBudget(Spending(budget, {"a": 100}, 0.0, 2.0, lambda: 0.0), lambda: kept.append(1))
+    for name in "ab":
+        trial = SimpleNamespace(trial_id=f"tune-{name}", config={"trial": name})
+        stop.on_trial_start(0, [], trial)
+    assert not stop("tune-a", {"examples": 200})
+    assert stop("tune-b", {"examples": 100})
+    assert stop("tune-a", {"examples": 200})
+    assert not stop("tune-a", {"examples": 200, "done": True, "outcome": "completed"})
+    assert not stop.stop_all()
+    assert len(kept) == 4
