@@ -29,6 +29,8 @@ LOCAL_DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+Nodes = Sequence[Mapping[str, float]]
+"""The resources of each node, such as {"CPU": 8.0, "GPU": 1.0}."""
 END_S = 3.0
 """What a process of Ray's may take to end when its cluster is gone."""
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
@@ -156,14 +158,7 @@ def train_environment() -> dict[str, str]:
     }
 
 
-def bundles_that_fit(resources_per_worker: Mapping[str, float], workers: int) -> int:
-    """How many whole groups of `workers` the alive nodes hold, if nobody else used them."""
-    return whole_groups(_alive_nodes(), resources_per_worker, workers)
-
-
-def whole_groups(
-    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
-) -> int:
+def whole_groups(nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int) -> int:
     """Groups of `workers` that fit on nodes with these resources; a worker is never split.
 
     Ray packs a group onto as few nodes as it can and spreads it where it must, so that groups
@@ -180,22 +175,22 @@ def whole_groups(
     return singles // workers
 
 
-def require_capacity(parallel: ParallelConfig) -> int:
-    """How many runs or trials fit at a time; refused where not even one does.
+def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> int:
+    """How many runs or trials fit at a time on `nodes`, by default those of the cluster.
 
-    An elastic one is counted with its most workers; where not even one such group fits, there is
-    room for one that is smaller.
+    An elastic run is counted with its largest number of workers. Where not even one run of that
+    size fits, but one of the smallest size does, the answer is 1.
 
     Raises:
-        ClusterError: the cluster cannot hold one group of the fewest workers.
+        ClusterError: the cluster cannot hold one run with the fewest workers.
     """
+    nodes = alive_nodes() if nodes is None else nodes
     resources, workers = parallel.resources_per_worker, parallel.min_workers
-    groups = bundles_that_fit(resources, parallel.max_workers)
+    groups = whole_groups(nodes, resources, parallel.max_workers)
     if groups > 0:
         return groups
-    if bundles_that_fit(resources, workers) > 0:
+    if whole_groups(nodes, resources, workers) > 0:
         return 1
-    nodes = _alive_nodes()
     need = {name: amount for name, amount in resources.items() if amount > 0}
     shown = ", ".join(f"{name}: {_number(amount)}" for name, amount in need.items())
     lacking = [
@@ -219,11 +214,12 @@ def require_capacity(parallel: ParallelConfig) -> int:
 
 
 def node_count() -> int:
-    """Alive nodes of the cluster."""
-    return len(_alive_nodes())
+    """The number of alive nodes of the cluster."""
+    return len(alive_nodes())
 
 
-def _alive_nodes() -> list[dict[str, float]]:
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each alive node."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 

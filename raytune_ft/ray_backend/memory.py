@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import ray
-
 from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
-from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.ray_backend.cluster import Nodes, alive_nodes, whole_groups
 
 _TYPE = "accelerator_type:"
 
@@ -25,7 +23,7 @@ class Room:
 
 def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Room:
     """For so many workers, as Ray would place them."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     usable = least_memory(nodes, resources_per_worker)
     accelerator = None
     if resources_per_worker.get("GPU", 0.0) > 0:
@@ -34,7 +32,7 @@ def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Roo
 
 
 def packed(
-    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
+    nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int
 ) -> tuple[int, int]:
     """Nodes that a group takes, and its workers on each: Ray takes as few nodes as it can.
 
@@ -51,8 +49,7 @@ def packed(
 
 def cluster_worker_memory(resources_per_worker: Mapping[str, float]) -> int | None:
     """The least that a worker has on any node that can hold one; None where nobody knows."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return least_memory(nodes, resources_per_worker)
+    return least_memory(alive_nodes(), resources_per_worker)
 
 
 def least_memory(

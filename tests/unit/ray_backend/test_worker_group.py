@@ -22,11 +22,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import ClusterError, ConfigError
-from raytune_ft.ray_backend import cluster as ray_cluster
 from raytune_ft.ray_backend import worker_group
-from raytune_ft.ray_backend.cluster import require_capacity, stop_grace_s
 from raytune_ft.ray_backend.worker_group import Elastic, StartsInARow, scaling_policy
 
 LOST = WorkerGroupError("a worker died", {0: RuntimeError()})
@@ -130,30 +126,3 @@ def test_a_group_leaves_to_grow_only_where_a_worker_fits(
 
 def test_a_fixed_number_is_rays_own_policy() -> None:
     assert type(scaling_policy(ScalingConfig(num_workers=2))) is FixedScalingPolicy
-
-
-@pytest.mark.parametrize(
-    ("workers", "groups"), [(1, 5), (2, 2), ([1, 2], 2), ([2, 8], 1), ([5, 6], 1)]
-)
-def test_places_for_runs(
-    workers: int | list[int], groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}, {"CPU": 3.0}])
-    assert require_capacity(ParallelConfig.model_validate({"workers": workers})) == groups
-
-
-def test_a_range_that_no_cluster_of_this_size_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}])
-    with pytest.raises(ClusterError) as raised:
-        require_capacity(ParallelConfig.model_validate({"workers": [3, 4]}))
-    assert str(raised.value) == (
-        "parallel.workers=[3, 4] with {CPU: 1} each needs at least 3 CPU; "
-        "the cluster has 2 CPU on 1 node; write at most 2 workers or add nodes"
-    )
-
-
-@pytest.mark.parametrize("written", ["soon", "-1", "inf", ""])
-def test_a_grace_that_is_no_number(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYTUNE_FT_STOP_GRACE_S", written)
-    with pytest.raises(ConfigError, match="is no number of seconds"):
-        stop_grace_s()
