@@ -138,14 +138,21 @@ class StopAtBudget(OfThisProcess, tune.Stopper, tune.Callback):
 
 
 class StopWith(OfThisProcess, tune.Stopper):
-    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps.
+    """Ends the sweep after a signal: trials are asked to save and to leave.
 
-    Tune kills whoever is still there 10 s after it heard of the end. So it hears of it only when no
-    trial holds a place any more, or when the grace for their checkpoints has passed.
+    Tune kills every trial that still runs 10 s after the stopper says "stop". So the stopper says
+    it only when no trial holds workers any more, or when `grace_s` for their checkpoints is over.
     """
 
-    def __init__(self, interrupted: threading.Event, place: Place, grace_s: float) -> None:
-        self._interrupted, self._place, self._grace_s = interrupted, place, grace_s
+    def __init__(
+        self,
+        interrupted: threading.Event,
+        place: Place,
+        grace_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._interrupted, self._place = interrupted, place
+        self._grace_s, self._clock = grace_s, clock
         self._told_at: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -157,9 +164,9 @@ class StopWith(OfThisProcess, tune.Stopper):
         if not self._interrupted.is_set():
             return False
         if self._told_at is None:
-            self._told_at = time.monotonic()
+            self._told_at = self._clock()
             self._place.stop_everybody()
-        if time.monotonic() - self._told_at > self._grace_s:
+        if self._clock() - self._told_at > self._grace_s:
             return True
         return not self._place.open_runs()
 

@@ -186,16 +186,14 @@ class _Engine:
         from raytune_ft.ray_backend.run_handle import TrainJob
 
         self._name, self._board = spec.run_dir.name, board
-        self._job = TrainJob(
-            spec,
-            switchboard,
-            engine_worker,
-            board=board,
-            slots=arrangement.slots,
-            rank=arrangement.method.rank,
-            measured=arrangement.measured and arrangement.slots > 1,
-            memory=_memory(spec.config.parallel.resources_per_worker),
-        )
+        more = {
+            "board": board,
+            "slots": arrangement.slots,
+            "rank": arrangement.method.rank,
+            "measured": arrangement.measured and arrangement.slots > 1,
+            "memory": _memory(spec.config.parallel.resources_per_worker),
+        }
+        self._job = TrainJob(spec, switchboard, engine_worker, more)
         self._thread: threading.Thread | None = None
 
     def start(self, tell: Tell) -> None:
@@ -247,39 +245,23 @@ class Shared:
     environment: dict[str, str]
 
 
-class SweepTrial(Trainable):
-    """A trial, whose run trains at a `Place` from its first step on, and leaves it with the trial.
+class TrialRun:
+    """The run of one trial at a `Place`, from its first step to its end."""
 
-    A class and not a function: Tune calls `reset_config` before the actor's next trial and
-    `cleanup` after its last, and both return only when nothing of the trial is left, however it
-    ended. A function that Tune stops leaves its thread, its controller and its workers behind.
-    Each step is one evaluation; training goes on while Tune thinks about it.
-    """
-
-    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
-        """See `Trainable`; `shared` and `place` come by `tune.with_parameters`."""
-        set_train_defaults(shared.environment)
-        self._shared, self._place = shared, place
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this process, so that Ray and torch are loaded once."""
-        self._end()
-        self._begin(new_config)
-        return True
-
-    def cleanup(self) -> None:
-        """See `Trainable`."""
-        self._end()
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._spec = spec_of(self._shared, config["trial"], config["params"])
+    def __init__(
+        self,
+        spec: RunSpec,
+        metrics: Sequence[str],
+        place: Place,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec, self._metrics, self._place, self._clock = spec, metrics, place, clock
         self._job: Job | None = None
         self._over = False
-        self._begun = time.monotonic()
+        self._begun = clock()
 
     def step(self) -> dict[str, Any]:
-        """The next evaluation, or the outcome."""
+        """The next evaluation, or the outcome, as a result for Tune."""
         try:
             if self._job is None:
                 self._job = self._place.job(self._spec)
@@ -291,7 +273,7 @@ class SweepTrial(Trainable):
                 if isinstance(event, Ended):
                     return self._outcome(event.error)
         except StopRequested:
-            self._end(stopping=True)
+            self.end(stopping=True)
             return {"done": True, "interrupted": True}
 
     def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:
@@ -301,18 +283,17 @@ class SweepTrial(Trainable):
         except RaytuneFtError as failure:
             line = f"{type(failure).__name__}: {failure}"
             return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
-        return {
-            "done": True,
-            **outcome_of(result, self._metrics()),
-            "wall_s": self._wall_s(),
-        }
+        return {"done": True, **outcome_of(result, self._metrics), "wall_s": self._wall_s()}
 
-    def _end(self, stopping: bool = False) -> None:
+    def end(self, stopping: bool = False) -> None:
+        """End the run if it still trains: it is interrupted where the whole sweep stops (known
+        here with `stopping`), else pruned.
+        """
         if self._job is None:
             return
         stopping = stopping or self._place.is_stopping()
         if stopping and not self._over:
-            # The whole sweep stops. The trial stays unfinished, for the next driver.
+            # The trial stays unfinished, for the next driver.
             self._over = True
             self._job.wind_down(stop_grace_s())
         self._job.stop()
@@ -320,13 +301,43 @@ class SweepTrial(Trainable):
             write_ended(self._spec, "pruned")
         self._job, self._over = None, True
 
-    def _metrics(self) -> list[str]:
+    def _wall_s(self) -> float:
+        return round(self._clock() - self._begun, 3)
+
+
+class SweepTrial(Trainable):
+    """The process of a trial, as Tune drives it; see `TrialRun`.
+
+    It is a class and not a function, because Tune calls `reset_config` before the next trial in
+    the same process and `cleanup` after the last one. Both return only when nothing of the trial
+    is left on the cluster, however it ended. A function that Tune stops would leave its thread,
+    its controller and its workers behind. Each step is one evaluation; training goes on while Tune
+    decides about it.
+    """
+
+    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
+        """`shared` and `place` come by `tune.with_parameters`."""
+        set_train_defaults(shared.environment)
+        self._shared, self._place = shared, place
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial takes over this process, so that Ray and torch are loaded once."""
+        self._trial_run.end()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._trial_run.end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
         search = self._shared.config.search
         assert search is not None
-        return search.metrics
+        spec = spec_of(self._shared, config["trial"], config["params"])
+        self._trial_run = TrialRun(spec, search.metrics, self._place)
 
-    def _wall_s(self) -> float:
-        return round(time.monotonic() - self._begun, 3)
+    def step(self) -> dict[str, Any]:
+        return self._trial_run.step()
 
 
 def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:

@@ -142,20 +142,39 @@ LOOK_EVERY_S = 0.5
 VIEW_TIMEOUT_S = 5.0
 
 
+NodesOf = Callable[[bool], dict[str, dict[str, float]]]
+
+
+def staying_nodes(free: bool) -> dict[str, dict[str, float]]:
+    """Resources by id of the nodes that are alive and not drained: all, or what is `free`."""
+    state = ray._private.state.state
+    leaving = state.get_draining_nodes()
+    totals = state.available_resources_per_node() if free else state.total_resources_per_node()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
+
+
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
-    """Fixed, or ours."""
+    """Ray's own for a fixed number of workers, `Elastic` for a range."""
     return Elastic(config) if config.elasticity_enabled else FixedScalingPolicy(config)
 
 
 class Elastic(ElasticScalingPolicy):
     """As many workers as can start now; one less after each start that timed out.
 
-    A group grows as it moves off a node that is drained: it is asked to save and to leave, which
-    loses nothing, and starts again.
+    A group that can grow, or whose node is drained, is asked to save and to leave, which loses
+    nothing, and starts again.
     """
 
-    def __init__(self, scaling_config: ScalingConfig) -> None:
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        nodes: NodesOf = staying_nodes,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         super().__init__(scaling_config)
+        self._nodes, self._clock, self._sleep = nodes, clock, sleep
         self._asked: int | None = None
         self._lacking_since: float | None = None
         self._looked = 0.0
@@ -173,13 +192,13 @@ class Elastic(ElasticScalingPolicy):
         if possible >= self.scaling_config.min_workers:
             self._asked, self._lacking_since = possible, None
             return self._get_resize_decision(possible)
-        now = time.monotonic()
+        now = self._clock()
         self._asked = None
         if self._lacking_since is None:
             self._lacking_since = now
         if now - self._lacking_since > WAIT_S:
             raise WorkerGroupStartupTimeoutError(self.scaling_config.min_workers)
-        time.sleep(LOOK_EVERY_S)  # the controller asks again at once
+        self._sleep(LOOK_EVERY_S)  # the controller asks again at once
         return NoopDecision()
 
     def make_decision_for_running_worker_group(
@@ -187,13 +206,13 @@ class Elastic(ElasticScalingPolicy):
     ) -> Any:
         """See `ScalingPolicy`; never a resize, which would kill the workers."""
         self._maybe_send_resource_request()
-        self._asked, now = None, time.monotonic()
+        self._asked, now = None, self._clock()
         since = max(worker_group_state.start_time, self._looked)
         if now - since < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked = now
         size = worker_group_state.num_workers
-        more = self.scaling_config.max_workers > size and self._fitting(_nodes(free=True)) > 0
+        more = self.scaling_config.max_workers > size and self._fitting(self._nodes(True)) > 0
         # While a node drains, a place that is free elsewhere is no more than the one that is lost.
         if more and self._possible() > size:
             for worker in worker_group_state.workers:
@@ -211,21 +230,12 @@ class Elastic(ElasticScalingPolicy):
             )
         except RayError:
             return 0  # asked again
-        staying = _nodes()
+        staying = self._nodes(False)
         return self._fitting({node: its for node, its in reserved.items() if node in staying})
 
     def _fitting(self, nodes: dict[str, dict[str, float]]) -> int:
         need = self.scaling_config._resources_per_worker_not_none
         return min(whole_groups(list(nodes.values()), need, 1), self.scaling_config.max_workers)
-
-
-def _nodes(free: bool = False) -> dict[str, dict[str, float]]:
-    """Resources of the nodes that are alive and stay, in all or what nobody has reserved."""
-    state = ray._private.state.state
-    leaving = state.get_draining_nodes()
-    totals = state.available_resources_per_node() if free else state.total_resources_per_node()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
 
 
 ABORT_TIMEOUT_S = 30.0
@@ -302,11 +312,26 @@ class StartsInARow(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-def end_group(run: str, switchboard: Any) -> None:
+def wait_until_gone(group: Group) -> None:
+    """Return when placement groups and workers are gone; RunFailed after half a minute."""
+    deadline = time.monotonic() + GONE_TIMEOUT_S
+    while any(
+        placement_group_table(each).get("state", "REMOVED") != "REMOVED"
+        for each in group.placement_groups
+    ):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"a placement group was not given back within {GONE_TIMEOUT_S:g} s")
+        time.sleep(0.05)
+    for worker in group.workers:
+        with contextlib.suppress(RayError):
+            ray.get(worker.get_metadata.remote(), timeout=max(0.1, deadline - time.monotonic()))
+
+
+def end_group(run: str, switchboard: Any, wait: Callable[[Group], None] = wait_until_gone) -> None:
     """Abort the controller of `run`; return when its workers and placement groups are gone.
 
-    Safe to call twice, while the group starts, and after its controller died. In any case the
-    run's slot is free afterwards.
+    Safe to call twice, while the group starts, and after its controller died. The run's slot is
+    free afterwards, also where this raises.
 
     Raises:
         RunFailed: they are not gone after half a minute.
@@ -323,34 +348,20 @@ def end_group(run: str, switchboard: Any) -> None:
             remove_placement_group(placement_group)
         for worker in group.workers:
             ray.kill(worker)
-        _wait_until_gone(group)
+        wait(group)
     finally:
-        # What is still reserved then is Ray's to give back; nobody else has to wait for that.
+        # Ray frees later what is still reserved now; other runs do not wait for that.
         ray.get(switchboard.close.remote(run))
 
 
 def end_groups_of(owner: str, switchboard: Any) -> None:
-    """End what `owner` has left behind, whose process died.
+    """End the runs of `owner`, whose process died.
 
     Raises:
-        RunFailed: not all of it is gone; it is on its way.
+        RunFailed: some of it is not gone yet.
     """
     for run in ray.get(switchboard.give_up.remote(owner)):
         end_group(run, switchboard)
-
-
-def _wait_until_gone(group: Group) -> None:
-    deadline = time.monotonic() + GONE_TIMEOUT_S
-    while any(
-        placement_group_table(each).get("state", "REMOVED") != "REMOVED"
-        for each in group.placement_groups
-    ):
-        if time.monotonic() > deadline:
-            raise RunFailed(f"a placement group was not given back within {GONE_TIMEOUT_S:g} s")
-        time.sleep(0.05)
-    for worker in group.workers:
-        with contextlib.suppress(RayError):
-            ray.get(worker.get_metadata.remote(), timeout=max(0.1, deadline - time.monotonic()))
 
 
 def failure_of(error: BaseException) -> RaytuneFtError:

@@ -1,41 +1,14 @@
-"""What an interrupted sweep tells Tune and its trials, and when; no cluster."""
+"""When a sweep stops its trials: by a signal, or by its budget; no cluster."""
 
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-import pytest
 
 from raytune_ft.config.search import BudgetConfig
-from raytune_ft.ray_backend import sweep
-from raytune_ft.ray_backend import trial as ray_trial
 from raytune_ft.ray_backend.sweep import StopAtBudget, StopWith
-from raytune_ft.ray_backend.trial import SweepTrial
 from raytune_ft.search.results import Spending
-
-
-class Somewhere:
-    """A place without a cluster."""
-
-    def __init__(self, stopping: bool = False) -> None:
-        self.runs: list[str] = ["run-a"]
-        self.stopping = stopping
-
-    def stop_everybody(self) -> None:
-        self.stopping = True
-
-    def open_runs(self) -> list[str]:
-        return list(self.runs)
-
-    def is_stopping(self) -> bool:
-        return self.stopping
-
-    def job(self, spec: Any) -> Any: ...
-
-    def give_up(self, trial: str) -> None: ...
+from tests.unit.ray_backend.test_trial import Somewhere
 
 
 def test_tune_hears_of_the_end_when_no_trial_holds_workers() -> None:
@@ -50,29 +23,12 @@ def test_tune_hears_of_the_end_when_no_trial_holds_workers() -> None:
     assert stop.stop_all()
 
 
-def test_tune_hears_of_the_end_when_the_grace_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_hears_of_the_end_when_the_grace_has_passed() -> None:
     interrupted, now = threading.Event(), [100.0]
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    stop = StopWith(interrupted, Somewhere(), grace_s=30)
+    stop = StopWith(interrupted, Somewhere(), grace_s=30, clock=lambda: now[0])
     interrupted.set()
     for now[0], over in [(100.0, False), (129.0, False), (131.0, True)]:
         assert stop.stop_all() is over
-
-
-@pytest.mark.parametrize("stopping", [False, True])
-def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
-    stopping: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[str] = []
-    monkeypatch.setattr(ray_trial, "write_ended", lambda spec, status: done.append(status))
-    trial = SweepTrial.__new__(SweepTrial)
-    trial._place = Somewhere(stopping)
-    trial._spec, trial._over = Path(), False  # type: ignore[assignment]
-    trial._job = SimpleNamespace(  # type: ignore[assignment]
-        wind_down=lambda grace_s: done.append("saved"), stop=lambda: done.append("stopped")
-    )
-    trial.cleanup()
-    assert done == (["saved", "stopped"] if stopping else ["stopped", "pruned"])
 
 
 def test_running_trials_stop_at_their_next_report() -> None:
