@@ -422,7 +422,6 @@ RUNS: list[Case] = [
         "[0.0003, 0.01]",
     ),
     ("raytune-ft promote runs/second", "second", "result.json", "--resume"),
-    ("raytune-ft promote runs/first", "runs/first/promoted", "--again"),
 ]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
@@ -449,7 +448,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, search in (("first", ["search=null"]), ("searched", [])):
             written = load_config(Path(QUICKSTART), [f"name={name}", *search])
             with open_run(resolve(written), resume=False) as run:
-                (run.path / "promoted").mkdir()
                 (run.path / "result.json").write_text('{"status": "completed"}')
     return folder
 
@@ -499,7 +497,7 @@ def refused(command: str, code: int = 2) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as stream:
         found = run_command(arguments)
     line = stream.getvalue()
-    print(f"\n$ {command}\n{line}", end="")
+    print(f"\n$ {command}\n{line.replace(str(Path.cwd()), '$PWD')}", end="")
     assert found == code, line
     check_line(line)
     return line
@@ -531,6 +529,16 @@ def test_bad_inputs_that_only_training_finds(
     result = json.loads((tmp_path / "lost" / "result.json").read_text())
     assert result["status"] == "failed"
     assert f"error: {result['error']}\n" == line
+
+
+def test_bad_inputs_of_a_promotion_that_exists(tmp_path: Path, session: Path) -> None:
+    small = "data.train.path=short.jsonl promote.max_overlap=1 data.test=null train.epochs=1"
+    arguments = shlex.split(f"train {QUICKSTART} name=trained storage={tmp_path} {small}")
+    assert run_command(arguments) == 0
+    (tmp_path / "trained" / "promoted").mkdir()
+    line = refused(f"raytune-ft promote {tmp_path}/trained")
+    assert "trained/promoted" in line
+    assert "--again" in line
 
 
 @pytest.mark.parametrize(
