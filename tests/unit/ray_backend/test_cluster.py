@@ -69,5 +69,5 @@ def test_a_range_that_no_cluster_of_this_size_meets() -> None:
 @pytest.mark.parametrize("written", ["soon", "-1", "inf", ""])
 def test_a_grace_that_is_no_number(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYTUNE_FT_STOP_GRACE_S", written)
-    with pytest.raises(ConfigError, match="is no number of seconds"):
+    with pytest.raises(ConfigError, match="not a number of seconds"):
         stop_grace_s()
