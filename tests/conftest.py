@@ -28,3 +28,11 @@ def shared_dir() -> Path:
     if not (directory / "data").is_dir():
         pytest.skip(f"no real data at {directory}; set RAYTUNE_FT_SHARED")
     return directory
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny Llama and a file of rows, for tests that change neither."""
+    from tests.support.runs import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
