@@ -41,7 +41,7 @@ from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
-from raytune_ft.train.setup import build_engine, build_objective, open_run, order_of
+from raytune_ft.train.setup import build_engine, build_objective, build_run_state, order_of
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Heartbeat
 
@@ -148,7 +148,7 @@ def measure(base: Path, rows: Path, method: str, precision: str, batch: int, ste
     spec.run_dir.mkdir()
     exporter = Exporter(ours.model, disk_dtype(config.model, None), None)
     with ThreadPoolExecutor(1) as pool:
-        run = open_run(
+        run = build_run_state(
             spec, data, ours.strategy, ours.names, exporter, ours.strategy, bare, heart, pool
         )
         train(ours, data, run, lambda: False, heart)

@@ -7,8 +7,8 @@ Heavy modules are imported inside, so that `raytune-ft --help` and config errors
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,9 @@ from raytune_ft.config.load import (
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.config.strategies import REPLICATED, SHARDED, STRATEGIES
+from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
-from raytune_ft.preflight import prepare
+from raytune_ft.preflight import Tell, needs_ray, placed, prepare
 from raytune_ft.records import RunResult
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
@@ -54,13 +54,13 @@ if TYPE_CHECKING:
     from raytune_ft.train.report import Reporter
     from raytune_ft.train.spec import RunSpec
 
-Tell = Callable[[str], None]
-MakeReporter = Callable[[int], "Reporter"]  # from the examples of the whole run
+MakeReporter = Callable[[int], "Reporter"]
+"""A reporter for a run that will see this number of examples."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that ended; `result` is None where it had ended before and nothing was to do."""
+    """A run that ended; `result` is None where an earlier command had completed it."""
 
     path: Path
     result: RunResult | None
@@ -68,7 +68,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep that ended, and what was promoted from it (None: it was promoted before). `metric`
+    """A sweep that ended. `promotion` is None where an earlier command has promoted it; `metric`
     ranked its trials.
     """
 
@@ -78,23 +78,59 @@ class Swept:
     metric: str
 
 
+class Backend:
+    """Does the work of a command, once everything is checked."""
+
+    def train(self, spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
+        """Trains one run: in this process, or on a worker group of Ray. `reason`: why so."""
+        if not needs_ray(spec.config):
+            from raytune_ft.train.run import run_training
+
+            return run_training(spec, choose_strategy(spec.config)[0], reporter)
+        from raytune_ft.ray_backend.run_handle import fit
+
+        parallel = spec.config.parallel
+        size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
+        tell(f"starting {size} workers ({parallel.strategy}: {reason})")
+        return fit(spec, reporter.evaluation, tell)
+
+    def search(self, spec: RunSpec, tell: Tell, resume: bool) -> None:
+        """Runs the trials of a sweep on Ray."""
+        from raytune_ft.ray_backend.sweep import run_sweep
+
+        run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
+
+    def promote(self, path: Path, tell: Tell) -> Promotion:
+        """Promotes the best trial of a sweep."""
+        from raytune_ft.promote.promote import promote
+
+        return promote(path, tell=tell)
+
+
 def train(
-    file: Path, overrides: Sequence[str], resume: bool, tell: Tell, reporter: MakeReporter
+    file: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    tell: Tell,
+    reporter: MakeReporter,
+    backend: Backend | None = None,
+    usable: int | None = None,
 ) -> Trained:
-    """One run. Raises InputError, RunFailed or Interrupted."""
+    """One run. `usable`: see `placed`. Raises InputError, RunFailed or Interrupted."""
+    backend = backend or Backend()
     written = load_config(file, overrides, tell, ignore_search=True)
     with (
-        placed(written) as (config, reason),
+        placed(written, usable) as (config, reason),
         _mirrored(config, resume, tell),
         open_run(config, resume) as run,
     ):
-        config = _as_it_began(written, config, run)
+        config = _with_saved_strategy(written, config, run)
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
         spec, data = _prepare(config, run, tell)
         with run.begun(config):
-            result = _run(spec, reason, reporter(_examples(config, data)), tell)
+            result = backend.train(spec, reason, reporter(_examples(config, data)), tell)
         try_report(run.path, tell)
     if result.status == "interrupted":
         raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
@@ -103,28 +139,39 @@ def train(
     return Trained(run.path, result)
 
 
-def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swept:
-    """A search and the promotion of its best trial. Raises InputError, RunFailed, Interrupted."""
+def sweep(
+    file: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    tell: Tell,
+    backend: Backend | None = None,
+    usable: int | None = None,
+) -> Swept:
+    """A search and the promotion of its best trial; `usable`: see `placed`.
+
+    Raises InputError, RunFailed or Interrupted.
+    """
+    backend = backend or Backend()
     written = load_config(file, overrides, tell)
     if written.search is None:
         raise ConfigError(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
     with (
-        placed(written) as (config, _),
+        placed(written, usable) as (config, _),
         _mirrored(config, resume, tell),
         open_run(config, resume) as run,
     ):
-        config = _as_it_began(written, config, run)
+        config = _with_saved_strategy(written, config, run)
         if not _has_ended(run, config):
-            _ask_studies(config, begun=run.saved is not None)
+            _check_studies(config, begun=run.saved is not None)
             spec, data = _prepare(config, run, tell)
             assert spec.config.search is not None
             check_examples(spec.config.search, _examples(config, data))
             with run.begun(config):
-                _search(spec, tell, resume)
+                backend.search(spec, tell, resume)
         try:
-            promotion = _promote_once(run.path, tell)
+            promotion = _promote_once(run.path, tell, backend)
         finally:
             try_report(run.path, tell)
         result = read_json(run.path / RESULT) or {}
@@ -132,9 +179,10 @@ def sweep(file: Path, overrides: Sequence[str], resume: bool, tell: Tell) -> Swe
 
 
 def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
-    """What is best of a run or a sweep, and the report of it. See `promote.promote`.
+    """Promote the best checkpoint of a run or a sweep, and write its report.
 
-    Candidates are measured at the same time on the cluster that this process is told of.
+    Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
+    same time. Raises what `promote.promote.promote` does.
     """
     from raytune_ft.promote.promote import promote as make
 
@@ -149,7 +197,10 @@ def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
 
 
 def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> dict[str, Any]:
-    """The test metrics of a config for any model directory, hub id or `builtin:` model."""
+    """The test metrics of a config for any model directory, hub id or `builtin:` model.
+
+    Raises InputError, RunFailed or Interrupted.
+    """
     config = expand_env(resolve(load_config(file, overrides, tell)))
     probe_storage(run_path(config).parent)
     from raytune_ft.evaluate.evaluate import evaluate_directory
@@ -161,46 +212,9 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
     return {"split": split, "examples": examples, **metrics}
 
 
-@contextmanager
-def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config, str]]:
-    """The resolved config, and why it has its strategy.
-
-    A cluster that is joined says first whether it has several nodes, and how much memory a worker
-    has there, unless `usable` says it.
-    """
-    with ExitStack() as stack:
-        several = False
-        joined = joins_cluster(written)
-        if joined:
-            from raytune_ft.ray_backend.cluster import connected, node_count
-
-            stack.enter_context(connected())
-            several = node_count() > 1
-        shortage = _shortage(written, joined, usable)
-        config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
-        yield config, choose_strategy(written, shortage)[1]
-
-
-def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
-    """Why a whole copy of the model does not fit on a worker, where a choice depends on it."""
-    if not memory_decides(written) or written.parallel.replicas > 1:
-        return None
-    from raytune_ft.estimate.hardware import worker_memory
-    from raytune_ft.estimate.memory import shortage
-
-    parallel = written.parallel
-    if usable is None and joined:
-        from raytune_ft.ray_backend.memory import cluster_worker_memory
-
-        usable = cluster_worker_memory(parallel.resources_per_worker)
-    elif usable is None:
-        usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
-    return shortage(expand_env(written), usable)
-
-
-def _as_it_began(written: Config, config: Config, run: OpenRun) -> Config:
-    """With the strategy of the run that is resumed, where `auto` might choose another one by a
-    memory that has changed meanwhile, and nothing else that it depends on has.
+def _with_saved_strategy(written: Config, config: Config, run: OpenRun) -> Config:
+    """`config` with the strategy of the resumed run, where `auto` could choose another one only
+    because the memory of a worker has changed since.
     """
     if run.saved is None or not memory_decides(written):
         return config
@@ -213,21 +227,12 @@ def _as_it_began(written: Config, config: Config, run: OpenRun) -> Config:
 
 
 def _mirrored(config: Config, resume: bool, tell: Tell) -> AbstractContextManager[None]:
-    """Copies a run to its object store, where its storage is one."""
+    """Copies the run directory to its object store, where `storage` names one."""
     if remote_url(config) is None:
         return nullcontext()
     from raytune_ft.checkpoints.mirror import mirrored
 
     return mirrored(remote_url(config), run_path(config), resume, tell)
-
-
-def joins_cluster(config: Config) -> bool:
-    """Does it run on a cluster that is there already?"""
-    return os.environ.get("RAY_ADDRESS", "local") != "local" and _needs_ray(config)
-
-
-def _needs_ray(config: Config) -> bool:
-    return config.search is not None or not STRATEGIES[choose_strategy(config)[0]].one_process
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
@@ -237,11 +242,11 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     rows = rated(expanded, prepare(expanded, tell), tell)
     data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
     _keep_or_compare(run, data.report)
-    if _needs_ray(expanded):
+    if needs_ray(expanded):
         from raytune_ft.model.load import count_parameters
         from raytune_ft.train.setup import head_of
 
-        # Whether the model takes the method, before workers start.
+        # Raises ModelError where the model cannot take the method, before workers start.
         count_parameters(expanded.model, expanded.method, head_of(expanded, data.report))
     from raytune_ft.train.spec import RunSpec
 
@@ -249,13 +254,13 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
 
 
 def _keep_or_compare(run: OpenRun, report: DataReport) -> None:
-    """A run keeps the report of its data; a resume refuses other data."""
+    """Saves the data report of a new run; refuses a resume on other data (DataError)."""
     if not _is_begun(run, report):
         write_text_atomic(run.path / DATA, report.to_json() + "\n")
 
 
 def _is_begun(run: OpenRun, report: DataReport) -> bool:
-    """Has the run begun, with these data? Raises DataError where it has with others."""
+    """Whether the run has begun, with these data; DataError where it began with others."""
     from raytune_ft.data.report import check_same
 
     saved = run.path / DATA
@@ -265,22 +270,9 @@ def _is_begun(run: OpenRun, report: DataReport) -> bool:
     return begun
 
 
-def _run(spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
-    if not _needs_ray(spec.config):
-        from raytune_ft.train.run import run_training
-
-        return run_training(spec, choose_strategy(spec.config)[0], reporter)
-    from raytune_ft.ray_backend.run_handle import fit
-
-    parallel = spec.config.parallel
-    size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
-    tell(f"starting {size} workers ({parallel.strategy}: {reason})")
-    return fit(spec, reporter.evaluation, tell)
-
-
-def _ask_studies(config: Config, begun: bool) -> None:
-    """Whether studies answer before anything is spent, earlier ones too where this sweep has not
-    begun and learns from them. Raises StorageError.
+def _check_studies(config: Config, begun: bool) -> None:
+    """Opens the study of the sweep and, where it is new, those of `search.warm_start`, before
+    anything is spent. Raises StorageError.
     """
     from raytune_ft.search.initial_trials import earlier_trials
     from raytune_ft.search.space import open_storage
@@ -293,19 +285,11 @@ def _ask_studies(config: Config, begun: bool) -> None:
         earlier_trials(search)
 
 
-def _search(spec: RunSpec, tell: Tell, resume: bool) -> None:
-    from raytune_ft.ray_backend.sweep import run_sweep
-
-    run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
-
-
-def _promote_once(path: Path, tell: Tell) -> Promotion | None:
+def _promote_once(path: Path, tell: Tell, backend: Backend) -> Promotion | None:
     if (path / PROMOTED).exists():
         tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
         return None
-    from raytune_ft.promote.promote import promote
-
-    return promote(path, tell=tell)
+    return backend.promote(path, tell)
 
 
 def _examples(config: Config, data: PreparedData) -> int:
@@ -316,7 +300,7 @@ def _examples(config: Config, data: PreparedData) -> int:
 
 
 def _has_ended(run: OpenRun, config: Config) -> bool:
-    """Whether a resume finds the run complete, and no other budget or number of trials."""
+    """Whether a resume finds the run complete under the same budget and number of trials."""
     if run.saved is None or not (run.path / RESULT).is_file():
         return False
     if (read_json(run.path / RESULT) or {}).get("status") not in ("completed", "early_stopped"):

@@ -16,72 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from raytune_ft.errors import Interrupted, RaytuneFtError
+from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
 from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
 
 if TYPE_CHECKING:
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.train.report import Reporter
-from raytune_ft.errors import CheckpointError
-
-checkpoints = typer.Typer(
-    help="List, verify and prune the checkpoints of a run or a sweep.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-Where = Annotated[
-    str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
-]
-
-
-@checkpoints.command("list")
-def list_(where: Where, debug: Debug = False) -> None:
-    """Every checkpoint with its step, metrics and size, and whether something refers to it.
-
-    Example: raytune-ft checkpoints list runs/quickstart
-    """
-    from raytune_ft.checkpoints.manage import listed
-
-    show.print_table(tables.checkpoints(listed(where)))
-
-
-@checkpoints.command()
-def verify(where: Where, debug: Debug = False) -> None:
-    """Read every byte; a damaged checkpoint is moved aside and named, with exit code 1.
-
-    Example: raytune-ft checkpoints verify runs/quickstart
-    """
-    from raytune_ft.checkpoints.manage import verified
-
-    rows = verified(where, show.tell)
-    damaged = [row for row in rows if row.error]
-    if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints are damaged")
-    show.tell(f"{len(rows)} checkpoints are as they were written")
-
-
-@checkpoints.command()
-def prune(
-    where: Where,
-    keep_last: Annotated[
-        int | None, typer.Option("--keep-last", min=1, help="Default: the run's own.")
-    ] = None,
-    keep_best: Annotated[
-        int | None, typer.Option("--keep-best", min=1, help="Default: the run's own.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Delete what the run's settings, or these, do not keep. What a result names always stays.
-
-    Example: raytune-ft checkpoints prune runs/quickstart --keep-last 1 --dry-run
-    """
-    from raytune_ft.checkpoints.manage import pruned
-
-    for path in pruned(where, keep_last, keep_best, dry_run, show.tell):
-        show.tell(f"{'would delete' if dry_run else 'deleted'} {path}")
-
 
 app = typer.Typer(
     name="raytune-ft",
@@ -90,10 +31,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+checkpoints = typer.Typer(
+    help="List, verify and prune the checkpoints of a run or a sweep.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(checkpoints, name="checkpoints")
 PROGRAM = "raytune-ft"
 INTERRUPTED = "interrupted; a run continues with --resume"
-# typer may bring a click of its own, and shows this class through its subclasses alone.
+# typer may bundle its own click, which exports this class only through its subclasses.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
 File = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
@@ -103,6 +49,9 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Where = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -116,21 +65,24 @@ def plan(
     file: File,
     overrides: Overrides = None,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Nodes; fewer are weighed as well.")
+        int | None, typer.Option("--nodes", min=1, help="Plan for this many nodes and fewer.")
     ] = None,
     per_node: Annotated[
         int | None,
-        typer.Option("--per-node", min=1, help="Workers of a node, 8 with --accelerator."),
+        typer.Option("--per-node", min=1, help="Workers on each node; 8 with --accelerator."),
     ] = None,
     accelerator: Annotated[
         str | None,
-        typer.Option("--accelerator", help="Such as H100 or A100-80G: one for each worker."),
+        typer.Option(
+            "--accelerator",
+            help="Plan for this GPU, such as H100 or A100-80G, one for each worker.",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Check a config and show what it would do, what it needs and what else would fit.
 
-    Starts nothing. Memory and time are those of this machine, or of --nodes and --accelerator.
+    Starts nothing. Memory and time are for this machine, or for --nodes and --accelerator.
 
     Example: raytune-ft plan jobs/quickstart.yaml train.lr=1e-4
 
@@ -218,7 +170,7 @@ def sweep(
 def promote(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_OR_RUN_DIR")],
     again: Annotated[
-        bool, typer.Option("--again", help="Once more; the earlier result is kept beside.")
+        bool, typer.Option("--again", help="Promote again; the earlier result is kept.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -253,7 +205,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_OR_RUN_DIR")],
     debug: Debug = False,
 ) -> None:
-    """Write report.html of a run or a sweep, one file for a browser, and show its facts here.
+    """Write report.html of a run or a sweep, one file for a browser, and print a summary.
 
     Example: raytune-ft report runs/quickstart
     """
@@ -285,11 +237,15 @@ def export(
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Of the files of weights.")
+        str, typer.Option("--max-shard-size", help="Largest size of a weights file.")
     ] = "5GB",
     push_to: Annotated[
         str | None,
-        typer.Option("--push-to", metavar="OWNER/NAME", help="Also to the hub, private."),
+        typer.Option(
+            "--push-to",
+            metavar="OWNER/NAME",
+            help="Also upload it to a private repository of the hub.",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -305,17 +261,71 @@ def export(
         show.tell(f"pushed: {make.push(made, push_to)}")
 
 
+@checkpoints.command("list")
+def list_(where: Where, debug: Debug = False) -> None:
+    """Show every checkpoint with its step, metrics and size, and what refers to it.
+
+    Example: raytune-ft checkpoints list runs/quickstart
+    """
+    from raytune_ft.checkpoints.manage import listed
+
+    show.print_table(tables.checkpoints(listed(where)))
+
+
+@checkpoints.command()
+def verify(where: Where, debug: Debug = False) -> None:
+    """Read every byte of every checkpoint. Damaged ones are moved aside and named (exit code 1).
+
+    Example: raytune-ft checkpoints verify runs/quickstart
+    """
+    from raytune_ft.checkpoints.manage import verified
+
+    rows = verified(where, show.tell)
+    damaged = [row for row in rows if row.error]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints are damaged")
+    show.tell(f"{len(rows)} checkpoints are intact")
+
+
+@checkpoints.command()
+def prune(
+    where: Where,
+    keep_last: Annotated[
+        int | None,
+        typer.Option("--keep-last", min=1, help="Default: the value in the run's config."),
+    ] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option("--keep-best", min=1, help="Default: the value in the run's config."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be deleted.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete the checkpoints that neither the run's settings nor these options keep.
+
+    A checkpoint that a result names is always kept.
+
+    Example: raytune-ft checkpoints prune runs/quickstart --keep-last 1 --dry-run
+    """
+    from raytune_ft.checkpoints.manage import pruned
+
+    for path in pruned(where, keep_last, keep_best, dry_run, show.tell):
+        show.tell(f"{'would delete' if dry_run else 'deleted'} {path}")
+
+
 def main(*command: str) -> NoReturn:
-    """The console script; and of a job, with the name of its command."""
-    if not sys.warnoptions:  # what libraries have deprecated is no news for their users' users
+    """The console script. The scripts in jobs/ pass the name of their command."""
+    if not sys.warnoptions:  # users of this program cannot act on deprecations inside libraries
         warnings.simplefilter("ignore")
-    for library in ("HF_HUB", "TRANSFORMERS"):  # nor are its retries: what fails ends in one line
+    for library in ("HF_HUB", "TRANSFORMERS"):  # nor on retries: a failure ends in one line
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     sys.exit(run_command([*command, *sys.argv[1:]]))
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; every error of ours is one line on stderr."""
+    """Run one command and return its exit code; an error is one line on stderr."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a locale without UTF-8 must not end a run
@@ -327,7 +337,8 @@ def run_command(arguments: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         where = error.ctx.command_path if error.ctx else PROGRAM
-        return _fail(f"{error.format_message().rstrip('.?')}; see `{where} --help`", 2)
+        message = error.format_message().rstrip(".?").replace(". Did you mean", "; did you mean")
+        return _fail(f"{message}; see `{where} --help`", 2)
     except RaytuneFtError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -1,17 +1,73 @@
-"""What a run is given, checked and tokenised before anything is spent."""
+"""What is found out and checked before a run starts and before anything is spent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.load import choose_strategy, expand_env, memory_decides
+from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.rundir import cache_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
 
 Tell = Callable[[str], None]
+
+
+@contextmanager
+def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config, str]]:
+    """The resolved config, and the reason for its strategy.
+
+    Where RAY_ADDRESS names a cluster, this process joins it for as long as the context lasts: the
+    cluster decides whether there are several nodes and how much memory a worker has. `usable`
+    (bytes) replaces the measured memory of a worker.
+    """
+    with ExitStack() as stack:
+        several = False
+        joined = joins_cluster(written)
+        if joined:
+            from raytune_ft.ray_backend.cluster import connected, node_count
+
+            stack.enter_context(connected())
+            several = node_count() > 1
+        shortage = _shortage(written, joined, usable)
+        config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
+        yield config, choose_strategy(written, shortage)[1]
+
+
+def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
+    """Why a whole copy of the model does not fit on a worker; None where it fits, or where the
+    strategy does not depend on that.
+    """
+    if not memory_decides(written) or written.parallel.replicas > 1:
+        return None
+    from raytune_ft.estimate.hardware import worker_memory
+    from raytune_ft.estimate.memory import shortage
+
+    parallel = written.parallel
+    if usable is None and joined:
+        from raytune_ft.ray_backend.memory import cluster_worker_memory
+
+        usable = cluster_worker_memory(parallel.resources_per_worker)
+    elif usable is None:
+        usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
+    return shortage(expand_env(written), usable)
+
+
+def joins_cluster(config: Config) -> bool:
+    """Whether the run trains on a cluster that exists already."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local" and needs_ray(config)
+
+
+def needs_ray(config: Config) -> bool:
+    """Whether Ray starts the processes that train: for a search and for several workers."""
+    return config.search is not None or not STRATEGIES[choose_strategy(config)[0]].one_process
 
 
 def prepare(config: Config, tell: Tell) -> PreparedData:

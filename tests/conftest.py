@@ -1,4 +1,4 @@
-"""Fixtures that every kind of test may use."""
+"""Fixtures that every kind of test may use, and the order of the tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,32 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+FIRST = ("distributed", "ray", "nodes", "e2e")
+"""Folders with the longest files. They begin first, so that no process ends with one alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    folders = [TESTS / name for name in FIRST]
+    return next((n for n, folder in enumerate(folders) if folder in item.path.parents), len(FIRST))
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real data sets and a real pretrained model, which are no part of the repository."""
-    directory = Path(os.environ.get("RAYTUNE_FT_SHARED", ROOT.parent / "shared"))
+    directory = Path(os.environ.get("RAYTUNE_FT_SHARED", TESTS.parents[1] / "shared"))
     if not (directory / "data").is_dir():
         pytest.skip(f"no real data at {directory}; set RAYTUNE_FT_SHARED")
     return directory
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny Llama and a file of rows, for tests that change neither."""
+    from tests.support.runs import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))

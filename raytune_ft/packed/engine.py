@@ -52,8 +52,8 @@ from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
     build_engine,
     build_objective,
+    build_run_state,
     check_vocabulary,
-    open_run,
     plain_order,
 )
 from raytune_ft.train.spec import RunSpec
@@ -278,7 +278,7 @@ class PackedEngine:
         exporter = Exporter(adapter.model, torch.float32)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            run = open_run(
+            run = build_run_state(
                 spec,
                 self._data,
                 holder,

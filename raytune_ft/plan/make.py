@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytune_ft.app import joins_cluster, placed
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.preflight import prepare
+from raytune_ft.preflight import joins_cluster, placed, prepare
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:

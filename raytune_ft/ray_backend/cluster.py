@@ -18,28 +18,30 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError
 
 TRAIN_DEFAULTS = {
-    # The controller looks at its workers 4 times a second: an empty run ends, and an evaluation
-    # reaches the scheduler, up to 2 s earlier than with Ray's default of 2 s.
+    # The controller polls its workers 4 times a second instead of every 2 s (Ray's default), so
+    # that the end of a run and its evaluations arrive up to 2 s earlier.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # Runs keep their own directory, so nobody has to be moved into Ray's.
+    # A run writes into its own directory; workers need not change into Ray's.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 LOCAL_DEFAULTS = {
-    # One process less for each worker group: nobody takes this machine away piece by piece.
+    # One process less for each worker group: a cluster of one machine has no preemption.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+Nodes = Sequence[Mapping[str, float]]
+"""The resources of each node, such as {"CPU": 8.0, "GPU": 1.0}."""
 END_S = 3.0
-"""What a process of Ray's may take to end when its cluster is gone."""
+"""How long a process of Ray may take to end after its cluster has ended."""
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
-"""Seconds for the checkpoint of a run that is interrupted, 30 by default."""
+"""Seconds for the last checkpoint of an interrupted run; 30 by default."""
 
 
 def stop_grace_s() -> float:
     """How long an interrupted run waits for its last checkpoint.
 
     Raises:
-        ConfigError: the variable is no number of seconds.
+        ConfigError: the variable is not a number of seconds.
     """
     written = os.environ.get(STOP_GRACE, "30")
     try:
@@ -47,13 +49,15 @@ def stop_grace_s() -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ConfigError(f"{STOP_GRACE}={written}", "is no number of seconds", "write 30")
+        raise ConfigError(
+            f"{STOP_GRACE}={written}", "is not a number of seconds", "write one, such as 30"
+        )
     return seconds
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Use the cluster that this process has joined already, or join one and leave it again."""
+    """Use the cluster that this process has joined; else join one and leave it at the end."""
     if ray.is_initialized():
         set_train_defaults()
         yield
@@ -66,11 +70,11 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Leave the cluster; one that was started here is gone, to its last process.
+    """Leave the cluster. One that was started here ends with all of its processes.
 
-    A worker of Ray's that has said goodbye to its cluster may wait for ever for a lock of its own
-    while it ends (its publisher is destroyed together with the scheduler that it posts to). Nobody
-    knows it any more, and it would keep its memory.
+    A Ray worker that has disconnected from its cluster can deadlock while it exits (its publisher
+    is destroyed together with the scheduler that it posts to). The cluster no longer knows it, and
+    it would keep its memory, so it is killed here.
     """
     started = [process for process in psutil.Process().children(recursive=True) if _is_ray(process)]
     ray.shutdown()
@@ -80,7 +84,7 @@ def leave() -> None:
 
 
 def _is_ray(process: psutil.Process) -> bool:
-    """Ray names its workers so, whatever they run."""
+    """Whether Ray started it as a worker: Ray sets the process title of all of them."""
     try:
         return "".join(process.cmdline()[:1]).startswith("ray::")
     except psutil.Error:
@@ -91,10 +95,10 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """Join the cluster at `address`, at RAY_ADDRESS or around this Ray job; else start a local one.
 
     The local one ends with this process, has no dashboard and listens on loopback. `num_cpus`
-    is what it claims to have, by default what the machine has.
+    is the number of CPUs that it offers, by default those of the machine.
 
     Raises:
-        ClusterError: nobody answers at the address.
+        ClusterError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else None)
     set_train_defaults()
@@ -105,9 +109,9 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"address={address}",
-                f"is no cluster that can be joined ({str(error).splitlines()[0]})",
-                "start one with `ray start --head`, export RAY_AUTH_MODE=token if it wants one, "
-                "or unset RAY_ADDRESS to use this machine",
+                f"cannot be joined ({str(error).splitlines()[0]})",
+                "start a cluster there with `ray start --head`, export RAY_AUTH_MODE=token if it "
+                "requires a token, or unset RAY_ADDRESS to use this machine",
             ) from error
         return
     for name, value in LOCAL_DEFAULTS.items():
@@ -118,10 +122,10 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that is started inside has the address 127.0.0.1, and its servers bind to that alone.
+    """A Ray cluster that is started inside has the address 127.0.0.1, and binds only to that.
 
-    This is Ray's own switch for macOS and Windows. An address that is passed to `ray.init` does
-    not do: Ray replaces a loopback address by the machine's, and then listens everywhere.
+    This is Ray's own switch for macOS and Windows. Passing the address to `ray.init` would not be
+    enough: Ray replaces a loopback address by the machine's, and then listens on all interfaces.
     """
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -137,10 +141,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def set_train_defaults(others: Mapping[str, str] | None = None) -> None:
-    """Ray Train reads these in the process that calls `fit` and hands them on to its actors.
+    """Set what Ray Train reads in the process that calls `fit` and hands on to its actors.
 
-    `others` is what `train_environment` said in the driver, for a process that calls `fit` in
-    its stead.
+    `others`: the driver's `train_environment`, in a trial's process, which calls `fit` for it.
     """
     for name, value in {**TRAIN_DEFAULTS, **(others or {})}.items():
         os.environ.setdefault(name, value)
@@ -148,7 +151,7 @@ def set_train_defaults(others: Mapping[str, str] | None = None) -> None:
 
 
 def train_environment() -> dict[str, str]:
-    """What steers Ray Train, and how long it may take to stop, in this process."""
+    """The environment variables of this process that Ray Train and `stop_grace_s` read."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -156,14 +159,7 @@ def train_environment() -> dict[str, str]:
     }
 
 
-def bundles_that_fit(resources_per_worker: Mapping[str, float], workers: int) -> int:
-    """How many whole groups of `workers` the alive nodes hold, if nobody else used them."""
-    return whole_groups(_alive_nodes(), resources_per_worker, workers)
-
-
-def whole_groups(
-    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
-) -> int:
+def whole_groups(nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int) -> int:
     """Groups of `workers` that fit on nodes with these resources; a worker is never split.
 
     Ray packs a group onto as few nodes as it can and spreads it where it must, so that groups
@@ -171,8 +167,8 @@ def whole_groups(
     """
     need = {name: amount for name, amount in resources_per_worker.items() if amount > 0}
     if not need:
-        raise ValueError("a worker that needs nothing fits without end")
-    # The small term keeps 0.3 / 0.1 from being 2.
+        raise ValueError("a worker that needs no resources fits any number of times")
+    # 1e-6, because int(0.3 / 0.1) is 2 in floating point.
     singles = sum(
         min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
         for node in nodes
@@ -180,22 +176,22 @@ def whole_groups(
     return singles // workers
 
 
-def require_capacity(parallel: ParallelConfig) -> int:
-    """How many runs or trials fit at a time; refused where not even one does.
+def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> int:
+    """How many runs or trials fit at a time on `nodes`, by default those of the cluster.
 
-    An elastic one is counted with its most workers; where not even one such group fits, there is
-    room for one that is smaller.
+    An elastic run is counted with its largest number of workers. Where not even one run of that
+    size fits, but one of the smallest size does, the answer is 1.
 
     Raises:
-        ClusterError: the cluster cannot hold one group of the fewest workers.
+        ClusterError: the cluster cannot hold one run with the fewest workers.
     """
+    nodes = alive_nodes() if nodes is None else nodes
     resources, workers = parallel.resources_per_worker, parallel.min_workers
-    groups = bundles_that_fit(resources, parallel.max_workers)
+    groups = whole_groups(nodes, resources, parallel.max_workers)
     if groups > 0:
         return groups
-    if bundles_that_fit(resources, workers) > 0:
+    if whole_groups(nodes, resources, workers) > 0:
         return 1
-    nodes = _alive_nodes()
     need = {name: amount for name, amount in resources.items() if amount > 0}
     shown = ", ".join(f"{name}: {_number(amount)}" for name, amount in need.items())
     lacking = [
@@ -219,11 +215,12 @@ def require_capacity(parallel: ParallelConfig) -> int:
 
 
 def node_count() -> int:
-    """Alive nodes of the cluster."""
-    return len(_alive_nodes())
+    """The number of alive nodes of the cluster."""
+    return len(alive_nodes())
 
 
-def _alive_nodes() -> list[dict[str, float]]:
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each alive node."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 

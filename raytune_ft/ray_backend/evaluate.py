@@ -1,4 +1,4 @@
-"""Several models measured at a time, by actors of the Ray cluster that this process has joined."""
+"""Evaluates several models at the same time, in actors of the joined Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 
 
 class Evaluator:
-    """One model in a process of its own, with as many threads as it reserves CPUs."""
+    """Evaluates one model in a process of its own, with one thread for each reserved CPU."""
 
     def measure(self, job: Job, threads: int) -> Measured | RaytuneFtError:
-        """See `run_job`; errors of ours come back as values, since Ray would wrap them."""
+        """`run_job`; a RaytuneFtError is returned, because Ray would wrap a raised one."""
         torch.set_num_threads(threads)
         try:
             return run_job(job)
@@ -31,10 +31,13 @@ def joined() -> bool:
 
 
 def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
-    """What `run_job` gives for each job, in order. An actor has what a worker of training has.
+    """The results of `run_job` for each job, in order.
+
+    Each actor reserves `parallel.resources_per_worker`.
 
     Raises:
-        RunFailed: an actor was lost. And what `run_job` raises.
+        RunFailed: an actor was lost.
+        RaytuneFtError: as `run_job` raises it.
     """
     cpus = parallel.resources_per_worker.get("CPU", 1.0)
     others = {k: v for k, v in parallel.resources_per_worker.items() if k not in ("CPU", "GPU")}
@@ -44,7 +47,7 @@ def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]
         "resources": others,
     }
     remote: Any = ray.remote(Evaluator).options(**place)
-    actors = [remote.remote() for _ in jobs]  # Ray starts as many at a time as it has room for
+    actors = [remote.remote() for _ in jobs]  # Ray starts as many as fit
     waiting = {
         actor.measure.remote(job, max(1, int(cpus))): number
         for number, (actor, job) in enumerate(zip(actors, jobs, strict=True))
@@ -55,7 +58,7 @@ def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             number = waiting.pop(done)
             results[number] = ray.get(done)
-            ray.kill(actors[number])  # makes room for one that waits
+            ray.kill(actors[number])  # frees its resources for a waiting actor
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise RunFailed(f"an evaluation was lost: {reason}") from error

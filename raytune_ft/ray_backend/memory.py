@@ -1,21 +1,19 @@
-"""What workers find on the joined cluster: nodes, accelerators, memory."""
+"""Nodes, accelerators and memory that workers get on the joined cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import ray
-
 from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
-from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.ray_backend.cluster import Nodes, alive_nodes, whole_groups
 
 _TYPE = "accelerator_type:"
 
 
 @dataclass(frozen=True)
 class Room:
-    """`usable` bytes a worker and the name of the accelerator are None where nobody knows."""
+    """A worker's memory (`usable`, bytes) and accelerator are None where they are unknown."""
 
     nodes: int
     per_node: int
@@ -24,8 +22,8 @@ class Room:
 
 
 def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Room:
-    """For so many workers, as Ray would place them."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    """What `workers` workers get, as Ray would place them."""
+    nodes = alive_nodes()
     usable = least_memory(nodes, resources_per_worker)
     accelerator = None
     if resources_per_worker.get("GPU", 0.0) > 0:
@@ -34,11 +32,11 @@ def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Roo
 
 
 def packed(
-    nodes: Sequence[Mapping[str, float]], resources_per_worker: Mapping[str, float], workers: int
+    nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int
 ) -> tuple[int, int]:
-    """Nodes that a group takes, and its workers on each: Ray takes as few nodes as it can.
+    """(nodes that a group takes, workers on each); Ray takes as few nodes as possible.
 
-    Where the cluster is too small, there are more nodes like its largest.
+    Where the cluster is too small, more nodes like its largest are assumed.
     """
     room = sorted((whole_groups([n], resources_per_worker, 1) for n in nodes), reverse=True)
     most = room[0] if room and room[0] > 0 else workers
@@ -50,16 +48,16 @@ def packed(
 
 
 def cluster_worker_memory(resources_per_worker: Mapping[str, float]) -> int | None:
-    """The least that a worker has on any node that can hold one; None where nobody knows."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return least_memory(nodes, resources_per_worker)
+    """The least bytes that a worker has on a node that can hold one; None where unknown."""
+    return least_memory(alive_nodes(), resources_per_worker)
 
 
 def least_memory(
     nodes: Iterable[Mapping[str, float]], resources_per_worker: Mapping[str, float]
 ) -> int | None:
-    """Of nodes with these resources. Ray says of a GPU what type it is, and of a node how much
-    memory its tasks may have.
+    """As `cluster_worker_memory`, for these nodes.
+
+    Ray names the type of a node's GPUs, and the memory that tasks on a node may use.
     """
     gpus, cpus = (resources_per_worker.get(name, 0.0) for name in ("GPU", "CPU"))
     found: list[int | None] = []

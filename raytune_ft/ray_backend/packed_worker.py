@@ -1,4 +1,4 @@
-"""A worker of an engine: it trains the trials that hold its slots, until no more will come."""
+"""A worker of an engine: it trains the trials in its slots until no more trials will come."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raytune_ft.strategy import Strategy
 
 IDLE_S = 1.0
-"""Between two beats of an engine that waits for trials."""
+"""How long an engine without trials waits for a command before it loops."""
 
 
 def engine_worker(payload: dict[str, Any]) -> str:
@@ -64,41 +64,41 @@ def engine_worker(payload: dict[str, Any]) -> str:
                 work.do(command)
             if work.specs:
                 work.advance()
-        # Not where this rank fails: what it would wait for, others may never write.
+        # Not after an exception: `close` waits for the other ranks, which may never arrive.
         engine.close()
     return "interrupted" if interrupted else "completed"
 
 
 class _Desk:
-    """The engine's line to the board: rank 0 talks, and all ranks do the same."""
+    """Calls to the board. Rank 0 makes them and all ranks get the answers."""
 
     def __init__(self, board: Any, name: str, strategy: Strategy) -> None:
         self._board, self._name, self._strategy = board, name, strategy
         self._asked: Any = None
 
     def slots_before(self) -> int | None:
-        """Those of an engine of this name that was lost, whose trials need them again."""
+        """Slots of the lost engine of this name, whose trials continue here; None without one."""
         found: int | None = None
         if self._strategy.rank == 0:
             found = ray.get(self._board.slots_of.remote(self._name))
         return self._strategy.agree(found)
 
     def begin(self, slots: int) -> list[RunSpec]:
-        """Trials that an engine which was lost has left behind."""
+        """Announce the engine; returns the trials of a lost engine of this name."""
         held: list[RunSpec] = []
         if self._strategy.rank == 0:
             held = ray.get(self._board.begin.remote(self._name, slots))
         return self._strategy.agree(held)
 
     def any_rank(self, vote: bool) -> bool:
-        """Does some rank say yes?"""
+        """Whether `vote` is true on any rank."""
         import torch
 
         votes = torch.tensor([float(vote)], device=self._strategy.device)
         return self._strategy.sum(votes).item() > 0
 
     def commands(self, wait: bool) -> list[Command]:
-        """What has come; without `wait`, without a delay."""
+        """New commands; with `wait`, waits up to `IDLE_S` for them."""
         found: list[Command] = []
         if self._strategy.rank == 0:
             self._asked = self._asked or self._board.commands.remote(self._name, 60.0)
@@ -108,25 +108,25 @@ class _Desk:
         return self._strategy.agree(found)
 
     def post(self, run: str, event: dict[str, Any]) -> None:
-        """To a trial."""
+        """Send a message to a trial."""
         if self._strategy.rank == 0:
             self._board.post.remote(run, event)
 
     def refuse(self, spec: RunSpec, error: InputError) -> None:
-        """A trial that cannot be trained has failed, and holds no slot."""
+        """Fail a trial that cannot be trained, and free its slot."""
         if self._strategy.rank == 0:
             end_run(spec, failed_result(spec, error))
         self.post(spec.run_dir.name, {"ended": error})
         self.gone(spec.run_dir.name)
 
     def gone(self, run: str) -> None:
-        """A slot is free."""
+        """Free the slot of a trial."""
         if self._strategy.rank == 0:
             ray.get(self._board.gone.remote(run))
 
 
 class _Work:
-    """What the engine is asked, done."""
+    """Applies commands to the engine and keeps the specs of its trials."""
 
     def __init__(self, engine: PackedEngine, desk: _Desk) -> None:
         self._engine, self._desk = engine, desk
@@ -139,14 +139,14 @@ class _Work:
                 self.enter(spec)
             case Leave(run, status):
                 path = next((path for path in self.specs if path.name == run), None)
-                if path is not None:  # else it has ended meanwhile
+                if path is not None:  # None: it has ended already
                     self._engine.leave(path, status)
                     self._forget(path)
             case Finish():
                 self.finished = True
 
     def enter(self, spec: RunSpec) -> None:
-        """A trial that cannot be trained fails, and nobody else."""
+        """Let a trial in. One that cannot be trained fails alone."""
         run = spec.run_dir.name
         try:
             self._engine.enter(spec, _ToTrial(partial(self._desk.post, run)))
@@ -161,7 +161,7 @@ class _Work:
             self._forget(path)
 
     def interrupt(self) -> None:
-        """Every trial saves; they stay this engine's, which starts again."""
+        """Save every trial. They stay assigned to this engine, which will be restarted."""
         for path in list(self.specs):
             self._engine.leave(path, "interrupted")
 
@@ -171,14 +171,12 @@ class _Work:
 
 
 class _ToTrial:
-    """A `Reporter` of one slot."""
+    """The `Reporter` of one slot: evaluations go to the trial's process, and from it to Tune."""
 
     def __init__(self, post: Callable[[dict[str, Any]], None]) -> None:
         self._post = post
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Nothing."""
+    def step(self, metrics: StepMetrics) -> None: ...
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """To the trial's process, and by it to Tune."""
         self._post({"report": {**plain_of(metrics), "checkpoint": checkpoint}})

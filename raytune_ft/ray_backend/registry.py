@@ -1,11 +1,11 @@
-"""The line between a run's worker group and whoever started it.
+"""The connection between the worker group of a run and the process that started it.
 
-Ray Train tells its caller nothing between `fit()` and its return, hands out no handle to stop
-with, and leaves placement groups behind where a controller dies (ray issues 54305, 62753). So the
-controller of each run registers itself, its workers and its placement group on a switchboard, an
-actor of the driver, which outlives runs and trials; whoever has to can then end all of it.
+Ray Train reports nothing between the call of `fit()` and its return, offers no handle to stop a
+run, and leaves placement groups behind when a controller dies (ray issues 54305, 62753). So the
+controller of each run registers itself, its workers and its placement group with an actor of the
+driver, which outlives runs and trials. Through that actor, any process can end the run.
 
-This module imports nothing of ray.train, since the actor's process has to import it too.
+The process of the actor imports this module too, so it does not import ray.train.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ class Report:
 
 @dataclass(frozen=True)
 class Note:
-    """Something for people to read."""
+    """A line for people to read."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The run is over and nothing of it is left on the cluster."""
+    """The run has ended and holds nothing on the cluster."""
 
     error: RaytuneFtError | None
 
 
 class StopRequested(Exception):
-    """Everybody was told to stop."""
+    """The sweep stops."""
 
 
 class Job(Protocol):
-    """A run that trains somewhere else, from `start` to `stop`."""
+    """The handle of a run that trains in other processes, from `start` to `stop`."""
 
     def start(self) -> None:
-        """Wait for a free place, then begin.
+        """Wait for a free slot, then begin.
 
         Raises:
-            StopRequested: before there was one.
+            StopRequested: the sweep stopped before a slot was free.
         """
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
-        """The next thing that happened, in order; None when nothing did for `timeout_s`.
+        """The next message, in order; None when none came within `timeout_s`.
 
         Raises:
-            StopRequested: nothing more will be listened to; call `stop`.
+            StopRequested: the sweep stops; call `wind_down` or `stop`.
         """
 
     def wind_down(self, grace_s: float) -> None:
-        """Ask the run to save and to leave, and wait for that, but no longer than `grace_s`."""
+        """Ask the run to save and to leave, and wait for that, at most `grace_s`."""
 
     def stop(self) -> None:
-        """End it wherever it is; returns when its place is free."""
+        """End the run; returns when its slot is free."""
 
 
 @dataclass

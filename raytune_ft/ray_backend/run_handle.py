@@ -1,4 +1,4 @@
-"""One run on a worker group: start it, hear from it, end it, read what it left."""
+"""One run on a worker group: start it, receive its reports, end it, read its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
-from raytune_ft.ray_backend.registry import Ended, Note, Report, StopRequested, start_switchboard
+from raytune_ft.ray_backend.registry import (
+    Ended,
+    Job,
+    Note,
+    Report,
+    StopRequested,
+    start_switchboard,
+)
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
@@ -33,19 +40,48 @@ from raytune_ft.train.watchdog import (
 
 REGISTER_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0
-"""For a worker's main thread, which does nothing but answer."""
+"""For a worker's main thread, which only answers such calls; training has a thread of its own."""
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
+Ask = Callable[[list[Any], Callable[[], Any]], tuple[list[Any], int]]
+
+
+def ask_workers(workers: list[Any], question: Callable[[], Any]) -> tuple[list[Any], int]:
+    """Call `question` on the main thread of each worker.
+
+    Returns the answers of those that answer within `ANSWER_TIMEOUT_S`, and the number of those
+    that neither answered nor died.
+    """
+    asked = [worker.execute.remote(question) for worker in workers]
+    if not asked:
+        return [], 0
+    ready, silent = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+    answers = []
+    for each in ready:
+        with contextlib.suppress(RayError):
+            answers.append(ray.get(each))
+    return answers, len(silent)
 
 
 class TrainJob:
     """A worker group in the background of this process; see `Job`.
 
-    `worker` is what its workers run, with `more` beside the run itself.
+    Its workers run `worker`, whose payload is the run and `more`. `train` blocks until the group
+    is gone, `ask` calls a function on the workers, `end` ends the group.
     """
 
-    def __init__(self, spec: RunSpec, switchboard: Any, worker: Worker, **more: Any) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        switchboard: Any,
+        worker: Worker,
+        more: dict[str, Any] | None = None,
+        train: Callable[..., None] = train_group,
+        ask: Ask = ask_workers,
+        end: Callable[[str, Any], None] = end_group,
+    ) -> None:
         self.spec = spec
-        self._worker, self._more = worker, more
+        self._worker, self._more = worker, more or {}
+        self._train, self._ask, self._end_group = train, ask, end
         # Ray resumes a run whose name it knows; ours resume from their own checkpoints.
         self._name = f"{spec.run_dir.name}-{uuid.uuid4().hex[:8]}"
         self._switchboard = switchboard
@@ -56,7 +92,6 @@ class TrainJob:
         self._silent: set[int] = set()  # its ranks that said they hang
 
     def start(self) -> None:
-        """See `Job`."""
         (self.spec.run_dir / RESULT).unlink(missing_ok=True)
         owner = self.spec.run_dir.name
         if not ray.get(self._switchboard.open.remote(self._name, owner)):
@@ -64,7 +99,6 @@ class TrainJob:
         self._thread.start()
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
-        """See `Job`."""
         if not self._pending:
             over = not self._thread.is_alive()
             events, stopping = ray.get(self._switchboard.take.remote(self._name, timeout_s))
@@ -81,31 +115,30 @@ class TrainJob:
         return self._pending.pop(0) if self._pending else None
 
     def wind_down(self, grace_s: float) -> None:
-        """See `Job`.
+        """Ask the run to save and to leave; wait for that, at most `grace_s`. `stop` must follow.
 
-        Returns early where there is nothing to save, which every worker that lives has to say: one
-        that does not answer at once may be in the middle of a checkpoint. `stop` is still to be
-        called.
+        Returns early if every living worker answers that it has nothing to save. A worker that
+        does not answer at once may be writing a checkpoint, so it is waited for.
         """
         deadline = time.monotonic() + grace_s
         while self._thread.is_alive() and time.monotonic() < deadline:
             workers = ray.get(self._switchboard.end.remote(self._name)).workers
-            answers, silent = _ask(workers, ask_to_stop)
+            answers, silent = self._ask(workers, ask_to_stop)
             if not silent and not any(answers):
                 return
             self._thread.join(timeout=0.5)
 
     def stop(self) -> None:
-        """End the workers wherever they are; returns when they and their reservation are gone."""
+        """End the workers; return when they and their placement groups are gone."""
         if self._thread.ident is None:
             return
         deadline = time.monotonic() + REGISTER_TIMEOUT_S
         while self._thread.is_alive() and time.monotonic() < deadline:
-            # A controller that is only just starting cannot be stopped yet.
+            # A controller that is still starting cannot be stopped yet.
             if ray.get(self._switchboard.group.remote(self._name)).controller is not None:
                 break
             time.sleep(0.1)
-        end_group(self._name, self._switchboard)
+        self._end_group(self._name, self._switchboard)
         self._thread.join(timeout=10)
 
     def _heard(self, event: dict[str, Any]) -> list[Report | Note]:
@@ -129,9 +162,9 @@ class TrainJob:
         return []
 
     def _ask_who_hangs(self, first: Standing) -> str:
-        """Every rank's stack goes to `hang.log`; the line that says who is behind."""
+        """Write the stack of every rank to `hang.log`; return the line that names who is behind."""
         workers = ray.get(self._switchboard.group.remote(self._name)).workers
-        heard, _ = _ask(workers, standing)
+        heard, _ = self._ask(workers, standing)
         answers = {each.rank: each for each in heard if each is not None}
         told = list({**answers, first.rank: first}.values())
         timeout_s = self.spec.config.parallel.hang_timeout_s
@@ -147,7 +180,7 @@ class TrainJob:
 
     def _fit(self) -> None:
         try:
-            train_group(self.spec, self._name, self._switchboard, self._worker, self._more)
+            self._train(self.spec, self._name, self._switchboard, self._worker, self._more)
         except (TrainingFailedError, RayError, RuntimeError, OSError, ValueError) as error:
             self._error = error
         finally:
@@ -155,69 +188,64 @@ class TrainJob:
                 self._switchboard.post.remote(self._name, {"ended": True})
 
 
-def _ask(workers: list[Any], question: Callable[[], Any]) -> tuple[list[Any], int]:
-    """What the main threads of these workers answer, and how many neither do nor are dead."""
-    asked = [worker.execute.remote(question) for worker in workers]
-    if not asked:
-        return [], 0
-    ready, silent = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
-    answers = []
-    for each in ready:
-        with contextlib.suppress(RayError):
-            answers.append(ray.get(each))
-    return answers, len(silent)
-
-
 def fit(
     spec: RunSpec,
     on_evaluation: OnEvaluation | None = None,
     tell: Callable[[str], None] | None = None,
+    worker: Worker = train_worker,
 ) -> RunResult:
     """Train `spec` on a group of Ray Train workers, from its newest checkpoint if there is one.
 
-    A worker that is lost or hangs is replaced, together with its group, up to
-    `parallel.max_failures` times; an elastic group goes on with those that are left. `tell` hears
-    of that. SIGINT and SIGTERM make a checkpoint first, within `stop_grace_s`; a second one does
-    not wait for it. A run that failed by itself (a loss that is not finite, for one) is not tried
-    again: its status is "failed" and the result says why.
+    When a worker is lost or hangs, the whole group is restarted, up to `parallel.max_failures`
+    times; an elastic group restarts with the workers that are left. `tell` gets a line for each
+    start. SIGINT and SIGTERM write a checkpoint first, within `stop_grace_s`; a second signal ends
+    the run without waiting for it. A run that failed by itself, such as by a loss that is not
+    finite, is not tried again: its status is "failed" and the result says why.
 
     Raises:
-        InputError: the cluster cannot hold the fewest workers, or they found the input to be wrong.
-        RunFailed: the workers died for good; `result.json` says so too.
+        InputError: the cluster cannot hold the fewest workers, or a worker refused the input.
+        RunFailed: workers died more often than allowed; `result.json` has the reason.
         Interrupted: SIGINT or SIGTERM; the workers are gone and the run can be resumed.
     """
     grace_s = stop_grace_s()
     with connected():
         require_capacity(spec.config.parallel)
-        job = TrainJob(spec, start_switchboard(slots=1), train_worker)
-        with interruptible() as interrupted:
-            ended = None
+        job = TrainJob(spec, start_switchboard(slots=1), worker)
+        return run_to_end(job, spec, grace_s, on_evaluation, tell or (lambda line: None))
+
+
+def run_to_end(
+    job: Job,
+    spec: RunSpec,
+    grace_s: float,
+    on_evaluation: OnEvaluation | None,
+    tell: Callable[[str], None],
+) -> RunResult:
+    """Start a run, pass on what it reports, and end it; see `fit`."""
+    with interruptible() as interrupted:
+        ended = None
+        try:
+            job.start()
+            ended = _listen(job, on_evaluation, tell, interrupted)
+            if ended is None:
+                job.wind_down(grace_s)
+        except (KeyboardInterrupt, SystemExit):
+            if not interrupted.is_set():
+                raise  # else it is the second signal: end without waiting for a checkpoint
+        finally:
             try:
-                job.start()
-                ended = _listen(job, on_evaluation, tell or _nobody, interrupted)
-                if ended is None:
-                    job.wind_down(grace_s)
-            except (KeyboardInterrupt, SystemExit):
-                if not interrupted.is_set():
-                    raise  # else the second signal, which does not wait
-            finally:
-                try:
-                    job.stop()
-                finally:  # whatever comes while the workers go
-                    if interrupted.is_set() and ended is None:
-                        end_run(spec, "interrupted")
+                job.stop()
+            finally:  # also if another signal comes while the workers end
+                if interrupted.is_set() and ended is None:
+                    end_run(spec, "interrupted")
     result = left_by_workers(spec, ended.error if ended else None)
     if result.status == "interrupted":
         raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
     return result
 
 
-def _nobody(line: str) -> None:
-    """Hears nothing."""
-
-
 def _listen(
-    job: TrainJob,
+    job: Job,
     on_evaluation: OnEvaluation | None,
     tell: Callable[[str], None],
     interrupted: threading.Event,

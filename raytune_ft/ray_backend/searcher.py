@@ -1,7 +1,7 @@
-"""Optuna behind Ray Tune: which trial comes next, and what Optuna is told of it.
+"""Connects Optuna to Ray Tune: which trial comes next, and how it ended.
 
-Ray's own OptunaSearch tells Optuna that a trial stopped by ASHA is complete, leaves one with a
-NaN running for ever, and merges sweeps that share a storage; so this asks and tells by itself.
+Ray's OptunaSearch is not used: it reports a trial that ASHA stopped as complete, never ends a trial
+with a NaN, and merges sweeps that share a storage.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ Prepare = Callable[[str, dict[str, Any]], int]
 
 
 class OfThisProcess:
-    """Tune copies and pickles what it is given, for a restore that we do not use.
-
-    A copy is the thing itself, and a pickle of it is nothing at all.
-    """
+    """Is neither copied nor pickled. Tune does both, for a restore that is not used here."""
 
     def __copy__(self) -> Self:
         return self
@@ -50,11 +47,11 @@ class OfThisProcess:
 
 
 class StudySearcher(OfThisProcess, Searcher):
-    """Hands out trials: first the ones that an earlier driver left unfinished, then new ones.
+    """Hands out trials: first the unfinished ones of an earlier driver, then new ones.
 
-    `prepare` makes a trial's directory and says how many examples it will see; a ConfigError of
-    it fails that trial, and the next one is drawn. Nothing is drawn while `held` is true, and
-    nothing any more once `over` is.
+    `prepare` makes a trial's directory and returns the examples that it will see; if it raises
+    ConfigError, that trial fails and the next one is drawn. While `held` is true, no trial is
+    drawn; once `over` is true, no further trial is.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class StudySearcher(OfThisProcess, Searcher):
         self._unfinished = unfinished(study)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; `FINISHED` after the last one, None for nothing at the moment."""
+        """The next trial; `FINISHED` after the last one, None while the sweep is held."""
         if self._held():
             return None
         while (number := self._next()) is not None:
@@ -93,8 +90,10 @@ class StudySearcher(OfThisProcess, Searcher):
         return str(Searcher.FINISHED)
 
     def _next(self) -> int | None:
-        """An earlier driver's trial: it may have died while it drew, and a trial without a value
-        would run with that of the config file. Else a new one.
+        """The number of an unfinished trial of an earlier driver, else of a new one; None: none.
+
+        An unfinished trial is drawn to its end: its driver may have died between two values, and
+        a value that is missing would silently be that of the config file.
         """
         if self._over():
             return None
@@ -107,15 +106,14 @@ class StudySearcher(OfThisProcess, Searcher):
         return number
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """An evaluation on the way."""
         report(self._study, self._numbers[trial_id], result, self.metric)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The end of a trial: by itself, with an outcome, or because the scheduler stopped it.
+        """The end of a trial: with an outcome of its own, or because the scheduler stopped it.
 
-        Of an error, the callback that sees its cause tells the study.
+        Errors are recorded by `Reports.on_trial_error`, which knows their cause.
         """
         number = self._numbers[trial_id]
         if error or result is None:
@@ -131,7 +129,7 @@ class StudySearcher(OfThisProcess, Searcher):
             self._study.tell(trial, state=TrialState.PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its storage already."""
+        """Does nothing: the study is in its storage already."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing; see `save`."""
+        """Does nothing; see `save`."""

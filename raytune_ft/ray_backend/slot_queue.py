@@ -229,7 +229,6 @@ class SlotBoard:
 
 
 def start_board() -> Any:
-    """See `start_beside_driver`."""
     return start_beside_driver(SlotBoard)
 
 
@@ -242,13 +241,11 @@ class SlotJob:
         self._pending: list[Report | Note | Ended] = []
 
     def start(self) -> None:
-        """See `Job`."""
         (self._spec.run_dir / RESULT).unlink(missing_ok=True)
         if not ray.get(self._board.enter.remote(self._run, self._spec)):
             raise StopRequested
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
-        """See `Job`."""
         if not self._pending:
             events, stopping = ray.get(self._board.take.remote(self._run, timeout_s))
             if stopping:
@@ -257,7 +254,6 @@ class SlotJob:
         return self._pending.pop(0) if self._pending else None
 
     def wind_down(self, grace_s: float) -> None:
-        """See `Job`."""
         ray.get(self._board.leave.remote(self._run, "interrupted", grace_s))
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: Ray Tune drives the trials, Optuna draws them, ASHA stops them, files remember them."""
+"""A sweep: Optuna draws the trials, Ray Tune runs them, the scheduler stops the weak ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ TUNE_SETTINGS = {
 
 @contextmanager
 def tune_storage() -> Iterator[str]:
-    """Tune's own notes, pickles among them: nothing is ever read from them again."""
+    """A temporary directory for Tune's own files, which are not read again."""
     path = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
         yield path
@@ -89,7 +89,7 @@ def tune_storage() -> Iterator[str]:
 
 @contextmanager
 def settings_of_tune() -> Iterator[None]:
-    """Tune reads its settings from the environment."""
+    """Sets the environment variables from which Tune reads its settings."""
     before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
     os.environ.update(TUNE_SETTINGS)
     level = logging.getLogger("ray.tune").level
@@ -105,8 +105,9 @@ def settings_of_tune() -> Iterator[None]:
 
 
 class StopAtBudget(OfThisProcess, tune.Stopper, tune.Callback):
-    """Stops a running trial at its next report once the budget is used up; `remember` keeps what
-    was spent. That no new trial begins is the searcher's.
+    """Stops a running trial at its next report once the budget is used up.
+
+    `remember` saves what was spent. The searcher sees to it that no new trial begins.
     """
 
     def __init__(self, spending: Spending, remember: Callable[[], None]) -> None:
@@ -114,58 +115,62 @@ class StopAtBudget(OfThisProcess, tune.Stopper, tune.Callback):
         self._names: dict[str, str] = {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the trial that reports is to stop; one that ends by itself does that anyway."""
+        """Whether the trial that reports shall stop; False for one that has just ended."""
         self._spending.trained(self._names[trial_id], int(result.get("examples", 0)))
         self._remember()
         return not result.get("done") and self._spending.over() is not None
 
     def stop_all(self) -> bool:
-        """Never: trials end one by one, with what they have."""
+        """Never: each trial ends at its own next report."""
         return False
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
         self._names[trial.trial_id] = trial.config["trial"]
         self._spending.began(trial.config["trial"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
         self._spending.ended(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
         self._spending.ended(trial.config["trial"])
 
 
 class StopWith(OfThisProcess, tune.Stopper):
-    """Ends the sweep when a signal has come: trials are told to leave, which ends their steps.
+    """Ends the sweep after a signal: trials are asked to save and to leave.
 
-    Tune kills whoever is still there 10 s after it heard of the end. So it hears of it only when no
-    trial holds a place any more, or when the grace for their checkpoints has passed.
+    Tune kills every trial that still runs 10 s after the stopper says "stop". So the stopper says
+    it only when no trial holds workers any more, or when `grace_s` for their checkpoints is over.
     """
 
-    def __init__(self, interrupted: threading.Event, place: Place, grace_s: float) -> None:
-        self._interrupted, self._place, self._grace_s = interrupted, place, grace_s
+    def __init__(
+        self,
+        interrupted: threading.Event,
+        place: Place,
+        grace_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._interrupted, self._place = interrupted, place
+        self._grace_s, self._clock = grace_s, clock
         self._told_at: float | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is stopped for what it reports."""
+        """Never: `stop_all` decides."""
         return False
 
     def stop_all(self) -> bool:
-        """Asked between events."""
+        """Tune asks between events."""
         if not self._interrupted.is_set():
             return False
         if self._told_at is None:
-            self._told_at = time.monotonic()
+            self._told_at = self._clock()
             self._place.stop_everybody()
-        if time.monotonic() - self._told_at > self._grace_s:
+        if self._clock() - self._told_at > self._grace_s:
             return True
         return not self._place.open_runs()
 
 
 class Reports(OfThisProcess, tune.Callback):
-    """From Tune to `progress`."""
+    """Passes what Tune reports on to `progress`, and failures to the study."""
 
     def __init__(
         self,
@@ -179,24 +184,20 @@ class Reports(OfThisProcess, tune.Callback):
         self._after_trial, self._place = after_trial, place
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
         self._progress.started(trial.config["trial"], trial.config["params"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """See `Callback`."""
         if "eval_loss" in result:
             self._progress.reported(trial.config["trial"], result["examples"], result["eval_loss"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See `Callback`."""
         self._finished(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The process that drives the trial died, or has a bug; the study hears of it here.
-
-        It ended nothing that it had started, and others wait for its place.
+        """The process of the trial died or raised: end its run, which others wait for, and record
+        the failure in the study.
         """
         try:
             self._place.give_up(trial.config["trial"])
@@ -215,10 +216,10 @@ class Reports(OfThisProcess, tune.Callback):
 
 
 def _last_line(path: str | None) -> str:
-    """The end of what Tune wrote down of an error: its type and its message."""
+    """Type and message of an error, the last line of the file that Tune wrote about it."""
     text = Path(path).read_text(encoding="utf-8") if path else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"the trial's driver failed: {lines[-1] if lines else 'no reason known'}"[:300]
+    return f"the trial's process failed: {lines[-1] if lines else 'no reason is known'}"[:300]
 
 
 MAKESPAN, GPU_SECONDS = "makespan_s", "gpu_s"
@@ -235,20 +236,20 @@ def run_sweep(
 
     Args:
         config: resolved, `${ENV_NAME}` expanded.
-        sweep_dir: exists, locked by the caller; `config.yaml` in it is what trials inherit, so
-            that a secret is saved as it was written.
-        data_dir: where `PreparedData` lies, on every node.
-        tell: gets lines where there is no terminal.
+        sweep_dir: exists and is locked by the caller. Trials inherit `config.yaml` in it, in which
+            a secret is still `${ENV_NAME}`.
+        data_dir: the directory of `PreparedData`, on every node.
+        tell: gets the progress lines where there is no terminal.
         resume: keep the trials that have ended, continue the others, draw the rest.
 
     Raises:
         ClusterError: the cluster cannot hold one trial.
-        StorageError: the study cannot be opened or is another sweep's.
-        RunFailed: no trial is usable; `result.json` says so too.
-        Interrupted: SIGINT or SIGTERM; likewise, and the sweep can be resumed.
+        StorageError: the study cannot be opened or belongs to another sweep.
+        RunFailed: no trial is usable; `result.json` has that status.
+        Interrupted: SIGINT or SIGTERM; `result.json` has that status, and a resume continues.
     """
     assert config.search is not None
-    stop_grace_s()  # refused now if it is to be refused
+    stop_grace_s()  # raises ConfigError before anything starts
     with connected(), interruptible() as interrupted:
         sweep = _Sweep(config, sweep_dir, data_dir, resume)
         sweep.run(tell, interrupted)
@@ -261,7 +262,7 @@ def run_sweep(
 
 
 class _Sweep:
-    """The parts of one sweep, and how they meet."""
+    """One sweep: its study, what its trials share, and what it has spent."""
 
     def __init__(self, config: Config, sweep_dir: Path, data_dir: Path, resume: bool) -> None:
         assert config.search is not None
@@ -295,7 +296,7 @@ class _Sweep:
             _reconcile(self._study, self._search, self._shared)
 
     def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
-        """All trials, to their ends or to an interruption; afterwards nothing is reserved."""
+        """Run all trials until they end or the sweep is interrupted; then nothing is reserved."""
         kept = sum(trial.state.is_finished() for trial in own_trials(self._study))
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
@@ -320,7 +321,7 @@ class _Sweep:
 
     @contextmanager
     def _place(self, trials: int, note: Callable[[str], None]) -> Iterator[tuple[Place, int]]:
-        """Where trials train, and how many of them at a time."""
+        """Where trials train, and how many at a time."""
         shared = self._shared
         if self._execution == "packed":
             found = arrange(shared.config, self._fit, trials, self._fill_pass)
@@ -339,7 +340,7 @@ class _Sweep:
             yield own, concurrent
 
     def write_result(self, interrupted: bool) -> SweepResult:
-        """`result.json`, from the study and from what the trials left."""
+        """Write `result.json` from the study and the results of the trials."""
         trials, base = self._rows(), None
         for row in trials:
             left = self._ended(row)
@@ -356,7 +357,7 @@ class _Sweep:
         return rows(self._study, self._search)
 
     def _ended(self, row: TrialRecord) -> RunResult | None:
-        """The trial's own result; an end that only the study knows of is written now."""
+        """The trial's own result; it is written here where only the study knows how it ended."""
         run_dir = self._shared.sweep_dir / TRIALS / row.id
         left = load_result(run_dir)
         agrees = left is not None and left.status == row.status
@@ -407,7 +408,7 @@ class _Sweep:
         )
 
     def _points(self) -> list[Point]:
-        """The first trials, by what the model's own configuration says of it."""
+        """The first trials, chosen by the type and width of the model."""
         text = load_model_config(self._shared.config.model).get_text_config()
         width = getattr(text, "hidden_size", None)
         return first_points(self._shared.config, str(text.model_type), width)
@@ -423,7 +424,7 @@ class _Sweep:
         return rule
 
     def _prepare(self, trial: str, params: dict[str, Any]) -> int:
-        """A trial's directory with its config; returns its budget in examples."""
+        """Make a trial's directory with its config; returns its budget in examples."""
         trials = self._shared.sweep_dir / TRIALS
         own = apply_params(self._written, params, trial, str(trials))
         (trials / trial).mkdir(parents=True, exist_ok=True)
@@ -431,12 +432,12 @@ class _Sweep:
         return _budget(own, self._train)
 
     def _remember(self) -> None:
-        """Seconds of this driver and of the ones before it, in the study: it may be killed."""
+        """Save the seconds of all drivers so far in the study: this one may be killed."""
         self._study.set_user_attr(MAKESPAN, round(self._elapsed_s(), 3))
         self._study.set_user_attr(GPU_SECONDS, round(self._spending.gpu_s, 3))
 
     def _gpus(self) -> float:
-        """Of one trial; a trial in an engine has a slot's share."""
+        """GPUs of one trial; a packed trial has the share of one slot."""
         parallel = self._shared.config.parallel
         gpus = parallel.max_workers * parallel.resources_per_worker.get("GPU", 0.0)
         if self._execution != "packed":
@@ -449,12 +450,15 @@ class _Sweep:
 
 
 def _budget(config: Config, train: TokenizedSplit) -> int:
-    """Examples that a run sees. Raises ConfigError where its mix leaves a source out."""
+    """Examples that a run sees; ConfigError where a source gets no examples."""
     return total_examples(config.train, pass_length(config.data, train))
 
 
 def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:
-    """Trials at a time where `fit` fit: what is written, but no more; and what to say of it."""
+    """(trials at a time, a note where fewer than `search.max_concurrent` fit).
+
+    `fit` is how many trials the cluster holds at a time.
+    """
     wanted = fit if search.max_concurrent == "auto" else search.max_concurrent
     useful = min(wanted, trial_count(search))
     if useful <= fit:

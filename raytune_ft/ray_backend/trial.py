@@ -1,4 +1,4 @@
-"""One trial as Ray Tune sees it."""
+"""A trial of a sweep: where it trains, its run, and the process that Ray Tune drives."""
 
 from __future__ import annotations
 
@@ -40,44 +40,44 @@ Tell = Callable[[str], None]
 
 
 class Place(Protocol):
-    """What a trial's process and the driver need to know of it; goes to every trial."""
+    """Where trials train: in worker groups of their own, or in slots of engines.
+
+    The driver and the process of every trial have it.
+    """
 
     def job(self, spec: RunSpec) -> Job:
-        """The trial's run, not yet started."""
+        """A handle of the trial's run, which is not started yet."""
 
     def is_stopping(self) -> bool:
-        """Was everybody told to stop?"""
+        """Whether the sweep stops."""
 
     def stop_everybody(self) -> None:
-        """Tell every trial to save and to leave."""
+        """Ask every trial to save and to leave."""
 
     def open_runs(self) -> list[str]:
-        """What trials still hold."""
+        """Runs that still hold workers or slots."""
 
     def give_up(self, trial: str) -> None:
-        """End what a trial has left behind, whose process died.
+        """End the run of a trial whose process died.
 
         Raises:
-            RunFailed: not all of it is gone; it is on its way.
+            RunFailed: some of it is not gone yet.
         """
 
 
 @dataclass(frozen=True)
 class _Board:
-    """What an actor of the driver knows of the trials, whichever actor it is."""
+    """Calls that both actors of the driver, `Switchboard` and `SlotBoard`, answer."""
 
     board: Any
 
     def is_stopping(self) -> bool:
-        """See `Place`."""
         return bool(ray.get(self.board.is_stopping.remote()))
 
     def stop_everybody(self) -> None:
-        """See `Place`."""
         ray.get(self.board.stop_everybody.remote())
 
     def open_runs(self) -> list[str]:
-        """See `Place`."""
         return list(ray.get(self.board.open_runs.remote()))
 
 
@@ -85,20 +85,18 @@ class Groups(_Board):
     """A worker group for each trial; the board is a `Switchboard`."""
 
     def job(self, spec: RunSpec) -> Job:
-        """See `Place`."""
         from raytune_ft.ray_backend.run_handle import TrainJob
         from raytune_ft.ray_backend.worker import train_worker
 
         return TrainJob(spec, self.board, train_worker)
 
     def give_up(self, trial: str) -> None:
-        """See `Place`."""
         from raytune_ft.ray_backend.worker_group import end_groups_of
 
         end_groups_of(trial, self.board)
 
     def close(self, note: Tell) -> None:
-        """The sweep is over; whatever is left of it on the cluster is ended."""
+        """End every run that is left on the cluster, and the actor."""
         from raytune_ft.ray_backend.worker_group import end_group
 
         with suppress(RayError):
@@ -114,17 +112,15 @@ class Slots(_Board):
     """A slot of an engine for each trial; the board is a `SlotBoard`."""
 
     def job(self, spec: RunSpec) -> Job:
-        """See `Place`."""
         return SlotJob(spec, self.board)
 
     def give_up(self, trial: str) -> None:
-        """See `Place`."""
         ray.get(self.board.give_up.remote(trial))
 
 
 @contextmanager
 def groups(concurrent: int, tell: Tell) -> Iterator[Groups]:
-    """So many trials at a time; whatever is left of them at the end is ended."""
+    """Worker groups for `concurrent` trials at a time; on exit, all of them are ended."""
     place = Groups(start_switchboard(concurrent))
     try:
         yield place
@@ -136,10 +132,10 @@ def groups(concurrent: int, tell: Tell) -> Iterator[Groups]:
 def engines(
     config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
 ) -> Iterator[Slots]:
-    """Engines with their slots, until the sweep is over.
+    """Engines with slots for trials, until the context ends.
 
-    Each is a worker group as a run has one. It is started again like one when a worker is lost,
-    with its trials where their last checkpoints were.
+    Each engine is a worker group. When a worker is lost, the group is restarted, and its trials
+    continue from their last checkpoints.
     """
     board, switchboard = start_board(), start_switchboard(arrangement.engines)
     config = config.model_copy(update={"method": arrangement.method})
@@ -170,14 +166,14 @@ def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -
 
 
 def _memory(resources_per_worker: Mapping[str, float]) -> int | None:
-    """For the weights and activations of a worker; None where nobody knows."""
+    """Bytes for the weights and activations of a worker; None where unknown."""
     usable = cluster_worker_memory(resources_per_worker)
     device = "cuda" if resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
     return None if usable is None else usable - PROCESS[device]
 
 
 class _Engine:
-    """A worker group, and a thread of the driver that hears from it."""
+    """An engine's worker group, and a thread of the driver that receives its messages."""
 
     def __init__(
         self, spec: RunSpec, board: Any, switchboard: Any, arrangement: Arrangement
@@ -186,16 +182,14 @@ class _Engine:
         from raytune_ft.ray_backend.run_handle import TrainJob
 
         self._name, self._board = spec.run_dir.name, board
-        self._job = TrainJob(
-            spec,
-            switchboard,
-            engine_worker,
-            board=board,
-            slots=arrangement.slots,
-            rank=arrangement.method.rank,
-            measured=arrangement.measured and arrangement.slots > 1,
-            memory=_memory(spec.config.parallel.resources_per_worker),
-        )
+        more = {
+            "board": board,
+            "slots": arrangement.slots,
+            "rank": arrangement.method.rank,
+            "measured": arrangement.measured and arrangement.slots > 1,
+            "memory": _memory(spec.config.parallel.resources_per_worker),
+        }
+        self._job = TrainJob(spec, switchboard, engine_worker, more)
         self._thread: threading.Thread | None = None
 
     def start(self, tell: Tell) -> None:
@@ -218,7 +212,7 @@ class _Engine:
             ray.get(self._board.engine_ended.remote(self._name, error))
 
     def stop(self) -> None:
-        """It was told to finish, which it does after its pass; else its workers are ended."""
+        """Wait until it has finished its pass, as it was asked to; then end its workers."""
         if self._thread is None:
             return
         self._thread.join(timeout=stop_grace_s())
@@ -227,9 +221,8 @@ class _Engine:
 
 
 def driver_place() -> PlacementGroupFactory:
-    """Where a trial's driver runs: on this node, so that no other one takes trials with it.
-
-    It takes no CPU; one byte of memory, since Tune refuses to ask for nothing at all.
+    """Where the process of a trial runs: on this node, so that the loss of another node ends no
+    trial. It reserves no CPU, and one byte of memory, because Tune refuses an empty request.
     """
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return PlacementGroupFactory([{"CPU": 0, "memory": 1}], bundle_label_selector=[here])
@@ -237,7 +230,7 @@ def driver_place() -> PlacementGroupFactory:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a sweep have in common. `config` is resolved, `${ENV_NAME}` expanded."""
+    """What all trials of a sweep share. `config` is resolved, with `${ENV_NAME}` expanded."""
 
     config: Config
     sweep_dir: Path
@@ -247,39 +240,23 @@ class Shared:
     environment: dict[str, str]
 
 
-class SweepTrial(Trainable):
-    """A trial, whose run trains at a `Place` from its first step on, and leaves it with the trial.
+class TrialRun:
+    """The run of one trial at a `Place`, from its first step to its end."""
 
-    A class and not a function: Tune calls `reset_config` before the actor's next trial and
-    `cleanup` after its last, and both return only when nothing of the trial is left, however it
-    ended. A function that Tune stops leaves its thread, its controller and its workers behind.
-    Each step is one evaluation; training goes on while Tune thinks about it.
-    """
-
-    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
-        """See `Trainable`; `shared` and `place` come by `tune.with_parameters`."""
-        set_train_defaults(shared.environment)
-        self._shared, self._place = shared, place
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this process, so that Ray and torch are loaded once."""
-        self._end()
-        self._begin(new_config)
-        return True
-
-    def cleanup(self) -> None:
-        """See `Trainable`."""
-        self._end()
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._spec = spec_of(self._shared, config["trial"], config["params"])
+    def __init__(
+        self,
+        spec: RunSpec,
+        metrics: Sequence[str],
+        place: Place,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec, self._metrics, self._place, self._clock = spec, metrics, place, clock
         self._job: Job | None = None
         self._over = False
-        self._begun = time.monotonic()
+        self._begun = clock()
 
     def step(self) -> dict[str, Any]:
-        """The next evaluation, or the outcome."""
+        """The next evaluation, or the outcome, as a result for Tune."""
         try:
             if self._job is None:
                 self._job = self._place.job(self._spec)
@@ -291,7 +268,7 @@ class SweepTrial(Trainable):
                 if isinstance(event, Ended):
                     return self._outcome(event.error)
         except StopRequested:
-            self._end(stopping=True)
+            self.end(stopping=True)
             return {"done": True, "interrupted": True}
 
     def _outcome(self, error: RaytuneFtError | None) -> dict[str, Any]:
@@ -301,18 +278,17 @@ class SweepTrial(Trainable):
         except RaytuneFtError as failure:
             line = f"{type(failure).__name__}: {failure}"
             return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
-        return {
-            "done": True,
-            **outcome_of(result, self._metrics()),
-            "wall_s": self._wall_s(),
-        }
+        return {"done": True, **outcome_of(result, self._metrics), "wall_s": self._wall_s()}
 
-    def _end(self, stopping: bool = False) -> None:
+    def end(self, stopping: bool = False) -> None:
+        """End the run if it still trains: it is interrupted where the whole sweep stops (known
+        here with `stopping`), else pruned.
+        """
         if self._job is None:
             return
         stopping = stopping or self._place.is_stopping()
         if stopping and not self._over:
-            # The whole sweep stops. The trial stays unfinished, for the next driver.
+            # The trial stays unfinished, for the next driver.
             self._over = True
             self._job.wind_down(stop_grace_s())
         self._job.stop()
@@ -320,13 +296,43 @@ class SweepTrial(Trainable):
             end_run(self._spec, "pruned")
         self._job, self._over = None, True
 
-    def _metrics(self) -> list[str]:
+    def _wall_s(self) -> float:
+        return round(self._clock() - self._begun, 3)
+
+
+class SweepTrial(Trainable):
+    """The process of a trial, as Tune drives it; see `TrialRun`.
+
+    It is a class and not a function, because Tune calls `reset_config` before the next trial in
+    the same process and `cleanup` after the last one. Both return only when nothing of the trial
+    is left on the cluster, however it ended. A function that Tune stops would leave its thread,
+    its controller and its workers behind. Each step is one evaluation; training goes on while Tune
+    decides about it.
+    """
+
+    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
+        """`shared` and `place` come by `tune.with_parameters`."""
+        set_train_defaults(shared.environment)
+        self._shared, self._place = shared, place
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial takes over this process, so that Ray and torch are loaded once."""
+        self._trial_run.end()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._trial_run.end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
         search = self._shared.config.search
         assert search is not None
-        return search.metrics
+        spec = spec_of(self._shared, config["trial"], config["params"])
+        self._trial_run = TrialRun(spec, search.metrics, self._place)
 
-    def _wall_s(self) -> float:
-        return round(time.monotonic() - self._begun, 3)
+    def step(self) -> dict[str, Any]:
+        return self._trial_run.step()
 
 
 def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
@@ -337,7 +343,7 @@ def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
 
 
 def outcome_of(result: RunResult, metrics: Sequence[str]) -> dict[str, Any]:
-    """How a run ended, for the study: its status, and the metrics of its best by the first."""
+    """How a run ended, for the study: its status, and the `metrics` of its best evaluation."""
     best, final = result.best, result.final
     return {
         "outcome": result.status,

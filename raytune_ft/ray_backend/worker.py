@@ -29,36 +29,35 @@ from raytune_ft.train.watchdog import Heartbeat, Standing
 
 LOOPBACK = "127.0.0.1"
 LAST_WORDS_S = 5.0
-"""Between the report of a hang and the end of the process, for whoever asks the others."""
+"""Between the report of a hang and the end of the process: the driver asks the other ranks."""
 
-# Of this process, which is a worker of one group and then ends. The run is in a thread of it; the
-# main thread answers to Ray, which is how it can be reached while the run is busy or hangs.
+# A worker process belongs to one group and ends with it. The run has a thread of its own; the main
+# thread answers calls from Ray, so that the process can be asked while the run is busy or hangs.
 _stop = threading.Event()
 _heart = Heartbeat()
 
 
 class RayReporter:
-    """Evaluations go to Ray Train, on every rank, since `ray.train.report` is a barrier.
+    """Reports evaluations to Ray Train, on every rank, because `ray.train.report` is a barrier.
 
-    Steps do not: Ray drains one report at a time, and `metrics.jsonl` has them already.
+    Steps are not reported: Ray drains one report at a time, and `metrics.jsonl` has them already.
     """
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Nothing."""
+    def step(self, metrics: StepMetrics) -> None: ...
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-        """The checkpoint is committed before, so that whoever stops the run finds it whole."""
+        """`checkpoint` is complete on disk, so the run may be stopped at once."""
         ray.train.report({**plain_of(metrics), "checkpoint": checkpoint})
 
 
 def ask_to_stop() -> bool:
-    """Save after the current step and leave. False: there is nothing to save yet."""
+    """Ask the run to save after its step and to leave; False where it has nothing to save yet."""
     _stop.set()
     return _heart.watched
 
 
 def heed_sigterm() -> None:
-    """The first SIGTERM asks to stop; Ray would end the process in the middle of a step."""
+    """Make the first SIGTERM a request to stop; Ray would end the process within a step."""
     before = signal.getsignal(signal.SIGTERM)
 
     def request(number: int, frame: object) -> None:
@@ -69,17 +68,17 @@ def heed_sigterm() -> None:
 
 
 def standing() -> Standing | None:
-    """Where the run of this process is; None when it does not train."""
+    """The progress of the run in this process; None while it does not train."""
     return _heart.standing() if _heart.watched else None
 
 
 def _should_stop() -> bool:
-    """Also when a node of the group is drained: Ray tells every worker of the group."""
+    """Whether to save and leave: on request, or because a node of the group is drained."""
     return _stop.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 
 def _tell_of_hang(run: str, switchboard: Any, own: Standing) -> None:
-    """A beat that comes meanwhile saves this process: then the alarm is taken back."""
+    """Report a hang; if the run makes progress within `LAST_WORDS_S`, withdraw the report."""
     print(f"no progress for {own.silent_s:.0f} s\n{own.stacks}", file=sys.stderr, flush=True)
     seen = _heart.at
     try:
@@ -92,13 +91,13 @@ def _tell_of_hang(run: str, switchboard: Any, own: Standing) -> None:
 
 
 def train_worker(payload: dict[str, Any]) -> str:
-    """The function of each worker: threads and devices as reserved, then the run itself.
+    """The function of each worker: use the reserved threads and device, then train.
 
-    Returns how the run ended, of which "interrupted" is not the end where nobody asked for it.
+    Returns the status of the run. "interrupted" without a request to end restarts the group.
     """
     spec: RunSpec = payload["spec"]
     if ray.train.get_context().get_world_rank() == 0:
-        (spec.run_dir / RESULT).unlink(missing_ok=True)  # what an earlier group left
+        (spec.run_dir / RESULT).unlink(missing_ok=True)  # of an earlier group
     use_reserved(spec.config.parallel)
 
     from raytune_ft.train.run import run_training
@@ -108,13 +107,13 @@ def train_worker(payload: dict[str, Any]) -> str:
 
 
 def use_reserved(parallel: ParallelConfig) -> None:
-    """The threads and the device that were reserved for this worker; loads torch."""
+    """Use the threads and the device that Ray reserved for this worker; loads torch."""
     resources = parallel.resources_per_worker
     if not resources.get("GPU", 0):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
     import torch
 
-    # OMP_NUM_THREADS comes too late in a process that was started before it was leased.
+    # Ray may set OMP_NUM_THREADS too late: it starts processes before it leases them to a worker.
     torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
     if torch.cuda.is_available():
         from ray.train.torch import get_device
@@ -123,16 +122,16 @@ def use_reserved(parallel: ParallelConfig) -> None:
 
 
 def host_of(run: str, switchboard: Any) -> Host:
-    """Ray Train as the host of this worker's run."""
+    """The host of this worker's run: stops, hangs and progress go through Ray."""
     return Host(_should_stop, partial(_tell_of_hang, run, switchboard), _heart)
 
 
 @dataclass
 class ProcessGroupConfig(BackendConfig):
-    """Ray's TorchConfig, less the import of torch in every process that merely unpickles it.
+    """Ray's TorchConfig, without the import of torch in every process that unpickles it.
 
-    Ray's own loads torch into the controller of each run, which takes 1.5 s of a core and stands
-    in the way of the workers' start. Here only the workers load it.
+    Ray's own loads torch into the controller of each run, which takes 1.5 s of CPU time and delays
+    the start of the workers. With this class only the workers load it.
     """
 
     backend: str = "gloo"
@@ -140,21 +139,20 @@ class ProcessGroupConfig(BackendConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """See `BackendConfig`."""
         return ProcessGroupBackend
 
 
 class ProcessGroupBackend(Backend):
-    """Sets up `torch.distributed` between the workers, of which there may be only one.
+    """Sets up `torch.distributed` between the workers; a single worker is a group too.
 
-    Workers on one node meet on loopback, and those on several at the address of rank 0's node:
-    nothing here asks who is calling, so nothing listens where nobody needs it.
+    Workers on one node rendezvous on loopback, workers on several nodes at the address of rank 0's
+    node. The rendezvous has no authentication, so it listens no wider than needed.
     """
 
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:
-        """Called in the controller once the workers are there."""
+        """Called in the controller once the workers have started."""
         one_node = len(set(worker_group.execute(_node_id))) == 1
         meeting = worker_group.execute_single(0, _meet, one_node)
         size = len(worker_group)
@@ -170,7 +168,7 @@ class ProcessGroupBackend(Backend):
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks find each other; `socket` is rank 0's, which listens already."""
+    """Where the ranks rendezvous; `socket` is the file descriptor on which rank 0 listens."""
 
     address: str
     port: int
@@ -185,7 +183,7 @@ def _node_id() -> str:
 def _meet(one_node: bool) -> Meeting:
     address = LOOPBACK if one_node else ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    # A port that was only looked up might be somebody else's by the time torch is loaded.
+    # The socket stays open: a port that is only looked up could be taken while torch loads.
     listener = socket.create_server((address, 0), family=family)
     return Meeting(address, listener.getsockname()[1], listener.detach(), one_node)
 

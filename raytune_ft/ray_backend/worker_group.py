@@ -1,4 +1,4 @@
-"""What the controller of a run tells the switchboard, how a group is ended, why one failed."""
+"""The worker group of a run: its controller, its size, how it is ended, and why one failed."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
 from raytune_ft.train.spec import RunSpec
 
-# A group that cannot start, because a node went away for good, is tried for ten minutes or so.
 START_FAILURES = 10
+"""Starts in a row that may fail, for example because a node is gone: about ten minutes."""
 GROW_AFTER_S = 60.0
-"""Between two looks whether an elastic run can have more workers."""
+"""How often an elastic run looks for more workers."""
 ELASTIC_START_TIMEOUT_S = "20"
-"""An elastic run that waits longer for a worker goes on with one less; else Ray waits 60 s."""
+"""How long an elastic run waits for workers before it asks for one less; Ray waits 60 s."""
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 class _LeanTrainer(DataParallelTrainer):
-    """Two processes less for each run, 1.5 s of a core each, and no torch beside the workers.
+    """Ray's trainer without two helper processes per run, which take 1.5 s of CPU time each.
 
-    There are no Ray Data sets. And the cleaner, which looks its cluster up through the State API
-    and dies where a machine runs two of them, is what the switchboard replaces.
+    Ray Data is not used. The placement group cleaner finds its cluster by the State API, which
+    fails where a machine runs two clusters; the switchboard does its work.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -87,7 +87,9 @@ Worker = Callable[[dict[str, Any]], str]
 def train_group(
     spec: RunSpec, name: str, switchboard: Any, worker: Worker, more: dict[str, Any]
 ) -> None:
-    """Train `spec` as Ray's run `name`, and return when its last worker group is gone.
+    """Train `spec` as Ray's run `name`; return when its last worker group is gone.
+
+    Each worker calls `worker` with the run, its name, the switchboard and `more`.
 
     Raises:
         TrainingFailedError: groups failed more often than `parallel.max_failures`.
@@ -99,7 +101,7 @@ def train_group(
         os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
     resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
     gpu = resources.get("GPU", 0) > 0
-    # Ray's own notes on the run: nothing that anybody reads afterwards.
+    # Ray's own files about the run, which are not read afterwards.
     storage = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
         _LeanTrainer(
@@ -127,45 +129,65 @@ def train_group(
 
 
 def _process_group(config: Config, gpu: bool) -> BackendConfig:
-    """A worker of its own needs none; a group of one does, where its strategy is one of groups."""
+    """None for a strategy of one process; every other needs a group, also for one worker."""
     if STRATEGIES[choose_strategy(config)[0]].one_process:
         return BackendConfig()
-    # A hang is to be found, and told, before a collective gives up by itself.
+    # Longer than the watchdog's time-out, so that a hang is reported before a collective fails.
     timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))
     return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s)
 
 
 WAIT_S = 600.0
-"""For the least number of workers. Then the run ends: Ray tries no start again that was not begun.
+"""How long an elastic run waits for its fewest workers before it fails.
 
-It is more than the 180 s for which Ray keeps the places of a driver that was killed."""
+It is longer than the 180 s for which Ray keeps the resources of a killed driver reserved."""
 LOOK_EVERY_S = 0.5
 VIEW_TIMEOUT_S = 5.0
+"""For Ray's view of the reserved resources."""
+
+
+NodesOf = Callable[[bool], dict[str, dict[str, float]]]
+
+
+def staying_nodes(free: bool) -> dict[str, dict[str, float]]:
+    """Resources by id of the nodes that are alive and not drained: all, or what is `free`."""
+    state = ray._private.state.state
+    leaving = state.get_draining_nodes()
+    totals = state.available_resources_per_node() if free else state.total_resources_per_node()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
-    """Fixed, or ours."""
+    """Ray's own for a fixed number of workers, `Elastic` for a range."""
     return Elastic(config) if config.elasticity_enabled else FixedScalingPolicy(config)
 
 
 class Elastic(ElasticScalingPolicy):
     """As many workers as can start now; one less after each start that timed out.
 
-    A group grows as it moves off a node that is drained: it is asked to save and to leave, which
-    loses nothing, and starts again.
+    A group that can grow, or whose node is drained, is asked to save and to leave, which loses
+    nothing, and starts again.
     """
 
-    def __init__(self, scaling_config: ScalingConfig) -> None:
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        nodes: NodesOf = staying_nodes,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         super().__init__(scaling_config)
+        self._nodes, self._clock, self._sleep = nodes, clock, sleep
         self._asked: int | None = None
         self._lacking_since: float | None = None
         self._looked = 0.0
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """See `ScalingPolicy`.
+        """Start with the workers that fit now, or wait.
 
         Raises:
-            WorkerGroupStartupTimeoutError: too few for too long, which ends the run.
+            WorkerGroupStartupTimeoutError: fewer than the minimum for `WAIT_S`; the run ends.
         """
         self._maybe_send_resource_request()
         possible = self._possible()
@@ -174,35 +196,35 @@ class Elastic(ElasticScalingPolicy):
         if possible >= self.scaling_config.min_workers:
             self._asked, self._lacking_since = possible, None
             return self._get_resize_decision(possible)
-        now = time.monotonic()
+        now = self._clock()
         self._asked = None
         if self._lacking_since is None:
             self._lacking_since = now
         if now - self._lacking_since > WAIT_S:
             raise WorkerGroupStartupTimeoutError(self.scaling_config.min_workers)
-        time.sleep(LOOK_EVERY_S)  # the controller asks again at once
+        self._sleep(LOOK_EVERY_S)  # the controller asks again at once
         return NoopDecision()
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> Any:
-        """See `ScalingPolicy`; never a resize, which would kill the workers."""
+        """Ask workers to leave where more would fit; never a resize, which would kill them."""
         self._maybe_send_resource_request()
-        self._asked, now = None, time.monotonic()
+        self._asked, now = None, self._clock()
         since = max(worker_group_state.start_time, self._looked)
         if now - since < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked = now
         size = worker_group_state.num_workers
-        more = self.scaling_config.max_workers > size and self._fitting(_nodes(free=True)) > 0
-        # While a node drains, a place that is free elsewhere is no more than the one that is lost.
+        more = self.scaling_config.max_workers > size and self._fitting(self._nodes(True)) > 0
+        # While a node drains, a free place elsewhere only replaces the one that will be lost.
         if more and self._possible() > size:
             for worker in worker_group_state.workers:
                 worker.actor.execute.remote(ask_to_stop)
         return NoopDecision()
 
     def _possible(self) -> int:
-        """By a fresh view of the cluster, less what is reserved for other runs of Ray Train."""
+        """Workers that fit, by Ray's current view, without what other runs have reserved."""
         try:
             reserved = ray.get(
                 self._autoscaling_coordinator.get_reserved_resources.remote(
@@ -211,8 +233,8 @@ class Elastic(ElasticScalingPolicy):
                 timeout=VIEW_TIMEOUT_S,
             )
         except RayError:
-            return 0  # asked again
-        staying = _nodes()
+            return 0  # the controller asks again
+        staying = self._nodes(False)
         return self._fitting({node: its for node, its in reserved.items() if node in staying})
 
     def _fitting(self, nodes: dict[str, dict[str, float]]) -> int:
@@ -220,33 +242,24 @@ class Elastic(ElasticScalingPolicy):
         return min(whole_groups(list(nodes.values()), need, 1), self.scaling_config.max_workers)
 
 
-def _nodes(free: bool = False) -> dict[str, dict[str, float]]:
-    """Resources of the nodes that are alive and stay, in all or what nobody has reserved."""
-    state = ray._private.state.state
-    leaving = state.get_draining_nodes()
-    totals = state.available_resources_per_node() if free else state.total_resources_per_node()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
-
-
 ABORT_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 30.0
 
 
 class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
-    """Runs inside the controller of `run`: registers the group, passes on reports and errors."""
+    """Runs in the controller of `run`: registers the group, forwards reports and errors."""
 
     def __init__(self, run: str, switchboard: Any) -> None:
         self._run, self._switchboard = run, switchboard
         self._fatal: RaytuneFtError | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """The handle that can abort the run."""
+        """Registers this controller, which can abort the run."""
         me = ray.get_runtime_context().current_actor
         ray.get(self._switchboard.register.remote(self._run, me, None, []))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """At the first start and at every restart."""
+        """Registers the workers, at the first start and at every restart."""
         state = worker_group.get_worker_group_state()
         group = state.placement_group_handle.placement_group
         workers = [worker.actor for worker in state.workers]
@@ -256,18 +269,18 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         self._switchboard.post.remote(self._run, {"workers": len(workers)})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        """Once every rank has reported; the ranks report the same."""
+        """Forwards a report once every rank has made it; all ranks report the same."""
         self._switchboard.post.remote(self._run, {"report": metrics[0]})
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Remembers an error that would come again, and restarts a group that was moved off.
+        """Remembers an error that a restart would repeat; restarts a group that left by request.
 
-        Workers that saved and left, though nobody asked for the end of the run, were told to by
-        Ray (a node is drained), by a SIGTERM, or to make room for more of them. That is not one
-        of `max_failures`.
+        Workers may save and leave although the run was not asked to end: Ray drains a node, a
+        SIGTERM came, or an elastic group makes room for more workers. Such a restart does not
+        count towards `max_failures`.
 
-        A worker that lost its peer hears of it from torch or from a socket, in these two types,
-        and often before Ray knows. Anything else that was raised comes from the run itself.
+        RuntimeError and OSError are what torch and sockets raise in a worker that has lost a peer,
+        often before Ray knows. Every other exception comes from the run itself.
         """
         statuses = worker_group_status.worker_statuses.values()
         errors = [status.error for status in statuses]
@@ -275,7 +288,7 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
             info = worker_group_status.get_preemption_info() or PreemptionInfo(None, {})
             raise PreemptionError(info)
         if any(isinstance(error, WorkerHealthCheckFailedError) for error in errors):
-            return  # somebody is lost, whatever the others make of it
+            return  # a worker is lost, which explains the errors of the others
         for error in errors:
             if not isinstance(error, UserExceptionWithTraceback):
                 continue
@@ -288,26 +301,41 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         return not ray.get(self._switchboard.is_ending.remote(self._run))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """What is raised here ends the run instead of restarting its workers."""
+        """Raises the remembered error, which ends the run instead of restarting its workers."""
         if self._fatal is not None:
             raise self._fatal
 
 
 class StartsInARow(DefaultFailurePolicy):
-    """Ray's own, but starts that failed are forgotten once a group has run."""
+    """Ray's default policy, except that failed starts are forgotten once a group has run."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """See `FailurePolicy`; an error that is not of a controller is one of a group that ran."""
+        """An error that is not a ControllerError comes from a group that ran."""
         if not isinstance(training_failed_error, ControllerError):
             self._controller_failures = 0
         return super().make_decision(training_failed_error)
 
 
-def end_group(run: str, switchboard: Any) -> None:
+def wait_until_gone(group: Group) -> None:
+    """Return when placement groups and workers are gone; RunFailed after half a minute."""
+    deadline = time.monotonic() + GONE_TIMEOUT_S
+    while any(
+        placement_group_table(each).get("state", "REMOVED") != "REMOVED"
+        for each in group.placement_groups
+    ):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"a placement group was not given back within {GONE_TIMEOUT_S:g} s")
+        time.sleep(0.05)
+    for worker in group.workers:
+        with contextlib.suppress(RayError):
+            ray.get(worker.get_metadata.remote(), timeout=max(0.1, deadline - time.monotonic()))
+
+
+def end_group(run: str, switchboard: Any, wait: Callable[[Group], None] = wait_until_gone) -> None:
     """Abort the controller of `run`; return when its workers and placement groups are gone.
 
-    Safe to call twice, while the group starts, and after its controller died. In any case the
-    run's slot is free afterwards.
+    Safe to call twice, while the group starts, and after its controller died. The run's slot is
+    free afterwards, also where this raises.
 
     Raises:
         RunFailed: they are not gone after half a minute.
@@ -324,38 +352,24 @@ def end_group(run: str, switchboard: Any) -> None:
             remove_placement_group(placement_group)
         for worker in group.workers:
             ray.kill(worker)
-        _wait_until_gone(group)
+        wait(group)
     finally:
-        # What is still reserved then is Ray's to give back; nobody else has to wait for that.
+        # Ray frees later what is still reserved now; other runs do not wait for that.
         ray.get(switchboard.close.remote(run))
 
 
 def end_groups_of(owner: str, switchboard: Any) -> None:
-    """End what `owner` has left behind, whose process died.
+    """End the runs of `owner`, whose process died.
 
     Raises:
-        RunFailed: not all of it is gone; it is on its way.
+        RunFailed: some of it is not gone yet.
     """
     for run in ray.get(switchboard.give_up.remote(owner)):
         end_group(run, switchboard)
 
 
-def _wait_until_gone(group: Group) -> None:
-    deadline = time.monotonic() + GONE_TIMEOUT_S
-    while any(
-        placement_group_table(each).get("state", "REMOVED") != "REMOVED"
-        for each in group.placement_groups
-    ):
-        if time.monotonic() > deadline:
-            raise RunFailed(f"a placement group was not given back within {GONE_TIMEOUT_S:g} s")
-        time.sleep(0.05)
-    for worker in group.workers:
-        with contextlib.suppress(RayError):
-            ray.get(worker.get_metadata.remote(), timeout=max(0.1, deadline - time.monotonic()))
-
-
 def failure_of(error: BaseException) -> RaytuneFtError:
-    """The one-line cause of what Ray raised when a run failed for good."""
+    """The cause of a failed run, as one line, out of the exception that Ray raised."""
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, RaytuneFtError):
@@ -374,11 +388,11 @@ def failure_of(error: BaseException) -> RaytuneFtError:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """From the outermost to the innermost, over the ranks; lost peers before what others say."""
+    """From the outermost to the innermost cause, over all ranks; the innermost comes last."""
     inner: list[BaseException] = []
     failures = getattr(error, "worker_failures", None)
     if failures:
-        # A killed worker is the cause, and what its peers say of the lost connection is not.
+        # Last, a killed worker: it is the cause of the connection errors of its peers.
         ranks = sorted(failures.values(), key=lambda e: isinstance(e, WorkerHealthCheckFailedError))
         inner = [cause for failure in ranks for cause in _causes(failure)]
     elif isinstance(error, UserExceptionWithTraceback):
@@ -400,7 +414,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _death(lines: list[str]) -> str:
-    """Ray's story of a dead actor is long; the sentence with the reason is the one to show."""
+    """The line with the reason, out of Ray's long text about a dead actor."""
     for line in lines:
         if "exited" in line or "killed" in line or "died" in line:
             reason = line

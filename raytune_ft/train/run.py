@@ -24,9 +24,9 @@ from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
     build_engine,
     build_objective,
+    build_run_state,
     check_vocabulary,
     head_of,
-    open_run,
 )
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.stopping import Host, own_host
@@ -83,7 +83,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     engine = build_engine(built, config, strategy, optimizer_of, objective)
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    run = open_run(spec, data, strategy, engine.names, exporter, strategy, reporter, heart, pool)
+    run = build_run_state(
+        spec, data, strategy, engine.names, exporter, strategy, reporter, heart, pool
+    )
     alone = host is None and strategy.world_size == 1
     with closing(run):
         with (

@@ -201,7 +201,7 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
     return None
 
 
-def open_run(
+def build_run_state(
     spec: RunSpec,
     data: PreparedData,
     holder: Holder,

@@ -29,7 +29,6 @@ from tests.support.runs import (
     largest_difference,
     losses,
     make_config,
-    make_inputs,
     run,
 )
 
@@ -105,11 +104,6 @@ def _do_all(inputs: Inputs, jobs: Sequence[Job]) -> None:
             _do(inputs, some)
         else:
             run_in_new_processes(_do, workers, inputs, some)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 class References:

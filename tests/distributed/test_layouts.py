@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.distributed import run_distributed
 from tests.support.models import true_float64
-from tests.support.runs import largest_difference, make_config, make_inputs, run
+from tests.support.runs import largest_difference, make_config, run
 
 METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weights
@@ -37,11 +37,6 @@ GROUPS = [
     ("ddp", 3, CASES),
     ("fsdp", 2, CASES + BFLOAT16),
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

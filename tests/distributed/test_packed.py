@@ -20,7 +20,6 @@ from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_r
 from tests.support.runs import (
     largest_difference,
     make_config,
-    make_inputs,
     metrics,
     write_rows,
 )
@@ -31,11 +30,6 @@ BUDGETS = {"short": 49, "long": 120, "wide": 16 * 5, "late": 60}  # a last step 
 RANKS = 2
 
 Inputs = tuple[Path, Path]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _configs(inputs: Inputs, shared: dict[str, Any]) -> dict[str, Config]:

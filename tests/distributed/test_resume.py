@@ -15,7 +15,6 @@ from tests.support.runs import (
     largest_difference,
     losses,
     make_config,
-    make_inputs,
     metrics,
     run,
 )
@@ -27,11 +26,6 @@ CHANGES = {
     "checkpoint.every_examples": 7 * 3,
     "checkpoint.asynchronous": False,
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _config(inputs: tuple[Path, Path], method: str) -> Config:

@@ -14,7 +14,6 @@ from tests.support.runs import (
     Recorder,
     largest_difference,
     make_config,
-    make_inputs,
     run,
 )
 
@@ -30,11 +29,6 @@ LAYOUTS: list[dict[str, Any]] = [
     {"parallel.workers": 2, "parallel.reshard_after_forward": False},
     {"parallel.workers": 2, "parallel.offload": "all"},
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

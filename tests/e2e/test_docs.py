@@ -1,17 +1,16 @@
-"""The documentation is true: its configs load, its commands run, its messages are printed.
+"""The documentation is true: its configs load and its commands run.
 
-A page is one session in an empty directory that holds `jobs/` and a few small files. Its blocks are
-run from top to bottom on 60 rows instead of the whole data set. A sweep is checked by `plan` and
-stood in for by one run and its promotion, which leave the same directory without a cluster.
+A page is one session in an empty directory that holds `jobs/` and a few small files. In `make test`
+every config and every command line of every page is checked, and the blocks of the pages that train
+little are run; `make test-slow` runs those of all pages, with sweeps on a local Ray cluster. Runs
+see 60 rows instead of the whole data set.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,25 @@ from raytune_ft.config.data import FORMATS
 from raytune_ft.config.load import load_config
 from raytune_ft.config.merging import MERGES
 from raytune_ft.config.search import SCHEDULERS
+from tests.e2e.test_bad_inputs import refused, write_bad_files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
-ROW = re.compile(r"^\| (`+)(raytune-ft .*?)\1 \| (`+)(.*?) ?\3 \|$", re.M)
+REFUSAL = re.compile(r"^\$ (raytune-ft .*)\nerror: (\S+)", re.M)
 COMMAND = re.compile(r"raytune-ft (\w+) ?(.*)|.* python jobs/(\w+)\.py (.*)")
+NOT_RUN = {
+    r"make \w+": "a target of the Makefile, which must exist; it would run for minutes",
+    r"pip install -c constraints\.txt \.": "installs this checkout, which runs the test already",
+    r"export (RAYTUNE_FT_STORAGE|RAY_ADDRESS|RAY_AUTH_MODE)=\S+": "of a cluster that is not here",
+    r"ray start --head": "a cluster that outlives the test; tests/e2e/test_ray_job.py has one",
+    r"ray get-auth-token --generate '>' /dev/null": "writes into the home directory",
+}
+"""Patterns of the other lines that a page may hold, with the reason why they are not run."""
+STARTS = ("train", "sweep", "evaluate", "promote", "export")
+"""Commands that compute for seconds."""
 BASE: dict[str, Any] = {"name": "fragment", "data": {"train": {"path": "train.jsonl"}}}
 SPACE = {"train.lr": {"log_uniform": [1e-5, 1e-3]}}
 COLUMNS = "prompt: instruction, completion: response"
@@ -58,18 +68,7 @@ pytestmark = pytest.mark.e2e
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current directory of a page."""
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    rows = ROWS.read_text().splitlines(keepends=True)
-    (tmp_path / "short.jsonl").write_text("".join(rows[:60]))
-    bad = [json.dumps({"instruction": f"row {n}", "response": "x"}) for n in range(40)]
-    bad[3] = json.dumps({"instruction": "row 3", "response": ""})
-    bad[7] = json.dumps({"instruction": "row 7", "response": 7})
-    (tmp_path / "bad.jsonl").write_text("\n".join(bad))
-    (tmp_path / "empty.jsonl").touch()
-    alone = {"messages": [{"role": "user", "content": "Is anybody here?"}]}
-    (tmp_path / "monologue.jsonl").write_text(json.dumps(alone) + "\n")
-    labelled = [{"text": f"text {n}", "label": ["up", "down"][n % 2]} for n in range(8)]
-    (tmp_path / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
+    write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("DB_PASSWORD", "RAY_ADDRESS", "RAYTUNE_FT_STORAGE"):
         monkeypatch.delenv(name, raising=False)
@@ -83,9 +82,48 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         each.update(before)  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+def _commands(page: Path) -> list[str]:
+    """Every line of the page's bash blocks, without comments."""
+    return [
+        shlex.join(words)
+        for language, text in BLOCK.findall(page.read_text())
+        if language == "bash"
+        for line in text.replace("\\\n", " ").splitlines()
+        if (words := shlex.split(line, comments=True))
+    ]
+
+
+def _marked(page: Path) -> Any:
+    started = [line for line in _commands(page) if line.split()[1:2] and line.split()[1] in STARTS]
+    sweeps = any(" sweep " in line for line in started)
+    marks = [pytest.mark.timeout(1800)]
+    if sweeps or len(started) > 1:
+        marks.append(pytest.mark.slow)
+    if sweeps:
+        marks.append(pytest.mark.ray)
+    return pytest.param(page, marks=marks, id=page.name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks(page: Path, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_load_and_command_lines_parse(page: Path, session: Path) -> None:
+    for language, text in BLOCK.findall(page.read_text()):
+        if language == "yaml":
+            _load(text, session)
+        else:
+            known = ("bash", "python", "text")
+            assert language in known, f"a block of {language} in {page.name} is not tested"
+    for line in _commands(page):
+        if (found := _parsed(line)) is None:
+            continue
+        command, arguments, _ = found
+        overrides = [word for word in arguments[1:] if "=" in word]
+        if command in ("plan", "train", "sweep"):
+            load_config(Path(arguments[0]), [*overrides, *HERE])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("page", [_marked(page) for page in PAGES])
+def test_blocks_run(page: Path, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for language, text in BLOCK.findall(page.read_text()):
         if language == "yaml":
             _load(text, session)
@@ -93,9 +131,8 @@ def test_blocks(page: Path, session: Path, capsys: pytest.CaptureFixture[str]) -
             exec(compile(text, f"{page.name}:python", "exec"), {})
         elif language == "bash":
             for line in text.replace("\\\n", " ").splitlines():
-                _run(line, capsys)
-        else:
-            assert language == "text", f"a block of {language} in {page.name} is not tested"
+                if words := shlex.split(line, comments=True):
+                    _run(shlex.join(words), capsys)
 
 
 def _load(text: str, folder: Path) -> None:
@@ -121,85 +158,54 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **inner}
 
 
-def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line, comments=True)
-    for target in words[1:] if words[:1] == ["make"] else ():
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), line
-    found = COMMAND.fullmatch(shlex.join(words))
+def _parsed(line: str) -> tuple[str, list[str], bool] | None:
+    """Name and arguments of a command of ours, and whether a Ray job runs it; None for a line of
+    `NOT_RUN`. Fails for every other line.
+    """
+    found = COMMAND.fullmatch(line)
     if found is None:
-        assert words[:1] != ["raytune-ft"], line
-        return
+        assert any(re.fullmatch(pattern, line) for pattern in NOT_RUN), f"not tested: {line}"
+        if line.startswith("make "):
+            target = line.split()[1]
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), line
+        return None
     command = found[1] or found[3]
     arguments = shlex.split(found[2] or found[4] or "")
-    _parse(command, arguments)
     if found[3]:
         assert (ROOT / "jobs" / f"{command}.py").is_file()
-    if command in ("plan", "sweep") or (found[3] and command != "promote"):
-        _succeed("plan", *[word for word in arguments if word != "--resume"], *HERE)
-    if found[3] or command == "plan":
-        return
-    if command == "sweep":
-        _succeed("train", *arguments, *SHRUNK)
-        run = next(Path("runs").glob(_name(arguments)), None)
-        if run is not None and not (run / "promoted").exists():
-            _succeed("promote", str(run))
-    elif command in ("train", "evaluate"):
-        _succeed(command, *arguments, *SHRUNK)
-    else:
-        _succeed(command, *arguments)
-    assert capsys.readouterr().err == "", line
-
-
-def _parse(command: str, arguments: list[str]) -> None:
-    """Options and arguments are those of the command; raises a usage error."""
     group: Any = typer.main.get_command(app)
-    _, found, rest = group.resolve_command(group.make_context("raytune-ft", []), [command])
+    _, known, rest = group.resolve_command(group.make_context("raytune-ft", []), [command])
     assert rest == []
-    found.make_context(command, list(arguments))
+    known.make_context(command, list(arguments))  # raises a usage error
+    return command, arguments, bool(found[3])
+
+
+def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command of ours; one that a Ray job runs is planned, a sweep is planned and run."""
+    if (found := _parsed(line)) is None:
+        return
+    command, arguments, in_a_job = found
+    if command in ("plan", "sweep") or (in_a_job and command == "train"):
+        _succeed("plan", *[word for word in arguments if word != "--resume"], *HERE)
+    if in_a_job or command == "plan":
+        return
+    small = SHRUNK if command in ("train", "sweep", "evaluate") else []
+    # The grace period of a scheduler is longer than a run of 60 rows.
+    _succeed(command, *arguments, *small, *["search.scheduler=null"] * (command == "sweep"))
+    assert capsys.readouterr().err == "", line
 
 
 def _succeed(*arguments: str) -> None:
     assert run_command(arguments) == 0, shlex.join(arguments)
 
 
-def _name(arguments: list[str]) -> str:
-    return next((word[5:] for word in arguments if word.startswith("name=")), "quickstart")
-
-
-def test_every_message_is_printed(
-    session: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _succeed("train", "jobs/quickstart.yaml", "name=first", *SHRUNK)
-    _succeed("promote", "runs/first")
-    sections = (ROOT / "docs" / "errors.md").read_text().split("\n## ")
-    count = 0
-    for section in sections:
-        with monkeypatch.context() as patch:
-            _stage(section.splitlines()[0], patch)
-            for _, command, _, message in ROW.findall(section):
-                count += 1
-                expected = (1 if section.startswith("A run that fails") else 2, message)
-                arguments = shlex.split(command)[1:]
-                if "name=first" in arguments and len(arguments) > 3:
-                    arguments += SHRUNK
-                capsys.readouterr()
-                code = run_command(arguments)
-                printed = capsys.readouterr().err.replace(str(session), "$PWD")
-                assert (code, printed) == (expected[0], f"error: {expected[1]}\n"), command
-    tables = re.findall(r"^\| `+raytune-ft", "\n".join(sections), re.M)
-    assert count == len(tables) > 30
-
-
-def _stage(heading: str, patch: pytest.MonkeyPatch) -> None:
-    """What the heading of a table says of the place."""
-    if heading == "Inside a Ray job":
-        patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    elif heading == "On a cluster of one node with 2 CPUs":
-        from raytune_ft.ray_backend import cluster as ray_cluster
-        from raytune_ft.ray_backend import run_handle as ray_train
-
-        patch.setattr(ray_train, "connected", nullcontext)
-        patch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_refusals_on_the_page_of_errors_begin_with_the_same_key(session: Path) -> None:
+    examples = REFUSAL.findall((ROOT / "docs" / "errors.md").read_text())
+    assert len(examples) > 4
+    for command, key in examples:
+        line = refused(command).replace(str(session), "$PWD")
+        assert line.startswith(f"error: {key}"), command
 
 
 def test_the_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

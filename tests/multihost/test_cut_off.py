@@ -14,7 +14,7 @@ from raytune_ft.config.load import dump_yaml
 from raytune_ft.config.schema import Config
 from tests.multihost.hosts import PORT, Hosts, why_not
 from tests.support.commands import ROOT
-from tests.support.runs import largest_difference, losses, make_config, make_inputs, run
+from tests.support.runs import largest_difference, losses, make_config, run
 
 pytestmark = [pytest.mark.multihost, pytest.mark.timeout(600)]
 METHODS = {"lora": {"name": "lora", "rank": 4}, "full": {"name": "full"}}
@@ -28,11 +28,6 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         pytest.skip(reason)
     with Hosts(Path(tmp_path_factory.mktemp("r")), 3) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

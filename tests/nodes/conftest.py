@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group_table
 
 from raytune_ft.ray_backend.cluster import connect
-from tests.ray.conftest import Inputs
-from tests.support.runs import run
+from tests.ray.conftest import inputs, undisturbed
+
+__all__ = ["inputs", "nodes", "undisturbed"]
 
 
 @dataclass
@@ -78,16 +78,3 @@ def nodes() -> Iterator[Nodes]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-
-
-@pytest.fixture(scope="package")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="package")
-def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in one process, without Ray."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    run(inputs.config(), run_dir)
-    return run_dir

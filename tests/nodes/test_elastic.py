@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from raytune_ft.ray_backend import run_handle as ray_train
-from raytune_ft.ray_backend import worker_group
-from raytune_ft.ray_backend.run_handle import fit
+from raytune_ft.ray_backend import run_handle, worker_group
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.spec import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
@@ -18,15 +17,12 @@ from tests.support.runs import largest_difference, losses
 
 pytestmark = pytest.mark.ray
 
+fit = partial(run_handle.fit, worker=slow_worker)
+"""A run that is slow enough for a node to die or to arrive before its end."""
+
 
 def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
     return RunSpec(inputs.config(**changes), run_dir, inputs.data_dir)
-
-
-@pytest.fixture(autouse=True)
-def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a node dies or arrives before the run is over."""
-    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
 
 
 def test_a_run_goes_on_with_the_workers_that_are_left(

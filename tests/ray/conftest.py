@@ -16,7 +16,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.ray_backend.cluster import connect
-from tests.support.runs import make_config, make_inputs
+from tests.support.runs import make_config, make_inputs, run
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -29,6 +29,14 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="package")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="package")
+def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, without Ray."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    run(inputs.config(), run_dir)
+    return run_dir
 
 
 class Inputs:

@@ -19,17 +19,9 @@ from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.train.result import load_result
 from raytune_ft.train.spec import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left, listening, workers
-from tests.support.runs import largest_difference, losses, run
+from tests.support.runs import largest_difference, losses
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in one process, without Ray."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    run(inputs.config(), run_dir)
-    return run_dir
 
 
 def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:

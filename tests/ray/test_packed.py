@@ -171,7 +171,7 @@ def test_trials_that_end_badly_hurt_nobody_and_others_take_their_slots(
     result = run_sweep(config, sweep_dir, inputs.data_dir, kill_a_driver)
     assert_nothing_left()
     assert killed
-    lost = [row for row in result.trials if "driver failed" in (row.error or "")]
+    lost = [row for row in result.trials if "process failed" in (row.error or "")]
     assert len(lost) == 1
     for row in result.trials:
         own = json.loads((sweep_dir / "trials" / row.id / "result.json").read_text())

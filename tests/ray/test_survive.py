@@ -11,7 +11,6 @@ import pytest
 
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.errors import Interrupted, RunFailed
-from raytune_ft.ray_backend import run_handle as ray_train
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.ray_backend.sweep import run_sweep
 from raytune_ft.records import EvalMetrics
@@ -19,17 +18,9 @@ from raytune_ft.train.result import load_result
 from raytune_ft.train.spec import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left, workers
 from tests.ray.faults import HUNG, slow_worker, worker_that_hangs_once
-from tests.support.runs import largest_difference, losses, run
+from tests.support.runs import largest_difference, losses
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def undisturbed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in one process, without Ray."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    run(inputs.config(), run_dir)
-    return run_dir
 
 
 def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
@@ -38,9 +29,8 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
 
 
 def test_a_hang_is_found_told_and_survived(
-    inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
-    monkeypatch.setattr(ray_train, "train_worker", worker_that_hangs_once)
     spec = spec_of(inputs, tmp_path / "run", parallel__hang_timeout_s=8.0, parallel__max_failures=1)
     lines: list[str] = []
     at: dict[str, float] = {}
@@ -49,7 +39,7 @@ def test_a_hang_is_found_told_and_survived(
         lines.append(line)
         at.setdefault(line, time.time())
 
-    result = fit(spec, tell=tell)
+    result = fit(spec, tell=tell, worker=worker_that_hangs_once)
     assert result.status == "completed"
     began = (spec.run_dir / HUNG).stat().st_mtime
     assert [line for line in lines if line.startswith("training")] == ["training on 2 workers"] * 2
@@ -84,9 +74,8 @@ def test_a_stopped_worker_is_named_and_failures_are_bounded(inputs: Inputs, tmp_
 
 @pytest.mark.slow
 def test_a_worker_that_is_told_to_leave_saves_first(
-    inputs: Inputs, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
-    monkeypatch.setattr(ray_train, "train_worker", slow_worker)
     changes = {"parallel__max_failures": 0, "checkpoint__every_examples": 1000}
     spec = spec_of(inputs, tmp_path / "run", **changes)
     lines: list[str] = []
@@ -104,7 +93,7 @@ def test_a_worker_that_is_told_to_leave_saves_first(
         steps.append(int(saved[-1].name.removeprefix("step-")) if saved else 0)
         steps.append(len(losses(spec.run_dir)) if saved else 0)
 
-    assert fit(spec, terminate, tell).status == "completed"
+    assert fit(spec, terminate, tell, slow_worker).status == "completed"
     assert lines == ["training on 2 workers"] * 2
     assert len(groups[-1] | groups[0]) == 4  # other processes
     assert steps[2] == steps[3] >= 20  # nothing of what was trained is lost

@@ -99,7 +99,7 @@ def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
 
     rows = {row.id: row for row in result.trials}
     assert [row.status for row in result.trials] == ["failed", "completed", "failed", "pruned"]
-    assert "the trial's driver failed" in (rows["trial-000"].error or "")
+    assert "the trial's process failed" in (rows["trial-000"].error or "")
     assert "Diverged" in (rows["trial-002"].error or "")
     assert rows["trial-003"].examples < 277
     assert result.best is not None

@@ -6,54 +6,25 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from raytune_ft import app
-from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
-from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.errors import ClusterError, ConfigError, DataError
+from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
 from raytune_ft.rundir import write_json_atomic
+from raytune_ft.train.report import Silent
 from raytune_ft.train.spec import RunSpec
-from tests.support.runs import make_inputs, write_rows
+from tests.support.runs import write_rows
 
-Command = Callable[..., int]
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    """model, rows.jsonl and test.jsonl."""
-    make_inputs(tmp_path, examples=40)
-    write_rows(tmp_path / "test.jsonl", 10, seed=1)
-    return tmp_path
+Command = Callable[..., None]
+ROOMY, TIGHT = 2**50, 2**20
+"""Bytes of a worker: a copy of the model fits, or does not."""
 
 
-@pytest.fixture
-def command(inputs: Path) -> Command:
-    """Runs a command on a config for the inputs; its exit code."""
-    file = inputs / "config.yaml"
-    file.write_text(
-        f"""
-        name: a
-        storage: {inputs}/runs
-        model: {{path: {inputs}/model}}
-        method: {{rank: 2}}
-        data: {{train: {{path: {inputs}/rows.jsonl}}, test: {{path: {inputs}/test.jsonl}}}}
-        train: {{lr_schedule: constant, max_examples: 80}}
-        search: {{trials: 2, scheduler: null, space: {{train.lr: {{choice: [1e-3, 1e-4]}}}}}}
-        """
-    )
-    return lambda name, *arguments: run_command([name, str(file), *arguments])
-
-
-@pytest.fixture
-def run_dir(inputs: Path) -> Path:
-    return inputs / "runs" / "a"
-
-
-class Work:
+class Work(app.Backend):
     """Stands for training and for search: does all of it, or raises `error`."""
 
     def __init__(self) -> None:
@@ -73,6 +44,9 @@ class Work:
         content = {"status": "completed", "best": None, "trials": []}
         write_json_atomic(spec.run_dir / "result.json", content)
 
+    def promote(self, path: Path, tell: Tell) -> None:  # type: ignore[override]
+        """Nothing was trained."""
+
     def _work(self, spec: RunSpec, amount: int | None) -> None:
         if self.error is not None:
             raise self.error
@@ -82,127 +56,155 @@ class Work:
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    work = Work()
-    monkeypatch.setattr(app, "_run", work.train)
-    monkeypatch.setattr(app, "_search", work.search)
-    monkeypatch.setattr(app, "_promote_once", lambda *_: None)
-    return work
+def work() -> Work:
+    return Work()
 
 
-@pytest.mark.parametrize(
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """rows.jsonl and test.jsonl."""
+    write_rows(tmp_path / "rows.jsonl", 40)
+    write_rows(tmp_path / "test.jsonl", 10, seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def command(inputs: Path, work: Work) -> Command:
+    """Runs `train` or `sweep` on a config for the inputs."""
+    file = inputs / "config.yaml"
+    file.write_text(
+        f"""
+        name: a
+        storage: {inputs}/runs
+        model: {{path: builtin:tiny}}
+        method: {{rank: 2}}
+        data: {{train: {{path: {inputs}/rows.jsonl}}, test: {{path: {inputs}/test.jsonl}}}}
+        train: {{lr_schedule: constant, max_examples: 80}}
+        search: {{trials: 2, scheduler: null, space: {{train.lr: {{choice: [1e-3, 1e-4]}}}}}}
+        """
+    )
+
+    def command(
+        name: str,
+        *overrides: str,
+        resume: bool = False,
+        tell: Tell = lambda line: None,
+        usable: int = ROOMY,
+        backend: app.Backend = work,
+    ) -> None:
+        if name == "train":
+            app.train(file, overrides, resume, tell, lambda total: Silent(), backend, usable)
+        else:
+            app.sweep(file, overrides, resume, tell, backend, usable)
+
+    return command
+
+
+@pytest.fixture
+def run_dir(inputs: Path) -> Path:
+    return inputs / "runs" / "a"
+
+
+MORE = pytest.mark.parametrize(
     ("name", "more"), [("train", "train.max_examples"), ("sweep", "search.trials")]
 )
+
+
+@MORE
 def test_a_larger_budget_that_was_not_trained_is_not_complete(
-    command: Command,
-    work: Work,
-    run_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    more: str,
+    command: Command, work: Work, run_dir: Path, name: str, more: str
 ) -> None:
-    assert command(name) == 0
-    assert command(name, "--resume") == 0
+    command(name)
+    command(name, resume=True)
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def killed_while_preparing(line: str) -> None:
+        if line.startswith("data:"):
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(app, "prepare", killed)
-        assert command(name, f"{more}=160", "--resume") == 130
+    with pytest.raises(KeyboardInterrupt):
+        command(name, f"{more}=160", resume=True, tell=killed_while_preparing)
     work.error = KeyboardInterrupt()  # the next resume gets as far as the work
-    assert command(name, f"{more}=160", "--resume") == 130
+    with pytest.raises(KeyboardInterrupt):
+        command(name, f"{more}=160", resume=True)
     assert not (run_dir / "result.json").exists()
     work.error = None
-    assert command(name, f"{more}=160", "--resume") == 0
-    assert command(name, f"{more}=160", "--resume") == 0
+    command(name, f"{more}=160", resume=True)
+    command(name, f"{more}=160", resume=True)
     assert work.done == [{"train": 80, "sweep": 2}[name], 160]
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [("train", "train.max_examples"), ("sweep", "search.trials")]
-)
+@MORE
 def test_a_larger_budget_that_was_refused_changes_nothing(
     command: Command, work: Work, run_dir: Path, name: str, more: str
 ) -> None:
-    assert command(name) == 0
+    command(name)
     before = (run_dir / "result.json").read_text(), (run_dir / "config.yaml").read_text()
     work.error = ClusterError("parallel.workers=512", "is more than there is", "write 2")
-    assert command(name, f"{more}=160", "--resume") == 2
+    with pytest.raises(ClusterError):
+        command(name, f"{more}=160", resume=True)
     after = (run_dir / "result.json").read_text(), (run_dir / "config.yaml").read_text()
     assert after == before
 
 
-def test_what_only_workers_find_wrong_does_not_use_up_the_name(
-    command: Command,
-    run_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fit(spec: RunSpec, *_: Any) -> RunResult:
+class Refused(Work):
+    """Workers that start, leave files, and find a mistake in the config."""
+
+    def train(self, spec: RunSpec, *_: object) -> RunResult:
         write_json_atomic(spec.run_dir / "result.json", {"status": "failed"})
         (spec.run_dir / "checkpoints").mkdir()
         raise ConfigError("data.packing=true", "would change the numbers", "write auto")
 
-    monkeypatch.setattr("raytune_ft.ray_backend.run_handle.fit", fit)
-    assert command("train", "data.packing=true", "parallel.workers=2") == 2
-    assert capsys.readouterr().err == (
-        "error: data.packing=true would change the numbers; write auto\n"
-    )
+
+def test_what_only_workers_find_wrong_does_not_use_up_the_name(
+    command: Command, run_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.packing=true"):
+        command("train", "data.packing=true", "parallel.workers=2", backend=Refused())
     assert not run_dir.exists()
 
 
 @pytest.mark.parametrize("name", ["train", "sweep"])
 def test_a_resume_keeps_what_auto_chose_by_memory(
-    command: Command, work: Work, run_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    command: Command, run_dir: Path, name: str
 ) -> None:
-    def strategy(lack: str | None, *arguments: str) -> str:
-        monkeypatch.setattr(app, "_shortage", lambda *_: lack)
-        assert command(name, *arguments) == 0
+    def strategy(usable: int, *overrides: str, resume: bool = True) -> str:
+        command(name, *overrides, resume=resume, usable=usable)
         return load_config(run_dir / "config.yaml").parallel.strategy
 
     more = "train.max_examples" if name == "train" else "search.trials"
-    first = strategy("a whole copy is too large", "parallel.workers=2")
-    assert first == "fsdp"
-    assert strategy(None, "parallel.workers=2", f"{more}=160", "--resume") == "fsdp"
-    assert strategy(None, "parallel.workers=4", f"{more}=240", "--resume") == "ddp"
-    written = ("parallel.workers=4", "parallel.strategy=fsdp", f"{more}=320", "--resume")
-    assert strategy(None, *written) == "fsdp"
+    assert strategy(TIGHT, "parallel.workers=2", resume=False) == "fsdp"
+    assert strategy(ROOMY, "parallel.workers=2", f"{more}=160") == "fsdp"
+    assert strategy(ROOMY, "parallel.workers=4", f"{more}=240") == "ddp"
+    written = ("parallel.workers=4", "parallel.strategy=fsdp", f"{more}=320")
+    assert strategy(ROOMY, *written) == "fsdp"
 
 
 @pytest.mark.parametrize("name", ["train", "sweep"])
 def test_a_resume_on_other_data_is_refused(
-    command: Command,
-    work: Work,
-    inputs: Path,
-    run_dir: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
+    command: Command, work: Work, inputs: Path, run_dir: Path, name: str
 ) -> None:
-    assert command(name) == 0
+    command(name)
     (run_dir / "result.json").unlink()  # as if it had been killed
     rows = inputs / "rows.jsonl"
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    assert command(name, "--resume") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: data.train with 38 examples (sha256 ")
-    assert "is not what the run began with, 38 examples (sha256 " in error
+    with pytest.raises(DataError, match=r"^data\.train .*38 examples.* began .*38 examples"):
+        command(name, resume=True)
     assert len(work.done) == 1
 
     rows.write_text("".join(lines))
     shutil.rmtree(inputs / "runs" / ".cache")  # the same rows, tokenised anew
-    assert command(name, "--resume") == 0
+    command(name, resume=True)
     assert len(work.done) == 2
 
 
 def test_data_may_be_mended_before_anything_was_measured(
-    command: Command, work: Work, inputs: Path, run_dir: Path
+    command: Command, inputs: Path, run_dir: Path
 ) -> None:
-    assert command("train") == 0
+    command("train")
     (run_dir / "result.json").unlink()
     (run_dir / "metrics.jsonl").unlink()
     write_rows(inputs / "rows.jsonl", 20, seed=3)
-    assert command("train", "--resume") == 0
+    command("train", resume=True)
     report = json.loads((run_dir / "data.json").read_text())
     assert report["splits"]["train"]["examples"] == 19

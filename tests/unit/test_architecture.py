@@ -77,3 +77,9 @@ def test_ray_is_imported_in_one_package() -> None:
         if any(name == "ray" or name.startswith("ray.") for name in _imports(path))
     }
     assert users == {"ray_backend"}
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    unit = Path(__file__).parent
+    folders = [file.parent.relative_to(unit) for file in unit.rglob("test_*.py")]
+    assert [str(each) for each in folders if not (PACKAGE / each).is_dir()] == []

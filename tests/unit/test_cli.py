@@ -43,7 +43,7 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "No such command 'trian'. Did you mean 'train'; see `raytune-ft --help`"),
+        (["trian"], "No such command 'trian'; did you mean 'train'; see `raytune-ft --help`"),
         (["train"], "Missing argument 'CONFIG'; see `raytune-ft train --help`"),
         (["train", "x.yaml", "--foo"], "No such option: --foo; see `raytune-ft train --help`"),
         (["evaluate", "x"], "Missing option '--config'; see `raytune-ft evaluate --help`"),

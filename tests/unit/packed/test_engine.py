@@ -15,7 +15,6 @@ from tests.support.runs import (
     evaluations,
     largest_difference,
     make_config,
-    make_inputs,
     run,
 )
 
@@ -24,11 +23,6 @@ LAYOUTS: list[dict[str, Any]] = [
     {"data.packing": True},
     {"data.packing": False, "train.micro_tokens": 100},
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _configs(inputs: tuple[Path, Path], shared: dict[str, Any], *names: str) -> dict[str, Config]:

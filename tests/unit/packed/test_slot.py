@@ -22,18 +22,12 @@ from tests.support.runs import (
     largest_difference,
     losses,
     make_config,
-    make_inputs,
     metrics,
     run,
     write_rows,
 )
 
 SHORT = {"train.max_examples": 70, "train.eval_every_examples": 25}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _result(run_dir: Path) -> dict[str, Any]:

@@ -287,6 +287,7 @@ def test_a_broken_best_checkpoint_of_a_run_is_refused(run_dir: Path) -> None:
     assert not (run_dir / "promoted").exists()
 
 
+@pytest.mark.stress
 def test_a_kill_while_promoting_leaves_the_earlier_promotion(run_dir: Path) -> None:
     promote(run_dir)
     first = files(run_dir / "promoted")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.ray_backend.cluster import require_capacity, stop_grace_s, whole_groups
 from raytune_ft.ray_backend.sweep import concurrency
 
 
@@ -47,3 +49,25 @@ def test_a_concurrency_that_does_not_fit_is_lowered_aloud(
     assert concurrency(search, fit)[0] == used
     note = "search.max_concurrent=8 is lowered to 3: no more trials fit at a time"
     assert concurrency(search, fit)[1] == (note if said else None)
+
+
+@pytest.mark.parametrize(
+    ("workers", "groups"), [(1, 5), (2, 2), ([1, 2], 2), ([2, 8], 1), ([5, 6], 1)]
+)
+def test_places_for_runs(workers: int | list[int], groups: int) -> None:
+    nodes = [{"CPU": 2.0}, {"CPU": 3.0}]
+    assert require_capacity(ParallelConfig.model_validate({"workers": workers}), nodes) == groups
+
+
+def test_a_range_that_no_cluster_of_this_size_meets() -> None:
+    with pytest.raises(ClusterError) as raised:
+        require_capacity(ParallelConfig.model_validate({"workers": [3, 4]}), [{"CPU": 2.0}])
+    for word in ("parallel.workers=[3, 4]", "at least 3 CPU", "2 CPU on 1 node", "at most 2"):
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("written", ["soon", "-1", "inf", ""])
+def test_a_grace_that_is_no_number(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTUNE_FT_STOP_GRACE_S", written)
+    with pytest.raises(ConfigError, match="not a number of seconds"):
+        stop_grace_s()

@@ -84,12 +84,11 @@ def test_a_group_that_does_not_go_keeps_no_slot(monkeypatch: pytest.MonkeyPatch)
     def stay(group: Group) -> None:
         raise RunFailed("a placement group was not given back")
 
-    monkeypatch.setattr(ray_group, "_wait_until_gone", stay)
     monkeypatch.setattr(ray_group, "ray", SimpleNamespace(get=lambda value: value))
     board = SimpleNamespace(
         group=SimpleNamespace(remote=lambda run: Group()),
         close=SimpleNamespace(remote=closed.append),
     )
     with pytest.raises(RunFailed, match="not given back"):
-        ray_group.end_group("run-a", board)
+        ray_group.end_group("run-a", board, wait=stay)
     assert closed == ["run-a"]

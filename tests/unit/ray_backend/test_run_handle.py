@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 from raytune_ft.errors import Interrupted
-from raytune_ft.ray_backend import run_handle as ray_train
-from raytune_ft.ray_backend.run_handle import Note, TrainJob, fit
+from raytune_ft.ray_backend.registry import Ended, Note
+from raytune_ft.ray_backend.run_handle import TrainJob, run_to_end
 from raytune_ft.train.result import load_result
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Standing
@@ -28,12 +29,59 @@ def spec(tmp_path: Path) -> RunSpec:
     return RunSpec(config, tmp_path / "run", tmp_path / "data", "eval_loss", "min")
 
 
+class Group:
+    """A worker group that trains until `released`, and then fails; and its switchboard."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.answers: tuple[list[Any], int] = ([], 2)
+        self.asked = 0
+        self.events: list[dict[str, Any]] = []
+
+    def __getattr__(self, method: str) -> Any:
+        replies = {
+            "open": True,
+            "group": SimpleNamespace(workers=["a", "b"], controller="c"),
+            "end": SimpleNamespace(workers=["a", "b"]),
+        }
+        if method not in replies:
+            raise AttributeError(method)
+        return SimpleNamespace(remote=lambda *arguments: replies[method])
+
+    @property
+    def take(self) -> Any:
+        return SimpleNamespace(remote=lambda run, timeout_s: ([self.events.pop(0)], False))
+
+    @property
+    def post(self) -> Any:
+        return SimpleNamespace(remote=lambda run, event: self.events.append(event))
+
+    def train(self, *arguments: object) -> None:
+        self.released.wait(timeout=60)
+        raise RuntimeError("something else")
+
+    def ask(self, workers: list[Any], question: object) -> tuple[list[Any], int]:
+        assert workers == ["a", "b"]
+        self.asked += 1
+        if self.asked == 2:
+            self.released.set()
+        return self.answers
+
+
 @pytest.fixture
-def job(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
-    """One whose switchboard says that there are two workers."""
-    group = SimpleNamespace(remote=lambda run: SimpleNamespace(workers=["a", "b"]))
-    monkeypatch.setattr(ray_train, "ray", SimpleNamespace(get=lambda answer: answer))
-    return TrainJob(spec, SimpleNamespace(end=group, group=group), lambda payload: "")
+def group() -> Iterator[Group]:
+    group = Group()
+    yield group
+    group.released.set()
+
+
+@pytest.fixture
+def job(spec: RunSpec, group: Group, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    end = lambda run, switchboard: group.released.set()  # noqa: E731
+    job = TrainJob(spec, group, lambda payload: "", train=group.train, ask=group.ask, end=end)
+    job.start()
+    return job
 
 
 @pytest.mark.parametrize(
@@ -41,37 +89,33 @@ def job(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
     [(([False, False], 0), False), (([False], 0), False), (([], 1), True), (([True], 0), True)],
 )
 def test_only_workers_that_have_nothing_to_save_are_not_waited_for(
-    answers: tuple[list[bool], int], waits: bool, job: TrainJob, monkeypatch: pytest.MonkeyPatch
+    answers: tuple[list[bool], int], waits: bool, job: TrainJob, group: Group
 ) -> None:
-    monkeypatch.setattr(ray_train, "_ask", lambda workers, question: answers)
-    joined: list[float] = []
-    job._thread = SimpleNamespace(  # type: ignore[assignment]
-        is_alive=lambda: len(joined) < 3, join=lambda timeout: joined.append(timeout)
-    )
+    group.answers = answers
     job.wind_down(1000)
-    assert len(joined) == (3 if waits else 0)
+    assert group.asked == (2 if waits else 1)
+    assert group.released.is_set() is waits
 
 
+@pytest.mark.parametrize("awake", [1, 2])
 def test_a_hang_is_forgotten_when_all_that_hung_are_awake(
-    job: TrainJob, monkeypatch: pytest.MonkeyPatch
+    awake: int, job: TrainJob, group: Group
 ) -> None:
-    def hang(rank: int) -> list[Any]:
-        return list(job._heard({"hang": Standing(rank, 1, "step 1", 0, 1, 9.0, "")}))
-
-    monkeypatch.setattr(ray_train, "_ask", lambda workers, question: ([], 2))
-    job._error = RuntimeError("something else")
-    assert isinstance(hang(0)[0], Note)
-    assert hang(1) == []
-    job._heard({"awake": 0})
-    assert "no progress" in str(job._failure())
-    job._heard({"awake": 1})
-    assert "something else" in str(job._failure())
+    hangs = [{"hang": Standing(rank, 1, "step 1", 0, 1, 9.0, "")} for rank in range(2)]
+    group.events += [*hangs, *({"awake": rank} for rank in range(awake))]
+    assert isinstance(job.next(), Note)
+    for _ in range(1 + awake):
+        assert job.next() is None
+    group.released.set()
+    while not group.events:
+        time.sleep(0.01)
+    ended = job.next()
+    assert isinstance(ended, Ended)
+    assert ("something else" if awake == 2 else "no progress") in str(ended.error)
 
 
 @pytest.mark.parametrize("when", ["next", "wind_down", "stop"])
-def test_a_second_signal_leaves_a_result_too(
-    when: str, spec: RunSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_signal_leaves_a_result_too(when: str, spec: RunSpec) -> None:
     def kill(*arguments: object, **names: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -82,14 +126,11 @@ def test_a_second_signal_leaves_a_result_too(
 
     nothing = {name: lambda *_, **__: None for name in ("start", "wind_down", "stop")}
     steps = {**nothing, "next": kill, when: twice if when == "next" else kill}
-    monkeypatch.setattr(ray_train, "TrainJob", lambda *_: SimpleNamespace(**steps))
-    monkeypatch.setattr(ray_train, "connected", nullcontext)
-    monkeypatch.setattr(ray_train, "require_capacity", lambda parallel: 1)
-    monkeypatch.setattr(ray_train, "start_switchboard", lambda slots: None)
+    job: Any = SimpleNamespace(**steps)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray may have left its own
     try:
         with pytest.raises(KeyboardInterrupt if when == "stop" else Interrupted):
-            fit(spec)
+            run_to_end(job, spec, 30.0, None, lambda line: None)
     finally:
         signal.signal(signal.SIGINT, before)
     result = load_result(spec.run_dir)

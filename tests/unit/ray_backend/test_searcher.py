@@ -184,3 +184,19 @@ def test_a_storage_that_cannot_be_opened_is_the_users_to_mend(tmp_path: Path) ->
     search = search_config(storage=f"sqlite:///{tmp_path}/none/there.db")
     with pytest.raises(StorageError, match=r"search\.storage=sqlite.* cannot be opened"):
         open_study("s", tmp_path, search, False)
+
+
+def test_no_trial_begins_once_it_is_over(tmp_path: Path) -> None:
+    search = SearchConfig.model_validate({"space": {"train.lr": {"uniform": [0, 1]}}})
+    study = open_study("s", tmp_path, search, False)
+    over: list[bool] = []
+    searcher = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
+    assert isinstance(searcher.suggest("a"), dict)
+    over.append(True)
+    assert searcher.suggest("b") == Searcher.FINISHED
+    again = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
+    assert again.suggest("a") == Searcher.FINISHED  # the first one waits for a larger budget
+    over.clear()
+    resumed = again.suggest("a")
+    assert isinstance(resumed, dict)
+    assert resumed["number"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +23,6 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import ClusterError, ConfigError
-from raytune_ft.ray_backend import cluster as ray_cluster
-from raytune_ft.ray_backend import worker_group
-from raytune_ft.ray_backend.cluster import require_capacity, stop_grace_s
 from raytune_ft.ray_backend.worker_group import Elastic, StartsInARow, scaling_policy
 
 LOST = WorkerGroupError("a worker died", {0: RuntimeError()})
@@ -48,10 +44,34 @@ class Policy(Elastic):
         return None if isinstance(decision, NoopDecision) else decision.num_workers
 
 
+@dataclass
+class Clock:
+    """Ten seconds pass with each sleep."""
+
+    now: float = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 10.0
+
+
 @pytest.fixture
-def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
-    monkeypatch.setattr(worker_group, "LOOK_EVERY_S", 0.0)
-    return Policy(ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=0))
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def nodes() -> dict[str, dict[str, float]]:
+    """What is free on each node; a test may change it."""
+    return {"node": {"CPU": 0.0}}
+
+
+@pytest.fixture
+def policy(clock: Clock, nodes: dict[str, dict[str, float]]) -> Policy:
+    config = ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=0)
+    return Policy(config, lambda free: nodes, clock.read, clock.sleep)
 
 
 def running(policy: Policy, size: int) -> list[Any]:
@@ -71,9 +91,7 @@ def test_a_start_that_timed_out_is_tried_with_one_less(policy: Policy) -> None:
     assert policy.start() == 4  # it did run: nothing was wrong with the number
 
 
-def test_too_few_nodes_are_waited_for_but_not_for_ever(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_few_nodes_are_waited_for(policy: Policy) -> None:
     policy.possible = 1
     assert policy.start() is None
     policy.possible = 3
@@ -82,25 +100,17 @@ def test_too_few_nodes_are_waited_for_but_not_for_ever(
 
 @pytest.mark.parametrize("state", [InitializingState(), RestartingState(LOST)])
 def test_a_run_with_too_few_nodes_goes_on_waiting_and_then_fails(
-    state: TrainControllerState, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    state: TrainControllerState, policy: Policy, clock: Clock
 ) -> None:
-    clock = [0.0]
-
-    def sleep(seconds: float) -> None:
-        clock[0] += 10.0
-
-    monkeypatch.setattr(
-        worker_group, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
-    )
     controller = TrainController.__new__(TrainController)
     controller._state, controller._scaling_policy = state, policy
     controller._failure_policy = StartsInARow(FailureConfig(controller_failure_limit=10))
     controller._controller_callback_manager = CallbackManager([])
     controller._generate_run_attempt_id()
     policy.possible = 1
-    while controller.get_state() is state and clock[0] < 10_000:
+    while controller.get_state() is state and clock.now < 10_000:
         asyncio.run(controller._run_control_loop_iteration())
-    assert 600 <= clock[0] < 630
+    assert 600 <= clock.now < 630
     ending = controller.get_state()
     assert isinstance(ending, ShuttingDownState)
     assert isinstance(ending.next_state, ErroredState)
@@ -116,10 +126,8 @@ def test_failed_starts_are_forgotten_once_a_group_has_run() -> None:
 
 
 def test_a_group_leaves_to_grow_only_where_a_worker_fits(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, nodes: dict[str, dict[str, float]]
 ) -> None:
-    nodes = {"node": {"CPU": 0.0}}
-    monkeypatch.setattr(worker_group, "_nodes", lambda **which: nodes)
     assert running(policy, 3) == []
     nodes["node"]["CPU"] = 1.0
     assert len(running(policy, 3)) == 3
@@ -130,30 +138,3 @@ def test_a_group_leaves_to_grow_only_where_a_worker_fits(
 
 def test_a_fixed_number_is_rays_own_policy() -> None:
     assert type(scaling_policy(ScalingConfig(num_workers=2))) is FixedScalingPolicy
-
-
-@pytest.mark.parametrize(
-    ("workers", "groups"), [(1, 5), (2, 2), ([1, 2], 2), ([2, 8], 1), ([5, 6], 1)]
-)
-def test_places_for_runs(
-    workers: int | list[int], groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}, {"CPU": 3.0}])
-    assert require_capacity(ParallelConfig.model_validate({"workers": workers})) == groups
-
-
-def test_a_range_that_no_cluster_of_this_size_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive_nodes", lambda: [{"CPU": 2.0}])
-    with pytest.raises(ClusterError) as raised:
-        require_capacity(ParallelConfig.model_validate({"workers": [3, 4]}))
-    assert str(raised.value) == (
-        "parallel.workers=[3, 4] with {CPU: 1} each needs at least 3 CPU; "
-        "the cluster has 2 CPU on 1 node; write at most 2 workers or add nodes"
-    )
-
-
-@pytest.mark.parametrize("written", ["soon", "-1", "inf", ""])
-def test_a_grace_that_is_no_number(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYTUNE_FT_STOP_GRACE_S", written)
-    with pytest.raises(ConfigError, match="is no number of seconds"):
-        stop_grace_s()

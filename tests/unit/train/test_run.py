@@ -28,11 +28,6 @@ FULL = {"method": {"name": "full"}}
 SHORT = {"train.max_examples": 70, "train.eval_every_examples": 25}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def _read_result(run_dir: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     return content

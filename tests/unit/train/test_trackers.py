@@ -23,14 +23,9 @@ from raytune_ft.train import trackers
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.trackers import identity_of
 from tests.support.mlflow_server import server
-from tests.support.runs import make_config, make_inputs, metrics, run
+from tests.support.runs import make_config, metrics, run
 
 SHORT = {"train.max_examples": 35, "train.eval_every_examples": 14, "data.validation": 0.3}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def trained(

@@ -7,17 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytune_ft.app import placed
 from raytune_ft.config.load import apply_overrides, choose_strategy, load_config, memory_decides
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config, ParallelConfig
-from raytune_ft.errors import ConfigError
-from raytune_ft.estimate import hardware
-from raytune_ft.estimate.hardware import GIB, PROCESS, USABLE, Hardware, named
+from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
 from raytune_ft.estimate.memory import MemoryModel, held_by, shortage, teaching_of
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.model.load import build_frozen
-from raytune_ft.ray_backend.memory import least_memory, packed
+from raytune_ft.preflight import placed
 from raytune_ft.train.distill import teacher_model
 
 ROOT = Path(__file__).parents[3]
@@ -102,53 +99,3 @@ def test_replicas_are_sharded_however_much_fits(
 def test_memory_decides_nothing_else(config: Config, change: dict[str, object]) -> None:
     assert memory_decides(config)
     assert not memory_decides(apply_overrides(config, change))
-
-
-def test_memory_of_a_cluster_is_that_of_its_smallest_fitting_node() -> None:
-    known = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 8.0 * GIB}
-    smaller = {**known, "accelerator_type:A100": 1.0}
-    del smaller["accelerator_type:H100"]
-    gpu = {"CPU": 1.0, "GPU": 1.0}
-    assert least_memory([known], gpu) == int(80 * GIB * USABLE)
-    assert least_memory([known, smaller], gpu) == int(40 * GIB * USABLE)
-    assert least_memory([known, {"CPU": 8.0, "GPU": 1.0}], gpu) is None
-    assert least_memory([known, {"CPU": 8.0, "memory": 1.0}], gpu) == int(80 * GIB * USABLE)
-    assert least_memory([known], {"CPU": 2.0}) == 2 * GIB
-    assert least_memory([], gpu) is None
-    assert least_memory([known], {"CPU": 1.0, "GPU": 0.5}) == int(40 * GIB * USABLE)
-    assert least_memory([known], {"CPU": 1.0, "GPU": 2.0}) == int(80 * GIB * USABLE)
-
-
-def test_a_group_takes_as_few_nodes_as_it_can() -> None:
-    large, small, each = {"CPU": 8.0}, {"CPU": 2.0}, {"CPU": 1.0}
-    assert packed([small, large], each, 8) == (1, 8)
-    assert packed([small, large], each, 10) == (2, 5)
-    assert packed([large, large], {"CPU": 2.0}, 6) == (2, 3)
-    assert packed([large, {"GPU": 1.0}], each, 32) == (4, 8)  # more than there is
-    assert packed([], each, 4) == (1, 4)
-
-
-def test_workers_may_share_an_accelerator() -> None:
-    whole = named("H100", 1, 8, "bfloat16")
-    half = whole.shared(0.5)
-    assert (half.memory, half.tflops) == (40 * GIB, whole.tflops / 2)
-    assert half.usable == pytest.approx(40 * GIB * USABLE, abs=1)
-    assert whole.shared(2.0) == whole
-
-
-def test_accelerators_are_known_by_name() -> None:
-    found = named("h100", 2, 8, "bfloat16")
-    assert (found.name, found.nodes, found.per_node) == ("H100", 2, 8)
-    assert found.memory == 80 * GIB
-    assert named("A10G", 1, 8, "bfloat16").memory == 22.5 * GIB  # without what ECC takes
-    with pytest.raises(
-        ConfigError, match=r"--accelerator=A100 is unknown; write A100-40G or A100-80G"
-    ):
-        named("A100", 1, 8, "bfloat16")
-
-
-def test_memory_of_this_machine_is_shared_by_its_workers() -> None:
-    alone, shared = hardware.worker_memory(1, 0.0), hardware.worker_memory(4, 0.0)
-    assert alone is not None
-    assert shared is not None
-    assert alone // 4 == pytest.approx(shared, abs=1)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.tune.search import Searcher
 
-from raytune_ft.config.search import BudgetConfig, SearchConfig
-from raytune_ft.ray_backend.searcher import StudySearcher
-from raytune_ft.ray_backend.sweep import StopAtBudget
+from raytune_ft.config.search import BudgetConfig
 from raytune_ft.search.results import Spending
-from raytune_ft.search.study import open_study
 
 
 def spending(clock: list[float], gpu_s: float = 0.0, **budget: Any) -> Spending:
@@ -54,36 +48,6 @@ def test_no_budget_is_never_used_up() -> None:
     spent = spending([1e12])
     spent.trained("a", 10**12)
     assert spent.over() is None
-
-
-def test_running_trials_stop_at_their_next_report() -> None:
-    kept: list[int] = []
-    stop = StopAtBudget(spending([0.0], examples=300), lambda: kept.append(1))
-    for name in "ab":
-        trial = SimpleNamespace(trial_id=f"tune-{name}", config={"trial": name})
-        stop.on_trial_start(0, [], trial)
-    assert not stop("tune-a", {"examples": 200})
-    assert stop("tune-b", {"examples": 100})
-    assert stop("tune-a", {"examples": 200})
-    assert not stop("tune-a", {"examples": 200, "done": True, "outcome": "completed"})
-    assert not stop.stop_all()
-    assert len(kept) == 4
-
-
-def test_no_trial_begins_once_it_is_over(tmp_path: Path) -> None:
-    search = SearchConfig.model_validate({"space": {"train.lr": {"uniform": [0, 1]}}})
-    study = open_study("s", tmp_path, search, False)
-    over: list[bool] = []
-    searcher = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
-    assert isinstance(searcher.suggest("a"), dict)
-    over.append(True)
-    assert searcher.suggest("b") == Searcher.FINISHED
-    again = StudySearcher(study, search, 0, lambda name, params: 9, over=lambda: bool(over))
-    assert again.suggest("a") == Searcher.FINISHED  # the first one waits for a larger budget
-    over.clear()
-    resumed = again.suggest("a")
-    assert isinstance(resumed, dict)
-    assert resumed["number"] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,17 @@ import pytest
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
-from raytune_ft.ray_backend.searcher import StudySearcher
-from raytune_ft.search.space import CONNECT_TIMEOUT_S, open_storage
-from raytune_ft.search.study import open_study, rows
+from raytune_ft.search.sampler import JointSampler
+from raytune_ft.search.space import CONNECT_TIMEOUT_S, decode, open_storage
+from raytune_ft.search.study import (
+    live,
+    open_study,
+    own_trials,
+    report,
+    rows,
+    tell_outcome,
+    unfinished,
+)
 from tests.support.postgres import PASSWORD, free_port, server
 
 SPACE = {"train.lr": {"log_uniform": [1e-5, 1e-1]}, "method.rank": {"choice": [2, 4]}}
@@ -31,19 +39,21 @@ def postgres() -> Iterator[str]:
 
 
 def drive(search: SearchConfig, sweep_dir: Path, count: int, resume: bool) -> list[Any]:
-    """Draws of so many trials, each told a loss."""
+    """Draws of at most `count` trials, each told a loss."""
     study = open_study("s", sweep_dir, search, resume)
-    searcher = StudySearcher(study, search, 0, lambda name, params: 100)
+    study.sampler = sampler = JointSampler(search, 0, ())
     drawn = []
-    for index in range(count):
-        config = searcher.suggest(str(index))
-        if not isinstance(config, dict):
-            break
-        loss = config["params"]["train.lr"]
-        searcher.on_trial_result(str(index), {"examples": 50, "eval_loss": loss})
+    left = unfinished(study)
+    while len(drawn) < count and (left or len(own_trials(study)) < search.trials):
+        number = left.pop(0) if left else study.ask().number
+        trial = live(study, number)
+        sampler.suggest(trial)
+        params = decode(search.space, trial.params)
+        loss = params["train.lr"]
+        report(study, number, {"examples": 50, "eval_loss": loss}, "eval_loss")
         end = {"outcome": "completed", "values": [loss], "best_eval_loss": loss, "examples": 100}
-        searcher.on_trial_complete(str(index), end)
-        drawn.append(config["params"])
+        tell_outcome(study, number, end)
+        drawn.append(params)
     return drawn
 
 

@@ -1,0 +1,33 @@
+"""Accelerators by name, and the memory of this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_ft.errors import ConfigError
+from raytune_ft.estimate import hardware
+from raytune_ft.estimate.hardware import GIB, USABLE, named
+
+
+def test_workers_may_share_an_accelerator() -> None:
+    whole = named("H100", 1, 8, "bfloat16")
+    half = whole.shared(0.5)
+    assert (half.memory, half.tflops) == (40 * GIB, whole.tflops / 2)
+    assert half.usable == pytest.approx(40 * GIB * USABLE, abs=1)
+    assert whole.shared(2.0) == whole
+
+
+def test_accelerators_are_known_by_name() -> None:
+    found = named("h100", 2, 8, "bfloat16")
+    assert (found.name, found.nodes, found.per_node) == ("H100", 2, 8)
+    assert found.memory == 80 * GIB
+    assert named("A10G", 1, 8, "bfloat16").memory == 22.5 * GIB  # without what ECC takes
+    with pytest.raises(ConfigError, match=r"--accelerator=A100 is none .* A100-40G or A100-80G"):
+        named("A100", 1, 8, "bfloat16")
+
+
+def test_memory_of_this_machine_is_shared_by_its_workers() -> None:
+    alone, shared = hardware.worker_memory(1, 0.0), hardware.worker_memory(4, 0.0)
+    assert alone is not None
+    assert shared is not None
+    assert alone // 4 == pytest.approx(shared, abs=1)

@@ -1,0 +1,75 @@
+"""How the run of a trial ends; no cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.ray_backend.registry import Ended, Report
+from raytune_ft.ray_backend.trial import TrialRun
+from raytune_ft.records import EvalMetrics
+from raytune_ft.train.result import load_result
+from raytune_ft.train.spec import RunSpec
+from tests.support.runs import make_config
+
+METRICS = EvalMetrics(step=1, examples=7, eval_loss=1.0, eval_token_accuracy=0.5)
+
+
+class Somewhere:
+    """A place without a cluster; its runs report once and then train on."""
+
+    def __init__(self, stopping: bool = False) -> None:
+        self.runs: list[str] = ["run-a"]
+        self.stopping = stopping
+        self.done: list[str] = []
+
+    def stop_everybody(self) -> None:
+        self.stopping = True
+
+    def open_runs(self) -> list[str]:
+        return list(self.runs)
+
+    def is_stopping(self) -> bool:
+        return self.stopping
+
+    def job(self, spec: Any) -> Any:
+        return self
+
+    def give_up(self, trial: str) -> None: ...
+
+    def start(self) -> None:
+        self.done.append("started")
+
+    def next(self, timeout_s: float = 1.0) -> Report | Ended | None:
+        return Report(METRICS, None)
+
+    def wind_down(self, grace_s: float) -> None:
+        self.done.append("saved")
+
+    def stop(self) -> None:
+        self.done.append("stopped")
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
+    stopping: bool, tmp_path: Path
+) -> None:
+    spec = RunSpec(make_config(tmp_path, tmp_path / "rows.jsonl"), tmp_path, tmp_path)
+    now = [100.0]
+    place = Somewhere(stopping)
+    trial = TrialRun(spec, ["eval_loss"], place, clock=lambda: now[0])
+    now[0] += 2.5
+    report = trial.step()
+    assert (report["eval_loss"], report["wall_s"]) == (1.0, 2.5)
+    trial.end()
+    trial.end()  # the second time, nothing is left to end
+    result = load_result(tmp_path)
+    if stopping:
+        assert place.done == ["started", "saved", "stopped"]
+        assert result is None  # the next driver continues it
+    else:
+        assert place.done == ["started", "stopped"]
+        assert result is not None
+        assert result.status == "pruned"
