@@ -29,22 +29,13 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
+from raytune_ft.files import write_text_atomic
+from raytune_ft.layout import DATA, PROMOTED, RESULT
 from raytune_ft.preflight import prepare
 from raytune_ft.records import RunResult
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
-from raytune_ft.rundir import (
-    DATA,
-    PROMOTED,
-    RESULT,
-    OpenRun,
-    cache_path,
-    open_run,
-    probe_storage,
-    remote_url,
-    run_path,
-    write_text_atomic,
-)
+from raytune_ft.rundir import OpenRun, cache_path, open_run, probe_storage, remote_url, run_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData

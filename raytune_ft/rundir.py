@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,12 +17,9 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, StorageError
-from raytune_ft.files import fsync
-from raytune_ft.records import to_json
+from raytune_ft.files import fsync, write_text_atomic
+from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RESULT, cache_in
 
-CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
-DATA, TRIALS, PROMOTED = "data.json", "trials", "promoted"
-LOCK = ".lock"
 _REMEDY = "write a storage directory that this user can write to"
 
 
@@ -48,14 +44,6 @@ def _live(url: str) -> Path:
 def cache_path(config: Config) -> Path:
     """Where the tokens of a resolved config are cached."""
     return cache_in(run_path(config).parent)
-
-
-def cache_in(storage: Path) -> Path:
-    """The token cache: beside the runs, so that runs, trials and workers share it.
-
-    No run can be called so, since names begin with a letter or a digit.
-    """
-    return storage / ".cache" / "tokens"
 
 
 def probe_storage(storage: Path) -> None:
@@ -138,22 +126,6 @@ def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
             if not _measured(path):
                 _undo(path, made)
             raise
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Replaces a JSON file: a reader sees the old one or the new one, also after a power cut."""
-    write_text_atomic(path, to_json(value, indent=2) + "\n")
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replaces a text file by rename, the new content and the directory flushed to disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync(path.parent)
 
 
 def _remove(path: Path) -> None:

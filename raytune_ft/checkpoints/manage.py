@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from raytune_ft.checkpoints.layout import STEP_NAME, check_sizes
+from raytune_ft.checkpoints.manifest import check_sizes
 from raytune_ft.checkpoints.s3 import SCHEME, Bucket, RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
 from raytune_ft.errors import CheckpointError, StorageError
+from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
 from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, TRIALS
 
 
 def run_folders(directory: Path) -> list[Path]:

@@ -17,13 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_ft.checkpoints.layout import MANIFEST, STEP_NAME
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.errors import CheckpointError, StorageError
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, write_text_atomic
+from raytune_ft.files import write_text_atomic
+from raytune_ft.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    MIRROR_OWNER,
+    RESULT,
+    STEP_NAME,
+    free_path,
+)
 
-OWNER = "mirror.json"
 INTERVAL_S = 10.0
 _LATEST = (RESULT, CONFIG)  # the last of a folder to be copied, since they speak of the others
 
@@ -54,8 +61,8 @@ class Mirror:
                 "write --resume to continue it, or another name",
             )
         self._resumed = there
-        owner = self.bucket.get(f"{self.name}/{OWNER}")
-        here = self.run / OWNER
+        owner = self.bucket.get(f"{self.name}/{MIRROR_OWNER}")
+        here = self.run / MIRROR_OWNER
         if there and not (here.is_file() and here.read_bytes() == owner):
             self._fetch()
 
@@ -88,7 +95,7 @@ class Mirror:
 
     def _claim(self) -> None:
         """Refuses to write over what a later driver has written."""
-        key = f"{self.name}/{OWNER}"
+        key = f"{self.name}/{MIRROR_OWNER}"
         if self._claimed and self.bucket.get(key) != self._owner.encode():
             raise StorageError(
                 f"{self.bucket.url}/{self.name}",
@@ -97,7 +104,7 @@ class Mirror:
             )
         if not self._claimed:
             self.bucket.put(key, self._owner.encode())
-            write_text_atomic(self.run / OWNER, self._owner)
+            write_text_atomic(self.run / MIRROR_OWNER, self._owner)
             self._claimed = True
 
     def _remote(self, folder: Path) -> RemoteCheckpoints:
@@ -121,7 +128,7 @@ class Mirror:
             path
             for path in self.run.rglob("*")
             if path.is_file()
-            and path.name != OWNER
+            and path.name != MIRROR_OWNER
             and not any(
                 part.startswith(".") or STEP_NAME.fullmatch(part)
                 for part in path.relative_to(self.run).parts
@@ -184,9 +191,7 @@ class Mirror:
                 except CheckpointError as error:
                     self._tell(f"checkpoint {name} is passed over: {error}")
         if self.run.exists():
-            number = 1
-            while (aside := self.run.with_name(f"{self.name}.older-{number}")).exists():
-                number += 1
+            aside = free_path(self.run, ".older-")
             self.run.rename(aside)
             self._tell(f"the older local copy is kept as {aside}")
         fetched.rename(self.run)

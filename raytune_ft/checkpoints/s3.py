@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from raytune_ft.checkpoints.layout import MANIFEST, STEP_NAME, parse_manifest
+from raytune_ft.checkpoints.manifest import parse_manifest
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
+from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest
 
 
@@ -33,7 +34,7 @@ class RemoteCheckpoints:
             if PurePosixPath(key).name == MANIFEST
             and STEP_NAME.fullmatch(PurePosixPath(key).parent.name)
         ]
-        return sorted(found, key=lambda name: int(name.removeprefix("step-")))
+        return sorted(found, key=lambda name: int(name.partition("-")[2]))
 
     def manifest(self, name: str) -> CheckpointManifest:
         """

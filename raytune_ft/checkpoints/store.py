@@ -31,24 +31,19 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from raytune_ft.checkpoints.layout import (
+from raytune_ft.checkpoints.manifest import (
     FORMAT,
-    MANIFEST,
-    STEP_NAME,
     check_contents,
     check_sizes,
     flush_files,
     fsync_folders,
-    step_name,
     write_manifest,
 )
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import fsync
+from raytune_ft.layout import HIDDEN_STEP, MANIFEST, STEP_NAME, free_path, hidden_step, step_name
 from raytune_ft.records import CheckpointManifest, FileRecord
 
-__all__ = ["MANIFEST", "CheckpointFacts", "CheckpointStore", "step_name"]
-
-_HIDDEN = re.compile(r"\.step-\d+\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)")
 _TOKEN = uuid.uuid4().hex[:8]  # tells this process from an earlier one with the same pid
 _DAY_S = 24 * 3600
 
@@ -231,9 +226,7 @@ class CheckpointStore:
 
     def quarantine(self, path: Path) -> Path:
         """Move a damaged checkpoint out of the way, under a name that says so; where it went."""
-        number = 1
-        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-            number += 1
+        aside = free_path(path, ".damaged-")
         path.rename(aside)
         fsync(self.root)
         return aside
@@ -287,11 +280,11 @@ class CheckpointStore:
 
     def _hidden(self, name: str, kind: Literal["new", "old"]) -> Path:
         owner = f"{socket.gethostname()}.{os.getpid()}.{_TOKEN}{uuid.uuid4().hex[:8]}"
-        return self.root / f".{name}.{owner}.{kind}"
+        return self.root / hidden_step(name, owner, kind)
 
     def _clear_rubbish(self) -> None:
         for path in self.root.glob(".step-*"):
-            if (match := _HIDDEN.fullmatch(path.name)) and _is_rubbish(path, match):
+            if (match := HIDDEN_STEP.fullmatch(path.name)) and _is_rubbish(path, match):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -38,6 +38,7 @@ from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import RunFailed
 from raytune_ft.files import sha256_of
+from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def derived(
         for file in prepared.path.iterdir():
             shutil.copyfile(file, folder / file.name)
         report = replace(prepared.report, **add(folder))
-        (folder / REPORT).write_text(report.to_json())
+        (folder / DATA_REPORT).write_text(report.to_json())
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)
@@ -73,9 +74,6 @@ def derived(
 CACHE_FORMAT = 2
 """Raise it when the same rows and keys would give other tokens or other files."""
 
-REPORT = "report.json"
-BASE_LOSS = "base_loss.npy"
-TEACHER_LOGITS = "teacher_logits.npy"
 NO_TOKENS = {"path", "weight", "epochs"}
 """Keys of a source that its tokens do not depend on."""
 
@@ -164,7 +162,7 @@ def prepare_data(
     def fill(folder: Path) -> None:
         for name, split in splits.items():
             split.write(folder / f"{name}.arrow")
-        (folder / REPORT).write_text(report.to_json())
+        (folder / DATA_REPORT).write_text(report.to_json())
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)
@@ -177,9 +175,9 @@ def open_prepared(path: Path) -> PreparedData:
         RunFailed: a file is missing, cut short, or not the one that the report describes.
     """
     try:
-        report = DataReport.from_json((path / REPORT).read_text())
+        report = DataReport.from_json((path / DATA_REPORT).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFailed(f"{path / REPORT} cannot be read as a data report: {error}") from error
+        raise RunFailed(f"{path / DATA_REPORT} cannot be read as a data report: {error}") from error
     splits = {
         name: replace(TokenizedSplit.open(path / f"{name}.arrow"), sources=report.names)
         for name in report.splits
@@ -189,7 +187,7 @@ def open_prepared(path: Path) -> PreparedData:
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
-        raise RunFailed(f"{path / REPORT} names no train and validation split")
+        raise RunFailed(f"{path / DATA_REPORT} names no train and validation split")
     return PreparedData(
         splits["train"],
         splits["validation"],

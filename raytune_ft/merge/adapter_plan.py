@@ -18,11 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.meta import Outline
 from raytune_ft.model.methods.saved import unfoldable
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _NAME = "default"
 # What PEFT begins the names of an adapter's own weights with, by its kind.

@@ -17,8 +17,9 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError
 from raytune_ft.evaluate.classifier import written_head
 from raytune_ft.files import fsync
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from raytune_ft.merge.fold import MANIFEST, fold
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from raytune_ft.merge.adapter_plan import read_adapter_config
+from raytune_ft.merge.fold import fold
 from raytune_ft.merge.streaming_forward import spans
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.load import load_model_config, load_tokenizer

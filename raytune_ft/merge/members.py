@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
+from raytune_ft.layout import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
 from raytune_ft.merge.methods import MERGES, MergeSettings, Place
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count

@@ -14,8 +14,8 @@ from torch import Tensor
 from raytune_ft.config.schema import MergeName, ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.files import fsync
+from raytune_ft.layout import MANIFEST
 from raytune_ft.merge.fold import (
-    MANIFEST,
     FoldCheck,
     check_written,
     fold,

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from raytune_ft.errors import MergeError, StorageError
-from raytune_ft.files import fsync, sha256_of
+from raytune_ft.files import fsync, sha256_of, write_json_atomic
+from raytune_ft.layout import JOURNAL, MODEL_INDEX, shard_name
 from raytune_ft.merge.streaming_forward import Weights, spans
 from raytune_ft.records import FileRecord
-from raytune_ft.rundir import write_json_atomic
-from raytune_ft.tensors.read import INDEX, shard_name
 from raytune_ft.tensors.write import Entry, write_tensors
 
-JOURNAL = ".journal.json"
 MAX_SHARD_SIZE = "5GB"
 
 Tell = Callable[[str], None]
@@ -150,5 +148,7 @@ def _write_index(target: Path, shards: list[tuple[str, list[Entry]]]) -> FileRec
     files = {entry.name: name for name, entries in shards for entry in entries}
     size = sum(math.prod(e.shape) * e.dtype.itemsize for _, held in shards for e in held)
     content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    write_json_atomic(target / INDEX, content)
-    return FileRecord(INDEX, (target / INDEX).stat().st_size, sha256_of(target / INDEX))
+    write_json_atomic(target / MODEL_INDEX, content)
+    return FileRecord(
+        MODEL_INDEX, (target / MODEL_INDEX).stat().st_size, sha256_of(target / MODEL_INDEX)
+    )

@@ -17,11 +17,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.files import flush_file
+from raytune_ft.layout import shard_name
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.meta import BaseFiles, shapes_of
 from raytune_ft.model.methods import adapter_writer, trained_parameters
 from raytune_ft.records import FileRecord
-from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
 
 Read = Callable[[str], Tensor]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.data.batch import Row
@@ -22,11 +21,11 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
+from raytune_ft.layout import CHECKPOINTS, checkpoint_path
 from raytune_ft.model.export import Exporter
 from raytune_ft.packed.lora import Drawn, MultiLora
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.records import EvalMetrics, StepMetrics
-from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.tensors.write import Part

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from raytune_ft.config.metrics import SOUPS
 from raytune_ft.config.schema import MergeName, ModelConfig, PromoteConfig
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.merge.fold import FoldCheck, fold
 from raytune_ft.merge.merge import merge
 from raytune_ft.merge.methods import MergeSettings
 from raytune_ft.merge.to_adapter import Refactored, refactor
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_base
-from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS
 from raytune_ft.model.methods.saved import unfoldable
 
 Score = Callable[[Path], float]
@@ -111,7 +111,7 @@ def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
             head=pantry.head,
         )
     target.mkdir(parents=True)
-    for name in (CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(checkpoint / name, target / name)
     return None
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.layout import flush_files, fsync_folders
+from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
@@ -35,6 +35,19 @@ from raytune_ft.evaluate.evaluate import (
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import check_functions
 from raytune_ft.files import fsync
+from raytune_ft.layout import (
+    ADAPTER,
+    CARD,
+    DATA,
+    EVALUATION,
+    MODEL,
+    PROMOTED,
+    PROMOTION,
+    PROMOTION_LOCK,
+    SCORES,
+    cache_in,
+    free_path,
+)
 from raytune_ft.merge.fold import FoldCheck, held_out
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
@@ -52,7 +65,6 @@ from raytune_ft.promote.decide import (
 )
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import to_json
-from raytune_ft.rundir import DATA, PROMOTED, cache_in
 from raytune_ft.train.setup import head_of
 
 CONSTANT = "constant"
@@ -143,12 +155,6 @@ def same_scores(a: Measured, b: Measured) -> bool:
     return bool(np.array_equal(one, other))
 
 
-MODEL, EVALUATION, CARD, SCORES = "model", "evaluation.json", "README.md", "scores.jsonl"
-ADAPTER = "adapter"
-UNFINISHED = ".promoted.new"
-_LOCK = ".promoted.lock"
-
-
 def looks_so_far(directory: Path) -> int:
     """How often the held-out split of this run or sweep has been measured."""
     counts = [0]
@@ -161,9 +167,7 @@ def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None
     """Move `unfinished` to `target`, whose earlier content becomes `promoted-1`, and so on."""
     fsync_folders(unfinished)
     if target.exists():
-        number = 1
-        while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
-            number += 1
+        kept = free_path(target, "-")
         target.rename(kept)
         tell(f"the earlier {PROMOTED} is kept as {kept.name}")
     unfinished.rename(target)
@@ -187,7 +191,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """One promotion at a time; the kernel gives the lock up when its holder dies."""
-    lock = FileLock(directory / _LOCK, timeout=0)
+    lock = FileLock(directory / PROMOTION_LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -262,7 +266,7 @@ def promote(
         )
     tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
     with locked(directory):
-        unfinished = directory / UNFINISHED
+        unfinished = directory / PROMOTION
         shutil.rmtree(unfinished, ignore_errors=True)  # of a promotion that was killed
         try:
             unfinished.mkdir()

@@ -13,8 +13,8 @@ from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.metrics import deciding
 from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
+from raytune_ft.layout import CHECKPOINTS, CONFIG, RESULT, TRIALS
 from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, TRIALS
 from raytune_ft.search.results import USABLE
 
 

@@ -14,22 +14,15 @@ from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.ray_backend.registry import Ended, Note, Report, StopRequested, start_switchboard
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
-from raytune_ft.rundir import RESULT
 from raytune_ft.train.result import load_result, read_result, write_ended
 from raytune_ft.train.spec import RunSpec
-from raytune_ft.train.watchdog import (
-    HANG_LOG,
-    Standing,
-    append_hang_log,
-    interruptible,
-    log_text,
-    summary,
-)
+from raytune_ft.train.watchdog import Standing, append_hang_log, interruptible, log_text, summary
 
 REGISTER_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0

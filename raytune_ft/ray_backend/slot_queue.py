@@ -16,8 +16,8 @@ from typing import Any, Literal
 import ray
 
 from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.layout import RESULT
 from raytune_ft.ray_backend.registry import Ended, Note, Report, StopRequested, start_beside_driver
-from raytune_ft.rundir import RESULT
 from raytune_ft.train.spec import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]

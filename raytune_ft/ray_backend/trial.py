@@ -17,6 +17,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.estimate.hardware import PROCESS
+from raytune_ft.layout import ENGINES, TRIALS
 from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
 from raytune_ft.ray_backend.memory import cluster_worker_memory
 from raytune_ft.ray_backend.registry import (
@@ -29,13 +30,11 @@ from raytune_ft.ray_backend.registry import (
 )
 from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
 from raytune_ft.records import RunResult, plain_of
-from raytune_ft.rundir import TRIALS
 from raytune_ft.search.results import apply_params
 from raytune_ft.search.slots import Arrangement
 from raytune_ft.train.result import read_result, write_ended
 from raytune_ft.train.spec import RunSpec
 
-ENGINES = "engines"
 Tell = Callable[[str], None]
 
 

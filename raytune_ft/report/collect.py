@@ -11,7 +11,7 @@ from typing import Any
 from raytune_ft.config.load import load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import StorageError
-from raytune_ft.rundir import CONFIG, DATA, METRICS, PROMOTED, RESULT, TRIALS
+from raytune_ft.layout import CONFIG, DATA, EVALUATION, METRICS, PROMOTED, RESULT, TRIALS
 
 Record = dict[str, Any]
 
@@ -87,7 +87,7 @@ def collect(directory: Path) -> Facts:
         if rows is None
         else [_trial(directory / TRIALS / row["id"], row, metric) for row in rows]
     )
-    promoted = read_json(directory / PROMOTED / "evaluation.json")
+    promoted = read_json(directory / PROMOTED / EVALUATION)
     return Facts(
         directory,
         config,

@@ -16,6 +16,8 @@ from markupsafe import Markup
 import raytune_ft
 from raytune_ft.config.metrics import FIGURES, OF_A_HEAD, RETENTION
 from raytune_ft.config.metrics import figures as known_figures
+from raytune_ft.files import write_text_atomic
+from raytune_ft.layout import REPORT
 from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.curves import (
     alpha_curve,
@@ -27,7 +29,6 @@ from raytune_ft.report.curves import (
     times,
 )
 from raytune_ft.report.svg import shown
-from raytune_ft.rundir import write_text_atomic
 
 NONE = "-"
 GOOD, NEUTRAL, BAD = "#059669", "#d97706", "#dc2626"
@@ -226,7 +227,6 @@ def _value(value: Any) -> str:
     return shown(value) if isinstance(value, float) else str(value)
 
 
-REPORT = "report.html"
 MAX_SAMPLES = 8
 
 

@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.layout import MODEL_INDEX, MODEL_WEIGHTS
 from raytune_ft.tensors.write import DTYPES, PARTS, Part
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REMEDY = "write a directory with all of its safetensors files"
 
@@ -106,9 +105,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none, one is missing, or the weights are pickles.
     """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file() and not index.is_file():
-        return [folder / SINGLE]
+    index = folder / MODEL_INDEX
+    if (folder / MODEL_WEIGHTS).is_file() and not index.is_file():
+        return [folder / MODEL_WEIGHTS]
     if not index.is_file():
         pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
         if pickled:
@@ -117,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"holds its weights as pickles ({pickled[0]}), which run code when they are loaded",
                 "convert them to safetensors where you trust them",
             )
-        raise ModelError(str(folder), f"holds neither {SINGLE} nor {INDEX}", REMEDY)
+        raise ModelError(str(folder), f"holds neither {MODEL_WEIGHTS} nor {MODEL_INDEX}", REMEDY)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -138,8 +137,8 @@ def open_model(folder: Path) -> TensorFiles:
             none of its files.
     """
     tensors = TensorFiles(weight_files(folder))
-    if (folder / INDEX).is_file():
-        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if (folder / MODEL_INDEX).is_file():
+        named = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["weight_map"]
         if missing := sorted(set(named) - set(tensors.held)):
             tensors.__exit__()
             raise ModelError(str(folder), f"lacks {missing[0]}, which its index names", REMEDY)
@@ -176,13 +175,6 @@ def _read(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise ModelError(str(path), "became shorter while it was read", REMEDY)
         done += count
-
-
-def shard_name(stem: str, rank: int, world_size: int) -> str:
-    """The file of a rank, named as Hugging Face names the files of a sharded model."""
-    if world_size == 1:
-        return f"{stem}.safetensors"
-    return f"{stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
 
 
 _RUN = 1 << 24

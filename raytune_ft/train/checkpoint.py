@@ -20,14 +20,12 @@ from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.schema import CheckpointConfig
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file
+from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
 from raytune_ft.strategy.exchange import Exchange, together
-from raytune_ft.tensors.read import Shards, open_shards, shard_name
+from raytune_ft.tensors.read import Shards, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
-
-STATE = "state"
-WEIGHTS, OPTIMIZER = "model", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def write_state(
         for stem, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.moments))
     ]
     if rank == 0:
-        path = directory / STATE / "state.json"
+        path = directory / STATE / PROGRESS
         path.write_text(to_json(snapshot.progress, indent=2), encoding="utf-8")
         records.append(flush_file(path, directory))
     return records
@@ -134,7 +132,7 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         CheckpointError: it cannot be read, or lacks what this version needs.
     """
-    path = checkpoint / STATE / "state.json"
+    path = checkpoint / STATE / PROGRESS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"base": EvalMetrics, "best": Point, "final": Point}

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.order import Indices, Order
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.layout import checkpoint_path
 from raytune_ft.model.methods import without_method
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.train.checkpoint import Progress, Saver

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from raytune_ft.errors import Diverged
+from raytune_ft.files import write_text_atomic
 from raytune_ft.records import EvalMetrics, StepMetrics, to_json
-from raytune_ft.rundir import write_text_atomic
 from raytune_ft.train.checkpoint import Saver
 
 

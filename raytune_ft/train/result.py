@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
+from raytune_ft.files import write_json_atomic
+from raytune_ft.layout import METRICS, RESULT, checkpoint_path
 from raytune_ft.records import BY_SOURCE, EvalMetrics, Point, RunResult, plain_of
-from raytune_ft.rundir import METRICS, RESULT, write_json_atomic
 from raytune_ft.train.checkpoint import Progress
 from raytune_ft.train.run_state import Outcome
 from raytune_ft.train.spec import RunSpec

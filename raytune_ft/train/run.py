@@ -12,12 +12,12 @@ from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
+from raytune_ft.layout import CHECKPOINTS
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import paces
 from raytune_ft.records import RunResult
-from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import STRATEGIES, Strategy
 from raytune_ft.train.checkpoint import Identity, Progress, Saver, load_state
 from raytune_ft.train.loop import train

@@ -6,11 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import Diverged
+from raytune_ft.layout import checkpoint_path
 from raytune_ft.records import EvalMetrics, Point
 from raytune_ft.train.checkpoint import Progress
 from raytune_ft.train.optim import total_examples

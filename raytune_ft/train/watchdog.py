@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raytune_ft.rundir import RESULT
+from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.train.result import write_ended
 from raytune_ft.train.spec import RunSpec
 
@@ -205,9 +205,6 @@ def log_text(answers: Sequence[Standing], world_size: int, timeout_s: float) -> 
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
-
-
-HANG_LOG = "hang.log"
 
 
 @dataclass(frozen=True)

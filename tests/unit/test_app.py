@@ -14,8 +14,8 @@ from raytune_ft import app
 from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
 from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.files import write_json_atomic
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import write_json_atomic
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_inputs, write_rows
 

@@ -19,8 +19,9 @@ from raytune_ft.config.methods import (
     PromptMethod,
 )
 from raytune_ft.errors import CheckpointError
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.methods.bottleneck import apply_adapter
-from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS, attached
+from raytune_ft.model.methods.hooks import attached
 from raytune_ft.model.methods.loreft import apply_loreft
 from raytune_ft.model.methods.prefix import apply_prefix
 from raytune_ft.model.methods.virtual import apply_prompt
@@ -58,7 +59,7 @@ _KINDS: dict[str, Callable[[nn.Module, Written], None]] = {
 
 def unfoldable(directory: Path) -> str | None:
     """What kind of adapter without a delta of weights lies in a directory; None: no such one."""
-    if (directory / "config.json").is_file() or not (directory / WEIGHTS).is_file():
+    if (directory / "config.json").is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
         return None
     written = _read(directory)
     kind = written.get("method") or written.get("peft_type")
@@ -77,7 +78,7 @@ def attach_saved(base: nn.Module, directory: Path) -> None:
         _KINDS[kind](base, _read(directory))
         found = attached(base)
         assert found is not None
-        found.fill(load_file(directory / WEIGHTS))
+        found.fill(load_file(directory / ADAPTER_WEIGHTS))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} is no adapter of its base: {reason}") from error
@@ -85,9 +86,9 @@ def attach_saved(base: nn.Module, directory: Path) -> None:
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        written = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from error
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(written, dict):
-        raise CheckpointError(f"{directory / CONFIG} holds no mapping")
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG} holds no mapping")
     return written

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.tensors.read import open_shards, shard_name
+from raytune_ft.layout import shard_name
+from raytune_ft.tensors.read import open_shards
 from raytune_ft.tensors.write import Entry, Part, write_parts, write_tensors
 
 SHAPES = [(7, 5), (13,), (), (3, 4, 5), (0, 4), (1, 1)]
