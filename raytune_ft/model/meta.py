@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.errors import ModelError
 from raytune_ft.model.file_weights import (
     FileWeights,
     NotInParts,
@@ -45,7 +45,7 @@ from raytune_ft.model.load import (
     load_base,
 )
 from raytune_ft.model.methods import virtual
-from raytune_ft.tensors.read import Shards, open_files
+from raytune_ft.tensors.read import TensorFiles
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def outline(
             base = load_base(model, dtype, head)
         if not seen.files:
             raise NotInParts("transformers reads its files in a way of its own")
-        with open_files(seen.files) as shards:
-            fill_buffers(base, seen.sources, shards)
+        with TensorFiles(seen.files) as tensors:
+            fill_buffers(base, seen.sources, tensors)
     except NotInParts as reason:
         raise ModelError(
             f"model.path={model.path}",
@@ -102,13 +102,13 @@ class BaseFiles:
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
         """A weight in its shape, by the name that the model has for it."""
-        with open_files(list(self._outline.files)) as shards:
+        with TensorFiles(self._outline.files) as tensors:
 
             def read(name: str) -> Tensor:
                 source = self._outline.sources[name]
                 if source.converter is None:
-                    return shards.whole(source.tensors[0][1])
-                return source.weights(self._outline.pattern, shards.whole)[name]
+                    return tensors.whole(source.tensors[0][1])
+                return source.weights(self._outline.pattern, tensors.whole)[name]
 
             yield read
 
@@ -189,11 +189,11 @@ def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
         for name, parameter in seen.parameters.items()
         if name in seen.sources
     }
-    with open_files(seen.files) as shards:
-        fill_buffers(base, seen.sources, shards)
+    with TensorFiles(seen.files) as tensors:
+        fill_buffers(base, seen.sources, tensors)
 
         def whole(parameter: nn.Parameter) -> Tensor:
-            return loaded[id(parameter)].whole(pattern, shards)
+            return loaded[id(parameter)].whole(pattern, tensors)
 
         try:
             with _beside_absent_weights(whole):
@@ -275,16 +275,16 @@ def shadows() -> Iterator[Seen]:
             raise NotInParts("it is quantised")
         seen.files = [Path(file) for file in files]
         try:
-            with open_files(seen.files) as shards:
-                seen.sources = find_sources(model, shards, settings.weight_mapping or [])
-                again = _tied_twice(model, seen.sources, shards, settings.dtype)
+            with TensorFiles(seen.files) as tensors:
+                seen.sources = find_sources(model, tensors, settings.weight_mapping or [])
+                again = _tied_twice(model, seen.sources, tensors, settings.dtype)
                 stand_ins = {
-                    name: _Shadow(shape, shards.dtype(name))
-                    for name, shape in shards.shapes.items()
+                    name: _Shadow(shape, tensors.dtype(name))
+                    for name, shape in tensors.shapes.items()
                     if name not in again
                 }
-        except CheckpointError as error:
-            raise OSError(str(error)) from error
+        except ModelError as error:
+            raise OSError(f"{error.value} {error.rule}") from error
         result = original(model, stand_ins, None, settings, expected)
         if result[0].conversion_errors:
             raise NotInParts("its weights are converted by their values")
@@ -296,7 +296,7 @@ def shadows() -> Iterator[Seen]:
 
 
 def _tied_twice(
-    model: Any, sources: dict[str, Source], shards: Shards, dtype: torch.dtype
+    model: Any, sources: dict[str, Source], tensors: TensorFiles, dtype: torch.dtype
 ) -> set[str]:
     """Tensors of the files to leave out, since they repeat the weight that they are tied to.
 
@@ -309,7 +309,7 @@ def _tied_twice(
             if any(source.converter is not None for source in both):
                 raise NotInParts(f"{target} is tied and converted")
             one, other = (source.tensors[0][1] for source in both)
-            if same_values(shards, one, other, dtype):
+            if same_values(tensors, one, other, dtype):
                 repeated |= {name for _, name in sources.pop(target).tensors}
             else:
                 model.all_tied_weights_keys.pop(target)
@@ -317,7 +317,7 @@ def _tied_twice(
 
 
 @torch.no_grad()
-def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) -> None:
+def fill_buffers(base: nn.Module, sources: dict[str, Source], tensors: TensorFiles) -> None:
     """The buffers that lie in the files, which every process holds whole.
 
     Raises:
@@ -329,7 +329,7 @@ def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) ->
             if buffer.is_meta:
                 if key not in sources:
                     raise NotInParts(f"{key} is in none of its files")
-                value = Place(sources[key], key, buffer.dtype).whole(base, shards)
+                value = Place(sources[key], key, buffer.dtype).whole(base, tensors)
                 module._buffers[name] = value.clone()
 
 

@@ -24,7 +24,7 @@ from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
 from raytune_ft.strategy.exchange import Exchange, together
-from raytune_ft.tensors.read import Shards, open_shards
+from raytune_ft.tensors.read import TensorFiles, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
 
 
@@ -164,7 +164,7 @@ def load_state(checkpoint: Path, holder: Holder, names: list[str]) -> Progress:
     return progress
 
 
-def _fill(checkpoint: Path, part: Part, source: Shards, key: str) -> None:
+def _fill(checkpoint: Path, part: Part, source: TensorFiles, key: str) -> None:
     found = source.shapes.get(key)
     if found != part.shape:
         raise CheckpointError(

@@ -135,7 +135,7 @@ def final_weights(run_dir: Path) -> dict[str, Tensor]:
     """Trained weights of the last checkpoint, in master precision."""
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     CheckpointStore(last.parent).verify(last)
-    with open_shards(last / "state") as weights:
+    with open_shards(last / "state", "model") as weights:
         return {name: weights.whole(name) for name in weights.shapes}
 
 

@@ -206,7 +206,7 @@ def test_gradual_unfreezing(tmp_path: Path) -> None:
 
 
 def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with open_shards(checkpoint / "state") as weights:
+    with open_shards(checkpoint / "state", "model") as weights:
         return {name: weights.whole(name) for name in weights.shapes}
 
 
