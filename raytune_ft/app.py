@@ -228,11 +228,11 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
     _keep_or_compare(run, data.report)
     if _needs_ray(expanded):
-        from raytune_ft.model.load import count_parameters
+        from raytune_ft.model.meta import build_shapes
         from raytune_ft.train.setup import head_of
 
         # Whether the model takes the method, before workers start.
-        count_parameters(expanded.model, expanded.method, head_of(expanded, data.report))
+        build_shapes(expanded.model, expanded.method, head_of(expanded, data.report))
     from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data

@@ -12,9 +12,9 @@ from torch import nn
 from raytune_ft.config.methods import MethodConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.heads import Head, train_head
-from raytune_ft.model.load import Precision, build_shapes, load_model_config
-from raytune_ft.model.methods import METHODS
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import Precision, load_model_config
+from raytune_ft.model.meta import build_shapes
 
 FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -110,13 +110,10 @@ def build_shell(
     """
     config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
-    with torch.device("meta"):
-        try:
-            base = build_shapes(model, head, attn_implementation=attention)
-        except ValueError:  # a model that knows eager attention alone
-            base = build_shapes(model, head)
-        built = METHODS[method.name](base, method)
-        train_head(built)
+    try:
+        built = build_shapes(model, method, head, attn_implementation=attention)
+    except ValueError:  # a model that supports eager attention alone
+        built = build_shapes(model, method, head)
     built.eval()
     blocks = find_blocks(built)
     text = config.get_text_config()

@@ -28,7 +28,7 @@ from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.heads import Head, draw_head, train_head
-from raytune_ft.model.methods import METHODS, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods import METHODS, leave_casts_to_autocast
 from raytune_ft.tensors.write import DTYPES
 
 
@@ -369,36 +369,6 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
     """See `build_frozen`; the weights of `base` may be on the meta device."""
     set_up(base, precision)
     return base.requires_grad_(False)
-
-
-def build_shapes(model: ModelConfig, head: Head | None = None, **options: Any) -> nn.Module:
-    """The base as it comes out of its configuration; on the meta device where that is chosen.
-
-    Raises:
-        ModelError: the model cannot be read.
-    """
-    config = load_model_config(model, head)
-    base: nn.Module = auto_class(head).from_config(
-        config, trust_remote_code=model.trust_remote_code, **options
-    )
-    if head is not None:
-        draw_head(base, [], head.seed)
-    return base
-
-
-def count_parameters(
-    model: ModelConfig, method: MethodConfig, head: Head | None = None
-) -> tuple[int, int]:
-    """All and trained parameters, from shapes alone: no weight is read.
-
-    Raises:
-        ModelError: the model cannot be read, or cannot take the method.
-    """
-    with torch.device("meta"):
-        base = build_shapes(model, head)
-        built = METHODS[method.name](base, method)
-    trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
-    return sum(parameter.numel() for parameter in built.parameters()), trained
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:

@@ -1,8 +1,13 @@
-"""A model whose weights are still in its files, for a strategy that holds parts of them.
+"""Models whose weights are on torch's meta device: shapes and dtypes without values.
 
-`from_pretrained` itself builds it, so that names, buffers, ties and refusals are its own; only
-the values are left out. It is given shadows, which have a shape and no elements, for the tensors
-of the files.
+    build_shapes    from the configuration alone, also with a method: what `plan` counts
+    shapes_of       a copy of a model that is there
+    outline         from the headers of the files, with their names: what a fold reads row by row
+    build           what is trained, for a strategy that reads only its own parts of the weights
+
+For the last two `from_pretrained` itself builds the model, so that names, buffers, ties and
+refusals are its own; it is given shadows, which have a shape and no elements, for the tensors of
+the files.
 """
 
 from __future__ import annotations
@@ -33,18 +38,20 @@ from raytune_ft.model.file_weights import (
     find_sources,
     same_values,
 )
-from raytune_ft.model.heads import Head
+from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.load import (
     Precision,
     apply_method,
+    auto_class,
     build_frozen,
     build_model,
     dtype_of,
     freeze,
     frozen_dtype,
     load_base,
+    load_model_config,
 )
-from raytune_ft.model.methods import virtual
+from raytune_ft.model.methods import METHODS, virtual
 from raytune_ft.tensors.read import TensorFiles
 
 
@@ -73,12 +80,7 @@ def outline(
         ModelError: see `load_base`; or its weights can only be read all together.
     """
     try:
-        with shadows() as seen:
-            base = load_base(model, dtype, head)
-        if not seen.files:
-            raise NotInParts("transformers reads its files in a way of its own")
-        with TensorFiles(seen.files) as tensors:
-            fill_buffers(base, seen.sources, tensors)
+        base, seen = _load_without_weights(partial(load_base, model, dtype, head))
     except NotInParts as reason:
         raise ModelError(
             f"model.path={model.path}",
@@ -179,10 +181,7 @@ def _in_parts_or(
 
 
 def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
-    with shadows() as seen:
-        base = load()
-    if not seen.files:
-        raise NotInParts("transformers reads its files in a way of its own")
+    base, seen = _load_without_weights(load)
     pattern = copy.deepcopy(base)
     loaded = {
         id(parameter): Place(seen.sources[name], name, parameter.dtype)
@@ -190,7 +189,6 @@ def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
         if name in seen.sources
     }
     with TensorFiles(seen.files) as tensors:
-        fill_buffers(base, seen.sources, tensors)
 
         def whole(parameter: nn.Parameter) -> Tensor:
             return loaded[id(parameter)].whole(pattern, tensors)
@@ -205,6 +203,48 @@ def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
         if parameter.is_meta != (name in places):
             raise NotInParts(f"{name} is in none of its files")
     return Built(built, FileWeights(seen.files, places, pattern))
+
+
+def _load_without_weights(load: Callable[[], nn.Module]) -> tuple[nn.Module, Seen]:
+    """What `load` gives, its buffers there and the weights of its files on the meta device.
+
+    Raises:
+        NotInParts: the weights cannot be read tensor by tensor.
+    """
+    with shadows() as seen:
+        base = load()
+    if not seen.files:
+        raise NotInParts("transformers reads its files in a way of its own")
+    with TensorFiles(seen.files) as tensors:
+        fill_buffers(base, seen.sources, tensors)
+    return base, seen
+
+
+def build_shapes(
+    model: ModelConfig,
+    method: MethodConfig | None = None,
+    head: Head | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model as its configuration describes it, every tensor on the meta device.
+
+    With a `method` it is what is trained: weights that the method adds are there, and
+    `requires_grad` says which weights are trained. `options` go to `from_config`.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    config = load_model_config(model, head)
+    with META:
+        base: nn.Module = auto_class(head).from_config(
+            config, trust_remote_code=model.trust_remote_code, **options
+        )
+        if head is not None:
+            draw_head(base, [], head.seed)
+        if method is not None:
+            base = METHODS[method.name](base, method)
+            train_head(base)
+    return base
 
 
 def shapes_of(base: nn.Module) -> nn.Module:
