@@ -175,13 +175,13 @@ class Mirror:
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir(parents=True)
         checkpoints: set[str] = set()
-        for key, size in self.bucket.sizes(f"{self.name}/").items():
+        for key in self.bucket.sizes(f"{self.name}/"):
             parts = Path(key.removeprefix(f"{self.name}/")).parts
             step = next((n for n, part in enumerate(parts) if STEP_NAME.fullmatch(part)), None)
             if step is not None:
                 checkpoints.add("/".join(parts[:step]))
             else:
-                self.bucket.download(key, size, fetched.joinpath(*parts))
+                self.bucket.download(key, fetched.joinpath(*parts))
         for folder in sorted(checkpoints):
             remote = RemoteCheckpoints(self.bucket, f"{self.name}/{folder}")
             (fetched / folder).mkdir(parents=True, exist_ok=True)

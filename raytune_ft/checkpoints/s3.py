@@ -1,4 +1,4 @@
-"""Objects below `s3://bucket/prefix`: every call is bounded in time and tried again a few times.
+"""Objects below `s3://bucket/prefix`; every request is bounded in time and repeated a few times.
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_ENDPOINT_URL), and are never part of a message.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from raytune_ft.checkpoints.manifest import parse_manifest
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
@@ -85,12 +86,10 @@ class RemoteCheckpoints:
                 raise CheckpointError(
                     f"{url} is damaged: {held[key]} bytes, the manifest says {record.bytes}"
                 )
-            digest = hashlib.sha256()
-            for block in self.bucket.blocks(key, record.bytes):
-                digest.update(block)
-            if digest.hexdigest() != record.sha256:
+            found = self.bucket.sha256(key)
+            if found != record.sha256:
                 raise CheckpointError(
-                    f"{url} is damaged: sha256 {digest.hexdigest()[:12]}..., "
+                    f"{url} is damaged: sha256 {found[:12]}..., "
                     f"the manifest says {record.sha256[:12]}..."
                 )
         return manifest
@@ -113,7 +112,7 @@ class RemoteCheckpoints:
             key = self._key(name, record.path)
             if key not in held:
                 raise CheckpointError(f"{self._url(name, record.path)} is missing")
-            self.bucket.download(key, held[key], folder / record.path)
+            self.bucket.download(key, folder / record.path)
         (folder / MANIFEST).write_bytes(raw)
         folder.rename(final)
 
@@ -147,21 +146,32 @@ class RemoteCheckpoints:
 
 
 SCHEME = "s3://"
-ATTEMPTS = 5
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S, FIRST_PAUSE_S = 5.0, 20.0, 0.5
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a call may take and how often it is made. A pause doubles from one to the next."""
+    """How long a request may take, and how often botocore's `standard` retries make it.
 
-    attempts: int = ATTEMPTS
-    connect_s: float = CONNECT_TIMEOUT_S
-    read_s: float = READ_TIMEOUT_S
-    pause_s: float = FIRST_PAUSE_S
+    Their pauses begin at 0.05 s and double, so that 8 attempts outlast a few seconds without a
+    server.
+    """
+
+    attempts: int = 8
+    connect_s: float = 5.0
+    read_s: float = 20.0
+
+
+class _Hashed:
+    """A file to write to of which only the hash is kept."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, block: bytes) -> int:
+        self.digest.update(block)
+        return len(block)
 
 
 class Bucket:
@@ -186,13 +196,10 @@ class Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         """One object, by one request: readers see the old one or the new one."""
-        name = self._prefix + key
-        self._try(
-            key,
-            lambda: self._client.put_object(
-                Bucket=self._bucket, Key=name, Body=data, ChecksumAlgorithm="CRC32"
-            ),
-        )
+        with self._explained(key):
+            self._client.put_object(
+                Bucket=self._bucket, Key=self._prefix + key, Body=data, ChecksumAlgorithm="CRC32"
+            )
 
     def upload(self, path: Path, key: str) -> None:
         """A file of any size; nothing is visible until its last part has arrived.
@@ -200,47 +207,39 @@ class Bucket:
         Raises:
             FileNotFoundError: the file has gone.
         """
-        name = self._prefix + key
-        self._try(key, lambda: self._client.upload_file(str(path), self._bucket, name))
+        with self._explained(key):
+            self._client.upload_file(str(path), self._bucket, self._prefix + key)
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none."""
-        name = self._prefix + key
-
-        def read() -> bytes | None:
+        content = BytesIO()
+        with self._explained(key):
             try:
-                found = self._client.get_object(Bucket=self._bucket, Key=name)
+                self._client.download_fileobj(self._bucket, self._prefix + key, content)
             except self._client.exceptions.ClientError as error:
-                if _code(error) in _ABSENT:
-                    return None
-                raise
-            return bytes(found["Body"].read())
+                if _code(error) not in _ABSENT:
+                    raise
+                # The same code stands for a missing bucket; a listing tells them apart.
+                self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+                return None
+        return content.getvalue()
 
-        return self._try(key, read)
+    def sha256(self, key: str) -> str:
+        """Of the content, in hexadecimal; nothing is kept on the disk."""
+        content = _Hashed()
+        with self._explained(key):
+            self._client.download_fileobj(self._bucket, self._prefix + key, content)
+        return content.digest.hexdigest()
 
-    def blocks(self, key: str, size: int, block: int = 1 << 23) -> Iterator[bytes]:
-        """The content in pieces, each fetched by a request of its own."""
-        name = self._prefix + key
-        for start in range(0, size, block):
-            span = f"bytes={start}-{min(start + block, size) - 1}"
-
-            def read(span: str = span) -> bytes:
-                found = self._client.get_object(Bucket=self._bucket, Key=name, Range=span)
-                return bytes(found["Body"].read())
-
-            yield self._try(key, read)
-
-    def download(self, key: str, size: int, path: Path) -> None:
-        """Into a file."""
+    def download(self, key: str, path: Path) -> None:
+        """Into a file, which appears when it is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for block in self.blocks(key, size):
-                file.write(block)
+        with self._explained(key):
+            self._client.download_file(self._bucket, self._prefix + key, str(path))
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Keys that begin so, with their sizes."""
-
-        def read() -> dict[str, int]:
+        """Keys that begin with `below`, with their sizes in bytes."""
+        with self._explained(below):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + below
             )
@@ -250,44 +249,39 @@ class Bucket:
                 for entry in page.get("Contents", [])
             }
 
-        return self._try(below, read)
-
     def delete(self, key: str) -> None:
         """Nothing happens where there is none."""
-        name = self._prefix + key
-        self._try(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
+        with self._explained(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
-    def _try(self, key: str, call: Callable[[], Result]) -> Result:
-        from boto3.exceptions import S3UploadFailedError
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """What the client raises in the end, as an error of ours."""
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from s3transfer.exceptions import RetriesExceededError
 
-        pause = self._timing.pause_s
-        for attempt in range(1, self._timing.attempts + 1):
-            try:
-                return call()
-            except NoCredentialsError:
+        try:
+            yield
+        except NoCredentialsError:
+            raise StorageError(
+                self.url,
+                "cannot be reached without credentials",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            ) from None
+        except FileNotFoundError:
+            raise
+        except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError, OSError) as error:
+            why = _why(error)
+            if why in _DENIED or why == "NoSuchBucket":
                 raise StorageError(
-                    self.url,
-                    "cannot be reached without credentials",
-                    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                    self.url, f"refuses ({why})", "write a bucket that these credentials reach"
                 ) from None
-            except FileNotFoundError:
-                raise
-            except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
-                why = _why(error)
-                if why in _DENIED or why == "NoSuchBucket":
-                    raise StorageError(
-                        self.url, f"refuses ({why})", "write a bucket that these credentials reach"
-                    ) from None
-                if attempt == self._timing.attempts:
-                    raise StorageError(
-                        f"{self.url}/{key}",
-                        f"cannot be reached ({why}, {attempt} attempts)",
-                        "try again when it answers; nothing was lost here",
-                    ) from None
-            time.sleep(pause)
-            pause *= 2
-        raise AssertionError("an attempt returns or raises")
+            raise StorageError(
+                f"{self.url}/{key}",
+                f"cannot be reached ({why}, up to {self._timing.attempts} attempts)",
+                "try again when the store answers; nothing was lost here",
+            ) from None
 
 
 def _client(timing: Timing) -> Any:
@@ -298,12 +292,10 @@ def _client(timing: Timing) -> Any:
         raise ConfigError(
             "storage=s3://...", "needs boto3, which is not installed", "pip install raytune-ft[s3]"
         ) from None
-    # Tried again here and nowhere below, so that there is one bound.
-    once = {"total_max_attempts": 1, "mode": "standard"}
     config = Config(
         connect_timeout=timing.connect_s,
         read_timeout=timing.read_s,
-        retries=once,
+        retries={"total_max_attempts": timing.attempts, "mode": "standard"},
         max_pool_connections=16,
     )
     return boto3.session.Session().client("s3", config=config)
@@ -316,5 +308,7 @@ def _code(error: Any) -> str:
 
 def _why(error: BaseException) -> str:
     """A code or the name of an exception: texts may hold addresses with secrets in them."""
-    cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-    return _code(cause) or type(cause).__name__
+    cause = getattr(error, "last_exception", None)  # of a download that was given up
+    if type(error).__name__ == "S3UploadFailedError":
+        cause = error.__context__
+    return _code(cause or error) or type(cause or error).__name__
