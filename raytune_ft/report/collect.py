@@ -87,13 +87,12 @@ def collect(directory: Path) -> Facts:
         if rows is None
         else [_trial(directory / TRIALS / row["id"], row, metric) for row in rows]
     )
-    promoted = read_json(directory / PROMOTED / EVALUATION)
     return Facts(
         directory,
         config,
         result,
         trials,
-        promoted if promoted and "winner" in promoted else None,  # None of an earlier version
+        read_json(directory / PROMOTED / EVALUATION),
         read_json(directory / DATA),
         metric,
         mode,
