@@ -32,7 +32,7 @@ from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, PROMOTED, RESULT
 from raytune_ft.preflight import prepare
-from raytune_ft.records import RunResult
+from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
 from raytune_ft.rundir import OpenRun, cache_path, open_run, probe_storage, remote_url, run_path
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from raytune_ft.train.report import Reporter
     from raytune_ft.train.spec import RunSpec
 
-Tell = Callable[[str], None]
 MakeReporter = Callable[[int], "Reporter"]  # from the examples of the whole run
 
 

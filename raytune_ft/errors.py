@@ -84,3 +84,9 @@ class Interrupted(RaytuneFtError):
     """SIGINT or SIGTERM arrived; what was saved can be resumed."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.schema import Config
+from raytune_ft.records import Tell
 from raytune_ft.rundir import cache_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
-
-Tell = Callable[[str], None]
 
 
 def prepare(config: Config, tell: Tell) -> PreparedData:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+Tell = Callable[[str], None]
+"""Shows one line of progress to the user."""
 
 RunStatus = Literal["completed", "early_stopped", "failed", "interrupted"]
 TrialStatus = Literal["completed", "early_stopped", "pruned", "failed", "interrupted"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +14,9 @@ from raytune_ft.checkpoints.s3 import SCHEME, Bucket, RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
 from raytune_ft.errors import CheckpointError, StorageError
+from raytune_ft.files import read_json
 from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
-from raytune_ft.records import CheckpointManifest
+from raytune_ft.records import CheckpointManifest, Tell
 
 
 def run_folders(directory: Path) -> list[Path]:
@@ -67,12 +67,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
-
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,11 +30,10 @@ from raytune_ft.layout import (
     STEP_NAME,
     free_path,
 )
+from raytune_ft.records import Tell
 
 INTERVAL_S = 10.0
 _LATEST = (RESULT, CONFIG)  # the last of a folder to be copied, since they speak of the others
-
-Tell = Callable[[str], None]
 
 
 class Mirror:

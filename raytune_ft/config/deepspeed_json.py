@@ -16,6 +16,7 @@ from typing import Any
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.files import read_json
 
 AUTO = "auto"
 KEY = "parallel.deepspeed"
@@ -239,7 +240,7 @@ def _is_passed(key: str) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ConfigError(
             f"{KEY}={path}", f"cannot be read ({error.strerror})", "write an existing JSON file"

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from raytune_ft.errors import ConfigError
+from raytune_ft.errors import ConfigError, first_line
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # aliases let a few lines stand for billions of values
@@ -55,7 +55,7 @@ def parse(text: str, source: str) -> Any:
             f"{source}{line}", f"writes {key!r} twice", "delete one of the two"
         ) from None
     except YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         where = _line(error) if isinstance(error, MarkedYAMLError) else ""
         raise ConfigError(
             f"{source}{where}", f"is not YAML ({_one_line(problem)})", "quote the text or mend it"

@@ -54,7 +54,7 @@ from raytune_ft.merge.write_model import (
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_model_config, resolve_model_path
 from raytune_ft.model.meta import Outline, outline
-from raytune_ft.records import FileRecord
+from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.read import TensorFiles, open_model
 
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
@@ -62,8 +62,6 @@ __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "ope
 CHECKED_EXAMPLES = 8
 CHECKED_UNDER_A_HEAD = 32  # which says one thing of each
 CHECKED_TOKENS = 64  # of each
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from raytune_ft.merge.methods import MergeSettings
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype
+from raytune_ft.records import Tell
 
 MERGE_NAMES: tuple[str, ...] = tuple(n for n in get_args(MergeName) if n != "auto")
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Score = Callable[[Path], float]
 """Of a model directory, on validation; less is better."""
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from raytune_ft.config.methods import WHOLE_MODEL, LoraMethod, MethodConfig, QloraMethod
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.methods import METHODS, leave_casts_to_autocast
 from raytune_ft.tensors.write import DTYPES
@@ -144,7 +144,7 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"cannot be read ({_first_line(error)})",
+            f"cannot be read ({first_line(error)})",
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
         ) from error
@@ -217,7 +217,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"has no tokenizer that can be read ({_first_line(error)})",
+            f"has no tokenizer that can be read ({first_line(error)})",
             "write a model directory with its tokenizer files",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -264,7 +264,7 @@ def load_base(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"cannot be loaded ({_first_line(error)})",
+            f"cannot be loaded ({first_line(error)})",
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
@@ -373,10 +373,6 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 _HASHED = (".safetensors", ".json", ".model", ".jinja")

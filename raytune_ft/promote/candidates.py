@@ -20,10 +20,10 @@ from raytune_ft.merge.to_adapter import Refactored, refactor
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_base
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.records import Tell
 
 Score = Callable[[Path], float]
 """The deciding figure of a model directory on validation, turned so that less is better."""
-Tell = Callable[[str], None]
 BASE_NAME = "base"
 BASE, BEST, INTERPOLATED, MERGED = range(4)
 """How simple candidates are: nothing, one trial, one trial and the base, several trials."""

@@ -34,7 +34,7 @@ from raytune_ft.evaluate.evaluate import (
 )
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import check_functions
-from raytune_ft.files import fsync
+from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
     ADAPTER,
     CARD,
@@ -64,7 +64,7 @@ from raytune_ft.promote.decide import (
     score_lines,
 )
 from raytune_ft.promote.select import Selection, select
-from raytune_ft.records import to_json
+from raytune_ft.records import Tell, to_json
 from raytune_ft.train.setup import head_of
 
 CONSTANT = "constant"
@@ -159,7 +159,7 @@ def looks_so_far(directory: Path) -> int:
     """How often the held-out split of this run or sweep has been measured."""
     counts = [0]
     for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
-        counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
+        counts.append(int(read_json(path).get("looks", 1)))
     return max(counts)
 
 
@@ -178,7 +178,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     """Tokenizer and chat template; and the end token that training used ends generation too."""
     tokenizer.save_pretrained(str(model))
     path = model / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     written = settings.get("eos_token_id")
     known = written if isinstance(written, list) else [written] if written is not None else []
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
@@ -206,9 +206,6 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

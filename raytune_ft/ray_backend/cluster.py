@@ -15,7 +15,7 @@ from ray._private import ray_constants
 
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.errors import ClusterError, ConfigError, first_line
 
 TRAIN_DEFAULTS = {
     # The controller looks at its workers 4 times a second: an empty run ends, and an evaluation
@@ -105,7 +105,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"address={address}",
-                f"is no cluster that can be joined ({str(error).splitlines()[0]})",
+                f"is no cluster that can be joined ({first_line(error)})",
                 "start one with `ray start --head`, export RAY_AUTH_MODE=token if it wants one, "
                 "or unset RAY_ADDRESS to use this machine",
             ) from error

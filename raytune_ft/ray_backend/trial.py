@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.layout import ENGINES, TRIALS
 from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
@@ -29,13 +29,11 @@ from raytune_ft.ray_backend.registry import (
     start_switchboard,
 )
 from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
-from raytune_ft.records import RunResult, plain_of
+from raytune_ft.records import RunResult, Tell, plain_of
 from raytune_ft.search.results import apply_params
 from raytune_ft.search.slots import Arrangement
 from raytune_ft.train.result import read_result, write_ended
 from raytune_ft.train.spec import RunSpec
-
-Tell = Callable[[str], None]
 
 
 class Place(Protocol):
@@ -212,7 +210,7 @@ class _Engine:
         except StopRequested:
             pass
         except (RayError, RaytuneFtError) as failure:
-            error = RunFailed(str(failure).splitlines()[0])
+            error = RunFailed(first_line(failure))
         with suppress(RayError):
             ray.get(self._board.engine_ended.remote(self._name, error))
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-Tell = Callable[[str], None]
+from raytune_ft.records import Tell
 
 
 class Progress(Protocol):

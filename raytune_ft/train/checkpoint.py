@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor, Future, wait
@@ -19,7 +18,7 @@ from torch import Tensor
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.schema import CheckpointConfig
 from raytune_ft.errors import CheckpointError
-from raytune_ft.files import flush_file
+from raytune_ft.files import flush_file, read_json
 from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
@@ -134,7 +133,7 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / STATE / PROGRESS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         kinds = {"base": EvalMetrics, "best": Point, "final": Point}
         records = {key: _record(kind, content[key]) for key, kind in kinds.items()}
         progress: Progress = _record(Progress, content | records)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
-from raytune_ft.files import write_json_atomic
+from raytune_ft.files import read_json, write_json_atomic
 from raytune_ft.layout import METRICS, RESULT, checkpoint_path
 from raytune_ft.records import BY_SOURCE, EvalMetrics, Point, RunResult, plain_of
 from raytune_ft.train.checkpoint import Progress
@@ -73,7 +73,7 @@ def load_result(run_dir: Path) -> RunResult | None:
     path = run_dir / RESULT
     if not path.exists():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     points = {name: Point(**data[name]) if data.get(name) else None for name in ("best", "final")}
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     return RunResult(**{**data, **points, **lists})

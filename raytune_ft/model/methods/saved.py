@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from raytune_ft.config.methods import (
     PrefixMethod,
     PromptMethod,
 )
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, first_line
+from raytune_ft.files import read_json
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.methods.bottleneck import apply_adapter
 from raytune_ft.model.methods.hooks import attached
@@ -80,13 +80,13 @@ def attach_saved(base: nn.Module, directory: Path) -> None:
         assert found is not None
         found.fill(load_file(directory / ADAPTER_WEIGHTS))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{directory} is no adapter of its base: {reason}") from error
 
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        written = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        written = read_json(directory / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(written, dict):
