@@ -414,7 +414,7 @@ def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A seam that a library does not offer; its versions are pinned, and tests watch it."""
+    """Replaces what a library does not let one configure; docs/seams.md lists every use."""
     before = owner.__dict__[name]
     setattr(owner, name, value)
     try:
