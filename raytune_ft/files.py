@@ -27,7 +27,7 @@ def flush_file(path: Path, root: Path) -> FileRecord:
 
 
 def sha256_of(path: Path) -> str:
-    """In hexadecimal."""
+    """The hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""What `raytune-ft checkpoints` does: list, verify and prune those of a run, a sweep or a URL."""
+"""`raytune-ft checkpoints`: list, verify and prune checkpoints of a run, a sweep or a URL."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def run_folders(directory: Path) -> list[Path]:
 
 
 def referred(directory: Path) -> set[Path]:
-    """Checkpoints of a run, or of a sweep and its trials, that its files name."""
+    """Checkpoints that the result or a promotion of a run, or of a sweep and its trials, names."""
     found: set[Path] = set()
     for run in run_folders(directory):
         for name in _named(_json(run / RESULT)):
             found.add((run / CHECKPOINTS / name).resolve())
     top = directory.parent if directory.name == CHECKPOINTS else directory
-    # What was promoted names its checkpoints by path; runs may have moved, so by their last parts.
+    # Promotions name checkpoints by path. Runs may have moved, so only the last parts are compared.
     for manifest in top.glob(f"{PROMOTED}*/**/*.json"):
         for text in _texts(_json(manifest)):
             parts = Path(text).parts
@@ -45,13 +45,13 @@ def referred(directory: Path) -> set[Path]:
 
 
 def sweep_of(run: Path) -> Path:
-    """The sweep that a run is a trial of, or the run itself: whose files may refer to it."""
+    """The sweep that a run is a trial of, or else the run: its files may name the checkpoints."""
     above = run.parent.parent
     return above if run.parent.name == TRIALS and (above / CONFIG).is_file() else run
 
 
 def _named(result: Any) -> Iterator[str]:
-    """The names of steps that a result has anywhere, as its best, its final or a front's."""
+    """The step folders that a result names anywhere: best, final or on a Pareto front."""
     for text in _texts(result):
         if STEP_NAME.fullmatch(Path(text).name):
             yield Path(text).name
@@ -74,7 +74,7 @@ def _json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint; `error` where it is damaged, `referred` where something names it."""
+    """One checkpoint; `error` says what is damaged, `referred` that some file names it."""
 
     run: str
     name: str
@@ -84,23 +84,23 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Of its files."""
+        """Bytes of its files."""
         return sum(file.bytes for file in self.manifest.files) if self.manifest else 0
 
 
 class Place(Protocol):
-    """A folder of checkpoints, here or on an object store."""
+    """A folder of checkpoints, on a disk or in an object store."""
 
     def rows(self) -> list[Row]:
-        """What a listing shows: manifests and, on a disk, sizes."""
+        """Each checkpoint by its manifest; on a disk, sizes of files are checked."""
         ...
 
     def verify(self, name: str) -> CheckpointManifest:
-        """Reads every byte; CheckpointError."""
+        """Reads every byte; CheckpointError names what is damaged."""
         ...
 
     def quarantine(self, name: str) -> str:
-        """Where a damaged one went."""
+        """Moves a damaged checkpoint aside; returns where it went."""
         ...
 
 
@@ -179,7 +179,7 @@ def places(where: str) -> list[Place]:
 
 
 def listed(where: str) -> list[Row]:
-    """All checkpoints, by run and step."""
+    """All checkpoints, ordered by run and step."""
     return [row for place in places(where) for row in place.rows()]
 
 
@@ -187,7 +187,7 @@ def verified(where: str, tell: Tell) -> list[Row]:
     """Read every byte of every checkpoint; damaged ones are moved aside and named.
 
     Raises:
-        StorageError: a run is being driven; what it replaces at this moment is not damaged.
+        StorageError: a run is being driven, and may be replacing a checkpoint at this moment.
     """
     _require_idle(where)
     found = []
@@ -205,17 +205,17 @@ def verified(where: str, tell: Tell) -> list[Row]:
 def pruned(
     where: str, keep_last: int | None, keep_best: int | None, dry_run: bool, tell: Tell
 ) -> list[str]:
-    """Thin the runs out as their configs say, or as told; names of what was deleted.
+    """Delete checkpoints by the rules of each run's config; returns the paths of the deleted.
 
-    What a result, a merge or a promotion names is kept, whatever is asked for. Damaged ones are
-    moved aside.
+    `keep_last` and `keep_best` override the config. Checkpoints that a result, a merge or a
+    promotion names are always kept. Damaged ones are moved aside.
 
     Raises:
         StorageError: a run is being driven, or the directory is a URL.
     """
     if where.startswith(SCHEME):
         raise StorageError(
-            where, "is a copy, which follows the run's own directory", "prune that and resume it"
+            where, "is a copy of a run's local directory", "prune that directory and resume the run"
         )
     _require_idle(where)
     deleted = []

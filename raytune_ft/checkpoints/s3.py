@@ -28,7 +28,7 @@ class RemoteCheckpoints:
         self.bucket, self.root = bucket, root.strip("/")
 
     def names(self) -> list[str]:
-        """Of those that are committed, by ascending step."""
+        """Names of committed checkpoints, by ascending step."""
         found = [
             PurePosixPath(key).parent.name
             for key in self.bucket.sizes(self._key(""))
@@ -48,10 +48,10 @@ class RemoteCheckpoints:
         return parse_manifest(raw, self._url(name, MANIFEST))
 
     def upload(self, folder: Path) -> None:
-        """A checkpoint of the local disk; one of that name with another content is replaced.
+        """Copy a checkpoint from the local disk; one of that name with other content is replaced.
 
         Raises:
-            FileNotFoundError: it was deleted meanwhile; nothing is committed.
+            FileNotFoundError: it was deleted during the upload; nothing is committed.
             StorageError: the store does not answer; nothing is committed.
         """
         raw = (folder / MANIFEST).read_bytes()
@@ -95,10 +95,10 @@ class RemoteCheckpoints:
         return manifest
 
     def fetch(self, name: str, target: Path) -> None:
-        """Into `target/name`, which appears by one rename; what is there already stays.
+        """Download to `target/name`, which appears by one rename; an existing one is kept.
 
         Raises:
-            CheckpointError: it is not there, or a file is missing.
+            CheckpointError: there is no such checkpoint, or a file is missing.
         """
         raw = self.bucket.get(self._key(name, MANIFEST))
         if raw is None:
@@ -117,13 +117,13 @@ class RemoteCheckpoints:
         folder.rename(final)
 
     def delete(self, name: str) -> None:
-        """The manifest first, so that no half of it is ever seen."""
+        """Delete the manifest first, so that no half of a checkpoint is ever visible."""
         self.bucket.delete(self._key(name, MANIFEST))
         for key in self.bucket.sizes(self._key(name, "")):
             self.bucket.delete(key)
 
     def quarantine(self, name: str) -> str:
-        """A damaged checkpoint is no checkpoint any more: its manifest goes by another name."""
+        """Rename a damaged checkpoint's manifest, so that it is not listed; returns its URL."""
         raw = self.bucket.get(self._key(name, MANIFEST)) or b""
         key = self._key(name, f"damaged.{MANIFEST}")
         self.bucket.put(key, raw)
@@ -131,7 +131,7 @@ class RemoteCheckpoints:
         return f"{self.bucket.url}/{key}"
 
     def clear(self, keep: Collection[str]) -> None:
-        """Delete files of attempts that were never committed, but for those of `keep`."""
+        """Delete files of uploads that were never committed, except those of `keep`."""
         whole = set(self.names()) | set(keep)
         for key in self.bucket.sizes(self._key("")):
             name = key.removeprefix(self._key("")).split("/")[0]
@@ -175,19 +175,19 @@ class _Hashed:
 
 
 class Bucket:
-    """What lies below a URL, by keys relative to it."""
+    """The objects below a URL, by keys relative to it."""
 
     def __init__(self, url: str, timing: Timing | None = None) -> None:
         """
         Raises:
-            ConfigError: it is no URL of a bucket, or the client is not installed.
+            ConfigError: it is not the URL of a bucket, or the client is not installed.
         """
         bucket, _, prefix = url.removeprefix(SCHEME).strip("/").partition("/")
         self.url = f"{SCHEME}{bucket}/{prefix}".rstrip("/")
         if not url.startswith(SCHEME) or not bucket or "@" in bucket:
             raise ConfigError(
                 f"storage={url.rsplit('@', 1)[-1]}",
-                "is no URL of a bucket",
+                "is not the URL of a bucket",
                 "write s3://bucket/prefix, and credentials into the environment",
             )
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
@@ -256,7 +256,7 @@ class Bucket:
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
-        """What the client raises in the end, as an error of ours."""
+        """Turns the error that the client raises after its last attempt into a StorageError."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
         from s3transfer.exceptions import RetriesExceededError
@@ -307,7 +307,7 @@ def _code(error: Any) -> str:
 
 
 def _why(error: BaseException) -> str:
-    """A code or the name of an exception: texts may hold addresses with secrets in them."""
+    """The error's code or the exception's name; its text may hold an address with secrets."""
     cause = getattr(error, "last_exception", None)  # of a download that was given up
     if type(error).__name__ == "S3UploadFailedError":
         cause = error.__context__

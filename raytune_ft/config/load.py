@@ -31,7 +31,8 @@ def load_config(
 ) -> Config:
     """The config that a file and `section.key=value` overrides stand for.
 
-    `notify` is told what was dropped. Raises ConfigError, always one, for anything wrong.
+    `notify` receives a line about each key that was dropped. Raises one ConfigError, whatever and
+    however much is wrong.
     """
     data = yaml_text.read_mapping(path)
     changes = dict(parse_override(text) for text in overrides)
@@ -88,34 +89,34 @@ def parse_override(text: str) -> tuple[str, Any]:
 def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, str]:
     """The strategy that `auto` stands for and the reason, or the written one.
 
-    `shortage` says why a frozen base does not fit on a worker, if somebody found that out.
+    `shortage` says why a frozen base does not fit on a worker; None where that is not known.
     """
     parallel = config.parallel
     workers = parallel.max_workers
     if parallel.strategy != "auto":
         return parallel.strategy, "written in the config"
     if parallel.replicas > 1:
-        return "fsdp", "parallel.replicas is what it alone can do"
+        return "fsdp", "no other strategy supports parallel.replicas"
     if parallel.offload == "optimizer":
-        return "deepspeed", "parallel.offload: optimizer is what it alone can do"
+        return "deepspeed", "no other strategy supports parallel.offload: optimizer"
     if parallel.offload == "all":
         return "fsdp", "parallel.offload: all"
     if workers == 1:
-        return "single", "one worker has nobody to share with"
+        return "single", "there is one worker"
     if config.method.name in WHOLE_MODEL:
         return (
             "fsdp",
-            f"the model's own weights move, so {workers} workers share weights and moments",
+            f"the model's own weights are trained: {workers} workers shard weights and moments",
         )
     if config.method.name == "qlora":
         return "ddp", f"a base in 4 bits is not sharded: {workers} workers each hold it"
     if shortage is not None:
-        return "fsdp", f"the base is frozen, and {shortage}: {workers} workers share it"
+        return "fsdp", f"the base is frozen, and {shortage}: {workers} workers shard it"
     return "ddp", f"the base is frozen: {workers} workers each hold it and share gradients"
 
 
 def memory_decides(config: Config) -> bool:
-    """Does `auto` depend on whether the base fits on a worker?"""
+    """Whether `auto` depends on the base fitting on one worker."""
     parallel = config.parallel
     automatic = parallel.strategy == "auto" and parallel.offload == "none"
     return (
@@ -133,6 +134,7 @@ def _checked(data: dict[str, Any]) -> Config:
 
 
 def validated(data: dict[str, Any]) -> Config:
+    """The Config of plain values, checked key by key; raises ConfigError for the first mistake."""
     method = data.get("method")
     if isinstance(method, dict):  # the discriminator of a union has no default of its own
         data = {**data, "method": {"name": "lora", **method}}
@@ -149,7 +151,7 @@ def validated(data: dict[str, Any]) -> Config:
 def _changed(
     data: dict[str, Any], changes: Mapping[str, Any], notify: Notify | None
 ) -> dict[str, Any]:
-    """A copy of the file's data with the overrides in it; the method's name is set first."""
+    """A copy of the file's data with the overrides applied, `method.name` first."""
     data = copy.deepcopy(data)
     if "method.name" in changes:
         _switch_method(data, changes["method.name"], notify)
@@ -222,7 +224,7 @@ def _set_in_list(items: list[Any], parts: tuple[str, ...], depth: int, value: An
     if len(parts) != depth + 2:
         raise ConfigError(
             f"{'.'.join(parts)}={shown_value(value)}",
-            f"names no key of a source, and {path} is a list of them",
+            f"names no key of a source, and {path} is a list of sources",
             f"write {path}.NAME.KEY",
         )
     try:

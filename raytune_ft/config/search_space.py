@@ -99,7 +99,7 @@ def _allowed(
         choices = [name for name, each in space.items() if each.kind == "choice" and name != key]
         raise ConfigError(
             f"{where}: {shown_value(other)}",
-            "is no other choice of search.space",
+            "is not another choice of search.space",
             f"write {reference.one_of(choices)}" if choices else "delete the `when`",
         )
     written = value if isinstance(value, list) and not contains(line, value) else [value]
@@ -216,7 +216,7 @@ def _dotted(node: ast.expr, text: str) -> str:
             return node.id
         case ast.Attribute():
             return f"{_dotted(node.value, text)}.{node.attr}"
-    raise _error(text, f"has `{ast.unparse(node)}`, which is no key", "write a dotted key")
+    raise _error(text, f"has `{ast.unparse(node)}`, which is not a key", "write a dotted key")
 
 
 def _number(value: Any) -> Any:
@@ -243,7 +243,7 @@ def duration_s(value: float | str, key: str = "search.budget.wall_s") -> float:
     seconds = float(found[1]) * UNITS_S[found[2]] if found else value
     if isinstance(seconds, str) or not 0 < seconds < math.inf:
         raise ConfigError(
-            f"{key}={shown_value(value)}", "is no span of time", "write seconds, or 90m, 2h, 1d"
+            f"{key}={shown_value(value)}", "is not a duration", "write seconds, or 90m, 2h, 1d"
         )
     return float(seconds)
 

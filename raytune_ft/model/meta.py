@@ -59,9 +59,9 @@ from raytune_ft.tensors.read import TensorFiles
 class Outline:
     """A model whose weights are on the meta device, and which tensors of its files they are.
 
-    `sources` go by the names of the model's weights and of the buffers that lie in the files. The
-    other buffers are there. `pattern` is a copy that stays as it is, whatever is put into `model`.
-    `head` is the task head that it was built with.
+    `sources` has the names of the model's weights and of the buffers that lie in the files; other
+    buffers hold their values. `pattern` is a copy that stays unchanged when layers are put into
+    `model`. `head` is the task head that it was built with.
     """
 
     model: Any
@@ -74,7 +74,7 @@ class Outline:
 def outline(
     model: ModelConfig, dtype: torch.dtype = torch.float32, head: Head | None = None
 ) -> Outline:
-    """The model as `from_pretrained` would build it, and nothing of its files but their headers.
+    """The model as `from_pretrained` would build it; of its files only the headers are read.
 
     Raises:
         ModelError: see `load_base`; or its weights can only be read all together.
@@ -87,7 +87,7 @@ def outline(
             f"cannot be read tensor by tensor, because {reason}",
             "write a model that transformers reads from safetensors as it is",
         ) from reason
-    base = shapes_of(base)  # a head that the files lack was drawn, and is nobody's weights
+    base = shapes_of(base)  # drops the values of a head that the files lack
     return Outline(base, copy.deepcopy(base), seen.sources, tuple(seen.files), head)
 
 
@@ -137,7 +137,8 @@ def build(
 ) -> Built:
     """What `build_model` builds; `in_parts`: with the weights of its base on the meta device.
 
-    New weights and buffers are there. Where that is not possible it is built whole, and noted.
+    New weights and buffers hold their values. Where that is not possible the model is built whole,
+    and `notes` says why.
 
     Raises:
         ModelError: see `load_base`.
@@ -157,7 +158,7 @@ def build(
 
 
 def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Built:
-    """What `build_frozen` builds, likewise."""
+    """What `build_frozen` builds; `in_parts`: with its weights on the meta device."""
     whole = partial(build_frozen, model, precision)
     if not in_parts:
         return Built(whole())
@@ -167,7 +168,7 @@ def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Buil
 
 
 Dress = Callable[[nn.Module], nn.Module]
-"""Makes of a base what is trained."""
+"""Turns a base into the model that is trained."""
 
 
 def _in_parts_or(
@@ -259,13 +260,14 @@ def shapes_of(base: nn.Module) -> nn.Module:
 def apply_beside_shapes(
     shapes: nn.Module, method: MethodConfig, precision: Precision, seed: int
 ) -> nn.Module:
-    """What `apply_method` makes of such a copy, with the new weights there; `shapes` stays.
+    """What `apply_method` makes of a copy of `shapes`, which comes from `shapes_of`.
 
-    For methods that do not look at the weights of their base.
+    New weights hold the values that `apply_method` draws from `seed`. For methods that do not read
+    the weights of their base.
     """
 
     def whole(parameter: nn.Parameter) -> Tensor:
-        raise AssertionError("the method looks at the weights of its base")
+        raise AssertionError("the method reads the weights of its base")
 
     with _beside_absent_weights(whole):
         return apply_method(shapes_of(shapes), method, precision, seed)
@@ -273,9 +275,7 @@ def apply_beside_shapes(
 
 @dataclass
 class Seen:
-    """What was learned while `from_pretrained` ran; `parameters` keeps them alive, and their ids
-    with them.
-    """
+    """What `shadows` recorded of a `from_pretrained`; `parameters` keeps their ids valid."""
 
     files: list[Path] = field(default_factory=list)
     sources: dict[str, Source] = field(default_factory=dict)
@@ -284,7 +284,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Shadow:
-    """Stands for a tensor of a file, with the two operations that transformers loads it by."""
+    """A tensor of a file without elements, with the two operations that transformers uses."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -338,9 +338,9 @@ def shadows() -> Iterator[Seen]:
 def _tied_twice(
     model: Any, sources: dict[str, Source], tensors: TensorFiles, dtype: torch.dtype
 ) -> set[str]:
-    """Tensors of the files to leave out, since they repeat the weight that they are tied to.
+    """Tensors of the files to leave out, because they repeat the weight that they are tied to.
 
-    As in `from_pretrained`, weights that the files hold with different values are not tied.
+    As in `from_pretrained`, weights with different values in the files are not tied.
     """
     repeated = set()
     for target, origin in list((model.all_tied_weights_keys or {}).items()):
@@ -358,7 +358,7 @@ def _tied_twice(
 
 @torch.no_grad()
 def fill_buffers(base: nn.Module, sources: dict[str, Source], tensors: TensorFiles) -> None:
-    """The buffers that lie in the files, which every process holds whole.
+    """Read the buffers that lie in the files; every process holds them whole.
 
     Raises:
         NotInParts: one without a value is in none of the files.
@@ -377,8 +377,8 @@ def fill_buffers(base: nn.Module, sources: dict[str, Source], tensors: TensorFil
 def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
     """Inside, PEFT builds its layers for real around weights on the meta device.
 
-    It moves new weights to the device of their base; these stay where they are drawn. Where it
-    computes them from their base, it says so for DeepSpeed, and gets the weight for that long.
+    PEFT moves new weights to the device of their base; here they stay on the CPU. Where it computes
+    them from a base weight, it announces that to DeepSpeed, and here gets the weight for that long.
     """
     original, move = BaseTunerLayer._get_base_layer_device_and_dtype, nn.Module.to
 

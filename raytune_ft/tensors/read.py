@@ -68,7 +68,7 @@ class TensorFiles:
     def __init__(self, files: Sequence[Path], fault: Fault = _of_model) -> None:
         """
         Raises:
-            ModelError, or what `fault` makes: a file is missing, cut short or no safetensors file;
+            ModelError, or what `fault` makes: a file is missing, truncated or not safetensors;
                 it holds a type that torch does not compute with; the parts of a tensor are not
                 all there.
         """
@@ -225,7 +225,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(str(index), f"cannot be read ({error})", REMEDY) from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(str(index), f"names {name}, which is no file beside it", REMEDY)
+            raise ModelError(str(index), f"names {name}, which is not a file beside it", REMEDY)
         if not (folder / name).is_file():
             raise ModelError(str(folder), f"lacks {name}, which its index names", REMEDY)
     return [folder / name for name in names]

@@ -248,7 +248,7 @@ def test_a_mistake_that_was_undone_leaves_nothing(tmp_path: Path, bucket: Bucket
 
 @pytest.mark.parametrize("url", ["s3://", "s3://key:secret@bucket/x", "gs://bucket"])
 def test_what_is_no_bucket(url: str) -> None:
-    with pytest.raises(ConfigError, match="is no URL of a bucket") as caught:
+    with pytest.raises(ConfigError, match="is not the URL of a bucket") as caught:
         Bucket(url)
     assert "secret" not in str(caught.value)
 

@@ -179,17 +179,17 @@ def test_what_agrees_is_taken(tmp_path: Path, content: Any) -> None:
         ),
         (
             {"zero_optimisation": {"stage": 3}},
-            "zero_optimisation.stage=3 in ds.json is no key that is handed to DeepSpeed; "
+            "zero_optimisation.stage=3 in ds.json is not a key that is passed to DeepSpeed; "
             "did you mean zero_optimization.stage?",
         ),
         (
             {"compression_training": {"weight_quantization": 8}},
-            "compression_training.weight_quantization=8 in ds.json is no key that is handed to "
+            "compression_training.weight_quantization=8 in ds.json is not a key that is passed to "
             "DeepSpeed; leave it out",
         ),
         (
             {"zero_optimization": 3},
-            "zero_optimization=3 in ds.json is no key that is handed to DeepSpeed; "
+            "zero_optimization=3 in ds.json is not a key that is passed to DeepSpeed; "
             "did you mean zero_optimization.stage?",
         ),
     ],

@@ -168,7 +168,10 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
         ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
         ("promote: {merge: tie}", "promote.merge=tie is not best, uniform_soup, greedy_soup, task"),
-        ("promote: {max_shard_size: big}", "promote.max_shard_size=big is no size; write one such"),
+        (
+            "promote: {max_shard_size: big}",
+            "promote.max_shard_size=big is not a size; write for",
+        ),
         ("parallel: {strategy: zero}", "parallel.strategy=zero is not auto, single, ddp, fsdp or"),
         ("parallel: {workers: [4, 2]}", "parallel.workers=[4, 2] is not [min, max] with min <= m"),
         ("parallel: {workers: [2]}", "workers=[2] is not a whole number above 0 or [min, max]"),

@@ -132,5 +132,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "5XB", "-1GB", "0"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size; write one such as 5GB"):
+    with pytest.raises(ConfigError, match="is not a size; write for example 5GB"):
         parse_size(text)
