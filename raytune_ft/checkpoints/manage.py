@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from raytune_ft.checkpoints.manifest import check_sizes
-from raytune_ft.checkpoints.s3 import SCHEME, Bucket, RemoteCheckpoints
+from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
+from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
 from raytune_ft.files import read_json
 from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
@@ -155,7 +156,7 @@ def places(where: str) -> list[Place]:
     Raises:
         StorageError: there is no such directory, or no checkpoint in it.
     """
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         bucket = Bucket(where)
         roots = {
             key.split(f"{CHECKPOINTS}/")[0] for key in bucket.sizes() if f"{CHECKPOINTS}/" in key
@@ -213,7 +214,7 @@ def pruned(
     Raises:
         StorageError: a run is being driven, or the directory is a URL.
     """
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         raise StorageError(
             where, "is a copy of a run's local directory", "prune that directory and resume the run"
         )
@@ -258,7 +259,7 @@ def _label(run: Path, directory: Path) -> str:
 
 
 def _require_idle(where: str) -> None:
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         return
     for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
         if not (run / LOCK).exists():

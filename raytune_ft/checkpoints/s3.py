@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raytune_ft.checkpoints.manifest import parse_manifest
+from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
 from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest
@@ -145,7 +146,6 @@ class RemoteCheckpoints:
         return f"{self.bucket.url}/{self._key(*parts)}"
 
 
-SCHEME = "s3://"
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
 
@@ -182,9 +182,9 @@ class Bucket:
         Raises:
             ConfigError: it is not the URL of a bucket, or the client is not installed.
         """
-        bucket, _, prefix = url.removeprefix(SCHEME).strip("/").partition("/")
-        self.url = f"{SCHEME}{bucket}/{prefix}".rstrip("/")
-        if not url.startswith(SCHEME) or not bucket or "@" in bucket:
+        bucket, _, prefix = url.removeprefix(OBJECT_STORE).strip("/").partition("/")
+        self.url = f"{OBJECT_STORE}{bucket}/{prefix}".rstrip("/")
+        if not url.startswith(OBJECT_STORE) or not bucket or "@" in bucket:
             raise ConfigError(
                 f"storage={url.rsplit('@', 1)[-1]}",
                 "is not the URL of a bucket",
