@@ -87,17 +87,14 @@ class TensorFiles:
         except BaseException:
             self._stack.close()
             raise
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: h.shape for n, h in self._held.items()}
+        """By name, in the order of the files."""
 
     def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """By name, in the order of the files."""
-        return {name: held.shape for name, held in self._held.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """As it lies in its file."""

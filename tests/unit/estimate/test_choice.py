@@ -40,7 +40,7 @@ def test_a_base_that_fits_is_copied_and_one_that_does_not_is_sharded(config: Con
     assert small.parallel.strategy == "fsdp"
     assert choose_strategy(config, reason) == (
         "fsdp",
-        f"the base is frozen, and {reason}: 2 workers share it",
+        f"the base is frozen, and {reason}: 2 workers shard it",
     )
     assert choose_strategy(small)[0] == "fsdp"  # as every worker asks again
 
