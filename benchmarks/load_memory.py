@@ -41,11 +41,11 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.schema import ModelConfig, ParallelConfig
+from raytune_ft.layout import shard_name
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.load import build_model
 from raytune_ft.model.meta import build
 from raytune_ft.strategy.fsdp import Fsdp
-from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, write_tensors
 
 METHODS = {

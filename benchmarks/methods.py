@@ -15,7 +15,8 @@ from typing import Any
 from raytune_ft.config.methods import METHODS
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.model.load import count_parameters, load_tokenizer
+from raytune_ft.estimate.parameters import build_shell
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
 from raytune_ft.train.spec import RunSpec
@@ -92,7 +93,7 @@ def _line(name: str, lr: float, method: dict[str, Any], model: Path, rows: Path)
     assert result.status == "completed", result.error
     assert result.base
     assert result.final
-    _, trained = count_parameters(config.model, config.method)
+    trained = build_shell(config.model, config.method, config.train.precision).trained
     losses = f"{result.base['eval_loss']:.3f} | {result.final.eval_loss:.3f}"
     return f"| {name} | {lr:g} | {trained:,} | {losses} | {took:.0f} |"
 

@@ -30,22 +30,13 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
-from raytune_ft.preflight import Tell, needs_ray, placed, prepare
-from raytune_ft.records import RunResult
+from raytune_ft.files import write_text_atomic
+from raytune_ft.layout import DATA, PROMOTED, RESULT
+from raytune_ft.preflight import needs_ray, placed, prepare
+from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
-from raytune_ft.rundir import (
-    DATA,
-    PROMOTED,
-    RESULT,
-    OpenRun,
-    cache_path,
-    open_run,
-    probe_storage,
-    remote_url,
-    run_path,
-    write_text_atomic,
-)
+from raytune_ft.rundir import OpenRun, cache_path, open_run, probe_storage, remote_url, run_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
@@ -243,11 +234,11 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
     _keep_or_compare(run, data.report)
     if needs_ray(expanded):
-        from raytune_ft.model.load import count_parameters
+        from raytune_ft.model.meta import build_shapes
         from raytune_ft.train.setup import head_of
 
         # Raises ModelError where the model cannot take the method, before workers start.
-        count_parameters(expanded.model, expanded.method, head_of(expanded, data.report))
+        build_shapes(expanded.model, expanded.method, head_of(expanded, data.report))
     from raytune_ft.train.spec import RunSpec
 
     return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data

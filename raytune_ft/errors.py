@@ -1,7 +1,7 @@
 """Every exception that this package raises on purpose.
 
 RaytuneFtError
-|-- InputError            exit code 2: what the user wrote is wrong; nothing was started or lost
+|-- InputError            exit code 2: the user's input is wrong; nothing was started or lost
 |   |-- ConfigError       a key, a value or a combination of them
 |   |-- DataError         a source, a row or a column
 |   |-- ModelError        a model directory, a hub id, a method that the model cannot take
@@ -25,9 +25,9 @@ class RaytuneFtError(Exception):
 
 
 class InputError(RaytuneFtError):
-    """What the user wrote is wrong: the value, the rule that it breaks, what to write instead.
+    """The user's input is wrong: the value, the rule that it breaks, what to write instead.
 
-    The three parts are kept apart so that no message can lack one.
+    The three parts are separate arguments, so that no message can lack one.
     """
 
     exit_code = 2
@@ -61,7 +61,7 @@ class ClusterError(InputError):
 
 
 class RunFailed(RaytuneFtError):
-    """The input was right and the run failed all the same."""
+    """The input was valid and the run failed."""
 
 
 class Diverged(RunFailed):
@@ -84,3 +84,9 @@ class Interrupted(RaytuneFtError):
     """SIGINT or SIGTERM arrived; what was saved can be resumed."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

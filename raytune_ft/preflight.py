@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,11 @@ from raytune_ft.config.load import choose_strategy, expand_env, memory_decides
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
+from raytune_ft.records import Tell
 from raytune_ft.rundir import cache_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
-
-Tell = Callable[[str], None]
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Self
+
+Tell = Callable[[str], None]
+"""Shows one line of progress to the user."""
 
 RunStatus = Literal["completed", "early_stopped", "failed", "interrupted"]
 TrialStatus = Literal["completed", "early_stopped", "pruned", "failed", "interrupted"]

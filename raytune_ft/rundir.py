@@ -1,4 +1,4 @@
-"""A run's directory: made once, driven by one process at a time, its files replaced atomically."""
+"""A run's directory: created once, driven by one process at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,29 +17,26 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, StorageError
-from raytune_ft.files import fsync
-from raytune_ft.records import to_json
+from raytune_ft.files import fsync, write_text_atomic
+from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RESULT, cache_in
 
-CONFIG, RESULT, METRICS, CHECKPOINTS = "config.yaml", "result.json", "metrics.jsonl", "checkpoints"
-DATA, TRIALS, PROMOTED = "data.json", "trials", "promoted"
-LOCK = ".lock"
 _REMEDY = "write a storage directory that this user can write to"
 
 
 def run_path(config: Config) -> Path:
-    """STORAGE/NAME of a resolved config; of an object store, where its run lives meanwhile."""
+    """STORAGE/NAME of a resolved config; for an object store, its local copy."""
     storage = expand_text(config.storage, "storage")
     return (_live(storage) if storage.startswith(OBJECT_STORE) else Path(storage)) / config.name
 
 
 def remote_url(config: Config) -> str | None:
-    """The s3:// URL of a storage that is one."""
+    """The storage, where it is an s3:// URL; None for a directory."""
     storage = expand_text(config.storage, "storage")
     return storage if storage.startswith(OBJECT_STORE) else None
 
 
 def _live(url: str) -> Path:
-    """On the driver's disk, or wherever RAYTUNE_FT_STORAGE says."""
+    """Below RAYTUNE_FT_STORAGE, or else in the cache directory of the user."""
     root = os.environ.get(STORAGE_VARIABLE) or "~/.cache/raytune_ft/s3"
     return Path(root).expanduser() / url.removeprefix(OBJECT_STORE).strip("/")
 
@@ -48,14 +44,6 @@ def _live(url: str) -> Path:
 def cache_path(config: Config) -> Path:
     """Where the tokens of a resolved config are cached."""
     return cache_in(run_path(config).parent)
-
-
-def cache_in(storage: Path) -> Path:
-    """The token cache: beside the runs, so that runs, trials and workers share it.
-
-    No run can be called so, since names begin with a letter or a digit.
-    """
-    return storage / ".cache" / "tokens"
 
 
 def probe_storage(storage: Path) -> None:
@@ -81,16 +69,16 @@ class OpenRun:
 
     @property
     def has_measured(self) -> bool:
-        """Whether this run, or one of its trials, has something to lose."""
+        """Whether this run or one of its trials has written metrics or a checkpoint."""
         return bool(_measured(self.path))
 
     @contextmanager
     def begun(self, config: Config) -> Iterator[None]:
-        """The work itself: as long as the context lasts, the run has not ended.
+        """The work itself: inside, `config.yaml` is this config and there is no `result.json`.
 
-        `result.json` goes before `config.yaml` is replaced, so that, whenever this process is
-        killed, no result stands beside a larger budget than it is of. An InputError that comes
-        before anything more was measured puts both back: nothing is lost by a mistake.
+        `result.json` is deleted before `config.yaml` is replaced, so that a killed process never
+        leaves the result of a smaller budget beside a larger one. An InputError before anything
+        more was measured restores both files.
         """
         measured = _measured(self.path)
         kept = {name: _text(self.path / name) for name in (CONFIG, RESULT)}
@@ -100,8 +88,8 @@ class OpenRun:
             yield
         except InputError:
             if _measured(self.path) == measured:
-                _remove(self.path / RESULT)  # of a run that failed by this mistake
-                for name, text in kept.items():  # the result comes last here
+                _remove(self.path / RESULT)  # written by the run that failed on this mistake
+                for name, text in kept.items():  # config first, then result
                     if text is not None:
                         write_text_atomic(self.path / name, text)
             raise
@@ -111,11 +99,14 @@ class OpenRun:
 def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
 
-    That is the new config of a new run, and the earlier one of a resume until it has `begun`.
-    What was made here is removed again when an InputError ends the context before anything was
-    measured: the name is not used up by a mistake. Raises StorageError for a name that exists
-    (or, with `resume`, does not), for a directory that another process drives and for a storage
-    that cannot be written; ConfigError where a resume changes what it must keep.
+    A new run has its new config there; a resumed one keeps its earlier config until `begun`. What
+    was created here is deleted when an InputError ends the context before anything was measured,
+    so that a mistake does not use up the name.
+
+    Raises:
+        StorageError: the name exists (with `resume`: does not exist), another process drives the
+            directory, or the storage cannot be written.
+        ConfigError: a resume changes a key that it must keep.
     """
     path = run_path(config)
     if resume and not (path / CONFIG).is_file():
@@ -140,22 +131,6 @@ def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
             raise
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Replaces a JSON file: a reader sees the old one or the new one, also after a power cut."""
-    write_text_atomic(path, to_json(value, indent=2) + "\n")
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replaces a text file by rename, the new content and the directory flushed to disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync(path.parent)
-
-
 def _remove(path: Path) -> None:
     """Also after a power cut, like `write_text_atomic`."""
     path.unlink(missing_ok=True)
@@ -167,7 +142,7 @@ def _text(path: Path) -> str | None:
 
 
 def _make(path: Path) -> bool:
-    """Whether the directory is of this process's making."""
+    """Creates the directory; False where it exists."""
     try:
         path.mkdir()
     except FileExistsError:
@@ -178,7 +153,7 @@ def _make(path: Path) -> bool:
 
 
 def _undo(path: Path, made: bool) -> None:
-    """Removes a run that has not begun; of a directory that was there before, what is in it now."""
+    """Removes a run that has not begun: the directory if it was `made` here, else its content."""
     if made:
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -191,7 +166,7 @@ def _undo(path: Path, made: bool) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds an flock, which the kernel gives up when its holder dies, however it dies."""
+    """Holds an flock, which the kernel releases when its holder dies."""
     try:
         lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
@@ -208,7 +183,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refuse_existing(path: Path) -> None:
-    """Anything but an empty directory, or one in which a driver was killed before it had begun."""
+    """StorageError for a directory with files other than those of a driver that had not begun."""
     try:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     except OSError as error:
@@ -223,11 +198,11 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _measured(path: Path) -> frozenset[tuple[Path, int]]:
-    """What took time to make, here or in a trial, with sizes; it is never deleted."""
+    """Metrics and checkpoints of the run and its trials, with sizes; they are never deleted."""
     metrics = {(file, file.stat().st_size) for file in path.rglob(METRICS)}
     return frozenset(metrics | {(step, 0) for step in path.rglob(f"{CHECKPOINTS}/step-*")})
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> StorageError:
-    reason = getattr(error, "strerror", None) or "it is no path"
+    reason = getattr(error, "strerror", None) or "it is not a path"
     return StorageError(str(path), f"cannot be written ({reason})", _REMEDY)

@@ -1,22 +1,23 @@
-"""What `raytune-ft checkpoints` does: list, verify and prune those of a run, a sweep or a URL."""
+"""`raytune-ft checkpoints`: list, verify and prune checkpoints of a run, a sweep or a URL."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from raytune_ft.checkpoints.layout import STEP_NAME, check_sizes
-from raytune_ft.checkpoints.s3 import SCHEME, Bucket, RemoteCheckpoints
+from raytune_ft.checkpoints.manifest import check_sizes
+from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
+from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
-from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, TRIALS
+from raytune_ft.files import read_json
+from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
+from raytune_ft.records import CheckpointManifest, Tell
 
 
 def run_folders(directory: Path) -> list[Path]:
@@ -28,13 +29,13 @@ def run_folders(directory: Path) -> list[Path]:
 
 
 def referred(directory: Path) -> set[Path]:
-    """Checkpoints of a run, or of a sweep and its trials, that its files name."""
+    """Checkpoints that the result or a promotion of a run, or of a sweep and its trials, names."""
     found: set[Path] = set()
     for run in run_folders(directory):
         for name in _named(_json(run / RESULT)):
             found.add((run / CHECKPOINTS / name).resolve())
     top = directory.parent if directory.name == CHECKPOINTS else directory
-    # What was promoted names its checkpoints by path; runs may have moved, so by their last parts.
+    # Promotions name checkpoints by path. Runs may have moved, so only the last parts are compared.
     for manifest in top.glob(f"{PROMOTED}*/**/*.json"):
         for text in _texts(_json(manifest)):
             parts = Path(text).parts
@@ -45,13 +46,13 @@ def referred(directory: Path) -> set[Path]:
 
 
 def sweep_of(run: Path) -> Path:
-    """The sweep that a run is a trial of, or the run itself: whose files may refer to it."""
+    """The sweep that a run is a trial of, or else the run: its files may name the checkpoints."""
     above = run.parent.parent
     return above if run.parent.name == TRIALS and (above / CONFIG).is_file() else run
 
 
 def _named(result: Any) -> Iterator[str]:
-    """The names of steps that a result has anywhere, as its best, its final or a front's."""
+    """The step folders that a result names anywhere: best, final or on a Pareto front."""
     for text in _texts(result):
         if STEP_NAME.fullmatch(Path(text).name):
             yield Path(text).name
@@ -67,17 +68,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
 
-Tell = Callable[[str], None]
-
-
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint; `error` where it is damaged, `referred` where something names it."""
+    """One checkpoint; `error` says what is damaged, `referred` that some file names it."""
 
     run: str
     name: str
@@ -87,23 +85,23 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Of its files."""
+        """Bytes of its files."""
         return sum(file.bytes for file in self.manifest.files) if self.manifest else 0
 
 
 class Place(Protocol):
-    """A folder of checkpoints, here or on an object store."""
+    """A folder of checkpoints, on a disk or in an object store."""
 
     def rows(self) -> list[Row]:
-        """What a listing shows: manifests and, on a disk, sizes."""
+        """Each checkpoint by its manifest; on a disk, sizes of files are checked."""
         ...
 
     def verify(self, name: str) -> CheckpointManifest:
-        """Reads every byte; CheckpointError."""
+        """Reads every byte; CheckpointError names what is damaged."""
         ...
 
     def quarantine(self, name: str) -> str:
-        """Where a damaged one went."""
+        """Moves a damaged checkpoint aside; returns where it went."""
         ...
 
 
@@ -158,7 +156,7 @@ def places(where: str) -> list[Place]:
     Raises:
         StorageError: there is no such directory, or no checkpoint in it.
     """
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         bucket = Bucket(where)
         roots = {
             key.split(f"{CHECKPOINTS}/")[0] for key in bucket.sizes() if f"{CHECKPOINTS}/" in key
@@ -182,7 +180,7 @@ def places(where: str) -> list[Place]:
 
 
 def listed(where: str) -> list[Row]:
-    """All checkpoints, by run and step."""
+    """All checkpoints, ordered by run and step."""
     return [row for place in places(where) for row in place.rows()]
 
 
@@ -190,7 +188,7 @@ def verified(where: str, tell: Tell) -> list[Row]:
     """Read every byte of every checkpoint; damaged ones are moved aside and named.
 
     Raises:
-        StorageError: a run is being driven; what it replaces at this moment is not damaged.
+        StorageError: a run is being driven, and may be replacing a checkpoint at this moment.
     """
     _require_idle(where)
     found = []
@@ -208,17 +206,17 @@ def verified(where: str, tell: Tell) -> list[Row]:
 def pruned(
     where: str, keep_last: int | None, keep_best: int | None, dry_run: bool, tell: Tell
 ) -> list[str]:
-    """Thin the runs out as their configs say, or as told; names of what was deleted.
+    """Delete checkpoints by the rules of each run's config; returns the paths of the deleted.
 
-    What a result, a merge or a promotion names is kept, whatever is asked for. Damaged ones are
-    moved aside.
+    `keep_last` and `keep_best` override the config. Checkpoints that a result, a merge or a
+    promotion names are always kept. Damaged ones are moved aside.
 
     Raises:
         StorageError: a run is being driven, or the directory is a URL.
     """
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         raise StorageError(
-            where, "is a copy, which follows the run's own directory", "prune that and resume it"
+            where, "is a copy of a run's local directory", "prune that directory and resume the run"
         )
     _require_idle(where)
     deleted = []
@@ -261,7 +259,7 @@ def _label(run: Path, directory: Path) -> str:
 
 
 def _require_idle(where: str) -> None:
-    if where.startswith(SCHEME):
+    if where.startswith(OBJECT_STORE):
         return
     for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
         if not (run / LOCK).exists():

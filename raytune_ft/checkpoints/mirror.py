@@ -1,9 +1,9 @@
-"""A run whose storage is an object store: it lives on the driver's disk, and all of it is copied.
+"""A run whose storage is an object store: a local directory that a thread copies there.
 
-Object stores have no append, no rename and no SQLite. So files are written where they always are,
-in a local directory, and a thread copies what has changed: checkpoints first, each committed by its
-manifest, then the files that speak of them. `mirror.json` says which copy is the newest: whoever
-resumes on another machine fetches the run first, and the earlier driver notices.
+Object stores have no append, no rename and no SQLite, so the run is written to a local directory as
+always. The thread copies what has changed: checkpoints first, each committed by its manifest, then
+the files that refer to them. `mirror.json` says which copy is the newest: a resume on another
+machine fetches the run first, and the earlier driver then refuses to go on copying.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ import sqlite3
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_ft.checkpoints.layout import MANIFEST, STEP_NAME
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.errors import CheckpointError, StorageError
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, write_text_atomic
+from raytune_ft.files import write_text_atomic
+from raytune_ft.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    MIRROR_OWNER,
+    RESULT,
+    STEP_NAME,
+    free_path,
+)
+from raytune_ft.records import Tell
 
-OWNER = "mirror.json"
 INTERVAL_S = 10.0
-_LATEST = (RESULT, CONFIG)  # the last of a folder to be copied, since they speak of the others
-
-Tell = Callable[[str], None]
+_LATEST = (RESULT, CONFIG)  # copied last, since they refer to the others
 
 
 class Mirror:
-    """One run or sweep, here and there."""
+    """One run or sweep, in its local directory and in the bucket."""
 
     def __init__(self, bucket: Bucket, run: Path, tell: Tell) -> None:
         self.bucket, self.run, self.name = bucket, run, run.name
@@ -44,7 +50,8 @@ class Mirror:
         """Make the local directory the newest copy.
 
         Raises:
-            StorageError: a run of that name is there and is not resumed; or no answer.
+            StorageError: the bucket holds a run of that name and `resume` is false; or the store
+                does not answer.
         """
         there = self.bucket.get(f"{self.name}/{CONFIG}") is not None
         if there and not resume:
@@ -54,19 +61,19 @@ class Mirror:
                 "write --resume to continue it, or another name",
             )
         self._resumed = there
-        owner = self.bucket.get(f"{self.name}/{OWNER}")
-        here = self.run / OWNER
+        owner = self.bucket.get(f"{self.name}/{MIRROR_OWNER}")
+        here = self.run / MIRROR_OWNER
         if there and not (here.is_file() and here.read_bytes() == owner):
             self._fetch()
 
     def sync(self) -> None:
-        """Copy what is new, then forget there what retention has deleted here.
+        """Copy what is new, then delete there what retention has deleted here.
 
         Raises:
             StorageError: the store does not answer, or another driver has taken the run over;
                 nothing is half-committed.
         """
-        if not (self.run / CONFIG).is_file():  # a mistake was undone, or it has not begun
+        if not (self.run / CONFIG).is_file():  # undone after a mistake, or not begun
             if self._claimed and not self._resumed:
                 for key in self.bucket.sizes(f"{self.name}/"):
                     self.bucket.delete(key)
@@ -87,17 +94,17 @@ class Mirror:
                 remote.clear(keep=kept)
 
     def _claim(self) -> None:
-        """Refuses to write over what a later driver has written."""
-        key = f"{self.name}/{OWNER}"
+        """StorageError where a later driver has taken the run over."""
+        key = f"{self.name}/{MIRROR_OWNER}"
         if self._claimed and self.bucket.get(key) != self._owner.encode():
             raise StorageError(
                 f"{self.bucket.url}/{self.name}",
                 "was taken over by another driver",
-                f"let that one go on; what this one has done is in {self.run}",
+                f"let that driver go on; the work of this one is in {self.run}",
             )
         if not self._claimed:
             self.bucket.put(key, self._owner.encode())
-            write_text_atomic(self.run / OWNER, self._owner)
+            write_text_atomic(self.run / MIRROR_OWNER, self._owner)
             self._claimed = True
 
     def _remote(self, folder: Path) -> RemoteCheckpoints:
@@ -116,12 +123,12 @@ class Mirror:
             return
 
     def _files(self) -> list[Path]:
-        """All but checkpoints, locks and what is being written, those that speak of others last."""
+        """All files but checkpoints, locks and unfinished ones; those that refer to others last."""
         found = [
             path
             for path in self.run.rglob("*")
             if path.is_file()
-            and path.name != OWNER
+            and path.name != MIRROR_OWNER
             and not any(
                 part.startswith(".") or STEP_NAME.fullmatch(part)
                 for part in path.relative_to(self.run).parts
@@ -147,7 +154,7 @@ class Mirror:
             return
 
     def _upload_database(self, path: Path, key: str) -> None:
-        """A copy of one moment, whatever is being written."""
+        """A consistent copy, also while the database is being written."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / path.name
             source, target = sqlite3.connect(path), sqlite3.connect(copy)
@@ -159,7 +166,7 @@ class Mirror:
             self.bucket.upload(copy, key)
 
     def _fetch(self) -> None:
-        """The whole run, into a hidden directory that takes the local one's place when it is whole.
+        """Download the run into a hidden directory, which then replaces the local one.
 
         An older local copy is kept beside it.
         """
@@ -168,13 +175,13 @@ class Mirror:
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir(parents=True)
         checkpoints: set[str] = set()
-        for key, size in self.bucket.sizes(f"{self.name}/").items():
+        for key in self.bucket.sizes(f"{self.name}/"):
             parts = Path(key.removeprefix(f"{self.name}/")).parts
             step = next((n for n, part in enumerate(parts) if STEP_NAME.fullmatch(part)), None)
             if step is not None:
                 checkpoints.add("/".join(parts[:step]))
             else:
-                self.bucket.download(key, size, fetched.joinpath(*parts))
+                self.bucket.download(key, fetched.joinpath(*parts))
         for folder in sorted(checkpoints):
             remote = RemoteCheckpoints(self.bucket, f"{self.name}/{folder}")
             (fetched / folder).mkdir(parents=True, exist_ok=True)
@@ -182,11 +189,9 @@ class Mirror:
                 try:
                     remote.fetch(name, fetched / folder)
                 except CheckpointError as error:
-                    self._tell(f"checkpoint {name} is passed over: {error}")
+                    self._tell(f"checkpoint {name} is skipped: {error}")
         if self.run.exists():
-            number = 1
-            while (aside := self.run.with_name(f"{self.name}.older-{number}")).exists():
-                number += 1
+            aside = free_path(self.run, ".older-")
             self.run.rename(aside)
             self._tell(f"the older local copy is kept as {aside}")
         fetched.rename(self.run)
@@ -201,13 +206,13 @@ def mirrored(
     interval_s: float = INTERVAL_S,
     timing: Timing | None = None,
 ) -> Iterator[None]:
-    """Inside, the run in the local directory `run` is copied to `url` as it goes on.
+    """Inside, a thread copies the run in the local directory `run` to `url`; not for a None.
 
-    Nothing happens where `url` is None. A store that does not answer for a while holds nobody up;
-    one that does not at the end is an error, and nothing is lost.
+    A store that does not answer for a while does not delay the run. One that does not answer at the
+    end is an error; the local copy is complete.
 
     Raises:
-        StorageError: see `Mirror.begin`; or at the end, what could not be copied is kept here.
+        StorageError: see `Mirror.begin`; or the last copy failed.
         ConfigError: the client is not installed.
     """
     if url is None:

@@ -1,4 +1,4 @@
-"""Objects below `s3://bucket/prefix`: every call is bounded in time and tried again a few times.
+"""Objects below `s3://bucket/prefix`; every request is bounded in time and repeated a few times.
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_ENDPOINT_URL), and are never part of a message.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
-from raytune_ft.checkpoints.layout import MANIFEST, STEP_NAME, parse_manifest
+from raytune_ft.checkpoints.manifest import parse_manifest
+from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
+from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest
 
 
@@ -26,14 +29,14 @@ class RemoteCheckpoints:
         self.bucket, self.root = bucket, root.strip("/")
 
     def names(self) -> list[str]:
-        """Of those that are committed, by ascending step."""
+        """Names of committed checkpoints, by ascending step."""
         found = [
             PurePosixPath(key).parent.name
             for key in self.bucket.sizes(self._key(""))
             if PurePosixPath(key).name == MANIFEST
             and STEP_NAME.fullmatch(PurePosixPath(key).parent.name)
         ]
-        return sorted(found, key=lambda name: int(name.removeprefix("step-")))
+        return sorted(found, key=lambda name: int(name.partition("-")[2]))
 
     def manifest(self, name: str) -> CheckpointManifest:
         """
@@ -46,10 +49,10 @@ class RemoteCheckpoints:
         return parse_manifest(raw, self._url(name, MANIFEST))
 
     def upload(self, folder: Path) -> None:
-        """A checkpoint of the local disk; one of that name with another content is replaced.
+        """Copy a checkpoint from the local disk; one of that name with other content is replaced.
 
         Raises:
-            FileNotFoundError: it was deleted meanwhile; nothing is committed.
+            FileNotFoundError: it was deleted during the upload; nothing is committed.
             StorageError: the store does not answer; nothing is committed.
         """
         raw = (folder / MANIFEST).read_bytes()
@@ -84,21 +87,19 @@ class RemoteCheckpoints:
                 raise CheckpointError(
                     f"{url} is damaged: {held[key]} bytes, the manifest says {record.bytes}"
                 )
-            digest = hashlib.sha256()
-            for block in self.bucket.blocks(key, record.bytes):
-                digest.update(block)
-            if digest.hexdigest() != record.sha256:
+            found = self.bucket.sha256(key)
+            if found != record.sha256:
                 raise CheckpointError(
-                    f"{url} is damaged: sha256 {digest.hexdigest()[:12]}..., "
+                    f"{url} is damaged: sha256 {found[:12]}..., "
                     f"the manifest says {record.sha256[:12]}..."
                 )
         return manifest
 
     def fetch(self, name: str, target: Path) -> None:
-        """Into `target/name`, which appears by one rename; what is there already stays.
+        """Download to `target/name`, which appears by one rename; an existing one is kept.
 
         Raises:
-            CheckpointError: it is not there, or a file is missing.
+            CheckpointError: there is no such checkpoint, or a file is missing.
         """
         raw = self.bucket.get(self._key(name, MANIFEST))
         if raw is None:
@@ -112,18 +113,18 @@ class RemoteCheckpoints:
             key = self._key(name, record.path)
             if key not in held:
                 raise CheckpointError(f"{self._url(name, record.path)} is missing")
-            self.bucket.download(key, held[key], folder / record.path)
+            self.bucket.download(key, folder / record.path)
         (folder / MANIFEST).write_bytes(raw)
         folder.rename(final)
 
     def delete(self, name: str) -> None:
-        """The manifest first, so that no half of it is ever seen."""
+        """Delete the manifest first, so that no half of a checkpoint is ever visible."""
         self.bucket.delete(self._key(name, MANIFEST))
         for key in self.bucket.sizes(self._key(name, "")):
             self.bucket.delete(key)
 
     def quarantine(self, name: str) -> str:
-        """A damaged checkpoint is no checkpoint any more: its manifest goes by another name."""
+        """Rename a damaged checkpoint's manifest, so that it is not listed; returns its URL."""
         raw = self.bucket.get(self._key(name, MANIFEST)) or b""
         key = self._key(name, f"damaged.{MANIFEST}")
         self.bucket.put(key, raw)
@@ -131,7 +132,7 @@ class RemoteCheckpoints:
         return f"{self.bucket.url}/{key}"
 
     def clear(self, keep: Collection[str]) -> None:
-        """Delete files of attempts that were never committed, but for those of `keep`."""
+        """Delete files of uploads that were never committed, except those of `keep`."""
         whole = set(self.names()) | set(keep)
         for key in self.bucket.sizes(self._key("")):
             name = key.removeprefix(self._key("")).split("/")[0]
@@ -145,38 +146,48 @@ class RemoteCheckpoints:
         return f"{self.bucket.url}/{self._key(*parts)}"
 
 
-SCHEME = "s3://"
-ATTEMPTS = 5
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S, FIRST_PAUSE_S = 5.0, 20.0, 0.5
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a call may take and how often it is made. A pause doubles from one to the next."""
+    """How long a request may take, and how often botocore's `standard` retries make it.
 
-    attempts: int = ATTEMPTS
-    connect_s: float = CONNECT_TIMEOUT_S
-    read_s: float = READ_TIMEOUT_S
-    pause_s: float = FIRST_PAUSE_S
+    Their pauses begin at 0.05 s and double, so that 8 attempts outlast a few seconds without a
+    server.
+    """
+
+    attempts: int = 8
+    connect_s: float = 5.0
+    read_s: float = 20.0
+
+
+class _Hashed:
+    """A file to write to of which only the hash is kept."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, block: bytes) -> int:
+        self.digest.update(block)
+        return len(block)
 
 
 class Bucket:
-    """What lies below a URL, by keys relative to it."""
+    """The objects below a URL, by keys relative to it."""
 
     def __init__(self, url: str, timing: Timing | None = None) -> None:
         """
         Raises:
-            ConfigError: it is no URL of a bucket, or the client is not installed.
+            ConfigError: it is not the URL of a bucket, or the client is not installed.
         """
-        bucket, _, prefix = url.removeprefix(SCHEME).strip("/").partition("/")
-        self.url = f"{SCHEME}{bucket}/{prefix}".rstrip("/")
-        if not url.startswith(SCHEME) or not bucket or "@" in bucket:
+        bucket, _, prefix = url.removeprefix(OBJECT_STORE).strip("/").partition("/")
+        self.url = f"{OBJECT_STORE}{bucket}/{prefix}".rstrip("/")
+        if not url.startswith(OBJECT_STORE) or not bucket or "@" in bucket:
             raise ConfigError(
                 f"storage={url.rsplit('@', 1)[-1]}",
-                "is no URL of a bucket",
+                "is not the URL of a bucket",
                 "write s3://bucket/prefix, and credentials into the environment",
             )
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
@@ -185,13 +196,10 @@ class Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         """One object, by one request: readers see the old one or the new one."""
-        name = self._prefix + key
-        self._try(
-            key,
-            lambda: self._client.put_object(
-                Bucket=self._bucket, Key=name, Body=data, ChecksumAlgorithm="CRC32"
-            ),
-        )
+        with self._explained(key):
+            self._client.put_object(
+                Bucket=self._bucket, Key=self._prefix + key, Body=data, ChecksumAlgorithm="CRC32"
+            )
 
     def upload(self, path: Path, key: str) -> None:
         """A file of any size; nothing is visible until its last part has arrived.
@@ -199,47 +207,39 @@ class Bucket:
         Raises:
             FileNotFoundError: the file has gone.
         """
-        name = self._prefix + key
-        self._try(key, lambda: self._client.upload_file(str(path), self._bucket, name))
+        with self._explained(key):
+            self._client.upload_file(str(path), self._bucket, self._prefix + key)
 
     def get(self, key: str) -> bytes | None:
         """The content, None where there is none."""
-        name = self._prefix + key
-
-        def read() -> bytes | None:
+        content = BytesIO()
+        with self._explained(key):
             try:
-                found = self._client.get_object(Bucket=self._bucket, Key=name)
+                self._client.download_fileobj(self._bucket, self._prefix + key, content)
             except self._client.exceptions.ClientError as error:
-                if _code(error) in _ABSENT:
-                    return None
-                raise
-            return bytes(found["Body"].read())
+                if _code(error) not in _ABSENT:
+                    raise
+                # The same code stands for a missing bucket; a listing tells them apart.
+                self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+                return None
+        return content.getvalue()
 
-        return self._try(key, read)
+    def sha256(self, key: str) -> str:
+        """Of the content, in hexadecimal; nothing is kept on the disk."""
+        content = _Hashed()
+        with self._explained(key):
+            self._client.download_fileobj(self._bucket, self._prefix + key, content)
+        return content.digest.hexdigest()
 
-    def blocks(self, key: str, size: int, block: int = 1 << 23) -> Iterator[bytes]:
-        """The content in pieces, each fetched by a request of its own."""
-        name = self._prefix + key
-        for start in range(0, size, block):
-            span = f"bytes={start}-{min(start + block, size) - 1}"
-
-            def read(span: str = span) -> bytes:
-                found = self._client.get_object(Bucket=self._bucket, Key=name, Range=span)
-                return bytes(found["Body"].read())
-
-            yield self._try(key, read)
-
-    def download(self, key: str, size: int, path: Path) -> None:
-        """Into a file."""
+    def download(self, key: str, path: Path) -> None:
+        """Into a file, which appears when it is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for block in self.blocks(key, size):
-                file.write(block)
+        with self._explained(key):
+            self._client.download_file(self._bucket, self._prefix + key, str(path))
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Keys that begin so, with their sizes."""
-
-        def read() -> dict[str, int]:
+        """Keys that begin with `below`, with their sizes in bytes."""
+        with self._explained(below):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + below
             )
@@ -249,44 +249,39 @@ class Bucket:
                 for entry in page.get("Contents", [])
             }
 
-        return self._try(below, read)
-
     def delete(self, key: str) -> None:
         """Nothing happens where there is none."""
-        name = self._prefix + key
-        self._try(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
+        with self._explained(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
-    def _try(self, key: str, call: Callable[[], Result]) -> Result:
-        from boto3.exceptions import S3UploadFailedError
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """Turns the error that the client raises after its last attempt into a StorageError."""
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from s3transfer.exceptions import RetriesExceededError
 
-        pause = self._timing.pause_s
-        for attempt in range(1, self._timing.attempts + 1):
-            try:
-                return call()
-            except NoCredentialsError:
+        try:
+            yield
+        except NoCredentialsError:
+            raise StorageError(
+                self.url,
+                "cannot be reached without credentials",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            ) from None
+        except FileNotFoundError:
+            raise
+        except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError, OSError) as error:
+            why = _why(error)
+            if why in _DENIED or why == "NoSuchBucket":
                 raise StorageError(
-                    self.url,
-                    "cannot be reached without credentials",
-                    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                    self.url, f"refuses ({why})", "write a bucket that these credentials reach"
                 ) from None
-            except FileNotFoundError:
-                raise
-            except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
-                why = _why(error)
-                if why in _DENIED or why == "NoSuchBucket":
-                    raise StorageError(
-                        self.url, f"refuses ({why})", "write a bucket that these credentials reach"
-                    ) from None
-                if attempt == self._timing.attempts:
-                    raise StorageError(
-                        f"{self.url}/{key}",
-                        f"cannot be reached ({why}, {attempt} attempts)",
-                        "try again when it answers; nothing was lost here",
-                    ) from None
-            time.sleep(pause)
-            pause *= 2
-        raise AssertionError("an attempt returns or raises")
+            raise StorageError(
+                f"{self.url}/{key}",
+                f"cannot be reached ({why}, up to {self._timing.attempts} attempts)",
+                "try again when the store answers; nothing was lost here",
+            ) from None
 
 
 def _client(timing: Timing) -> Any:
@@ -297,12 +292,10 @@ def _client(timing: Timing) -> Any:
         raise ConfigError(
             "storage=s3://...", "needs boto3, which is not installed", "pip install raytune-ft[s3]"
         ) from None
-    # Tried again here and nowhere below, so that there is one bound.
-    once = {"total_max_attempts": 1, "mode": "standard"}
     config = Config(
         connect_timeout=timing.connect_s,
         read_timeout=timing.read_s,
-        retries=once,
+        retries={"total_max_attempts": timing.attempts, "mode": "standard"},
         max_pool_connections=16,
     )
     return boto3.session.Session().client("s3", config=config)
@@ -314,6 +307,8 @@ def _code(error: Any) -> str:
 
 
 def _why(error: BaseException) -> str:
-    """A code or the name of an exception: texts may hold addresses with secrets in them."""
-    cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-    return _code(cause) or type(cause).__name__
+    """The error's code or the exception's name; its text may hold an address with secrets."""
+    cause = getattr(error, "last_exception", None)  # of a download that was given up
+    if type(error).__name__ == "S3UploadFailedError":
+        cause = error.__context__
+    return _code(cause or error) or type(cause or error).__name__

@@ -8,9 +8,9 @@ A checkpoint becomes visible by one rename, after its files, its manifest and it
 reached the disk; it disappears by one rename before its first file is deleted. So a crash at any
 moment leaves whole checkpoints and hidden rubbish, which `retain` clears.
 
-What damages a checkpoint later (a flipped bit, a truncated file) is found by `verify`, which
-`newest_valid` calls. Damaged folders stay where they are: a read error may pass, a person may
-want to look, and a run that comes to the same step again replaces them.
+Later damage (a flipped bit, a truncated file) is found by `verify`, which `newest_valid` calls.
+Damaged folders stay in place: a read error may be temporary, a person may want to look at them, and
+a run that reaches the same step again replaces them.
 """
 
 from __future__ import annotations
@@ -31,31 +31,26 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from raytune_ft.checkpoints.layout import (
+from raytune_ft.checkpoints.manifest import (
     FORMAT,
-    MANIFEST,
-    STEP_NAME,
     check_contents,
     check_sizes,
     flush_files,
     fsync_folders,
-    step_name,
     write_manifest,
 )
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import fsync
+from raytune_ft.layout import HIDDEN_STEP, MANIFEST, STEP_NAME, free_path, hidden_step, step_name
 from raytune_ft.records import CheckpointManifest, FileRecord
 
-__all__ = ["MANIFEST", "CheckpointFacts", "CheckpointStore", "step_name"]
-
-_HIDDEN = re.compile(r"\.step-\d+\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)")
 _TOKEN = uuid.uuid4().hex[:8]  # tells this process from an earlier one with the same pid
 _DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What the manifest says beside the step and the files. `metrics` is what `retain` ranks by."""
+    """Fields of the manifest beside the step and the files; `retain` ranks by `metrics`."""
 
     examples: int
     config_sha256: str
@@ -75,11 +70,11 @@ class CheckpointStore:
     def begin(self, step: int, facts: CheckpointFacts) -> Path | None:
         """An empty hidden folder for the files of `step-N`, to be given to `finish` or `drop`.
 
-        None where a valid `step-N` of the same config is there already, since a resumed run comes
-        by the same steps; anything else of that name is replaced.
+        None where a valid `step-N` of the same config exists, since a resumed run repeats steps;
+        any other folder of that name is replaced.
 
         Raises:
-            CheckpointError: it cannot be made.
+            CheckpointError: it cannot be created.
         """
         target = self.root / step_name(step)
         if self._is_same(target, facts):
@@ -117,7 +112,7 @@ class CheckpointStore:
         return target
 
     def drop(self, folder: Path) -> None:
-        """Forget what `begin` gave, if it is still there."""
+        """Delete the folder that `begin` returned, if it still exists."""
         shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Path:
@@ -139,10 +134,10 @@ class CheckpointStore:
             self.drop(folder)
 
     def verify(self, path: Path, share: int = 0, shares: int = 1) -> CheckpointManifest:
-        """Read every byte of a checkpoint; its manifest if all is as it was written.
+        """Read every byte of a checkpoint; returns its manifest if every file is as it was written.
 
-        Of `shares` processes that do this together each reads some of the files. Files that the
-        manifest does not list are left out of account.
+        With `shares` processes, this one reads files `share`, `share + shares`, and so on. Files
+        that the manifest does not list are ignored.
 
         Raises:
             CheckpointError: names the file and what is wrong with it.
@@ -164,14 +159,14 @@ class CheckpointStore:
     def newest_valid(
         self, accept: Callable[[CheckpointManifest], bool] = lambda manifest: True
     ) -> Path | None:
-        """The latest checkpoint that verifies to the last byte; says which ones it passed over."""
+        """The latest checkpoint that `verify` accepts; warns about those that it skips."""
         for path in reversed(self.paths()):
             try:
                 if not accept(check_sizes(path)):
                     continue
                 self.verify(path)
             except CheckpointError as error:
-                self._warn(f"checkpoint {path.name} is passed over: {error}")
+                self._warn(f"checkpoint {path.name} is skipped: {error}")
                 continue
             return path
         return None
@@ -211,7 +206,7 @@ class CheckpointStore:
         metric: str = "eval_loss",
         keep_every_examples: int | None = None,
     ) -> Sequence[Path]:
-        """What `retain` would delete."""
+        """The checkpoints that `retain` would delete."""
         checkpoints = self.list()
         kept = {Path(name).name for name in protect}
         kept |= {path.name for path, _ in checkpoints[-max(keep_last, 1) :]}
@@ -230,10 +225,8 @@ class CheckpointStore:
         return [path for path, _ in checkpoints if path.name not in kept]
 
     def quarantine(self, path: Path) -> Path:
-        """Move a damaged checkpoint out of the way, under a name that says so; where it went."""
-        number = 1
-        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-            number += 1
+        """Rename a damaged checkpoint to `step-N.damaged-1` and so on; returns the new path."""
+        aside = free_path(path, ".damaged-")
         path.rename(aside)
         fsync(self.root)
         return aside
@@ -250,7 +243,7 @@ class CheckpointStore:
         return [path for _, path in sorted(steps)]
 
     def _is_same(self, target: Path, facts: CheckpointFacts) -> bool:
-        """Whether `target` is whole and holds what a commit of `facts` would write."""
+        """Whether `target` is whole and is what a commit of `facts` would write."""
         if not target.exists():
             return False
         try:
@@ -272,7 +265,7 @@ class CheckpointStore:
         try:
             temporary.rename(target)
         except OSError as cause:
-            # A worker that was taken for dead committed the same step a moment ago.
+            # A worker that was presumed dead committed the same step a moment ago.
             if cause.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not self._is_same(
                 target, facts
             ):
@@ -287,11 +280,11 @@ class CheckpointStore:
 
     def _hidden(self, name: str, kind: Literal["new", "old"]) -> Path:
         owner = f"{socket.gethostname()}.{os.getpid()}.{_TOKEN}{uuid.uuid4().hex[:8]}"
-        return self.root / f".{name}.{owner}.{kind}"
+        return self.root / hidden_step(name, owner, kind)
 
     def _clear_rubbish(self) -> None:
         for path in self.root.glob(".step-*"):
-            if (match := _HIDDEN.fullmatch(path.name)) and _is_rubbish(path, match):
+            if (match := HIDDEN_STEP.fullmatch(path.name)) and _is_rubbish(path, match):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -304,7 +297,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _is_rubbish(path: Path, match: re.Match[str]) -> bool:
-    """Whether nobody is writing this hidden folder any more."""
+    """Whether no living process writes this hidden folder."""
     if match["kind"] == "old":
         return True
     if match["host"] != socket.gethostname():

@@ -1,8 +1,12 @@
 """A user's own DeepSpeed JSON: which of its keys are passed on, and which contradict the config.
 
-A key is one of three kinds. It reaches DeepSpeed as it is; or it says what the config says too and
-must say the same; or it would change what is computed and is refused. "auto", which is how the
-integration of Hugging Face asks for the trainer's value, is accepted wherever a value is.
+A key is passed to DeepSpeed unchanged; or it repeats a key of the config and must have the same
+value; or it would change what is computed and is refused. "auto", by which the integration of
+Hugging Face asks for the trainer's value, is accepted everywhere.
+
+The lists are ours because DeepSpeed refuses unknown keys in `zero_optimization` alone, and only in
+a worker; a misspelt section would be ignored. tests/unit/config/test_deepspeed_json.py compares
+them with DeepSpeed's own classes, so that a release with other keys is noticed.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from typing import Any
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
+from raytune_ft.files import read_json
 
 AUTO = "auto"
 KEY = "parallel.deepspeed"
-# Sections and keys that reach DeepSpeed. They set sizes of buffers, what is overlapped, printed
-# or timed; some mean nothing here and come with many files.
+# Sections and keys that are passed on. They set sizes of buffers, and what is overlapped, printed
+# or timed; some have no effect here and occur in many files.
 PASSED = {
     "aio",
     "checkpoint",
@@ -66,7 +71,7 @@ PASSED_ZERO = {
     "use_multi_rank_bucket_allreduce",
 }
 PASSED_OFFLOAD = {"buffer_count", "buffer_size", "fast_init", "max_in_cpu", "pin_memory"}
-# Values that change nothing, of keys that otherwise would.
+# Keys that would change the numbers, and the values under which they do not.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "amp.enabled": (False,),
     "autotuning.enabled": (False,),
@@ -96,9 +101,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "zero_force_ds_cpu_optimizer": (False,),
     "zero_optimization.compute_grad_norm": (True,),
     "zero_optimization.cpu_offload": (False,),
-    "zero_optimization.cpu_offload_params": (False,),
+    "zero_optimization.cpu_offload_param": (False,),
     "zero_optimization.legacy_stage1": (False,),
-    "zero_optimization.mics_shard_size": (-1,),
     "zero_optimization.offload_optimizer.pipeline_read": (False,),
     "zero_optimization.offload_optimizer.pipeline_write": (False,),
     "zero_optimization.offload_optimizer.ratio": (1,),
@@ -113,7 +117,7 @@ SWITCHED = tuple(key.removesuffix(".enabled") for key in HARMLESS if key.endswit
 
 
 def passed_on(path: str) -> dict[str, Any]:
-    """What reaches DeepSpeed of the file, which `check` has accepted."""
+    """The part of the file that DeepSpeed gets; `check` has accepted the file."""
     written = _without_auto(_read(Path(path)))
     kept = {key: value for key, value in written.items() if key in PASSED}
     zero = {}
@@ -131,7 +135,8 @@ def check(config: Config, path: str) -> None:
     ours = _ours(config)
     for key, value in _leaves(_without_auto(_read(file))):
         shown = f"{key}={_shown(value)} in {file.name}"
-        if _is_passed(key) or key == "scheduler.type":  # a schedule without numbers is ours
+        # A schedule without parameters is the config's.
+        if _is_passed(key) or key == "scheduler.type":
             continue
         if key in ours:
             _check_same(config, ours[key], value, shown, file.name)
@@ -149,14 +154,14 @@ def check(config: Config, path: str) -> None:
             near = difflib.get_close_matches(key, [*_known(), *ours], 1, 0.8)
             raise ConfigError(
                 shown,
-                "is no key that is handed to DeepSpeed",
+                "is not a key that is passed to DeepSpeed",
                 f"did you mean {near[0]}?" if near else "leave it out",
             )
 
 
 @dataclass(frozen=True)
 class _Same:
-    """A key of the config, the values there that agree with it, and how to say others here."""
+    """A key of the config, the JSON values that agree, and what to write for another value."""
 
     here: str
     accepted: tuple[Any, ...]
@@ -174,7 +179,7 @@ def _check_same(config: Config, ours: _Same, value: Any, shown: str, file: str) 
 
 
 def _ours(config: Config) -> dict[str, _Same]:
-    """Keys that say what a key of the config says."""
+    """Keys of the JSON that repeat a key of the config."""
     train, parallel = config.train, config.parallel
 
     def number(here: str) -> _Same:
@@ -239,13 +244,13 @@ def _is_passed(key: str) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ConfigError(
             f"{KEY}={path}", f"cannot be read ({error.strerror})", "write an existing JSON file"
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{KEY}={path}", f"is not JSON ({error})", "mend it") from None
+        raise ConfigError(f"{KEY}={path}", f"is not JSON ({error})", "correct the file") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"{KEY}={path}", "holds no JSON object", 'write one, such as {"zero_optimization": {}}'

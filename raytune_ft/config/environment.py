@@ -1,4 +1,4 @@
-"""What the config takes from the process around it: `${ENV_NAME}` and the Ray job."""
+"""What the config takes from its environment: `${ENV_NAME}`, and whether this is a Ray job."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _IN_USER_PART = re.compile(r"://[^/\s:@]*:([^\s]+)@")
 _IN_QUERY = re.compile(r"[?&;](?:password|passwd|pwd|secret|token|api_key)=([^&;\s]+)", re.I)
 
-# What stands before an @, with the scheme apart; of text that nobody parses.
+# Everything before an @, the scheme in group 1; for free text.
 _BEFORE_AT = re.compile(r"(\w+://)?[^\s'\"]*@")
-_PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # with blanks, too
+_PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # may hold blanks
 _SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 HIDDEN = "***"
 
@@ -73,10 +73,10 @@ def refuse_secrets(value: Any, key: str = "") -> None:
 
 
 def without_secrets(text: str, *written: str) -> str:
-    """What somebody else's error says, without user parts of URLs and values that are secret.
+    """The text of a library's error without user parts of URLs and without secrets.
 
-    Those are the values of the `${NAME}`s and the passwords in `written`, whether a URL quotes them
-    or not, and keys of services that are in the environment.
+    Secrets are the values of each `${NAME}` in `written`, the passwords in `written`, in plain and
+    in URL-quoted form, and the keys of services in the environment.
     """
     names = [*_SECRET, *(name for each in written for name in _REFERENCE.findall(each))]
     secrets = {os.environ[name] for name in names if os.environ.get(name)}
@@ -84,7 +84,7 @@ def without_secrets(text: str, *written: str) -> str:
         for pattern in (_IN_QUERY, _PASSWORD):
             secrets |= set(pattern.findall(each))
     forms = {form(one) for one in secrets for form in (str, quote, quote_plus, unquote, _quoted)}
-    for form in sorted(forms - {""}, key=len, reverse=True):  # a part of another comes after it
+    for form in sorted(forms - {""}, key=len, reverse=True):  # one may be part of another
         text = text.replace(form, HIDDEN)
     return _BEFORE_AT.sub(lambda match: f"{match[1] or ''}{HIDDEN}@", text)
 

@@ -1,7 +1,7 @@
-"""From pydantic's list of errors to the one ConfigError that helps most.
+"""Turns pydantic's list of errors into the one ConfigError that helps most.
 
-pydantic says where; what is expected there comes from the schema, so that a union is described
-once and as a whole.
+pydantic gives the place; the schema gives what is expected there, so that a union is described once
+and as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_SHOWN = 80
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> ConfigError:
-    """The ConfigError for the most telling of pydantic's errors on `data`."""
+    """The ConfigError for the most specific of pydantic's errors on `data`."""
     located = [(_path(item, data), item) for item in error.errors()]
     unknown = [pair for pair in located if pair[1]["type"] == "extra_forbidden"]
     longest_first = unknown or [
@@ -62,7 +62,7 @@ def unknown_key(path: Sequence[str], method: object = None) -> ConfigError:
     field = reference.field_at(path[:-1], method) if section else None
     items = reference.listed_sections(field.annotation) if field else []
     if any(path[-1] in item.model_fields for item in items):
-        remedy = f"it is of one of several: write {section} as a list"
+        remedy = f"it is a key of one of several sources: write {section} as a list"
     elif near:
         remedy = f"did you mean {near}?"
     else:
@@ -75,14 +75,14 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
     """The ConfigError for a value that is not what the schema expects at `path`."""
     field = reference.field_at(path, method)
     shown = shown_value(value)
-    if field is None:  # a key that the user made up, such as a resource or a line of the space
+    if field is None:  # a key that the user chose, such as a resource or a line of the space
         below_space = tuple(path[:2]) == ("search", "space")
         kind = "a section such as {choice: [8, 16]}" if below_space else "a number"
         return ConfigError(f"{'.'.join(path)}={shown}", f"is not {kind}", "write one")
     expected = reference.words(field)
     choices = reference.choices(field)
     if choices == [expected]:
-        rule = f"is not in this version, which has {expected}"
+        rule = f"is not supported; {expected} is the only value"
         return ConfigError(f"{'.'.join(path)}={shown}", rule, f"write {expected}")
     near = reference.closest(value, choices) if isinstance(value, str) else None
     remedy = f"did you mean {near}?" if near else _remedy(field, path, value)

@@ -10,12 +10,12 @@ from typing import Any
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
-from raytune_ft.config.reference import field_at, is_under
+from raytune_ft.config.reference import is_under
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
 
-# Layout and housekeeping: nothing here moves a weight, so a resume may change all of it.
+# Layout and housekeeping: no key here changes a weight, so a resume may change all of them.
 FREE = (
     "storage",
     "parallel",
@@ -31,65 +31,28 @@ FREE = (
     "promote",
     "tracking",
 )
-# Keys that earlier versions did not have. At their defaults they change nothing, and no hash.
-LATER = (
-    "method.init",
-    "method.rank_pattern",
-    "method.alpha_pattern",
-    "method.lr_ratio",
-    "train.label_smoothing",
-    "train.neftune_alpha",
-    "train.class_weights",
-    "train.rationale_weight",
-    "train.kd",
-    "data.chunk",
-    "data.problem",
-    "data.labels",
-    "data.mixture",
-    "data.curriculum",
-)
-LATER_OF_SOURCES = (
-    "rationale",
-    "rationale_until",
-    "tools",
-    "train_on",
-    "text_pair",
-    "label",
-    "rows",
-    "example_weight",
-)
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
 
 
 def config_sha256(config: Config) -> str:
-    """Names the path of the weights: equal hashes mean equal weights after equally many examples.
+    """Hash of everything that decides the weights after a number of examples.
 
-    So the budget counts only where the learning rate depends on it. `${ENV_NAME}` is expanded
-    first; a search counts not at all, its trials have their own.
+    Equal hashes mean equal weights after equally many examples, so the budget counts only where
+    the learning rate depends on it. `${ENV_NAME}` is expanded first. `search` is left out, since
+    each trial has a config of its own.
     """
     flat = _flat(to_plain(expand_env(config)))
     depends = depends_on_horizon(config.train, config.data.curriculum)
     ignored = (*FREE, "name", "search", *(() if depends else BUDGET))
-    kept = {
-        key: value
-        for key, value in flat.items()
-        if not is_under(key, ignored) and not _unwritten(key, value)
-    }
+    kept = {key: value for key, value in flat.items() if not is_under(key, ignored)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _unwritten(key: str, value: Any) -> bool:
-    """Whether it is as if the key did not exist, which once it did not."""
-    field = field_at(key.split("."))
-    later = key in LATER or (key.rpartition(".")[2] in LATER_OF_SOURCES and key.count(".") == 2)
-    return later and field is not None and bool(value == field.default)
 
 
 def depends_on_horizon(
     train: TrainConfig, curriculum: CurriculumConfig | None = None
 ) -> str | None:
-    """What of a step depends on how many there will be, in words; None where nothing does."""
+    """Names what makes a step depend on the number of steps to come; None where nothing does."""
     if train.lr_schedule != "constant" or train.warmup_fraction > 0:
         return f"a {train.lr_schedule} schedule"
     if curriculum is not None and curriculum.schedule != "sort":
@@ -98,7 +61,7 @@ def depends_on_horizon(
 
 
 def check_resume(saved: Config, new: Config) -> None:
-    """Raises ConfigError, naming the key and both values, where `new` does not continue `saved`."""
+    """Raises ConfigError, with the key and both values, where `new` does not continue `saved`."""
     old_flat, new_flat = _flat(to_plain(saved)), _flat(to_plain(new))
     for key in [*old_flat, *(key for key in new_flat if key not in old_flat)]:
         old, now = old_flat.get(key, _MISSING), new_flat.get(key, _MISSING)

@@ -32,7 +32,8 @@ def load_config(
 ) -> Config:
     """The config that a file and `section.key=value` overrides stand for.
 
-    `notify` is told what was dropped. Raises ConfigError, always one, for anything wrong.
+    `notify` receives a line about each key that was dropped. Raises one ConfigError, whatever and
+    however much is wrong.
     """
     data = yaml_text.read_mapping(path)
     changes = dict(parse_override(text) for text in overrides)
@@ -128,6 +129,7 @@ def _checked(data: dict[str, Any]) -> Config:
 
 
 def validated(data: dict[str, Any]) -> Config:
+    """The Config of plain values, checked key by key; raises ConfigError for the first mistake."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -137,7 +139,7 @@ def validated(data: dict[str, Any]) -> Config:
 def _changed(
     data: dict[str, Any], changes: Mapping[str, Any], notify: Notify | None
 ) -> dict[str, Any]:
-    """A copy of the file's data with the overrides in it; the method's name is set first."""
+    """A copy of the file's data with the overrides applied, `method.name` first."""
     data = copy.deepcopy(data)
     if "method.name" in changes:
         _switch_method(data, changes["method.name"], notify)
@@ -210,7 +212,7 @@ def _set_in_list(items: list[Any], parts: tuple[str, ...], depth: int, value: An
     if len(parts) != depth + 2:
         raise ConfigError(
             f"{'.'.join(parts)}={shown_value(value)}",
-            f"names no key of a source, and {path} is a list of them",
+            f"names no key of a source, and {path} is a list of sources",
             f"write {path}.NAME.KEY",
         )
     try:

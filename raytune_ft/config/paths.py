@@ -1,4 +1,4 @@
-"""Relative paths become absolute, once. A path that begins with `${NAME}` is kept as written."""
+"""Relative paths become absolute once; a path that begins with `${NAME}` is kept as written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LOCAL = ("./", "../", "~", "/")
 _BUCKET = re.compile(r"[a-z0-9$][\w.${}-]*(/[^@]*)?$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
-"""Extensions of sources. Nothing else behind a dot makes a file: hub ids hold version numbers."""
+"""Extensions of sources. No other one marks a path as a file: hub ids hold version numbers."""
 
 
 def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
-    """The directory that runs go to; StorageError for one that would not outlive the run."""
+    """The directory or URL of runs; StorageError for a directory that would not outlive the run."""
     check_storage(written)
     remote = expand_text(written, "storage").startswith(OBJECT_STORE)
     if not disposable_cwd or not (remote or _is_relative(written, "storage")):
@@ -31,7 +31,7 @@ def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
     if not os.path.isabs(root):
         raise StorageError(
             f"storage={written}",
-            "needs a place where the run lives meanwhile, inside a Ray job or on several nodes"
+            "needs a local directory for the run, inside a Ray job or on several nodes"
             if remote
             else "is relative, and inside a Ray job or on several nodes the current directory is "
             "disposable",

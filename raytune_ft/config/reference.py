@@ -16,7 +16,7 @@ from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.config.section import NameIn, Section, SectionOf
 
-# Names that people bring along from other trainers; no spelling distance finds these.
+# Names that other trainers use; their spelling is too far from ours for `closest`.
 ELSEWHERE = {
     "learning_rate": "train.lr",
     "per_device_train_batch_size": "train.batch_size",
@@ -33,8 +33,8 @@ ELSEWHERE = {
     "num_samples": "search.trials",
     "num_workers": "parallel.workers",
 }
-MADE_UP = "KEY"  # stands in the reference for a key that the user makes up
-NAMED = "NAME"  # and for the name of one section of a list
+MADE_UP = "KEY"  # in the reference: a key that the user chooses
+NAMED = "NAME"  # in the reference: the name of one section of a list
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def is_listed(parts: Sequence[str]) -> bool:
 
 
 def name_of(section: type[Section]) -> str | None:
-    """`lora` for the class whose `name` can only be that, None for a class without such a name."""
+    """`lora` for a class whose `name` is `Literal["lora"]`; None without such a field."""
     field = section.model_fields.get("name")
     if field is None or typing.get_origin(field.annotation) is not typing.Literal:
         return None
@@ -120,7 +120,7 @@ def fields_at(parts: Sequence[str], method: object = None) -> dict[str, FieldInf
 
 
 def field_at(parts: Sequence[str], method: object = None) -> FieldInfo | None:
-    """The field at that path, None where there is none (or where the user made up the key)."""
+    """The field at that path, None where there is none or the user chose the key."""
     return fields_at(parts[:-1], method).get(parts[-1])
 
 
@@ -154,7 +154,7 @@ def _keys(parts: tuple[str, ...], sections: list[type[Section]]) -> Iterator[Key
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` is most likely a misspelling of, None where none is near."""
+    """The candidate that `word` most likely misspells; None where no candidate is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return found[0] if found else None
 
@@ -213,7 +213,7 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it in YAML, on one line."""
+    """A value in YAML, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -296,5 +296,5 @@ def _bound(limit: Any) -> str:
 
 
 def is_under(key: str, prefixes: Sequence[str]) -> bool:
-    """Whether a dotted key is one of these, or a key of a section that is."""
+    """Whether a dotted key is in `prefixes` or below one of them."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

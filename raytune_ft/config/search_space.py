@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import operator
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from raytune_ft.config import reference
@@ -121,36 +121,22 @@ def _has(name: Any, key: str) -> bool:
 
 
 MAX_CHARACTERS = 300
-_ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
-_COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
+_COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 _CONDITIONS = (ast.Compare, ast.BoolOp)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One line of `search.constraints`; `names` are the keys that it speaks of."""
+    """One line of `search.constraints`; `names` are the keys that it reads."""
 
     text: str
     names: frozenset[str]
-    _tree: ast.expr
+    _code: CodeType
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether a trial meets it. One that lacks a name of it, on another branch, does; one that
-        divides by zero does not.
+        """Whether a trial meets the condition. A trial on a branch without one of its keys does;
+        one that divides by zero does not.
 
         Raises:
             ConfigError: it compares or adds what cannot be compared or added.
@@ -158,7 +144,8 @@ class Condition:
         if not self.names <= values.keys():
             return True
         try:
-            return bool(_value(self._tree, values))
+            known = {"__builtins__": {}, "number": _number, "values": values}
+            return bool(eval(self._code, known))
         except (ZeroDivisionError, OverflowError):
             return False
         except TypeError:
@@ -179,34 +166,48 @@ def parse_condition(text: str) -> Condition:
     if not isinstance(tree, _CONDITIONS) and not _is_not(tree):
         raise _error(text, "compares nothing", "write for example a.b * c.d <= 512")
     names: set[str] = set()
-    _collect(tree, text, names)
-    return Condition(text, frozenset(names), tree)
+    checked = ast.Expression(_checked(tree, text, names))
+    code = compile(ast.fix_missing_locations(checked), "<constraint>", "eval")
+    return Condition(text, frozenset(names), code)
 
 
-def _collect(node: ast.expr, text: str, names: set[str]) -> None:
-    """The names below `node`; refuses what `_value` does not know."""
+def _checked(node: ast.expr, text: str, names: set[str]) -> ast.expr:
+    """The same expression with keys read from `values` and operands of arithmetic passed through
+    `number`, so that no text is multiplied; adds the keys to `names`.
+
+    Raises:
+        ConfigError: a part is not in the language of constraints.
+    """
+
+    def inner(each: ast.expr) -> ast.expr:
+        return _checked(each, text, names)
+
+    def number(each: ast.expr) -> ast.expr:
+        return ast.Call(ast.Name("number", ast.Load()), [inner(each)], [])
+
     match node:
         case ast.Constant(value=bool() | int() | float() | str()):
-            return
+            return node
         case ast.Name() | ast.Attribute():
-            names.add(_dotted(node, text))
-            return
-        case ast.BinOp(op=op) if type(op) in _ARITHMETIC:
-            inner = [node.left, node.right]
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not()):
-            inner = [node.operand]
-        case ast.BoolOp():
-            inner = node.values
-        case ast.Compare(ops=ops) if all(type(op) in _COMPARISONS for op in ops):
-            inner = [node.left, *node.comparators]
-        case _:
-            raise _error(
-                text,
-                f"has `{ast.unparse(node)}`, which is not part of the language",
-                "write numbers, texts, keys, + - * / // %, comparisons, and, or, not",
-            )
-    for each in inner:
-        _collect(each, text, names)
+            name = _dotted(node, text)
+            names.add(name)
+            return ast.Subscript(ast.Name("values", ast.Load()), ast.Constant(name), ast.Load())
+        case ast.BinOp() if isinstance(node.op, _ARITHMETIC):
+            return ast.BinOp(number(node.left), node.op, number(node.right))
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+            return ast.UnaryOp(node.op, number(node.operand))
+        case ast.UnaryOp(op=ast.Not()):
+            return ast.UnaryOp(node.op, inner(node.operand))
+        case ast.BoolOp():  # true or false, where Python would give one of the operands
+            value = ast.BoolOp(node.op, [inner(each) for each in node.values])
+            return ast.UnaryOp(ast.Not(), ast.UnaryOp(ast.Not(), value))
+        case ast.Compare() if all(isinstance(op, _COMPARISONS) for op in node.ops):
+            return ast.Compare(inner(node.left), node.ops, [inner(e) for e in node.comparators])
+    raise _error(
+        text,
+        f"has `{ast.unparse(node)}`, which is not part of the language",
+        "write numbers, texts, keys, + - * / // %, comparisons, and, or, not",
+    )
 
 
 def _dotted(node: ast.expr, text: str) -> str:
@@ -215,33 +216,7 @@ def _dotted(node: ast.expr, text: str) -> str:
             return node.id
         case ast.Attribute():
             return f"{_dotted(node.value, text)}.{node.attr}"
-    raise _error(text, f"has `{ast.unparse(node)}`, which is no key", "write a dotted key")
-
-
-def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Constant():
-            return node.value
-        case ast.Name() | ast.Attribute():
-            return values[ast.unparse(node)]
-        case ast.BinOp():
-            return _ARITHMETIC[type(node.op)](
-                _number(_value(node.left, values)), _number(_value(node.right, values))
-            )
-        case ast.UnaryOp(op=ast.Not()):
-            return not _value(node.operand, values)
-        case ast.UnaryOp():
-            operand = _number(_value(node.operand, values))
-            return -operand if isinstance(node.op, ast.USub) else operand
-        case ast.BoolOp(op=ast.And()):
-            return all(_value(each, values) for each in node.values)
-        case ast.BoolOp():
-            return any(_value(each, values) for each in node.values)
-        case ast.Compare():
-            sides = [_value(each, values) for each in (node.left, *node.comparators)]
-            pairs = zip(node.ops, sides, sides[1:], strict=False)
-            return all(_COMPARISONS[type(op)](one, other) for op, one, other in pairs)
-    raise AssertionError(f"{node} was not refused")
+    raise _error(text, f"has `{ast.unparse(node)}`, which is not a key", "write a dotted key")
 
 
 def _number(value: Any) -> Any:
@@ -268,7 +243,7 @@ def duration_s(value: float | str, key: str = "search.budget.wall_s") -> float:
     seconds = float(found[1]) * UNITS_S[found[2]] if found else value
     if isinstance(seconds, str) or not 0 < seconds < math.inf:
         raise ConfigError(
-            f"{key}={shown_value(value)}", "is not a time span", "write seconds, or 90m, 2h, 1d"
+            f"{key}={shown_value(value)}", "is not a duration", "write seconds, or 90m, 2h, 1d"
         )
     return float(seconds)
 

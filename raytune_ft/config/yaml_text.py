@@ -1,4 +1,4 @@
-"""YAML 1.2 in and out, as plain dicts, lists, text and numbers."""
+"""Reads and writes YAML 1.2 as plain dicts, lists, text and numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from raytune_ft.errors import ConfigError
+from raytune_ft.errors import ConfigError, first_line
 
 MAX_BYTES = 1_000_000
-MAX_VALUES = 100_000  # aliases let a few lines stand for billions of values
+MAX_VALUES = 100_000  # aliases can make a few lines stand for billions of values
 MAX_DEPTH = 50
 
 
@@ -55,15 +55,19 @@ def parse(text: str, source: str) -> Any:
             f"{source}{line}", f"writes {key!r} twice", "delete one of the two"
         ) from None
     except YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         where = _line(error) if isinstance(error, MarkedYAMLError) else ""
         raise ConfigError(
-            f"{source}{where}", f"is not YAML ({_one_line(problem)})", "quote the text or mend it"
+            f"{source}{where}",
+            f"is not YAML ({_one_line(problem)})",
+            "quote the text or correct it",
         ) from None
     except RecursionError:
-        raise ConfigError(source, "is nested too deeply", "flatten it") from None
+        raise ConfigError(source, "is nested too deeply", "write fewer levels") from None
     except (ValueError, KeyError):  # a tag such as !!int over text, or a number of 5,000 digits
-        raise ConfigError(source, "holds a value that is not of its type", "mend it") from None
+        raise ConfigError(
+            source, "holds a value that does not match its tag", "correct it"
+        ) from None
     return _Plain(source).of(value, 0)
 
 
@@ -88,7 +92,7 @@ def _one_line(problem: object) -> str:
 
 
 class _Plain:
-    """Copies a parsed value and refuses what a config cannot hold: sets, bytes, cycles, bombs."""
+    """Copies a parsed value; refuses sets, bytes, cycles and too many values."""
 
     def __init__(self, source: str) -> None:
         self.source, self.seen = source, 0
@@ -96,7 +100,11 @@ class _Plain:
     def of(self, value: Any, depth: int) -> Any:
         self.seen += 1
         if self.seen > MAX_VALUES or depth > MAX_DEPTH:
-            raise ConfigError(self.source, "is too large or refers to itself", "write it out")
+            raise ConfigError(
+                self.source,
+                f"has over {MAX_VALUES} values or {MAX_DEPTH} levels, or refers to itself",
+                "write it without aliases",
+            )
         if isinstance(value, dict):
             return {self.key(key): self.of(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list):

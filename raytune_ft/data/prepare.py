@@ -40,6 +40,7 @@ from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import RunFailed
 from raytune_ft.files import sha256_of
+from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 CACHE_FORMAT = 2
 """To be raised when the same rows and keys give other tokens or other files."""
 
-REPORT = "report.json"
-BASE_LOSS = "base_loss.npy"
-TEACHER_LOGITS = "teacher_logits.npy"
 NO_TOKENS = {"path", "weight", "epochs"}
 """Keys of a source on which its tokens do not depend."""
 
@@ -139,7 +137,7 @@ def prepare_data(
     def fill(folder: Path) -> None:
         for name, split in splits.items():
             split.write(folder / f"{name}.arrow")
-        (folder / REPORT).write_text(report.to_json())
+        (folder / DATA_REPORT).write_text(report.to_json())
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)
@@ -152,9 +150,9 @@ def open_prepared(path: Path) -> PreparedData:
         RunFailed: a file is missing, cut short, or not the one that the report describes.
     """
     try:
-        report = DataReport.from_json((path / REPORT).read_text())
+        report = DataReport.from_json((path / DATA_REPORT).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFailed(f"{path / REPORT} cannot be read as a data report: {error}") from error
+        raise RunFailed(f"{path / DATA_REPORT} cannot be read as a data report: {error}") from error
     splits = {
         name: replace(TokenizedSplit.open(path / f"{name}.arrow"), sources=report.names)
         for name in report.splits
@@ -164,7 +162,7 @@ def open_prepared(path: Path) -> PreparedData:
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
             raise RunFailed(f"{path / name}.arrow is not the one that its report describes")
     if not {"train", "validation"} <= splits.keys():
-        raise RunFailed(f"{path / REPORT} lacks a train or a validation split")
+        raise RunFailed(f"{path / DATA_REPORT} lacks a train or a validation split")
     return PreparedData(
         splits["train"],
         splits["validation"],
@@ -234,7 +232,7 @@ def derived(
         for file in prepared.path.iterdir():
             shutil.copyfile(file, folder / file.name)
         report = replace(prepared.report, **add(folder))
-        (folder / REPORT).write_text(report.to_json())
+        (folder / DATA_REPORT).write_text(report.to_json())
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)

@@ -30,7 +30,7 @@ from raytune_ft.data.rows import (
     read_txt,
     read_whole,
 )
-from raytune_ft.errors import DataError
+from raytune_ft.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -111,7 +111,7 @@ def open_source(label: str, source: SourceConfig) -> Source:
         if path.is_file():
             return _open_file(label, source, path)
     except (OSError, pa.ArrowException) as error:
-        rule = f"cannot be read ({_first_line(error)})"
+        rule = f"cannot be read ({first_line(error)})"
         raise _refusal(label, source, rule, "write a file that can be read") from error
     if is_hub_id(source.path):
         return _open_hub(label, source)
@@ -182,7 +182,7 @@ def _open_hub(label: str, source: SourceConfig) -> Source:
     try:
         found = datasets.load_dataset(source.path, source.subset)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        rule = f"is not a local path, and the hub does not provide it ({_first_line(error)})"
+        rule = f"is not a local path, and the hub does not provide it ({first_line(error)})"
         remedy = (
             "correct it or, without a network, download the data set elsewhere and write its "
             "local path"
@@ -255,7 +255,7 @@ def _guarded(label: str, source: SourceConfig, rows: Iterable[Row | BadRow]) -> 
     try:
         yield from rows
     except (OSError, pa.ArrowException) as error:
-        rule = f"could not be read to its end ({_first_line(error)})"
+        rule = f"could not be read to its end ({first_line(error)})"
         raise _refusal(label, source, rule, "write an intact copy of it") from error
 
 
@@ -292,7 +292,3 @@ def _nearest(name: str, names: Sequence[str], prefix: str) -> str | None:
 def _shown(names: Sequence[str], limit: int = 12) -> str:
     shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:limit]]
     return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import (
-    BASE_LOSS,
-    TEACHER_LOGITS,
-    PreparedData,
-    derived,
-    sha256_of_numbers,
-)
+from raytune_ft.data.prepare import PreparedData, derived, sha256_of_numbers
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.files import sha256_of
+from raytune_ft.layout import BASE_LOSS, TEACHER_LOGITS
 
 
 def with_base_loss(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
@@ -15,7 +13,8 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.activations import Traced, trace, trace_head
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.parameters import Shell, build_shell
-from raytune_ft.model.load import build_shapes, dtype_of
+from raytune_ft.model.load import dtype_of
+from raytune_ft.model.meta import build_shapes
 from raytune_ft.strategy import strategy_class
 from raytune_ft.strategy.footprint import Held
 from raytune_ft.train.distill import teacher_model
@@ -122,8 +121,7 @@ def teaching_of(config: Config) -> Teaching | None:
     if settings.cache == "disk":
         return Teaching(settings, 0)
     model = teacher_model(config)
-    with torch.device("meta"):
-        shapes = build_shapes(model)
+    shapes = build_shapes(model)
     itemsize = dtype_of(model, LoraMethod(), config.train.precision).itemsize
     return Teaching(settings, itemsize * sum(p.numel() for p in shapes.parameters()))
 

@@ -1,4 +1,4 @@
-"""A model without its weights: which there would be, block by block."""
+"""The parameters of a model, block by block, counted without reading a weight."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import nn
 from raytune_ft.config.methods import METHODS, MethodConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.blocks import find_blocks
-from raytune_ft.model.heads import Head, train_head
-from raytune_ft.model.load import Precision, build_shapes, load_model_config
-from raytune_ft.model.methods import attach
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import Precision, load_model_config
+from raytune_ft.model.meta import build_shapes
 
-FOUR_BITS = 0.5 + 0.127 / 8  # and the scales of blocks of 64, themselves rounded (2305.14314)
+# Bytes an element: 4 bits, and scales of blocks of 64 under double quantisation (2305.14314).
+FOUR_BITS = 0.5 + 0.127 / 8
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. `active` is the share of tokens that go through it, 1 but for experts."""
+    """One parameter. `active` is the share of tokens that it sees: below 1 for experts only."""
 
     shape: tuple[int, ...]
     trained: bool
@@ -35,7 +36,7 @@ class Weight:
         return math.prod(self.shape)
 
     def share(self, workers: int) -> int:
-        """Elements of the largest part when rows are dealt to `workers`."""
+        """Elements of the largest shard when rows are split over `workers`."""
         if not self.shape or workers == 1:
             return self.size
         return -(-self.shape[0] // workers) * math.prod(self.shape[1:])
@@ -43,7 +44,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shell:
-    """`root` is what is left around the blocks: embeddings, the last norm, the head.
+    """A model's parameters. `root` holds those outside the blocks: embeddings, last norm, head.
 
     Trained weights and all arithmetic on them take `master` bytes an element, frozen weights
     `frozen`, and matrix products `compute`.
@@ -65,7 +66,7 @@ class Shell:
 
     @property
     def frozen(self) -> int:
-        """Bytes of an element that is not."""
+        """Bytes of an element of a frozen weight."""
         return self.frozen_dtype.itemsize
 
     @property
@@ -75,7 +76,7 @@ class Shell:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """All of them."""
+        """All parameters."""
         return (*self.root, *(weight for block in self.blocks for weight in block))
 
     @property
@@ -85,18 +86,18 @@ class Shell:
 
     @property
     def trained(self) -> int:
-        """Elements of those that move."""
+        """Elements of the trained weights."""
         return elements(self.weights, trained=True)
 
     def held(self, weight: Weight) -> float:
-        """Bytes of an element as it is held between steps."""
+        """Bytes of an element between steps."""
         if weight.four_bits:
             return FOUR_BITS
         return self.master if weight.trained else self.frozen
 
 
 def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
-    """How many elements they have together."""
+    """The number of elements of `weights`; of the trained or frozen ones alone where given."""
     return sum(w.size for w in weights if trained is None or w.trained == trained)
 
 
@@ -110,13 +111,10 @@ def build_shell(
     """
     config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
-    with torch.device("meta"):
-        try:
-            base = build_shapes(model, head, attn_implementation=attention)
-        except ValueError:  # a model that knows eager attention alone
-            base = build_shapes(model, head)
-        built = attach(base, method)
-        train_head(built)
+    try:
+        built = build_shapes(model, method, head, attn_implementation=attention)
+    except ValueError:  # a model that supports eager attention alone
+        built = build_shapes(model, method, head)
     built.eval()
     blocks, quantised = find_blocks(built), METHODS[method.name].quantised
     text = config.get_text_config()
@@ -149,7 +147,7 @@ def build_shell(
 
 
 def _routed_share(text_config: object) -> float:
-    """The share of experts that a token is sent to."""
+    """The share of experts that a token is routed to."""
     chosen = getattr(text_config, "num_experts_per_tok", None)
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         experts = getattr(text_config, name, None)

@@ -20,7 +20,7 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
-from raytune_ft.errors import OutOfMemory, StorageError
+from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of
 from raytune_ft.evaluate.context import engine_of
 from raytune_ft.model.load import (
@@ -30,6 +30,7 @@ from raytune_ft.model.load import (
     resolve_model_path,
 )
 from raytune_ft.model.objectives import TokenObjective
+from raytune_ft.records import Tell
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
 from raytune_ft.train.engine import Engine
@@ -60,8 +61,6 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
 
 
 TELL_EVERY_S = 10.0
-
-Tell = Callable[[str], None]
 
 
 def taught(
@@ -96,7 +95,7 @@ def taught(
         try:
             exact = write_logits(path, data.train, file.width, precision, parts)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"the teacher {model.path}: {str(error).splitlines()[0]}") from error
+            raise OutOfMemory(f"the teacher {model.path}: {first_line(error)}") from error
         if not exact:
             tell(f"train.kd: the teacher's logits are wider than {precision}, and were rounded")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from raytune_ft.config.methods import METHODS
-from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.errors import CheckpointError, ModelError, first_line
+from raytune_ft.files import read_json
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.meta import Outline
 from raytune_ft.model.methods.saved import unfoldable
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _NAME = "default"
 # Initialisations that subtract the adapter's initial delta from the base.
@@ -81,7 +80,7 @@ def read_adapter_config(adapter: Path) -> Any:
             + (" (pickles are not loaded: they run code)" if pickled else "")
         )
     try:
-        written = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        written = read_json(adapter / ADAPTER_CONFIG)
         kind = written.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
@@ -122,7 +121,7 @@ def plan_adapter(outline: Outline, adapter: Path, found: Mapping[str, tuple[int,
             warnings.simplefilter("ignore")
             peft: PeftModel = get_peft_model(outline.model, config)
     except (ValueError, RuntimeError, TypeError, AttributeError) as cause:
-        reason = str(cause).strip().splitlines()[0]
+        reason = first_line(cause)
         raise CheckpointError(f"{adapter} is not an adapter of its base: {reason}") from cause
     peft.eval()
     _draw_indices(peft)

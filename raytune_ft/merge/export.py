@@ -7,22 +7,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError
+from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError, first_line
 from raytune_ft.evaluate.classifier import written_head
 from raytune_ft.files import fsync
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from raytune_ft.merge.fold import MANIFEST, fold
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from raytune_ft.merge.adapter_plan import read_adapter_config
+from raytune_ft.merge.fold import fold
 from raytune_ft.merge.streaming_forward import spans
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.load import load_model_config, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.records import Tell
 from raytune_ft.tensors.read import TensorFiles
 from raytune_ft.tensors.write import Entry, write_tensors
 
@@ -31,8 +32,6 @@ CONVERTER = "convert_hf_to_gguf.py"
 CONVERTER_FOLDER, PACKAGE = "LLAMA_CPP", "convert-hf-to-gguf"
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _EXAMPLES, _TOKENS = 4, 32
-
-Tell = Callable[[str], None]
 
 
 def export(
@@ -94,7 +93,7 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
         made = api.create_repo(repository, private=private, exist_ok=False)
         api.upload_folder(repo_id=made.repo_id, folder_path=str(folder))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise StorageError(
             f"--push-to={repository}",
             f"cannot be written ({reason})",

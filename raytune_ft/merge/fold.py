@@ -33,8 +33,9 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.config.section import parse_size
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import MergeError, ModelError
-from raytune_ft.files import sha256_of
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from raytune_ft.files import sha256_of, write_json_atomic
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from raytune_ft.merge.adapter_plan import read_adapter_config
 from raytune_ft.merge.folded_weights import Adapted, Headed
 from raytune_ft.merge.streaming_forward import Weights
 from raytune_ft.merge.verify import (
@@ -53,8 +54,7 @@ from raytune_ft.merge.write_model import (
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_model_config, resolve_model_path
 from raytune_ft.model.meta import Outline, outline
-from raytune_ft.records import FileRecord
-from raytune_ft.rundir import write_json_atomic
+from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.read import TensorFiles, open_model
 
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
@@ -62,9 +62,6 @@ __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "ope
 CHECKED_EXAMPLES = 8
 CHECKED_UNDER_A_HEAD = 32  # a head gives one row of logits for each example
 CHECKED_TOKENS = 64  # of each
-MANIFEST = "manifest.json"
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

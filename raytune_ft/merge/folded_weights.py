@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from raytune_ft.errors import ModelError
-from raytune_ft.merge.adapter_plan import (
-    ADAPTER_WEIGHTS,
-    AdapterPlan,
-    Delta,
-    is_adapters,
-    key_of,
-    plan_adapter,
-)
+from raytune_ft.layout import ADAPTER_WEIGHTS
+from raytune_ft.merge.adapter_plan import AdapterPlan, Delta, is_adapters, key_of, plan_adapter
 from raytune_ft.merge.streaming_forward import Weights, converted, spans, whole
 from raytune_ft.model.file_weights import Source
 from raytune_ft.model.meta import Outline

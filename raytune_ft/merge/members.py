@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG
+from raytune_ft.files import read_json
+from raytune_ft.layout import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
 from raytune_ft.merge.methods import Formula, MergeSettings, Position
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count
@@ -65,7 +65,7 @@ def _vocabulary(tokenizer: dict[str, Any]) -> Any:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

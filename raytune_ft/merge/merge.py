@@ -14,26 +14,20 @@ from raytune_ft.config.merging import MERGES
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.files import fsync
-from raytune_ft.merge.fold import (
-    MANIFEST,
-    FoldCheck,
-    check_written,
-    fold,
-    require_bytes,
-    write_manifest,
-    write_model,
-)
+from raytune_ft.layout import MANIFEST
+from raytune_ft.merge.fold import check_written, fold, require_bytes, write_manifest, write_model
 from raytune_ft.merge.members import Opening, open_members
 from raytune_ft.merge.methods import Formula, MergeSettings
+from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype
+from raytune_ft.records import Tell
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 Score = Callable[[Path], float]
 """The score of a model directory on validation; lower is better."""
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, StorageError
 from raytune_ft.files import fsync
-from raytune_ft.merge.adapter_plan import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Delta
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from raytune_ft.merge.adapter_plan import Delta
 from raytune_ft.merge.folded_weights import Adapted
 from raytune_ft.merge.members import Opening, Untied, open_members
 from raytune_ft.merge.methods import LINEAR, Formula, MergeSettings

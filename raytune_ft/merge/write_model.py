@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 
 from raytune_ft.errors import MergeError, StorageError
-from raytune_ft.files import fsync, sha256_of
+from raytune_ft.files import fsync, read_json, sha256_of, write_json_atomic
+from raytune_ft.layout import JOURNAL, MODEL_INDEX, shard_name
 from raytune_ft.merge.streaming_forward import Weights, spans
-from raytune_ft.records import FileRecord
-from raytune_ft.rundir import write_json_atomic
-from raytune_ft.tensors.read import INDEX, shard_name
+from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.write import Entry, write_tensors
 
-JOURNAL = ".journal.json"
 MAX_SHARD_SIZE = "5GB"
-
-Tell = Callable[[str], None]
 
 
 def plan_hash(*facts: object) -> str:
@@ -112,7 +108,7 @@ def _resume(target: Path, plan: str, names: list[str], tell: Tell) -> dict[str, 
     for rubbish in target.glob(".model*.safetensors"):
         rubbish.unlink()
     try:
-        journal = json.loads((target / JOURNAL).read_text(encoding="utf-8"))
+        journal = read_json(target / JOURNAL)
     except FileNotFoundError:
         journal = None
     held = sorted(path.name for path in target.glob("*.safetensors"))
@@ -150,5 +146,7 @@ def _write_index(target: Path, shards: list[tuple[str, list[Entry]]]) -> FileRec
     files = {entry.name: name for name, entries in shards for entry in entries}
     size = sum(math.prod(e.shape) * e.dtype.itemsize for _, held in shards for e in held)
     content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    write_json_atomic(target / INDEX, content)
-    return FileRecord(INDEX, (target / INDEX).stat().st_size, sha256_of(target / INDEX))
+    write_json_atomic(target / MODEL_INDEX, content)
+    return FileRecord(
+        MODEL_INDEX, (target / MODEL_INDEX).stat().st_size, sha256_of(target / MODEL_INDEX)
+    )

@@ -17,11 +17,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.files import flush_file
+from raytune_ft.layout import MODEL_INDEX, shard_name
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.meta import BaseFiles, shapes_of
 from raytune_ft.model.methods import adapter_writer, trained_parameters
 from raytune_ft.records import FileRecord
-from raytune_ft.tensors.read import shard_name
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
 
 Read = Callable[[str], Tensor]
@@ -191,7 +191,7 @@ def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
         for entry in held
     }
     size = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for held in entries for e in held)
-    path = directory / "model.safetensors.index.json"
+    path = directory / MODEL_INDEX
     content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return flush_file(path, directory)

@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from raytune_ft.errors import CheckpointError, ModelError
-from raytune_ft.tensors.read import Shards, open_files
+from raytune_ft.errors import ModelError
+from raytune_ft.tensors.read import TensorFiles
 from raytune_ft.tensors.write import Part
 
 
@@ -50,7 +50,7 @@ class Source:
         return {name: w[0] if isinstance(w, list) else w for name, w in made.items()}
 
 
-def find_sources(model: nn.Module, shards: Shards, mapping: Iterable[Any]) -> dict[str, Source]:
+def find_sources(model: nn.Module, files: TensorFiles, mapping: Iterable[Any]) -> dict[str, Source]:
     """Names of weights and buffers to their sources, by the rules by which transformers loads.
 
     `mapping` holds its renamings and converters for this model, as `from_pretrained` chose them.
@@ -63,7 +63,7 @@ def find_sources(model: nn.Module, shards: Shards, mapping: Iterable[Any]) -> di
     prefix: Any = model.base_model_prefix
     found: dict[str, list[tuple[str, str]]] = {}
     rules: dict[str, WeightConverter | None] = {}
-    for name in sorted(shards.shapes, key=dot_natural_key):
+    for name in sorted(files.shapes, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
@@ -73,17 +73,17 @@ def find_sources(model: nn.Module, shards: Shards, mapping: Iterable[Any]) -> di
     sources: dict[str, Source] = {}
     for target, tensors in found.items():
         source = Source(target, tuple(tensors), rules[target])
-        sources |= dict.fromkeys(_targets(source, model, shards), source)
+        sources |= dict.fromkeys(_targets(source, model, files), source)
     return sources
 
 
-def _targets(source: Source, model: nn.Module, shards: Shards) -> Iterable[str]:
+def _targets(source: Source, model: nn.Module, files: TensorFiles) -> Iterable[str]:
     """The weights that a source becomes, found out on tensors without memory."""
     if source.converter is None:
         return [source.target]
 
     def empty(name: str) -> Tensor:
-        return torch.empty(shards.shapes[name], device="meta")
+        return torch.empty(files.shapes[name], device="meta")
 
     try:
         return list(source.weights(model, empty))
@@ -91,17 +91,15 @@ def _targets(source: Source, model: nn.Module, shards: Shards) -> Iterable[str]:
         raise NotInParts(f"{source.target} cannot be converted alone ({error})") from error
 
 
-def same_values(shards: Shards, one: str, other: str, dtype: torch.dtype) -> bool:
+def same_values(files: TensorFiles, one: str, other: str, dtype: torch.dtype) -> bool:
     """Do two tensors hold the same, once they are in `dtype`?"""
-    shape = shards.shapes[one]
-    if shards.shapes[other] != shape:
+    shape = files.shapes[one]
+    if files.shapes[other] != shape:
         return False
-    row = math.prod(shape[1:])
-    run = max(1, (1 << 22) // max(1, row)) * row
-    for start in range(0, math.prod(shape), max(1, run)):
-        end = min(start + run, math.prod(shape))
-        runs = zip(shards.read(one, start, end), shards.read(other, start, end), strict=True)
-        if not all(torch.equal(a.to(dtype), b.to(dtype)) for (_, a), (_, b) in runs):
+    size, run = math.prod(shape), 1 << 22
+    for start in range(0, size, run):
+        a, b = (files.elements(name, start, min(start + run, size)) for name in (one, other))
+        if not torch.equal(a.to(dtype), b.to(dtype)):
             return False
     return True
 
@@ -114,11 +112,11 @@ class Place:
     name: str
     dtype: torch.dtype
 
-    def whole(self, model: nn.Module, shards: Shards) -> Tensor:
+    def whole(self, model: nn.Module, files: TensorFiles) -> Tensor:
         """The weight in its shape."""
         if self.source.converter is None:
-            return shards.whole(self.source.tensors[0][1]).to(self.dtype)
-        made = self.source.weights(model, lambda name: shards.whole(name).to(self.dtype))
+            return files.whole(self.source.tensors[0][1]).to(self.dtype)
+        made = self.source.weights(model, lambda name: files.whole(name).to(self.dtype))
         return made[self.name]
 
 
@@ -140,28 +138,29 @@ class FileWeights:
             ModelError: a file has gone or changed since.
         """
         try:
-            with open_files(self._files) as shards:
-                self._fill(parts, shards)
-        except CheckpointError as error:
-            folder = self._files[0].parent
+            with TensorFiles(self._files) as files:
+                self._fill(parts, files)
+        except ModelError as error:
             raise ModelError(
-                f"model.path={folder}", f"cannot be read ({error})", "run it again"
+                f"model.path={self._files[0].parent}",
+                f"cannot be read ({error.value} {error.rule})",
+                "run it again",
             ) from error
 
     @torch.no_grad()
-    def _fill(self, parts: Mapping[str, Part], shards: Shards) -> None:
+    def _fill(self, parts: Mapping[str, Part], files: TensorFiles) -> None:
         converted: dict[int, dict[str, tuple[Part, Place]]] = {}
         for name, place in self._places.items():
             part = parts[name]
             if place.source.converter is None:
                 narrower = None if part.values.dtype == place.dtype else place.dtype
-                shards.fill(part, place.source.tensors[0][1], narrower)
+                files.fill(part, place.source.tensors[0][1], narrower)
             elif part.values.numel():
                 converted.setdefault(id(place.source), {})[place.name] = part, place
         for wanted in converted.values():
             _, place = next(iter(wanted.values()))
             dtype = place.dtype
-            made = place.source.weights(self._pattern, lambda n, d=dtype: shards.whole(n).to(d))  # type: ignore[misc]
+            made = place.source.weights(self._pattern, lambda n, d=dtype: files.whole(n).to(d))  # type: ignore[misc]
             for name, (part, _) in wanted.items():
                 part.values.copy_(made[name].reshape(-1)[part.start : part.end])
             del made

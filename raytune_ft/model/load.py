@@ -26,9 +26,9 @@ from transformers.utils.logging import disable_progress_bar
 from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.heads import Head, draw_head, train_head
-from raytune_ft.model.methods import attach, leave_casts_to_autocast, trained_parameters
+from raytune_ft.model.methods import attach, leave_casts_to_autocast
 from raytune_ft.tensors.write import DTYPES
 
 
@@ -142,7 +142,7 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"cannot be read ({_first_line(error)})",
+            f"cannot be read ({first_line(error)})",
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
         ) from error
@@ -215,7 +215,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"has no tokenizer that can be read ({_first_line(error)})",
+            f"has no tokenizer that can be read ({first_line(error)})",
             "write a model directory with its tokenizer files",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -262,7 +262,7 @@ def load_base(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.path={model.path}",
-            f"cannot be loaded ({_first_line(error)})",
+            f"cannot be loaded ({first_line(error)})",
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
@@ -369,42 +369,8 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
     return base.requires_grad_(False)
 
 
-def build_shapes(model: ModelConfig, head: Head | None = None, **options: Any) -> nn.Module:
-    """The base built from its configuration, on the current default device, such as meta.
-
-    Raises:
-        ModelError: the model cannot be read.
-    """
-    config = load_model_config(model, head)
-    base: nn.Module = auto_class(head).from_config(
-        config, trust_remote_code=model.trust_remote_code, **options
-    )
-    if head is not None:
-        draw_head(base, [], head.seed)
-    return base
-
-
-def count_parameters(
-    model: ModelConfig, method: MethodConfig, head: Head | None = None
-) -> tuple[int, int]:
-    """Numbers of all and of trained parameters, from shapes alone: no weight is read.
-
-    Raises:
-        ModelError: the model cannot be read, or cannot take the method.
-    """
-    with torch.device("meta"):
-        base = build_shapes(model, head)
-        built = attach(base, method)
-    trained = sum(parameter.numel() for parameter in trained_parameters(built).values())
-    return sum(parameter.numel() for parameter in built.parameters()), trained
-
-
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 _HASHED = (".safetensors", ".json", ".model", ".jinja")

@@ -1,8 +1,13 @@
-"""A model whose weights are still in its files, for a strategy that holds parts of them.
+"""Models whose weights are on torch's meta device: shapes and dtypes without values.
 
-`from_pretrained` itself builds it, so that names, buffers, ties and refusals are its own; only
-the values are left out. It is given shadows, which have a shape and no elements, for the tensors
-of the files.
+    build_shapes    from the configuration alone, also with a method: what `plan` counts
+    shapes_of       a copy of a model that is there
+    outline         from the headers of the files, with their names: what a fold reads row by row
+    build           what is trained, for a strategy that reads only its own parts of the weights
+
+For the last two `from_pretrained` itself builds the model, so that names, buffers, ties and
+refusals are its own; it is given shadows, which have a shape and no elements, for the tensors of
+the files.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from transformers import PreTrainedModel
 
 from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import CheckpointError, ModelError
+from raytune_ft.errors import ModelError
 from raytune_ft.model.file_weights import (
     FileWeights,
     NotInParts,
@@ -33,28 +38,30 @@ from raytune_ft.model.file_weights import (
     find_sources,
     same_values,
 )
-from raytune_ft.model.heads import Head
+from raytune_ft.model.heads import Head, draw_head, train_head
 from raytune_ft.model.load import (
     Precision,
     apply_method,
+    auto_class,
     build_frozen,
     build_model,
     dtype_of,
     freeze,
     frozen_dtype,
     load_base,
+    load_model_config,
 )
-from raytune_ft.model.methods import virtual
-from raytune_ft.tensors.read import Shards, open_files
+from raytune_ft.model.methods import attach, virtual
+from raytune_ft.tensors.read import TensorFiles
 
 
 @dataclass(frozen=True)
 class Outline:
     """A model whose weights are on the meta device, and which tensors of its files they are.
 
-    `sources` go by the names of the model's weights and of the buffers that lie in the files. The
-    other buffers are there. `pattern` is a copy that stays as it is, whatever is put into `model`.
-    `head` is the task head that it was built with.
+    `sources` has the names of the model's weights and of the buffers that lie in the files; other
+    buffers hold their values. `pattern` is a copy that stays unchanged when layers are put into
+    `model`. `head` is the task head that it was built with.
     """
 
     model: Any
@@ -67,25 +74,20 @@ class Outline:
 def outline(
     model: ModelConfig, dtype: torch.dtype = torch.float32, head: Head | None = None
 ) -> Outline:
-    """The model as `from_pretrained` would build it, and nothing of its files but their headers.
+    """The model as `from_pretrained` would build it; of its files only the headers are read.
 
     Raises:
         ModelError: see `load_base`; or its weights can only be read all together.
     """
     try:
-        with shadows() as seen:
-            base = load_base(model, dtype, head)
-        if not seen.files:
-            raise NotInParts("transformers reads its files in a way of its own")
-        with open_files(seen.files) as shards:
-            fill_buffers(base, seen.sources, shards)
+        base, seen = _load_without_weights(partial(load_base, model, dtype, head))
     except NotInParts as reason:
         raise ModelError(
             f"model.path={model.path}",
             f"cannot be read tensor by tensor, because {reason}",
             "write a model that transformers reads from safetensors as it is",
         ) from reason
-    base = shapes_of(base)  # a head that the files lack was drawn, and is nobody's weights
+    base = shapes_of(base)  # drops the values of a head that the files lack
     return Outline(base, copy.deepcopy(base), seen.sources, tuple(seen.files), head)
 
 
@@ -102,13 +104,13 @@ class BaseFiles:
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
         """A weight in its shape, by the name that the model has for it."""
-        with open_files(list(self._outline.files)) as shards:
+        with TensorFiles(self._outline.files) as tensors:
 
             def read(name: str) -> Tensor:
                 source = self._outline.sources[name]
                 if source.converter is None:
-                    return shards.whole(source.tensors[0][1])
-                return source.weights(self._outline.pattern, shards.whole)[name]
+                    return tensors.whole(source.tensors[0][1])
+                return source.weights(self._outline.pattern, tensors.whole)[name]
 
             yield read
 
@@ -135,7 +137,8 @@ def build(
 ) -> Built:
     """What `build_model` builds; `in_parts`: with the weights of its base on the meta device.
 
-    New weights and buffers are there. Where that is not possible it is built whole, and noted.
+    New weights and buffers hold their values. Where that is not possible the model is built whole,
+    and `notes` says why.
 
     Raises:
         ModelError: see `load_base`.
@@ -155,7 +158,7 @@ def build(
 
 
 def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Built:
-    """What `build_frozen` builds, likewise."""
+    """What `build_frozen` builds; `in_parts`: with its weights on the meta device."""
     whole = partial(build_frozen, model, precision)
     if not in_parts:
         return Built(whole())
@@ -165,7 +168,7 @@ def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Buil
 
 
 Dress = Callable[[nn.Module], nn.Module]
-"""Makes of a base what is trained."""
+"""Turns a base into the model that is trained."""
 
 
 def _in_parts_or(
@@ -179,21 +182,17 @@ def _in_parts_or(
 
 
 def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
-    with shadows() as seen:
-        base = load()
-    if not seen.files:
-        raise NotInParts("transformers reads its files in a way of its own")
+    base, seen = _load_without_weights(load)
     pattern = copy.deepcopy(base)
     loaded = {
         id(parameter): Place(seen.sources[name], name, parameter.dtype)
         for name, parameter in seen.parameters.items()
         if name in seen.sources
     }
-    with open_files(seen.files) as shards:
-        fill_buffers(base, seen.sources, shards)
+    with TensorFiles(seen.files) as tensors:
 
         def whole(parameter: nn.Parameter) -> Tensor:
-            return loaded[id(parameter)].whole(pattern, shards)
+            return loaded[id(parameter)].whole(pattern, tensors)
 
         try:
             with _beside_absent_weights(whole):
@@ -205,6 +204,48 @@ def _build_in_parts(load: Callable[[], nn.Module], dress: Dress) -> Built:
         if parameter.is_meta != (name in places):
             raise NotInParts(f"{name} is in none of its files")
     return Built(built, FileWeights(seen.files, places, pattern))
+
+
+def _load_without_weights(load: Callable[[], nn.Module]) -> tuple[nn.Module, Seen]:
+    """What `load` gives, its buffers there and the weights of its files on the meta device.
+
+    Raises:
+        NotInParts: the weights cannot be read tensor by tensor.
+    """
+    with shadows() as seen:
+        base = load()
+    if not seen.files:
+        raise NotInParts("transformers reads its files in a way of its own")
+    with TensorFiles(seen.files) as tensors:
+        fill_buffers(base, seen.sources, tensors)
+    return base, seen
+
+
+def build_shapes(
+    model: ModelConfig,
+    method: MethodConfig | None = None,
+    head: Head | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model as its configuration describes it, every tensor on the meta device.
+
+    With a `method` it is what is trained: weights that the method adds are there, and
+    `requires_grad` says which weights are trained. `options` go to `from_config`.
+
+    Raises:
+        ModelError: the model cannot be read, or cannot take the method.
+    """
+    config = load_model_config(model, head)
+    with META:
+        base: nn.Module = auto_class(head).from_config(
+            config, trust_remote_code=model.trust_remote_code, **options
+        )
+        if head is not None:
+            draw_head(base, [], head.seed)
+        if method is not None:
+            base = attach(base, method)
+            train_head(base)
+    return base
 
 
 def shapes_of(base: nn.Module) -> nn.Module:
@@ -219,13 +260,14 @@ def shapes_of(base: nn.Module) -> nn.Module:
 def apply_beside_shapes(
     shapes: nn.Module, method: MethodConfig, precision: Precision, seed: int
 ) -> nn.Module:
-    """What `apply_method` makes of such a copy, with the new weights there; `shapes` stays.
+    """What `apply_method` makes of a copy of `shapes`, which comes from `shapes_of`.
 
-    For methods that do not look at the weights of their base.
+    New weights hold the values that `apply_method` draws from `seed`. For methods that do not read
+    the weights of their base.
     """
 
     def whole(parameter: nn.Parameter) -> Tensor:
-        raise AssertionError("the method looks at the weights of its base")
+        raise AssertionError("the method reads the weights of its base")
 
     with _beside_absent_weights(whole):
         return apply_method(shapes_of(shapes), method, precision, seed)
@@ -233,9 +275,7 @@ def apply_beside_shapes(
 
 @dataclass
 class Seen:
-    """What was learned while `from_pretrained` ran; `parameters` keeps them alive, and their ids
-    with them.
-    """
+    """What `shadows` recorded of a `from_pretrained`; `parameters` keeps their ids valid."""
 
     files: list[Path] = field(default_factory=list)
     sources: dict[str, Source] = field(default_factory=dict)
@@ -244,7 +284,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Shadow:
-    """Stands for a tensor of a file, with the two operations that transformers loads it by."""
+    """A tensor of a file without elements, with the two operations that transformers uses."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -275,16 +315,16 @@ def shadows() -> Iterator[Seen]:
             raise NotInParts("it is quantised")
         seen.files = [Path(file) for file in files]
         try:
-            with open_files(seen.files) as shards:
-                seen.sources = find_sources(model, shards, settings.weight_mapping or [])
-                again = _tied_twice(model, seen.sources, shards, settings.dtype)
+            with TensorFiles(seen.files) as tensors:
+                seen.sources = find_sources(model, tensors, settings.weight_mapping or [])
+                again = _tied_twice(model, seen.sources, tensors, settings.dtype)
                 stand_ins = {
-                    name: _Shadow(shape, shards.dtype(name))
-                    for name, shape in shards.shapes.items()
+                    name: _Shadow(shape, tensors.dtype(name))
+                    for name, shape in tensors.shapes.items()
                     if name not in again
                 }
-        except CheckpointError as error:
-            raise OSError(str(error)) from error
+        except ModelError as error:
+            raise OSError(f"{error.value} {error.rule}") from error
         result = original(model, stand_ins, None, settings, expected)
         if result[0].conversion_errors:
             raise NotInParts("its weights are converted by their values")
@@ -296,11 +336,11 @@ def shadows() -> Iterator[Seen]:
 
 
 def _tied_twice(
-    model: Any, sources: dict[str, Source], shards: Shards, dtype: torch.dtype
+    model: Any, sources: dict[str, Source], tensors: TensorFiles, dtype: torch.dtype
 ) -> set[str]:
-    """Tensors of the files to leave out, since they repeat the weight that they are tied to.
+    """Tensors of the files to leave out, because they repeat the weight that they are tied to.
 
-    As in `from_pretrained`, weights that the files hold with different values are not tied.
+    As in `from_pretrained`, weights with different values in the files are not tied.
     """
     repeated = set()
     for target, origin in list((model.all_tied_weights_keys or {}).items()):
@@ -309,7 +349,7 @@ def _tied_twice(
             if any(source.converter is not None for source in both):
                 raise NotInParts(f"{target} is tied and converted")
             one, other = (source.tensors[0][1] for source in both)
-            if same_values(shards, one, other, dtype):
+            if same_values(tensors, one, other, dtype):
                 repeated |= {name for _, name in sources.pop(target).tensors}
             else:
                 model.all_tied_weights_keys.pop(target)
@@ -317,8 +357,8 @@ def _tied_twice(
 
 
 @torch.no_grad()
-def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) -> None:
-    """The buffers that lie in the files, which every process holds whole.
+def fill_buffers(base: nn.Module, sources: dict[str, Source], tensors: TensorFiles) -> None:
+    """Read the buffers that lie in the files; every process holds them whole.
 
     Raises:
         NotInParts: one without a value is in none of the files.
@@ -329,7 +369,7 @@ def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) ->
             if buffer.is_meta:
                 if key not in sources:
                     raise NotInParts(f"{key} is in none of its files")
-                value = Place(sources[key], key, buffer.dtype).whole(base, shards)
+                value = Place(sources[key], key, buffer.dtype).whole(base, tensors)
                 module._buffers[name] = value.clone()
 
 
@@ -337,8 +377,8 @@ def fill_buffers(base: nn.Module, sources: dict[str, Source], shards: Shards) ->
 def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
     """Inside, PEFT builds its layers for real around weights on the meta device.
 
-    It moves new weights to the device of their base; these stay where they are drawn. Where it
-    computes them from their base, it says so for DeepSpeed, and gets the weight for that long.
+    PEFT moves new weights to the device of their base; here they stay on the CPU. Where it computes
+    them from a base weight, it announces that to DeepSpeed, and here gets the weight for that long.
     """
     original, move = BaseTunerLayer._get_base_layer_device_and_dtype, nn.Module.to
 
@@ -374,7 +414,7 @@ def _beside_absent_weights(whole: Callable[[nn.Parameter], Tensor]) -> Iterator[
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A seam that a library does not offer; its versions are pinned, and tests watch it."""
+    """Replaces what a library does not let one configure; docs/seams.md lists every use."""
     before = owner.__dict__[name]
     setattr(owner, name, value)
     try:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from raytune_ft.config.merging import MERGES, tried_merges
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
-from raytune_ft.merge.fold import FoldCheck, fold
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from raytune_ft.merge.fold import fold
 from raytune_ft.merge.merge import merge
 from raytune_ft.merge.methods import TASK_ARITHMETIC, MergeSettings
 from raytune_ft.merge.to_adapter import Refactored, refactor
+from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import disk_dtype, load_base
-from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.records import Tell
 
 Score = Callable[[Path], float]
 """The deciding figure of a model directory on validation, negated where more is better."""
-Tell = Callable[[str], None]
 BASE_NAME = "base"
 BASE, BEST, INTERPOLATED, MERGED = range(4)
 """How simple a candidate is, by what it is made of: the base alone, one trial, one trial and the
@@ -116,7 +117,7 @@ def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
             head=pantry.head,
         )
     target.mkdir(parents=True)
-    for name in (CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(checkpoint / name, target / name)
     return None
 

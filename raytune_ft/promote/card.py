@@ -17,7 +17,7 @@ from raytune_ft.config.methods import METHODS
 from raytune_ft.config.metrics import RETENTION, label
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
-from raytune_ft.merge.fold import FoldCheck
+from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.promote.decide import Evaluation, Sample
 from raytune_ft.report import tables
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.checkpoints.layout import flush_files, fsync_folders
+from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
@@ -35,8 +35,22 @@ from raytune_ft.evaluate.evaluate import (
 )
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import check_functions
-from raytune_ft.files import fsync
-from raytune_ft.merge.fold import FoldCheck, held_out
+from raytune_ft.files import fsync, read_json
+from raytune_ft.layout import (
+    ADAPTER,
+    CARD,
+    DATA,
+    EVALUATION,
+    MODEL,
+    PROMOTED,
+    PROMOTION,
+    PROMOTION_LOCK,
+    SCORES,
+    cache_in,
+    free_path,
+)
+from raytune_ft.merge.fold import held_out
+from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
@@ -53,8 +67,7 @@ from raytune_ft.promote.decide import (
     score_lines,
 )
 from raytune_ft.promote.select import Selection, select
-from raytune_ft.records import to_json
-from raytune_ft.rundir import DATA, PROMOTED, cache_in
+from raytune_ft.records import Tell, to_json
 from raytune_ft.train.setup import evaluation_objective, head_of
 
 CONSTANT = "constant"
@@ -155,17 +168,11 @@ def same_scores(a: Measured, b: Measured) -> bool:
     return bool(np.array_equal(one, other))
 
 
-MODEL, EVALUATION, CARD, SCORES = "model", "evaluation.json", "README.md", "scores.jsonl"
-ADAPTER = "adapter"
-UNFINISHED = ".promoted.new"
-_LOCK = ".promoted.lock"
-
-
 def looks_so_far(directory: Path) -> int:
     """How often the held-out split of this run or sweep has been measured before."""
     counts = [0]
     for path in directory.glob(f"{PROMOTED}*/{EVALUATION}"):
-        counts.append(int(json.loads(path.read_text(encoding="utf-8")).get("looks", 1)))
+        counts.append(int(read_json(path).get("looks", 1)))
     return max(counts)
 
 
@@ -175,9 +182,7 @@ def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None
     """
     fsync_folders(unfinished)
     if target.exists():
-        number = 1
-        while (kept := target.with_name(f"{PROMOTED}-{number}")).exists():
-            number += 1
+        kept = free_path(target, "-")
         target.rename(kept)
         tell(f"the earlier {PROMOTED} is kept as {kept.name}")
     unfinished.rename(target)
@@ -190,7 +195,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     """
     tokenizer.save_pretrained(str(model))
     path = model / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     written = settings.get("eos_token_id")
     known = written if isinstance(written, list) else [written] if written is not None else []
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
@@ -209,7 +214,7 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         StorageError: another process holds it, or the directory cannot be written.
     """
-    lock = FileLock(directory / _LOCK, timeout=0)
+    lock = FileLock(directory / PROMOTION_LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -224,9 +229,6 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def promote(
         )
     tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
     with locked(directory):
-        unfinished = directory / UNFINISHED
+        unfinished = directory / PROMOTION
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.metrics import deciding
 from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
+from raytune_ft.files import read_json
+from raytune_ft.layout import CHECKPOINTS, CONFIG, RESULT, TRIALS
 from raytune_ft.records import CheckpointManifest
-from raytune_ft.rundir import CHECKPOINTS, CONFIG, RESULT, TRIALS
 from raytune_ft.search.results import USABLE
 
 
@@ -117,7 +117,7 @@ def read_result(directory: Path) -> dict[str, Any]:
     """
     remedy = "write the directory of a run or sweep that ended, or resume it with --resume"
     try:
-        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result = read_json(directory / RESULT)
     except FileNotFoundError:
         raise StorageError(str(directory), f"holds no {RESULT}", remedy) from None
     except (OSError, ValueError) as error:
@@ -162,7 +162,7 @@ def _candidate(
     A trial that was stopped from outside has no result.json; its manifests have the evaluations.
     """
     result = run_dir / RESULT
-    point = json.loads(result.read_text(encoding="utf-8")).get("best") if result.is_file() else None
+    point = read_json(result).get("best") if result.is_file() else None
     if point and point.get("checkpoint") and point.get(metric) is not None:
         path = run_dir / CHECKPOINTS / Path(point["checkpoint"]).name
         return Candidate(run_dir, trial, params, path, point[metric])

@@ -15,7 +15,7 @@ from ray._private import ray_constants
 
 from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.errors import ClusterError, ConfigError, first_line
 
 TRAIN_DEFAULTS = {
     # The controller polls its workers 4 times a second instead of every 2 s (Ray's default), so
@@ -109,7 +109,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"address={address}",
-                f"cannot be joined ({str(error).splitlines()[0]})",
+                f"cannot be joined ({first_line(error)})",
                 "start a cluster there with `ray start --head`, export RAY_AUTH_MODE=token if it "
                 "requires a token, or unset RAY_ADDRESS to use this machine",
             ) from error

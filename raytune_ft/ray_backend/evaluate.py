@@ -9,7 +9,7 @@ import ray
 import torch
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 
 
@@ -60,7 +60,7 @@ def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]
             results[number] = ray.get(done)
             ray.kill(actors[number])  # frees its resources for a waiting actor
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RunFailed(f"an evaluation was lost: {reason}") from error
     finally:
         for number in waiting.values():

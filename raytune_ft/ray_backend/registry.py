@@ -87,21 +87,74 @@ class Group:
     workers: list[Any] = field(default_factory=list)
 
 
-class Switchboard:
+@dataclass
+class Mailbox:
+    """Messages that wait for one reader."""
+
+    messages: list[Any] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, message: Any) -> None:
+        """Wakes the reader."""
+        self.messages.append(message)
+        self.arrived.set()
+
+    async def take(self, timeout_s: float) -> list[Any]:
+        """All messages, in order; waits for the first, but no longer than `timeout_s`."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.arrived.wait(), timeout_s)
+        self.arrived.clear()
+        messages, self.messages = self.messages, []
+        return messages
+
+
+class Mailboxes:
+    """What the two asynchronous actors of the driver share: a mailbox for each run, and a stop that
+    reaches everyone who waits for a message or, through `_changed`, for a slot.
+    """
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._boxes: dict[str, Mailbox] = {}
+        self._stopping = False
+
+    async def post(self, run: str, event: dict[str, Any]) -> None:
+        """A message to the process that started `run`; lost where no such run was opened."""
+        if run in self._boxes:
+            self._boxes[run].put(event)
+
+    async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
+        """New messages of `run`, waiting for the first; and whether all runs shall stop."""
+        if run not in self._boxes:
+            return [], self._stopping
+        events = await self._boxes[run].take(0.0 if self._stopping else timeout_s)
+        return events, self._stopping
+
+    async def is_stopping(self) -> bool:
+        """Whether all runs were told to stop."""
+        return self._stopping
+
+    async def stop_everybody(self) -> None:
+        """Everyone who waits, for a message or for a slot, is told to stop instead."""
+        self._stopping = True
+        async with self._changed:
+            self._changed.notify_all()
+        for box in self._boxes.values():
+            box.arrived.set()
+
+
+class Switchboard(Mailboxes):
     """An asynchronous actor. `slots` is how many runs may hold workers at a time.
 
     A run has an owner, the trial that it belongs to; a trial may die without a word.
     """
 
     def __init__(self, slots: int) -> None:
+        super().__init__()
         self._free = slots
-        self._changed = asyncio.Condition()
         self._owners: dict[str, str] = {}  # of the runs that have a slot
         self._gone: set[str] = set()
         self._groups: dict[str, Group] = {}
-        self._events: dict[str, list[dict[str, Any]]] = {}
-        self._news: dict[str, asyncio.Event] = {}
-        self._stopping = False
         self._ending: set[str] = set()
 
     async def open(self, run: str, owner: str) -> bool:
@@ -115,8 +168,7 @@ class Switchboard:
                 return False
             self._free -= 1
             self._owners[run] = owner
-            self._groups[run], self._events[run] = Group(), []
-            self._news[run] = asyncio.Event()
+            self._groups[run], self._boxes[run] = Group(), Mailbox()
             return True
 
     def _refused(self, owner: str) -> bool:
@@ -159,21 +211,6 @@ class Switchboard:
         """Runs that may still hold workers."""
         return list(self._groups)
 
-    async def post(self, run: str, event: dict[str, Any]) -> None:
-        """Leave a message for whoever started `run`."""
-        if run in self._events:
-            self._events[run].append(event)
-            self._news[run].set()
-
-    async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
-        """New messages of `run`, waiting for the first; and whether everybody shall stop."""
-        if run in self._news and not self._stopping:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news[run].wait(), timeout_s)
-            self._news[run].clear()
-        events, self._events[run] = self._events.get(run, []), []
-        return events, self._stopping
-
     async def end(self, run: str) -> Group:
         """`run` shall save and end; returns whom to ask."""
         self._ending.add(run)
@@ -182,18 +219,6 @@ class Switchboard:
     async def is_ending(self, run: str) -> bool:
         """Whether somebody wants `run` to end. Else a run that was interrupted goes on."""
         return run in self._ending
-
-    async def is_stopping(self) -> bool:
-        """Whether everybody was told to stop."""
-        return self._stopping
-
-    async def stop_everybody(self) -> None:
-        """Whoever waits, for a message or for a slot, is told to stop instead."""
-        self._stopping = True
-        async with self._changed:
-            self._changed.notify_all()
-        for news in self._news.values():
-            news.set()
 
 
 def start_switchboard(slots: int) -> Any:

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.ray_backend.registry import (
     Ended,
@@ -26,12 +27,10 @@ from raytune_ft.ray_backend.registry import (
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
-from raytune_ft.rundir import RESULT
 from raytune_ft.train.result import end_run, left_by_workers
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.stopping import interruptible
 from raytune_ft.train.watchdog import (
-    HANG_LOG,
     Standing,
     append_hang_log,
     log_text,

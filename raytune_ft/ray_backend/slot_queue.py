@@ -16,8 +16,16 @@ from typing import Any, Literal
 import ray
 
 from raytune_ft.errors import RaytuneFtError, RunFailed
-from raytune_ft.ray_backend.registry import Ended, Note, Report, StopRequested, start_beside_driver
-from raytune_ft.rundir import RESULT
+from raytune_ft.layout import RESULT
+from raytune_ft.ray_backend.registry import (
+    Ended,
+    Mailbox,
+    Mailboxes,
+    Note,
+    Report,
+    StopRequested,
+    start_beside_driver,
+)
 from raytune_ft.train.spec import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]
@@ -52,12 +60,7 @@ Command = Enter | Leave | Finish
 @dataclass
 class _Engine:
     slots: int
-    commands: list[Command] = field(default_factory=list)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def tell(self, command: Command) -> None:
-        self.commands.append(command)
-        self.news.set()
+    commands: Mailbox = field(default_factory=Mailbox)
 
 
 @dataclass
@@ -65,24 +68,18 @@ class _Trial:
     spec: RunSpec
     engine: str
     leaving: bool = False
-    events: list[dict[str, Any]] = field(default_factory=list)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-        self.news.set()
 
-
-class SlotBoard:
+class SlotBoard(Mailboxes):
     """An asynchronous actor. A trial is known by the name of its run directory."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._engines: dict[str, _Engine] = {}
         self._trials: dict[str, _Trial] = {}
-        self._changed = asyncio.Condition()
         self._refused: set[str] = set()
-        self._stopping = self._finished = False
+        self._finished = False
         self._failure: RaytuneFtError | None = None
 
     # Called by trials.
@@ -99,11 +96,12 @@ class SlotBoard:
                 return False
             engine = self._free()
             trial = self._trials[run] = _Trial(spec, engine or "")
+            self._boxes[run] = Mailbox()
             if engine is None:
-                trial.tell({"ended": self._failure})
+                self._boxes[run].put({"ended": self._failure})
                 trial.gone.set()
             else:
-                self._engines[engine].tell(Enter(spec))
+                self._engines[engine].commands.put(Enter(spec))
             return True
 
     def _closed(self, run: str) -> bool:
@@ -119,16 +117,6 @@ class SlotBoard:
         best = max(free, key=lambda name: free[name], default=None)
         return best if best is not None and free[best] > 0 else None
 
-    async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
-        """New messages of a trial, waiting for the first; and whether everybody shall stop."""
-        trial = self._trials[run]
-        if not self._stopping:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(trial.news.wait(), timeout_s)
-            trial.news.clear()
-        events, trial.events = trial.events, []
-        return events, self._stopping
-
     async def leave(self, run: str, status: Leaving, timeout_s: float) -> bool:
         """Ask the engine to let a trial go; whether it did within `timeout_s`."""
         trial = self._trials.get(run)
@@ -136,7 +124,7 @@ class SlotBoard:
             return True
         if not trial.gone.is_set():
             trial.leaving = True
-            self._engines[trial.engine].tell(Leave(run, status))
+            self._engines[trial.engine].commands.put(Leave(run, status))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(trial.gone.wait(), timeout_s)
         return trial.gone.is_set()
@@ -156,7 +144,7 @@ class SlotBoard:
         async with self._changed:
             known = self._engines[engine] = _Engine(slots)
             if self._finished:
-                known.tell(Finish())
+                known.commands.put(Finish())
             held = [t for t in self._trials.values() if t.engine == engine and not t.gone.is_set()]
             for trial in held:
                 if trial.leaving:
@@ -166,17 +154,7 @@ class SlotBoard:
 
     async def commands(self, engine: str, timeout_s: float) -> list[Command]:
         """What an engine is asked, waiting for it."""
-        known = self._engines[engine]
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(known.news.wait(), timeout_s)
-        known.news.clear()
-        commands, known.commands = known.commands, []
-        return commands
-
-    async def post(self, run: str, event: dict[str, Any]) -> None:
-        """A message to a trial."""
-        if run in self._trials:
-            self._trials[run].tell(event)
+        return await self._engines[engine].commands.take(timeout_s)
 
     async def gone(self, run: str) -> None:
         """The slot of a trial is free, whose files are all written."""
@@ -192,9 +170,9 @@ class SlotBoard:
             self._engines.pop(engine, None)
             if not self._engines:
                 self._failure = error or RunFailed("the engine of the trials has ended")
-            for trial in self._trials.values():
+            for run, trial in self._trials.items():
                 if trial.engine == engine and not trial.gone.is_set():
-                    trial.tell({"ended": error})
+                    self._boxes[run].put({"ended": error})
                     trial.gone.set()
             self._changed.notify_all()
 
@@ -209,23 +187,11 @@ class SlotBoard:
         """Trials that hold a slot."""
         return [run for run, trial in self._trials.items() if not trial.gone.is_set()]
 
-    async def stop_everybody(self) -> None:
-        """Whoever waits, for a message or for a slot, is told to stop instead."""
-        async with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        for trial in self._trials.values():
-            trial.news.set()
-
-    async def is_stopping(self) -> bool:
-        """Whether everybody was told to stop."""
-        return self._stopping
-
     async def finish(self) -> None:
         """Engines end."""
         self._finished = True
         for engine in self._engines.values():
-            engine.tell(Finish())
+            engine.commands.put(Finish())
 
 
 def start_board() -> Any:

@@ -29,6 +29,8 @@ from raytune_ft.data.prepare import open_prepared
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.estimate.memory import steps_in_a_pass
+from raytune_ft.files import write_json_atomic, write_text_atomic
+from raytune_ft.layout import CONFIG, RESULT, TRIALS
 from raytune_ft.model.load import load_model_config
 from raytune_ft.ray_backend.cluster import (
     connected,
@@ -49,7 +51,6 @@ from raytune_ft.ray_backend.trial import (
     spec_of,
 )
 from raytune_ft.records import RunResult, TrialRecord
-from raytune_ft.rundir import CONFIG, RESULT, TRIALS, write_json_atomic, write_text_atomic
 from raytune_ft.search.initial_trials import first_points
 from raytune_ft.search.progress import Progress, progress_for
 from raytune_ft.search.results import Spending, SweepResult, apply_params, sweep_result, trial_name

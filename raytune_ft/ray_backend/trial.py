@@ -15,8 +15,9 @@ from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
+from raytune_ft.layout import ENGINES, TRIALS
 from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
 from raytune_ft.ray_backend.memory import cluster_worker_memory
 from raytune_ft.ray_backend.registry import (
@@ -28,15 +29,11 @@ from raytune_ft.ray_backend.registry import (
     start_switchboard,
 )
 from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
-from raytune_ft.records import RunResult, plain_of
-from raytune_ft.rundir import TRIALS
+from raytune_ft.records import RunResult, Tell, plain_of
 from raytune_ft.search.results import apply_params
 from raytune_ft.search.slots import Arrangement
 from raytune_ft.train.result import end_run, left_by_workers
 from raytune_ft.train.spec import RunSpec
-
-ENGINES = "engines"
-Tell = Callable[[str], None]
 
 
 class Place(Protocol):
@@ -207,7 +204,7 @@ class _Engine:
         except StopRequested:
             pass
         except (RayError, RaytuneFtError) as failure:
-            error = RunFailed(str(failure).splitlines()[0])
+            error = RunFailed(first_line(failure))
         with suppress(RayError):
             ray.get(self._board.engine_ended.remote(self._name, error))
 

@@ -11,7 +11,7 @@ from typing import Any
 from raytune_ft.config.load import load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import StorageError
-from raytune_ft.rundir import CONFIG, DATA, METRICS, PROMOTED, RESULT, TRIALS
+from raytune_ft.layout import CONFIG, DATA, EVALUATION, METRICS, PROMOTED, RESULT, TRIALS
 
 Record = dict[str, Any]
 RUNNING: Record = {
@@ -106,7 +106,7 @@ def collect(directory: Path) -> Facts:
         config,
         result,
         trials,
-        read_json(directory / PROMOTED / "evaluation.json"),
+        read_json(directory / PROMOTED / EVALUATION),
         read_json(directory / DATA),
         metric,
         mode,

@@ -14,13 +14,13 @@ from markupsafe import Markup
 
 import raytune_ft
 from raytune_ft.config.metrics import direction
+from raytune_ft.files import write_text_atomic
 from raytune_ft.format import cell, interval, number
+from raytune_ft.layout import REPORT
 from raytune_ft.report import tables
 from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.plots import plots, search_plots
-from raytune_ft.rundir import write_text_atomic
 
-REPORT = "report.html"
 GOOD, NEUTRAL, BAD = "#059669", "#d97706", "#dc2626"
 MAX_CARDS = 6
 MAX_SAMPLES = 8

@@ -25,8 +25,8 @@ from raytune_ft.config.search_space import (
     trial_count,
 )
 from raytune_ft.errors import StorageError
-from raytune_ft.rundir import CONFIG
-from raytune_ft.search.space import STUDY_FILE, decode, distributions, encode, open_storage
+from raytune_ft.layout import CONFIG, STUDY
+from raytune_ft.search.space import decode, distributions, encode, open_storage
 
 BASE_LR = 5e-5
 REFERENCE_WIDTH = 2000
@@ -158,10 +158,10 @@ def _of_sweep(folder: Path, search: SearchConfig) -> list[FrozenTrial]:
 
 
 def _study(folder: Path, config: Config, earlier: SearchConfig) -> optuna.Study:
-    url = earlier.storage or f"sqlite:///{folder / STUDY_FILE}"
-    if earlier.storage is None and not (folder / STUDY_FILE).is_file():
+    url = earlier.storage or f"sqlite:///{folder / STUDY}"
+    if earlier.storage is None and not (folder / STUDY).is_file():
         raise StorageError(
-            f"search.warm_start={folder}", f"holds no {STUDY_FILE}", "write a sweep's directory"
+            f"search.warm_start={folder}", f"holds no {STUDY}", "write a sweep's directory"
         )
     storage = open_storage(expand_text(url, "search.storage"))
     try:

@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from raytune_ft.format import number, params_text, seconds
-
-Tell = Callable[[str], None]
+from raytune_ft.records import Tell
 
 
 class Progress(Protocol):

@@ -25,7 +25,6 @@ from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import Distribution
 from raytune_ft.errors import StorageError
 
-STUDY_FILE = "study.db"
 CONNECT_TIMEOUT_S = 8
 MAX_REASON = 200
 SERVERS = ("postgresql", "mysql", "mariadb")

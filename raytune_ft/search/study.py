@@ -14,11 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
+from raytune_ft.layout import STUDY, TRIALS
 from raytune_ft.records import TrialRecord, TrialStatus
-from raytune_ft.rundir import TRIALS
 from raytune_ft.search.initial_trials import FROM, earlier_trials
 from raytune_ft.search.results import trial_name
-from raytune_ft.search.space import STUDY_FILE, decode, open_storage
+from raytune_ft.search.space import decode, open_storage
 
 SEARCH, REPORTS = "search", "reports"
 FACTS = ("eval_loss", "examples", "wall_s")
@@ -31,7 +31,7 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
         StorageError: the storage cannot be opened, holds a study of that name already, or another
             one than the sweep began with.
     """
-    url = search.storage or f"sqlite:///{sweep_dir / STUDY_FILE}"
+    url = search.storage or f"sqlite:///{sweep_dir / STUDY}"
     try:
         study = optuna.create_study(
             study_name=name,

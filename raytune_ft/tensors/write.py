@@ -1,8 +1,8 @@
 """Write safetensors files (the format: a length, a JSON header, the bytes of every tensor).
 
-The library's own writer holds the interpreter's lock until the last byte is on the disk, and wants
-every tensor at once. Here others may run meanwhile, one tensor is in memory at a time, and the
-hash is that of the bytes on their way, so that no file is read again for it.
+The library's own writer holds the GIL until the last byte is on the disk and needs every tensor at
+once. This one lets other threads run, holds one tensor in memory at a time, and hashes the bytes as
+it writes them, so that no file is read again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from raytune_ft.records import FileRecord
 
 @dataclass(frozen=True)
 class Part:
-    """One unbroken range of a tensor that is read row by row.
+    """One contiguous range of a tensor in row-major order.
 
-    Every sharding in use cuts tensors so: fsdp between rows, ZeRO anywhere. `values` `[n]` is a
-    view of the live storage; what is copied into it is trained with. `shape` is the whole
-    tensor's. `writes`: this rank saves the range, where several hold the same.
+    Every sharding in use cuts tensors this way: fsdp between rows, ZeRO anywhere. `values` `[n]` is
+    a view of the live storage, so copying into it changes the weight that is trained. `shape` is
+    the whole tensor's. `writes`: this rank saves the range where several ranks hold it.
     """
 
     shape: tuple[int, ...]
@@ -37,12 +37,12 @@ class Part:
 
     @property
     def end(self) -> int:
-        """The first element that this part does not have."""
+        """The first element after this part."""
         return self.start + self.values.numel()
 
     @property
     def whole(self) -> bool:
-        """Is it all of the tensor?"""
+        """Whether the part is the whole tensor."""
         return self.values.numel() == math.prod(self.shape)
 
 
@@ -65,12 +65,12 @@ _FLUSH = 1 << 30
 
 
 def ignore(count: int) -> None:
-    """Nobody wants to know."""
+    """Takes a count of written bytes and does nothing."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Name, type and shape of a tensor, which the header holds before its bytes come."""
+    """A tensor's line in the header."""
 
     name: str
     dtype: torch.dtype
@@ -87,8 +87,8 @@ def write_tensors(
 ) -> FileRecord:
     """The file `root/relative` with these entries and, in the same order, their tensors.
 
-    It has reached the disk on return; `wrote` is told of bytes on their way there. Raises OSError
-    where it cannot be written.
+    The file has reached the disk on return. `wrote` receives the number of bytes after each write.
+    Raises OSError where the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -111,7 +111,7 @@ def write_tensors(
             for start in range(0, len(flat), _CHUNK):
                 count = _write(file.fileno(), flat[start : start + _CHUNK].data, digest)
                 if length // _FLUSH < (length + count) // _FLUSH:
-                    os.fsync(file.fileno())  # a little at a time, so that none takes minutes
+                    os.fsync(file.fileno())  # in portions, so that no single fsync takes minutes
                 length += count
                 wrote(count)
         assert length == 8 + len(text) + offset, "the tensors are not those of the entries"
@@ -130,10 +130,10 @@ def _write(descriptor: int, block: bytes | memoryview, digest: hashlib._Hash) ->
 def write_parts(
     root: Path, relative: str, parts: Mapping[str, Part], wrote: Callable[[int], None] = ignore
 ) -> FileRecord:
-    """What a process holds of some tensors; parts of nothing are left out.
+    """The file `root/relative` with the parts that a process holds; empty parts are left out.
 
-    Whole tensors keep their shape. Others are flat, and the file's metadata says under "parts",
-    as JSON, what they are of: `{name: [first element, shape of all]}`.
+    Whole tensors keep their shape. Others are flat, and the metadata key "parts" holds as JSON
+    `{name: [first element, shape of the whole tensor]}`.
     """
     held = {name: part for name, part in parts.items() if part.whole or part.values.numel()}
     places = {n: [part.start, list(part.shape)] for n, part in held.items() if not part.whole}

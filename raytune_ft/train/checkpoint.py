@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor, Future, wait
@@ -19,16 +18,14 @@ from torch import Tensor
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import CheckpointError
-from raytune_ft.files import flush_file
+from raytune_ft.files import flush_file, read_json
+from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
 from raytune_ft.strategy.exchange import Exchange, together
-from raytune_ft.tensors.read import Shards, open_shards, shard_name
+from raytune_ft.tensors.read import TensorFiles, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
 from raytune_ft.train.spec import RunSpec
-
-STATE = "state"
-WEIGHTS, OPTIMIZER = "model", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def write_state(
         for stem, parts in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.moments))
     ]
     if rank == 0:
-        path = directory / STATE / "state.json"
+        path = directory / STATE / PROGRESS
         path.write_text(to_json(snapshot.progress, indent=2), encoding="utf-8")
         records.append(flush_file(path, directory))
     return records
@@ -134,9 +131,9 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         CheckpointError: it cannot be read, or lacks a key.
     """
-    path = checkpoint / STATE / "state.json"
+    path = checkpoint / STATE / PROGRESS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         kinds = {"base": EvalMetrics, "best": Point, "final": Point}
         evaluations = {
             key: None if content[key] is None else kind.of(content[key])
@@ -174,7 +171,7 @@ def _fill_parts(checkpoint: Path, holder: Holder, names: list[str]) -> None:
                 _fill(checkpoint, part, source, key)
 
 
-def _fill(checkpoint: Path, part: Part, source: Shards, key: str) -> None:
+def _fill(checkpoint: Path, part: Part, source: TensorFiles, key: str) -> None:
     found = source.shapes.get(key)
     if found != part.shape:
         raise CheckpointError(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from raytune_ft.files import write_text_atomic
 from raytune_ft.records import EvalMetrics, StepMetrics, to_json
-from raytune_ft.rundir import write_text_atomic
 
 
 class Reporter(Protocol):

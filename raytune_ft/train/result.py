@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
+from raytune_ft.files import read_json, write_json_atomic
+from raytune_ft.layout import METRICS, RESULT, checkpoint_path
 from raytune_ft.records import EvalMetrics, Point, RunResult, plain_of
-from raytune_ft.rundir import METRICS, RESULT, write_json_atomic
 from raytune_ft.train.checkpoint import Progress
 from raytune_ft.train.spec import RunSpec
 
@@ -88,7 +88,7 @@ def load_result(run_dir: Path) -> RunResult | None:
     path = run_dir / RESULT
     if not path.exists():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     points = {name: Point.of(data[name]) if data.get(name) else None for name in ("best", "final")}
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     return RunResult(**{**data, **points, **lists})

@@ -10,7 +10,7 @@ import torch
 
 from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
-from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError
+from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype
 from raytune_ft.model.meta import BaseFiles, build
@@ -103,5 +103,5 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
         return error
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if out_of_memory or "can't allocate memory" in str(error):
-        return OutOfMemory(str(error).splitlines()[0] if str(error) else "out of memory")
+        return OutOfMemory(first_line(error))
     return None

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from raytune_ft.checkpoints.layout import checkpoint_path
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.order import Indices, Order
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
+from raytune_ft.layout import checkpoint_path
 from raytune_ft.records import EvalMetrics, Point, RunResult, StepMetrics
 from raytune_ft.train.checkpoint import Progress, Saver
 from raytune_ft.train.evaluation import Scores

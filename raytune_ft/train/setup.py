@@ -25,6 +25,7 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
+from raytune_ft.layout import CHECKPOINTS
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
@@ -35,7 +36,6 @@ from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
-from raytune_ft.rundir import CHECKPOINTS
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
 from raytune_ft.train.distill import check_size, teacher_of

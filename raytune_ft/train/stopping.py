@@ -32,11 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from raytune_ft.errors import RunFailed
-from raytune_ft.rundir import RESULT
+from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import (
-    HANG_LOG,
     Heartbeat,
     Standing,
     append_hang_log,

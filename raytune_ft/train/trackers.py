@@ -24,8 +24,9 @@ from raytune_ft.config.environment import without_secrets
 from raytune_ft.config.schema import PACKAGES, TrackingConfig
 from raytune_ft.config.yaml_text import read_mapping
 from raytune_ft.errors import ConfigError
+from raytune_ft.files import read_json, write_text_atomic
+from raytune_ft.layout import CONFIG, METRICS, TENSORBOARD, TRACKING_IDS, TRIALS
 from raytune_ft.records import EvalMetrics, StepMetrics
-from raytune_ft.rundir import CONFIG, METRICS, TRIALS, write_text_atomic
 from raytune_ft.train.report import MetricsFile, Several
 from raytune_ft.train.spec import RunSpec
 
@@ -88,7 +89,6 @@ MLFLOW_PATIENCE = {
 }
 """MLflow's defaults are 7 retries and 120 s, for which the end of a run would wait."""
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
-IDS, EVENTS = "tracking.json", "tensorboard"
 STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
 
 
@@ -125,7 +125,7 @@ class TensorBoard:
     def __init__(self, tracking: TrackingConfig, run: Identity) -> None:
         from tensorboardX.event_file_writer import EventsWriter
 
-        directory = run.run_dir / EVENTS
+        directory = run.run_dir / TENSORBOARD
         directory.mkdir(exist_ok=True)
         self._events = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         if run.resume_step is not None:  # steps after that checkpoint are written again
@@ -346,12 +346,12 @@ def _keep_id(run: Identity, tracker: str, value: str) -> None:
 def _keep(run: Identity, key: str, value: str) -> None:
     with _IDS_LOCK:
         content = json.dumps({**_ids(run), key: value}, indent=2) + "\n"
-        write_text_atomic(run.run_dir / IDS, content)
+        write_text_atomic(run.run_dir / TRACKING_IDS, content)
 
 
 def _ids(run: Identity) -> dict[str, str]:
     try:
-        found = json.loads((run.run_dir / IDS).read_text(encoding="utf-8"))
+        found = read_json(run.run_dir / TRACKING_IDS)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytune_ft.layout import HANG_LOG
+
 HUNG_EXIT_CODE = 1
 NATIVE_GRACE_S = 20.0
 """Time for the watching thread to report, before faulthandler ends the process without Python."""
 STDERR = 2
-HANG_LOG = "hang.log"
 
 Beat = Callable[[float, int], None]
 """Called with `done` and `of` micro-batches; after its forward, half of one is done."""

@@ -17,7 +17,7 @@ from raytune_ft.config.schema import ModelConfig, ParallelConfig
 from raytune_ft.model.load import Precision, build_model
 from raytune_ft.model.meta import build
 from raytune_ft.strategy.fsdp import Fsdp
-from raytune_ft.tensors import read as reader
+from raytune_ft.tensors.read import TensorFiles
 from tests.support.distributed import run_distributed
 from tests.support.models import save_tiny
 
@@ -58,18 +58,18 @@ def _compare(whole: nn.Module, laid_out: nn.Module) -> None:
 def _load(path: Path, method: MethodConfig, precision: Precision, offload: str = "none") -> Any:
     """The model laid out and filled, and how many elements were read of each tensor."""
     read: dict[str, int] = {}
-    flat_slice = reader._flat_slice
+    elements = TensorFiles.elements
 
-    def counting(file: Any, name: str, start: int, end: int) -> torch.Tensor:
+    def counting(files: TensorFiles, name: str, start: int, end: int) -> torch.Tensor:
         read[name] = read.get(name, 0) + end - start
-        return flat_slice(file, name, start, end)
+        return elements(files, name, start, end)
 
     strategy = Fsdp(ParallelConfig.model_validate({"offload": offload}), precision)
     built = build(ModelConfig(path=str(path)), method, precision, 3, in_parts=True)
     assert not built.notes, built.notes
     assert built.weights is not None
     model = strategy.lay_out(built.model)
-    with mock.patch.object(reader, "_flat_slice", counting):
+    with mock.patch.object(TensorFiles, "elements", counting):
         parts = {name: strategy.part(name, p.detach()) for name, p in model.named_parameters()}
         built.weights.fill(parts)
     return model, read, parts

@@ -19,7 +19,8 @@ from raytune_ft.model.load import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent
-from raytune_ft.train.run import RunSpec, run_training
+from raytune_ft.train.run import run_training
+from raytune_ft.train.spec import RunSpec
 from tests.support.models import save_tiny_llama
 
 
@@ -135,7 +136,7 @@ def final_weights(run_dir: Path) -> dict[str, Tensor]:
     """Trained weights of the last checkpoint, in master precision."""
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     CheckpointStore(last.parent).verify(last)
-    with open_shards(last / "state") as weights:
+    with open_shards(last / "state", "model") as weights:
         return {name: weights.whole(name) for name in weights.shapes}
 
 

@@ -12,9 +12,9 @@ import pytest
 from raytune_ft import app
 from raytune_ft.config.load import load_config
 from raytune_ft.errors import ClusterError, ConfigError, DataError
+from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import write_json_atomic
 from raytune_ft.train.report import Silent
 from raytune_ft.train.spec import RunSpec
 from tests.support.runs import write_rows

@@ -10,7 +10,7 @@ import raytune_ft
 PACKAGE = Path(raytune_ft.__file__).parent
 # Later layers may import earlier ones.
 LAYERS = [
-    {"__init__", "errors", "records"},
+    {"__init__", "errors", "layout", "records"},
     {"files", "format"},
     {"config"},
     {"rundir", "data"},

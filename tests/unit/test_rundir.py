@@ -16,7 +16,8 @@ from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.load import apply_overrides, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ClusterError, ConfigError, InputError, StorageError
-from raytune_ft.rundir import open_run, probe_storage, run_path, write_json_atomic
+from raytune_ft.files import write_json_atomic
+from raytune_ft.rundir import open_run, probe_storage, run_path
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ModelError
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.blocks import find_blocks
 
 Read = Callable[[str], Tensor]
 """A trained weight in its whole shape, by its name."""
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ATTRIBUTE = "raytune_ft_attached"
 
 
@@ -81,9 +81,9 @@ class Attached:
         """Write both files, which can be used without this package."""
         config, tensors = self.contents(read)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (directory / CONFIG).write_text(text, encoding="utf-8")
+        (directory / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
+        save_file(kept, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def attached(model: nn.Module) -> Attached | None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from raytune_ft.config.methods import Ia3Method, OftMethod, VeraMethod
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.heads import head_modules
 from raytune_ft.model.methods.base import Implementation
 
@@ -39,7 +39,7 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
         except (ValueError, TypeError) as error:
             raise ModelError(
                 f"method.targets={targets}",
-                f"cannot be adapted ({str(error).strip().splitlines()[0]})",
+                f"cannot be adapted ({first_line(error)})",
                 f"write all-linear, or names of linear layers such as {_some(_layers(base))}",
             ) from error
     model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raytune_ft.config.methods import METHODS, Method
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, first_line
+from raytune_ft.files import read_json
+from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.model.methods.base import Implementation
-from raytune_ft.model.methods.hooks import CONFIG, WEIGHTS, attached
+from raytune_ft.model.methods.hooks import attached
 
 
 def unfoldable(directory: Path) -> str | None:
     """The kind of the adapter in a directory as its file names it, None if it can be folded."""
-    if (directory / "config.json").is_file() or not (directory / WEIGHTS).is_file():
+    if (directory / "config.json").is_file() or not (directory / ADAPTER_WEIGHTS).is_file():
         return None
     written = _read(directory)
     kind = written.get("method") or written.get("peft_type")
@@ -39,9 +40,9 @@ def attach_saved(base: nn.Module, directory: Path) -> None:
         implementation.restore(base, _read(directory))
         found = attached(base)
         assert found is not None
-        found.fill(load_file(directory / WEIGHTS))
+        found.fill(load_file(directory / ADAPTER_WEIGHTS))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{directory} is no adapter of its base: {reason}") from error
 
 
@@ -52,9 +53,9 @@ def _method_of(kind: str | None) -> Method | None:
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        written = read_json(directory / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from error
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(written, dict):
-        raise CheckpointError(f"{directory / CONFIG} holds no mapping")
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG} holds no mapping")
     return written

@@ -20,7 +20,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from raytune_ft.config.methods import PromptMethod, PTuningMethod
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
 
@@ -165,7 +165,7 @@ def _first_ids(base: nn.Module, method: PromptMethod) -> Tensor:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"method.init_text={method.init_text}",
-            f"cannot be tokenised ({str(error).splitlines()[0]})",
+            f"cannot be tokenised ({first_line(error)})",
             "write null, or a model with its tokenizer",
         ) from error
     if not ids:

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from raytune_ft.checkpoints.store import MANIFEST, CheckpointFacts, CheckpointStore, step_name
+from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError
+from raytune_ft.layout import MANIFEST, step_name
 
 FILES = {
     "adapter_model.safetensors": 300,

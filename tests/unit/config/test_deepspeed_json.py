@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytune_ft.config.deepspeed_json import passed_on
+from raytune_ft.config.deepspeed_json import HARMLESS, PASSED_OFFLOAD, PASSED_ZERO, passed_on
 from raytune_ft.config.load import apply_overrides
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
@@ -178,17 +179,17 @@ def test_what_agrees_is_taken(tmp_path: Path, content: Any) -> None:
         ),
         (
             {"zero_optimisation": {"stage": 3}},
-            "zero_optimisation.stage=3 in ds.json is no key that is handed to DeepSpeed; "
+            "zero_optimisation.stage=3 in ds.json is not a key that is passed to DeepSpeed; "
             "did you mean zero_optimization.stage?",
         ),
         (
             {"compression_training": {"weight_quantization": 8}},
-            "compression_training.weight_quantization=8 in ds.json is no key that is handed to "
+            "compression_training.weight_quantization=8 in ds.json is not a key that is passed to "
             "DeepSpeed; leave it out",
         ),
         (
             {"zero_optimization": 3},
-            "zero_optimization=3 in ds.json is no key that is handed to DeepSpeed; "
+            "zero_optimization=3 in ds.json is not a key that is passed to DeepSpeed; "
             "did you mean zero_optimization.stage?",
         ),
     ],
@@ -229,3 +230,42 @@ def test_a_key_that_trials_vary(tmp_path: Path) -> None:
     searching = config(search={"space": space})
     with pytest.raises(ConfigError, match=r"contradicts search.space.train.lr, which varies it"):
         resolve(searching, tmp_path)
+
+
+# Keys of DeepSpeed's section that are refused, whatever their value: they change what is computed,
+# or nothing here reads them.
+REFUSED_ZERO = {
+    "cpu_offload_use_pin_memory",
+    "enable_sanity_checks",
+    "override_module_apply",
+    "pipeline_loading_checkpoint",
+    "save_muon_momentum_buffer_in_memory",
+    "zenflow",
+}
+REFUSED_OFFLOAD = {"cpuadam_cores_perc", "nvme_path"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_key_of_deepspeed_is_classified() -> None:
+    """DeepSpeed ignores unknown keys outside `zero_optimization`, so the lists must be ours."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero import offload_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    def known(*models: Any) -> set[str]:
+        return {
+            field.alias or name for model in models for name, field in model.model_fields.items()
+        }
+
+    def harmless(section: str) -> set[str]:
+        found = (key.removeprefix(f"{section}.") for key in HARMLESS if key.startswith(section))
+        return {key for key in found if "." not in key}
+
+    offload = "zero_optimization.offload_optimizer"
+    ours = {"stage", "offload_optimizer", "offload_param"}
+    zero = PASSED_ZERO | harmless("zero_optimization") | REFUSED_ZERO | ours
+    assert zero == known(DeepSpeedZeroConfig)
+    assert PASSED_OFFLOAD | harmless(offload) | REFUSED_OFFLOAD | {"device"} == known(
+        offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        offload_config.DeepSpeedZeroOffloadParamConfig,
+    )

@@ -173,7 +173,7 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("promote: {merge: tie}", "promote.merge=tie is not best, uniform_soup, greedy_soup, task"),
         (
             "promote: {max_shard_size: big}",
-            "promote.max_shard_size=big is no size; write one such",
+            "promote.max_shard_size=big is not a size; write for",
         ),
         ("parallel: {strategy: zero}", "parallel.strategy=zero is not auto, single, ddp, fsdp or"),
         ("parallel: {workers: [4, 2]}", "parallel.workers=[4, 2] is not [min, max] with min <= m"),

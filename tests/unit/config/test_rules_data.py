@@ -46,7 +46,7 @@ def load(tmp_path: Path) -> Load:
         ("train: [{path: a.jsonl}, 5]", "data.train="),
         (
             "train: {path: a.jsonl, weight: 1}",
-            "data.train.weight is not a key; it is of one of several: write data.train as a list",
+            "data.train.weight is not a key; it is a key of one of several sources",
         ),
         (
             f"train: {TWO % ('weight: 1', 'weight: -1')}",
@@ -134,7 +134,7 @@ def test_a_source_is_overridden_by_its_name(load: Load) -> None:
         assert [source.weight for source in train] == [1, 5]
     for override, message in (
         ("data.train.c.weight=5", "names no source of data.train, which has a, b"),
-        ("data.train.path=x.jsonl", "data.train is a list of them; write data.train.NAME.KEY"),
+        ("data.train.path=x.jsonl", "data.train is a list of sources; write data.train.NAME.KEY"),
     ):
         with pytest.raises(ConfigError) as caught:
             load(data, override)
@@ -169,17 +169,6 @@ def test_what_a_space_may_not_hold(load: Load, line: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(data, more=f"search:\n  space:\n    {line}\n")
     assert message in str(caught.value)
-
-
-def test_the_hash_of_an_older_config_is_kept(load: Load) -> None:
-    """As printed by the version before mixtures, so that its runs can be resumed."""
-    config = load("train: {path: a.jsonl}, validation: 0.1")
-    assert config_sha256(config) == OLDER
-    for key in ("mixture", "curriculum"):
-        assert getattr(config.data, key) is None
-
-
-OLDER = "ad3364e530e05035dfa490f0eb2978f0c60915652ec50d3281d56694af17b5c8"
 
 
 def test_what_moves_weights_is_in_the_hash(load: Load) -> None:

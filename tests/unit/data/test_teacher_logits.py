@@ -9,9 +9,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
-from raytune_ft.data.prepare import BASE_LOSS, prepare_data
+from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import with_base_loss
+from raytune_ft.layout import BASE_LOSS
 from tests.support.runs import write_rows
 
 

@@ -37,7 +37,7 @@ def test_a_base_that_fits_is_copied_and_one_that_does_not_is_sharded(config: Con
     assert small.parallel.strategy == "fsdp"
     assert choose_strategy(config, reason) == (
         "fsdp",
-        f"the base is frozen, and {reason}: 2 workers share it",
+        f"the base is frozen, and {reason}: 2 workers shard it",
     )
     assert choose_strategy(small)[0] == "fsdp"  # as every worker asks again
 
@@ -84,7 +84,7 @@ def test_replicas_are_sharded_however_much_fits(
     copies = apply_overrides(config, {"parallel.replicas": 2})
     with placed(copies, usable=2**50) as (chosen, reason):
         assert chosen.parallel.strategy == "fsdp"
-        assert reason.startswith("parallel.replicas")
+        assert "parallel.replicas" in reason
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.cli import run_command
 from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.prepare import TEACHER_LOGITS, PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.report import check_same
 from raytune_ft.data.teacher_logits import first_rows, tensor_of
 from raytune_ft.errors import ConfigError, DataError, ModelError, RunFailed, StorageError
 from raytune_ft.evaluate.precompute import rated, taught
+from raytune_ft.layout import TEACHER_LOGITS
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.preflight import prepare
 from raytune_ft.strategy.single import Single

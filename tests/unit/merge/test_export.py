@@ -105,7 +105,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, base: Path, capsys: Any) -> N
         ([str(tmp_path), out], "holds neither config.json nor adapter_model.safetensors"),
         ([str(base), out, "--dtype", "int4"], "--dtype=int4 is not a dtype; write one of float32"),
         ([str(base), out, "--format", "onnx"], "--format=onnx is not a format; write hf, adapter"),
-        ([str(base), out, "--max-shard-size", "big"], "--max-shard-size=big is no size"),
+        ([str(base), out, "--max-shard-size", "big"], "--max-shard-size=big is not a size"),
     ):
         assert run_command(["export", *arguments]) in (1, 2)
         error = capsys.readouterr().err

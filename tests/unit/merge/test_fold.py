@@ -22,8 +22,9 @@ from transformers import (
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import CheckpointError, MergeError, ModelError
 from raytune_ft.merge import fold as fold_module
-from raytune_ft.merge.fold import ABSOLUTE_TOLERANCE, fold
+from raytune_ft.merge.fold import fold
 from raytune_ft.merge.folded_weights import Adapted
+from raytune_ft.merge.verify import ABSOLUTE_TOLERANCE
 from raytune_ft.model.load import disk_dtype
 
 VOCABULARY = 61

@@ -16,9 +16,9 @@ import torch
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.config.section import parse_size
 from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.layout import JOURNAL
 from raytune_ft.merge import write_model
 from raytune_ft.merge.fold import fold
-from raytune_ft.merge.write_model import JOURNAL
 from tests.support.models import save_tiny_llama
 from tests.unit.merge.test_fold_variants import LINEAR, TOKENS, adapt
 
@@ -132,5 +132,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "5XB", "-1GB", "0"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size; write one such as 5GB"):
+    with pytest.raises(ConfigError, match="is not a size; write for example 5GB"):
         parse_size(text)

@@ -72,7 +72,10 @@ def test_a_model_in_files_of_one_rank_and_of_three(tmp_path: Path, family: str) 
         for name, tensor in model.state_dict().items():
             assert torch.equal(state[name], tensor), name
         assert torch.equal(_logits(read.eval()), _logits(model))
-        with open_shards(directory) as ours, open_shards(base) as theirs:  # also on the disk
+        with (
+            open_shards(directory, "model") as ours,
+            open_shards(base, "model") as theirs,
+        ):  # also on the disk
             assert ours.shapes == theirs.shapes
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.tensors.read import open_shards, shard_name
+from raytune_ft.layout import shard_name
+from raytune_ft.tensors.read import open_shards
 from raytune_ft.tensors.write import Entry, Part, write_parts, write_tensors
 
 SHAPES = [(7, 5), (13,), (), (3, 4, 5), (0, 4), (1, 1)]
@@ -50,7 +51,7 @@ def test_any_range_of_any_cut(tmp_path: Path, world_size: int) -> None:
     tensors = _tensors()
     _write(tmp_path, tensors, world_size, seed=world_size)
     rng = np.random.default_rng(0)
-    with open_shards(tmp_path) as found:
+    with open_shards(tmp_path, "model") as found:
         assert found.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             assert torch.equal(found.whole(name), tensor)
@@ -88,21 +89,21 @@ def test_a_missing_file_is_noticed(tmp_path: Path, lost: int) -> None:
         part = Part((5, 6), rank * 10, flat[rank * 10 : rank * 10 + 10])
         write_parts(tmp_path, shard_name("model", rank, 3), {"w": part})
     (tmp_path / shard_name("model", lost, 3)).unlink()
-    with pytest.raises(CheckpointError, match="of the 30 of w"), open_shards(tmp_path):
+    with pytest.raises(CheckpointError, match="of the 30 of w"), open_shards(tmp_path, "model"):
         pass
 
 
 def test_no_file_and_a_truncated_file(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match=r"holds no model\.safetensors"),
-        open_shards(tmp_path),
+        open_shards(tmp_path, "model"),
     ):
         pass
     write_parts(tmp_path, "model.safetensors", {"w": Part((30,), 0, torch.arange(30.0))})
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-1])
     damaged = r"model\.safetensors is damaged"
-    with pytest.raises(CheckpointError, match=damaged), open_shards(tmp_path):
+    with pytest.raises(CheckpointError, match=damaged), open_shards(tmp_path, "model"):
         pass
 
 

@@ -21,7 +21,8 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
 from raytune_ft.evaluate.context import engine_of
 from raytune_ft.evaluate.generate import with_transformers
-from raytune_ft.model.load import build_model, count_parameters, load_tokenizer
+from raytune_ft.model.load import build_model, load_tokenizer
+from raytune_ft.model.meta import build_shapes
 from raytune_ft.model.methods import adapter_writer, trained_parameters, without_method
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
@@ -252,7 +253,8 @@ def test_without_the_method_the_base_is_left(base: Path, name: str) -> None:
         assert summed_loss(model, split, ((0,), (1,))).item() != found.item()
     config = config_of(base, METHODS[name])
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    assert count_parameters(config.model, config.method)[1] == trained > 0
+    shapes = trained_parameters(build_shapes(config.model, config.method))
+    assert sum(p.numel() for p in shapes.values()) == trained > 0
 
 
 def test_init_text_begins_with_its_words(base: Path) -> None:
@@ -274,7 +276,7 @@ def test_init_text_begins_with_its_words(base: Path) -> None:
 def test_what_the_model_cannot_take(base: Path, method: dict[str, Any], error: str) -> None:
     config = config_of(base, method)
     with pytest.raises(ModelError, match=error):
-        count_parameters(config.model, config.method)
+        build_shapes(config.model, config.method)
 
 
 def test_an_adapter_of_another_model(base: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.merge.fold import fold
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import build_model, check_backend, count_parameters
+from raytune_ft.model.load import build_model, check_backend
 from raytune_ft.model.methods import param_groups, trained_parameters, without_method
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
@@ -86,7 +86,7 @@ def test_the_plan_counts_what_is_trained(base: Path, name: str) -> None:
     built = trained_parameters(build_model(path, method, "float32", 0))
     size = sum(parameter.numel() for parameter in built.values())
     shell = build_shell(path, method, "float32")
-    assert count_parameters(path, method)[1] == shell.trained == size > 0
+    assert shell.trained == size > 0
 
 
 @pytest.mark.parametrize("name", [*map(_named, SMALL)])
@@ -206,7 +206,7 @@ def test_gradual_unfreezing(tmp_path: Path) -> None:
 
 
 def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with open_shards(checkpoint / "state") as weights:
+    with open_shards(checkpoint / "state", "model") as weights:
         return {name: weights.whole(name) for name in weights.shapes}
 
 

@@ -5,30 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file, fsync, sha256_of
+from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest, FileRecord, to_json
-from raytune_ft.rundir import CHECKPOINTS
 
-MANIFEST = "manifest.json"
 FORMAT = 1
-STEP_NAME = re.compile(r"step-(\d{6,})")
 _BLANK = "0" * 64
-
-
-def step_name(step: int) -> str:
-    """The folder of a step; zero-padded so that names sort as steps do."""
-    return f"step-{step:06d}"
-
-
-def checkpoint_path(step: int) -> str:
-    """Of a run's checkpoint, relative to the run."""
-    return f"{CHECKPOINTS}/{step_name(step)}"
 
 
 def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
