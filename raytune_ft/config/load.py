@@ -103,11 +103,11 @@ def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, s
     if workers == 1:
         return ALONE, "there is one worker"
     if method.whole_model:
-        return SHARDED, f"weights of the model train: {workers} workers share weights and moments"
+        return SHARDED, f"weights of the model train: {workers} workers shard weights and moments"
     if method.quantised:
         return REPLICATED, f"a base in 4 bits is not sharded: {workers} workers each hold it"
     if shortage is not None:
-        return SHARDED, f"the base is frozen, and {shortage}: {workers} workers share it"
+        return SHARDED, f"the base is frozen, and {shortage}: {workers} workers shard it"
     return REPLICATED, f"the base is frozen: {workers} workers each hold it and share gradients"
 
 

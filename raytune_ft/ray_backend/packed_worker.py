@@ -39,28 +39,28 @@ def engine_worker(payload: dict[str, Any]) -> str:
     name = choose_strategy(spec.config)[0]
     strategy = build_strategy(name, parallel, spec.config.train.precision)
     data = open_prepared(spec.data_dir)
-    host = host_of(payload["run"], payload["switchboard"])
-    desk = _Desk(payload["board"], spec.run_dir.name, strategy)
-    before = desk.slots_before()
+    host = host_of(payload["run"], payload["registry"])
+    client = _Client(payload["queue"], spec.run_dir.name, strategy)
+    before = client.slots_before()
     slots = payload["slots"] if before is None else before
     passes = Passes(spec.config, data, slots, payload["rank"], strategy, host.heart.beat)
     engine = PackedEngine(passes, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
-        work = _Work(engine, desk)
+        work = _Work(engine, client)
         if before is None:
             why = passes.settle(payload["memory"], payload["measured"])
             if strategy.rank == 0:
-                payload["switchboard"].post.remote(payload["run"], {"note": why})
-        for held in desk.begin(passes.slots):
+                payload["registry"].post.remote(payload["run"], {"note": why})
+        for held in client.begin(passes.slots):
             work.enter(held)
         interrupted = False
         while not (work.finished or interrupted):
             host.heart.enter("waiting for trials" if not work.specs else "between passes")
-            interrupted = desk.any_rank(host.should_stop())
+            interrupted = client.any_rank(host.should_stop())
             if interrupted:
                 work.interrupt()
                 continue
-            for command in desk.commands(wait=not work.specs):
+            for command in client.commands(wait=not work.specs):
                 work.do(command)
             if work.specs:
                 work.advance()
@@ -69,25 +69,25 @@ def engine_worker(payload: dict[str, Any]) -> str:
     return "interrupted" if interrupted else "completed"
 
 
-class _Desk:
-    """Calls to the board. Rank 0 makes them and all ranks get the answers."""
+class _Client:
+    """Calls to the queue. Rank 0 makes them and all ranks get the answers."""
 
-    def __init__(self, board: Any, name: str, strategy: Strategy) -> None:
-        self._board, self._name, self._strategy = board, name, strategy
+    def __init__(self, queue: Any, name: str, strategy: Strategy) -> None:
+        self._queue, self._name, self._strategy = queue, name, strategy
         self._asked: Any = None
 
     def slots_before(self) -> int | None:
         """Slots of the lost engine of this name, whose trials continue here; None without one."""
         found: int | None = None
         if self._strategy.rank == 0:
-            found = ray.get(self._board.slots_of.remote(self._name))
+            found = ray.get(self._queue.slots_of.remote(self._name))
         return self._strategy.agree(found)
 
     def begin(self, slots: int) -> list[RunSpec]:
         """Announce the engine; returns the trials of a lost engine of this name."""
         held: list[RunSpec] = []
         if self._strategy.rank == 0:
-            held = ray.get(self._board.begin.remote(self._name, slots))
+            held = ray.get(self._queue.begin.remote(self._name, slots))
         return self._strategy.agree(held)
 
     def any_rank(self, vote: bool) -> bool:
@@ -101,7 +101,7 @@ class _Desk:
         """New commands; with `wait`, waits up to `IDLE_S` for them."""
         found: list[Command] = []
         if self._strategy.rank == 0:
-            self._asked = self._asked or self._board.commands.remote(self._name, 60.0)
+            self._asked = self._asked or self._queue.commands.remote(self._name, 60.0)
             ready, _ = ray.wait([self._asked], timeout=IDLE_S if wait else 0)
             if ready:
                 found, self._asked = ray.get(self._asked), None
@@ -110,7 +110,7 @@ class _Desk:
     def post(self, run: str, event: dict[str, Any]) -> None:
         """Send a message to a trial."""
         if self._strategy.rank == 0:
-            self._board.post.remote(run, event)
+            self._queue.post.remote(run, event)
 
     def refuse(self, spec: RunSpec, error: InputError) -> None:
         """Fail a trial that cannot be trained, and free its slot."""
@@ -122,14 +122,14 @@ class _Desk:
     def gone(self, run: str) -> None:
         """Free the slot of a trial."""
         if self._strategy.rank == 0:
-            ray.get(self._board.gone.remote(run))
+            ray.get(self._queue.gone.remote(run))
 
 
 class _Work:
     """Applies commands to the engine and keeps the specs of its trials."""
 
-    def __init__(self, engine: PackedEngine, desk: _Desk) -> None:
-        self._engine, self._desk = engine, desk
+    def __init__(self, engine: PackedEngine, client: _Client) -> None:
+        self._engine, self._client = engine, client
         self.specs: dict[Path, RunSpec] = {}
         self.finished = False
 
@@ -149,15 +149,15 @@ class _Work:
         """Let a trial in. One that cannot be trained fails alone."""
         run = spec.run_dir.name
         try:
-            self._engine.enter(spec, _ToTrial(partial(self._desk.post, run)))
+            self._engine.enter(spec, _ToTrial(partial(self._client.post, run)))
         except InputError as error:
-            self._desk.refuse(spec, error)
+            self._client.refuse(spec, error)
         else:
             self.specs[spec.run_dir] = spec
 
     def advance(self) -> None:
         for path in self._engine.advance():
-            self._desk.post(path.name, {"ended": None})
+            self._client.post(path.name, {"ended": None})
             self._forget(path)
 
     def interrupt(self) -> None:
@@ -167,7 +167,7 @@ class _Work:
 
     def _forget(self, path: Path) -> None:
         del self.specs[path]
-        self._desk.gone(path.name)
+        self._client.gone(path.name)
 
 
 class _ToTrial:

@@ -54,7 +54,7 @@ class StopRequested(Exception):
     """The sweep stops."""
 
 
-class Job(Protocol):
+class RunHandle(Protocol):
     """The handle of a run that trains in other processes, from `start` to `stop`."""
 
     def start(self) -> None:
@@ -143,7 +143,7 @@ class Mailboxes:
             box.arrived.set()
 
 
-class Switchboard(Mailboxes):
+class Registry(Mailboxes):
     """An asynchronous actor. `slots` is how many runs may hold workers at a time.
 
     A run has an owner, the trial that it belongs to; a trial may die without a word.
@@ -221,9 +221,9 @@ class Switchboard(Mailboxes):
         return run in self._ending
 
 
-def start_switchboard(slots: int) -> Any:
+def start_registry(slots: int) -> Any:
     """See `start_beside_driver`."""
-    return start_beside_driver(Switchboard, slots)
+    return start_beside_driver(Registry, slots)
 
 
 def start_beside_driver(kind: type, *arguments: Any) -> Any:

@@ -18,11 +18,11 @@ from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.ray_backend.registry import (
     Ended,
-    Job,
     Note,
     Report,
+    RunHandle,
     StopRequested,
-    start_switchboard,
+    start_registry,
 )
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
@@ -61,8 +61,8 @@ def ask_workers(workers: list[Any], question: Callable[[], Any]) -> tuple[list[A
     return answers, len(silent)
 
 
-class TrainJob:
-    """A worker group in the background of this process; see `Job`.
+class GroupHandle:
+    """A worker group in the background of this process; see `RunHandle`.
 
     Its workers run `worker`, whose payload is the run and `more`. `train` blocks until the group
     is gone, `ask` calls a function on the workers, `end` ends the group.
@@ -71,7 +71,7 @@ class TrainJob:
     def __init__(
         self,
         spec: RunSpec,
-        switchboard: Any,
+        registry: Any,
         worker: Worker,
         more: dict[str, Any] | None = None,
         train: Callable[..., None] = train_group,
@@ -83,7 +83,7 @@ class TrainJob:
         self._train, self._ask, self._end_group = train, ask, end
         # Ray resumes a run whose name it knows; ours resume from their own checkpoints.
         self._name = f"{spec.run_dir.name}-{uuid.uuid4().hex[:8]}"
-        self._switchboard = switchboard
+        self._registry = registry
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name=self._name, daemon=True)
         self._pending: list[Report | Note] = []
@@ -93,14 +93,14 @@ class TrainJob:
     def start(self) -> None:
         (self.spec.run_dir / RESULT).unlink(missing_ok=True)
         owner = self.spec.run_dir.name
-        if not ray.get(self._switchboard.open.remote(self._name, owner)):
+        if not ray.get(self._registry.open.remote(self._name, owner)):
             raise StopRequested
         self._thread.start()
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
         if not self._pending:
             over = not self._thread.is_alive()
-            events, stopping = ray.get(self._switchboard.take.remote(self._name, timeout_s))
+            events, stopping = ray.get(self._registry.take.remote(self._name, timeout_s))
             if stopping:
                 raise StopRequested
             for event in events:
@@ -121,7 +121,7 @@ class TrainJob:
         """
         deadline = time.monotonic() + grace_s
         while self._thread.is_alive() and time.monotonic() < deadline:
-            workers = ray.get(self._switchboard.end.remote(self._name)).workers
+            workers = ray.get(self._registry.end.remote(self._name)).workers
             answers, silent = self._ask(workers, ask_to_stop)
             if not silent and not any(answers):
                 return
@@ -134,10 +134,10 @@ class TrainJob:
         deadline = time.monotonic() + REGISTER_TIMEOUT_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             # A controller that is still starting cannot be stopped yet.
-            if ray.get(self._switchboard.group.remote(self._name)).controller is not None:
+            if ray.get(self._registry.group.remote(self._name)).controller is not None:
                 break
             time.sleep(0.1)
-        self._end_group(self._name, self._switchboard)
+        self._end_group(self._name, self._registry)
         self._thread.join(timeout=10)
 
     def _heard(self, event: dict[str, Any]) -> list[Report | Note]:
@@ -162,7 +162,7 @@ class TrainJob:
 
     def _ask_who_hangs(self, first: Standing) -> str:
         """Write the stack of every rank to `hang.log`; return the line that names who is behind."""
-        workers = ray.get(self._switchboard.group.remote(self._name)).workers
+        workers = ray.get(self._registry.group.remote(self._name)).workers
         heard, _ = self._ask(workers, standing)
         answers = {each.rank: each for each in heard if each is not None}
         told = list({**answers, first.rank: first}.values())
@@ -179,12 +179,12 @@ class TrainJob:
 
     def _fit(self) -> None:
         try:
-            self._train(self.spec, self._name, self._switchboard, self._worker, self._more)
+            self._train(self.spec, self._name, self._registry, self._worker, self._more)
         except (TrainingFailedError, RayError, RuntimeError, OSError, ValueError) as error:
             self._error = error
         finally:
             with contextlib.suppress(RayError):
-                self._switchboard.post.remote(self._name, {"ended": True})
+                self._registry.post.remote(self._name, {"ended": True})
 
 
 def fit(
@@ -209,12 +209,12 @@ def fit(
     grace_s = stop_grace_s()
     with connected():
         require_capacity(spec.config.parallel)
-        job = TrainJob(spec, start_switchboard(slots=1), worker)
-        return run_to_end(job, spec, grace_s, on_evaluation, tell or (lambda line: None))
+        handle = GroupHandle(spec, start_registry(slots=1), worker)
+        return run_to_end(handle, spec, grace_s, on_evaluation, tell or (lambda line: None))
 
 
 def run_to_end(
-    job: Job,
+    handle: RunHandle,
     spec: RunSpec,
     grace_s: float,
     on_evaluation: OnEvaluation | None,
@@ -224,16 +224,16 @@ def run_to_end(
     with interruptible() as interrupted:
         ended = None
         try:
-            job.start()
-            ended = _listen(job, on_evaluation, tell, interrupted)
+            handle.start()
+            ended = _listen(handle, on_evaluation, tell, interrupted)
             if ended is None:
-                job.wind_down(grace_s)
+                handle.wind_down(grace_s)
         except (KeyboardInterrupt, SystemExit):
             if not interrupted.is_set():
                 raise  # else it is the second signal: end without waiting for a checkpoint
         finally:
             try:
-                job.stop()
+                handle.stop()
             finally:  # also if another signal comes while the workers end
                 if interrupted.is_set() and ended is None:
                     end_run(spec, "interrupted")
@@ -244,13 +244,13 @@ def run_to_end(
 
 
 def _listen(
-    job: Job,
+    handle: RunHandle,
     on_evaluation: OnEvaluation | None,
     tell: Callable[[str], None],
     interrupted: threading.Event,
 ) -> Ended | None:
     while not interrupted.is_set():
-        event = job.next(timeout_s=0.5)
+        event = handle.next(timeout_s=0.5)
         if isinstance(event, Ended):
             return event
         if isinstance(event, Report) and on_evaluation is not None:

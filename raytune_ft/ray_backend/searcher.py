@@ -113,7 +113,7 @@ class StudySearcher(OfThisProcess, Searcher):
     ) -> None:
         """The end of a trial: with an outcome of its own, or because the scheduler stopped it.
 
-        Errors are recorded by `Reports.on_trial_error`, which knows their cause.
+        Errors are recorded by `ProgressCallback.on_trial_error`, which knows their cause.
         """
         number = self._numbers[trial_id]
         if error or result is None:

@@ -1,7 +1,7 @@
 """Where trials that share an engine and the engines that hold their slots meet.
 
 To Ray Tune a trial is an actor that waits for reports and may be stopped; what trains it is one
-slot among many of an engine. The board, an actor of the driver, outlives both: it knows which
+slot among many of an engine. The queue, an actor of the driver, outlives both: it knows which
 trial is in which engine, so that an engine that starts again finds its trials, and a trial whose
 process died gives its slot back. This module imports nothing of ray.train.
 """
@@ -71,7 +71,7 @@ class _Trial:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class SlotBoard(Mailboxes):
+class SlotQueue(Mailboxes):
     """An asynchronous actor. A trial is known by the name of its run directory."""
 
     def __init__(self) -> None:
@@ -194,37 +194,37 @@ class SlotBoard(Mailboxes):
             engine.commands.put(Finish())
 
 
-def start_board() -> Any:
-    return start_beside_driver(SlotBoard)
+def start_slot_queue() -> Any:
+    return start_beside_driver(SlotQueue)
 
 
-class SlotJob:
-    """A run in a slot of an engine; see `Job`."""
+class SlotHandle:
+    """A run in a slot of an engine; see `RunHandle`."""
 
-    def __init__(self, spec: RunSpec, board: Any) -> None:
-        self._spec, self._board = spec, board
+    def __init__(self, spec: RunSpec, queue: Any) -> None:
+        self._spec, self._queue = spec, queue
         self._run = spec.run_dir.name
         self._pending: list[Report | Note | Ended] = []
 
     def start(self) -> None:
         (self._spec.run_dir / RESULT).unlink(missing_ok=True)
-        if not ray.get(self._board.enter.remote(self._run, self._spec)):
+        if not ray.get(self._queue.enter.remote(self._run, self._spec)):
             raise StopRequested
 
     def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
         if not self._pending:
-            events, stopping = ray.get(self._board.take.remote(self._run, timeout_s))
+            events, stopping = ray.get(self._queue.take.remote(self._run, timeout_s))
             if stopping:
                 raise StopRequested
             self._pending = [_heard(event) for event in events]
         return self._pending.pop(0) if self._pending else None
 
     def wind_down(self, grace_s: float) -> None:
-        ray.get(self._board.leave.remote(self._run, "interrupted", grace_s))
+        ray.get(self._queue.leave.remote(self._run, "interrupted", grace_s))
 
     def stop(self) -> None:
-        """See `Job`. Where the engine is busy, it lets the trial go later."""
-        ray.get(self._board.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S))
+        """See `RunHandle`. Where the engine is busy, it lets the trial go later."""
+        ray.get(self._queue.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S))
 
 
 def _heard(event: dict[str, Any]) -> Report | Ended:

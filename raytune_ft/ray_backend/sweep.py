@@ -41,7 +41,7 @@ from raytune_ft.ray_backend.cluster import (
 from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
-    Place,
+    Execution,
     Shared,
     SweepTrial,
     driver_place,
@@ -146,11 +146,11 @@ class StopWith(OfThisProcess, tune.Stopper):
     def __init__(
         self,
         interrupted: threading.Event,
-        place: Place,
+        execution: Execution,
         grace_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._interrupted, self._place = interrupted, place
+        self._interrupted, self._execution = interrupted, execution
         self._grace_s, self._clock = grace_s, clock
         self._told_at: float | None = None
 
@@ -164,13 +164,13 @@ class StopWith(OfThisProcess, tune.Stopper):
             return False
         if self._told_at is None:
             self._told_at = self._clock()
-            self._place.stop_everybody()
+            self._execution.stop_everybody()
         if self._clock() - self._told_at > self._grace_s:
             return True
-        return not self._place.open_runs()
+        return not self._execution.open_runs()
 
 
-class Reports(OfThisProcess, tune.Callback):
+class ProgressCallback(OfThisProcess, tune.Callback):
     """Passes what Tune reports on to `progress`, and failures to the study."""
 
     def __init__(
@@ -179,10 +179,10 @@ class Reports(OfThisProcess, tune.Callback):
         study: optuna.Study,
         search: SearchConfig,
         after_trial: Callable[[], None],
-        place: Place,
+        execution: Execution,
     ) -> None:
         self._progress, self._study, self._search = progress, study, search
-        self._after_trial, self._place = after_trial, place
+        self._after_trial, self._execution = after_trial, execution
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._progress.started(trial.config["trial"], trial.config["params"])
@@ -201,7 +201,7 @@ class Reports(OfThisProcess, tune.Callback):
         the failure in the study.
         """
         try:
-            self._place.give_up(trial.config["trial"])
+            self._execution.give_up(trial.config["trial"])
         except RunFailed as error:
             self._progress.note(f"{trial.config['trial']}: {error}")
         tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))
@@ -308,20 +308,24 @@ class _Sweep:
         try:
             with (
                 progress.live(),
-                self._place(left, progress.note) as (place, concurrent),
+                self._open_execution(left, progress.note) as (execution, concurrent),
                 tune_storage() as storage,
                 settings_of_tune(),
             ):
-                stop = StopWith(interrupted, place, stop_grace_s())
-                told = Reports(progress, self._study, self._search, self._remember, place)
-                self._tuner(left, concurrent, place, storage, stop, told, interrupted).fit()
+                stop = StopWith(interrupted, execution, stop_grace_s())
+                told = ProgressCallback(
+                    progress, self._study, self._search, self._remember, execution
+                )
+                self._tuner(left, concurrent, execution, storage, stop, told, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
             self._remember()
 
     @contextmanager
-    def _place(self, trials: int, note: Callable[[str], None]) -> Iterator[tuple[Place, int]]:
+    def _open_execution(
+        self, trials: int, note: Callable[[str], None]
+    ) -> Iterator[tuple[Execution, int]]:
         """Where trials train, and how many at a time."""
         shared = self._shared
         if self._execution == "packed":
@@ -372,13 +376,13 @@ class _Sweep:
         self,
         trials: int,
         concurrent: int,
-        place: Place,
+        execution: Execution,
         storage: str,
         stop: tune.Stopper,
         told: tune.Callback,
         interrupted: threading.Event,
     ) -> tune.Tuner:
-        shared = tune.with_parameters(SweepTrial, shared=self._shared, place=place)
+        shared = tune.with_parameters(SweepTrial, shared=self._shared, execution=execution)
         at_reports = self._remember if self._search.budget else lambda: None
         budget = StopAtBudget(self._spending, at_reports)
         return tune.Tuner(

@@ -22,13 +22,13 @@ from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
 from raytune_ft.ray_backend.memory import cluster_worker_memory
 from raytune_ft.ray_backend.registry import (
     Ended,
-    Job,
     Note,
     Report,
+    RunHandle,
     StopRequested,
-    start_switchboard,
+    start_registry,
 )
-from raytune_ft.ray_backend.slot_queue import SlotJob, start_board
+from raytune_ft.ray_backend.slot_queue import SlotHandle, start_slot_queue
 from raytune_ft.records import RunResult, Tell, plain_of
 from raytune_ft.search.results import apply_params
 from raytune_ft.search.slots import Arrangement
@@ -36,13 +36,13 @@ from raytune_ft.train.result import end_run, left_by_workers
 from raytune_ft.train.spec import RunSpec
 
 
-class Place(Protocol):
+class Execution(Protocol):
     """Where trials train: in worker groups of their own, or in slots of engines.
 
     The driver and the process of every trial have it.
     """
 
-    def job(self, spec: RunSpec) -> Job:
+    def handle(self, spec: RunSpec) -> RunHandle:
         """A handle of the trial's run, which is not started yet."""
 
     def is_stopping(self) -> bool:
@@ -63,34 +63,34 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class _Board:
-    """Calls that both actors of the driver, `Switchboard` and `SlotBoard`, answer."""
+class _Actor:
+    """Calls that both actors of the driver, `Registry` and `SlotQueue`, answer."""
 
-    board: Any
+    actor: Any
 
     def is_stopping(self) -> bool:
-        return bool(ray.get(self.board.is_stopping.remote()))
+        return bool(ray.get(self.actor.is_stopping.remote()))
 
     def stop_everybody(self) -> None:
-        ray.get(self.board.stop_everybody.remote())
+        ray.get(self.actor.stop_everybody.remote())
 
     def open_runs(self) -> list[str]:
-        return list(ray.get(self.board.open_runs.remote()))
+        return list(ray.get(self.actor.open_runs.remote()))
 
 
-class Groups(_Board):
-    """A worker group for each trial; the board is a `Switchboard`."""
+class IsolatedExecution(_Actor):
+    """A worker group for each trial; the actor is a `Registry`."""
 
-    def job(self, spec: RunSpec) -> Job:
-        from raytune_ft.ray_backend.run_handle import TrainJob
+    def handle(self, spec: RunSpec) -> RunHandle:
+        from raytune_ft.ray_backend.run_handle import GroupHandle
         from raytune_ft.ray_backend.worker import train_worker
 
-        return TrainJob(spec, self.board, train_worker)
+        return GroupHandle(spec, self.actor, train_worker)
 
     def give_up(self, trial: str) -> None:
         from raytune_ft.ray_backend.worker_group import end_groups_of
 
-        end_groups_of(trial, self.board)
+        end_groups_of(trial, self.actor)
 
     def close(self, note: Tell) -> None:
         """End every run that is left on the cluster, and the actor."""
@@ -99,59 +99,59 @@ class Groups(_Board):
         with suppress(RayError):
             for run in self.open_runs():
                 try:
-                    end_group(run, self.board)
+                    end_group(run, self.actor)
                 except RunFailed as error:
                     note(f"{run}: {error}")
-            ray.kill(self.board)
+            ray.kill(self.actor)
 
 
-class Slots(_Board):
-    """A slot of an engine for each trial; the board is a `SlotBoard`."""
+class PackedExecution(_Actor):
+    """A slot of an engine for each trial; the actor is a `SlotQueue`."""
 
-    def job(self, spec: RunSpec) -> Job:
-        return SlotJob(spec, self.board)
+    def handle(self, spec: RunSpec) -> RunHandle:
+        return SlotHandle(spec, self.actor)
 
     def give_up(self, trial: str) -> None:
-        ray.get(self.board.give_up.remote(trial))
+        ray.get(self.actor.give_up.remote(trial))
 
 
 @contextmanager
-def groups(concurrent: int, tell: Tell) -> Iterator[Groups]:
+def groups(concurrent: int, tell: Tell) -> Iterator[IsolatedExecution]:
     """Worker groups for `concurrent` trials at a time; on exit, all of them are ended."""
-    place = Groups(start_switchboard(concurrent))
+    execution = IsolatedExecution(start_registry(concurrent))
     try:
-        yield place
+        yield execution
     finally:
-        place.close(tell)
+        execution.close(tell)
 
 
 @contextmanager
 def engines(
     config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
-) -> Iterator[Slots]:
+) -> Iterator[PackedExecution]:
     """Engines with slots for trials, until the context ends.
 
     Each engine is a worker group. When a worker is lost, the group is restarted, and its trials
     continue from their last checkpoints.
     """
-    board, switchboard = start_board(), start_switchboard(arrangement.engines)
+    queue, registry = start_slot_queue(), start_registry(arrangement.engines)
     config = config.model_copy(update={"method": arrangement.method})
     running = [
-        _Engine(_engine_spec(config, sweep_dir, data_dir, number), board, switchboard, arrangement)
+        _Engine(_engine_spec(config, sweep_dir, data_dir, number), queue, registry, arrangement)
         for number in range(arrangement.engines)
     ]
     try:
         for engine in running:
             engine.start(tell)
-        yield Slots(board)
+        yield PackedExecution(queue)
     finally:
         with suppress(RayError):
-            ray.get(board.finish.remote())
+            ray.get(queue.finish.remote())
         for engine in running:
             engine.stop()
-        Groups(switchboard).close(tell)
+        IsolatedExecution(registry).close(tell)
         with suppress(RayError):
-            ray.kill(board)
+            ray.kill(queue)
 
 
 def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:
@@ -172,32 +172,30 @@ def _memory(resources_per_worker: Mapping[str, float]) -> int | None:
 class _Engine:
     """An engine's worker group, and a thread of the driver that receives its messages."""
 
-    def __init__(
-        self, spec: RunSpec, board: Any, switchboard: Any, arrangement: Arrangement
-    ) -> None:
+    def __init__(self, spec: RunSpec, queue: Any, registry: Any, arrangement: Arrangement) -> None:
         from raytune_ft.ray_backend.packed_worker import engine_worker
-        from raytune_ft.ray_backend.run_handle import TrainJob
+        from raytune_ft.ray_backend.run_handle import GroupHandle
 
-        self._name, self._board = spec.run_dir.name, board
+        self._name, self._queue = spec.run_dir.name, queue
         more = {
-            "board": board,
+            "queue": queue,
             "slots": arrangement.slots,
             "rank": arrangement.method.rank,
             "measured": arrangement.measured and arrangement.slots > 1,
             "memory": _memory(spec.config.parallel.resources_per_worker),
         }
-        self._job = TrainJob(spec, switchboard, engine_worker, more)
+        self._handle = GroupHandle(spec, registry, engine_worker, more)
         self._thread: threading.Thread | None = None
 
     def start(self, tell: Tell) -> None:
-        self._job.start()
+        self._handle.start()
         self._thread = threading.Thread(target=self._listen, args=(tell,), daemon=True)
         self._thread.start()
 
     def _listen(self, tell: Tell) -> None:
         error: RaytuneFtError | None = None
         try:
-            while not isinstance(event := self._job.next(), Ended):
+            while not isinstance(event := self._handle.next(), Ended):
                 if isinstance(event, Note):
                     tell(f"{self._name}: {event.text}")
             error = event.error
@@ -206,7 +204,7 @@ class _Engine:
         except (RayError, RaytuneFtError) as failure:
             error = RunFailed(first_line(failure))
         with suppress(RayError):
-            ray.get(self._board.engine_ended.remote(self._name, error))
+            ray.get(self._queue.engine_ended.remote(self._name, error))
 
     def stop(self) -> None:
         """Wait until it has finished its pass, as it was asked to; then end its workers."""
@@ -214,7 +212,7 @@ class _Engine:
             return
         self._thread.join(timeout=stop_grace_s())
         with suppress(RunFailed, RayError):
-            self._job.stop()
+            self._handle.stop()
 
 
 def driver_place() -> PlacementGroupFactory:
@@ -238,28 +236,28 @@ class Shared:
 
 
 class TrialRun:
-    """The run of one trial at a `Place`, from its first step to its end."""
+    """The run of one trial in an `Execution`, from its first step to its end."""
 
     def __init__(
         self,
         spec: RunSpec,
         metrics: Sequence[str],
-        place: Place,
+        execution: Execution,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._spec, self._metrics, self._place, self._clock = spec, metrics, place, clock
-        self._job: Job | None = None
+        self._spec, self._metrics, self._execution, self._clock = spec, metrics, execution, clock
+        self._handle: RunHandle | None = None
         self._over = False
         self._begun = clock()
 
     def step(self) -> dict[str, Any]:
         """The next evaluation, or the outcome, as a result for Tune."""
         try:
-            if self._job is None:
-                self._job = self._place.job(self._spec)
-                self._job.start()
+            if self._handle is None:
+                self._handle = self._execution.handle(self._spec)
+                self._handle.start()
             while True:
-                event = self._job.next()
+                event = self._handle.next()
                 if isinstance(event, Report):
                     return {**plain_of(event.metrics), "wall_s": self._wall_s()}
                 if isinstance(event, Ended):
@@ -281,17 +279,17 @@ class TrialRun:
         """End the run if it still trains: it is interrupted where the whole sweep stops (known
         here with `stopping`), else pruned.
         """
-        if self._job is None:
+        if self._handle is None:
             return
-        stopping = stopping or self._place.is_stopping()
+        stopping = stopping or self._execution.is_stopping()
         if stopping and not self._over:
             # The trial stays unfinished, for the next driver.
             self._over = True
-            self._job.wind_down(stop_grace_s())
-        self._job.stop()
+            self._handle.wind_down(stop_grace_s())
+        self._handle.stop()
         if not self._over:
             end_run(self._spec, "pruned")
-        self._job, self._over = None, True
+        self._handle, self._over = None, True
 
     def _wall_s(self) -> float:
         return round(self._clock() - self._begun, 3)
@@ -307,10 +305,10 @@ class SweepTrial(Trainable):
     decides about it.
     """
 
-    def setup(self, config: dict[str, Any], shared: Shared, place: Place) -> None:
-        """`shared` and `place` come by `tune.with_parameters`."""
+    def setup(self, config: dict[str, Any], shared: Shared, execution: Execution) -> None:
+        """`shared` and `execution` come by `tune.with_parameters`."""
         set_train_defaults(shared.environment)
-        self._shared, self._place = shared, place
+        self._shared, self._execution = shared, execution
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -326,7 +324,7 @@ class SweepTrial(Trainable):
         search = self._shared.config.search
         assert search is not None
         spec = spec_of(self._shared, config["trial"], config["params"])
-        self._trial_run = TrialRun(spec, search.metrics, self._place)
+        self._trial_run = TrialRun(spec, search.metrics, self._execution)
 
     def step(self) -> dict[str, Any]:
         return self._trial_run.step()

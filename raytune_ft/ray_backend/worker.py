@@ -77,17 +77,17 @@ def _should_stop() -> bool:
     return _stop.is_set() or get_train_context().preemption_context.preemption_info is not None
 
 
-def _tell_of_hang(run: str, switchboard: Any, own: Standing) -> None:
+def _tell_of_hang(run: str, registry: Any, own: Standing) -> None:
     """Report a hang; if the run makes progress within `LAST_WORDS_S`, withdraw the report."""
     print(f"no progress for {own.silent_s:.0f} s\n{own.stacks}", file=sys.stderr, flush=True)
     seen = _heart.at
     try:
-        ray.get(switchboard.post.remote(run, {"hang": own}), timeout=LAST_WORDS_S)
+        ray.get(registry.post.remote(run, {"hang": own}), timeout=LAST_WORDS_S)
     except RayError:
         return
     threading.Event().wait(LAST_WORDS_S)
     if _heart.at != seen:
-        switchboard.post.remote(run, {"awake": own.rank})
+        registry.post.remote(run, {"awake": own.rank})
 
 
 def train_worker(payload: dict[str, Any]) -> str:
@@ -102,7 +102,7 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     from raytune_ft.train.run import run_training
 
-    host = host_of(payload["run"], payload["switchboard"])
+    host = host_of(payload["run"], payload["registry"])
     return run_training(spec, choose_strategy(spec.config)[0], RayReporter(), host).status
 
 
@@ -121,9 +121,9 @@ def use_reserved(parallel: ParallelConfig) -> None:
         torch.cuda.set_device(get_device())
 
 
-def host_of(run: str, switchboard: Any) -> Host:
+def host_of(run: str, registry: Any) -> Host:
     """The host of this worker's run: stops, hangs and progress go through Ray."""
-    return Host(_should_stop, partial(_tell_of_hang, run, switchboard), _heart)
+    return Host(_should_stop, partial(_tell_of_hang, run, registry), _heart)
 
 
 @dataclass

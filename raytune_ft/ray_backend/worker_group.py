@@ -63,7 +63,7 @@ class _LeanTrainer(DataParallelTrainer):
     """Ray's trainer without two helper processes per run, which take 1.5 s of CPU time each.
 
     Ray Data is not used. The placement group cleaner finds its cluster by the State API, which
-    fails where a machine runs two clusters; the switchboard does its work.
+    fails where a machine runs two clusters; the registry does its work.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -85,11 +85,11 @@ Worker = Callable[[dict[str, Any]], str]
 
 
 def train_group(
-    spec: RunSpec, name: str, switchboard: Any, worker: Worker, more: dict[str, Any]
+    spec: RunSpec, name: str, registry: Any, worker: Worker, more: dict[str, Any]
 ) -> None:
     """Train `spec` as Ray's run `name`; return when its last worker group is gone.
 
-    Each worker calls `worker` with the run, its name, the switchboard and `more`.
+    Each worker calls `worker` with the run, its name, the registry and `more`.
 
     Raises:
         TrainingFailedError: groups failed more often than `parallel.max_failures`.
@@ -106,7 +106,7 @@ def train_group(
     try:
         _LeanTrainer(
             worker,
-            train_loop_config={"spec": spec, "run": name, "switchboard": switchboard, **more},
+            train_loop_config={"spec": spec, "run": name, "registry": registry, **more},
             backend_config=_process_group(spec.config, gpu),
             scaling_config=ScalingConfig(
                 num_workers=size,
@@ -121,7 +121,7 @@ def train_group(
                     max_failures=parallel.max_failures,
                     controller_failure_limit=START_FAILURES,
                 ),
-                callbacks=[RunWatch(name, switchboard)],
+                callbacks=[RunWatch(name, registry)],
             ),
         ).fit()
     finally:
@@ -249,14 +249,14 @@ GONE_TIMEOUT_S = 30.0
 class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
     """Runs in the controller of `run`: registers the group, forwards reports and errors."""
 
-    def __init__(self, run: str, switchboard: Any) -> None:
-        self._run, self._switchboard = run, switchboard
+    def __init__(self, run: str, registry: Any) -> None:
+        self._run, self._registry = run, registry
         self._fatal: RaytuneFtError | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Registers this controller, which can abort the run."""
         me = ray.get_runtime_context().current_actor
-        ray.get(self._switchboard.register.remote(self._run, me, None, []))
+        ray.get(self._registry.register.remote(self._run, me, None, []))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Registers the workers, at the first start and at every restart."""
@@ -264,13 +264,13 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         group = state.placement_group_handle.placement_group
         workers = [worker.actor for worker in state.workers]
         me = ray.get_runtime_context().current_actor
-        ray.get(self._switchboard.register.remote(self._run, me, group, workers))
+        ray.get(self._registry.register.remote(self._run, me, group, workers))
         ray.get([worker.execute.remote(heed_sigterm) for worker in workers])
-        self._switchboard.post.remote(self._run, {"workers": len(workers)})
+        self._registry.post.remote(self._run, {"workers": len(workers)})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """Forwards a report once every rank has made it; all ranks report the same."""
-        self._switchboard.post.remote(self._run, {"report": metrics[0]})
+        self._registry.post.remote(self._run, {"report": metrics[0]})
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Remembers an error that a restart would repeat; restarts a group that left by request.
@@ -298,7 +298,7 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
     def _goes_on(self, statuses: Iterable[Any]) -> bool:
         if any(status.return_value != "interrupted" for status in statuses):
             return False
-        return not ray.get(self._switchboard.is_ending.remote(self._run))
+        return not ray.get(self._registry.is_ending.remote(self._run))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Raises the remembered error, which ends the run instead of restarting its workers."""
@@ -331,7 +331,7 @@ def wait_until_gone(group: Group) -> None:
             ray.get(worker.get_metadata.remote(), timeout=max(0.1, deadline - time.monotonic()))
 
 
-def end_group(run: str, switchboard: Any, wait: Callable[[Group], None] = wait_until_gone) -> None:
+def end_group(run: str, registry: Any, wait: Callable[[Group], None] = wait_until_gone) -> None:
     """Abort the controller of `run`; return when its workers and placement groups are gone.
 
     Safe to call twice, while the group starts, and after its controller died. The run's slot is
@@ -341,13 +341,13 @@ def end_group(run: str, switchboard: Any, wait: Callable[[Group], None] = wait_u
         RunFailed: they are not gone after half a minute.
     """
     try:
-        group: Group = ray.get(switchboard.group.remote(run))
+        group: Group = ray.get(registry.group.remote(run))
         if group.controller is not None:
             # Ends the workers, the placement group and the controller itself.
             with contextlib.suppress(RayError):
                 ray.get(group.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
             ray.kill(group.controller)
-            group = ray.get(switchboard.group.remote(run))
+            group = ray.get(registry.group.remote(run))
         for placement_group in group.placement_groups:
             remove_placement_group(placement_group)
         for worker in group.workers:
@@ -355,17 +355,17 @@ def end_group(run: str, switchboard: Any, wait: Callable[[Group], None] = wait_u
         wait(group)
     finally:
         # Ray frees later what is still reserved now; other runs do not wait for that.
-        ray.get(switchboard.close.remote(run))
+        ray.get(registry.close.remote(run))
 
 
-def end_groups_of(owner: str, switchboard: Any) -> None:
+def end_groups_of(owner: str, registry: Any) -> None:
     """End the runs of `owner`, whose process died.
 
     Raises:
         RunFailed: some of it is not gone yet.
     """
-    for run in ray.get(switchboard.give_up.remote(owner)):
-        end_group(run, switchboard)
+    for run in ray.get(registry.give_up.remote(owner)):
+        end_group(run, registry)
 
 
 def failure_of(error: BaseException) -> RaytuneFtError:

@@ -43,7 +43,7 @@ def attach_saved(base: nn.Module, directory: Path) -> None:
         found.fill(load_file(directory / ADAPTER_WEIGHTS))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
-        raise CheckpointError(f"{directory} is no adapter of its base: {reason}") from error
+        raise CheckpointError(f"{directory} is not an adapter of its base: {reason}") from error
 
 
 def _method_of(kind: str | None) -> Method | None:

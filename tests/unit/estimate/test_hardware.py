@@ -22,7 +22,7 @@ def test_accelerators_are_known_by_name() -> None:
     assert (found.name, found.nodes, found.per_node) == ("H100", 2, 8)
     assert found.memory == 80 * GIB
     assert named("A10G", 1, 8, "bfloat16").memory == 22.5 * GIB  # without what ECC takes
-    with pytest.raises(ConfigError, match=r"--accelerator=A100 is none .* A100-40G or A100-80G"):
+    with pytest.raises(ConfigError, match=r"--accelerator=A100 is unknown.* A100-40G or A100-80G"):
         named("A100", 1, 8, "bfloat16")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_ft.errors import RunFailed
 from raytune_ft.ray_backend import worker_group as ray_group
-from raytune_ft.ray_backend.registry import Group, Switchboard
+from raytune_ft.ray_backend.registry import Group, Registry
 
 
 async def soon(waiting: asyncio.Task[bool]) -> bool | None:
@@ -26,16 +26,16 @@ def in_a_loop(test: Coroutine[Any, Any, None]) -> None:
 
 def test_a_slot_is_waited_for() -> None:
     async def test() -> None:
-        board = Switchboard(slots=1)
-        assert await board.open("run-a", "trial-a")
-        second = asyncio.create_task(board.open("run-b", "trial-b"))
+        registry = Registry(slots=1)
+        assert await registry.open("run-a", "trial-a")
+        second = asyncio.create_task(registry.open("run-b", "trial-b"))
         assert await soon(second) is None
-        await board.close("run-a")
-        await board.close("run-a")
+        await registry.close("run-a")
+        await registry.close("run-a")
         assert await soon(second) is True
-        third = asyncio.create_task(board.open("run-c", "trial-c"))
+        third = asyncio.create_task(registry.open("run-c", "trial-c"))
         assert await soon(third) is None  # closing twice makes no second slot
-        assert await board.open_runs() == ["run-b"]
+        assert await registry.open_runs() == ["run-b"]
         third.cancel()
 
     in_a_loop(test())
@@ -43,35 +43,35 @@ def test_a_slot_is_waited_for() -> None:
 
 def test_whoever_waits_for_a_slot_can_be_stopped() -> None:
     async def test() -> None:
-        board = Switchboard(slots=1)
-        assert await board.open("run-a", "trial-a")
-        waiting = asyncio.create_task(board.open("run-b", "trial-b"))
+        registry = Registry(slots=1)
+        assert await registry.open("run-a", "trial-a")
+        waiting = asyncio.create_task(registry.open("run-b", "trial-b"))
         assert await soon(waiting) is None
-        assert not await board.is_stopping()
-        await board.stop_everybody()
-        assert await board.is_stopping()
+        assert not await registry.is_stopping()
+        await registry.stop_everybody()
+        assert await registry.is_stopping()
         assert await soon(waiting) is False
-        assert not await board.open("run-c", "trial-c")
+        assert not await registry.open("run-c", "trial-c")
 
     in_a_loop(test())
 
 
 def test_a_dead_owner_keeps_no_slot_and_waits_for_none() -> None:
     async def test() -> None:
-        board = Switchboard(slots=1)
-        assert await board.open("run-a", "dead")
-        late = asyncio.create_task(board.open("run-b", "dead"))
-        other = asyncio.create_task(board.open("run-c", "alive"))
+        registry = Registry(slots=1)
+        assert await registry.open("run-a", "dead")
+        late = asyncio.create_task(registry.open("run-b", "dead"))
+        other = asyncio.create_task(registry.open("run-c", "alive"))
         assert await soon(late) is None
-        assert await board.give_up("dead") == ["run-a"]
+        assert await registry.give_up("dead") == ["run-a"]
         assert await soon(late) is False
-        await board.close("run-a")
+        await registry.close("run-a")
         assert await soon(other) is True
         # A controller that was still starting is remembered, for the end, and frees nothing.
-        await board.register("run-a", "controller", None, [])
-        assert await board.open_runs() == ["run-c", "run-a"]
-        await board.close("run-a")
-        fourth = asyncio.create_task(board.open("run-d", "alive"))
+        await registry.register("run-a", "controller", None, [])
+        assert await registry.open_runs() == ["run-c", "run-a"]
+        await registry.close("run-a")
+        fourth = asyncio.create_task(registry.open("run-d", "alive"))
         assert await soon(fourth) is None
         fourth.cancel()
 
@@ -85,10 +85,10 @@ def test_a_group_that_does_not_go_keeps_no_slot(monkeypatch: pytest.MonkeyPatch)
         raise RunFailed("a placement group was not given back")
 
     monkeypatch.setattr(ray_group, "ray", SimpleNamespace(get=lambda value: value))
-    board = SimpleNamespace(
+    registry = SimpleNamespace(
         group=SimpleNamespace(remote=lambda run: Group()),
         close=SimpleNamespace(remote=closed.append),
     )
     with pytest.raises(RunFailed, match="not given back"):
-        ray_group.end_group("run-a", board, wait=stay)
+        ray_group.end_group("run-a", registry, wait=stay)
     assert closed == ["run-a"]

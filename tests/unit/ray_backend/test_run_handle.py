@@ -15,7 +15,7 @@ import pytest
 
 from raytune_ft.errors import Interrupted
 from raytune_ft.ray_backend.registry import Ended, Note
-from raytune_ft.ray_backend.run_handle import TrainJob, run_to_end
+from raytune_ft.ray_backend.run_handle import GroupHandle, run_to_end
 from raytune_ft.train.result import load_result
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Standing
@@ -30,7 +30,7 @@ def spec(tmp_path: Path) -> RunSpec:
 
 
 class Group:
-    """A worker group that trains until `released`, and then fails; and its switchboard."""
+    """A worker group that trains until `released`, and then fails; and its registry."""
 
     def __init__(self) -> None:
         self.released = threading.Event()
@@ -76,12 +76,12 @@ def group() -> Iterator[Group]:
 
 
 @pytest.fixture
-def job(spec: RunSpec, group: Group, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
+def handle(spec: RunSpec, group: Group, monkeypatch: pytest.MonkeyPatch) -> GroupHandle:
     monkeypatch.setattr("ray.get", lambda answer: answer)
-    end = lambda run, switchboard: group.released.set()  # noqa: E731
-    job = TrainJob(spec, group, lambda payload: "", train=group.train, ask=group.ask, end=end)
-    job.start()
-    return job
+    end = lambda run, registry: group.released.set()  # noqa: E731
+    handle = GroupHandle(spec, group, lambda payload: "", train=group.train, ask=group.ask, end=end)
+    handle.start()
+    return handle
 
 
 @pytest.mark.parametrize(
@@ -89,27 +89,27 @@ def job(spec: RunSpec, group: Group, monkeypatch: pytest.MonkeyPatch) -> TrainJo
     [(([False, False], 0), False), (([False], 0), False), (([], 1), True), (([True], 0), True)],
 )
 def test_only_workers_that_have_nothing_to_save_are_not_waited_for(
-    answers: tuple[list[bool], int], waits: bool, job: TrainJob, group: Group
+    answers: tuple[list[bool], int], waits: bool, handle: GroupHandle, group: Group
 ) -> None:
     group.answers = answers
-    job.wind_down(1000)
+    handle.wind_down(1000)
     assert group.asked == (2 if waits else 1)
     assert group.released.is_set() is waits
 
 
 @pytest.mark.parametrize("awake", [1, 2])
 def test_a_hang_is_forgotten_when_all_that_hung_are_awake(
-    awake: int, job: TrainJob, group: Group
+    awake: int, handle: GroupHandle, group: Group
 ) -> None:
     hangs = [{"hang": Standing(rank, 1, "step 1", 0, 1, 9.0, "")} for rank in range(2)]
     group.events += [*hangs, *({"awake": rank} for rank in range(awake))]
-    assert isinstance(job.next(), Note)
+    assert isinstance(handle.next(), Note)
     for _ in range(1 + awake):
-        assert job.next() is None
+        assert handle.next() is None
     group.released.set()
     while not group.events:
         time.sleep(0.01)
-    ended = job.next()
+    ended = handle.next()
     assert isinstance(ended, Ended)
     assert ("something else" if awake == 2 else "no progress") in str(ended.error)
 
@@ -126,11 +126,11 @@ def test_a_second_signal_leaves_a_result_too(when: str, spec: RunSpec) -> None:
 
     nothing = {name: lambda *_, **__: None for name in ("start", "wind_down", "stop")}
     steps = {**nothing, "next": kill, when: twice if when == "next" else kill}
-    job: Any = SimpleNamespace(**steps)
+    handle: Any = SimpleNamespace(**steps)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray may have left its own
     try:
         with pytest.raises(KeyboardInterrupt if when == "stop" else Interrupted):
-            run_to_end(job, spec, 30.0, None, lambda line: None)
+            run_to_end(handle, spec, 30.0, None, lambda line: None)
     finally:
         signal.signal(signal.SIGINT, before)
     result = load_result(spec.run_dir)

@@ -12,14 +12,14 @@ from tests.unit.ray_backend.test_trial import Somewhere
 
 
 def test_tune_hears_of_the_end_when_no_trial_holds_workers() -> None:
-    interrupted, place = threading.Event(), Somewhere()
-    stop = StopWith(interrupted, place, grace_s=1000)
+    interrupted, execution = threading.Event(), Somewhere()
+    stop = StopWith(interrupted, execution, grace_s=1000)
     assert not stop.stop_all()
-    assert not place.stopping
+    assert not execution.stopping
     interrupted.set()
     assert not stop.stop_all()
-    assert place.stopping
-    place.runs.clear()
+    assert execution.stopping
+    execution.runs.clear()
     assert stop.stop_all()
 
 

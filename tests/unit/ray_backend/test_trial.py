@@ -34,7 +34,7 @@ class Somewhere:
     def is_stopping(self) -> bool:
         return self.stopping
 
-    def job(self, spec: Any) -> Any:
+    def handle(self, spec: Any) -> Any:
         return self
 
     def give_up(self, trial: str) -> None: ...
@@ -58,8 +58,8 @@ def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
 ) -> None:
     spec = RunSpec(make_config(tmp_path, tmp_path / "rows.jsonl"), tmp_path, tmp_path)
     now = [100.0]
-    place = Somewhere(stopping)
-    trial = TrialRun(spec, ["eval_loss"], place, clock=lambda: now[0])
+    execution = Somewhere(stopping)
+    trial = TrialRun(spec, ["eval_loss"], execution, clock=lambda: now[0])
     now[0] += 2.5
     report = trial.step()
     assert (report["eval_loss"], report["wall_s"]) == (1.0, 2.5)
@@ -67,9 +67,9 @@ def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
     trial.end()  # the second time, nothing is left to end
     result = load_result(tmp_path)
     if stopping:
-        assert place.done == ["started", "saved", "stopped"]
+        assert execution.done == ["started", "saved", "stopped"]
         assert result is None  # the next driver continues it
     else:
-        assert place.done == ["started", "stopped"]
+        assert execution.done == ["started", "stopped"]
         assert result is not None
         assert result.status == "pruned"
