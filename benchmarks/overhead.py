@@ -37,11 +37,11 @@ from raytune_ft.model.load import disk_dtype, load_tokenizer
 from raytune_ft.model.meta import build
 from raytune_ft.records import StepMetrics
 from raytune_ft.strategy import build_strategy
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import train
+from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
-from raytune_ft.train.setup import build_engine, build_objective, build_run_state, order_of
+from raytune_ft.train.setup import build_objective, build_run_state, build_runner, order_of
 from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Heartbeat
 
@@ -70,7 +70,7 @@ def config_of(base: Path, rows: Path, method: str, precision: str, batch: int) -
     )
 
 
-def engine_of(config: Config, data: PreparedData) -> Engine:
+def runner_of(config: Config, data: PreparedData) -> ModelRunner:
     """A freshly built model; the same weights each time, since they follow from the seed."""
     strategy = build_strategy("single", config.parallel, config.train.precision)
     built = build(
@@ -78,14 +78,14 @@ def engine_of(config: Config, data: PreparedData) -> Engine:
     )
     optimizer_of = partial(build_optimizer, train=config.train)
     objective = build_objective(config, data, strategy)
-    return build_engine(built, config, strategy, optimizer_of, objective)
+    return build_runner(built, config, strategy, optimizer_of, objective)
 
 
 @dataclass
 class Bare(Silent):
     """Runs a bare step after each of ours, from our reporter; both are timed."""
 
-    engine: Engine
+    engine: ModelRunner
     config: Config
     data: PreparedData
     steps: int
@@ -142,7 +142,7 @@ def measure(base: Path, rows: Path, method: str, precision: str, batch: int, ste
     config = config.model_copy(update={"train": budget})
     root = Path(tempfile.mkdtemp(dir=base.parent))
     data = prepare_data(config.data, load_tokenizer(config.model), 0, base.parent / "cache")
-    ours, bare_engine = engine_of(config, data), engine_of(config, data)
+    ours, bare_engine = runner_of(config, data), runner_of(config, data)
     bare = Bare(bare_engine, config, data, steps)
     spec, heart = RunSpec(config, root / "run", data.path), Heartbeat()
     spec.run_dir.mkdir()

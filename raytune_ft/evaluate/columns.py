@@ -19,12 +19,14 @@ from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.model.objectives import Columns, Objective
 from raytune_ft.model.objectives.base import WEIGHT
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
+from raytune_ft.train.model_runner import ModelRunner
 
 
 @torch.no_grad()
-def columns_of(engine: Engine, objective: Objective, split: TokenizedSplit) -> dict[str, Column]:
+def columns_of(
+    runner: ModelRunner, objective: Objective, split: TokenizedSplit
+) -> dict[str, Column]:
     """`[n]` or `[n, L]` each, in the order of the split.
 
     Of label tokens all examples count the same, whatever weights they have in training.
@@ -33,8 +35,8 @@ def columns_of(engine: Engine, objective: Objective, split: TokenizedSplit) -> d
         others = {name: each for name, each in split.columns.items() if name != WEIGHT}
         split = replace(split, columns=others)
     found = _Filled(len(split))
-    for indices, batch in batches(engine, split):
-        found.add(indices, batch, objective.columns(objective.outputs(engine, batch), batch, 1))
+    for indices, batch in batches(runner, split):
+        found.add(indices, batch, objective.columns(objective.outputs(runner, batch), batch, 1))
     return found.columns | objective.known(split, np.arange(len(split)))
 
 
@@ -55,14 +57,14 @@ def figures_of(
 
 
 @torch.no_grad()
-def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, Scores]:
+def retention(runner: ModelRunner, base: ModelRunner, split: TokenizedSplit) -> dict[str, Scores]:
     """Loss of a model on a general set, and the divergence KL(base || model) per token of it.
 
     Both models are in memory.
     """
     found = _Filled(len(split))
-    for indices, batch in batches(engine, split):
-        logits_NV, base_NV = engine.logits(batch), base.logits(batch)
+    for indices, batch in batches(runner, split):
+        logits_NV, base_NV = runner.logits(batch), base.logits(batch)
         kl_N = F.kl_div(
             logits_NV.log_softmax(-1), base_NV.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
@@ -74,12 +76,12 @@ def retention(engine: Engine, base: Engine, split: TokenizedSplit) -> dict[str, 
     }
 
 
-def batches(engine: Engine, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
+def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
     """Every example of the split once: the block that it was laid out with, and a batch of it."""
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
-        for rows in engine.layout(split.lengths[indices].tolist()):
-            yield indices, engine.collate(split, indices, rows)
+        for rows in runner.layout(split.lengths[indices].tolist()):
+            yield indices, runner.collate(split, indices, rows)
 
 
 class _Filled:

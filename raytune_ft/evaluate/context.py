@@ -21,7 +21,7 @@ from raytune_ft.model.load import disk_dtype, load_base, pad_token
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 
 SAMPLE_TOKENS = 64
 
@@ -65,9 +65,9 @@ class Subject:
     figures: tuple[Figure, ...] = TOKEN_FIGURES
 
     @cached_property
-    def engine(self) -> Engine:
+    def runner(self) -> ModelRunner:
         """The model in the dtype that it has on disk. Raises ModelError."""
-        return engine_of(self.model, self.tokenizer, self.base)
+        return runner_of(self.model, self.tokenizer, self.base)
 
     @cached_property
     def continuations(self) -> list[Continuation]:
@@ -90,7 +90,7 @@ class Subject:
         generate = BACKENDS["transformers" if own else choose_backend(wanted)]
         end: Any = self.tokenizer.eos_token_id
         ids = [prompt.ids for prompt in prompts]
-        made = generate(self.engine, self.model, ids, limit, end) if prompts else []
+        made = generate(self.runner, self.model, ids, limit, end) if prompts else []
         return [
             Continuation(*(decode(self.tokenizer, part) for part in (one.ids, one.reference, new)))
             for one, new in zip(prompts, made, strict=True)
@@ -114,12 +114,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def engine_of(
+def runner_of(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     base: ModelConfig | None = None,
     head: Head | None = None,
-) -> Engine:
+) -> ModelRunner:
     """A model as it is measured: no autocast, no packing, the dtype that it has on disk.
 
     An adapter that cannot be folded works in `base`. `head` is the task head that the model has.
@@ -136,7 +136,7 @@ def engine_of(
         attach_saved(built, adapter)
     built.eval()
     own_pad = built.config.get_text_config().pad_token_id  # by which a head finds its token
-    return Engine(
+    return ModelRunner(
         model=built,
         wrapped=strategy.lay_out(built),
         head=built.get_output_embeddings(),

@@ -19,7 +19,7 @@ from raytune_ft.data.report import check_overlap
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.classifier import check_head
 from raytune_ft.evaluate.columns import columns_of, figures_of, retention
-from raytune_ft.evaluate.context import Continuation, Subject, engine_of
+from raytune_ft.evaluate.context import Continuation, Subject, runner_of
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.heads import Head
@@ -83,7 +83,7 @@ def run_job(job: Job) -> Measured:
     objective = evaluation_objective(job.train, data)
     own = figures(job.train.objective, data.report.problem or "single_label")
     if job.head is not None:  # which generates no text, so that no other metric applies
-        columns = columns_of(engine_of(job.model, tokenizer, head=job.head), objective, split)
+        columns = columns_of(runner_of(job.model, tokenizer, head=job.head), objective, split)
         return Measured(figures_of(columns, own, split))
     subject = Subject(
         job.model,
@@ -100,8 +100,8 @@ def run_job(job: Job) -> Measured:
     if job.retained is not None:
         general = open_prepared(job.retained).train
         same = job.model == job.base
-        base = subject.engine if same else engine_of(job.base, tokenizer)
-        scores |= retention(subject.engine, base, general)
+        base = subject.runner if same else runner_of(job.base, tokenizer)
+        scores |= retention(subject.runner, base, general)
     made = "continuations" in vars(subject)  # some metric has asked for them
     return Measured(scores, tuple(subject.continuations if made else subject.first(job.samples)))
 

@@ -13,13 +13,13 @@ from transformers import GenerationConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.model_runner import ModelRunner
 
 TOKENS = {"cpu": 32768, "cuda": 131072}
 """Of one batch, prompts, padding and continuations."""
 
 Ids = Sequence[int]
-Backend = Callable[[Engine, ModelConfig, Sequence[Ids], int, int | None], list[list[int]]]
+Backend = Callable[[ModelRunner, ModelConfig, Sequence[Ids], int, int | None], list[list[int]]]
 
 
 def choose_backend(written: str) -> str:
@@ -39,15 +39,15 @@ def choose_backend(written: str) -> str:
 
 
 def with_transformers(
-    engine: Engine, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
 ) -> list[list[int]]:
     """Up to `limit` tokens after each prompt, without the end token; in the order of the prompts.
 
     Prompts of similar length share a batch, so that little of it is padding.
     """
-    built: Any = engine.model
+    built: Any = runner.model
     positions = getattr(built.config.get_text_config(), "max_position_embeddings", None)
-    device = engine.strategy.device
+    device = runner.strategy.device
     found: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while waiting:
@@ -56,7 +56,7 @@ def with_transformers(
         batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
         del waiting[: len(batch)]
         if new > 0:
-            texts = _generate(built, [prompts[i] for i in batch], new, end, engine.pad_token)
+            texts = _generate(built, [prompts[i] for i in batch], new, end, runner.pad_token)
             for i, ids in zip(batch, texts, strict=True):
                 found[i] = ids
     return found
@@ -87,7 +87,7 @@ def _generate(
 
 
 def with_vllm(
-    engine: Engine, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
 ) -> list[list[int]]:
     """As `with_transformers`, with vLLM's own copy of the model. No test of ours runs this."""
     from vllm import LLM, SamplingParams

@@ -42,7 +42,7 @@ def harness(task: str, subject: Subject) -> dict[str, Scores]:
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name, manager = _find(task)
-    model: Any = subject.engine.model
+    model: Any = subject.runner.model
     with _quiet():
         try:
             found = evaluate(

@@ -80,7 +80,7 @@ Metric = Callable[[Subject], dict[str, Scores]]
 
 def own(subject: Subject) -> dict[str, Scores]:
     """The figures that the objective of the run declares, from teacher-forced outputs."""
-    columns = columns_of(subject.engine, subject.objective, subject.split)
+    columns = columns_of(subject.runner, subject.objective, subject.split)
     return figures_of(columns, subject.figures, subject.split)
 
 
@@ -149,7 +149,7 @@ def classification(subject: Subject) -> dict[str, Scores]:
     split = TokenizedSplit.from_examples(
         [(ids, places >= start) for (ids, places), start in zip(rows, starts, strict=True)]
     )
-    losses = columns_of(subject.engine, TokenObjective(), split)["loss"].reshape(-1, len(labels))
+    losses = columns_of(subject.runner, TokenObjective(), split)["loss"].reshape(-1, len(labels))
     outputs_NL = np.pad(-losses, ((0, 0), (0, 1)), constant_values=-np.inf)
     number = {label: i for i, label in enumerate(labels)}
     wanted = [number.get(prompt.reference, len(labels)) for prompt in prompts]

@@ -22,7 +22,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of
-from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.context import runner_of
 from raytune_ft.model.load import (
     base_file_hashes,
     load_model_config,
@@ -32,8 +32,8 @@ from raytune_ft.model.load import (
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.records import Tell
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_engine, teacher_model
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_model, teacher_runner
+from raytune_ft.train.model_runner import ModelRunner
 
 
 def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> PreparedData:
@@ -51,8 +51,8 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
 
     def measure(split: TokenizedSplit) -> Numbers:
         tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
-        engine = engine_of(model, load_tokenizer(model))
-        columns = columns_of(engine, TokenObjective(), split)
+        runner = runner_of(model, load_tokenizer(model))
+        columns = columns_of(runner, TokenObjective(), split)
         return columns["loss"] / columns["tokens"]
 
     facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files
@@ -90,8 +90,8 @@ def taught(
     def write(path: Path) -> None:
         _check_room(data.path.parent, file)
         tell(f"train.kd: the teacher runs once, and {file} of its logits are written")
-        engine = teacher_engine(config, Single(ParallelConfig(), precision))
-        parts = _parts(engine, data.train, tell)
+        runner = teacher_runner(config, Single(ParallelConfig(), precision))
+        parts = _parts(runner, data.train, tell)
         try:
             exact = write_logits(path, data.train, file.width, precision, parts)
         except torch.OutOfMemoryError as error:
@@ -128,11 +128,11 @@ def _check_room(folder: Path, file: LogitsFile) -> None:
 
 
 @torch.no_grad()
-def _parts(engine: Engine, split: TokenizedSplit, tell: Tell) -> Iterator[Part]:
+def _parts(runner: ModelRunner, split: TokenizedSplit, tell: Tell) -> Iterator[Part]:
     done, told = 0, time.monotonic()
-    for _, batch in batches(engine, split):
+    for _, batch in batches(runner, split):
         counts = split.label_counts[list(batch.indices)].tolist()
-        yield from zip(batch.indices, engine.logits(batch).split(counts), strict=True)
+        yield from zip(batch.indices, runner.logits(batch).split(counts), strict=True)
         done += len(batch.indices)
         if time.monotonic() - told >= TELL_EVERY_S:
             told = time.monotonic()

@@ -48,7 +48,7 @@ def worth_trying(most: int, step_tokens: int, pass_tokens: int) -> list[int]:
 
 
 def seconds_a_token(
-    one_pass: Callable[[int], int], counts: Sequence[int], agree: Callable[[Any], Any]
+    one_pass: Callable[[int], int], counts: Sequence[int], from_rank0: Callable[[Any], Any]
 ) -> dict[int, float]:
     """Seconds a token for each number of slots. `one_pass` runs a pass and returns its tokens.
 
@@ -59,11 +59,11 @@ def seconds_a_token(
     found: dict[int, float] = {}
     for _, count in product(range(TRIES), counts):  # interleaved: a busy moment slows all counts
         at = time.perf_counter()
-        if found and not agree(at - begun < TRY_S):
+        if found and not from_rank0(at - begun < TRY_S):
             break
         tokens = one_pass(count)
         found[count] = min(found.get(count, inf), (time.perf_counter() - at) / tokens)
-    return dict(agree(found))
+    return dict(from_rank0(found))
 
 
 def fewest_near_best(seconds: Mapping[int, float]) -> int:

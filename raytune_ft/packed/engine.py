@@ -45,14 +45,14 @@ from raytune_ft.packed.lora import ActiveAdapters, AdapterInit, MultiLora, init_
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
+from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
-    build_engine,
     build_objective,
     build_run_state,
+    build_runner,
     check_vocabulary,
     plain_order,
 )
@@ -71,8 +71,8 @@ class Passes:
     The rows of a pass are split over ranks. All ranks make the same calls.
 
     Raises:
-        ModelError: see `build_engine`.
-        ConfigError: see `build_engine`.
+        ModelError: see `build_runner`.
+        ConfigError: see `build_runner`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Passes:
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        self.engine = build_engine(built, config, strategy, _no_optimizer, objective)
+        self.runner = build_runner(built, config, strategy, _no_optimizer, objective)
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -105,7 +105,7 @@ class Passes:
         At most as many as `memory` bytes hold (None: unknown, no limit). If `measured`, the fewest
         with which a token costs about the least time. The engine's config stands for the runs'.
         """
-        config, strategy, optimizer = self.config, self.engine.strategy, self.optimizer
+        config, strategy, optimizer = self.config, self.runner.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
         try:
             adapter = init_adapter(self.shapes, config.method, config.train.precision, config.seed)
@@ -123,16 +123,16 @@ class Passes:
         if measured:
             optimizer.widen(self.stack.numbers)
             step_tokens = round(self.data.train.lengths.mean() * config.train.batch_size)
-            pass_tokens = self.engine.micro_tokens * strategy.world_size
+            pass_tokens = self.runner.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
-            seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.agree)
+            seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.from_rank0)
             self.slots, why = fewest_near_best(seconds), describe(seconds)
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
 
     def _fit_everywhere(self, here: int) -> int:
         """The number of slots that fits on every rank; shards and hosts differ in size."""
-        strategy = self.engine.strategy
+        strategy = self.runner.strategy
         fit_K = [float(count <= here) for count in range(1, self.slots + 1)]
         ranks_K = strategy.sum(torch.tensor(fit_K, device=strategy.device))
         return max(1, int((ranks_K == strategy.world_size).sum()))
@@ -151,30 +151,30 @@ class Passes:
     def open(self, indices: Indices) -> OpenStep:
         """Open an optimizer step over these training examples."""
         data = self.data.train
-        return OpenStep(data, indices, self.engine.objective.count(data, indices) or 1)
+        return OpenStep(data, indices, self.runner.objective.count(data, indices) or 1)
 
     def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
         """The pass that begins with slot `first`; see `plan_pass`."""
         waiting = [step.waiting_lengths for step in steps]
-        engine = self.engine
-        ranks = engine.strategy.world_size
-        return plan_pass(waiting, first, engine.micro_tokens, engine.packing, ranks)
+        runner = self.runner
+        ranks = runner.strategy.world_size
+        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters
     ) -> None:
         """Run a pass: add each slot's gradient and loss to that slot."""
-        engine = self.engine
-        rank, ranks = engine.strategy.rank, engine.strategy.world_size
+        runner = self.runner
+        rank, ranks = runner.strategy.rank, runner.strategy.world_size
         examples: list[int] = []
         layout: list[Row] = []
         for step, rows in zip(steps, plan.rows, strict=True):
             for row in step.take(rows)[rank::ranks]:
                 layout.append(tuple(range(len(examples), len(examples) + len(row))))
                 examples += row
-        batch = engine.collate(self.data.train, np.array(examples), tuple(layout))
+        batch = runner.collate(self.data.train, np.array(examples), tuple(layout))
         counts = [step.count for step in steps]
-        sums = accumulate_packed(engine, self.stack, active, batch, counts)
+        sums = accumulate_packed(runner, self.stack, active, batch, counts)
         for step, loss_sum in zip(steps, sums, strict=True):
             step.loss_sum += loss_sum
 
@@ -188,11 +188,11 @@ class Passes:
         """Evaluate these adapters in these slots in the same passes."""
         numbers_GN = self.optimizer.numbers_KN[list(slots)]
         with self.stack.applied(self._over(numbers_GN, None, adapters)):
-            return evaluate_groups(self.engine, self.data.validation, len(slots), self._beat)
+            return evaluate_groups(self.runner, self.data.validation, len(slots), self._beat)
 
     def base_scores(self) -> Scores:
         """Evaluate the base without any adapter."""
-        return evaluate(self.engine, self.data.validation, self._beat)
+        return evaluate(self.runner, self.data.validation, self._beat)
 
     def _over(
         self, numbers_GN: Tensor, gradients_GN: Tensor | None, adapters: Sequence[AdapterInit]
@@ -209,7 +209,7 @@ class Passes:
 
 
 def accumulate_packed(
-    engine: Engine,
+    runner: ModelRunner,
     stack: MultiLora,
     active: ActiveAdapters,
     batch: MicroBatch,
@@ -220,12 +220,12 @@ def accumulate_packed(
     Returns the sums of the losses by slot. No value of one slot enters a sum of another, so that
     NaN in one slot stays there.
     """
-    groups, device = active.groups, engine.strategy.device
+    objective, groups, device = runner.objective, active.groups, runner.strategy.device
     counts_G = label_positions(batch).view(groups, -1).sum(1)
     owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
     shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
     with stack.applied(active):
-        losses_N = engine.training_losses(batch)
+        losses_N = objective.losses(objective.outputs(runner, batch), batch)
         shares_N = shares_G[owners_N].to(losses_N.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
         (losses_N * shares_N).sum().backward()
@@ -245,8 +245,8 @@ class PackedEngine:
     def __init__(self, passes: Passes, heart: Heartbeat | None = None) -> None:
         self.passes, self._heart = passes, heart or Heartbeat()
         self._config, self._data = passes.config, passes.data
-        self._notes, self._strategy = passes.engine.notes, passes.engine.strategy
-        self._line = self._strategy.exchange()
+        self._notes, self._strategy = passes.runner.notes, passes.runner.strategy
+        self._channel = self._strategy.side_channel()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._slots: list[Slot] = []
         self._closing: list[Slot] = []
@@ -274,7 +274,7 @@ class PackedEngine:
         stack.adapt(list(adapter.layers))
         optimizer.widen(stack.numbers)
         self._active.clear()
-        holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._line)
+        holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._channel)
         exporter = Exporter(adapter.model, torch.float32)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:

@@ -13,7 +13,7 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.packed.lora import AdapterInit, MultiLora
 from raytune_ft.packed.optim import PackedAdamW, Step
-from raytune_ft.strategy.exchange import Exchange
+from raytune_ft.strategy.side_channel import SideChannel
 from raytune_ft.tensors.write import Part
 from raytune_ft.train.run_state import RunState
 
@@ -54,10 +54,10 @@ class SlotHolder:
         optimizer: PackedAdamW,
         adapter: AdapterInit,
         slot: int,
-        line: Exchange,
+        channel: SideChannel,
     ) -> None:
         self._stack, self._optimizer, self._rank = stack, optimizer, adapter.rank
-        self.slot, self._line = slot, line
+        self.slot, self._channel = slot, channel
         self.names = list(adapter.weights)
         self._slices = {
             name: (stack.slices[layer], which)
@@ -92,7 +92,7 @@ class SlotHolder:
             values = view.clone(memory_format=torch.contiguous_format)
             if self._filling is not None:
                 self._filling.append((view, values))
-            shape, writes = tuple(values.shape), self._line.rank == 0
+            shape, writes = tuple(values.shape), self._channel.rank == 0
             found[key] = Part(shape, 0, values.view(-1), writes)
         return found
 
@@ -101,9 +101,9 @@ class SlotHolder:
             view.copy_(values)
         self._filling = None
 
-    def exchange(self) -> Exchange:
+    def side_channel(self) -> SideChannel:
         """The one line of all slots: their checkpoints are written one after another."""
-        return self._line
+        return self._channel
 
     def _view(self, numbers_KN: Tensor, name: str) -> Tensor:
         """`A_RI` or `B_OR` at the slot's own rank."""

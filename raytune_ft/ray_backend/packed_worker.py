@@ -81,14 +81,14 @@ class _Client:
         found: int | None = None
         if self._strategy.rank == 0:
             found = ray.get(self._queue.slots_of.remote(self._name))
-        return self._strategy.agree(found)
+        return self._strategy.from_rank0(found)
 
     def begin(self, slots: int) -> list[RunSpec]:
         """Announce the engine; returns the trials of a lost engine of this name."""
         held: list[RunSpec] = []
         if self._strategy.rank == 0:
             held = ray.get(self._queue.begin.remote(self._name, slots))
-        return self._strategy.agree(held)
+        return self._strategy.from_rank0(held)
 
     def any_rank(self, vote: bool) -> bool:
         """Whether `vote` is true on any rank."""
@@ -105,7 +105,7 @@ class _Client:
             ready, _ = ray.wait([self._asked], timeout=IDLE_S if wait else 0)
             if ready:
                 found, self._asked = ray.get(self._asked), None
-        return self._strategy.agree(found)
+        return self._strategy.from_rank0(found)
 
     def post(self, run: str, event: dict[str, Any]) -> None:
         """Send a message to a trial."""

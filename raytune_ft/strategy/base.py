@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
-from raytune_ft.strategy.exchange import Exchange
 from raytune_ft.strategy.footprint import Held, Shape, Traffic
+from raytune_ft.strategy.side_channel import SideChannel
 from raytune_ft.tensors.write import Part
 
 T = TypeVar("T")
@@ -76,10 +76,10 @@ class Strategy(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
 
-    def agree(self, value: T) -> T:
+    def from_rank0(self, value: T) -> T:
         """Rank 0's value, on every rank."""
 
-    def exchange(self) -> Exchange:
+    def side_channel(self) -> SideChannel:
         """A channel between the ranks for another thread; all ranks call this at once."""
 
     @staticmethod

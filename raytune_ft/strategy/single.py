@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
-from raytune_ft.strategy.exchange import Alone, Exchange, Group
 from raytune_ft.strategy.footprint import Held, Shape, Traffic, held_bytes, largest
+from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
 
 
@@ -102,11 +102,11 @@ class Single:
         """One rank has the sum."""
         return values
 
-    def agree(self, value: T) -> T:
+    def from_rank0(self, value: T) -> T:
         """One rank has the value."""
         return value
 
-    def exchange(self) -> Exchange:
+    def side_channel(self) -> SideChannel:
         return Alone()
 
     @staticmethod
@@ -144,10 +144,10 @@ class Grouped(Single):
         dist.all_reduce(values)
         return values
 
-    def agree(self, value: T) -> T:
+    def from_rank0(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def exchange(self) -> Exchange:
+    def side_channel(self) -> SideChannel:
         return Group()

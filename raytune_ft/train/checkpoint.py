@@ -22,7 +22,7 @@ from raytune_ft.files import flush_file, read_json
 from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
-from raytune_ft.strategy.exchange import Exchange, together
+from raytune_ft.strategy.side_channel import SideChannel, on_all_ranks
 from raytune_ft.tensors.read import TensorFiles, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
 from raytune_ft.train.spec import RunSpec
@@ -60,7 +60,7 @@ class Holder(Protocol):
 
     def loaded(self) -> None: ...
 
-    def exchange(self) -> Exchange: ...
+    def side_channel(self) -> SideChannel: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ def read_progress(checkpoint: Path) -> Progress:
     return progress
 
 
-def load_state(checkpoint: Path, holder: Holder, names: list[str], line: Exchange) -> Progress:
+def load_state(
+    checkpoint: Path, holder: Holder, names: list[str], channel: SideChannel
+) -> Progress:
     """Put a checkpoint's weights and moments into a freshly built model and optimizer.
 
     Every rank reads its own parts. Where one rank cannot, all of them raise, so that none waits.
@@ -154,9 +156,9 @@ def load_state(checkpoint: Path, holder: Holder, names: list[str], line: Exchang
     Raises:
         CheckpointError: it cannot be read, or is of another model or method.
     """
-    progress = together(line, lambda: read_progress(checkpoint))[line.rank]
+    progress = on_all_ranks(channel, lambda: read_progress(checkpoint))[channel.rank]
     holder.start_from(progress.step)
-    together(line, lambda: _fill_parts(checkpoint, holder, names))
+    on_all_ranks(channel, lambda: _fill_parts(checkpoint, holder, names))
     holder.loaded()
     return progress
 
@@ -207,13 +209,13 @@ class Saver:
         holder: Holder,
         names: list[str],
         exporter: Exporter,
-        line: Exchange,
+        channel: SideChannel,
         pool: Executor,
         alive: Callable[[], None],
     ) -> None:
         self._spec, self._settings, self._store = spec, spec.config.checkpoint, store
         self._exporter, self._alive = exporter, alive
-        self._line = line
+        self._channel = channel
         self._taker = SnapshotTaker(holder, names)
         self._pool = pool
         self._pending: Future[None] | None = None
@@ -244,7 +246,7 @@ class Saver:
         if self._pending is None:
             return
         while not wait([self._pending], timeout=1.0).done:
-            if self._line.waiting or self._written > self._seen:
+            if self._channel.waiting or self._written > self._seen:
                 self._seen = self._written
                 self._alive()
         pending, self._pending = self._pending, None
@@ -255,17 +257,21 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, evaluation: EvalMetrics | None) -> None:
         """Write on all ranks at once, stage by stage; where one rank fails, all of them do."""
-        line, step, first = self._line, snapshot.progress.step, self._line.rank == 0
+        channel, step, first = self._channel, snapshot.progress.step, self._channel.rank == 0
         facts = self._facts(snapshot.progress, evaluation)
-        folder = together(line, lambda: self._store.begin(step, facts) if first else None)[0]
+        folder = on_all_ranks(channel, lambda: self._store.begin(step, facts) if first else None)[0]
         if folder is None:
             return
         try:
-            ours = partial(write_state, snapshot, folder, line.rank, line.world_size, self._wrote)
-            states = together(line, ours)
-            exports = together(line, partial(self._export, folder))
+            ours = partial(
+                write_state, snapshot, folder, channel.rank, channel.world_size, self._wrote
+            )
+            states = on_all_ranks(channel, ours)
+            exports = on_all_ranks(channel, partial(self._export, folder))
             files = chain.from_iterable([*states, *exports])
-            together(line, lambda: self._finish(folder, facts, snapshot, files) if first else None)
+            on_all_ranks(
+                channel, lambda: self._finish(folder, facts, snapshot, files) if first else None
+            )
         finally:
             if first:
                 self._store.drop(folder)
@@ -273,9 +279,9 @@ class Saver:
     def _export(self, folder: Path) -> list[FileRecord]:
         """Export from the files that all ranks have just written, so no weight is sent."""
         with open_shards(folder / STATE, WEIGHTS) as weights:
-            line = self._line
+            channel = self._channel
             return self._exporter.save(
-                weights.whole, folder, line.rank, line.world_size, self._wrote
+                weights.whole, folder, channel.rank, channel.world_size, self._wrote
             )
 
     def _facts(self, progress: Progress, evaluation: EvalMetrics | None) -> CheckpointFacts:

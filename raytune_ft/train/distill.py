@@ -18,7 +18,7 @@ from raytune_ft.errors import ConfigError, ModelError, RunFailed
 from raytune_ft.model.load import build_frozen, load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.objectives import Teacher
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 
 GIB = 2**30
 
@@ -33,7 +33,7 @@ def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teache
     settings = config.train.kd
     assert settings is not None
     if settings.cache == "memory":
-        return InMemory(teacher_engine(config, strategy))
+        return InMemory(teacher_runner(config, strategy))
     if data.teacher_logits is None:
         raise RunFailed(f"{data.path} holds no logits of {settings.teacher}")
     return Kept(data.teacher_logits, first_rows(data.train), strategy.device)
@@ -45,14 +45,14 @@ def teacher_model(config: Config) -> ModelConfig:
     return config.model.model_copy(update={"path": config.train.kd.teacher, "revision": None})
 
 
-def teacher_engine(config: Config, strategy: Strategy) -> Engine:
-    """An engine for the teacher. It does not pack, so that packing needs no probe.
+def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:
+    """An runner for the teacher. It does not pack, so that packing needs no probe.
 
     Raises:
         ModelError: the teacher cannot be loaded.
     """
     built: Any = build_frozen(teacher_model(config), config.train.precision)
-    return Engine(
+    return ModelRunner(
         model=built.to(strategy.device),
         wrapped=built,
         head=built.get_output_embeddings(),
@@ -140,13 +140,13 @@ class InMemory:
     So the student may pack where the teacher's architecture does not allow it.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """`logits_NV` at the label positions of the batch, in its order."""
-        return self._engine.logits(batch.unpacked(self._engine.pad_token))
+        return self._runner.logits(batch.unpacked(self._runner.pad_token))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Beat, unheard
 
 Shapes = dict[str, tuple[int, ...]]
@@ -43,26 +43,26 @@ class Scores:
         return EvalMetrics(step, examples, dict(self.figures), dict(self.loss_by_source))
 
 
-def evaluate(engine: Engine, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
+def evaluate(runner: ModelRunner, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
     """Scores of the model as it is now; all ranks share the work and get the same answer."""
-    return evaluate_groups(engine, split, 1, beat)[0]
+    return evaluate_groups(runner, split, 1, beat)[0]
 
 
 @torch.no_grad()
 def evaluate_groups(
-    engine: Engine, split: TokenizedSplit, groups: int, beat: Beat = unheard
+    runner: ModelRunner, split: TokenizedSplit, groups: int, beat: Beat = unheard
 ) -> list[Scores]:
-    """Scores of each of several models that share one engine.
+    """Scores of each of several models that share one runner.
 
     Every batch holds the rows `groups` times, and the g-th copy is the g-th model's.
     """
-    engine = replace(engine, micro_tokens=max(1, engine.micro_tokens // groups))
+    runner = replace(runner, micro_tokens=max(1, runner.micro_tokens // groups))
     sources = _sources(split)
-    found = [_sums(engine, split, own, groups, beat) for own in sources.values()]
+    found = [_sums(runner, split, own, groups, beat) for own in sources.values()]
     shapes = found[0][1]
-    summed_SGK = engine.strategy.sum(torch.stack([sums for sums, _ in found])).cpu().numpy()
-    everything = _known(engine, split, np.arange(len(split)))
-    of_sources = [_known(engine, split, own) for own in sources.values()]
+    summed_SGK = runner.strategy.sum(torch.stack([sums for sums, _ in found])).cpu().numpy()
+    everything = _known(runner, split, np.arange(len(split)))
+    of_sources = [_known(runner, split, own) for own in sources.values()]
     scores = []
     for sums_SK in summed_SGK.swapaxes(0, 1):
         sums = _named(shapes, sums_SK.sum(0)) | everything
@@ -70,7 +70,7 @@ def evaluate_groups(
             name: LOSS.of(_named(shapes, sums_K) | known)
             for name, sums_K, known in zip(sources, sums_SK, of_sources, strict=True)
         }
-        figures = {figure.name: figure.of(sums) for figure in engine.figures}
+        figures = {figure.name: figure.of(sums) for figure in runner.figures}
         scores.append(Scores(figures, losses if len(sources) > 1 else {}))
     return scores
 
@@ -85,19 +85,19 @@ def _sources(split: TokenizedSplit) -> dict[str, Indices]:
 
 
 def _sums(
-    engine: Engine, split: TokenizedSplit, examples: Indices, groups: int, beat: Beat
+    runner: ModelRunner, split: TokenizedSplit, examples: Indices, groups: int, beat: Beat
 ) -> tuple[Tensor, Shapes]:
     """`[G, K]`, the columns summed over these examples on this rank, one after another; and the
     shape of each sum.
     """
-    objective, sums_GK, shapes = engine.objective, None, Shapes()
+    objective, sums_GK, shapes = runner.objective, None, Shapes()
     for start in range(0, len(examples), BLOCK_EXAMPLES):
         indices = examples[start : start + BLOCK_EXAMPLES]
-        layout = engine.layout(split.lengths[indices].tolist())
+        layout = runner.layout(split.lengths[indices].tolist())
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
-            batch = engine.collate(split, indices, rows).repeated(groups)
-            columns = objective.columns(objective.outputs(engine, batch), batch, groups)
+            batch = runner.collate(split, indices, rows).repeated(groups)
+            columns = objective.columns(objective.outputs(runner, batch), batch, groups)
             sums = {name: values.double().sum(1) for name, values in columns.all.items()}
             shapes = {name: values.shape[1:] for name, values in sums.items()}
             batch_GK = torch.cat([values.reshape(groups, -1) for values in sums.values()], 1)
@@ -115,6 +115,6 @@ def _named(shapes: Shapes, sums_K: npt.NDArray[np.float64]) -> dict[str, Any]:
     return {name: part.reshape(shape) for (name, shape), part in named}
 
 
-def _known(engine: Engine, split: TokenizedSplit, indices: Indices) -> dict[str, Any]:
+def _known(runner: ModelRunner, split: TokenizedSplit, indices: Indices) -> dict[str, Any]:
     """The sums of the columns that depend on the data alone."""
-    return {name: each.sum() for name, each in engine.objective.known(split, indices).items()}
+    return {name: each.sum() for name, each in runner.objective.known(split, indices).items()}

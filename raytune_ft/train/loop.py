@@ -12,14 +12,14 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.methods import without_method
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
+from raytune_ft.train.model_runner import ModelRunner, noisy_embeddings
 from raytune_ft.train.run_state import RunState
 from raytune_ft.train.watchdog import Beat, Heartbeat, unheard
 
 
 def train(
-    engine: Engine,
+    runner: ModelRunner,
     data: PreparedData,
     run: RunState,
     should_stop: Callable[[], bool],
@@ -31,19 +31,19 @@ def train(
         Diverged: the loss, the gradient or an evaluation is not finite.
         CheckpointError: a checkpoint could not be written.
     """
-    strategy, config, stopped = engine.strategy, run.spec.config, False
+    strategy, config, stopped = runner.strategy, run.spec.config, False
     with run.reporting():
         if run.progress.base is None:
             heart.enter("evaluation before training")
-            with without_method(engine.model):
-                run.begin(evaluate(engine, data.validation, heart.beat))
+            with without_method(runner.model):
+                run.begin(evaluate(runner, data.validation, heart.beat))
         while not (run.over or stopped):
             step = run.step
             heart.enter(f"step {step}")
             indices = run.next_batch()
             _seed_noise(config.seed, step, strategy.rank)
 
-            loss_sum, count = accumulate_gradients(engine, data.train, indices, heart.beat)
+            loss_sum, count = accumulate_gradients(runner, data.train, indices, heart.beat)
             loss, (stopped, saving) = _sum_and_vote(
                 strategy, loss_sum, (should_stop(), run.saver.busy)
             )
@@ -54,27 +54,29 @@ def train(
             scores = None
             if run.after_step(loss / count, grad_norm):
                 heart.enter(f"evaluation after step {step}")
-                scores = evaluate(engine, data.validation, heart.beat)
+                scores = evaluate(runner, data.validation, heart.beat)
             run.after_evaluation(scores, stopped)
 
 
 def accumulate_gradients(
-    engine: Engine, split: TokenizedSplit, indices: Indices, beat: Beat = unheard
+    runner: ModelRunner, split: TokenizedSplit, indices: Indices, beat: Beat = unheard
 ) -> tuple[float, float]:
     """Add the gradient of the objective's mean loss over `indices`, whatever the layout.
 
     The losses are divided once, by the objective's count over the whole step on all ranks, which
     every rank knows beforehand. Returns this rank's sum of losses and that count.
     """
-    strategy = engine.strategy
-    count = engine.objective.count(split, indices) or 1  # nothing counts: the gradient is zero
-    layout = engine.layout(split.lengths[indices].tolist())
+    strategy, objective = runner.strategy, runner.objective
+    count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
+    layout = runner.layout(split.lengths[indices].tolist())
     loss_sum = torch.zeros((), dtype=torch.float64)
     beat(0, len(layout))
     for number, rows in enumerate(layout, start=1):
-        batch = engine.collate(split, indices, rows)
+        batch = runner.collate(split, indices, rows)
         with strategy.accumulate(last=number == len(layout)):
-            loss = engine.training_losses(batch).sum()
+            with noisy_embeddings(runner.model, batch, runner.noise):
+                outputs = objective.outputs(runner, batch)
+            loss = objective.losses(outputs, batch).sum()
             beat(number - 0.5, len(layout))
             strategy.backward(loss / count)
         loss_sum += loss.detach().double().cpu()

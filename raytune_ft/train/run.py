@@ -22,9 +22,9 @@ from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
-    build_engine,
     build_objective,
     build_run_state,
+    build_runner,
     check_vocabulary,
     head_of,
 )
@@ -80,11 +80,11 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
-    engine = build_engine(built, config, strategy, optimizer_of, objective)
+    runner = build_runner(built, config, strategy, optimizer_of, objective)
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     run = build_run_state(
-        spec, data, strategy, engine.names, exporter, strategy, reporter, heart, pool
+        spec, data, strategy, runner.names, exporter, strategy, reporter, heart, pool
     )
     alone = host is None and strategy.world_size == 1
     with closing(run):
@@ -92,9 +92,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
             watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
         ):
-            train(engine, data, run, near.should_stop, heart)
+            train(runner, data, run, near.should_stop, heart)
         pool.shutdown(wait=True)  # not after a failure, where peers may be gone
-        return run.finish(engine.notes, hosted=host is not None)
+        return run.finish(runner.notes, hosted=host is not None)
 
 
 def _as_failure(error: BaseException) -> RaytuneFtError | None:

@@ -1,4 +1,4 @@
-"""From a built model to an engine, and from a run's checkpoints to the one it goes on from."""
+"""From a built model to an runner, and from a run's checkpoints to the one it goes on from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
 from raytune_ft.train.distill import check_size, teacher_of
-from raytune_ft.train.engine import Engine, choose_micro_tokens
+from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.run_state import RunState, Schedule
@@ -189,7 +189,7 @@ def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strate
         for path, manifest in reversed(store.list())
         if strategy.rank == 0 and schedule.is_on_the_way(manifest.step, manifest.examples)
     ]
-    for name in strategy.agree(names):
+    for name in strategy.from_rank0(names):
         damaged = torch.zeros(1, device=strategy.device)
         try:
             store.verify(store.root / name, strategy.rank, strategy.world_size)
@@ -227,21 +227,21 @@ def build_run_state(
     )
     store = CheckpointStore(spec.run_dir / CHECKPOINTS)
     checkpoint = where_to_resume(store, schedule, strategy)
-    line = holder.exchange()
-    progress = load_state(checkpoint, holder, names, line) if checkpoint else Progress()
-    saver = Saver(spec, store, holder, names, exporter, line, pool, heart.alive)
+    channel = holder.side_channel()
+    progress = load_state(checkpoint, holder, names, channel) if checkpoint else Progress()
+    saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive)
     resume_step = progress.step if checkpoint else None
     log = Log(spec, resume_step) if strategy.rank == 0 else None
     return RunState(spec, data.train, order, schedule, progress, saver, log, reporter, heart)
 
 
-def build_engine(
+def build_runner(
     built: Built,
     config: Config,
     strategy: Strategy,
     optimizer_of: OptimizerOf,
     objective: Objective | None = None,
-) -> Engine:
+) -> ModelRunner:
     """Lay the model out as the strategy does, then probe whether packing is exact on it.
 
     Raises:
@@ -256,7 +256,7 @@ def build_engine(
     wrapped = strategy.prepare(model, optimizer_of)
     if built.weights is not None:
         built.weights.fill({n: strategy.part(n, p.detach()) for n, p in model.named_parameters()})
-    engine = Engine(
+    runner = ModelRunner(
         model=model,
         wrapped=wrapped,
         head=head,
@@ -272,42 +272,42 @@ def build_engine(
         figures=figures(config.train.objective, config.data.problem, trained=True),
         noise=config.train.neftune_alpha,
     )
-    if engine.objective.of_tokens:
-        _check_causal(engine, vocabulary, config)
+    if runner.objective.of_tokens:
+        _check_causal(runner, vocabulary, config)
     else:
-        engine = _reading_examples(engine, vocabulary)
+        runner = _reading_examples(runner, vocabulary)
     if config.data.packing is False:
-        return engine
-    reason = _against_packing(engine, vocabulary)
-    if reason is not None and engine.by_example:
-        engine = replace(engine, by_example=attend_by_example(model, False))
-        reason = _against_packing(engine, vocabulary)
+        return runner
+    reason = _against_packing(runner, vocabulary)
+    if reason is not None and runner.by_example:
+        runner = replace(runner, by_example=attend_by_example(model, False))
+        reason = _against_packing(runner, vocabulary)
     if reason is None:
-        return replace(engine, packing=True)
+        return replace(runner, packing=True)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
     without = f"data.packing: auto does not pack, because {reason}"
-    return replace(engine, notes=(*engine.notes, without))
+    return replace(runner, notes=(*runner.notes, without))
 
 
-def _against_packing(engine: Engine, vocabulary: int) -> str | None:
+def _against_packing(runner: ModelRunner, vocabulary: int) -> str | None:
     def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
-        return engine.example_logits(batch)
+        return runner.example_logits(batch)
 
-    method, strategy = attached(engine.model), engine.strategy
+    method, strategy = attached(runner.model), runner.strategy
     if method is not None and method.unpackable:
         return method.unpackable
-    logits = engine.logits if engine.objective.of_tokens else of_examples
-    virtual = virtual_tokens(engine.model)
-    return strategy.agree(
-        probe_packing(logits, vocabulary, engine.precision, strategy.device, virtual)
+    logits = runner.logits if runner.objective.of_tokens else of_examples
+    virtual = virtual_tokens(runner.model)
+    return strategy.from_rank0(
+        probe_packing(logits, vocabulary, runner.precision, strategy.device, virtual)
     )
 
 
-def _check_causal(engine: Engine, vocabulary: int, config: Config) -> None:
-    strategy, virtual = engine.strategy, virtual_tokens(engine.model)
-    asked = (engine.logits, vocabulary, engine.precision, strategy.device, virtual)
-    if not strategy.agree(is_causal(*asked)):
+def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:
+    strategy, virtual = runner.strategy, virtual_tokens(runner.model)
+    asked = (runner.logits, vocabulary, runner.precision, strategy.device, virtual)
+    if not strategy.from_rank0(is_causal(*asked)):
         raise ModelError(
             f"model.path={config.model.path}",
             "is not causal: a token sees the tokens that it has to predict",
@@ -315,20 +315,20 @@ def _check_causal(engine: Engine, vocabulary: int, config: Config) -> None:
         )
 
 
-def _reading_examples(engine: Engine, vocabulary: int) -> Engine:
+def _reading_examples(runner: ModelRunner, vocabulary: int) -> ModelRunner:
     """Find out which token of a row the head reads, by rows of one example."""
     places: list[Place] = ["first", "last", "row"]
-    ways = {place: replace(engine, reading=reading(engine.model, place)) for place in places}
+    ways = {place: replace(runner, reading=reading(runner.model, place)) for place in places}
 
     def of(place: Place) -> Callable[[MicroBatch], torch.Tensor]:
         return lambda batch: ways[place].example_logits(batch)
 
-    strategy = engine.strategy
+    strategy = runner.strategy
     found = [
         place
         for place in places
-        if strategy.agree(
-            same_of_one(of(place), of("row"), vocabulary, engine.precision, strategy.device)
+        if strategy.from_rank0(
+            same_of_one(of(place), of("row"), vocabulary, runner.precision, strategy.device)
         )
     ]
     return ways[found[0]]

@@ -338,7 +338,7 @@ def _check_frozen(inputs: Inputs, run_dir: Path) -> None:
     tokens = torch.arange(1, 9).view(1, -1)
     with torch.no_grad():
         before = wrapped(input_ids=tokens).logits  # leaves weights gathered
-        load_state(checkpoint, strategy, names, strategy.exchange())
+        load_state(checkpoint, strategy, names, strategy.side_channel())
         after = wrapped(input_ids=tokens).logits
     assert (before - after).abs().max() > 1e-4
     saved = final_weights(run_dir)

@@ -105,14 +105,14 @@ def test_the_base_is_sharded(tmp_path: Path, inputs: Inputs) -> None:
 
 def _settle(inputs: Inputs, root: Path) -> None:
     packed = Packed(make_config(*inputs), root, 6, strategy="fsdp")
-    passes, rank = packed.engine.passes, packed.engine.passes.engine.strategy.rank
+    passes, rank = packed.engine.passes, packed.engine.passes.runner.strategy.rank
     passes.settle(None, measured=False)  # the adapted layers are there, and the size of a slot
     base = sum(4 * p.to_local().numel() for p in passes.stack.model.parameters())  # type: ignore[attr-defined]
     of_slot = 4 * passes.stack.numbers * packed_fit.COPIES["cpu"]
     memory = base + int((2 + rank) * of_slot / packed_fit.SHARE)
     assert packed_fit.slots_in(memory, passes.stack, torch.float32, torch.device("cpu")) == 2 + rank
     assert passes.settle(memory, measured=True).startswith(("1 slot", "2 slots"))
-    assert passes.slots == passes.engine.strategy.agree(passes.slots)
+    assert passes.slots == passes.runner.strategy.from_rank0(passes.slots)
     packed.engine.close()
 
 

@@ -31,14 +31,14 @@ def worker_that_hangs_once(payload: dict[str, Any]) -> str:
 
 
 def _worker(payload: dict[str, Any], before: Any) -> str:
-    from raytune_ft.train.engine import Engine
+    from raytune_ft.model.objectives import TokenObjective
 
-    right, calls = Engine.training_losses, [0]
+    right, calls = TokenObjective.losses, [0]
 
-    def training_losses(*arguments: Any) -> Any:
+    def losses(*arguments: Any) -> Any:
         calls[0] += 1
         before(calls[0])
         return right(*arguments)
 
-    Engine.training_losses = training_losses  # type: ignore[method-assign]
+    TokenObjective.losses = losses  # type: ignore[method-assign]
     return ray_worker.train_worker(payload)

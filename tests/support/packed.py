@@ -122,7 +122,7 @@ def beside_a_sick_run(
         for number, own in enumerate((well, changes, well)):
             packed.enter(str(number), make_config(*inputs, {**own, "method.rank": number + 2}))
         going, passes = {"0", "1", "2"}, 0
-        laid_out = packed.engine.passes.engine.strategy
+        laid_out = packed.engine.passes.runner.strategy
         while going:
             here = laid_out.rank == laid_out.world_size - 1
             if here and (name, sickness, passes) == ("sick", "nan", 1):

@@ -62,10 +62,10 @@ class Objective(Protocol):
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """What the losses of these examples are divided by; every rank knows it beforehand."""
 
-    def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
-        """What losses and figures are computed from, as the model gives it."""
+    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
+        """The outputs of the model that losses and figures are computed from."""
 
-    def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """One weighted training loss for each row of `outputs`."""
 
     def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:

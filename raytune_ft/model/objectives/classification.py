@@ -44,11 +44,11 @@ class Classification:
         """The sum of the examples' weights, times those of their classes for a single label."""
         return float(self.weights(columns_at(split, indices), np.ones_like).sum())
 
-    def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
+    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`logits_EL`."""
-        return model.example_logits(batch)
+        return forward.example_logits(batch)
 
-    def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """`[E]`, weighted."""
         target_EL = batch.columns[TARGET].to(outputs.dtype)
         losses_E = self.unweighted(outputs, target_EL, self.label_smoothing)

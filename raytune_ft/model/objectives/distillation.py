@@ -13,7 +13,7 @@ from raytune_ft.config.train import KdConfig, TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.model.loss import token_losses
-from raytune_ft.model.objectives.base import Forward, Teacher, TeacherOf
+from raytune_ft.model.objectives.base import Teacher, TeacherOf
 from raytune_ft.model.objectives.tokens import TokenObjective
 
 
@@ -28,7 +28,7 @@ class Distillation(TokenObjective):
     settings: KdConfig
     teacher: Teacher
 
-    def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each label token."""
         share = self.settings.weight
         labels_N = token_losses(outputs, batch, self.label_smoothing)

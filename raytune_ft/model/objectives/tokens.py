@@ -43,11 +43,11 @@ class TokenObjective:
         """Label tokens times the weights of their examples."""
         return float(self.known(split, indices)["counted"].sum())
 
-    def outputs(self, model: Forward, batch: MicroBatch) -> Tensor:
+    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`logits_NV` at the label positions."""
-        return model.logits(batch)
+        return forward.logits(batch)
 
-    def losses(self, model: Forward, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each label token."""
         return self.weighted(token_losses(outputs, batch, self.label_smoothing), batch)
 

@@ -20,7 +20,7 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.evaluate.columns import retention
-from raytune_ft.evaluate.context import Subject, engine_of, prompt_of
+from raytune_ft.evaluate.context import Subject, prompt_of, runner_of
 from raytune_ft.evaluate.evaluate import measure
 from raytune_ft.evaluate.generate import choose_backend
 from raytune_ft.evaluate.metrics import extracted
@@ -203,7 +203,7 @@ def test_retention_is_the_divergence_from_the_base(model: ModelConfig, inputs: P
     base = ModelConfig(path=str(inputs / "base"))
     tokenizer = load_tokenizer(base)
     split = rows(base, [("a text", "that is general"), ("b", "another one")])
-    old, new = engine_of(base, tokenizer), engine_of(model, tokenizer)
+    old, new = runner_of(base, tokenizer), runner_of(model, tokenizer)
     found = retention(new, old, split)
     kl = loss = count = 0.0
     for i in range(2):

@@ -28,8 +28,8 @@ from raytune_ft.train.distill import (
     InMemory,
     check_teacher,
     logits_file,
-    teacher_engine,
     teacher_of,
+    teacher_runner,
 )
 from tests.support.models import save_tiny_llama
 from tests.support.objectives import config_of, save_inputs
@@ -84,9 +84,9 @@ def test_in_bfloat16_nothing_is_lost(root: Path) -> None:
     lines: list[str] = []
     data = taught(config, _data(root, config), lines.append)
     strategy = Single(config.parallel, "bfloat16")
-    live = InMemory(teacher_engine(config, strategy))
+    live = InMemory(teacher_runner(config, strategy))
     layout = ((2, 0), (1, 3))
-    batch = teacher_engine(config, strategy).collate(data.train, np.array([5, 9, 2, 7]), layout)
+    batch = teacher_runner(config, strategy).collate(data.train, np.array([5, 9, 2, 7]), layout)
     found, wanted = teacher_of(config, data, strategy)(batch), live(batch)
     assert data.teacher_logits is not None
     assert found.dtype == torch.bfloat16
@@ -94,7 +94,7 @@ def test_in_bfloat16_nothing_is_lost(root: Path) -> None:
     assert not any("rounded" in line for line in lines)
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
     # A rank without work takes part all the same.
-    empty = teacher_engine(config, strategy).collate(data.train, np.array([], np.int64), ())
+    empty = teacher_runner(config, strategy).collate(data.train, np.array([], np.int64), ())
     assert teacher_of(config, data, strategy)(empty).shape == (0, found.shape[1])
 
 
@@ -102,7 +102,7 @@ def test_they_are_computed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = _config(root)
     data = _data(root, config)
     before = taught(config, data, silent)
-    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_engine", _refuse)
+    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_runner", _refuse)
     other = {"train.lr": 0.1, "train.kd.weight": 0.1, "train.kd.temperature": 3.0}
     assert taught(_config(root, other), data, silent).path == before.path
     # They depend on precision, data and the teacher's weights.
@@ -162,7 +162,7 @@ def test_a_pass_that_ends_early_leaves_nothing(root: Path, monkeypatch: pytest.M
 def test_too_much_is_refused_before_the_teacher_runs(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_engine", _refuse)
+    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_runner", _refuse)
     config = _config(root, {"train.kd.cache_limit_gib": 1e-6})
     with pytest.raises(ConfigError, match=r"would keep .* bytes\), more than train.kd.cache_lim"):
         prepare(config, silent)
@@ -188,7 +188,7 @@ def test_a_resume_refuses_another_teacher(root: Path, monkeypatch: pytest.Monkey
     check_same(saved, kept)
     check_same(saved, data.report)  # the teacher is in memory now
     save_tiny_llama(root / "teacher", seed=2)
-    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_engine", _refuse)
+    monkeypatch.setattr("raytune_ft.evaluate.precompute.teacher_runner", _refuse)
     with pytest.raises(DataError, match=r"train\.kd\.teacher with files of sha256 .* began with"):
         taught(config, data, silent, partial(check_same, saved))
     assert replace(kept, teacher=None, teacher_logits=None) == data.report

@@ -18,9 +18,9 @@ from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.model.meta import build
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.setup import build_engine
+from raytune_ft.train.setup import build_runner
 from tests.support.models import VOCABULARY, save_character_tokenizer, save_tiny
 from tests.support.runs import make_config, make_inputs
 
@@ -49,10 +49,10 @@ def _save(family: str, directory: Path) -> Path:
     return directory
 
 
-def _engine(config: Config) -> Engine:
+def _engine(config: Config) -> ModelRunner:
     built = build(config.model, config.method, config.train.precision, config.seed, False)
     strategy = Single(config.parallel, config.train.precision)
-    return build_engine(built, config, strategy, partial(build_optimizer, train=config.train))
+    return build_runner(built, config, strategy, partial(build_optimizer, train=config.train))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
-from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.evaluate import evaluate_directory
 from raytune_ft.evaluate.generate import with_transformers
 from raytune_ft.merge.export import export
@@ -70,5 +70,5 @@ def _loaded(name: str, folder: Path, base: Path) -> Any:
 
 def _loaded_by_us(folder: Path, base: Path) -> Any:
     plain, own = ModelConfig(path=str(base)), ModelConfig(path=str(folder))
-    engine = engine_of(own, load_tokenizer(plain), plain)
+    engine = runner_of(own, load_tokenizer(plain), plain)
     return lambda ids: with_transformers(engine, own, ids.tolist(), 6, None)[0]

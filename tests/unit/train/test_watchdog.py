@@ -81,10 +81,10 @@ def test_a_beat_that_comes_late_saves_the_process() -> None:
 HANGS = """
 import sys, time
 from pathlib import Path
-from raytune_ft.train.engine import Engine
+from raytune_ft.model.objectives import TokenObjective
 from tests.support.runs import make_config, run
 model, rows, run_dir = map(Path, sys.argv[1:])
-right, seen = Engine.training_losses, []
+right, seen = TokenObjective.losses, []
 
 def stand_still(*arguments):
     seen.append(1)
@@ -92,7 +92,7 @@ def stand_still(*arguments):
         time.sleep(1000)
     return right(*arguments)
 
-Engine.training_losses = stand_still
+TokenObjective.losses = stand_still
 run(make_config(model, rows, {"parallel.hang_timeout_s": 6.0}), run_dir)
 """
 

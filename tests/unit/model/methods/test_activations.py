@@ -19,7 +19,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.batch import collate
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError
-from raytune_ft.evaluate.context import engine_of
+from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.generate import with_transformers
 from raytune_ft.model.load import build_model, load_tokenizer
 from raytune_ft.model.meta import build_shapes
@@ -220,7 +220,7 @@ def test_generation_in_batches_is_generation_one_by_one(
     model = moved(base, name, "float32")
     assert unfoldable(saved(model, tmp_path / "adapter")) is not None
     own = ModelConfig(path=str(tmp_path / "adapter"))
-    engine = engine_of(
+    engine = runner_of(
         own, load_tokenizer(ModelConfig(path=str(base))), ModelConfig(path=str(base))
     )
     prompts = [tuple(range(5, 5 + n)) for n in (3, 11, 6)]

@@ -21,11 +21,11 @@ from raytune_ft.evaluate.evaluate import evaluate_directory
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.meta import build
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.engine import Engine
 from raytune_ft.train.evaluation import evaluate
 from raytune_ft.train.loop import accumulate_gradients
+from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
-from raytune_ft.train.setup import build_engine, build_objective, head_of
+from raytune_ft.train.setup import build_objective, build_runner, head_of
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import run
 
@@ -37,13 +37,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _built(root: Path, config: Config) -> tuple[Engine, PreparedData]:
+def _built(root: Path, config: Config) -> tuple[ModelRunner, PreparedData]:
     data = prepare_data(config.data, load_tokenizer(config.model), 0, root / "cache")
     strategy = Single(config.parallel, config.train.precision)
     built = build(config.model, config.method, "float32", 0, False, head_of(config, data.report))
     objective = build_objective(config, data, strategy)
     optimizer_of = partial(build_optimizer, train=config.train)
-    return build_engine(built, config, strategy, optimizer_of, objective), data
+    return build_runner(built, config, strategy, optimizer_of, objective), data
 
 
 def _losses(root: Path, objective: str, changes: dict[str, Any], model: str = "decoder") -> Any:

@@ -13,7 +13,7 @@ from raytune_ft.errors import CheckpointError
 T = TypeVar("T")
 
 
-class Exchange(Protocol):
+class SideChannel(Protocol):
     """A channel between the ranks that the training does not use."""
 
     rank: int
@@ -53,7 +53,7 @@ class Group:
         return values
 
 
-def together(line: Exchange, act: Callable[[], T]) -> list[T]:
+def on_all_ranks(line: SideChannel, act: Callable[[], T]) -> list[T]:
     """Call `act` on every rank at once and return the results of all ranks.
 
     Raises:

@@ -52,7 +52,7 @@ MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
-class Engine:
+class ModelRunner:
     """`wrapped` is `model` as the strategy calls it.
 
     `names` are those of the trained weights in a single process. `by_example`: see
@@ -76,12 +76,6 @@ class Engine:
     figures: tuple[Figure, ...] = figures("sft", trained=True)
     reading: Reading | None = None
     noise: float | None = None
-
-    def training_losses(self, batch: MicroBatch) -> Tensor:
-        """The objective's losses of the batch, one for each row of the model's outputs."""
-        with noisy_embeddings(self.model, batch, self.noise):
-            outputs = self.objective.outputs(self, batch)
-        return self.objective.losses(self, outputs, batch)
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
