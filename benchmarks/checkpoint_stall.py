@@ -96,10 +96,10 @@ def _worker(
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.rundir import RunSpec
     from raytune_ft.train.checkpoint import Saver
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
-    from raytune_ft.train.spec import RunSpec
 
     torch.set_num_threads(max(1, 2 // workers))
     every = STEPS_BETWEEN * BATCH

@@ -17,9 +17,9 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.model.load import load_tokenizer
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 
 ROWS = 640  # of which a fifth is validation
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {

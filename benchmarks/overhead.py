@@ -36,13 +36,13 @@ from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype, load_tokenizer
 from raytune_ft.model.meta import build
 from raytune_ft.records import StepMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import build_strategy
 from raytune_ft.train.loop import train
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
 from raytune_ft.train.setup import build_objective, build_run_state, build_runner, order_of
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Heartbeat
 
 WARMUP_STEPS = 3

@@ -64,10 +64,10 @@ def measure(root: Path, slots: int) -> int:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
     from raytune_ft.packed.engine import PackedEngine, Passes
+    from raytune_ft.rundir import RunSpec
     from raytune_ft.strategy.single import Single
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
-    from raytune_ft.train.spec import RunSpec
 
     torch.set_num_threads(2)
     (root / "run.yaml").write_text(json.dumps(_config(root)), encoding="utf-8")

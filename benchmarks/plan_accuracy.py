@@ -186,10 +186,10 @@ def worker(rank: int, case: Case, port: int, directory: str, results: str) -> No
     torch.set_num_threads(1)
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.rundir import RunSpec
     from raytune_ft.strategy import strategy_class
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
-    from raytune_ft.train.spec import RunSpec
 
     if case.strategy == "deepspeed":
         from raytune_ft.strategy.deepspeed import _import_deepspeed

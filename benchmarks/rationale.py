@@ -19,9 +19,9 @@ from typing import Any
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import load_tokenizer
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 
 LENGTH = 400
 HELD = 300

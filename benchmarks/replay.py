@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import load_tokenizer
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 
 GENERAL, HELD = 400, 100
 SHARES = (0.0, 0.02, 0.1, 0.3)

@@ -58,9 +58,9 @@ def run_ours(base: Path, data: Path, precision: str) -> dict[str, float]:
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.rundir import RunSpec
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
-    from raytune_ft.train.spec import RunSpec
 
     torch.set_num_threads(THREADS)
     run_dir = base.parent / f"ours-{os.getpid()}"

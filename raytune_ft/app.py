@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.promote.promote import Promotion
+    from raytune_ft.rundir import RunSpec
     from raytune_ft.train.report import Reporter
-    from raytune_ft.train.spec import RunSpec
 
 MakeReporter = Callable[[int], "Reporter"]
 """A reporter for a run that will see this number of examples."""
@@ -239,7 +239,7 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
 
         # Raises ModelError where the model cannot take the method, before workers start.
         build_shapes(expanded.model, expanded.method, head_of(expanded, data.report))
-    from raytune_ft.train.spec import RunSpec
+    from raytune_ft.rundir import RunSpec
 
     return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data
 

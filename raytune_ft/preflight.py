@@ -51,7 +51,7 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
 
     parallel = written.parallel
     if usable is None and joined:
-        from raytune_ft.ray_backend.memory import cluster_worker_memory
+        from raytune_ft.ray_backend.cluster import cluster_worker_memory
 
         usable = cluster_worker_memory(parallel.resources_per_worker)
     elif usable is None:

@@ -20,6 +20,18 @@ from raytune_ft.errors import InputError, StorageError
 from raytune_ft.files import fsync, write_text_atomic
 from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RESULT, cache_in
 
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run as its processes get it. Paths are absolute."""
+
+    config: Config
+    run_dir: Path
+    data_dir: Path
+    metric: str = "eval_loss"
+    mode: str = "min"
+
+
 _REMEDY = "write a storage directory that this user can write to"
 
 

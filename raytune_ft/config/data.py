@@ -33,7 +33,7 @@ class Format:
 
 
 def _prompt_completion() -> Any:
-    from raytune_ft.data.formats.plain import PROMPT_COMPLETION
+    from raytune_ft.data.formats.example import PROMPT_COMPLETION
 
     return PROMPT_COMPLETION
 
@@ -45,7 +45,7 @@ def _messages() -> Any:
 
 
 def _text() -> Any:
-    from raytune_ft.data.formats.plain import TEXT
+    from raytune_ft.data.formats.example import TEXT
 
     return TEXT
 

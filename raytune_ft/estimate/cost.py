@@ -14,7 +14,7 @@ from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import Work, held_by
 from raytune_ft.estimate.parameters import Shell
 from raytune_ft.strategy import strategy_class
-from raytune_ft.strategy.footprint import Held, Message, Traffic
+from raytune_ft.strategy.base import Held, Message, Traffic
 
 LATENCY_S = {"cpu": (50e-6, 100e-6), "cuda": (5e-6, 15e-6)}  # inside a node, between nodes
 OVERLAP = {"cpu": 0.0, "cuda": 0.8}

@@ -16,9 +16,9 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
-from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.model.objectives import Columns, Objective
 from raytune_ft.model.objectives.base import WEIGHT
+from raytune_ft.model.objectives.tokens import label_positions, token_losses
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
 from raytune_ft.train.model_runner import ModelRunner
 

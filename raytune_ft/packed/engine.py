@@ -31,8 +31,8 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.loss import label_positions
 from raytune_ft.model.meta import build_base, shapes_of
+from raytune_ft.model.objectives.tokens import label_positions
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -44,6 +44,7 @@ from raytune_ft.packed.layout import PackedPass, plan_pass
 from raytune_ft.packed.lora import ActiveAdapters, AdapterInit, MultiLora, init_adapter
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
 from raytune_ft.train.model_runner import ModelRunner
@@ -56,7 +57,6 @@ from raytune_ft.train.setup import (
     check_vocabulary,
     plain_order,
 )
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Beat, Heartbeat, unheard
 
 

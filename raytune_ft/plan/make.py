@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raytune_ft.data.report import DataReport
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.plan.layouts import NodeChoice, Option
-    from raytune_ft.ray_backend.memory import Room
+    from raytune_ft.ray_backend.cluster import Room
 
 LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
 PER_NODE = 8
@@ -189,7 +189,7 @@ def _room(config: Config, asked: Asked) -> Room | None:
     """The resources of the joined cluster, None without one or with a named accelerator."""
     if asked.accelerator is not None or not joins_cluster(config):
         return None
-    from raytune_ft.ray_backend.memory import cluster_room
+    from raytune_ft.ray_backend.cluster import cluster_room
 
     return cluster_room(config.parallel.resources_per_worker, config.parallel.max_workers)
 

@@ -14,8 +14,8 @@ from raytune_ft.errors import InputError
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
 from raytune_ft.ray_backend.worker import host_of, use_reserved
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import end_run, failed_result
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import watched
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from raytune_ft.ray_backend.registry import (
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import end_run, left_by_workers
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.stopping import interruptible
 from raytune_ft.train.watchdog import (
     Standing,

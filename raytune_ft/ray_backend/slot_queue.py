@@ -26,7 +26,7 @@ from raytune_ft.ray_backend.registry import (
     StopRequested,
     start_beside_driver,
 )
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]
 LEAVE_TIMEOUT_S = 10.0

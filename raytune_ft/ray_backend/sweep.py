@@ -19,7 +19,7 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.stopper import CombinedStopper
 
-from raytune_ft.config.execution import choose_execution
+from raytune_ft.config.execution import arrange, choose_execution
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
@@ -54,7 +54,6 @@ from raytune_ft.records import RunResult, TrialRecord
 from raytune_ft.search.initial_trials import first_points
 from raytune_ft.search.progress import Progress, progress_for
 from raytune_ft.search.results import Spending, SweepResult, apply_params, sweep_result, trial_name
-from raytune_ft.search.slots import arrange
 from raytune_ft.search.study import (
     open_study,
     own_trials,

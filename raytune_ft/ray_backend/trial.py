@@ -14,12 +14,12 @@ import ray
 from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
+from raytune_ft.config.execution import Arrangement
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.layout import ENGINES, TRIALS
-from raytune_ft.ray_backend.cluster import set_train_defaults, stop_grace_s
-from raytune_ft.ray_backend.memory import cluster_worker_memory
+from raytune_ft.ray_backend.cluster import cluster_worker_memory, set_train_defaults, stop_grace_s
 from raytune_ft.ray_backend.registry import (
     Ended,
     Note,
@@ -30,10 +30,9 @@ from raytune_ft.ray_backend.registry import (
 )
 from raytune_ft.ray_backend.slot_queue import SlotHandle, start_slot_queue
 from raytune_ft.records import RunResult, Tell, plain_of
+from raytune_ft.rundir import RunSpec
 from raytune_ft.search.results import apply_params
-from raytune_ft.search.slots import Arrangement
 from raytune_ft.train.result import end_run, left_by_workers
-from raytune_ft.train.spec import RunSpec
 
 
 class Execution(Protocol):

@@ -23,7 +23,7 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.layout import RESULT
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.stopping import Host
 from raytune_ft.train.watchdog import Heartbeat, Standing
 

@@ -48,7 +48,7 @@ from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
 from raytune_ft.ray_backend.cluster import whole_groups
 from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 
 START_FAILURES = 10
 """Starts in a row that may fail, for example because a node is gone: about ten minutes."""

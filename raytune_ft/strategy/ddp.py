@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.model.unused_parameters import unreached
-from raytune_ft.strategy.footprint import Held, Message, Shape, Traffic
+from raytune_ft.model.probe import unreached
+from raytune_ft.strategy.base import Held, Message, Shape, Traffic
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from raytune_ft.config import deepspeed_json
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
-from raytune_ft.model.unused_parameters import unreached
-from raytune_ft.strategy.base import MOMENTS, OptimizerOf
-from raytune_ft.strategy.footprint import Held, Message, Shape, Traffic, held_bytes
+from raytune_ft.model.probe import unreached
+from raytune_ft.strategy.base import MOMENTS, Held, Message, OptimizerOf, Shape, Traffic, held_bytes
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
 

@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.load import Precision
-from raytune_ft.strategy.base import MOMENTS
-from raytune_ft.strategy.footprint import (
+from raytune_ft.strategy.base import (
+    MOMENTS,
     Held,
     Message,
     Shape,

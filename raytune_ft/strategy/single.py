@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
-from raytune_ft.strategy.base import MOMENTS, OptimizerOf, T
-from raytune_ft.strategy.footprint import Held, Shape, Traffic, held_bytes, largest
+from raytune_ft.strategy.base import (
+    MOMENTS,
+    Held,
+    OptimizerOf,
+    Shape,
+    T,
+    Traffic,
+    held_bytes,
+    largest,
+)
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
 

@@ -22,10 +22,10 @@ from raytune_ft.files import flush_file, read_json
 from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy.side_channel import SideChannel, on_all_ranks
 from raytune_ft.tensors.read import TensorFiles, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
-from raytune_ft.train.spec import RunSpec
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
 from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
-from raytune_ft.model.loss import label_logits, label_positions
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
+from raytune_ft.model.objectives.tokens import label_logits, label_positions
 from raytune_ft.strategy import Strategy
 
 

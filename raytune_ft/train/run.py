@@ -16,6 +16,7 @@ from raytune_ft.model.load import disk_dtype
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy, build_strategy
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
@@ -28,7 +29,6 @@ from raytune_ft.train.setup import (
     check_vocabulary,
     head_of,
 )
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.stopping import Host, own_host
 from raytune_ft.train.watchdog import Heartbeat, watched
 

@@ -16,12 +16,12 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.layout import checkpoint_path
 from raytune_ft.records import EvalMetrics, Point, RunResult, StepMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.checkpoint import Progress, Saver
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.optim import learning_rate, total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import Outcome, end_run, failed_result, run_result
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.watchdog import Heartbeat
 

@@ -36,6 +36,7 @@ from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
 from raytune_ft.train.distill import check_size, teacher_of
@@ -43,7 +44,6 @@ from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.run_state import RunState, Schedule
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.watchdog import Heartbeat
 

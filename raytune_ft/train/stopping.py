@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 
 from raytune_ft.errors import RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import end_run, failed_result
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import (
     Heartbeat,
     Standing,

@@ -27,8 +27,8 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.files import read_json, write_text_atomic
 from raytune_ft.layout import CONFIG, METRICS, TENSORBOARD, TRACKING_IDS, TRIALS
 from raytune_ft.records import EvalMetrics, StepMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import MetricsFile, Several
-from raytune_ft.train.spec import RunSpec
 
 SHOWN = ("seed", "model", "method", "data", "train")
 

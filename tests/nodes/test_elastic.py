@@ -9,7 +9,7 @@ import pytest
 
 from raytune_ft.ray_backend import run_handle, worker_group
 from raytune_ft.records import EvalMetrics
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
 from tests.ray.conftest import Inputs, workers
 from tests.ray.faults import slow_worker

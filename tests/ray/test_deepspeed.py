@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.ray_backend.run_handle import fit
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.runs import largest_difference, run
 

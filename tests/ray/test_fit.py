@@ -16,8 +16,8 @@ from ray.util.placement_group import placement_group_table
 from raytune_ft.errors import ClusterError, Interrupted, ModelError, RunFailed
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.records import EvalMetrics, RunResult
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
-from raytune_ft.train.spec import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left, listening, workers
 from tests.support.runs import largest_difference, losses
 

@@ -20,10 +20,10 @@ from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import Interrupted
 from raytune_ft.ray_backend.schedulers import scheduler_for
 from raytune_ft.ray_backend.sweep import run_sweep
+from raytune_ft.rundir import RunSpec
 from raytune_ft.search.results import SweepResult
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
 from tests.support.runs import largest_difference, metrics
 

@@ -14,8 +14,8 @@ from raytune_ft.errors import Interrupted, RunFailed
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.ray_backend.sweep import run_sweep
 from raytune_ft.records import EvalMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
-from raytune_ft.train.spec import RunSpec
 from tests.ray.conftest import Inputs, assert_nothing_left, workers
 from tests.ray.faults import HUNG, slow_worker, worker_that_hangs_once
 from tests.support.runs import largest_difference, losses

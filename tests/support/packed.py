@@ -13,9 +13,9 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.evaluate.precompute import taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.packed.engine import PackedEngine, Passes
+from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import build_strategy
 from raytune_ft.train.report import Reporter, Silent
-from raytune_ft.train.spec import RunSpec
 from tests.support.runs import evaluations, final_weights, losses, make_config
 
 # Different in all that a run has of its own; the last one enters a slot that another has used.

@@ -17,10 +17,10 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.evaluate.precompute import taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 from tests.support.models import save_tiny_llama
 
 

@@ -17,10 +17,9 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import load_tokenizer
-from raytune_ft.rundir import cache_path, run_path
+from raytune_ft.rundir import RunSpec, cache_path, run_path
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 from tests.support.models import save_tiny_llama
 
 TRAIN, TEST = 240, 30

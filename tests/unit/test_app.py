@@ -15,8 +15,8 @@ from raytune_ft.errors import ClusterError, ConfigError, DataError
 from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Silent
-from raytune_ft.train.spec import RunSpec
 from tests.support.runs import write_rows
 
 Command = Callable[..., None]

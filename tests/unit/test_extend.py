@@ -26,7 +26,7 @@ from raytune_ft.model.methods.peft import adapt, task_of
 from raytune_ft.plan.make import make_plan
 from raytune_ft.plan.text import describe
 from raytune_ft.promote.promote import promote
-from raytune_ft.strategy.footprint import Held, Message, Shape, Traffic
+from raytune_ft.strategy.base import Held, Message, Shape, Traffic
 from raytune_ft.strategy.single import Single
 from tests.support.runs import BrokenRun, Recorder, losses, make_config, make_inputs, run
 from tests.support.trained import train_as, write_rows

@@ -20,12 +20,12 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.load import load_tokenizer
-from raytune_ft.model.loss import token_losses
 from raytune_ft.model.objectives import Columns, Forward, TeacherOf, TokenObjective
+from raytune_ft.model.objectives.tokens import token_losses
 from raytune_ft.promote.promote import promote
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
-from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_config, make_inputs, metrics
 
 NAME = "confidence_penalty"

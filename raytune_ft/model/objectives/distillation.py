@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from raytune_ft.config.train import KdConfig, TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
-from raytune_ft.model.loss import token_losses
 from raytune_ft.model.objectives.base import Teacher, TeacherOf
-from raytune_ft.model.objectives.tokens import TokenObjective
+from raytune_ft.model.objectives.tokens import TokenObjective, token_losses
 
 
 @dataclass(frozen=True, kw_only=True)

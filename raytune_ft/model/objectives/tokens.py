@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.batch import NO_TARGET, MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.loss import label_positions, token_losses
 from raytune_ft.model.objectives.base import (
     Columns,
     Forward,
@@ -26,6 +26,40 @@ from raytune_ft.model.objectives.base import (
     columns_at,
     example_weights,
 )
+
+
+def label_logits(
+    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_BS: Tensor
+) -> Tensor:
+    """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
+
+    The head is applied to those positions alone. `head` is the output embedding inside `model`,
+    found before a strategy wrapped it. A model that has none, or does not call it, gives logits for
+    all positions, and those of `keep_BS` are selected.
+    """
+
+    def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][keep_BS], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    logits_NV = logits[keep_BS] if logits.ndim == 3 else logits
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy `[N]` of every label token."""
+    targets_N = batch.targets_BS[label_positions(batch)]
+    return F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=smoothing)
+
+
+def label_positions(batch: MicroBatch) -> Tensor:
+    """`keep_BS`: the positions that predict a label token."""
+    return batch.targets_BS != NO_TARGET
 
 
 @dataclass(frozen=True)

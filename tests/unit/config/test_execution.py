@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.config.execution import choose_execution, packable
+from raytune_ft.config.execution import arrange, choose_execution, packable
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution
 from raytune_ft.config.search_space import branches
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate.memory import steps_in_a_pass
-from raytune_ft.search.slots import arrange
 
 LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
 

@@ -16,7 +16,7 @@ from raytune_ft.estimate.cost import (
 from raytune_ft.estimate.hardware import Hardware
 from raytune_ft.estimate.memory import Work
 from raytune_ft.strategy import strategy_class
-from raytune_ft.strategy.footprint import Message
+from raytune_ft.strategy.base import Message
 from tests.unit.estimate.test_memory import parallel, shell
 
 WORK = Work(rows=1, width=8, labels=4, micro_batches=2, step_tokens=16, step_labels=8)

@@ -57,7 +57,7 @@ def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
     monkeypatch.delenv("RAYTUNE_FT_STORAGE", raising=False)
     monkeypatch.setattr("raytune_ft.ray_backend.cluster.connected", nullcontext)
     monkeypatch.setattr("raytune_ft.ray_backend.cluster.node_count", lambda: 2)
-    memory = "raytune_ft.ray_backend.memory.cluster_worker_memory"
+    memory = "raytune_ft.ray_backend.cluster.cluster_worker_memory"
     monkeypatch.setattr(memory, lambda resources: None)
     with pytest.raises(StorageError, match=r"storage=runs is relative, .*on several nodes"):
         make_plan(QUICKSTART, ["parallel.workers=2"], lambda line: None)

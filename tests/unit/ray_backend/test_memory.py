@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raytune_ft.estimate.hardware import GIB, USABLE
-from raytune_ft.ray_backend.memory import least_memory, packed
+from raytune_ft.ray_backend.cluster import least_memory, packed
 
 
 def test_memory_of_a_cluster_is_that_of_its_smallest_fitting_node() -> None:

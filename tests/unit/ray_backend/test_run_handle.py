@@ -16,8 +16,8 @@ import pytest
 from raytune_ft.errors import Interrupted
 from raytune_ft.ray_backend.registry import Ended, Note
 from raytune_ft.ray_backend.run_handle import GroupHandle, run_to_end
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.watchdog import Standing
 from tests.support.runs import make_config
 

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_ft.errors import RunFailed
 from raytune_ft.ray_backend.slot_queue import Enter, Finish, Leave, SlotQueue
-from raytune_ft.train.spec import RunSpec
+from raytune_ft.rundir import RunSpec
 
 Story = Callable[[SlotQueue], Coroutine[Any, Any, None]]
 

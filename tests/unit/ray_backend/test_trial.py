@@ -10,8 +10,8 @@ import pytest
 from raytune_ft.ray_backend.registry import Ended, Report
 from raytune_ft.ray_backend.trial import TrialRun
 from raytune_ft.records import EvalMetrics
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
-from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_config
 
 METRICS = EvalMetrics(step=1, examples=7, eval_loss=1.0, eval_token_accuracy=0.5)

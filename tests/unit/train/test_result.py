@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RunFailed
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import end_run, failed_result, left_by_workers, load_result
-from raytune_ft.train.spec import RunSpec
 from tests.support.runs import make_config
 
 

@@ -19,8 +19,8 @@ from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.config.schema import Config, TrackingConfig
 from raytune_ft.errors import ConfigError
+from raytune_ft.rundir import RunSpec
 from raytune_ft.train import trackers
-from raytune_ft.train.spec import RunSpec
 from raytune_ft.train.trackers import identity_of
 from tests.support.mlflow_server import server
 from tests.support.runs import make_config, metrics, run

@@ -10,7 +10,7 @@ import torch
 from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.model.load import Precision, build_model
-from raytune_ft.model.unused_parameters import unreached
+from raytune_ft.model.probe import unreached
 from tests.support.models import FAMILIES, save_tiny
 
 CPU = torch.device("cpu")
