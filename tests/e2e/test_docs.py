@@ -23,13 +23,17 @@ from raytune_ft.cli import app, run_command
 from raytune_ft.config.data import FORMATS
 from raytune_ft.config.load import load_config
 from raytune_ft.config.merging import MERGES
+from raytune_ft.config.methods import METHODS
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.search import SCHEDULERS
+from raytune_ft.config.strategies import STRATEGIES
 from tests.e2e.test_bad_inputs import refused, write_bad_files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+DICTS = (FORMATS, MERGES, METHODS, OBJECTIVES, SCHEDULERS, STRATEGIES)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 REFUSAL = re.compile(r"^\$ (raytune-ft .*)\nerror: (\S+)", re.M)
 COMMAND = re.compile(r"raytune-ft (\w+) ?(.*)|.* python jobs/(\w+)\.py (.*)")
@@ -74,7 +78,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    entries = [(each, dict(each)) for each in (FORMATS, MERGES, SCHEDULERS)]
+    entries = [(each, dict(each)) for each in DICTS]
     yield tmp_path
     torch.set_num_threads(threads)
     for each, before in entries:  # what docs/extending.md adds
