@@ -57,7 +57,7 @@ from raytune_ft.train.setup import (
     check_vocabulary,
     plain_order,
 )
-from raytune_ft.train.watchdog import Beat, Heartbeat, unheard
+from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
 
 
 def _no_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -82,7 +82,7 @@ class Passes:
         slots: int,
         largest_rank: int,
         strategy: Strategy,
-        beat: Beat = unheard,
+        beat: Beat = no_beat,
     ) -> None:
         """`config` has what all runs share: the model, its precision, the layout of passes."""
         self.config, self.data, self._beat = config, data, beat

@@ -38,7 +38,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Note:
-    """A line for people to read."""
+    """A progress line."""
 
     text: str
 
@@ -95,7 +95,7 @@ class Mailbox:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Any) -> None:
-        """Wakes the reader."""
+        """Add a message and wake the reader."""
         self.messages.append(message)
         self.arrived.set()
 
@@ -109,8 +109,9 @@ class Mailbox:
 
 
 class Mailboxes:
-    """What the two asynchronous actors of the driver share: a mailbox for each run, and a stop that
-    reaches everyone who waits for a message or, through `_changed`, for a slot.
+    """The base of the driver's two asynchronous actors: a mailbox for each run, one stop for all.
+
+    The stop wakes every caller that waits for a message or, through `_changed`, for a slot.
     """
 
     def __init__(self) -> None:
@@ -119,23 +120,23 @@ class Mailboxes:
         self._stopping = False
 
     async def post(self, run: str, event: dict[str, Any]) -> None:
-        """A message to the process that started `run`; lost where no such run was opened."""
+        """Send a message to the process that started `run`; dropped where `run` was not opened."""
         if run in self._boxes:
             self._boxes[run].put(event)
 
     async def take(self, run: str, timeout_s: float) -> tuple[list[dict[str, Any]], bool]:
-        """New messages of `run`, waiting for the first; and whether all runs shall stop."""
+        """The new messages of `run`, waiting for the first; and whether all runs shall stop."""
         if run not in self._boxes:
             return [], self._stopping
         events = await self._boxes[run].take(0.0 if self._stopping else timeout_s)
         return events, self._stopping
 
     async def is_stopping(self) -> bool:
-        """Whether all runs were told to stop."""
+        """Whether all runs shall stop."""
         return self._stopping
 
-    async def stop_everybody(self) -> None:
-        """Everyone who waits, for a message or for a slot, is told to stop instead."""
+    async def stop_all(self) -> None:
+        """Stop all runs: every caller that waits gets the stop instead of a message or a slot."""
         self._stopping = True
         async with self._changed:
             self._changed.notify_all()
@@ -175,7 +176,7 @@ class Registry(Mailboxes):
         return self._stopping or owner in self._gone
 
     async def close(self, run: str) -> None:
-        """The workers of `run` are gone, or as gone as they will be."""
+        """Free the slot of `run`; its workers are gone, or could not be ended."""
         self._groups.pop(run, None)
         self._ending.discard(run)
         async with self._changed:
@@ -184,7 +185,7 @@ class Registry(Mailboxes):
                 self._changed.notify_all()
 
     async def give_up(self, owner: str) -> list[str]:
-        """Nobody hears `owner` any more; returns its runs, which somebody else has to end."""
+        """Drop the runs of `owner`, whose process died; returns them, for the caller to end."""
         async with self._changed:
             self._gone.add(owner)
             self._changed.notify_all()
@@ -204,20 +205,20 @@ class Registry(Mailboxes):
             held.workers = workers
 
     async def group(self, run: str) -> Group:
-        """What `run` holds."""
+        """What `run` holds on the cluster."""
         return self._groups.get(run, Group())
 
     async def open_runs(self) -> list[str]:
-        """Runs that may still hold workers."""
+        """The runs that may still hold workers."""
         return list(self._groups)
 
     async def end(self, run: str) -> Group:
-        """`run` shall save and end; returns whom to ask."""
+        """Note that `run` shall save and end; returns the workers to ask."""
         self._ending.add(run)
         return self._groups.get(run, Group())
 
     async def is_ending(self, run: str) -> bool:
-        """Whether somebody wants `run` to end. Else a run that was interrupted goes on."""
+        """Whether `run` was asked to end. An interrupted run that was not asked starts again."""
         return run in self._ending
 
 

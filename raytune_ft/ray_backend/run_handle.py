@@ -104,7 +104,7 @@ class GroupHandle:
             if stopping:
                 raise StopRequested
             for event in events:
-                self._pending += self._heard(event)
+                self._pending += self._messages_of(event)
             if any("ended" in event for event in events):
                 self._thread.join()
                 over = True
@@ -140,7 +140,7 @@ class GroupHandle:
         self._end_group(self._name, self._registry)
         self._thread.join(timeout=10)
 
-    def _heard(self, event: dict[str, Any]) -> list[Report | Note]:
+    def _messages_of(self, event: dict[str, Any]) -> list[Report | Note]:
         if "report" in event:
             return [Report.of(event["report"])]
         if "workers" in event:
@@ -163,12 +163,12 @@ class GroupHandle:
     def _ask_who_hangs(self, first: Standing) -> str:
         """Write the stack of every rank to `hang.log`; return the line that names who is behind."""
         workers = ray.get(self._registry.group.remote(self._name)).workers
-        heard, _ = self._ask(workers, standing)
-        answers = {each.rank: each for each in heard if each is not None}
-        told = list({**answers, first.rank: first}.values())
+        replies, _ = self._ask(workers, standing)
+        answers = {each.rank: each for each in replies if each is not None}
+        standings = list({**answers, first.rank: first}.values())
         timeout_s = self.spec.config.parallel.hang_timeout_s
-        append_hang_log(self.spec.run_dir, log_text(told, len(workers), timeout_s))
-        return summary(told, len(workers), timeout_s)
+        append_hang_log(self.spec.run_dir, log_text(standings, len(workers), timeout_s))
+        return summary(standings, len(workers), timeout_s)
 
     def _failure(self) -> RaytuneFtError | None:
         if self._error is None:

@@ -30,20 +30,20 @@ from raytune_ft.rundir import RunSpec
 
 Leaving = Literal["pruned", "interrupted"]
 LEAVE_TIMEOUT_S = 10.0
-"""For how long a trial that was stopped waits for its engine, which answers between two passes, but
-not while it evaluates or starts again. The slot is free when it did."""
+"""How long a stopped trial waits until its engine frees the slot. An engine answers between two
+passes, but not while it evaluates or starts again."""
 
 
 @dataclass(frozen=True)
 class Enter:
-    """A trial takes a slot, from its newest checkpoint if it has one."""
+    """Take a trial into a slot, from its newest checkpoint if it has one."""
 
     spec: RunSpec
 
 
 @dataclass(frozen=True)
 class Leave:
-    """A trial gives its slot back; one that is interrupted saves first."""
+    """Free a trial's slot; an interrupted trial saves first."""
 
     run: str
     status: Leaving
@@ -51,7 +51,7 @@ class Leave:
 
 @dataclass(frozen=True)
 class Finish:
-    """No trial will come any more."""
+    """End the engine: no more trials will come."""
 
 
 Command = Enter | Leave | Finish
@@ -118,7 +118,7 @@ class SlotQueue(Mailboxes):
         return best if best is not None and free[best] > 0 else None
 
     async def leave(self, run: str, status: Leaving, timeout_s: float) -> bool:
-        """Ask the engine to let a trial go; whether it did within `timeout_s`."""
+        """Ask the engine to free a trial's slot; whether it did so within `timeout_s`."""
         trial = self._trials.get(run)
         if trial is None:
             return True
@@ -132,12 +132,12 @@ class SlotQueue(Mailboxes):
     # Called by engines.
 
     async def slots_of(self, engine: str) -> int | None:
-        """How many an engine had when it was there before."""
+        """The number of slots that an engine had before it was lost; None for a new engine."""
         known = self._engines.get(engine)
         return known.slots if known else None
 
     async def begin(self, engine: str, slots: int) -> list[RunSpec]:
-        """An engine is there, maybe again; returns the trials that it holds.
+        """Register an engine, also one that was lost and is back; returns the trials that it holds.
 
         One that was to leave when the engine was lost has left.
         """
@@ -153,11 +153,11 @@ class SlotQueue(Mailboxes):
         return [trial.spec for trial in held if not trial.leaving]
 
     async def commands(self, engine: str, timeout_s: float) -> list[Command]:
-        """What an engine is asked, waiting for it."""
+        """The commands for an engine, waiting for the first."""
         return await self._engines[engine].commands.take(timeout_s)
 
     async def gone(self, run: str) -> None:
-        """The slot of a trial is free, whose files are all written."""
+        """Free the slot of a trial, whose files are all written."""
         async with self._changed:
             self._trials[run].gone.set()
             self._changed.notify_all()
@@ -165,7 +165,7 @@ class SlotQueue(Mailboxes):
     # Called by the driver.
 
     async def engine_ended(self, engine: str, error: RaytuneFtError | None) -> None:
-        """It will not come back: its trials end with its error, and later ones go elsewhere."""
+        """Drop an engine that will not come back: its trials end with its error."""
         async with self._changed:
             self._engines.pop(engine, None)
             if not self._engines:
@@ -177,18 +177,18 @@ class SlotQueue(Mailboxes):
             self._changed.notify_all()
 
     async def give_up(self, run: str) -> None:
-        """Nobody hears a trial any more: it leaves its slot, or gets none."""
+        """Drop a trial whose process died: it leaves its slot, or its place in the queue."""
         async with self._changed:
             self._refused.add(run)
             self._changed.notify_all()
         await self.leave(run, "pruned", LEAVE_TIMEOUT_S)
 
     async def open_runs(self) -> list[str]:
-        """Trials that hold a slot."""
+        """The trials that hold a slot."""
         return [run for run, trial in self._trials.items() if not trial.gone.is_set()]
 
     async def finish(self) -> None:
-        """Engines end."""
+        """End all engines."""
         self._finished = True
         for engine in self._engines.values():
             engine.commands.put(Finish())
@@ -216,16 +216,16 @@ class SlotHandle:
             events, stopping = ray.get(self._queue.take.remote(self._run, timeout_s))
             if stopping:
                 raise StopRequested
-            self._pending = [_heard(event) for event in events]
+            self._pending = [_message_of(event) for event in events]
         return self._pending.pop(0) if self._pending else None
 
     def wind_down(self, grace_s: float) -> None:
         ray.get(self._queue.leave.remote(self._run, "interrupted", grace_s))
 
     def stop(self) -> None:
-        """See `RunHandle`. Where the engine is busy, it lets the trial go later."""
+        """End the run. A busy engine frees the slot later."""
         ray.get(self._queue.leave.remote(self._run, "pruned", LEAVE_TIMEOUT_S))
 
 
-def _heard(event: dict[str, Any]) -> Report | Ended:
+def _message_of(event: dict[str, Any]) -> Report | Ended:
     return Report.of(event["report"]) if "report" in event else Ended(event["ended"])

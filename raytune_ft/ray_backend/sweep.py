@@ -163,7 +163,7 @@ class StopWith(OfThisProcess, tune.Stopper):
             return False
         if self._told_at is None:
             self._told_at = self._clock()
-            self._execution.stop_everybody()
+            self._execution.stop_all()
         if self._clock() - self._told_at > self._grace_s:
             return True
         return not self._execution.open_runs()
@@ -312,10 +312,10 @@ class _Sweep:
                 settings_of_tune(),
             ):
                 stop = StopWith(interrupted, execution, stop_grace_s())
-                told = ProgressCallback(
+                reports = ProgressCallback(
                     progress, self._study, self._search, self._remember, execution
                 )
-                self._tuner(left, concurrent, execution, storage, stop, told, interrupted).fit()
+                self._tuner(left, concurrent, execution, storage, stop, reports, interrupted).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
@@ -378,7 +378,7 @@ class _Sweep:
         execution: Execution,
         storage: str,
         stop: tune.Stopper,
-        told: tune.Callback,
+        reports: tune.Callback,
         interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(SweepTrial, shared=self._shared, execution=execution)
@@ -405,7 +405,7 @@ class _Sweep:
                 name=self._shared.config.name,
                 storage_path=storage,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[told, budget],
+                callbacks=[reports, budget],
                 stop=CombinedStopper(stop, budget),
                 verbose=0,
             ),
@@ -471,7 +471,7 @@ def concurrency(search: SearchConfig, fit: int) -> tuple[int, str | None]:
 
 
 def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> None:
-    """Tell the study of trials that ended while nobody was there to listen."""
+    """Add to the study the trials that ended without a driver."""
     for number in unfinished(study):
         run_dir = shared.sweep_dir / TRIALS / trial_name(number)
         result = load_result(run_dir)

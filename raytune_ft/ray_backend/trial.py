@@ -47,7 +47,7 @@ class Execution(Protocol):
     def is_stopping(self) -> bool:
         """Whether the sweep stops."""
 
-    def stop_everybody(self) -> None:
+    def stop_all(self) -> None:
         """Ask every trial to save and to leave."""
 
     def open_runs(self) -> list[str]:
@@ -70,8 +70,8 @@ class _Actor:
     def is_stopping(self) -> bool:
         return bool(ray.get(self.actor.is_stopping.remote()))
 
-    def stop_everybody(self) -> None:
-        ray.get(self.actor.stop_everybody.remote())
+    def stop_all(self) -> None:
+        ray.get(self.actor.stop_all.remote())
 
     def open_runs(self) -> list[str]:
         return list(ray.get(self.actor.open_runs.remote()))

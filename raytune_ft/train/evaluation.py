@@ -18,7 +18,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.model_runner import ModelRunner
-from raytune_ft.train.watchdog import Beat, unheard
+from raytune_ft.train.watchdog import Beat, no_beat
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,14 +43,14 @@ class Scores:
         return EvalMetrics(step, examples, dict(self.figures), dict(self.loss_by_source))
 
 
-def evaluate(runner: ModelRunner, split: TokenizedSplit, beat: Beat = unheard) -> Scores:
+def evaluate(runner: ModelRunner, split: TokenizedSplit, beat: Beat = no_beat) -> Scores:
     """Scores of the model as it is now; all ranks share the work and get the same answer."""
     return evaluate_groups(runner, split, 1, beat)[0]
 
 
 @torch.no_grad()
 def evaluate_groups(
-    runner: ModelRunner, split: TokenizedSplit, groups: int, beat: Beat = unheard
+    runner: ModelRunner, split: TokenizedSplit, groups: int, beat: Beat = no_beat
 ) -> list[Scores]:
     """Scores of each of several models that share one runner.
 

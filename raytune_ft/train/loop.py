@@ -15,7 +15,7 @@ from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import evaluate
 from raytune_ft.train.model_runner import ModelRunner, noisy_embeddings
 from raytune_ft.train.run_state import RunState
-from raytune_ft.train.watchdog import Beat, Heartbeat, unheard
+from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
 
 
 def accumulate_gradients(
-    runner: ModelRunner, split: TokenizedSplit, indices: Indices, beat: Beat = unheard
+    runner: ModelRunner, split: TokenizedSplit, indices: Indices, beat: Beat = no_beat
 ) -> tuple[float, float]:
     """Add the gradient of the objective's mean loss over `indices`, whatever the layout.
 

@@ -2,7 +2,7 @@
 
 A tracker is one small class and one entry of `TRACKERS`. It is called in the process of rank 0 that
 trains, never through Ray. What talks to a server does so in a thread of its own, so that a slow one
-costs no step; what fails is told once, and the run goes on without it.
+costs no step; a failure is one warning, and the run continues without the tracker.
 """
 
 from __future__ import annotations

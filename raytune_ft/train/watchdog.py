@@ -103,7 +103,7 @@ class Heartbeat:
         )
 
 
-def unheard(done: float, of: int) -> None:
+def no_beat(done: float, of: int) -> None:
     """A `Beat` that does nothing."""
 
 

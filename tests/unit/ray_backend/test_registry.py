@@ -48,7 +48,7 @@ def test_whoever_waits_for_a_slot_can_be_stopped() -> None:
         waiting = asyncio.create_task(registry.open("run-b", "trial-b"))
         assert await soon(waiting) is None
         assert not await registry.is_stopping()
-        await registry.stop_everybody()
+        await registry.stop_all()
         assert await registry.is_stopping()
         assert await soon(waiting) is False
         assert not await registry.open("run-c", "trial-c")

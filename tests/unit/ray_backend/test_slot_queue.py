@@ -146,7 +146,7 @@ def test_everybody_stops() -> None:
         waiting = asyncio.create_task(queue.enter("b", spec("b")))
         listening = asyncio.create_task(queue.take("a", 100))
         await asyncio.sleep(0.01)
-        await queue.stop_everybody()
+        await queue.stop_all()
         assert not await waiting
         assert await listening == ([], True)
         assert await queue.is_stopping()

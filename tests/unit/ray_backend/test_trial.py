@@ -25,7 +25,7 @@ class Somewhere:
         self.stopping = stopping
         self.done: list[str] = []
 
-    def stop_everybody(self) -> None:
+    def stop_all(self) -> None:
         self.stopping = True
 
     def open_runs(self) -> list[str]:
