@@ -47,20 +47,20 @@ def _summary(plan: Plan) -> list[str]:
     host = [f"copy for checkpoints {size(memory.snapshot)}"]
     if memory.offloaded:
         host.insert(0, f"offloaded {size(memory.offloaded)}")
-    throughout = {
+    held = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
     }
-    throughout |= {"teacher": memory.teacher} if memory.teacher else {}
-    staying = ", ".join(f"{name} {size(count)}" for name, count in throughout.items())
+    held |= {"teacher": memory.teacher} if memory.teacher else {}
+    staying = ", ".join(f"{name} {size(count)}" for name, count in held.items())
     lines = [
         f"strategy: {plan.config.parallel.strategy} ({plan.reason})",
-        f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} move "
+        f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} are trained "
         f"({share:.2%})",
         f"memory of a worker: {size(memory.peak)} at most, has {has}",
-        f"  throughout: {staying}",
-        f"  for a while: {passing}",
+        f"  all the time: {staying}",
+        f"  at the peak of a step: {passing}",
         f"  in host memory: {', '.join(host)}",
     ]
     if plan.own.rejected:
