@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# At most 10 minutes on 2 idle cores; tests/conftest.py says which files begin first.
+# tests/conftest.py says which files begin first.
 test: $(STAMP)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not slow and not stress and not multihost and not matrix"

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "metric file that is no Python": (
         ["promote.metrics=[{tmp}/broken.py:score]"],
-        "names a file that cannot be read (it is no Python)",
+        "names a file that cannot be read (it is not Python)",
     ),
     "test data that were trained on": (
         [f"data.test={{path: '{{tmp}}/leak.jsonl', {COLUMNS}}}"],

@@ -84,7 +84,7 @@ def test_rows_longer_than_the_model(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     assert run_command(["train", *arguments, f"model.path={base}"]) == 2
-    assert "and the model has 16 positions; write at most 16" in capsys.readouterr().err
+    assert "but the model has 16 positions; write at most 16" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "a").exists()
 
 

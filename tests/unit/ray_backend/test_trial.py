@@ -14,7 +14,7 @@ from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
 from tests.support.runs import make_config
 
-METRICS = EvalMetrics(step=1, examples=7, eval_loss=1.0, eval_token_accuracy=0.5)
+METRICS = EvalMetrics(1, 7, {"eval_loss": 1.0, "eval_token_accuracy": 0.5})
 
 
 class Somewhere:

@@ -117,7 +117,7 @@ def test_a_tracker_that_fails_is_told_and_ends_nothing(
 
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Broken)
     _, lines = trained(inputs, tmp_path / "run", ["mlflow", "tensorboard"])
-    text = "tracking by mlflow failed, and the run goes on without it: ConnectionError: the server"
+    text = "tracking by mlflow failed; the run continues without it: ConnectionError: the server"
     assert f"warning: {text} is gone\n" in capsys.readouterr().err
     assert text in json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow_warning"]
     assert len(lines) == 9
@@ -175,7 +175,7 @@ def test_a_tracker_that_hangs_costs_its_patience_once(
     _, lines = trained(inputs, tmp_path / "run", ["wandb"])
     assert len(lines) == 9
     assert time.monotonic() - begun < 20
-    assert "left behind" in (tmp_path / "run" / "tracking.json").read_text()
+    assert "did not take all figures" in (tmp_path / "run" / "tracking.json").read_text()
     hanging.set()
 
 

@@ -249,7 +249,7 @@ def test_a_full_checkpoint_is_a_classifier_by_itself(tmp_path: Path, root: Path)
     ("objective", "changes", "message"),
     [
         ("classification", {"data.labels": ["a", "b"]}, "has the label 'c'"),
-        ("classification", {"data.labels": ["a", "b", "c", "d"]}, "has the label 'd', of which no"),
+        ("classification", {"data.labels": ["a", "b", "c", "d"]}, "has the label 'd', which no"),
         ("classification", {"data.problem": "regression"}, "bad_label"),
         ("sft", {"data.train.example_weight": "prompt"}, "bad_weight"),
     ],
