@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--shared", type=Path, default=Path("../shared"), help="real data and models"
     )
-    parser.add_argument("--steps", type=int, default=40, help="steps of each arm (default 40)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each arm (default 20)")
     parser.add_argument("--short", action="store_true", help="the small model alone, 10 steps")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -191,7 +191,7 @@ def main() -> None:
         models = [(small, 16)]
         if not arguments.short:
             build_base(large, arguments.shared)
-            models.append((large, 16))
+            models.append((large, 4))
         for base, batch in models:
             for method in ("lora", "full"):
                 for precision in ("float32", "bfloat16"):
