@@ -270,7 +270,7 @@ class Runner:
 
 @contextmanager
 def reserved(cpus: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A Ray of so many CPUs, all of which are taken: its address, and what sets them free."""
+    """Start Ray and reserve all its `cpus` CPUs; yields its address and a function to free them."""
     before, os.environ[CPUS] = os.environ[CPUS], json.dumps({"CPU": cpus})
     quiet: Json = {"log_to_driver": False, "logging_level": logging.ERROR}
     ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

@@ -20,7 +20,9 @@ Outcome = Literal["completed", "early_stopped", "interrupted"]
 Ending = Literal["failed", "pruned", "interrupted"]
 
 
-def end_run(spec: RunSpec, end: RunResult | Ending, error: str | None = None) -> RunResult:
+def end_run(
+    spec: RunSpec, end: RunResult | Ending, error: BaseException | str | None = None
+) -> RunResult:
     """Decide how a run ended, and write its `result.json`: every end of every run passes here.
 
     Several processes may see the same run end. Who wins, strongest first:
@@ -29,8 +31,8 @@ def end_run(spec: RunSpec, end: RunResult | Ending, error: str | None = None) ->
     2. The run itself, a `RunResult` written by its rank 0: completed, stopped early, or failed by
        itself (diverged, out of memory, wrong input, a hang that its own watchdog found). A run
        alone in its process writes "interrupted" too.
-    3. Whoever started the run, where the run left nothing: "interrupted" if it was asked to stop,
-       else "failed" with what killed the workers.
+    3. The process that started the run, where the run left nothing: "interrupted" if it was asked
+       to stop, else "failed" with the error that ended the workers.
 
     So a run that completes while Ctrl-C arrives is completed, and a group that dies after rank 0
     wrote its result keeps that result. Returns what `result.json` holds now.
@@ -47,8 +49,7 @@ def end_run(spec: RunSpec, end: RunResult | Ending, error: str | None = None) ->
 
 def failed_result(spec: RunSpec, error: BaseException | str | None) -> RunResult:
     """The result of a run that failed by itself, with what it had evaluated and saved."""
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-    return _from_metrics(spec, "failed", text)
+    return _from_metrics(spec, "failed", error)
 
 
 def run_result(
@@ -76,7 +77,7 @@ def left_by_workers(spec: RunSpec, error: RaytuneFtError | None) -> RunResult:
     result = load_result(spec.run_dir)
     if result is None:
         failure = error or RunFailed("the workers ended without a result")
-        end_run(spec, failed_result(spec, failure))
+        end_run(spec, "failed", failure)
         raise failure
     if isinstance(error, InputError):
         raise error
@@ -112,7 +113,7 @@ def with_checkpoint(point: Point, run_dir: Path) -> Point:
     return replace(point, checkpoint=kept)
 
 
-def _from_metrics(spec: RunSpec, status: Ending, error: str | None) -> RunResult:
+def _from_metrics(spec: RunSpec, status: Ending, error: BaseException | str | None) -> RunResult:
     """From `metrics.jsonl`; `best` is the best evaluation whose checkpoint is still there."""
     evaluations = _evaluations(spec.run_dir / METRICS)
     base = next((point for point in evaluations if point.examples == 0), None)
@@ -126,5 +127,5 @@ def _from_metrics(spec: RunSpec, status: Ending, error: str | None) -> RunResult
         final=points[-1] if points else None,
         seed=spec.config.seed,
         config_sha256=config_sha256(spec.config),
-        error=error,
+        error=f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error,
     )

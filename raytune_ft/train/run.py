@@ -43,8 +43,8 @@ def run_training(
     alike is a result with status "failed"; one that this rank alone may have met is raised, so
     that whoever started the group ends the others, which wait for this one.
 
-    `host` is whoever started this process: it may ask the run to stop, and then writes the result
-    "interrupted" itself. Without a host, a single process listens to signals.
+    `host` stands for the process that started this one. It may ask the run to stop, and then writes
+    the result "interrupted" itself. Without a host, a single process listens to signals.
 
     Raises:
         InputError: the input turns out to be wrong only now; `result.json` says so too.

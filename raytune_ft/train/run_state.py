@@ -96,7 +96,7 @@ class Schedule:
 
 
 class RunState:
-    """What a run is between two steps. Whoever computes gradients drives it:
+    """The state of a run between two steps. The code that computes gradients drives it:
 
         run.begin(scores of the base)
         while not run.over:
@@ -107,10 +107,10 @@ class RunState:
             run.after_evaluation(scores)          # None where none was due
         run.finish(notes)
 
-    `train.loop` drives one, `packed.engine` one a slot. Every rank holds the state and decides
-    alike, from sums over ranks. Rank 0 alone has a `log`, which gets everything at once; the
-    `reporter` gets an evaluation once the checkpoint that it earned is committed, so that whoever
-    stops the run on that report finds the checkpoint whole. Training goes on meanwhile.
+    `train.loop` drives one state, `packed.engine` one for each slot. Every rank holds the state and
+    makes the same decisions, from sums over ranks. Only rank 0 has a `log`, which gets every metric
+    at once. The `reporter` gets an evaluation after its checkpoint is committed: a search that
+    stops the run on that report then finds the checkpoint. Training continues meanwhile.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class RunState:
         reporter: Reporter,
         heart: Heartbeat,
     ) -> None:
-        """`data` is the training split; `heart` is told of every phase."""
+        """`data` is the training split; `heart` gets the name of every phase."""
         self.spec, self.progress, self.saver = spec, progress, saver
         self._settings = spec.config.train
         self._data, self._order, self._schedule = data, order, schedule
@@ -237,8 +237,9 @@ class RunState:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """At the end of the context nothing waits any more, also where the run diverged, which all
-        ranks see alike.
+        """At the end of the context, report every evaluation that waits for its checkpoint.
+
+        Also where the run diverged, because all ranks see that; not after other errors.
         """
         try:
             yield

@@ -76,7 +76,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @dataclass(frozen=True)
 class Host:
-    """Whoever started a process of a run: asks it to stop, and is told when it hangs.
+    """The process that started this one: it may ask the run to stop, and gets a report of a hang.
 
     `on_hang` may take seconds; the process ends after it.
     """

@@ -39,7 +39,7 @@ DEEPSPEED = "parallel.strategy=deepspeed parallel.deepspeed"
 pytestmark = pytest.mark.e2e
 
 # A command and the words of its line. `train ...` stands for `raytune-ft train
-# jobs/quickstart.yaml ...`, `sweep ...` likewise; other commands are written out.
+# jobs/quickstart.yaml ...`, and `sweep ...` for the same with `sweep`; others are written out.
 Case = tuple[str, ...]
 COMMAND_LINE: list[Case] = [
     ("raytune-ft trian x.yaml", "trian", "train", "raytune-ft --help"),
