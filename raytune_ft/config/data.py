@@ -38,10 +38,10 @@ def _prompt_completion() -> Any:
     return PROMPT_COMPLETION
 
 
-def _messages() -> Any:
-    from raytune_ft.data.formats.chat import MESSAGES
+def _chat() -> Any:
+    from raytune_ft.data.formats.chat import CHAT
 
-    return MESSAGES
+    return CHAT
 
 
 def _text() -> Any:
@@ -64,7 +64,9 @@ def _rationale() -> Any:
 
 FORMATS: dict[str, Format] = {
     "prompt_completion": Format(_prompt_completion),
-    "messages": Format(_messages, keys=("tools", "train_on"), chat_template=True),
+    "messages": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
+    "sharegpt": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
+    "alpaca": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
     "text": Format(_text, documents=True),
     "classification": Format(_classification, keys=("text_pair",), labels=True),
     "rationale": Format(_rationale, keys=("rationale_until",)),
@@ -92,12 +94,25 @@ class SourceConfig(Section):
         description="for rationale, a regular expression instead of that column: in the "
         "completion, the text before its last match is the rationale, the text after it the answer",
     )
-    messages: str = Field("messages", description="column of the chat turns, for messages")
+    messages: str = Field(
+        "messages",
+        description="column of the chat turns, for messages and sharegpt (there `conversations` "
+        "by default)",
+    )
     tools: str | None = Field(
-        None, description="for messages, column of the tools that the chat template gets"
+        "tools",
+        description="for chats, column of the tools that the chat template gets, where a row has "
+        "it; null leaves tools out",
     )
     train_on: Annotated[list[str], Field(min_length=1)] = Field(
-        ["assistant"], description="for messages, the roles whose turns carry loss"
+        ["assistant"], description="for chats, the roles whose turns carry loss"
+    )
+    turns: Literal["auto", "all", "last", "split"] = Field(
+        "auto",
+        description="for chats, which turns are learnt where the chat template writes a turn "
+        "differently once others follow (many cut its reasoning). auto: each as the model would be "
+        "shown it, if need be in an example of its own; all: as the whole conversation has them; "
+        "last: the last one; split: each in an example of its own",
     )
     text: str = Field("text", description="column of the document, for text and classification")
     text_pair: str | None = Field(

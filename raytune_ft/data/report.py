@@ -117,6 +117,11 @@ class SourceReport:
         longest: tokens of the longest row, before anything was cut.
         tokens: of the usable rows.
         label_tokens: of the usable rows, those that carry loss.
+        unread: column -> rows that have a value there, which the run does not read.
+        lost: what the chat template leaves out -> usable rows.
+        first_lost: what it leaves out -> the first such row.
+        notes: key of `NOTES` -> usable rows.
+        ends: special token -> trained turns that end with it; "" for those that end with none.
     """
 
     name: str
@@ -131,6 +136,28 @@ class SourceReport:
     longest: int
     tokens: int
     label_tokens: int
+    unread: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    first_lost: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+
+
+NOTES = {
+    "longer_prompt": "{count} rows in which the template prompts with more than it then writes, "
+    "such as an opened <think>",
+    "own_example": "{count} rows in which the template writes a turn differently once others "
+    "follow, so that it is learnt in an example of its own",
+    "special_text": "{count} rows that spell special tokens, which are read as text",
+    "untrained_turn": "{count} rows with turns that are marked not to be trained or that `turns` "
+    "leaves out",
+}
+"""Facts of a source that its reader may not expect, by their keys in a report."""
+
+
+def unread_text(report: SourceReport) -> str:
+    """The columns that are not read, such as `input (412 of 999 rows)`."""
+    return ", ".join(f"{name} ({n:,} of {report.rows:,} rows)" for name, n in report.unread.items())
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,13 @@ class Source:
     columns: tuple[str, ...] | None
     read: Callable[[Sequence[str]], Rows]
 
-    def rows(self, wanted: Mapping[str, str]) -> Rows:
+    def rows(self, wanted: Mapping[str, str], optional: Sequence[str] = ()) -> Rows:
         """Every row; one that lacks a wanted column is a bad row.
 
         Args:
             wanted: key of the source (such as `prompt`), or a whole key (such as
                 `data.curriculum.column`) -> column.
+            optional: columns that rows may lack.
 
         Raises:
             DataError: there is no row at all, or a column that no row has.
@@ -70,7 +71,9 @@ class Source:
             self._refuse_absent(wanted, self.columns)
         seen: dict[str, None] = {}
         empty = True
-        for row in self.read(tuple(dict.fromkeys(wanted.values()))):
+        known = self.columns
+        columns = [*wanted.values(), *(one for one in optional if known is None or one in known)]
+        for row in self.read(tuple(dict.fromkeys(columns))):
             empty = False
             if isinstance(row, BadRow):
                 yield row

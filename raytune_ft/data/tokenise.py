@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 from raytune_ft.config.data import FORMATS, DataConfig, SourceConfig, difficulty_column
-from raytune_ft.data.formats import WEIGHT, Encoder, Example, columns_of, encode_rows
+from raytune_ft.data.formats import (
+    WEIGHT,
+    Encoder,
+    Example,
+    columns_of,
+    encode_rows,
+    optional_columns,
+)
 from raytune_ft.data.formats.classification import read_labels
-from raytune_ft.data.report import SourceReport
+from raytune_ft.data.report import NOTES, SourceReport, unread_text
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import BATCH_ROWS, Source
 from raytune_ft.errors import DataError
 
 PROGRESS_ROWS = 20_000
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that a column may have in a row that has nothing there."""
 
 Progress = Callable[[str], None]
 
@@ -32,6 +43,27 @@ class _Tally:
     truncated: int = 0
     dropped: int = 0
     longest: int = 0
+    values: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    first_lost: dict[str, str] = field(default_factory=dict)
+    lossy: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
+
+    def add_row(self, row: Row | BadRow, columns: Sequence[str] | None) -> None:
+        """Counts the columns that have a value; `columns` of a row that holds only those read."""
+        if columns is not None:
+            self.values.update(columns)
+        elif isinstance(row, Row):
+            self.values.update(name for name, value in row.values.items() if value not in EMPTY)
+
+    def add_example(self, example: Example) -> None:
+        self.lost.update(example.lost)
+        self.lossy += bool(example.lost)
+        for kind in example.lost:
+            self.first_lost.setdefault(kind, example.origin)
+        self.notes.update(example.notes)
+        self.ends.update(end for one in (example, *example.others) for end in one.ends)
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.cause] += 1
@@ -45,16 +77,21 @@ def tokenise(
     tally, examples = _Tally(), list[Example]()
     column = difficulty_column(data) if opened.label.startswith("data.train") else None
     wanted = {} if column is None else {"data.curriculum.column": column}
-    rows = opened.rows(columns_of(source) | wanted)
+    optional = optional_columns(source)
+    needed = columns_of(source) | wanted
+    rows = opened.rows(needed, optional)
     while chunk := list(islice(rows, BATCH_ROWS)):
         results = encode_rows(encoder, source, data.separator, chunk)
         for row, result in zip(chunk, results, strict=True):
+            tally.add_row(row, opened.columns)
             rated = result if column is None else _rated(result, row, column)
             fitted = _fitted(rated, opened.label, source, data, tally)
             if isinstance(fitted, BadRow):
                 tally.add_bad(fitted)
             else:
                 examples += fitted
+                if isinstance(result, Example):
+                    tally.add_example(result)
                 tally.usable += bool(fitted)
         tally.rows += len(chunk)
         if tally.rows % PROGRESS_ROWS == 0:
@@ -78,6 +115,15 @@ def tokenise(
         longest=tally.longest,
         tokens=sum(len(one.ids) for one in examples),
         label_tokens=sum(int(one.mask.sum()) for one in examples),
+        unread={
+            name: count
+            for name, count in tally.values.items()
+            if name not in needed.values() and name not in optional
+        },
+        lost=dict(sorted(tally.lost.items())),
+        first_lost=tally.first_lost,
+        notes=dict(sorted(tally.notes.items())),
+        ends=_end_words(tally.ends, encoder),
     )
     tell(f"{opened.label}: {_summary(report)}")
     return examples, report
@@ -159,6 +205,17 @@ def chunks(document: Example, limit: int, overlap: int) -> list[Example]:
 def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
     bad = tally.bad.total()
     value = f"{opened.label}.path={opened.name}"
+    if tally.lossy > data.max_bad_fraction * tally.rows:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in tally.lost.most_common())
+        first = next(iter(tally.first_lost.values()))
+        raise DataError(
+            value,
+            f"has {tally.lossy:,} rows of {tally.rows:,} of which the chat template leaves "
+            f"something out ({kinds}; the first is {first}), more than "
+            f"data.max_bad_fraction={data.max_bad_fraction} allows",
+            f"take it out of the rows, write {opened.label}.chat_template with one that writes it, "
+            "or raise data.max_bad_fraction to train without it",
+        )
     if bad > data.max_bad_fraction * tally.rows:
         causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
         first = next(iter(tally.first_bad.values()))
@@ -180,4 +237,14 @@ def _summary(report: SourceReport) -> str:
         facts.append(f"{report.truncated:,} truncated")
     if report.dropped:
         facts.append(f"{report.dropped:,} dropped as too long")
+    facts += [f"{n:,} whose {kind} the template leaves out" for kind, n in report.lost.items()]
+    facts += [NOTES[name].format(count=f"{count:,}") for name, count in report.notes.items()]
+    if report.unread:
+        facts.append(f"not read: {unread_text(report)}")
     return ", ".join(facts)
+
+
+def _end_words(ends: Counter[int], encoder: Encoder) -> dict[str, int]:
+    """Special token -> trained turns that end with it; "" counts those that end with none."""
+    words = {end: "" if end < 0 else encoder.tokenizer.convert_ids_to_tokens(end) for end in ends}
+    return {str(words[end]): count for end, count in ends.most_common()}

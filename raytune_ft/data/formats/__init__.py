@@ -31,6 +31,7 @@ __all__ = [
     "describe_example",
     "describe_target",
     "encode_rows",
+    "optional_columns",
     "reader_of",
 ]
 
@@ -61,6 +62,11 @@ def encode_rows(
         if isinstance(row, Row) and isinstance(result, Example):
             result = _completed(reader, source, row, result)
         yield result
+
+
+def optional_columns(source: SourceConfig) -> tuple[str, ...]:
+    """Columns that are read from rows that have them."""
+    return reader_of(source).optional(source)
 
 
 def columns_of(source: SourceConfig) -> dict[str, str]:

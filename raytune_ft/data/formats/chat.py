@@ -1,78 +1,66 @@
-"""Conversations: the chat template writes them, and chosen roles carry loss."""
+"""Conversations become examples: the chat template writes them, and trained turns carry loss."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-import numpy as np
-from jinja2 import TemplateError
-
 from raytune_ft.config.data import SourceConfig
-from raytune_ft.config.reference import one_of
-from raytune_ft.data.formats.example import Encoder, Example, RowReader
-from raytune_ft.data.rows import BadRow, Row, valid_unicode
+from raytune_ft.data.formats.conversation import (
+    REASONING,
+    Conversation,
+    Turn,
+    conversation_of,
+    turns_column,
+)
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, SpecialText
+from raytune_ft.data.formats.template import Dialogue, Place, Span, Template, Unwritten
+from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""In a chat template that marks the assistant's text itself."""
+_THOUGHTS = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])(.*)", re.DOTALL)
+"""A content that begins with reasoning: (reasoning, answer)."""
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
-    tools = {"tools": source.tools} if source.tools is not None else {}
-    return {"messages": source.messages, **tools}
+    if source.format == "alpaca":
+        return {"instruction": "instruction", "output": "output"}
+    return {"messages": turns_column(source)}
 
 
-def _check(source: SourceConfig, row: Row) -> BadRow | None:
-    turns = row.values[source.messages]
-    if isinstance(turns, str) and not valid_unicode(turns):
-        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} is not UTF-8")
-    if turns is None or turns == []:
-        return BadRow(row.origin, "empty", f"{source.messages!r} has no turns")
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-        detail = f"{source.messages!r} is not a list of objects with the texts `role` and `content`"
-        return BadRow(row.origin, "wrong_type", detail)
-    tools = row.values[source.tools] if source.tools is not None else None
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
-        return BadRow(row.origin, "wrong_type", f"{source.tools!r} is not a list of objects")
-    if not all(map(_valid_turn, turns)):
-        return BadRow(row.origin, "bad_encoding", f"{source.messages!r} has half a character")
-    return None
+def _optional(source: SourceConfig) -> tuple[str, ...]:
+    tools = (source.tools,) if source.tools is not None else ()
+    beside = {"messages": (), "sharegpt": ("system",), "alpaca": ("input", "system", "history")}
+    return (*beside[source.format], *tools)
 
 
-def _is_turn(turn: Any) -> bool:
-    """`content` may be absent where a turn calls tools instead."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        return False
-    content = turn.get("content")
-    return isinstance(content, str) or (content is None and bool(turn.get("tool_calls")))
-
-
-def _valid_turn(turn: dict[str, Any]) -> bool:
-    return all(valid_unicode(value) for value in turn.values() if isinstance(value, str))
+def _prompt(source: SourceConfig, row: Row) -> str:
+    """Everything before the last turn of the assistant."""
+    chat = conversation_of(source, row)
+    if isinstance(chat, BadRow):
+        return ""
+    said = [number for number, turn in enumerate(chat.turns) if turn["role"] == "assistant"]
+    return "\n".join(str(turn.get("content") or "") for turn in chat.turns[: max(said, default=0)])
 
 
 def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """The chat template writes the conversation; the turns of the trained roles carry loss.
-
-    The template also writes BOS and the ends of turns, so no token is added around it.
+    """The template also writes BOS and the ends of turns, so no token is added around its text.
 
     Raises:
-        DataError: the tokenizer has no chat template or no offsets, or the template rewrites
-            earlier turns, so that a trained turn cannot be found in its output.
+        DataError: the tokenizer has no chat template or no offsets.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.chat_template:
         raise DataError(
             f"format={source.format}",
             "needs a chat template, which this model's tokenizer does not have",
-            "write format: prompt_completion, or a model with a chat template",
+            "write chat_template: chatml or a file in the source, or a model that has one",
         )
     if not tokenizer.is_fast:
         raise DataError(
@@ -80,111 +68,267 @@ def _encode(
             "needs character offsets, which this model's tokenizer (a slow one) does not give",
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
-    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    # The template marks only the assistant's text.
-    write = _encode_marked if marked and source.train_on == ["assistant"] else _encode_unmarked
-    return [_conversation(encoder, _Chat.of(source, row), row, write) for row in rows]
+    template = Template(encoder, source.train_on)
+    return [_example(encoder, template, source, row) for row in rows]
 
 
-def _prompt(source: SourceConfig, row: Row) -> str:
-    """Everything before the last turn of the assistant."""
-    turns: list[dict[str, Any]] = row.values[source.messages]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    return "\n".join(str(turn.get("content") or "") for turn in turns[:last])
+def _example(
+    encoder: Encoder, template: Template, source: SourceConfig, row: Row
+) -> Example | BadRow:
+    chat = conversation_of(source, row)
+    if isinstance(chat, BadRow):
+        return chat
+    hidden = replace(chat, turns=encoder.hide(chat.turns), tools=encoder.hide(chat.tools))
+    try:
+        dialogue = Dialogue(template, _as_taken(template, hidden))
+    except Unwritten as error:
+        return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
+    texts = _texts(dialogue, source.turns)
+    said = {number: part for text in texts for number, part in text.said.items()}
+    for number, part in sorted(said.items()):
+        if template.ends_only(part):
+            detail = f"the chat template writes nothing of what turn {number + 1} says"
+            return BadRow(row.origin, "unwritten_turn", detail)
+    try:
+        examples = [encoder.example(row.origin, text.text, text.spans) for text in texts]
+    except SpecialText as error:
+        return BadRow(row.origin, "special_text", str(error))
+    return replace(
+        examples[0],
+        others=tuple(examples[1:]),
+        lost=_lost(dialogue, said),
+        notes=_notes(dialogue, chat, hidden, texts),
+    )
 
 
-MESSAGES = RowReader(columns=_columns, check=_check, prompt=_prompt, encode=_encode)
+def _lost(dialogue: Dialogue, said: dict[int, str]) -> tuple[str, ...]:
+    """What the row has and no example of it: reasoning, calls, tools, or the content of a role."""
+    whole, found = Haystack(dialogue.whole), set[str]()
+    for number, turn in enumerate(dialogue.turns):
+        if number in said:
+            kinds = _missing(turn, Haystack(said[number]))
+        else:  # that reasoning of earlier turns is cut is how the template shows them
+            kinds = _missing(turn, whole) - {"reasoning"}
+        found |= {turn["role"] if kind == "content" else kind for kind in kinds}
+    names = [str(tool["function"].get("name", "")) for tool in dialogue.tools or ()]
+    if not all(map(whole.has, names)):
+        found.add("tools")
+    return tuple(sorted(found))
+
+
+def _notes(
+    dialogue: Dialogue, chat: Conversation, hidden: Conversation, texts: list[Text]
+) -> tuple[str, ...]:
+    """What was done to the row that its reader may not expect."""
+    header = dialogue.template.header
+    starts = [(text.text, spans[0][0]) for text in texts for spans in text.turns.values()]
+    facts = {
+        "own_example": len(texts) > 1 or texts[0].text != dialogue.whole,
+        "special_text": (hidden.turns, hidden.tools) != (chat.turns, chat.tools),
+        "untrained_turn": len(dialogue.trained) < chat.spoken,
+        "longer_prompt": not dialogue.template.marked(dialogue.tools)
+        and any(not text.endswith(header, 0, start) for text, start in starts),
+    }
+    return tuple(name for name, fact in facts.items() if fact)
 
 
 @dataclass(frozen=True)
-class _Chat:
-    """One conversation, and the roles that carry loss."""
+class Text:
+    """A rendering to train on: the spans of each of its turns that carry loss."""
 
-    origin: str
-    turns: list[dict[str, Any]]
-    roles: tuple[str, ...]
-    tools: list[dict[str, Any]] | None
+    text: str
+    turns: dict[int, tuple[Span, ...]]
 
-    @classmethod
-    def of(cls, source: SourceConfig, row: Row) -> _Chat:
-        tools = row.values[source.tools] if source.tools is not None else None
-        return cls(row.origin, row.values[source.messages], tuple(source.train_on), tools or None)
+    @property
+    def spans(self) -> list[Span]:
+        """The characters that carry loss, in order."""
+        return sorted(chain.from_iterable(self.turns.values()))
 
-
-Written = tuple[list[int], list[int]]
-"""Token ids of a conversation, and 1 for each of them that carries loss."""
-
-
-def _conversation(
-    encoder: Encoder,
-    chat: _Chat,
-    row: Row,
-    write: Callable[[Encoder, _Chat], Written],
-) -> Example | BadRow:
-    if not any(turn["role"] in chat.roles for turn in chat.turns):
-        return BadRow(row.origin, "no_trained_turn", f"no turn is of {one_of(chat.roles)}")
-    try:
-        ids, said = write(encoder, chat)
-    except TemplateError as error:
-        return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
-    mask = np.array(said, dtype=np.bool_)
-    mask[:1] = False
-    return Example(row.origin, np.array(ids, dtype=np.int32), mask)
+    @property
+    def said(self) -> dict[int, str]:
+        """The text of each turn that carries loss."""
+        return {number: Place(self.text, spans).said for number, spans in self.turns.items()}
 
 
-def _encode_marked(encoder: Encoder, chat: _Chat) -> Written:
-    """For a template with {% generation %}, which marks the assistant's text itself."""
-    written = encoder.tokenizer.apply_chat_template(
-        chat.turns,
-        tools=chat.tools,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return written["input_ids"], written["assistant_masks"]
+def _texts(dialogue: Dialogue, turns: str) -> list[Text]:
+    """The renderings to train on.
 
-
-def _encode_unmarked(encoder: Encoder, chat: _Chat) -> Written:
-    """Find each trained turn as the text that its rendering adds to the rendering before it.
-
-    The header that the template writes to prompt the assistant belongs to what comes before.
+    - auto: the whole conversation, with loss on each turn that stands there as the model would be
+      shown it. Each other turn is learnt from a rendering that ends with it, or with a later turn
+      before which it stands in the same way.
+    - split: for each turn, the rendering that ends with it.
+    - last: the last trained turn, as the model would be shown it.
+    - all: the whole conversation, with loss on each turn as it stands there.
     """
-    turns = chat.turns
-    whole = _rendered(encoder, chat, len(turns))
-    spans = []
-    for number, turn in enumerate(turns):
-        if turn["role"] not in chat.roles:
-            continue
-        prompt = turn["role"] == "assistant"
-        before = _rendered(encoder, chat, number, prompt) if number else ""
-        until = _rendered(encoder, chat, number + 1)
-        if not until.startswith(before):
-            # Some templates prompt with more than a header, such as an opened <think>.
-            before = _rendered(encoder, chat, number)
-        if not (whole.startswith(until) and until.startswith(before)):
-            raise DataError(
-                f"{chat.origin} turn {number + 1}",
-                "is written differently by the chat template once other turns follow it, so its "
-                "tokens cannot be identified",
-                "write a model whose chat template marks it with {% generation %}, or "
-                "conversations that end with their only assistant turn",
-            )
-        spans.append((len(before), len(until)))
-    encoded = encoder.tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    said = [0] * len(encoded["input_ids"])
-    for start, stop in spans:
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < stop and b > start]
-        # From the first to the last, so that a token of width 0 between them is included.
-        for i in range(inside[0], inside[-1] + 1) if inside else ():
-            said[i] = 1
-    return encoded["input_ids"], said
+    whole, inside, alone = dialogue.whole, dialogue.inside, dialogue.alone
+    if turns == "all":
+        return [Text(whole, inside | {number: dialogue.anywhere(number) for number in alone})]
+    if turns == "split":
+        places = {number: dialogue.place(number) for number in dialogue.trained}
+        return [
+            Text(place.text, {number: place.spans})
+            if place is not None
+            else Text(whole, {number: inside[number]})
+            for number, place in places.items()
+        ]
+    if turns == "last":
+        last = dialogue.trained[-1]
+        inside = {number: spans for number, spans in inside.items() if number == last}
+        alone = {number: place for number, place in alone.items() if number == last}
+    texts = [Text(whole, inside)] if inside else []
+    left = sorted(alone)
+    while left:
+        end = alone[left[-1]]
+        found = {left.pop(): end.spans}
+        while left and dialogue.within(alone[left[-1]], end.text):
+            number = left.pop()
+            found[number] = dialogue.clipped(alone[number], end.text)
+        texts.append(Text(end.text, found))
+    return texts
 
 
-def _rendered(encoder: Encoder, chat: _Chat, count: int, prompt: bool = False) -> str:
-    """The first `count` turns as text; `prompt` adds the header that prompts the assistant."""
-    text: str = encoder.tokenizer.apply_chat_template(
-        chat.turns[:count], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
+def _as_taken(template: Template, chat: Conversation) -> Conversation:
+    """The conversation in the form that the template writes most of.
+
+    Templates disagree on what a turn without content has, whether the arguments of a call are an
+    object or text, and whether content is text or a list of parts. The first form is that of
+    `conversation_of`; each of `FORMS` is kept if the template then writes more.
+    """
+    best, least = chat, _unwritten(template, chat)
+    for form in FORMS:
+        if least == 0:
+            break
+        other = replace(best, turns=[form(turn) for turn in best.turns])
+        if other.turns != best.turns and (count := _unwritten(template, other)) < least:
+            best, least = other, count
+    return best
+
+
+def _unwritten(template: Template, chat: Conversation) -> float:
+    """How many parts of the turns the template does not write; infinite if it raises.
+
+    It may cut the reasoning of all turns but the last.
+    """
+    try:
+        whole, _ = template.render(chat.turns, chat.tools)
+    except Unwritten:
+        return float("inf")
+    hay = Haystack(whole)
+    last = len(chat.turns) - 1
+    kinds = chain.from_iterable(
+        _missing(turn, hay) - ({"reasoning"} if number < last else set())
+        for number, turn in enumerate(chat.turns)
     )
-    return text
+    return sum(1 for _ in kinds)
+
+
+def _arguments_as_text(turn: Turn) -> Turn:
+    return _with_calls(turn, lambda arguments: json.dumps(arguments, ensure_ascii=False))
+
+
+def _with_calls(turn: Turn, change: Callable[[Any], Any]) -> Turn:
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        calls.append({**call, "function": function | {"arguments": change(function["arguments"])}})
+    return {**turn, "tool_calls": calls}
+
+
+def _content(value: Any) -> Callable[[Turn], Turn]:
+    """A turn that has calls and no content gets this content."""
+    return lambda turn: turn if turn.get("content") else {**turn, "content": value}
+
+
+def _content_as_parts(turn: Turn) -> Turn:
+    text = turn.get("content")
+    return {**turn, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else turn
+
+
+def _developer_as_system(turn: Turn) -> Turn:
+    return {**turn, "role": "system"} if turn["role"] == "developer" else turn
+
+
+FORMS: tuple[Callable[[Turn], Turn], ...] = (
+    _content(""),
+    _content(None),
+    _arguments_as_text,
+    _developer_as_system,
+    _content_as_parts,
+)
+
+
+class Haystack:
+    """A text in which parts of turns are looked for, whatever the template does to their blanks
+    and quotes.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.raw, self._text, self._at = text, _plain(text), 0
+
+    def has(self, part: str) -> bool:
+        """Whether the part is in the text; the search begins behind the part found before."""
+        for form in (part, json.dumps(part, ensure_ascii=False), json.dumps(part)):
+            plain = _plain(form)
+            at = self._text.find(plain, self._at)
+            if at < 0:
+                at = self._text.find(plain)
+            if at >= 0:
+                self._at = at
+                return True
+        return False
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s\\\"']+", "", text).casefold()
+
+
+def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
+    """(kind, text) of everything that the turn says."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
+    split = _THOUGHTS.fullmatch(content) if turn["role"] == "assistant" else None
+    if split is not None:
+        thoughts, content = thoughts or split[1], split[2]
+    if thoughts.strip():
+        yield "reasoning", thoughts
+    if content.strip():
+        yield "content", content
+    for call in turn.get("tool_calls", ()):
+        yield "tool_calls", call["function"]["name"]
+        yield from (("tool_calls", text) for text in _leaves(call["function"]["arguments"]))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Names and texts in the arguments of a call. Numbers may be written in several ways."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str) and value.strip():
+        yield value
+
+
+def _missing(turn: Turn, text: Haystack) -> set[str]:
+    """The kinds of which the text lacks something, or writes arguments as Python would."""
+    missing = {kind for kind, part in _parts(turn) if not text.has(part)}
+    calls = [call["function"]["arguments"] for call in turn.get("tool_calls", ())]
+    if any(isinstance(one, dict) and one and str(one) in text.raw for one in calls):
+        missing.add("tool_calls")
+    return missing
+
+
+CHAT = RowReader(
+    columns=_columns,
+    check=lambda source, row: None,
+    prompt=_prompt,
+    encode=_encode,
+    optional=_optional,
+)
+"""For messages, sharegpt and alpaca."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
@@ -28,6 +31,9 @@ class Example:
         others: more examples of the same row.
         difficulty: what a curriculum sorts by.
         source: the number of the row's source.
+        ends: the last token of each trained turn if it is a special token, else -1.
+        lost: what the row has and the example has not, such as `reasoning`; keys of the report.
+        notes: what was done to the row, such as `special_text`; keys of the report.
     """
 
     origin: str
@@ -40,6 +46,20 @@ class Example:
     others: tuple[Example, ...] = ()
     difficulty: float = 0.0
     source: int = 0
+    ends: tuple[int, ...] = ()
+    lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+Piece = tuple[TokenIds, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""(ids, starts, stops): tokens, and the characters of the text that each of them writes."""
+
+BREAK = "\ufdd0"
+"""Hides a special token that a text spells; no character, so no text has it."""
+
+
+class SpecialText(Exception):
+    """A text spells a special token, and the tokenizer cannot write it as text."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +90,120 @@ class Encoder:
         return [] if self.eos is None else [self.eos]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Token ids of each text, without special tokens: one that the text spells is text."""
         if not texts:
             return []
         encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches the special tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        words = {token.content for token in added if token.special}
+        return any_of({word for word in words | set(self.tokenizer.all_special_tokens) if word})
+
+    def notes(self, *texts: str) -> tuple[str, ...]:
+        """The note of an example that spells special tokens."""
+        return ("special_text",) if any(map(self.special.search, texts)) else ()
+
+    def hide(self, value: Any) -> Any:
+        """The value with every special token in its texts broken by `BREAK`, so that a template
+        can write it beside special tokens of its own.
+        """
+        if isinstance(value, str):
+            return self.special.sub(lambda found: f"{found[0][:1]}{BREAK}{found[0][1:]}", value)
+        if isinstance(value, dict):
+            return {key: self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list) else value
+
+    def example(self, origin: str, text: str, spans: Sequence[tuple[int, int]]) -> Example:
+        """The example of a rendered text in which these characters carry loss.
+
+        A token carries loss if it lies in a span, or if its part in a span is more than blanks.
+
+        Raises:
+            SpecialText: see there.
+        """
+        ids, starts, stops = self._placed(text)
+        inside = np.zeros(len(text), dtype=np.int64)
+        for start, stop in spans:
+            inside[start:stop] = 1
+        said = inside * np.fromiter((not one.isspace() for one in text), np.int64, len(text))
+        counts, words = np.append(0, inside.cumsum()), np.append(0, said.cumsum())
+        width = counts[stops] - counts[starts]
+        mask = (words[stops] > words[starts]) | ((width > 0) & (width == stops - starts))
+        mask[:1] = False
+        ends = []
+        for start, stop in spans:
+            within = np.flatnonzero((starts >= start) & (stops <= stop) & (stops > starts))
+            solid = [i for i in within[-4:] if not text[starts[i] : stops[i]].isspace()]
+            special = solid and self.special.fullmatch(text, starts[solid[-1]], stops[solid[-1]])
+            ends.append(int(ids[solid[-1]]) if special else -1)
+        return Example(origin, ids, mask, ends=tuple(ends))
+
+    def _placed(self, text: str) -> Piece:
+        """The tokens of a rendered text."""
+        if BREAK not in text:
+            return self._tokens(text)
+        plain = text.replace(BREAK, "x")
+        for lead in ("", "\n"):
+            if np.array_equal(self._in_pieces(plain, lead)[0], self._tokens(plain)[0]):
+                return self._in_pieces(text, lead)
+        raise SpecialText("it spells a special token, and this tokenizer cannot write it as text")
+
+    def _in_pieces(self, text: str, lead: str) -> Piece:
+        """The special tokens of a text, but for those that `BREAK` hides, and what is between them,
+        each encoded by itself. Behind a `lead` no tokenizer puts a blank before the first word.
+        """
+        pieces, at = [], 0
+        for start, stop in [*(one.span() for one in self.special.finditer(text)), (len(text),) * 2]:
+            kept = np.array([i for i in range(at, start) if text[i] != BREAK] + [start])
+            if len(kept) > 1:
+                between = "".join(text[i] for i in kept[:-1])
+                ids, starts, stops = self._tokens(between, lead if at else "")
+                pieces.append((ids, kept[starts], kept[stops]))
+            if stop > start:
+                ids, starts, stops = self._tokens(text[start:stop])
+                pieces.append((ids, starts + start, stops + start))
+            at = stop
+        return _joined(pieces)
+
+    def _tokens(self, text: str, lead: str | None = None) -> Piece:
+        """Tokens of a text. With a `lead`, special tokens in it are text, and what stands before
+        it is encoded with it and taken off again.
+        """
+        encoded = self.tokenizer(
+            (lead or "") + text,
+            add_special_tokens=False,
+            split_special_tokens=lead is not None,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) - len(lead or "")
+        kept = offsets[:, 1] > 0 if lead else np.ones(len(offsets), np.bool_)
+        starts, stops = offsets[kept].T
+        # Some tokenizers leave blanks out of the offsets; all tokens of a character have its own.
+        before = np.maximum.accumulate(np.append(0, stops))[:-1]
+        starts = np.minimum(np.maximum(starts, 0), before)
+        return np.array(encoded["input_ids"], np.int32)[kept], starts, np.maximum(stops, starts)
+
+
+def _joined(pieces: Iterable[Piece]) -> Piece:
+    ids, starts, stops = zip(*pieces, strict=True)
+    return np.concatenate(ids), np.concatenate(starts), np.concatenate(stops)
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the words, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -88,6 +214,7 @@ class RowReader:
 
     Attributes:
         columns: source -> {config key: column}, the columns that a row must have.
+        optional: source -> columns that are read where a row has them.
         check: (source, row) -> why a row with these columns cannot be used, or None.
         prompt: (source, row) -> the text by which two examples ask the same; the overlap of splits
             is counted by it.
@@ -98,6 +225,7 @@ class RowReader:
     check: Callable[[SourceConfig, Row], BadRow | None]
     prompt: Callable[[SourceConfig, Row], str]
     encode: Callable[[Encoder, SourceConfig, str, Sequence[Row]], list[Example | BadRow]]
+    optional: Callable[[SourceConfig], tuple[str, ...]] = lambda source: ()
 
 
 def bad_text(row: Row, column: str) -> BadRow | None:
@@ -140,7 +268,10 @@ def _encode_prompts(
     prompts = encoder.encode([row.values[source.prompt] + separator for row in rows])
     completions = encoder.encode([row.values[source.completion] for row in rows])
     return [
-        example_of(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix])
+        replace(
+            example_of(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix]),
+            notes=encoder.notes(row.values[source.prompt], row.values[source.completion]),
+        )
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
 
@@ -158,7 +289,10 @@ def _encode_texts(
 ) -> list[Example | BadRow]:
     documents = encoder.encode([row.values[source.text] for row in rows])
     return [
-        example_of(row, list(encoder.prefix), [*ids, *encoder.suffix])
+        replace(
+            example_of(row, list(encoder.prefix), [*ids, *encoder.suffix]),
+            notes=encoder.notes(row.values[source.text]),
+        )
         for row, ids in zip(rows, documents, strict=True)
     ]
 

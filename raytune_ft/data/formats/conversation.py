@@ -1,0 +1,309 @@
+"""Conversations as files write them, in one form.
+
+Every source of turns (`messages`, ShareGPT, Alpaca) becomes a `Conversation` in the form of
+OpenAI's API: role, content, reasoning and tool calls, arguments as objects, no key without a value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ft.config.data import SourceConfig
+from raytune_ft.config.reference import one_of
+from raytune_ft.data.rows import BadRow, Row, valid_unicode
+
+Turn = dict[str, Any]
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that hold what the assistant thought before it answered."""
+
+LOSS_FLAGS = ("weight", "train", "trainable", "loss_mask")
+"""Keys of a turn that say whether it carries loss: 1 or true, 0 or false."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns and tools of one row.
+
+    Attributes:
+        turns: in OpenAI's form; arguments of tool calls are objects where they parse as such.
+        trained: [turn], whether it carries loss.
+        spoken: turns of the trained roles, also those that are marked not to carry loss.
+        tools: JSON schemas of the functions that the assistant may call.
+    """
+
+    origin: str
+    turns: list[Turn]
+    trained: tuple[bool, ...]
+    spoken: int
+    tools: list[dict[str, Any]] | None = None
+
+
+class Unusable(Exception):
+    """A value that cannot be part of a conversation.
+
+    Attributes:
+        cause: key of the data report.
+    """
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
+
+
+def conversation_of(source: SourceConfig, row: Row) -> Conversation | BadRow:
+    """The conversation that the row holds, whatever its format."""
+    try:
+        turns, tools = READERS[source.format](source, row)
+        flagged = [_flagged(turn) for turn in turns]
+        turns = [turn for turn, _ in flagged]
+        for number, turn in enumerate(turns, start=1):
+            _check(turn, number)
+        trained = tuple(kept and turn["role"] in source.train_on for turn, kept in flagged)
+        spoken = sum(turn["role"] in source.train_on for turn in turns)
+        if not any(trained):
+            why = "is marked not to be trained" if spoken else "is missing"
+            detail = f"every turn of {one_of(source.train_on)} {why}"
+            raise Unusable("no_trained_turn", detail)
+    except Unusable as error:
+        return BadRow(row.origin, error.cause, str(error))
+    return Conversation(row.origin, turns, trained, spoken, tools)
+
+
+def _messages(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
+    turns = [_openai(turn) for turn in _turns(source, row)]
+    return turns, _tools(source, row)
+
+
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+"""Speakers of ShareGPT files (`from`) and the roles that they play."""
+
+
+def _sharegpt(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
+    turns = list(_system(source, row))
+    for number, said in enumerate(_turns(source, row), start=1):
+        speaker = said.get("from", said.get("role"))
+        value = said.get("value", said.get("content"))
+        if speaker not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise Unusable("unknown_speaker", f"turn {number} is from {speaker!r}, not {known}")
+        rest = {k: v for k, v in said.items() if k not in ("from", "role", "value", "content")}
+        turn = _openai({"role": SPEAKERS[speaker], "content": value, **rest})
+        if speaker in ("function_call", "tool_call"):
+            turn = _called(turn, number)
+        turns.append(turn)
+    return turns, _tools(source, row)
+
+
+def _called(turn: Turn, number: int) -> Turn:
+    """The turn of the assistant whose content is one call, or a list of calls, as JSON."""
+    parsed = _parsed(turn.get("content"))
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        detail = f"turn {number} is a call, and not JSON with `name` and `arguments`"
+        raise Unusable("wrong_type", detail)
+    return _openai({**turn, "content": None, "tool_calls": calls})
+
+
+def _alpaca(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
+    values = row.values
+    turns = list(_system(source, row))
+    history = _parsed(values.get("history")) or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
+        raise Unusable("wrong_type", "'history' is not a list of [question, answer]")
+    for question, answer in history:
+        turns += _exchange(question, answer)
+    asked = [values.get("instruction"), values.get("input")]
+    if not all(part is None or isinstance(part, str) for part in asked):
+        raise Unusable("wrong_type", "'instruction' and 'input' are not texts")
+    question = "\n".join(part for part in asked if part)
+    return [*turns, *_exchange(question, values.get("output"))], _tools(source, row)
+
+
+def _exchange(question: Any, answer: Any) -> list[Turn]:
+    said = (("user", question), ("assistant", answer))
+    return [_openai({"role": role, "content": content}) for role, content in said]
+
+
+def _system(source: SourceConfig, row: Row) -> Iterator[Turn]:
+    """The system turn of formats that keep it in a column of its own."""
+    if row.values.get("system"):
+        yield _openai({"role": "system", "content": row.values["system"]})
+
+
+READERS: dict[str, Callable[[SourceConfig, Row], tuple[list[Turn], Any]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+}
+
+
+def _turns(source: SourceConfig, row: Row) -> list[Turn]:
+    """The column of the turns, which some files hold as JSON text."""
+    column = turns_column(source)
+    value = row.values[column]
+    if isinstance(value, str):
+        if not valid_unicode(value):
+            raise Unusable("bad_encoding", f"{column!r} is not UTF-8")
+        value = _parsed(value)
+    if value is None or value == []:
+        raise Unusable("empty", f"{column!r} has no turns")
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise Unusable("wrong_type", f"{column!r} is not a list of turns")
+    return value
+
+
+def turns_column(source: SourceConfig) -> str:
+    """The column of the turns."""
+    if source.format == "sharegpt" and source.messages == "messages":
+        return "conversations"
+    return source.messages
+
+
+def _tools(source: SourceConfig, row: Row) -> list[dict[str, Any]] | None:
+    """The tools of the row, if it has the column; some files hold them as JSON text."""
+    value = row.values.get(source.tools) if source.tools is not None else None
+    if isinstance(value, str):
+        value = _parsed(value) if value.strip() else None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Unusable("wrong_type", f"{source.tools!r} is not a list of objects")
+    tools: list[dict[str, Any]] = _without_nulls(value)
+    if not _valid(tools):
+        raise Unusable("bad_encoding", f"{source.tools!r} has half a character")
+    return [one if "function" in one else {"type": "function", "function": one} for one in tools]
+
+
+def _openai(turn: Turn) -> Turn:
+    """One turn in OpenAI's form, with no key that has no value.
+
+    A column of a Parquet file gives every turn the keys of all turns, and null where a turn has
+    none, so null and absent must mean the same; arguments may be JSON text or an object.
+    """
+    turn = _without_nulls(turn)
+    content = turn.get("content")
+    if isinstance(content, list):
+        texts, thoughts = _parts(content)
+        turn["content"] = texts
+        if thoughts and not any(turn.get(key) for key in REASONING):
+            turn[REASONING[0]] = thoughts
+    calls = turn.pop("tool_calls", None)
+    if isinstance(calls, str):
+        calls = _parsed(calls)
+    if calls is not None and not isinstance(calls, list):
+        raise Unusable("wrong_type", "`tool_calls` is not a list")
+    if calls:
+        turn["tool_calls"] = [_call(call) for call in calls]
+    return turn
+
+
+def _parts(content: list[Any]) -> tuple[str, str]:
+    """(text, thoughts) of a content that is a list of parts."""
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get(kind) if isinstance(part, dict) else part
+        if kind not in ("text", "thinking") or not isinstance(text, str):
+            raise Unusable("unsupported_part", f"a part of a turn's content is {kind!r}, not text")
+        (texts if kind == "text" else thoughts).append(text)
+    return "".join(texts), "".join(thoughts)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise Unusable("wrong_type", "a tool call is not an object")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unusable("wrong_type", "a tool call has no `name` of a function")
+    arguments = function.get("arguments", function.get("parameters"))
+    parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
+    if isinstance(parsed, dict):
+        arguments = _without_nulls(parsed)
+    named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {"type": "function", **{k: call[k] for k in ("id",) if k in call}, "function": named}
+
+
+def _flagged(turn: Turn) -> tuple[Turn, bool]:
+    """The turn without its loss flags, and whether it may carry loss."""
+    kept = True
+    for key in LOSS_FLAGS:
+        flag = turn.get(key)
+        if flag is None:
+            continue
+        if flag not in (0, 1):
+            raise Unusable("bad_weight", f"`{key}` of a turn is {flag!r}, and may be 0 or 1")
+        kept = kept and bool(flag)
+    return {key: value for key, value in turn.items() if key not in LOSS_FLAGS}, kept
+
+
+def _check(turn: Turn, number: int) -> None:
+    if not isinstance(turn.get("role"), str):
+        other = " (it has `from` and `value`: write format: sharegpt)" if "from" in turn else ""
+        raise Unusable("wrong_type", f"turn {number} has no `role`{other}")
+    texts = [turn.get("content"), *(turn.get(key) for key in REASONING)]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise Unusable("wrong_type", f"turn {number} has content or reasoning that is not text")
+    if not turn.get("tool_calls"):
+        if turn.get("content") is None:
+            raise Unusable("empty", f"turn {number} has neither `content` nor `tool_calls`")
+        if turn["role"] == "assistant" and not "".join(text or "" for text in texts).strip():
+            raise Unusable("empty", f"turn {number} of the assistant is blank")
+    if not _valid(turn):
+        raise Unusable("bad_encoding", f"turn {number} has half a character")
+
+
+def _valid(value: Any) -> bool:
+    return all(map(valid_unicode, strings(value)))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, without keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(text: Any) -> Any:
+    """What a JSON text holds; the text itself where it is not JSON."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

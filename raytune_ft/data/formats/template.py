@@ -1,0 +1,343 @@
+"""A tokenizer's chat template: turns become text, and the trained turns are found in it.
+
+A turn is trained on as the model would be shown it when it answers: the rendering of the turns
+before it, with the header that prompts the assistant, and then the turn as the template writes it
+while it is the last one. Many templates write a turn differently once others follow: they cut its
+reasoning, or end it with another token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from raytune_ft.data.formats.conversation import Conversation, Turn
+from raytune_ft.data.formats.example import Encoder, any_of
+from raytune_ft.errors import first_line
+
+Span = tuple[int, int]
+"""Characters of a text, from the first to behind the last."""
+
+EXACT = 24
+"""Trained turns of a conversation up to which each is rendered as the last of all before it."""
+WINDOW = 8
+"""Turns before a trained one that are rendered with it in longer conversations."""
+CHECKED = 8
+"""Turns of a longer conversation that are rendered in full, to check the windows."""
+GAP = 200
+"""Most characters between the header of the assistant and its content."""
+
+_USER: Turn = {"role": "user", "content": "Whence"}
+_ANSWER: Turn = {"role": "assistant", "content": "Yonder"}
+_OTHER = "Zebrawood"
+"""Stands in for the content of a turn, to see where the template writes it."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Unwritten(Exception):
+    """The template raises on these turns."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A turn in a text: `spans` are the characters that carry loss."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+    @property
+    def said(self) -> str:
+        """The text that carries loss."""
+        return "".join(self.text[start:stop] for start, stop in self.spans)
+
+
+class Template:
+    """The chat template of a tokenizer, for sources that train on these roles."""
+
+    def __init__(self, encoder: Encoder, roles: Sequence[str]) -> None:
+        self.tokenizer, self.special = encoder.tokenizer, encoder.special
+        self.roles = tuple(roles)
+        words = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        self.added = any_of(word for word in words if word.strip())
+        self._longest = max(map(len, words), default=0)
+
+    def render(self, turns: list[Turn], tools: Any, prompt: bool = False) -> tuple[str, list[Span]]:
+        """(text, spans that the template marks). `prompt` adds the header of the assistant.
+
+        Raises:
+            Unwritten: the template raises, or there is no turn.
+        """
+        if not turns:
+            raise Unwritten("there is no turn")
+        try:
+            texts, marks = render_jinja_template(
+                [turns],
+                tools=tools,
+                chat_template=self._source(tools),
+                return_assistant_tokens_mask=self.marked(tools),
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise Unwritten(first_line(error) or type(error).__name__) from error
+        return texts[0], marks[0] if marks else []
+
+    def marked(self, tools: Any) -> bool:
+        """Whether the template marks what carries loss, with {% generation %}."""
+        return self.roles == ("assistant",) and _GENERATION.search(self._source(tools)) is not None
+
+    def _source(self, tools: Any) -> str:
+        """The text of the template; of several, the one that fits the tools."""
+        named: Any = self.tokenizer.chat_template
+        if isinstance(named, str):
+            return named
+        return str(named["tool_use" if tools and "tool_use" in named else next_best(named)])
+
+    def common(self, a: str, b: str) -> int:
+        """Length of the common beginning of two texts; it cuts no added token in two."""
+        length = shared(a, b)
+        for text in (a, b):
+            for found in self.added.finditer(text, max(0, length - self._longest)):
+                if found.start() >= length:
+                    break
+                if found.end() > length:
+                    length = found.start()
+                    break
+        return length
+
+    def ends_only(self, text: str) -> bool:
+        """Whether the text is only what ends a turn: special tokens and blanks."""
+        text = text.strip()
+        return text in (self.end.strip(), self.end_inside.strip()) or not self.special.sub("", text)
+
+    def ended(self, text: str) -> bool:
+        """Whether the text ends with a special token, or what the template writes behind a turn."""
+        text, end = text.rstrip(), self.end_inside.strip()
+        matches = self.special.finditer(text, max(0, len(text) - self._longest))
+        return any(one.end() == len(text) for one in matches) or bool(end and text.endswith(end))
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes to prompt the assistant, such as `<|assistant|>`."""
+        try:
+            bare, _ = self.render([_USER], None)
+            prompted, _ = self.render([_USER], None, prompt=True)
+        except Unwritten:
+            return ""
+        return prompted.removeprefix(bare) if prompted.startswith(bare) else ""
+
+    @cached_property
+    def _behind_answers(self) -> tuple[str, str, str]:
+        """(end, end inside, trail): behind the last answer of a conversation, behind one that a
+        question follows, and the header of the next turn where the template writes it unasked.
+        """
+        question, word = _USER["content"], _ANSWER["content"]
+        try:
+            bare, _ = self.render([_USER], None)
+            prompted, _ = self.render([_USER], None, prompt=True)
+            answered, _ = self.render([_USER, _ANSWER], None)
+            followed, _ = self.render([_USER, _ANSWER, _USER], None)
+        except Unwritten:
+            return "", "", ""
+        last = answered.rpartition(word)[2]
+        before, between = bare.partition(question)[0], followed.partition(word)[2]
+        between = between.partition(question)[0]
+        # What stands before both questions is the header of the user.
+        header = shared(before[::-1], between[::-1])
+        inside = between[: len(between) - header]
+        if bare == prompted and last.startswith(inside):
+            return inside, inside, last.removeprefix(inside)
+        return last, inside, ""
+
+    @property
+    def end(self) -> str:
+        """What the template writes behind the last answer."""
+        return self._behind_answers[0]
+
+    @property
+    def end_inside(self) -> str:
+        """What the template writes behind an answer that a question follows."""
+        return self._behind_answers[1]
+
+    @property
+    def trail(self) -> str:
+        """The header of the next turn, where the template writes it whether asked or not."""
+        return self._behind_answers[2]
+
+
+def next_best(named: dict[str, str]) -> str:
+    """The name of the template for conversations without tools."""
+    return "default" if "default" in named else next(iter(named))
+
+
+def shared(a: str, b: str) -> int:
+    """Length of the common beginning of two texts."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a.startswith(b[low:middle], low) else (low, middle - 1)
+    return low
+
+
+class Dialogue:
+    """One conversation as a template writes it.
+
+    Attributes:
+        whole: the rendering of all turns.
+        trained: numbers of the turns that carry loss.
+        inside: turn -> its spans in `whole`, for each trained turn that stands there as the model
+            would be shown it.
+        alone: turn -> its place in the rendering that ends with it, for each other one.
+
+    Raises:
+        Unwritten: the template raises on the whole.
+    """
+
+    def __init__(self, template: Template, chat: Conversation) -> None:
+        self.template, self.turns, self.tools = template, chat.turns, chat.tools
+        self.trained = [number for number, kept in enumerate(chat.trained) if kept]
+        self.whole, self._marks = template.render(self.turns, self.tools)
+        self.inside: dict[int, tuple[Span, ...]] = {}
+        self.alone: dict[int, Place] = {}
+        if len(self.trained) > EXACT and self._find_by_windows():
+            return
+        for number in self.trained:
+            place = self.place(number)
+            if place is None:  # it cannot be the last, so the model is never shown it so
+                self.inside[number] = self.anywhere(number)
+            elif self.within(place, self.whole):
+                self.inside[number] = self.clipped(place, self.whole)
+            else:
+                self.alone[number] = place
+
+    def place(self, number: int) -> Place | None:
+        """A turn in the rendering that ends with it; None if the template refuses that."""
+        return self._place_of_last(self.turns[: number + 1])
+
+    def _place_of_last(self, turns: list[Turn]) -> Place | None:
+        template, assistant = self.template, turns[-1]["role"] == "assistant"
+        try:
+            text, marks = template.render(turns, self.tools)
+        except Unwritten:
+            return None
+        try:
+            before, _ = template.render(turns[:-1], self.tools, prompt=assistant)
+            start = template.common(before, text)
+            reached = start >= len(before) - self._optional(before, assistant)
+        except Unwritten:
+            start, reached = 0, False
+        if not reached:
+            found = self._content(text, turns, len(turns) - 1)
+            if found is None:
+                return None
+            start = found[0]
+        if template.marked(self.tools):
+            return Place(text, tuple((max(a, start), b) for a, b in marks if b > start))
+        stop = len(text.removesuffix(template.trail)) if assistant else len(text)
+        return Place(text, ((start, max(start, stop)),))
+
+    def _optional(self, before: str, assistant: bool) -> int:
+        """Characters at the end of a prompt that the answer need not begin with: some templates
+        prompt with more than the header, such as an opened <think>.
+        """
+        header = self.template.header if assistant else ""
+        return len(header) if before.endswith(header) else 0
+
+    def _content(self, text: str, turns: list[Turn], number: int) -> Span | None:
+        """Where a turn stands in the rendering `text`, without what ends it; found by writing
+        another content.
+        """
+        template, role = self.template, turns[number]["role"]
+        parts = isinstance(turns[number].get("content"), list)
+        content = [{"type": "text", "text": _OTHER}] if parts else _OTHER
+        swapped = [*turns[:number], {"role": role, "content": content}, *turns[number + 1 :]]
+        try:
+            other, _ = template.render(swapped, self.tools)
+        except Unwritten:
+            return None
+        start = template.common(text, other)
+        if not other.startswith(_OTHER, start):
+            return None
+        behind = other[start + len(_OTHER) :]
+        same = shared(text[::-1], behind[::-1])
+        stop = max(start, len(text) - same)
+        if role == "assistant" and template.header:
+            header = text.rfind(template.header, max(0, start - GAP - len(template.header)), start)
+            start = start if header < 0 else header + len(template.header)
+        return start, stop
+
+    def within(self, place: Place, text: str) -> bool:
+        """Whether `text` begins as the rendering of the place does, up to the end of its turn."""
+        if not place.spans:
+            return text.startswith(place.text)
+        (start, _), (_, stop) = place.spans[0], place.spans[-1]
+        shared = self.template.common(place.text, text)
+        if shared >= stop:
+            return True
+        rest = place.text[shared:stop]
+        if shared < start or not self.template.ends_only(rest):
+            return False
+        # Phi-3 writes <|end|> behind each answer, and <|endoftext|> too behind the last one.
+        return not rest.strip() or self.template.ended(text[start:shared])
+
+    def clipped(self, place: Place, text: str) -> tuple[Span, ...]:
+        """The spans of a place that is `within` the text, up to where its turn ends there."""
+        shared = self.template.common(place.text, text)
+        return tuple((start, min(stop, shared)) for start, stop in place.spans)
+
+    def anywhere(self, number: int) -> tuple[Span, ...]:
+        """The spans of a turn in `whole`, however it is written there; none if it is not."""
+        if self.template.marked(self.tools):
+            said = [n for n, turn in enumerate(self.turns) if turn["role"] == "assistant"]
+            return (self._marks[said.index(number)],) if len(said) == len(self._marks) else ()
+        found = self._content(self.whole, self.turns, number)
+        if found is None:
+            return ()
+        start, stop = found
+        for end in (self.template.end, self.template.end_inside):
+            if self.whole.startswith(end, stop):
+                return ((start, stop + len(end)),)
+        return ((start, stop),)
+
+    def _find_by_windows(self) -> bool:
+        """Fill `inside` in time linear in the number of turns, if all trained turns stand there.
+
+        Each is rendered behind the first question and the few turns before it, and that text is
+        searched in the whole. Some are rendered behind all turns, to check.
+        """
+        roles = [turn["role"] for turn in self.turns]
+        said = [number for number, role in enumerate(roles) if role == "assistant"]
+        if "user" not in roles or said != self.trained or said[0] < roles.index("user"):
+            return False
+        head, cursor, found = roles.index("user") + 1, 0, dict[int, tuple[Span, ...]]()
+        for number in self.trained:
+            near = [n for n in said if max(head, number - WINDOW) <= n <= number]
+            place = self._place_of_last([*self.turns[:head], *self.turns[near[0] : number + 1]])
+            if place is None or not place.spans:
+                return False
+            start, stop = place.spans[0][0], place.spans[-1][1]
+            start -= len(self.template.header) * place.text.endswith(self.template.header, 0, start)
+            text, end = place.text[start:stop], self.template.end
+            if number < len(self.turns) - 1 and end.startswith(self.template.end_inside):
+                text = text.removesuffix(end) + self.template.end_inside * text.endswith(end)
+            at = self.whole.find(text, cursor)
+            if at < 0:
+                return False
+            cursor = at + len(text)
+            found[number] = tuple(
+                (a - start + at, min(b - start + at, cursor)) for a, b in place.spans
+            )
+        for number in self.trained[:: max(1, len(self.trained) // CHECKED)] + self.trained[-1:]:
+            place = self.place(number)
+            if place is None or not self.within(place, self.whole):
+                return False
+            if self.clipped(place, self.whole) != found[number]:
+                return False
+        self.inside = found
+        return True
