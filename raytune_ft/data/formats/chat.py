@@ -86,7 +86,10 @@ def _example(
     texts = _texts(dialogue, source.turns)
     said = {number: part for text in texts for number, part in text.said.items()}
     for number, part in sorted(said.items()):
-        if template.ends_only(part):
+        text = Haystack(part)
+        if template.ends_only(part) or not any(
+            text.has(one) for _, one in _parts(dialogue.turns[number])
+        ):
             detail = f"the chat template writes nothing of what turn {number + 1} says"
             return BadRow(row.origin, "unwritten_turn", detail)
     try:

@@ -65,8 +65,8 @@ def conversation_of(source: SourceConfig, row: Row) -> Conversation | BadRow:
         trained = tuple(kept and turn["role"] in source.train_on for turn, kept in flagged)
         spoken = sum(turn["role"] in source.train_on for turn in turns)
         if not any(trained):
-            why = "is marked not to be trained" if spoken else "is missing"
-            detail = f"every turn of {one_of(source.train_on)} {why}"
+            why = " that is to be trained" if spoken else ""
+            detail = f"no turn is of {one_of(source.train_on)}{why}"
             raise Unusable("no_trained_turn", detail)
     except Unusable as error:
         return BadRow(row.origin, error.cause, str(error))

@@ -157,17 +157,28 @@ def test_a_prompt_that_opens_more_than_the_header_is_no_obstacle(
 ) -> None:
     tiny.chat_template = CHATML.replace("<|assistant|>\n", "<|assistant|>\n<think>")
     example = encode_one(tiny, "messages", {"messages": CHAT[:3]})
-    assert labels(tiny, example) == "<|assistant|>\none é</s>\n"
+    assert labels(tiny, example) == "one é</s>\n"
+    assert example.notes == ("longer_prompt",)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tiny: PreTrainedTokenizerBase) -> None:
-    tiny.chat_template = CHATML.replace(
-        "{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else '...' }}"
-    )
-    with pytest.raises(DataError, match=r"row 0 turn 3 .*generation"):
-        encode(tiny, "messages", {"messages": CHAT})
-    last_turn_only = encode_one(tiny, "messages", {"messages": CHAT[:3]})
-    assert labels(tiny, last_turn_only) == "one é</s>\n"
+@pytest.mark.parametrize(
+    ("turns", "learnt"),
+    [
+        ("auto", ["again 日本!</s>\n", "one é!</s>\n"]),
+        ("split", ["one é!</s>\n", "again 日本!</s>\n"]),
+        ("last", ["again 日本!</s>\n"]),
+        ("all", ["one é</s>\nagain 日本!</s>\n"]),
+    ],
+)
+def test_a_turn_that_is_rewritten_later_is_learnt_as_the_model_is_shown_it(
+    tiny: PreTrainedTokenizerBase, turns: str, learnt: list[str]
+) -> None:
+    tiny.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}")
+    source = SourceConfig.model_validate({"path": "a", "format": "messages", "turns": turns})
+    (example,) = encode_rows(Encoder.of(tiny), source, "\n", [Row("row 0", {"messages": CHAT})])
+    assert isinstance(example, Example)
+    assert [labels(tiny, one) for one in (example, *example.others)] == learnt
+    assert ("own_example" in example.notes) == (turns in ("auto", "split"))
 
 
 def test_without_a_chat_template_messages_are_refused(stories: PreTrainedTokenizerBase) -> None:
@@ -225,7 +236,7 @@ def test_a_value_that_is_no_text_is_bad_and_leaves_the_others_in_place(
         (None, "empty"),
         ("text", "wrong_type"),
         (["text"], "wrong_type"),
-        ([{"role": "user"}], "wrong_type"),
+        ([{"role": "user"}], "empty"),
         ([{"from": "human", "value": "x"}], "wrong_type"),
         ([{"role": "user", "content": "\ud800"}], "bad_encoding"),
         ("\udcff", "bad_encoding"),
@@ -242,7 +253,8 @@ def test_messages_that_are_no_turns_are_bad(
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_format_labels_the_first_token(tiny: PreTrainedTokenizerBase, format: str) -> None:
     row = {"prompt": "x", "completion": "y", "text": "z", "messages": CHAT, "label": "l"}
-    row |= {"rationale": "r"}
+    row |= {"rationale": "r", "instruction": "x", "output": "y"}
+    row["conversations"] = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
     example = encode_one(tiny, format, row)
     assert example.ids.dtype == np.int32
     assert example.mask.dtype == np.bool_
