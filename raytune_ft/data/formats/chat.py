@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ from raytune_ft.data.formats.conversation import (
     turns_column,
 )
 from raytune_ft.data.formats.example import Encoder, Example, RowReader, SpecialText
-from raytune_ft.data.formats.template import Dialogue, Place, Span, Template, Unwritten
+from raytune_ft.data.formats.template import Dialogue, Template, Text, Unwritten
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
 
@@ -84,7 +84,7 @@ def _example(
     except Unwritten as error:
         return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
     texts = _texts(dialogue, source.turns)
-    said = {number: part for text in texts for number, part in text.said.items()}
+    said = {number: text.said(number) for text in texts for number in text.turns}
     for number, part in sorted(said.items()):
         text = Haystack(part)
         if template.ends_only(part) or not any(
@@ -135,59 +135,31 @@ def _notes(
     return tuple(name for name, fact in facts.items() if fact)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A rendering to train on: the spans of each of its turns that carry loss."""
-
-    text: str
-    turns: dict[int, tuple[Span, ...]]
-
-    @property
-    def spans(self) -> list[Span]:
-        """The characters that carry loss, in order."""
-        return sorted(chain.from_iterable(self.turns.values()))
-
-    @property
-    def said(self) -> dict[int, str]:
-        """The text of each turn that carries loss."""
-        return {number: Place(self.text, spans).said for number, spans in self.turns.items()}
-
-
 def _texts(dialogue: Dialogue, turns: str) -> list[Text]:
     """The renderings to train on.
 
-    - auto: the whole conversation, with loss on each turn that stands there as the model would be
-      shown it. Each other turn is learnt from a rendering that ends with it, or with a later turn
-      before which it stands in the same way.
+    - auto: those in which each turn stands as the model would be shown it (`Dialogue.texts`).
     - split: for each turn, the rendering that ends with it.
     - last: the last trained turn, as the model would be shown it.
     - all: the whole conversation, with loss on each turn as it stands there.
     """
-    whole, inside, alone = dialogue.whole, dialogue.inside, dialogue.alone
-    if turns == "all":
-        return [Text(whole, inside | {number: dialogue.anywhere(number) for number in alone})]
+    whole, last = dialogue.whole, dialogue.trained[-1]
+    if turns == "auto":
+        return dialogue.texts
+    if turns == "last":
+        text = next(text for text in dialogue.texts if last in text.turns)
+        return [Text(text.text, {last: text.turns[last]})]
     if turns == "split":
         places = {number: dialogue.place(number) for number in dialogue.trained}
         return [
-            Text(place.text, {number: place.spans})
-            if place is not None
-            else Text(whole, {number: inside[number]})
+            Text(whole, {number: dialogue.anywhere(number)})
+            if place is None
+            else Text(place.text, {number: place.spans})
             for number, place in places.items()
         ]
-    if turns == "last":
-        last = dialogue.trained[-1]
-        inside = {number: spans for number, spans in inside.items() if number == last}
-        alone = {number: place for number, place in alone.items() if number == last}
-    texts = [Text(whole, inside)] if inside else []
-    left = sorted(alone)
-    while left:
-        end = alone[left[-1]]
-        found = {left.pop(): end.spans}
-        while left and dialogue.within(alone[left[-1]], end.text):
-            number = left.pop()
-            found[number] = dialogue.clipped(alone[number], end.text)
-        texts.append(Text(end.text, found))
-    return texts
+    first = dialogue.texts[0]
+    known = first.turns if first.text == whole else {}
+    return [Text(whole, {n: known.get(n) or dialogue.anywhere(n) for n in dialogue.trained})]
 
 
 def _as_taken(template: Template, chat: Conversation) -> Conversation:

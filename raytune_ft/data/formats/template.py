@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -46,15 +47,27 @@ class Unwritten(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """A turn in a text: `spans` are the characters that carry loss."""
+    """A turn in the rendering that ends with it: `spans` are the characters that carry loss."""
 
     text: str
     spans: tuple[Span, ...]
 
+
+@dataclass(frozen=True)
+class Text:
+    """A rendering to train on: the spans of each of its turns that carry loss."""
+
+    text: str
+    turns: dict[int, tuple[Span, ...]]
+
     @property
-    def said(self) -> str:
-        """The text that carries loss."""
-        return "".join(self.text[start:stop] for start, stop in self.spans)
+    def spans(self) -> list[Span]:
+        """The characters that carry loss, in order."""
+        return sorted(chain.from_iterable(self.turns.values()))
+
+    def said(self, number: int) -> str:
+        """The text of a turn that carries loss."""
+        return "".join(self.text[start:stop] for start, stop in self.turns[number])
 
 
 class Template:
@@ -148,9 +161,14 @@ class Template:
         last = answered.rpartition(word)[2]
         before, between = bare.partition(question)[0], followed.partition(word)[2]
         between = between.partition(question)[0]
-        # What stands before both questions is the header of the user.
-        header = shared(before[::-1], between[::-1])
-        inside = between[: len(between) - header]
+        # What stands before both questions is the header of the user, and what ends a turn before
+        # it if the template begins with a system turn of its own.
+        inside = between[: len(between) - shared(before[::-1], between[::-1])]
+        first = re.match(rf"(?:{self.added.pattern})\s*", between)
+        if not inside:
+            inside = (
+                first[0] if bare == prompted and first else between[: self.common(last, between)]
+            )
         if bare == prompted and last.startswith(inside):
             return inside, inside, last.removeprefix(inside)
         return last, inside, ""
@@ -191,9 +209,9 @@ class Dialogue:
     Attributes:
         whole: the rendering of all turns.
         trained: numbers of the turns that carry loss.
-        inside: turn -> its spans in `whole`, for each trained turn that stands there as the model
-            would be shown it.
-        alone: turn -> its place in the rendering that ends with it, for each other one.
+        texts: renderings in which the trained turns stand as the model would be shown them. The
+            first is `whole`, if it has one; each other one ends with a turn that stands in none
+            before it.
 
     Raises:
         Unwritten: the template raises on the whole.
@@ -203,19 +221,80 @@ class Dialogue:
         self.template, self.turns, self.tools = template, chat.turns, chat.tools
         self.trained = [number for number, kept in enumerate(chat.trained) if kept]
         self.whole, self._marks = template.render(self.turns, self.tools)
-        self.inside: dict[int, tuple[Span, ...]] = {}
-        self.alone: dict[int, Place] = {}
-        if len(self.trained) > EXACT and self._find_by_windows():
-            return
-        for number in self.trained:
-            place = self.place(number)
-            if place is None:  # it cannot be the last, so the model is never shown it so
-                self.inside[number] = self.anywhere(number)
-            elif self.within(place, self.whole):
-                self.inside[number] = self.clipped(place, self.whole)
-            else:
-                self.alone[number] = place
+        self.texts: list[Text] = []
+        find = self._exactly if len(self.trained) <= EXACT else self._by_windows
+        found = find(self.whole, self.trained)
+        left = [number for number in self.trained if number not in found]
+        # One that cannot be the last turn is shown to the model as the whole has it.
+        found |= {number: self.anywhere(number) for number in left if self.place(number) is None}
+        if found:
+            self.texts.append(Text(self.whole, found))
+        left = [number for number in left if number not in found]
+        while left:
+            last = left.pop()
+            place = self.place(last)
+            assert place is not None
+            found = find(place.text, left)
+            self.texts.append(Text(place.text, found | {last: place.spans}))
+            left = [number for number in left if number not in found]
 
+    def _exactly(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
+        """The spans of those turns that stand in a text as in the renderings that end with them."""
+        places = {number: self.place(number) for number in numbers}
+        return {
+            number: self.clipped(place, text)
+            for number, place in places.items()
+            if place is not None and self.within(place, text)
+        }
+
+    def _by_windows(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
+        """As `_exactly`, in time linear in the number of turns: the last of them that stand there.
+
+        Each turn is rendered behind the first question and the few turns before it, and that is
+        searched in the text, from its end. Some are rendered behind all turns before them, to
+        check; if one of these stands elsewhere, all are.
+        """
+        found: dict[int, tuple[Span, ...]] = {}
+        cursor, header = len(text), self.template.header
+        for number in reversed(numbers):
+            place = self._in_window(number)
+            if place is None or not place.spans:
+                break
+            start, stop = place.spans[0][0], place.spans[-1][1]
+            lead = len(header) if place.text.endswith(header, 0, start) else 0
+            said, end = place.text[start - lead : stop], self.template.end
+            if number < len(self.turns) - 1 and end.startswith(self.template.end_inside):
+                said = said.removesuffix(end) + self.template.end_inside * said.endswith(end)
+            at = text.rfind(said, 0, cursor)
+            behind = text[at + len(said) : cursor]
+            if at < 0 or (found and header and header in behind):
+                break
+            shift = at + lead - start
+            found[number] = tuple(
+                (a + shift, min(b + shift, at + len(said))) for a, b in place.spans
+            )
+            cursor = at
+        known = list(found)
+        checked = {*known[:1], *known[-1:], *known[:: max(1, len(known) // CHECKED)]}
+        exact = self._exactly(text, sorted(checked))
+        if all(exact.get(number) == found[number] for number in checked):
+            return found
+        return self._exactly(text, numbers)
+
+    @cache  # noqa: B019 - a dialogue lives as long as its row is encoded
+    def _in_window(self, number: int) -> Place | None:
+        """A turn in the rendering of the first question, the few turns before it, and itself."""
+        roles = [turn["role"] for turn in self.turns]
+        head = roles.index("user") + 1 if "user" in roles else 0
+        first = next(
+            (n for n in range(max(head, number - WINDOW), number) if roles[n] == "assistant"),
+            number,
+        )
+        if not head or number < head:
+            return self.place(number)
+        return self._place_of_last([*self.turns[:head], *self.turns[first : number + 1]])
+
+    @cache  # noqa: B019 - see `_in_window`
     def place(self, number: int) -> Place | None:
         """A turn in the rendering that ends with it; None if the template refuses that."""
         return self._place_of_last(self.turns[: number + 1])
@@ -304,40 +383,3 @@ class Dialogue:
             if self.whole.startswith(end, stop):
                 return ((start, stop + len(end)),)
         return ((start, stop),)
-
-    def _find_by_windows(self) -> bool:
-        """Fill `inside` in time linear in the number of turns, if all trained turns stand there.
-
-        Each is rendered behind the first question and the few turns before it, and that text is
-        searched in the whole. Some are rendered behind all turns, to check.
-        """
-        roles = [turn["role"] for turn in self.turns]
-        said = [number for number, role in enumerate(roles) if role == "assistant"]
-        if "user" not in roles or said != self.trained or said[0] < roles.index("user"):
-            return False
-        head, cursor, found = roles.index("user") + 1, 0, dict[int, tuple[Span, ...]]()
-        for number in self.trained:
-            near = [n for n in said if max(head, number - WINDOW) <= n <= number]
-            place = self._place_of_last([*self.turns[:head], *self.turns[near[0] : number + 1]])
-            if place is None or not place.spans:
-                return False
-            start, stop = place.spans[0][0], place.spans[-1][1]
-            start -= len(self.template.header) * place.text.endswith(self.template.header, 0, start)
-            text, end = place.text[start:stop], self.template.end
-            if number < len(self.turns) - 1 and end.startswith(self.template.end_inside):
-                text = text.removesuffix(end) + self.template.end_inside * text.endswith(end)
-            at = self.whole.find(text, cursor)
-            if at < 0:
-                return False
-            cursor = at + len(text)
-            found[number] = tuple(
-                (a - start + at, min(b - start + at, cursor)) for a, b in place.spans
-            )
-        for number in self.trained[:: max(1, len(self.trained) // CHECKED)] + self.trained[-1:]:
-            place = self.place(number)
-            if place is None or not self.within(place, self.whole):
-                return False
-            if self.clipped(place, self.whole) != found[number]:
-                return False
-        self.inside = found
-        return True
