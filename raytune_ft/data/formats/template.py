@@ -221,22 +221,20 @@ class Dialogue:
         self.template, self.turns, self.tools = template, chat.turns, chat.tools
         self.trained = [number for number, kept in enumerate(chat.trained) if kept]
         self.whole, self._marks = template.render(self.turns, self.tools)
-        self.texts: list[Text] = []
         find = self._exactly if len(self.trained) <= EXACT else self._by_windows
-        found = find(self.whole, self.trained)
-        left = [number for number in self.trained if number not in found]
-        # One that cannot be the last turn is shown to the model as the whole has it.
-        found |= {number: self.anywhere(number) for number in left if self.place(number) is None}
-        if found:
-            self.texts.append(Text(self.whole, found))
-        left = [number for number in left if number not in found]
+        in_whole = find(self.whole, self.trained)
+        texts = []
+        left = [number for number in self.trained if number not in in_whole]
         while left:
             last = left.pop()
             place = self.place(last)
-            assert place is not None
+            if place is None:  # the template refuses it as the last turn
+                in_whole[last] = self.anywhere(last)
+                continue
             found = find(place.text, left)
-            self.texts.append(Text(place.text, found | {last: place.spans}))
+            texts.append(Text(place.text, found | {last: place.spans}))
             left = [number for number in left if number not in found]
+        self.texts = [Text(self.whole, in_whole)] * bool(in_whole) + texts
 
     def _exactly(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
         """The spans of those turns that stand in a text as in the renderings that end with them."""
