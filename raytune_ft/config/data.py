@@ -33,7 +33,7 @@ class Format:
 
 
 def _prompt_completion() -> Any:
-    from raytune_ft.data.formats.example import PROMPT_COMPLETION
+    from raytune_ft.data.formats.prompt_completion import PROMPT_COMPLETION
 
     return PROMPT_COMPLETION
 
@@ -42,6 +42,10 @@ def _chat() -> Any:
     from raytune_ft.data.formats.chat import CHAT
 
     return CHAT
+
+
+def _auto() -> Any:
+    raise AssertionError("`auto` becomes another format when the source is opened")
 
 
 def _text() -> Any:
@@ -62,11 +66,16 @@ def _rationale() -> Any:
     return ANSWER_WITH_RATIONALE
 
 
+CHAT_TEMPLATES = ("chatml", "zephyr", "alpaca", "vicuna")
+"""Chat templates of this package."""
+CHAT_KEYS = ("tools", "train_on", "turns", "chat_template")
+
 FORMATS: dict[str, Format] = {
-    "prompt_completion": Format(_prompt_completion),
-    "messages": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
-    "sharegpt": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
-    "alpaca": Format(_chat, keys=("tools", "train_on", "turns"), chat_template=True),
+    "prompt_completion": Format(_prompt_completion, keys=("tools", "turns", "chat_template")),
+    "messages": Format(_chat, keys=CHAT_KEYS, chat_template=True),
+    "sharegpt": Format(_chat, keys=CHAT_KEYS, chat_template=True),
+    "alpaca": Format(_chat, keys=CHAT_KEYS, chat_template=True),
+    "auto": Format(_auto, keys=CHAT_KEYS),
     "text": Format(_text, documents=True),
     "classification": Format(_classification, keys=("text_pair",), labels=True),
     "rationale": Format(_rationale, keys=("rationale_until",)),
@@ -81,7 +90,10 @@ class SourceConfig(Section):
         description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
         "by datasets, or a hub id",
     )
-    format: Annotated[str, NameIn(FORMATS)] = "prompt_completion"
+    format: Annotated[str, NameIn(FORMATS)] = Field(
+        "prompt_completion",
+        description="how rows are read; auto finds it in the columns",
+    )
     prompt: str = Field(
         "prompt", description="column of the prompt, for prompt_completion and rationale"
     )
@@ -114,6 +126,11 @@ class SourceConfig(Section):
         "shown it, if need be in an example of its own; all: as the whole conversation has them; "
         "last: the last one; split: each in an example of its own",
     )
+    chat_template: str | None = Field(
+        None,
+        description="for chats, a file with a Jinja template, or chatml, zephyr, alpaca or vicuna, "
+        "in place of the tokenizer's; all sources share it, and the promoted model keeps it",
+    )
     text: str = Field("text", description="column of the document, for text and classification")
     text_pair: str | None = Field(
         None, description="for classification, column of a second text, such as a hypothesis"
@@ -124,6 +141,11 @@ class SourceConfig(Section):
     )
     rows: Literal["lines", "file"] = Field(
         "lines", description="of a .txt file: each line is a row, or the whole file is one"
+    )
+    special_tokens: Literal["text", "control"] = Field(
+        "text",
+        description="what a special token is that a text of the rows spells: text, or the token "
+        "itself, for rows that hold rendered prompts",
     )
     example_weight: str | None = Field(
         None, description="column of the example's weight in the loss, a number of at least 0"
@@ -318,3 +340,9 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
 def difficulty_column(data: DataConfig) -> str | None:
     """The column of the rows that the curriculum sorts by, if it does."""
     return data.curriculum.column if data.curriculum is not None else None
+
+
+def chat_template_of(data: DataConfig) -> str | None:
+    """The chat template that the sources name."""
+    named = [source.chat_template for source in source_configs(data).values()]
+    return next(filter(None, named), None)

@@ -146,7 +146,7 @@ TOKEN_FIGURES = (
     TOKEN_ACCURACY,
     EXACT_MATCH,
 )
-COMPLETIONS = ("prompt_completion", "messages", "text")
+COMPLETIONS = ("prompt_completion", "messages", "sharegpt", "alpaca", "text", "auto")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raytune_ft.config import deepspeed_json, environment, metrics, paths
-from raytune_ft.config.data import NamedSource, listed
+from raytune_ft.config.data import CHAT_TEMPLATES, NamedSource, listed
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, to_plain, validated
 from raytune_ft.config.objectives import OBJECTIVES
@@ -37,8 +37,13 @@ def resolve(
                 key = f"data.{name}.{source.called}.path"
                 found = {"path": paths.source(source.path, here, key), "name": source.called}
                 plain[number] |= found
+                item = plain[number]
             else:
+                item = plain
                 plain["path"] = paths.source(source.path, here, f"data.{name}.path")
+            if source.chat_template not in (None, *CHAT_TEMPLATES):
+                key = f"data.{name}.chat_template"
+                item["chat_template"] = paths.absolute(source.chat_template, here, key)
     if data["promote"]["retention"] is not None:
         retained = data["promote"]["retention"]
         retained["path"] = paths.source(retained["path"], here, "promote.retention.path")

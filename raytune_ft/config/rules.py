@@ -343,6 +343,13 @@ def check_objective(config: Config) -> None:
                 f"write format: {one_of(facts.formats)}, or train.objective: {one_of(fits)}",
             )
         _check_source(label, source)
+    named = {source.chat_template for source in source_configs(config.data).values()} - {None}
+    if len(named) > 1:
+        raise ConfigError(
+            f"data.*.chat_template={one_of(sorted(filter(None, named)))}",
+            "differs between sources, and a model has one chat template",
+            "write the same in all of them",
+        )
     _check_keys(config, facts)
     problem = config.data.problem
     if train.label_smoothing > 0 and not (facts.smooth and problem == "single_label"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import (
+    CHAT_TEMPLATES,
     FORMATS,
     DataConfig,
     NamedSource,
     SourceConfig,
+    chat_template_of,
     difficulty_column,
     source_configs,
     source_names,
 )
-from raytune_ft.data.formats import WEIGHT, Encoder, Example
+from raytune_ft.config.reference import one_of
+from raytune_ft.data.formats import WEIGHT, Encoder, Example, found_format
 from raytune_ft.data.formats.classification import label_names, with_targets
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import hold_out
@@ -37,7 +40,7 @@ from raytune_ft.data.report import (
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
-from raytune_ft.errors import RunFailed
+from raytune_ft.errors import DataError, RunFailed, first_line
 from raytune_ft.files import sha256_of
 from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS
 
@@ -106,7 +109,7 @@ def _write(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bo
             shutil.rmtree(aside, ignore_errors=True)
 
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """To be raised when the same rows and keys give other tokens or other files."""
 
 NO_TOKENS = {"path", "weight", "epochs"}
@@ -149,10 +152,17 @@ def prepare_data(
         StorageError: `cache_dir` cannot be written.
     """
     tell = progress or (lambda line: None)
+    use_chat_template(tokenizer, data)
     encoder = Encoder.of(tokenizer)
-    configs = source_configs(data)
-    opened = {name: open_source(f"data.{name}", source) for name, source in configs.items()}
-    target = cache_dir / cache_key(data, opened, encoder, seed)
+    written = source_configs(data)
+    opened = {name: open_source(f"data.{name}", source) for name, source in written.items()}
+    configs = {
+        name: found_format(f"data.{name}", source, opened[name]) for name, source in written.items()
+    }
+    for name, source in configs.items():
+        if source is not written[name]:
+            tell(f"data.{name}: read as format: {source.format}")
+    target = cache_dir / cache_key(data, configs, opened, encoder, seed)
     cached = sound_at(target)
     if cached is not None:
         tell(f"data: tokens of an earlier run, {target}")
@@ -188,7 +198,7 @@ def prepare_data(
         splits={name: describe_split(split) for name, split in splits.items()},
         duplicates=count_duplicates(splits),
         overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
-        notes=_notes(encoder, configs.values()),
+        notes=_notes(encoder, configs.values(), reports.values()),
         names=names,
         labels=labels,
         problem=data.problem if labels else None,
@@ -319,12 +329,44 @@ def split_of(
     return replace(split, sources=names)
 
 
-def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, seed: int) -> str:
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    """Give the tokenizer the chat template that the sources name, if they do.
+
+    Raises:
+        DataError: it is no file that can be read.
+    """
+    written = chat_template_of(data)
+    if written is None:
+        return
+    if written in CHAT_TEMPLATES:
+        path = Path(__file__).parent / "chat_templates" / f"{written}.jinja"
+    else:
+        path = Path(written)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.*.chat_template={written}",
+            f"is not a file that can be read ({first_line(error)})",
+            f"write a file with a Jinja template, or {one_of(CHAT_TEMPLATES)}",
+        ) from error
+    if written == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+        # The model knows no such token, and ends what it says with EOS.
+        text = text.replace("'<|im_end|>'", "eos_token")
+    tokenizer.chat_template = text
+
+
+def cache_key(
+    data: DataConfig,
+    configs: Mapping[str, SourceConfig],
+    opened: Mapping[str, Source],
+    encoder: Encoder,
+    seed: int,
+) -> str:
     """Hash of everything that the tokens depend on.
 
     The directories of a source are left out: a moved data set is the same data set.
     """
-    configs = source_configs(data)
     drawn = isinstance(data.validation, float)
     content = {
         "format": CACHE_FORMAT,
@@ -347,7 +389,9 @@ def cache_key(data: DataConfig, opened: dict[str, Source], encoder: Encoder, see
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]:
+def _notes(
+    encoder: Encoder, sources: Iterable[SourceConfig], reports: Iterable[SourceReport]
+) -> tuple[str, ...]:
     notes = []
     if encoder.eos is None:
         notes.append("the tokenizer has no EOS token, so examples end without one")
@@ -355,4 +399,9 @@ def _notes(encoder: Encoder, sources: Iterable[SourceConfig]) -> tuple[str, ...]
     templated = any(FORMATS[source.format].chat_template for source in sources)
     if "strftime_now" in template and templated:
         notes.append("the chat template may write today's date into every example")
+    ends = {end for report in reports for end in report.ends}
+    if ends == {""}:
+        notes.append(
+            "no trained turn ends with a special token, so generation does not know where to end"
+        )
     return tuple(notes)

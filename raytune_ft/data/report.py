@@ -155,9 +155,15 @@ NOTES = {
 """Facts of a source that its reader may not expect, by their keys in a report."""
 
 
-def unread_text(report: SourceReport) -> str:
-    """The columns that are not read, such as `input (412 of 999 rows)`."""
-    return ", ".join(f"{name} ({n:,} of {report.rows:,} rows)" for name, n in report.unread.items())
+def facts(source: SourceReport) -> list[str]:
+    """What a reader of the source may not expect: columns that are not read, parts that the chat
+    template leaves out, and the `NOTES`.
+    """
+    rows = f"of {source.rows:,} rows"
+    unread = [f"{name} ({count:,} {rows})" for name, count in source.unread.items()]
+    found = [f"not read: {', '.join(unread)}"] if unread else []
+    found += [f"{n:,} rows whose {kind} the template leaves out" for kind, n in source.lost.items()]
+    return found + [NOTES[name].format(count=f"{n:,}") for name, n in source.notes.items()]
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,11 @@ class DataReport:
     teacher_logits: str | None = None
     labels: tuple[str, ...] = ()
     problem: str | None = None
+
+    @property
+    def turn_ends(self) -> list[str]:
+        """The special tokens with which trained turns end."""
+        return sorted({end for source in self.sources.values() for end in source.ends if end})
 
     def to_json(self) -> str:
         """Indented JSON of all of it."""

@@ -19,7 +19,7 @@ from raytune_ft.data.formats import (
     optional_columns,
 )
 from raytune_ft.data.formats.classification import read_labels
-from raytune_ft.data.report import NOTES, SourceReport, unread_text
+from raytune_ft.data.report import SourceReport, facts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import BATCH_ROWS, Source
 from raytune_ft.errors import DataError
@@ -231,17 +231,14 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
 
 
 def _summary(report: SourceReport) -> str:
-    facts = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
-    facts += [f"{count:,} {cause}" for cause, count in report.bad.items()]
+    found = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
+    found += [f"{count:,} {cause}" for cause, count in report.bad.items()]
     if report.truncated:
-        facts.append(f"{report.truncated:,} truncated")
+        found.append(f"{report.truncated:,} truncated")
     if report.dropped:
-        facts.append(f"{report.dropped:,} dropped as too long")
-    facts += [f"{n:,} whose {kind} the template leaves out" for kind, n in report.lost.items()]
-    facts += [NOTES[name].format(count=f"{count:,}") for name, count in report.notes.items()]
-    if report.unread:
-        facts.append(f"not read: {unread_text(report)}")
-    return ", ".join(facts)
+        found.append(f"{report.dropped:,} dropped as too long")
+    found += facts(report)
+    return ", ".join(found)
 
 
 def _end_words(ends: Counter[int], encoder: Encoder) -> dict[str, int]:

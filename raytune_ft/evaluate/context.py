@@ -51,6 +51,7 @@ class Subject:
         model: may be an adapter that cannot be folded; it then works in `base`.
         train: the split that labels are read from.
         is_chat: rows are conversations, which the tokenizer's chat template writes.
+        ends: the tokens that end an answer; None is the tokenizer's EOS.
         objective, figures: what the model was trained for, and the figures of its evaluation.
     """
 
@@ -61,6 +62,7 @@ class Subject:
     settings: PromoteConfig
     is_chat: bool = False
     base: ModelConfig | None = None
+    ends: Sequence[int] | None = None
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = TOKEN_FIGURES
 
@@ -88,9 +90,10 @@ class Subject:
         # Other backends cannot run methods that work on activations.
         own = unfoldable(Path(self.model.path)) is not None
         generate = BACKENDS["transformers" if own else choose_backend(wanted)]
-        end: Any = self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
+        ends = self.ends if self.ends is not None else [eos] if isinstance(eos, int) else []
         ids = [prompt.ids for prompt in prompts]
-        made = generate(self.runner, self.model, ids, limit, end) if prompts else []
+        made = generate(self.runner, self.model, ids, limit, ends) if prompts else []
         return [
             Continuation(*(decode(self.tokenizer, part) for part in (one.ids, one.reference, new)))
             for one, new in zip(prompts, made, strict=True)

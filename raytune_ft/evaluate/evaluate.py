@@ -9,17 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.data import FORMATS, DataConfig, listed
+from raytune_ft.config.data import FORMATS, DataConfig
 from raytune_ft.config.metrics import OWN
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
-from raytune_ft.data.report import check_overlap
+from raytune_ft.data.report import DataReport, check_overlap
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.classifier import check_head
 from raytune_ft.evaluate.columns import columns_of, figures_of, retention
 from raytune_ft.evaluate.context import Continuation, Subject, runner_of
+from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.heads import Head
@@ -50,7 +51,6 @@ class Job:
     split: str
     retained: Path | None = None
     samples: int = 0
-    is_chat: bool = False
     head: Head | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -91,8 +91,9 @@ def run_job(job: Job) -> Measured:
         split,
         data.train,
         job.settings,
-        job.is_chat,
+        is_chat(data.report),
         job.base,
+        stop_tokens(tokenizer, job.base, data.report),
         objective,
         own,
     )
@@ -145,7 +146,6 @@ def evaluate_directory(
         data.path,
         name,
         retained,
-        is_chat=is_chat(config.data),
         head=head,
         train=config.train,
     )
@@ -185,9 +185,10 @@ def prepare_retention(
     return prepare_data(data.model_copy(update=changes), tokenizer, 0, cache_dir).path
 
 
-def is_chat(data: DataConfig) -> bool:
+def is_chat(report: DataReport) -> bool:
     """Whether models are trained on conversations."""
-    return any(FORMATS[source.format].chat_template for source in listed(data.train))
+    trained = (one for name, one in report.sources.items() if name.partition(".")[0] == "train")
+    return any(FORMATS[source.format].chat_template for source in trained)
 
 
 def measured_split(data: PreparedData) -> str:

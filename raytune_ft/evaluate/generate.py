@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.report import DataReport
 from raytune_ft.errors import ConfigError
+from raytune_ft.model.load import resolve_model_path
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.train.model_runner import ModelRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS = {"cpu": 32768, "cuda": 131072}
 """Of one batch, prompts, padding and continuations."""
 
 Ids = Sequence[int]
-Backend = Callable[[ModelRunner, ModelConfig, Sequence[Ids], int, int | None], list[list[int]]]
+Backend = Callable[[ModelRunner, ModelConfig, Sequence[Ids], int, Ids], list[list[int]]]
+"""(runner, model, prompts, most new tokens, tokens that end an answer) -> continuations."""
 
 
 def choose_backend(written: str) -> str:
@@ -39,7 +46,7 @@ def choose_backend(written: str) -> str:
 
 
 def with_transformers(
-    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, ends: Ids
 ) -> list[list[int]]:
     """Up to `limit` tokens after each prompt, without the end token; in the order of the prompts.
 
@@ -56,16 +63,14 @@ def with_transformers(
         batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
         del waiting[: len(batch)]
         if new > 0:
-            texts = _generate(built, [prompts[i] for i in batch], new, end, runner.pad_token)
+            texts = _generate(built, [prompts[i] for i in batch], new, ends, runner.pad_token)
             for i, ids in zip(batch, texts, strict=True):
                 found[i] = ids
     return found
 
 
 @torch.no_grad()
-def _generate(
-    model: Any, prompts: Sequence[Ids], new: int, end: int | None, pad: int
-) -> list[list[int]]:
+def _generate(model: Any, prompts: Sequence[Ids], new: int, ends: Ids, pad: int) -> list[list[int]]:
     """One batch, padded on the left."""
     longest = max(map(len, prompts))
     ids_BS = torch.full((len(prompts), longest), pad, device=model.device)
@@ -75,7 +80,7 @@ def _generate(
         mask_BS[row, longest - len(prompt) :] = 1
     # The model's own generation config may ask for sampling.
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=new, eos_token_id=end, pad_token_id=pad
+        do_sample=False, max_new_tokens=new, eos_token_id=[*ends] or None, pad_token_id=pad
     )
     method = attached(model)
     if method:  # it tells the prompt from continuations by an empty cache
@@ -83,11 +88,11 @@ def _generate(
     plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
     with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
         made_BS = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-    return [until(ids, end) for ids in made_BS.tolist()]
+    return [until(ids, ends) for ids in made_BS.tolist()]
 
 
 def with_vllm(
-    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, end: int | None
+    runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, ends: Ids
 ) -> list[list[int]]:
     """As `with_transformers`, with vLLM's own copy of the model. No test of ours runs this."""
     from vllm import LLM, SamplingParams
@@ -98,17 +103,33 @@ def with_vllm(
         trust_remote_code=model.trust_remote_code,
         gpu_memory_utilization=0.5,  # the other half is the engine's
     )
-    settings = SamplingParams(
-        temperature=0.0, max_tokens=limit, stop_token_ids=[] if end is None else [end]
-    )
+    settings = SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=[*ends])
     made = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], settings)
-    return [until(list(one.outputs[0].token_ids), end) for one in made]
+    return [until(list(one.outputs[0].token_ids), ends) for one in made]
 
 
-def until(ids: Ids, end: int | None) -> list[int]:
+def until(ids: Ids, ends: Ids) -> list[int]:
     """The ids before the first end token."""
-    found = list(ids)
-    return found[: found.index(end)] if end in found else found
+    return list(takewhile(lambda one: one not in ends, ids))
+
+
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, report: DataReport
+) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's EOS, the tokens that the model's generation config
+    names, and those that ended trained turns.
+    """
+    try:
+        written = GenerationConfig.from_pretrained(resolve_model_path(model.path)).eos_token_id
+    except OSError:  # it has none
+        written = None
+    named = written if isinstance(written, list) else [written]
+    trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
+    return tuple(
+        dict.fromkeys(
+            one for one in (*named, tokenizer.eos_token_id, *trained) if isinstance(one, int)
+        )
+    )
 
 
 BACKENDS: dict[str, Backend] = {"transformers": with_transformers, "vllm": with_vllm}

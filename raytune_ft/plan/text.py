@@ -5,6 +5,7 @@ from __future__ import annotations
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.config.search_space import trial_count
+from raytune_ft.data.report import facts
 from raytune_ft.format import seconds, size
 from raytune_ft.plan.layouts import NodeChoice, Option, fastest
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
@@ -167,6 +168,7 @@ def _data(plan: Plan) -> list[str]:
         f"{source.label_tokens:,} of {source.tokens:,} tokens carry loss, longest row "
         f"{source.longest:,}, cut {source.truncated:,}, dropped {source.dropped:,}"
         + "".join(f", {count:,} {cause}" for cause, count in source.bad.items())
+        + "".join(f"\n    {fact}" for fact in facts(source))
         for name, source in report.sources.items()
     ]
     splits = ", ".join(f"{name} {split.examples:,}" for name, split in report.splits.items())

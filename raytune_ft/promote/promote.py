@@ -21,13 +21,12 @@ from raytune_ft.config.load import expand_env
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.data.report import check_overlap, check_same
+from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
 from raytune_ft.evaluate.classifier import constant_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
     Measured,
-    is_chat,
     measured_split,
     prepare_retention,
     run_job,
@@ -144,7 +143,6 @@ class Measurer:
             split,
             self.retained,
             samples,
-            is_chat(self.config.data),
             self.head,
             self.config.train,
         )
@@ -189,8 +187,8 @@ def publish(unfinished: Path, target: Path, tell: Callable[[str], None]) -> None
     fsync(target.parent)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
-    """Save tokenizer and chat template, and add the end token of training to those that end
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path, report: DataReport) -> None:
+    """Save tokenizer and chat template, and add the end tokens of training to those that end
     generation.
     """
     tokenizer.save_pretrained(str(model))
@@ -198,10 +196,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     settings = read_json(path) if path.is_file() else {}
     written = settings.get("eos_token_id")
     known = written if isinstance(written, list) else [written] if written is not None else []
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in known:
+    trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
+    named = dict.fromkeys([*known, tokenizer.eos_token_id, *trained])
+    ends = [end for end in named if end is not None]
+    if ends == known:
         return
-    ends = [*known, tokenizer.eos_token_id]
-    settings["eos_token_id"] = ends if known else tokenizer.eos_token_id
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -403,7 +403,7 @@ class _Promoter:
     def _write(self, entry: Entry) -> FoldCheck | None:
         directory = self._directory_of(entry.name)
         check = entry.write(directory)
-        save_tokenizer(self._tokenizer, directory)
+        save_tokenizer(self._tokenizer, directory, self._data.report)
         if check is not None:
             difference = f"logits differ by at most {check.written_difference:.1e} as written"
             self._tell(f"{entry.name}: {difference}")
@@ -440,14 +440,14 @@ class _Promoter:
     def _score(self, directory: Path) -> float:
         """The deciding figure of a merge that is being made."""
         if not (directory / "tokenizer_config.json").is_file():
-            save_tokenizer(self._tokenizer, directory)
+            save_tokenizer(self._tokenizer, directory, self._data.report)
         return self._measurer.score(directory, self._selection.figure)
 
     def _take(self, winner: Entry) -> None:
         """Make the winner's directory the promoted model and delete the others."""
         if winner.name == BASE_NAME:
             winner.write(self._folder / MODEL)
-            save_tokenizer(self._tokenizer, self._folder / MODEL)
+            save_tokenizer(self._tokenizer, self._folder / MODEL, self._data.report)
         else:
             written = self._directory_of(winner.name)
             if (kind := unfoldable(written)) is not None:

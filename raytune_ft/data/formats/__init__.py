@@ -5,20 +5,25 @@ A format is one `RowReader` and one entry of `config.data.FORMATS`, which says h
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raytune_ft.config.data import FORMATS, SourceConfig
+from raytune_ft.config.reference import one_of
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.formats.example import Encoder, Example, RowReader
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, prompt_key
 from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.sources import Source
 from raytune_ft.data.split import TokenIds, TokenizedSplit
+from raytune_ft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +36,7 @@ __all__ = [
     "describe_example",
     "describe_target",
     "encode_rows",
+    "found_format",
     "optional_columns",
     "reader_of",
 ]
@@ -43,6 +49,43 @@ def reader_of(source: SourceConfig) -> RowReader:
     """How rows of the source's format are read."""
     reader: RowReader = FORMATS[source.format].implementation()
     return reader
+
+
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+"""Columns in which files keep the turns of a conversation."""
+
+
+def found_format(label: str, source: SourceConfig, opened: Source) -> SourceConfig:
+    """The source with the format that its columns show, where `auto` is written.
+
+    Raises:
+        DataError: they show none.
+    """
+    if source.format != "auto":
+        return source
+    wanted = None if opened.columns is None else opened.columns
+    first = next((row for row in opened.read(wanted or ()) if isinstance(row, Row)), None)
+    values = {} if first is None else first.values
+    turns = next((name for name in (source.messages, *TURNS) if values.get(name)), None)
+    if turns is not None:
+        parsed = values[turns]
+        with suppress(ValueError, TypeError):
+            parsed = json.loads(parsed)
+        spoken = isinstance(parsed, list) and parsed and isinstance(parsed[0], dict)
+        format = "sharegpt" if spoken and "from" in parsed[0] else "messages"
+        return source.model_copy(update={"format": format, "messages": turns})
+    for format, columns in (
+        ("prompt_completion", (source.prompt, source.completion)),
+        ("alpaca", ("instruction", "output")),
+        ("text", (source.text,)),
+    ):
+        if all(name in values for name in columns):
+            return source.model_copy(update={"format": format})
+    raise DataError(
+        f"{label}.format=auto",
+        f"finds no format in the columns of {opened.name}, {one_of(list(values)) or 'none'}",
+        "write the format, and the keys that name its columns",
+    )
 
 
 def encode_rows(

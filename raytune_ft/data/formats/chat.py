@@ -34,8 +34,8 @@ def _columns(source: SourceConfig) -> dict[str, str]:
 
 def _optional(source: SourceConfig) -> tuple[str, ...]:
     tools = (source.tools,) if source.tools is not None else ()
-    beside = {"messages": (), "sharegpt": ("system",), "alpaca": ("input", "system", "history")}
-    return (*beside[source.format], *tools)
+    beside = {"sharegpt": ("system",), "alpaca": ("input", "system", "history")}
+    return (*beside.get(source.format, ()), *tools)
 
 
 def _prompt(source: SourceConfig, row: Row) -> str:
@@ -56,6 +56,8 @@ def _encode(
         DataError: the tokenizer has no chat template or no offsets.
     """
     tokenizer = encoder.tokenizer
+    if not rows:
+        return []
     if not tokenizer.chat_template:
         raise DataError(
             f"format={source.format}",
@@ -78,7 +80,9 @@ def _example(
     chat = conversation_of(source, row)
     if isinstance(chat, BadRow):
         return chat
-    hidden = replace(chat, turns=encoder.hide(chat.turns), tools=encoder.hide(chat.tools))
+    hidden = chat
+    if source.special_tokens == "text":
+        hidden = replace(chat, turns=encoder.hide(chat.turns), tools=encoder.hide(chat.tools))
     try:
         dialogue = Dialogue(template, _as_taken(template, hidden))
     except Unwritten as error:

@@ -60,6 +60,7 @@ def _encode(
     encoded: Any = encoder.tokenizer(
         [row.values[source.text] for row in rows],
         None if pair is None else [row.values[pair] for row in rows],
+        split_special_tokens=source.special_tokens == "text",
         return_special_tokens_mask=True,
         return_attention_mask=False,
         verbose=False,

@@ -155,10 +155,23 @@ def _system(source: SourceConfig, row: Row) -> Iterator[Turn]:
         yield _openai({"role": "system", "content": row.values["system"]})
 
 
+def _pair(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
+    """A prompt and a completion that are lists of turns; only the latter carry loss."""
+    parts = [row.values[name] for name in (source.prompt, source.completion)]
+    if not all(
+        isinstance(part, list) and all(isinstance(turn, dict) for turn in part) for part in parts
+    ):
+        raise Unusable("wrong_type", "prompt and completion are not both lists of turns")
+    prompt, completion = parts
+    turns = [_openai({**turn, "train": False}) for turn in prompt]
+    return [*turns, *map(_openai, completion)], _tools(source, row)
+
+
 READERS: dict[str, Callable[[SourceConfig, Row], tuple[list[Turn], Any]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
+    "prompt_completion": _pair,
 }
 
 
@@ -224,7 +237,7 @@ def _openai(turn: Turn) -> Turn:
 
 def _parts(content: list[Any]) -> tuple[str, str]:
     """(text, thoughts) of a content that is a list of parts."""
-    texts, thoughts = [], []
+    texts, thoughts = list[str](), list[str]()
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get(kind) if isinstance(part, dict) else part

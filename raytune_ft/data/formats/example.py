@@ -89,14 +89,16 @@ class Encoder:
         """Tokens after an example."""
         return [] if self.eos is None else [self.eos]
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens: one that the text spells is text."""
+    def encode(self, texts: Sequence[str], spelled: str = "text") -> list[list[int]]:
+        """Token ids of each text; no special token is added. `spelled` is what one that the text
+        spells is: text, or control.
+        """
         if not texts:
             return []
         encoded = self.tokenizer(
             list(texts),
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=spelled == "text",
             return_attention_mask=False,
             verbose=False,
         )
@@ -110,9 +112,10 @@ class Encoder:
         words = {token.content for token in added if token.special}
         return any_of({word for word in words | set(self.tokenizer.all_special_tokens) if word})
 
-    def notes(self, *texts: str) -> tuple[str, ...]:
-        """The note of an example that spells special tokens."""
-        return ("special_text",) if any(map(self.special.search, texts)) else ()
+    def notes(self, source: SourceConfig, *texts: str) -> tuple[str, ...]:
+        """The note of an example whose texts spell special tokens that are read as text."""
+        read_as_text = source.special_tokens == "text"
+        return ("special_text",) if read_as_text and any(map(self.special.search, texts)) else ()
 
     def hide(self, value: Any) -> Any:
         """The value with every special token in its texts broken by `BREAK`, so that a template
@@ -253,45 +256,14 @@ def example_of(row: Row, context: list[int], labels: list[int]) -> Example:
     return Example(row.origin, np.array(context + labels, dtype=np.int32), mask)
 
 
-def _prompt_columns(source: SourceConfig) -> dict[str, str]:
-    return {"prompt": source.prompt, "completion": source.completion}
-
-
-def _check_prompt(source: SourceConfig, row: Row) -> BadRow | None:
-    return bad_text(row, source.prompt) or bad_text(row, source.completion)
-
-
-def _encode_prompts(
-    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
-) -> list[Example | BadRow]:
-    """Prompt and completion apart, so that no token spans the boundary between them."""
-    prompts = encoder.encode([row.values[source.prompt] + separator for row in rows])
-    completions = encoder.encode([row.values[source.completion] for row in rows])
-    return [
-        replace(
-            example_of(row, [*encoder.prefix, *prompt], [*completion, *encoder.suffix]),
-            notes=encoder.notes(row.values[source.prompt], row.values[source.completion]),
-        )
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-    ]
-
-
-PROMPT_COMPLETION = RowReader(
-    columns=_prompt_columns,
-    check=_check_prompt,
-    prompt=lambda source, row: str(row.values[source.prompt]),
-    encode=_encode_prompts,
-)
-
-
 def _encode_texts(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    documents = encoder.encode([row.values[source.text] for row in rows])
+    documents = encoder.encode([row.values[source.text] for row in rows], source.special_tokens)
     return [
         replace(
             example_of(row, list(encoder.prefix), [*ids, *encoder.suffix]),
-            notes=encoder.notes(row.values[source.text]),
+            notes=encoder.notes(source, row.values[source.text]),
         )
         for row, ids in zip(rows, documents, strict=True)
     ]

@@ -38,14 +38,15 @@ def _encode(
     """The answer's example, with the rationale's in `others`."""
     parts = [_parts(source, row) for row in rows]
     asked = [row.values[source.prompt] + separator for row in rows]
+    spelled = source.special_tokens
     answers = zip(
-        encoder.encode([ANSWER_TASK + prompt for prompt in asked]),
-        encoder.encode([answer for _, answer in parts]),
+        encoder.encode([ANSWER_TASK + prompt for prompt in asked], spelled),
+        encoder.encode([answer for _, answer in parts], spelled),
         strict=True,
     )
     reasons = zip(
-        encoder.encode([RATIONALE_TASK + prompt for prompt in asked]),
-        encoder.encode([reason for reason, _ in parts]),
+        encoder.encode([RATIONALE_TASK + prompt for prompt in asked], spelled),
+        encoder.encode([reason for reason, _ in parts], spelled),
         strict=True,
     )
 

@@ -53,9 +53,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     original = Encoder.encode
 
-    def encode(self: Encoder, batch: list[str]) -> list[list[int]]:
+    def encode(self: Encoder, batch: list[str], spelled: str = "text") -> list[list[int]]:
         texts.extend(batch)
-        return original(self, batch)
+        return original(self, batch, spelled)
 
     monkeypatch.setattr(Encoder, "encode", encode)
     return texts

@@ -71,4 +71,4 @@ def _loaded(name: str, folder: Path, base: Path) -> Any:
 def _loaded_by_us(folder: Path, base: Path) -> Any:
     plain, own = ModelConfig(path=str(base)), ModelConfig(path=str(folder))
     engine = runner_of(own, load_tokenizer(plain), plain)
-    return lambda ids: with_transformers(engine, own, ids.tolist(), 6, None)[0]
+    return lambda ids: with_transformers(engine, own, ids.tolist(), 6, ())[0]

@@ -224,8 +224,8 @@ def test_generation_in_batches_is_generation_one_by_one(
         own, load_tokenizer(ModelConfig(path=str(base))), ModelConfig(path=str(base))
     )
     prompts = [tuple(range(5, 5 + n)) for n in (3, 11, 6)]
-    together = with_transformers(engine, own, prompts, 6, None)
-    alone = [with_transformers(engine, own, [prompt], 6, None)[0] for prompt in prompts]
+    together = with_transformers(engine, own, prompts, 6, ())
+    alone = [with_transformers(engine, own, [prompt], 6, ())[0] for prompt in prompts]
     assert together == alone
     assert alone == [_one_at_a_time(engine, list(prompt)) for prompt in prompts]
 
