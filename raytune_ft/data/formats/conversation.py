@@ -20,7 +20,7 @@ Turn = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn that hold what the assistant thought before it answered."""
 
-LOSS_FLAGS = ("weight", "train", "trainable", "loss_mask")
+LOSS_FLAGS = ("weight", "train", "trainable", "loss_mask", "loss_weight")
 """Keys of a turn that say whether it carries loss: 1 or true, 0 or false."""
 
 
@@ -219,32 +219,34 @@ def _openai(turn: Turn) -> Turn:
     none, so null and absent must mean the same; arguments may be JSON text or an object.
     """
     turn = _without_nulls(turn)
+    calls = turn.pop("tool_calls", None)
+    calls = _parsed(calls) if isinstance(calls, str) else calls or []
     content = turn.get("content")
     if isinstance(content, list):
-        texts, thoughts = _parts(content)
-        turn["content"] = texts
+        parts = [_part(part) for part in content]
+        calls = [*calls, *(_parsed(text) for kind, text in parts if kind == "tool_call")]
+        thoughts = "".join(text for kind, text in parts if kind in ("thinking", "reasoning"))
+        turn["content"] = "".join(text for kind, text in parts if kind == "text")
         if thoughts and not any(turn.get(key) for key in REASONING):
             turn[REASONING[0]] = thoughts
-    calls = turn.pop("tool_calls", None)
-    if isinstance(calls, str):
-        calls = _parsed(calls)
-    if calls is not None and not isinstance(calls, list):
+    if not isinstance(calls, list):
         raise Unusable("wrong_type", "`tool_calls` is not a list")
-    if calls:
-        turn["tool_calls"] = [_call(call) for call in calls]
-    return turn
+    return {**turn, "tool_calls": [_call(call) for call in calls]} if calls else turn
 
 
-def _parts(content: list[Any]) -> tuple[str, str]:
-    """(text, thoughts) of a content that is a list of parts."""
-    texts, thoughts = list[str](), list[str]()
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get(kind) if isinstance(part, dict) else part
-        if kind not in ("text", "thinking") or not isinstance(text, str):
-            raise Unusable("unsupported_part", f"a part of a turn's content is {kind!r}, not text")
-        (texts if kind == "text" else thoughts).append(text)
-    return "".join(texts), "".join(thoughts)
+PARTS = ("text", "thinking", "reasoning", "tool_call")
+"""Types of the parts of a content that is a list."""
+
+
+def _part(part: Any) -> tuple[str, str]:
+    """(type, text) of a part; the text is under its type, or under `text` or `value`."""
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    keys = (kind, "text", "value")
+    text = next((part[k] for k in keys if k in part), None) if isinstance(part, dict) else part
+    if kind not in PARTS or not isinstance(text, str):
+        detail = f"a part of a turn's content has the type {kind!r}, and {one_of(PARTS)} are read"
+        raise Unusable("unsupported_part", detail)
+    return kind, text
 
 
 def _call(call: Any) -> dict[str, Any]:

@@ -254,6 +254,6 @@ def test_the_chat_template_of_training_is_that_of_evaluation(inputs: Path, tmp_p
         assert list(prompt.ids) == rendered["input_ids"]
         assert tokenizer.decode(prompt.reference).startswith(each[1]["content"])
     # And the template goes along with the model.
-    save_tokenizer(tokenizer, tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model", prepared.report)
     saved = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert saved.chat_template == tokenizer.chat_template
