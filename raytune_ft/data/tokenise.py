@@ -223,7 +223,12 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
             value,
             f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
             f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            "mend them or raise data.max_bad_fraction",
+            (
+                "write rows that the template takes, another as chat_template of the source, or raise "
+                if {"template", "unwritten_turn"} >= tally.bad.keys()
+                else "mend them or raise "
+            )
+            + "data.max_bad_fraction",
         )
     if not tally.usable:
         rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"

@@ -332,6 +332,49 @@ OBJECTIVES_AND_SOURCES: list[Case] = [
         "data.max_bad_fraction",
     ),
     (
+        "train 'data.train={path: chats.jsonl, format: auto, chat_template: broken.jinja}' "
+        "data.test=null",
+        "data.train.path=chats.jsonl",
+        "template 8",
+        "no such thing",
+        "chat_template",
+    ),
+    (
+        "train 'data.train={path: chats.jsonl, format: auto, chat_template: silent.jinja}' "
+        "data.test=null",
+        "data.train.path=chats.jsonl",
+        "unwritten_turn 8",
+        "turn 2",
+        "chat_template",
+    ),
+    (
+        "train 'data.train={path: chats.jsonl, format: auto, chat_template: none.jinja}' "
+        "data.test=null",
+        "chat_template=",
+        "none.jinja",
+        "chatml",
+    ),
+    (
+        "train 'data.train={path: speakers.jsonl, format: sharegpt}' data.test=null",
+        "data.train.path=speakers.jsonl",
+        "unknown_speaker 8",
+        "'narrator'",
+        "human",
+    ),
+    (
+        "train 'data.train={path: classes.jsonl, format: auto, text: x}' data.test=null",
+        "data.train.format=auto",
+        "text or label",
+        "format",
+    ),
+    (
+        "train 'data.train={path: chats.jsonl, format: auto, chat_template: chatml}' "
+        "'data.test={path: chats.jsonl, format: auto, chat_template: zephyr}'",
+        "chat_template",
+        "chatml or zephyr",
+        "same",
+    ),
+    (
         "train 'data.train=[{path: short.jsonl, prompt: instruction, completion: response, "
         "weight: 0}]'",
         "data.train",
@@ -465,7 +508,15 @@ def write_bad_files(folder: Path) -> None:
     classes = [
         {"text": f"text {number}", "label": ["up", "down"][number % 2]} for number in range(8)
     ]
-    for name, content in (("bad", bad), ("monologue", alone), ("classes", classes)):
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    ] * 8
+    told = [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]
+    files = {"bad": bad, "monologue": alone, "classes": classes, "chats": chats}
+    files["speakers"] = [{"conversations": told}] * 8
+    (folder / "broken.jinja").write_text("{{ raise_exception('no such thing') }}")
+    (folder / "silent.jinja").write_text("{% for m in messages %}<{{ m.role }}>{% endfor %}")
+    for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
