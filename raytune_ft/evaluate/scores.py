@@ -55,11 +55,13 @@ class Scores:
 
     @property
     def each(self) -> Column | None:
-        """`[n]`: the figure of every example alone; None where it is not a mean over examples."""
+        """`[n]`: the figure of every example alone, NaN for one that counts nothing; None where it
+        is not a mean over examples.
+        """
         if self.formula is not ratio or not self.by_example:
             return None
         top, bottom = self.columns
-        return np.divide(top, bottom, out=np.zeros(len(top)), where=bottom != 0)
+        return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
 
 
 @dataclass(frozen=True)

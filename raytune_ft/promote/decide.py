@@ -6,6 +6,7 @@ Candidates are compared by their scores on validation; of those that are tied, t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +145,10 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
             facts: dict[str, Any] = {"split": group or split, "candidate": name, "example": i}
             if not group and count == len(measured.continuations):
                 facts["generated"] = measured.continuations[i].generated
-            values = {figure: round(each[i], 6) for figure, each in figures.items()}
+            values = {
+                figure: None if math.isnan(each[i]) else round(each[i], 6)
+                for figure, each in figures.items()
+            }
             yield json.dumps(facts | values, ensure_ascii=False) + "\n"
 
 

@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 from raytune_ft.errors import ConfigError
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import Scores, difference
-from raytune_ft.promote.decide import Contender, better, decide, evaluation_of
+from raytune_ft.promote.decide import Contender, better, decide, evaluation_of, score_lines
 from raytune_ft.records import to_json
 
 
@@ -137,3 +137,9 @@ def test_a_candidate_whose_loss_is_not_a_number_never_wins() -> None:
     sound = contender("base", 0, np.ones(5))
     broken = contender("t1", 1, np.array([0.1, np.nan, 0.1, 0.1, 0.1]))
     assert decide([sound, broken], "eval_loss").winner == "base"
+
+
+def test_an_example_of_weight_0_has_no_loss_of_its_own() -> None:
+    weighted = Scores((np.array([0.0, 6.0]), np.array([0.0, 3.0])), "min")
+    lines = score_lines("test", "base", Measured({"eval_loss": weighted}))
+    assert [json.loads(line)["eval_loss"] for line in lines] == [None, 2.0]
