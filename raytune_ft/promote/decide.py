@@ -15,7 +15,7 @@ from raytune_ft.config.objectives import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, Scores, difference
-from raytune_ft.format import interval, number
+from raytune_ft.format import NOT_FINITE, interval, number
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class CandidateRecord:
     Attributes:
         simplicity: 0 is the base; a smaller number is simpler.
         difference, interval: its value of the deciding metric minus the best candidate's. Both are
-            None for the best candidate; `interval` is also None where the examples are too few.
+            None for the best candidate and where its value is not finite; `interval` is also None
+            where the examples are too few.
         settings: of the merge, such as `alpha`.
     """
 
@@ -110,9 +111,7 @@ def evaluation_of(
         base=base.figures,
         promoted=promoted.figures,
         looks=looks,
-        verdict=_sentence(
-            verdict, contenders[0].measured, base, promoted, held_out, split, reference
-        ),
+        verdict=_sentence(verdict, contenders, base, promoted, held_out, split, reference),
         metric=verdict.figure,
         mode=verdict.mode,
         winner=verdict.winner,
@@ -146,7 +145,7 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
             if not group and count == len(measured.continuations):
                 facts["generated"] = measured.continuations[i].generated
             values = {
-                figure: None if math.isnan(each[i]) else round(each[i], 6)
+                figure: round(each[i], 6) if math.isfinite(each[i]) else None
                 for figure, each in figures.items()
             }
             yield json.dumps(facts | values, ensure_ascii=False) + "\n"
@@ -179,7 +178,7 @@ def _examples(measured: Measured) -> int:
 
 def _sentence(
     verdict: Verdict,
-    validation: Measured,
+    contenders: Sequence[Contender],
     base: Measured,
     promoted: Measured,
     held_out: Difference,
@@ -188,22 +187,26 @@ def _sentence(
 ) -> str:
     figure = verdict.figure
     old, new = base.figures[figure], promoted.figures[figure]
-    simpler = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
+    rest = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
+    lost = [one.name for one in contenders if not math.isfinite(one.measured.figures[figure])]
+    rest += f"; {figure} of {', '.join(lost)} is {NOT_FINITE} on validation" * bool(lost)
     if verdict.winner == "base":
-        count = _count(validation, figure)
+        count = _count(contenders[0].measured, figure)
         if count < FEWEST_EXAMPLES:
             return f"the base is kept: {_too_few(count)} on validation"
-        return f"the base is kept: no candidate is better on validation{simpler}"
+        return f"the base is kept: no candidate is better on validation{rest}"
     how = "tied with" if held_out.covers_zero else "not better than"
     if better(held_out, verdict.mode):
         how = "better than"
     sure = f"{CONFIDENCE:.0%} interval of the difference"
     if held_out.interval is None:
         how, sure = "not distinguishable from", _too_few(_count(base, figure))
+        if not math.isfinite(held_out.value):
+            sure = "which leaves no difference to measure"
     else:
         sure += f" {interval(held_out.interval)}"
     figures = f"{figure} {number(new)} against {number(old)}, {sure} on {split}"
-    return f"promoted is {how} {reference} ({figures}){simpler}"
+    return f"promoted is {how} {reference} ({figures}){rest}"
 
 
 def _count(measured: Measured, figure: str) -> int:
@@ -257,15 +260,15 @@ def decide(contenders: Sequence[Contender], figure: str) -> Verdict:
 
     Raises:
         ConfigError: no entry of `promote.metrics` gives `figure`.
-        RunFailed: `figure` is NaN for every candidate.
+        RunFailed: `figure` is not finite for any candidate.
     """
     by_name = {one.name: _scores_of(one, figure) for one in contenders}
     mode = next(iter(by_name.values())).mode
     sign = 1 if mode == "min" else -1
     models = [one for one in contenders if one.is_model]
-    usable = [one for one in models if by_name[one.name].value == by_name[one.name].value]
+    usable = [one for one in models if math.isfinite(by_name[one.name].value)]
     if not usable:
-        raise RunFailed(f"{figure} is not a number for any candidate")
+        raise RunFailed(f"{figure} is not finite for any candidate")
     order = sorted(usable, key=lambda one: (sign * by_name[one.name].value, one.simplicity))
     best = order[0]
     differences = {

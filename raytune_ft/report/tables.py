@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raytune_ft.format import NONE, cell, interval, seconds, size
+from raytune_ft.format import NONE, cell, interval, number, seconds, size
 
 if TYPE_CHECKING:
     from raytune_ft.checkpoints.manage import Row
@@ -76,7 +76,7 @@ def candidates(evaluation: Record, label: Label = str) -> Table:
         tuple(
             (
                 row["name"],
-                cell(row["figures"][figure]),
+                number(row["figures"][figure]),
                 *_difference(None if row["difference"] is None else row),
                 *(cell(row["figures"].get(name)) for name in beside),
             )
@@ -102,7 +102,7 @@ def figures(evaluation: Record, label: Label = str) -> Table:
             (
                 label(name),
                 cell(evaluation["base"].get(name)),
-                cell(value),
+                number(value),
                 *_difference(evaluation["differences"].get(name)),
             )
             for name, value in evaluation["promoted"].items()
@@ -174,4 +174,6 @@ def _confidence(evaluation: Record) -> str:
 
 
 def _difference(gap: Record | None) -> tuple[str, str]:
-    return (NONE, NONE) if gap is None else (cell(gap["difference"]), interval(gap["interval"]))
+    if gap is None or gap["difference"] is None:
+        return NONE, NONE
+    return number(gap["difference"]), interval(gap["interval"])
