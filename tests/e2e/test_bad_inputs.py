@@ -527,6 +527,7 @@ def test_bad_inputs_that_only_training_finds(
     small = "data.train.path=short.jsonl promote.max_overlap=1 data.test=null"
     line = refused(f"train name=lost storage={tmp_path} train.lr=1e30 {small}", code=1)
     assert "Diverged: step 2" in line
+    assert "train.lr below 1e+30" in line
     result = json.loads((tmp_path / "lost" / "result.json").read_text())
     assert result["status"] == "failed"
     assert f"error: {result['error']}\n" == line
