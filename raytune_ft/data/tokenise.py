@@ -23,7 +23,10 @@ Progress = Callable[[str], None]
 
 @dataclass
 class _Tally:
-    """Counts of one source while it is read."""
+    """Counts of one source while it is read.
+
+    `lacking` is the length of the longest row that is bad because its labels lie past the limit.
+    """
 
     rows: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -32,6 +35,7 @@ class _Tally:
     truncated: int = 0
     dropped: int = 0
     longest: int = 0
+    lacking: int = 0
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.cause] += 1
@@ -125,8 +129,11 @@ def _fitted(
             return read
         all_of_it = [read]
     elif not all(one.mask[:limit].any() for one in all_of_it):
-        where = f" within its first {limit} tokens" if longest > limit else ""
-        return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
+        if not all(one.mask.any() for one in all_of_it):
+            return BadRow(result.origin, "no_label_token", "no token carries loss")
+        tally.lacking = max(tally.lacking, longest)
+        where = f"within data.max_length={limit}, and the row has {longest}"
+        return BadRow(result.origin, "no_label_token", f"no token carries loss {where}")
     tally.truncated += longest > limit
     return [_cut(one, limit) for one in all_of_it]
 
@@ -162,15 +169,18 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
     if bad > data.max_bad_fraction * tally.rows:
         causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
         first = next(iter(tally.first_bad.values()))
+        longer = f"write data.max_length={tally.lacking} to keep the no_label_token rows, "
+        longer *= bool(tally.lacking)
         raise DataError(
             value,
             f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
             f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            "mend them or raise data.max_bad_fraction",
+            f"{longer}mend {'the others,' if longer else 'them'} or raise data.max_bad_fraction",
         )
     if not tally.usable:
         rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
-        raise DataError(value, rule, "mend the rows or raise data.max_length")
+        cut = tally.longest if tally.dropped else tally.lacking
+        raise DataError(value, rule, f"write data.max_length={cut}" if cut else "mend the rows")
 
 
 def _summary(report: SourceReport) -> str:

@@ -188,6 +188,13 @@ MODEL_AND_DATA: list[Case] = [
     ),
     ("train data.train.path=empty.jsonl", "data.train.path=", "empty.jsonl", "row"),
     (
+        "train data.train.path=short.jsonl data.max_length=4",
+        "data.train.path=short.jsonl",
+        "no_label_token 60",
+        "write data.max_length=",
+        "data.max_bad_fraction=0.01",
+    ),
+    (
         "train data.train.path=bad.jsonl",
         "data.train.path=bad.jsonl",
         "2 unusable",
