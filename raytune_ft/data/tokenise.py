@@ -169,18 +169,24 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
     if bad > data.max_bad_fraction * tally.rows:
         causes = ", ".join(f"{cause} {count:,}" for cause, count in tally.bad.most_common())
         first = next(iter(tally.first_bad.values()))
-        longer = f"write data.max_length={tally.lacking} to keep the no_label_token rows, "
-        longer *= bool(tally.lacking)
         raise DataError(
             value,
             f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
             f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            f"{longer}mend {'the others,' if longer else 'them'} or raise data.max_bad_fraction",
+            f"{_remedy(tally)} or raise data.max_bad_fraction",
         )
     if not tally.usable:
         rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
         cut = tally.longest if tally.dropped else tally.lacking
         raise DataError(value, rule, f"write data.max_length={cut}" if cut else "mend the rows")
+
+
+def _remedy(tally: _Tally) -> str:
+    """What keeps the bad rows."""
+    if not tally.lacking:
+        return "mend them"
+    longer = f"write data.max_length={tally.lacking} to keep the no_label_token rows"
+    return longer + ", mend the others" * (len(tally.bad) > 1)
 
 
 def _summary(report: SourceReport) -> str:
