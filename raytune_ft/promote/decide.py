@@ -187,14 +187,14 @@ def _sentence(
 ) -> str:
     figure = verdict.figure
     old, new = base.figures[figure], promoted.figures[figure]
-    rest = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
-    lost = [one.name for one in contenders if not math.isfinite(one.measured.figures[figure])]
-    rest += f"; {figure} of {', '.join(lost)} is {NOT_FINITE} on validation" * bool(lost)
+    simpler = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
+    names = [one.name for one in contenders if not math.isfinite(one.measured.figures[figure])]
+    lost = f"; {figure} of {', '.join(names)} is {NOT_FINITE} on validation" * bool(names)
     if verdict.winner == "base":
         count = _count(contenders[0].measured, figure)
         if count < FEWEST_EXAMPLES:
-            return f"the base is kept: {_too_few(count)} on validation"
-        return f"the base is kept: no candidate is better on validation{rest}"
+            return f"the base is kept: {_too_few(count)} on validation{lost}"
+        return f"the base is kept: no candidate is better on validation{simpler}{lost}"
     how = "tied with" if held_out.covers_zero else "not better than"
     if better(held_out, verdict.mode):
         how = "better than"
@@ -206,7 +206,7 @@ def _sentence(
     else:
         sure += f" {interval(held_out.interval)}"
     figures = f"{figure} {number(new)} against {number(old)}, {sure} on {split}"
-    return f"promoted is {how} {reference} ({figures}){rest}"
+    return f"promoted is {how} {reference} ({figures}){simpler}{lost}"
 
 
 def _count(measured: Measured, figure: str) -> int:
