@@ -76,9 +76,9 @@ def candidates(evaluation: Record, label: Label = str) -> Table:
         tuple(
             (
                 row["name"],
-                number(row["figures"][figure]),
+                _value(row["figures"], figure),
                 *_difference(None if row["difference"] is None else row),
-                *(cell(row["figures"].get(name)) for name in beside),
+                *(_value(row["figures"], name) for name in beside),
             )
             for row in rows
         ),
@@ -101,11 +101,11 @@ def figures(evaluation: Record, label: Label = str) -> Table:
         tuple(
             (
                 label(name),
-                cell(evaluation["base"].get(name)),
-                number(value),
+                _value(evaluation["base"], name),
+                _value(evaluation["promoted"], name),
                 *_difference(evaluation["differences"].get(name)),
             )
-            for name, value in evaluation["promoted"].items()
+            for name in evaluation["promoted"]
         ),
     )
 
@@ -171,6 +171,10 @@ def markdown(table: Table) -> str:
 
 def _confidence(evaluation: Record) -> str:
     return f"{evaluation['confidence']:.0%} interval"
+
+
+def _value(figures: Record, name: str) -> str:
+    return number(figures[name]) if name in figures else NONE
 
 
 def _difference(gap: Record | None) -> tuple[str, str]:
