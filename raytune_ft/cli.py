@@ -10,13 +10,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
+from raytune_ft.records import as_json
 from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
 
@@ -368,7 +368,7 @@ def _reporter(total_examples: int, stack: ExitStack) -> Reporter:
 
 
 def _show_promotion(promotion: Promotion) -> None:
-    measured = asdict(promotion.evaluation)
+    measured = as_json(promotion.evaluation)
     show.print_table(tables.candidates(measured))
     show.print_table(tables.figures(measured))
     for sample in promotion.samples:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "-"
+NOT_FINITE = "not finite"
 
 
-def number(value: float) -> str:
-    """Four decimals; three significant digits below 0.01 and from a million on."""
+def number(value: float | None) -> str:
+    """Four decimals; three significant digits below 0.01 and from a million on.
+
+    NaN and the infinities are `not finite`, as is None, by which files hold them.
+    """
+    if value is None or not math.isfinite(value):
+        return NOT_FINITE
     return f"{value:.4f}" if 0.01 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
 
 

@@ -48,6 +48,14 @@ MIRROR_OWNER = "mirror.json"
 # A sweep.
 STUDY, TRIALS, ENGINES = "study.db", "trials", "engines"
 
+NOT_BEGUN = frozenset(
+    {CONFIG, DATA, LOCK, HANG_LOG, TRACKING_IDS, TENSORBOARD, MIRROR_OWNER, CHECKPOINTS}
+    | {STUDY, TRIALS, ENGINES}
+)
+"""What a driver leaves that was killed before anything was measured."""
+UNFINISHED = (f".{CONFIG}.", f".{DATA}.", f".{MIRROR_OWNER}.", f"{STUDY}-")
+"""Names of files that were being written begin so."""
+
 # A checkpoint.
 MANIFEST = "manifest.json"
 STATE, PROGRESS = "state", "state.json"

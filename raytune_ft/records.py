@@ -163,7 +163,12 @@ def plain_of(record: Any) -> Any:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON of a record, a dict or a list of them; NaN and the infinities become null."""
-    return json.dumps(_finite(plain_of(value)), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(as_json(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def as_json(value: Any) -> Any:
+    """The plain values that a reader of `to_json` gets."""
+    return _finite(plain_of(value))
 
 
 def _finite(value: Any) -> Any:

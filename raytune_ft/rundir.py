@@ -18,7 +18,16 @@ from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import InputError, StorageError
 from raytune_ft.files import fsync, write_text_atomic
-from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RESULT, cache_in
+from raytune_ft.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    NOT_BEGUN,
+    RESULT,
+    UNFINISHED,
+    cache_in,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
 
     A new run has its new config there; a resumed one keeps its earlier config until `begun`. What
     was created here is deleted when an InputError ends the context before anything was measured,
-    so that a mistake does not use up the name.
+    so that a mistake does not use up the name. What a driver left that was killed before that is
+    deleted when the name is used again.
 
     Raises:
         StorageError: the name exists (with `resume`: does not exist), another process drives the
@@ -134,6 +144,7 @@ def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
             yield OpenRun(path, saved)
             return
         _refuse_existing(path)  # another driver may have been faster
+        _empty(path)
         write_text_atomic(path / CONFIG, dump_yaml(config))
         try:
             yield OpenRun(path, None)
@@ -168,7 +179,12 @@ def _undo(path: Path, made: bool) -> None:
     """Removes a run that has not begun: the directory if it was `made` here, else its content."""
     if made:
         shutil.rmtree(path, ignore_errors=True)
-        return
+    else:
+        _empty(path)
+
+
+def _empty(path: Path) -> None:
+    """Deletes the content of a directory, except for its lock."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -195,13 +211,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refuse_existing(path: Path) -> None:
-    """StorageError for a directory with files other than those of a driver that had not begun."""
+    """StorageError for a directory with anything but what a driver leaves that measured nothing.
+
+    Its lock says that the files are a driver's; a config.yaml alone may be somebody's own.
+    """
     try:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     except OSError as error:
         raise _unwritable(path, error) from None
-    strange = [name for name in names if name != LOCK and not name.startswith(f".{CONFIG}.")]
-    if strange or (path.exists() and not path.is_dir()):
+    known = all(name in NOT_BEGUN or name.startswith(UNFINISHED) for name in names)
+    ours = not names or LOCK in names
+    if not (known and ours) or _measured(path) or (path.exists() and not path.is_dir()):
         raise StorageError(
             f"run {path.name}",
             f"exists in {path.parent}, and names are used once",

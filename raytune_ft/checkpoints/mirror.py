@@ -25,6 +25,7 @@ from raytune_ft.layout import (
     CHECKPOINTS,
     CONFIG,
     MANIFEST,
+    METRICS,
     MIRROR_OWNER,
     RESULT,
     STEP_NAME,
@@ -55,6 +56,9 @@ class Mirror:
         """
         there = self.bucket.get(f"{self.name}/{CONFIG}") is not None
         if there and not resume:
+            if not self._has_begun():  # its driver was killed before anything was measured
+                self._delete()
+                return
             raise StorageError(
                 f"run {self.name}",
                 f"exists in {self.bucket.url}, and names are used once",
@@ -75,8 +79,7 @@ class Mirror:
         """
         if not (self.run / CONFIG).is_file():  # undone after a mistake, or not begun
             if self._claimed and not self._resumed:
-                for key in self.bucket.sizes(f"{self.name}/"):
-                    self.bucket.delete(key)
+                self._delete()
             return
         self._claim()
         folders = sorted(self.run.rglob(CHECKPOINTS))
@@ -92,6 +95,15 @@ class Mirror:
                 for name in set(remote.names()) - set(kept):
                     remote.delete(name)
                 remote.clear(keep=kept)
+
+    def _has_begun(self) -> bool:
+        """Whether the bucket has anything that was measured, or a result."""
+        names = {key.rpartition("/")[2] for key in self.bucket.sizes(f"{self.name}/")}
+        return bool(names & {METRICS, MANIFEST, RESULT})
+
+    def _delete(self) -> None:
+        for key in self.bucket.sizes(f"{self.name}/"):
+            self.bucket.delete(key)
 
     def _claim(self) -> None:
         """StorageError where a later driver has taken the run over."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,17 +43,18 @@ from raytune_ft.data.report import (
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
-from raytune_ft.errors import DataError, RunFailed, first_line
+from raytune_ft.errors import DataError, RunFailed, StorageError, first_line
 from raytune_ft.files import sha256_of
 from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-import tempfile
-import uuid
-from contextlib import suppress
 
-from raytune_ft.errors import StorageError
+CACHE_FORMAT = 3
+"""To be raised when the same rows and keys give other tokens or other files."""
+
+NO_TOKENS = {"path", "weight", "epochs"}
+"""Keys of a source on which its tokens do not depend."""
 
 
 def tokenizer_sha256(encoder: Encoder) -> str:
@@ -107,13 +111,6 @@ def _write(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bo
             with suppress(FileNotFoundError):
                 target.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-
-
-CACHE_FORMAT = 3
-"""To be raised when the same rows and keys give other tokens or other files."""
-
-NO_TOKENS = {"path", "weight", "epochs"}
-"""Keys of a source on which its tokens do not depend."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ Progress = Callable[[str], None]
 
 @dataclass
 class _Tally:
-    """Counts of one source while it is read."""
+    """Counts of one source while it is read.
+
+    `lacking` is the length of the longest row that is bad because its labels lie past the limit.
+    """
 
     rows: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -43,6 +46,7 @@ class _Tally:
     truncated: int = 0
     dropped: int = 0
     longest: int = 0
+    lacking: int = 0
     values: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
     first_lost: dict[str, str] = field(default_factory=dict)
@@ -171,8 +175,11 @@ def _fitted(
             return read
         all_of_it = [read]
     elif not all(one.mask[:limit].any() for one in all_of_it):
-        where = f" within its first {limit} tokens" if longest > limit else ""
-        return BadRow(result.origin, "no_label_token", f"no token carries loss{where}")
+        if not all(one.mask.any() for one in all_of_it):
+            return BadRow(result.origin, "no_label_token", "no token carries loss")
+        tally.lacking = max(tally.lacking, longest)
+        where = f"within data.max_length={limit}, and the row has {longest}"
+        return BadRow(result.origin, "no_label_token", f"no token carries loss {where}")
     tally.truncated += longest > limit
     return [_cut(one, limit) for one in all_of_it]
 
@@ -223,16 +230,22 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
             value,
             f"has {bad:,} unusable rows of {tally.rows:,} ({causes}; the first is {first}), more "
             f"than data.max_bad_fraction={data.max_bad_fraction} allows",
-            (
-                "write rows that the template takes, another as chat_template of the source, or raise "
-                if {"template", "unwritten_turn"} >= tally.bad.keys()
-                else "mend them or raise "
-            )
-            + "data.max_bad_fraction",
+            f"{_remedy(tally)} or raise data.max_bad_fraction",
         )
     if not tally.usable:
         rule = f"leaves no usable row of {tally.rows:,} ({bad:,} bad, {tally.dropped:,} too long)"
-        raise DataError(value, rule, "mend the rows or raise data.max_length")
+        cut = tally.longest if tally.dropped else tally.lacking
+        raise DataError(value, rule, f"write data.max_length={cut}" if cut else "mend the rows")
+
+
+def _remedy(tally: _Tally) -> str:
+    """What keeps the bad rows."""
+    if {"template", "unwritten_turn"} >= tally.bad.keys():
+        return "write rows that the template takes, another as chat_template of the source,"
+    if not tally.lacking:
+        return "mend them"
+    longer = f"write data.max_length={tally.lacking} to keep the no_label_token rows"
+    return longer + ", mend the others" * (len(tally.bad) > 1)
 
 
 def _summary(report: SourceReport) -> str:

@@ -17,7 +17,6 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective
-from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.tokens import label_positions, token_losses
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
 from raytune_ft.train.model_runner import ModelRunner
@@ -27,13 +26,7 @@ from raytune_ft.train.model_runner import ModelRunner
 def columns_of(
     runner: ModelRunner, objective: Objective, split: TokenizedSplit
 ) -> dict[str, Column]:
-    """`[n]` or `[n, L]` each, in the order of the split.
-
-    Of label tokens all examples count the same, whatever weights they have in training.
-    """
-    if objective.of_tokens:
-        others = {name: each for name, each in split.columns.items() if name != WEIGHT}
-        split = replace(split, columns=others)
+    """`[n]` or `[n, L]` each, in the order of the split."""
     found = _Filled(len(split))
     for indices, batch in batches(runner, split):
         found.add(indices, batch, objective.columns(objective.outputs(runner, batch), batch, 1))

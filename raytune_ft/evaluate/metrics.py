@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +31,6 @@ from raytune_ft.evaluate.context import Subject
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.model.objectives.classification import Classification
-
-if TYPE_CHECKING:
-    from raytune_ft.evaluate.context import Subject
-
 
 BATCH = 16
 FEWSHOT_SEED = 1234  # the harness' own default

@@ -52,7 +52,7 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
     def measure(split: TokenizedSplit) -> Numbers:
         tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
         runner = runner_of(model, load_tokenizer(model))
-        columns = columns_of(runner, TokenObjective(), split)
+        columns = columns_of(runner, TokenObjective(), replace(split, columns={}))  # no weights
         return columns["loss"] / columns["tokens"]
 
     facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files

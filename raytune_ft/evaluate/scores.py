@@ -55,18 +55,21 @@ class Scores:
 
     @property
     def each(self) -> Column | None:
-        """`[n]`: the figure of every example alone; None where it is not a mean over examples."""
+        """`[n]`: the figure of every example alone, NaN for one that counts nothing; None where it
+        is not a mean over examples.
+        """
         if self.formula is not ratio or not self.by_example:
             return None
         top, bottom = self.columns
-        return np.divide(top, bottom, out=np.zeros(len(top)), where=bottom != 0)
+        return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
 
 
 @dataclass(frozen=True)
 class Difference:
     """`b - a` of a figure over the same examples, with a paired bootstrap interval.
 
-    With fewer than `FEWEST_EXAMPLES` examples the interval has no finite ends.
+    With fewer than `FEWEST_EXAMPLES` examples, or where a value is not finite, the interval has no
+    finite ends.
     """
 
     value: float
@@ -80,14 +83,14 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """`(low, high)`; None where the examples are too few or a value is not a number."""
+        """`(low, high)`; None where the examples are too few or a value is not finite."""
         return (self.low, self.high) if math.isfinite(self.high - self.low) else None
 
 
 def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Difference:
     """Paired percentile bootstrap (Efron, 1979): every draw has the same examples of both."""
     n, rng = len(a.columns[0]), np.random.default_rng(seed)
-    if n < FEWEST_EXAMPLES:
+    if n < FEWEST_EXAMPLES or not (math.isfinite(a.value) and math.isfinite(b.value)):
         return Difference(b.value - a.value, -math.inf, math.inf)
     draws = min(draws, max(FEWEST_DRAWS, MAX_NUMBERS // max(1, n)))
     found: list[npt.NDArray[np.float64]] = []

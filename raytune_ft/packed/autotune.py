@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
-from math import inf
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from raytune_ft.packed.lora import MultiLora
 
 NEAR = 1.05
 """A token may take this times the least: fewer trials at a time help the search more than that."""
-TRIES, TRY_S = 3, 1.0
-"""Passes measured for each number of slots, and when to stop: if passes take this long, they are
-large enough."""
+FEWEST_TRIES, MOST_TRIES = 3, 10
+"""Passes measured for each number of slots: until the two fastest of each agree within `NEAR`."""
+LARGE_S = 0.3
+"""A pass that takes this long is large enough: more slots are not tried."""
 COPIES = {"cpu": 8, "cuda": 6}
 """Memory of one adapter, as a multiple of its master weights: weights, gradients, two moments, the
 copies that an evaluation takes, and on a CPU the snapshot of a checkpoint, on a GPU the copy in
@@ -48,22 +47,35 @@ def worth_trying(most: int, step_tokens: int, pass_tokens: int) -> list[int]:
 
 
 def seconds_a_token(
-    one_pass: Callable[[int], int], counts: Sequence[int], from_rank0: Callable[[Any], Any]
-) -> dict[int, float]:
-    """Seconds a token for each number of slots. `one_pass` runs a pass and returns its tokens.
+    one_pass: Callable[[int], int],
+    counts: Sequence[int],
+    from_rank0: Callable[[Any], Any],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float] | None:
+    """Seconds a token for each number of slots, in its fastest pass; None where the times of equal
+    passes differ too much, as on a machine that is busy. `one_pass` runs a pass and returns its
+    tokens.
 
     Ranks use the clock of rank 0.
     """
-    begun = time.perf_counter()
     one_pass(1)  # warm-up: the first pass takes longer
-    found: dict[int, float] = {}
-    for _, count in product(range(TRIES), counts):  # interleaved: a busy moment slows all counts
-        at = time.perf_counter()
-        if found and not from_rank0(at - begun < TRY_S):
-            break
-        tokens = one_pass(count)
-        found[count] = min(found.get(count, inf), (time.perf_counter() - at) / tokens)
-    return dict(from_rank0(found))
+    found: dict[int, list[float]] = {}
+    for tried in range(1, MOST_TRIES + 1):
+        for count in counts:  # interleaved: a busy moment slows all counts
+            at = clock()
+            tokens = one_pass(count)
+            found.setdefault(count, []).append((clock() - at) / tokens)
+            if from_rank0(min(found[count]) * tokens >= LARGE_S):
+                break
+        if from_rank0(len(counts) == 1 or (tried >= FEWEST_TRIES and _agree(found))):
+            return dict(from_rank0({count: min(times) for count, times in found.items()}))
+    return None
+
+
+def _agree(found: Mapping[int, Sequence[float]]) -> bool:
+    """Whether the two fastest passes of every number of slots took about the same time."""
+    fastest = [sorted(times)[:2] for times in found.values()]
+    return all(len(two) == 2 and two[1] <= NEAR * two[0] for two in fastest)
 
 
 def fewest_near_best(seconds: Mapping[int, float]) -> int:

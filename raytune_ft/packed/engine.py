@@ -126,7 +126,10 @@ class Passes:
             pass_tokens = self.runner.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
             seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.from_rank0)
-            self.slots, why = fewest_near_best(seconds), describe(seconds)
+            if seconds is None:
+                why = "as planned: the machine is too busy to measure whether fewer are as fast"
+            else:
+                self.slots, why = fewest_near_best(seconds), describe(seconds)
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.promote.decide import Evaluation, Sample
+from raytune_ft.records import as_json
 from raytune_ft.report import tables
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
@@ -101,7 +103,7 @@ def model_card(
     classifies = lineage.data.problem is not None
     task = "text-classification" if classifies else "text-generation"
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
-    record = asdict(evaluation)
+    record = as_json(evaluation)
     label = partial(_metric_name, reference=evaluation.reference)
     data = ModelCardData(
         model_name=lineage.name,
@@ -121,7 +123,9 @@ def model_card(
                 metric_value=value,
             )
             for name, value in evaluation.promoted.items()
-            if name not in RETENTION and "/" not in name  # those are of other data
+            if name not in RETENTION
+            and "/" not in name  # those are of other data
+            and math.isfinite(value)
         ],
     )
     body = "\n\n".join(

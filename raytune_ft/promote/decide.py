@@ -6,6 +6,7 @@ Candidates are compared by their scores on validation; of those that are tied, t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from raytune_ft.config.objectives import Mode
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, Scores, difference
-from raytune_ft.format import interval, number
+from raytune_ft.format import NOT_FINITE, interval, number
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class CandidateRecord:
     Attributes:
         simplicity: 0 is the base; a smaller number is simpler.
         difference, interval: its value of the deciding metric minus the best candidate's. Both are
-            None for the best candidate; `interval` is also None where the examples are too few.
+            None for the best candidate and where its value is not finite; `interval` is also None
+            where the examples are too few.
         settings: of the merge, such as `alpha`.
     """
 
@@ -109,9 +111,7 @@ def evaluation_of(
         base=base.figures,
         promoted=promoted.figures,
         looks=looks,
-        verdict=_sentence(
-            verdict, contenders[0].measured, base, promoted, held_out, split, reference
-        ),
+        verdict=_sentence(verdict, contenders, base, promoted, held_out, split, reference),
         metric=verdict.figure,
         mode=verdict.mode,
         winner=verdict.winner,
@@ -144,7 +144,10 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
             facts: dict[str, Any] = {"split": group or split, "candidate": name, "example": i}
             if not group and count == len(measured.continuations):
                 facts["generated"] = measured.continuations[i].generated
-            values = {figure: round(each[i], 6) for figure, each in figures.items()}
+            values = {
+                figure: round(each[i], 6) if math.isfinite(each[i]) else None
+                for figure, each in figures.items()
+            }
             yield json.dumps(facts | values, ensure_ascii=False) + "\n"
 
 
@@ -175,7 +178,7 @@ def _examples(measured: Measured) -> int:
 
 def _sentence(
     verdict: Verdict,
-    validation: Measured,
+    contenders: Sequence[Contender],
     base: Measured,
     promoted: Measured,
     held_out: Difference,
@@ -185,21 +188,25 @@ def _sentence(
     figure = verdict.figure
     old, new = base.figures[figure], promoted.figures[figure]
     simpler = f"; {verdict.winner} and {verdict.best} are tied on validation" * verdict.tied
+    names = [one.name for one in contenders if not math.isfinite(one.measured.figures[figure])]
+    lost = f"; {figure} of {', '.join(names)} is {NOT_FINITE} on validation" * bool(names)
     if verdict.winner == "base":
-        count = _count(validation, figure)
+        count = _count(contenders[0].measured, figure)
         if count < FEWEST_EXAMPLES:
-            return f"the base is kept: {_too_few(count)} on validation"
-        return f"the base is kept: no candidate is better on validation{simpler}"
+            return f"the base is kept: {_too_few(count)} on validation{lost}"
+        return f"the base is kept: no candidate is better on validation{simpler}{lost}"
     how = "tied with" if held_out.covers_zero else "not better than"
     if better(held_out, verdict.mode):
         how = "better than"
     sure = f"{CONFIDENCE:.0%} interval of the difference"
     if held_out.interval is None:
         how, sure = "not distinguishable from", _too_few(_count(base, figure))
+        if not math.isfinite(held_out.value):
+            sure = "which leaves no difference to measure"
     else:
         sure += f" {interval(held_out.interval)}"
     figures = f"{figure} {number(new)} against {number(old)}, {sure} on {split}"
-    return f"promoted is {how} {reference} ({figures}){simpler}"
+    return f"promoted is {how} {reference} ({figures}){simpler}{lost}"
 
 
 def _count(measured: Measured, figure: str) -> int:
@@ -253,15 +260,15 @@ def decide(contenders: Sequence[Contender], figure: str) -> Verdict:
 
     Raises:
         ConfigError: no entry of `promote.metrics` gives `figure`.
-        RunFailed: `figure` is NaN for every candidate.
+        RunFailed: `figure` is not finite for any candidate.
     """
     by_name = {one.name: _scores_of(one, figure) for one in contenders}
     mode = next(iter(by_name.values())).mode
     sign = 1 if mode == "min" else -1
     models = [one for one in contenders if one.is_model]
-    usable = [one for one in models if by_name[one.name].value == by_name[one.name].value]
+    usable = [one for one in models if math.isfinite(by_name[one.name].value)]
     if not usable:
-        raise RunFailed(f"{figure} is not a number for any candidate")
+        raise RunFailed(f"{figure} is not finite for any candidate")
     order = sorted(usable, key=lambda one: (sign * by_name[one.name].value, one.simplicity))
     best = order[0]
     differences = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,11 +118,13 @@ class Measurer:
         return reference, measured[-1]
 
     def score(self, directory: Path, figure: str) -> float:
-        """The figure of a directory on validation, negated where more is better; for merges that
-        measure while they are made.
+        """The figure of a directory on validation, negated where more is better, and infinite where
+        it is not finite; for merges that measure while they are made.
         """
         job = replace(self._job(directory, "validation"), retained=None)
         found = run_job(job).scores[figure]
+        if not math.isfinite(found.value):
+            return math.inf
         return found.value if found.mode == "min" else -found.value
 
     def _constant(self, split: str, head: Head) -> Measured:

@@ -120,6 +120,11 @@ Nodes = Sequence[Mapping[str, float]]
 """The resources of each node, such as {"CPU": 8.0, "GPU": 1.0}."""
 END_S = 3.0
 """How long a process of Ray may take to end after its cluster has ended."""
+SOCKET_BYTES = 107
+"""The longest path that Linux gives a socket."""
+LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""What Ray adds to its directory; the last number is a process id."""
+SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
 """Seconds for the last checkpoint of an interrupted run; 30 by default."""
 
@@ -185,7 +190,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     is the number of CPUs that it offers, by default those of the machine.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, or none can be started here.
     """
     address = address or os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else None)
     set_train_defaults()
@@ -203,8 +208,43 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         return
     for name, value in LOCAL_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    folder = ray_directory()
     with _on_loopback():
-        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=num_cpus,
+                _temp_dir=folder,
+                **quiet,
+            )
+        except Exception as error:  # Ray raises bare ones too
+            ray.shutdown()
+            raise ClusterError(
+                "Ray",
+                f"cannot be started on this machine ({first_line(error)})",
+                f"free memory and disk, or read why in {folder}/session_latest/logs",
+            ) from error
+
+
+def ray_directory() -> str:
+    """Where a local cluster keeps its sockets and logs: in the directory for temporary files, or,
+    where a socket's path would become too long there, in the first short one.
+
+    Raises:
+        ClusterError: no directory is short enough and can be written.
+    """
+    longest = SOCKET_BYTES - len(LONGEST_SOCKET)
+    written = [value for name in ("RAY_TMPDIR", "TMPDIR") if (value := os.environ.get(name))]
+    for folder in (*written, *SHORT_DIRS):
+        if len(os.fsencode(folder)) <= longest and os.access(folder, os.W_OK | os.X_OK):
+            return f"{folder}/ray"
+    raise ClusterError(
+        f"TMPDIR={os.environ.get('TMPDIR', '')}",
+        f"cannot hold Ray's sockets: none of {', '.join((*written, *SHORT_DIRS))} has at most "
+        f"{longest} bytes and can be written",
+        "export RAY_TMPDIR with such a directory",
+    )
 
 
 @contextmanager

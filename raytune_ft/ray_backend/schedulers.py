@@ -77,6 +77,14 @@ class _Hyperband(AsyncHyperBandScheduler):
 
 
 class _Median(MedianStoppingRule):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray asserts that a stopped trial reports no more. One that only a replay has stopped, or
+        that its driver did not live to stop, does: it is judged again.
+        """
+        decision = super().on_trial_result(tune_controller, trial, result)
+        self._stopped_trials.discard(trial)
+        return str(decision)
+
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
         """Continues, where Ray would pause the trial so that others get ahead."""
         return str(TrialScheduler.CONTINUE)

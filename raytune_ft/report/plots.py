@@ -139,7 +139,9 @@ def candidates(promoted: Record) -> Plot | None:
         # The best candidate is a dot at zero; the others are intervals with a dot inside.
         x: list[float | None] = [0.0]
         symbols, mode, label, side = ["circle"], "markers+text", value, "middle right"
-        if row["difference"] is not None and row["interval"] is None:
+        if row["figures"][metric] is None:
+            mode = "text"
+        elif row["difference"] is not None and row["interval"] is None:
             mode, label = "text", f"{value}, too few examples"
         elif low > high_end:
             x, mode, label, side = [high_end], "text", f"{value}, far off", "middle left"
@@ -180,7 +182,8 @@ def candidates(promoted: Record) -> Plot | None:
 def gain_and_retention(promoted: Record) -> Plot | None:
     """The deciding figure against the divergence from the base, for every candidate."""
     metric = promoted["metric"]
-    rows = [row for row in promoted["candidates"] if "retention_kl" in row["figures"]]
+    finite = _finite_candidates(promoted)
+    rows = [row for row in finite if row["figures"].get("retention_kl") is not None]
     if len(rows) < 2:
         return None
     rows.sort(key=lambda row: (row["name"] == promoted["winner"], row["figures"]["retention_kl"]))
@@ -517,13 +520,19 @@ def _ends_to_show(rows: Sequence[Record]) -> list[float]:
     return [0.0, *(end for interval in near for end in interval)]
 
 
+def _finite_candidates(promoted: Record) -> list[Record]:
+    """Those whose deciding figure is finite, for axes on which the others have no place."""
+    metric = promoted["metric"]
+    return [row for row in promoted["candidates"] if row["figures"][metric] is not None]
+
+
 def _reach(interval: Sequence[float]) -> float:
     return max(map(abs, interval))
 
 
 def _alphas(promoted: Record) -> list[tuple[float, Record]]:
     """Interpolations by alpha, with the base at 0 and the trial that they start from at 1."""
-    rows = promoted["candidates"]
+    rows = _finite_candidates(promoted)
     between = [(float(row["settings"]["alpha"]), row) for row in rows if "alpha" in row["settings"]]
     if not between:
         return []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raytune_ft.format import NONE, cell, interval, seconds, size
+from raytune_ft.format import NONE, cell, interval, number, seconds, size
 
 if TYPE_CHECKING:
     from raytune_ft.checkpoints.manage import Row
@@ -76,9 +76,9 @@ def candidates(evaluation: Record, label: Label = str) -> Table:
         tuple(
             (
                 row["name"],
-                cell(row["figures"][figure]),
+                _value(row["figures"], figure),
                 *_difference(None if row["difference"] is None else row),
-                *(cell(row["figures"].get(name)) for name in beside),
+                *(_value(row["figures"], name) for name in beside),
             )
             for row in rows
         ),
@@ -101,11 +101,11 @@ def figures(evaluation: Record, label: Label = str) -> Table:
         tuple(
             (
                 label(name),
-                cell(evaluation["base"].get(name)),
-                cell(value),
+                _value(evaluation["base"], name),
+                _value(evaluation["promoted"], name),
                 *_difference(evaluation["differences"].get(name)),
             )
-            for name, value in evaluation["promoted"].items()
+            for name in evaluation["promoted"]
         ),
     )
 
@@ -173,5 +173,11 @@ def _confidence(evaluation: Record) -> str:
     return f"{evaluation['confidence']:.0%} interval"
 
 
+def _value(figures: Record, name: str) -> str:
+    return number(figures[name]) if name in figures else NONE
+
+
 def _difference(gap: Record | None) -> tuple[str, str]:
-    return (NONE, NONE) if gap is None else (cell(gap["difference"]), interval(gap["interval"]))
+    if gap is None or gap["difference"] is None:
+        return NONE, NONE
+    return number(gap["difference"]), interval(gap["interval"])

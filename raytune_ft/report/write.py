@@ -117,14 +117,18 @@ def _verdict(promoted: Record) -> Record:
         title, colour = f"{winner} is promoted, and worse than the {reference}", BAD
     lines = tables.caveats(promoted)
     if winner != "base":
+        sure = f"{promoted['confidence']:.0%} interval {interval(gap['interval'])}"
         lines.insert(
             0,
-            f"Difference to the {reference} {number(gap['difference'])} "
-            f"({promoted['confidence']:.0%} interval {interval(gap['interval'])}), on "
-            f"{tables.measured_on(promoted)}.",
+            f"Difference to the {reference} {number(gap['difference'])}"
+            f"{f' ({sure})' * (gap['difference'] is not None)}, on {tables.measured_on(promoted)}.",
         )
     if promoted["tied"]:
-        best = next(row["name"] for row in promoted["candidates"] if row["difference"] is None)
+        best = next(
+            row["name"]
+            for row in promoted["candidates"]
+            if row["difference"] is None and row["figures"][metric] is not None
+        )
         lines.append(
             f"Tied on validation: {best} has a better value than {winner} there, but the interval "
             "of their difference covers zero, so the simpler one was promoted."

@@ -39,14 +39,21 @@ STOPPED = ("pruned", "early_stopped")
 
 
 class _Tally:
-    """Counts of trials by state, the lowest loss, and the time that the remaining trials need."""
+    """Counts of trials by state, the lowest loss, and the time that the remaining trials need.
+
+    Work is counted in examples: `_first` and `_at` are those at a trial's first report, which a
+    resumed trial does not begin at 0, and at its last; `_lengths` those of the trials that ended.
+    """
 
     def __init__(self, total: int, now: Callable[[], float]) -> None:
         self._total, self._now = total, now
         self._running: set[str] = set()
         self._stopped = self._completed = self._failed = 0
         self._lowest: dict[str, float] = {}
-        self._begun = now()
+        self._first: dict[str, int] = {}
+        self._at: dict[str, int] = {}
+        self._lengths: list[int] = []
+        self._begun: float | None = None
 
     @property
     def done(self) -> int:
@@ -54,12 +61,18 @@ class _Tally:
 
     def started(self, trial: str) -> None:
         self._running.add(trial)
+        if self._begun is None:
+            self._begun = self._now()
 
-    def reported(self, trial: str, eval_loss: float) -> None:
-        self._lowest[trial] = min(eval_loss, self._lowest.get(trial, eval_loss))
+    def reported(self, trial: str, examples: int, eval_loss: float) -> None:
+        self._first.setdefault(trial, examples)
+        self._at[trial] = examples
+        if examples:
+            self._lowest[trial] = min(eval_loss, self._lowest.get(trial, eval_loss))
 
     def finished(self, trial: str, status: str) -> None:
         self._running.discard(trial)
+        self._lengths.append(self._at.get(trial, 0))
         if status == "failed":
             self._failed += 1
             self._lowest.pop(trial, None)
@@ -76,13 +89,25 @@ class _Tally:
         return f"; lowest so far {number(self._lowest[name])} ({name})"
 
     def left(self) -> str:
-        """`; about 12 min left`, at the rate at which trials have ended so far; empty before the
-        first one has ended and after the last.
+        """`; about 12 min left`, at the examples a second of all trials so far; empty before the
+        first trial has ended and after the last.
+
+        A trial is expected to become as long as those that ended, and were at least as long as it
+        is now.
         """
         rest = self._total - self.done
-        if not self.done or rest <= 0:
+        trained = sum(self._at[trial] - self._first[trial] for trial in self._at)
+        if not self.done or rest <= 0 or not trained or self._begun is None:
             return ""
-        return f"; about {seconds((self._now() - self._begun) / self.done * rest)} left"
+        running = [self._at.get(trial, 0) for trial in self._running]
+        now = [*running, *[0] * (rest - len(running))]
+        work = sum(self._expected(examples) - examples for examples in now)
+        return f"; about {seconds((self._now() - self._begun) / trained * work)} left"
+
+    def _expected(self, examples: int) -> float:
+        """The examples at which a trial will end that has trained on so many."""
+        longer = [length for length in self._lengths if length >= examples]
+        return sum(longer) / len(longer) if longer else examples
 
     def counts(self) -> str:
         """`2 running, 3 stopped, 4 completed, 1 failed of 24 trials`."""
@@ -111,8 +136,8 @@ class Lines:
         self._tell(f"{trial} started: {params_text(params)}")
 
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
+        self._tally.reported(trial, examples, eval_loss)
         if examples:
-            self._tally.reported(trial, eval_loss)
             self._tell(f"{trial}: eval_loss {number(eval_loss)} after {examples:,} examples")
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
@@ -161,8 +186,7 @@ class LiveTable:
     def reported(self, trial: str, examples: int, eval_loss: float) -> None:
         row = self._rows[trial]
         row.status, row.examples, row.eval_loss = "training", examples, eval_loss
-        if examples:
-            self._tally.reported(trial, eval_loss)
+        self._tally.reported(trial, examples, eval_loss)
 
     def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
         self._tally.finished(trial, status)

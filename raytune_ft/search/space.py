@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+from urllib.parse import parse_qsl
 
 import optuna
 from optuna.distributions import (
@@ -18,7 +21,9 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy import URL, QueuePool
+from sqlalchemy.dialects.sqlite import dialect as SQLiteDialect
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from raytune_ft.config.explain import shown_value
@@ -41,9 +46,11 @@ def open_storage(url: str) -> BaseStorage:
     logging.getLogger("alembic").setLevel(logging.ERROR)
     scheme, _, rest = url.partition("://")
     try:
+        if scheme == "sqlite":
+            return _sqlite(rest.removeprefix("/"))
         if scheme.split("+")[0] not in SERVERS:
             return optuna.storages.get_storage(url)
-        return optuna.storages.RDBStorage(
+        return RDBStorage(
             f"{DRIVERS.get(scheme, scheme)}://{rest}",
             engine_kwargs={
                 "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S},
@@ -58,6 +65,18 @@ def open_storage(url: str) -> BaseStorage:
             if isinstance(error, ImportError | NoSuchModuleError)
             else "write an Optuna URL that can be reached from here",
         ) from error
+
+
+def _sqlite(path: str) -> RDBStorage:
+    """The storage in a file, whose path is taken as it is: `?`, `#`, `%` and braces in an URL would
+    mean something to SQLAlchemy or Optuna. Only a `?` after the last `/` begins options.
+    """
+    folder, slash, name = path.rpartition("/")
+    file, _, options = name.partition("?")
+    url = URL.create("sqlite", database=folder + slash + file, query=dict(parse_qsl(options)))
+    arguments, keywords = SQLiteDialect().create_connect_args(url)
+    creator = partial(sqlite3.connect, *arguments, **keywords)
+    return RDBStorage("sqlite://", engine_kwargs={"creator": creator, "poolclass": QueuePool})
 
 
 def _reason(error: BaseException) -> str:

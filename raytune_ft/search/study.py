@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -28,23 +27,22 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
     """The study of one sweep: a separate file, or a separate name in a shared storage.
 
     Raises:
-        StorageError: the storage cannot be opened, holds a study of that name already, or another
-            one than the sweep began with.
+        StorageError: the storage cannot be opened, holds a study of that name with trials already,
+            or another one than the sweep began with.
     """
     url = search.storage or f"sqlite:///{sweep_dir / STUDY}"
-    try:
-        study = optuna.create_study(
-            study_name=name,
-            storage=open_storage(url),
-            directions=["minimize" if mode == "min" else "maximize" for mode in search.modes],
-            load_if_exists=resume or search.storage is None,
-        )
-    except DuplicatedStudyError:
+    study = optuna.create_study(
+        study_name=name,
+        storage=open_storage(url),
+        directions=["minimize" if mode == "min" else "maximize" for mode in search.modes],
+        load_if_exists=True,
+    )
+    if search.storage is not None and not resume and own_trials(study):
         raise StorageError(
             f"study {name}",
             "exists in search.storage, and sweeps are not merged",
             "write another name, or --resume to continue that sweep",
-        ) from None
+        )
     _check_same(study, search, sweep_dir)
     return study
 

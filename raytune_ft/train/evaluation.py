@@ -15,7 +15,6 @@ from torch import Tensor
 from raytune_ft.config.objectives import LOSS
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import Diverged
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Beat, no_beat
@@ -36,10 +35,7 @@ class Scores:
     loss_by_source: Mapping[str, float] = field(default_factory=dict)
 
     def after(self, step: int, examples: int) -> EvalMetrics:
-        """The record of a run's evaluation. Raises Diverged where the loss is not finite."""
-        loss = self.figures[LOSS.name]
-        if not math.isfinite(loss):
-            raise Diverged(f"step {step}: evaluation loss {loss}")
+        """The record of a run's evaluation."""
         return EvalMetrics(step, examples, dict(self.figures), dict(self.loss_by_source))
 
 

@@ -156,7 +156,7 @@ class RunState:
         Raises:
             Diverged: they are not finite.
         """
-        evaluation = base.after(0, 0)
+        evaluation = self._finite(base.after(0, 0))
         self.progress = replace(self.progress, base=evaluation)
         if self._log:
             self._log.evaluation(evaluation, None)
@@ -177,7 +177,7 @@ class RunState:
         """
         step, lr = self.step, self.lr
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+            raise self._diverged(step, f"loss {loss}, gradient norm {grad_norm}", step - 1)
         now = time.perf_counter()
         self._evaluation = None
         self.progress = replace(
@@ -214,7 +214,8 @@ class RunState:
         """
         step, is_best = self.progress.step, False
         if scores is not None:
-            evaluation = self._evaluation = scores.after(step, self.progress.examples)
+            evaluation = self._finite(scores.after(step, self.progress.examples))
+            self._evaluation = evaluation
             is_best = self._goal.improves(evaluation, self.progress.best)
             self.progress = after_evaluation(self.progress, evaluation, self._settings, self._goal)
             if self._log:
@@ -225,6 +226,28 @@ class RunState:
             self._held.append((self._evaluation, checkpoint_path(step) if is_best else None))
             if all(checkpoint is None for _, checkpoint in self._held):
                 self._pass_on()
+
+    def _finite(self, evaluation: EvalMetrics) -> EvalMetrics:
+        """The evaluation itself. Raises Diverged where its loss is not finite."""
+        step, loss = evaluation.step, evaluation.eval_loss
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"evaluation loss {loss}", step)
+        return evaluation
+
+    def _diverged(self, step: int, what: str, updates: int) -> Diverged:
+        """The error of a step that computed `what` after so many updates of the weights."""
+        settings = self._settings
+        remedy = (
+            "no update precedes it, so train.lr is not the cause: write another train.precision "
+            "or model.dtype, or look for extreme weights or numbers in the data"
+        )
+        if updates:
+            clip = " and train.max_grad_norm=1.0" * (settings.max_grad_norm is None)
+            remedy = (
+                f"write a train.lr below {settings.lr:g}{clip}; if the same step fails again, look "
+                "for extreme weights or numbers in the data"
+            )
+        return Diverged(f"step {step}: {what}; {remedy}")
 
     def release(self) -> None:
         """Wait for the checkpoint that is being written, then report what waited for it.

@@ -188,6 +188,13 @@ MODEL_AND_DATA: list[Case] = [
     ),
     ("train data.train.path=empty.jsonl", "data.train.path=", "empty.jsonl", "row"),
     (
+        "train data.train.path=short.jsonl data.max_length=4",
+        "data.train.path=short.jsonl",
+        "no_label_token 60",
+        "write data.max_length=",
+        "data.max_bad_fraction=0.01",
+    ),
+    (
         "train data.train.path=bad.jsonl",
         "data.train.path=bad.jsonl",
         "2 unusable",
@@ -578,6 +585,7 @@ def test_bad_inputs_that_only_training_finds(
     small = "data.train.path=short.jsonl promote.max_overlap=1 data.test=null"
     line = refused(f"train name=lost storage={tmp_path} train.lr=1e30 {small}", code=1)
     assert "Diverged: step 2" in line
+    assert "train.lr below 1e+30" in line
     result = json.loads((tmp_path / "lost" / "result.json").read_text())
     assert result["status"] == "failed"
     assert f"error: {result['error']}\n" == line

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_ft import app
 from raytune_ft.config.load import load_config
-from raytune_ft.errors import ClusterError, ConfigError, DataError
+from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
 from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
@@ -144,6 +144,28 @@ def test_a_larger_budget_that_was_refused_changes_nothing(
         command(name, f"{more}=160", resume=True)
     after = (run_dir / "result.json").read_text(), (run_dir / "config.yaml").read_text()
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_a_driver_killed_while_it_prepares_leaves_the_name_free(
+    command: Command, work: Work, run_dir: Path, name: str
+) -> None:
+    def killed_while_preparing(line: str) -> None:
+        if line.startswith("data.train"):
+            raise KeyboardInterrupt  # no handler of ours: nothing is put back
+
+    with pytest.raises(KeyboardInterrupt):
+        command(name, tell=killed_while_preparing)
+    assert (run_dir / "config.yaml").is_file()
+    work.error = KeyboardInterrupt()  # while the cluster starts
+    with pytest.raises(KeyboardInterrupt):
+        command(name)
+    assert (run_dir / "data.json").is_file()
+    work.error = None
+    command(name)
+    assert len(work.done) == 1
+    with pytest.raises(StorageError, match="exists"):
+        command(name)
 
 
 class Refused(Work):

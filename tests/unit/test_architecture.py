@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import dropwhile
 from pathlib import Path
 
 import raytune_ft
@@ -30,6 +31,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
+IMPORTS = ast.Import | ast.ImportFrom
 LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -83,3 +85,11 @@ def test_unit_tests_mirror_the_package() -> None:
     unit = Path(__file__).parent
     folders = [file.parent.relative_to(unit) for file in unit.rglob("test_*.py")]
     assert [str(each) for each in folders if not (PACKAGE / each).is_dir()] == []
+
+
+def test_imports_stand_first() -> None:
+    """`if TYPE_CHECKING` is the last of the imports; ruff accepts it in the middle too."""
+    for path in _modules():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        late = dropwhile(lambda node: isinstance(node, ast.Expr | IMPORTS), body)
+        assert not any(isinstance(node, IMPORTS) for node in late), path

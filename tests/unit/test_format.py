@@ -22,7 +22,7 @@ from raytune_ft.format import cell, interval, params_text, seconds, size
         (0.00123456, "0.00123"),
         (1.234e-5, "1.23e-05"),
         (2e7, "2e+07"),
-        (float("nan"), "nan"),
+        (float("nan"), "not finite"),
     ],
 )
 def test_cells(value: Any, expected: str) -> None:

@@ -30,6 +30,7 @@ def test_a_new_run_leaves_its_config_and_its_name_is_used_up(config: Config) -> 
     with open_run(config, resume=False) as run:
         assert load_config(run.path / "config.yaml") == config
         assert run.saved is None
+        (run.path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(StorageError, match="write --resume to continue it, or another name"):
         open_run(config, resume=False).__enter__()
     with open_run(config, resume=True) as again:
@@ -110,6 +111,48 @@ def test_a_driver_killed_before_its_config_was_whole_does_not_use_up_the_name(
     (run_path(config) / ".config.yaml.123").touch()
     with open_run(config, resume=False) as run:
         assert (run.path / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("left", ["train", "sweep"])
+def test_a_driver_killed_before_anything_was_measured_does_not_use_up_the_name(
+    config: Config, left: str
+) -> None:
+    """It had its config, its data report and, in a sweep, its study and trials without metrics."""
+    path = run_path(config)
+    with open_run(config, resume=False):
+        (path / "data.json").write_text("{}")
+        (path / "checkpoints").mkdir()
+        if left == "sweep":
+            (path / "study.db").touch()
+            (path / "study.db-journal").touch()
+            (path / ".data.json.123").touch()
+            (path / "trials" / "trial-000").mkdir(parents=True)
+    with open_run(config, resume=True) as again:  # either command goes on
+        assert again.saved == config
+    other = apply_overrides(config, {"train.lr": 1.0})
+    with open_run(other, resume=False) as run:
+        assert {each.name for each in path.iterdir()} == {".lock", "config.yaml"}
+        assert run.saved is None
+        with pytest.raises(StorageError, match="is driven by another process"):
+            open_run(other, resume=False).__enter__()
+
+
+@pytest.mark.parametrize("name", ["result.json", "promoted/model", "trials/t/metrics.jsonl"])
+def test_what_was_measured_or_ended_uses_up_the_name(config: Config, name: str) -> None:
+    with open_run(config, resume=False) as run:
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+    with pytest.raises(StorageError, match="exists"):
+        open_run(config, resume=False).__enter__()
+    assert (run_path(config) / name).exists()
+
+
+def test_a_config_that_no_driver_wrote_is_kept(config: Config) -> None:
+    run_path(config).mkdir(parents=True)
+    (run_path(config) / "config.yaml").write_text("mine")
+    with pytest.raises(StorageError, match="exists"):
+        open_run(config, resume=False).__enter__()
+    assert (run_path(config) / "config.yaml").read_text() == "mine"
 
 
 def begin_and_end(config: Config) -> Config:

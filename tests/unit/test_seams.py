@@ -122,6 +122,7 @@ ATTRIBUTES: dict[str, str] = {
     f"{SCALING}.ElasticScalingPolicy": "_requester_id _autoscaling_coordinator",
     f"{EXCEPTIONS}.UserExceptionWithTraceback": "_base_exc",
     "ray.tune.schedulers.AsyncHyperBandScheduler": "_brackets _trial_info _rungs",
+    "ray.tune.schedulers.MedianStoppingRule": "_on_insufficient_samples _stopped_trials",
     "deepspeed.runtime.engine.DeepSpeedEngine": "scale_wrt_gas",
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "round_robin_bit16_groups round_robin_bit16_offsets partition_size "

@@ -246,6 +246,26 @@ def test_a_mistake_that_was_undone_leaves_nothing(tmp_path: Path, bucket: Bucket
     assert not bucket.sizes()
 
 
+def test_a_driver_killed_before_anything_was_measured_leaves_the_name_free(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    here = tmp_path / "here/some"
+    here.mkdir(parents=True)
+    for name in ("config.yaml", "data.json"):
+        (here / name).write_text("name: some\n")
+    Mirror(bucket, here, print).sync()
+    assert bucket.sizes("some/")
+    there = tmp_path / "there/some"
+    Mirror(bucket, there, print).begin(resume=True)  # either command goes on
+    assert (there / "config.yaml").is_file()
+    Mirror(bucket, tmp_path / "elsewhere/some", print).begin(resume=False)
+    assert not bucket.sizes("some/")
+    make_run(tmp_path / "elsewhere/some", steps=())
+    Mirror(bucket, tmp_path / "elsewhere/some", print).sync()
+    with pytest.raises(StorageError, match="exists in s3://models"):
+        Mirror(bucket, here, print).begin(resume=False)
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3://key:secret@bucket/x", "gs://bucket"])
 def test_what_is_no_bucket(url: str) -> None:
     with pytest.raises(ConfigError, match="is not the URL of a bucket") as caught:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
@@ -217,10 +219,46 @@ def test_truncation_cuts_the_end_of_the_row(
 
 def test_no_usable_row_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", 3)
-    with pytest.raises(DataError, match=r"leaves no usable row of 3 \(0 bad, 3 too long\)"):
+    with pytest.raises(DataError, match=r"row of 3 \(0 bad, 3 too long\); write data.max_length="):
         prepare(data_config(path, max_length=2, too_long="drop"))
-    with pytest.raises(DataError, match=r"leaves no usable row of 3 \(3 bad, 0 too long\)"):
+    with pytest.raises(DataError, match=r"row of 3 \(3 bad, 0 too long\); write data.max_length="):
         prepare(data_config(path, max_length=2, max_bad_fraction=1.0))
+    path.write_text('{"prompt": "x", "completion": 3}\n')
+    with pytest.raises(DataError, match=r"row of 1 \(1 bad, 0 too long\); mend the rows$"):
+        prepare(data_config(path, max_bad_fraction=1.0))
+
+
+@pytest.mark.parametrize("others", ["", '{"prompt": "x", "completion": 3}\n'])
+def test_rows_whose_prompt_fills_the_length_are_kept_by_the_length_that_is_named(
+    prepare: Prepare, tmp_path: Path, others: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", 20)
+    with path.open("a") as file:
+        for repeats in (60, 40):
+            file.write(json.dumps({"prompt": "a b c d " * repeats, "completion": "x y"}) + "\n")
+        file.write(others)
+    with pytest.raises(DataError, match="no_label_token 2") as refused:
+        prepare(data_config(path, max_length=32))
+    line = str(refused.value)
+    assert ("mend the others" in line) == bool(others)
+    assert "or raise data.max_bad_fraction" in line
+    named = int(re.search(r"write data\.max_length=(\d+)", line)[1])  # type: ignore[index]
+    kept = prepare(data_config(path, max_length=named, max_bad_fraction=0.1)).report
+    assert (kept.sources["train"].usable, kept.sources["train"].truncated) == (22, 0)
+    assert kept.sources["train"].longest == named
+
+
+def test_no_length_is_named_for_a_row_without_any_label(
+    prepare: Prepare, tiny: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A line that is a single token, which nothing precedes."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("a\nb\n")
+    tiny.eos_token = None
+    tiny.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    data = DataConfig.model_validate({"train": {"path": str(path), "format": "text"}})
+    with pytest.raises(DataError, match=r"no_label_token 2; .*; mend them or raise"):
+        prepare(data)
 
 
 def test_a_missing_test_file_is_found_before_anything_is_tokenised(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.objectives import TOKEN_FIGURES
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.evaluate.context import Subject, prompt_of
+from raytune_ft.evaluate.context import Subject, prompt_of, runner_of
 from raytune_ft.evaluate.evaluate import evaluate_directory, measure
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
+from raytune_ft.train.evaluation import evaluate
 from tests.support.trained import TEST, config_of
 
 
@@ -34,12 +37,16 @@ def figures(model: ModelConfig, split: TokenizedSplit) -> dict[str, float]:
     return {name: scores.value for name, scores in measure(subject).items()}
 
 
-def test_the_metrics_are_those_of_a_plain_loop(inputs: Path) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_metrics_are_those_of_a_plain_loop(inputs: Path, weighted: bool) -> None:
     model = ModelConfig(path=str(inputs / "base"))
     split = random_split(25, 0)
+    weights = np.arange(25) % 3 if weighted else np.ones(25)
+    if weighted:
+        split = replace(split, columns={"weight": weights[:, None].astype(np.float32)})
     found = figures(model, split)
     reference = AutoModelForCausalLM.from_pretrained(inputs / "base").eval()
-    loss = right = labels = exact = 0.0
+    loss = counted = right = labels = exact = 0.0
     for i in range(len(split)):
         ids, mask = (torch.from_numpy(array.copy()) for array in split.example(i))
         targets = torch.where(mask, ids.long(), -100)
@@ -47,14 +54,19 @@ def test_the_metrics_are_those_of_a_plain_loop(inputs: Path) -> None:
             output = reference(ids[None].long(), labels=targets[None])
         count = int((targets[1:] != -100).sum())
         hits = output.logits[0, :-1].argmax(-1)[targets[1:] != -100] == targets[targets != -100]
-        loss += output.loss.item() * count
+        loss += weights[i] * output.loss.item() * count
+        counted += weights[i] * count
         labels += count
         right += int(hits.sum())
         exact += bool(hits.all())
-    assert found["eval_loss"] == pytest.approx(loss / labels, rel=1e-6)
-    assert found["perplexity"] == pytest.approx(math.exp(loss / labels), rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(loss / counted, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(loss / counted), rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(right / labels)
     assert found["exact_match"] == pytest.approx(exact / len(split))
+    in_training = evaluate(runner_of(model, load_tokenizer(model)), split).figures
+    for figure in TOKEN_FIGURES:
+        if figure.trained:
+            assert found[figure.promoted] == pytest.approx(in_training[figure.name]), figure
 
 
 def test_exact_match_is_what_greedy_decoding_reproduces(run_dir: Path) -> None:

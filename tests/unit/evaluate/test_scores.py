@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from raytune_ft.errors import ConfigError
+from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import Scores, difference
-from raytune_ft.promote.decide import Contender, better, decide, evaluation_of
-from raytune_ft.records import to_json
+from raytune_ft.promote.decide import Contender, better, decide, evaluation_of, score_lines
+from raytune_ft.records import as_json, to_json
+from raytune_ft.report import tables
 
 
 def losses(values: np.ndarray) -> Scores:
@@ -133,7 +134,35 @@ def test_a_figure_that_nothing_gives_is_refused() -> None:
         decide([contender("base", 0, np.ones(3))], "arc/acc")
 
 
-def test_a_candidate_whose_loss_is_not_a_number_never_wins() -> None:
-    sound = contender("base", 0, np.ones(5))
-    broken = contender("t1", 1, np.array([0.1, np.nan, 0.1, 0.1, 0.1]))
-    assert decide([sound, broken], "eval_loss").winner == "base"
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_a_candidate_whose_loss_is_not_finite_is_listed_and_loses(strange: float) -> None:
+    losses_of = {name: np.full(20, value) for name, value in (("base", 2.0), ("t1", 1.0))}
+    broken = np.where(np.arange(20) == 1, strange, 0.1)
+    both = [contender(name, i, values) for i, (name, values) in enumerate(losses_of.items())]
+    all_three = [*both, contender("soup", 2, broken)]
+    verdict = decide(all_three, "eval_loss")
+    assert (verdict.winner, verdict.best) == ("t1", "t1")
+    base, promoted = (one.measured for one in both)
+    record = as_json(evaluation_of(verdict, all_three, {}, "test", base, promoted, 1))
+    assert record["candidates"][2]["figures"] == {"eval_loss": None}
+    assert [row["difference"] for row in record["candidates"]] == [0.25, None, None]
+    assert record["verdict"].endswith("; eval_loss of soup is not finite on validation")
+    assert tables.candidates(record).rows[2] == ("soup", "not finite", "-", "-")
+    kept = evaluation_of(
+        decide([both[0], all_three[2]], "eval_loss"), all_three, {}, "test", base, base, 1
+    )
+    assert kept.verdict.startswith("the base is kept")
+    assert "soup is not finite" in kept.verdict
+    with pytest.raises(RunFailed, match="not finite for any candidate"):
+        decide(all_three[2:], "eval_loss")
+    # A held-out figure that is not finite is no improvement, whichever way is better.
+    for mode in ("min", "max"):
+        assert not better(difference(losses(broken), losses(losses_of["t1"])), mode)
+    told = evaluation_of(verdict, all_three, {}, "test", all_three[2].measured, promoted, 1).verdict
+    assert "against not finite, which leaves no difference to measure" in told
+
+
+def test_an_example_of_weight_0_has_no_loss_of_its_own() -> None:
+    weighted = Scores((np.array([0.0, 6.0]), np.array([0.0, 3.0])), "min")
+    lines = score_lines("test", "base", Measured({"eval_loss": weighted}))
+    assert [json.loads(line)["eval_loss"] for line in lines] == [None, 2.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, DataError, MergeError, StorageError
+from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
-from raytune_ft.promote.promote import locked, promote
+from raytune_ft.promote.promote import locked, measure_all, promote
+from raytune_ft.report.write import write_report
 from tests.support.trained import TEST, Train, write_rows
 
 
@@ -182,6 +185,28 @@ def test_what_is_not_better_than_the_base_is_not_promoted(
     assert content["verdict"].startswith("the base is kept: no candidate is better on validation")
     assert content["base"] == content["promoted"]
     assert content["verdict"] in (run_dir / "promoted/README.md").read_text()
+
+
+def test_a_candidate_without_a_finite_figure_loses_and_is_reported(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(jobs: Any, parallel: Any) -> list[Measured]:
+        base, *others = measure_all(jobs, parallel)
+        for one in others:
+            one.scores["eval_loss"].columns[0][3] = math.nan
+        return [base, *others]
+
+    monkeypatch.setattr(promote_module, "measure_all", broken)
+    done = promote(run_dir)
+    assert done.evaluation.winner == "base"
+    content = json.loads((run_dir / "promoted/evaluation.json").read_text())
+    assert [row["figures"]["eval_loss"] is None for row in content["candidates"]] == [False, True]
+    assert "eval_loss of trained is not finite" in content["verdict"]
+    assert "| trained | not finite | - | - |" in (run_dir / "promoted/README.md").read_text()
+    scores = (run_dir / "promoted/scores.jsonl").read_text().splitlines()
+    assert [json.loads(line)["eval_loss"] for line in scores].count(None) == 1
+    said = write_report(run_dir).read_text()
+    assert "not finite" in said
 
 
 @pytest.mark.parametrize("overrides", [["method.rslora=true"], ["method.dora=true"]])

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+import ray
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ClusterError, ConfigError
-from raytune_ft.ray_backend.cluster import require_capacity, stop_grace_s, whole_groups
+from raytune_ft.ray_backend import cluster
+from raytune_ft.ray_backend.cluster import (
+    connect,
+    ray_directory,
+    require_capacity,
+    stop_grace_s,
+    whole_groups,
+)
 from raytune_ft.ray_backend.sweep import concurrency
 
 
@@ -71,3 +84,61 @@ def test_a_grace_that_is_no_number(written: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAYTUNE_FT_STOP_GRACE_S", written)
     with pytest.raises(ConfigError, match="not a number of seconds"):
         stop_grace_s()
+
+
+@pytest.fixture
+def directories(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short directory; Ray's own variables are not set."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        yield Path(short)
+
+
+def test_rays_sockets_lie_in_a_directory_that_is_short_enough(
+    directories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_directory() == "/tmp/ray"
+    monkeypatch.setenv("TMPDIR", str(directories))
+    assert ray_directory() == f"{directories}/ray"
+    long = directories / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    assert ray_directory() == "/tmp/ray"
+    monkeypatch.setenv("TMPDIR", str(directories / "none"))
+    assert ray_directory() == "/tmp/ray"
+    monkeypatch.setenv("RAY_TMPDIR", str(directories))
+    assert ray_directory() == f"{directories}/ray"
+
+
+@pytest.mark.parametrize("bytes_more", [0, 1])
+def test_the_longest_socket_has_as_many_bytes_as_linux_allows(
+    directories: Path, monkeypatch: pytest.MonkeyPatch, bytes_more: int
+) -> None:
+    now = datetime.datetime.today().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    inside = f"/ray/session_{now}_{2**22}/sockets/plasma_store"  # as in ray/_private/node.py
+    length = 107 - len(inside) - len(str(directories)) - 1 + bytes_more
+    folder = directories / ("x" * length)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    assert ray_directory() == ("/tmp/ray" if bytes_more else f"{folder}/ray")
+
+
+def test_no_short_directory_is_one_line(directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SHORT_DIRS", ())
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 80)
+    with pytest.raises(ClusterError, match=r"^TMPDIR=/x+ .*; export RAY_TMPDIR"):
+        ray_directory()
+
+
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ClusterError) as raised:
+        connect("local")
+    line = str(raised.value)
+    assert "cannot be started on this machine (The current node timed out during startup.)" in line
+    assert "session_latest/logs" in line
+    assert "\n" not in line

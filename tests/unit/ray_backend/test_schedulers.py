@@ -103,6 +103,22 @@ def test_median_remembers_an_earlier_driver_and_counts_nothing_twice() -> None:
     assert decide(rule, begin(rule, "c"), 200, 1.1) == TrialScheduler.STOP
 
 
+def test_a_replay_that_median_would_have_stopped_does_not_end_the_resumed_trial() -> None:
+    """Trials are replayed one after the other, so that each sees more of the others than before;
+    and a driver may die between the decision and the end of the trial.
+    """
+    rule = median()
+    for name, loss in {"a": 1.0, "b": 1.0, "worse": 2.0, "better": 2.0}.items():
+        rule.recall(name, {100: loss})
+    worse, better = begin(rule, "worse"), begin(rule, "better")
+    assert decide(rule, worse, 100, 2.0) == TrialScheduler.CONTINUE  # it reports once more
+    assert decide(rule, begin(rule, "a"), 200, 1.0) == TrialScheduler.CONTINUE
+    assert decide(rule, begin(rule, "b"), 200, 1.0) == TrialScheduler.CONTINUE
+    assert decide(rule, worse, 200, 1.9) == TrialScheduler.STOP
+    assert decide(rule, better, 200, 0.5) == TrialScheduler.CONTINUE
+    assert decide(rule, better, 300, 0.4) == TrialScheduler.CONTINUE
+
+
 def test_hyperband_gives_a_trial_the_same_bracket_again() -> None:
     config = HyperbandConfig(name="hyperband", grace_examples=100, brackets=3)
     names = [f"trial-{number:03d}" for number in range(60)]

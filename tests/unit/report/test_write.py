@@ -94,6 +94,22 @@ def test_a_promotion_on_a_few_examples(sweep_dir: Path) -> None:
     assert "1.0000, too few examples" in said  # in the plot of candidates
 
 
+def test_a_candidate_whose_figure_is_not_finite(sweep_dir: Path) -> None:
+    path = sweep_dir / "promoted/evaluation.json"
+    content = json.loads(path.read_text())
+    content["candidates"][2] |= {
+        **{"figures": {"eval_loss": None, "retention_kl": None}},
+        **{"difference": None, "interval": None},
+    }
+    path.write_text(json.dumps(content))
+    text = write_report(sweep_dir).read_text()
+    said = " ".join(Page(text).words)
+    assert "uniform_soup has a better value than trial-000 there" in said
+    drawn = next(plot for plot in plots_of(text) if len(plot["data"]) == 4)
+    assert drawn["data"][2]["text"] == ["not finite"]
+    assert "WiSE-FT" not in said  # two finite points are no curve
+
+
 def test_what_data_hold_is_text(sweep_dir: Path) -> None:
     text = write_report(sweep_dir).read_text()
     assert EVIL not in text

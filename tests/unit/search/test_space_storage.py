@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.config.paths import study as study_url
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.search.sampler import JointSampler
@@ -119,3 +120,20 @@ def test_a_storage_without_the_sweeps_own_study_is_refused(tmp_path: Path) -> No
     (tmp_path / "trials").mkdir()
     with pytest.raises(StorageError, match="write the storage that the sweep began with"):
         open_study("s", tmp_path, search_config(storage=f"sqlite:///{tmp_path}/new.db"), True)
+
+
+ODD = ["a b?c=d#e%41{f}", "100% [ab]*;'\u00e9"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_study_lies_in_the_sweeps_directory_whatever_its_path(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "s"
+    folder.mkdir(parents=True)
+    whole = drive(search_config(), folder, 6, False)
+    assert {path.name for path in folder.iterdir()} == {"study.db"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    # The same as `search.storage`, as a relative one becomes absolute.
+    shared = search_config(storage=study_url("sqlite:///shared.db?timeout=9", tmp_path / name))
+    assert drive(shared, folder, 6, False) == whole
+    assert (tmp_path / name / "shared.db").is_file()
+    assert rows(open_study("s", folder, shared, True), shared)[5].status == "completed"

@@ -101,10 +101,22 @@ def test_a_run_that_diverges_fails(tmp_path: Path, inputs: tuple[Path, Path]) ->
     result = run(make_config(*inputs, changes | FULL), tmp_path / "run")
     assert result.status == "failed"
     assert result.error is not None
-    assert result.error.startswith("Diverged: step ")
+    assert result.error.startswith("Diverged: step 2: ")
+    assert "write a train.lr below 1e+30 and train.max_grad_norm=" in result.error
     left = _read_result(tmp_path / "run")
     assert left["status"] == "failed"
     assert left["best"] is None
+
+
+def test_a_loss_before_any_update_is_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
+    model, data = make_inputs(tmp_path / "inputs")
+    rows = [json.loads(line) | {"weight": 3e38} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weighted = {"data.train.example_weight": "weight"}
+    result = run(make_config(model, data, SHORT | weighted), tmp_path / "run")
+    assert result.error is not None
+    assert result.error.startswith("Diverged: step 0: evaluation loss inf; no update precedes it")
+    assert "train.precision" in result.error
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
