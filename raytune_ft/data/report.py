@@ -149,6 +149,8 @@ NOTES = {
     "own_example": "{count} rows in which the template writes a turn differently once others "
     "follow, so that it is learnt in an example of its own",
     "special_text": "{count} rows that spell special tokens, which are read as text",
+    "turns_too_far": "{count} rows with turns that are not learnt, because all that they say lies "
+    "behind `data.max_length`",
     "untrained_turn": "{count} rows with turns that are marked not to be trained or that `turns` "
     "leaves out",
 }

@@ -19,6 +19,7 @@ from raytune_ft.data.formats import (
     optional_columns,
 )
 from raytune_ft.data.formats.classification import read_labels
+from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import SourceReport, facts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import BATCH_ROWS, Source
@@ -126,7 +127,7 @@ def tokenise(
         },
         lost=dict(sorted(tally.lost.items())),
         first_lost=tally.first_lost,
-        notes=dict(sorted(tally.notes.items())),
+        notes={name: count for name, count in sorted(tally.notes.items()) if count},
         ends=_end_words(tally.ends, encoder),
     )
     tell(f"{opened.label}: {_summary(report)}")
@@ -174,12 +175,17 @@ def _fitted(
         if isinstance(read, BadRow):
             return read
         all_of_it = [read]
-    elif not all(one.mask[:limit].any() for one in all_of_it):
-        if not all(one.mask.any() for one in all_of_it):
-            return BadRow(result.origin, "no_label_token", "no token carries loss")
-        tally.lacking = max(tally.lacking, longest)
-        where = f"within data.max_length={limit}, and the row has {longest}"
-        return BadRow(result.origin, "no_label_token", f"no token carries loss {where}")
+    else:
+        learnt = [one for one in all_of_it if one.mask[:limit].any()]
+        # An answer and its rationale belong together; of a conversation some turns may be too far.
+        if not learnt or (RATIONALE in result.columns and len(learnt) < len(all_of_it)):
+            if not all(one.mask.any() for one in all_of_it):
+                return BadRow(result.origin, "no_label_token", "no token carries loss")
+            tally.lacking = max(tally.lacking, longest)
+            where = f"within data.max_length={limit}, and the row has {longest}"
+            return BadRow(result.origin, "no_label_token", f"no token carries loss {where}")
+        tally.notes["turns_too_far"] += len(learnt) < len(all_of_it)
+        all_of_it = learnt
     tally.truncated += longest > limit
     return [_cut(one, limit) for one in all_of_it]
 

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -511,3 +512,84 @@ def test_the_sms_file_keeps_every_row(
     assert prepared.report.duplicates["train/validation"] > 0
     ids, mask = prepared.train.example(0)
     assert stories.decode(ids[mask].tolist()) == "ham</s>"
+
+
+def test_a_report_says_what_was_not_read_lost_or_changed(
+    prepare: Prepare, tmp_path: Path, tiny: PreTrainedTokenizerBase
+) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '!' if loop.last }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    turns = [
+        {"role": role, "content": f"{role} {number}"}
+        for number in range(2)
+        for role in ("user", "assistant")
+    ]
+    rows: list[dict[str, Any]] = [{"messages": turns, "id": number} for number in range(8)]
+    rows[1]["images"] = ["a.png"]
+    rows[2]["images"] = []
+    rows[3]["messages"] = [*turns[:3], turns[3] | {"reasoning_content": "hm"}]
+    rows[4]["messages"] = [turns[0] | {"content": "</s>"}, *turns[1:]]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(file), "format": "auto", "chat_template": str(tmp_path / "own.jinja")}
+    plain = {"train": source, "validation": source, "max_bad_fraction": 0.2}
+    report = prepare(DataConfig.model_validate(plain)).report.sources["train"]
+    assert report.format == "messages"
+    assert report.unread == {"id": 8, "images": 1}
+    assert report.lost == {"reasoning": 1}
+    assert report.first_lost == {"reasoning": "chats.jsonl:4"}
+    assert report.notes == {"own_example": 8, "special_text": 1}
+    assert report.ends == {"</s>": 16}
+    with pytest.raises(DataError, match=r"leaves something out .reasoning 1; .*chats\.jsonl:4"):
+        prepare(DataConfig.model_validate(plain | {"max_bad_fraction": 0.1}))
+    # What lies behind the limit is not learnt, and the rest of the row is.
+    width = len(tiny("<|user|>user 0</s><|assistant|>assistant 0!</s>")["input_ids"])
+    short = prepare(DataConfig.model_validate(plain | {"max_length": width + 2}))
+    assert short.report.sources["train"].notes["turns_too_far"] == 8
+    assert len(short.train) == 8
+
+
+def test_tool_calls_give_the_same_tokens_from_every_kind_of_file(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    """Parquet gives every struct the keys of all, and null where a row has none."""
+
+    def row(number: int) -> dict[str, Any]:
+        arguments = {"city": "Oslo"} if number % 2 else {"zone": "utc", "digits": number}
+        call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": f"time {number}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "noon", "name": "clock"},
+            {"role": "assistant", "content": "It is noon."},
+        ]
+        tools = [{"type": "function", "function": {"name": "clock", "parameters": arguments}}]
+        return {"messages": turns} | ({"tools": tools} if number < 2 else {})
+
+    rows = [row(number) for number in range(12)]
+    template = (
+        "{{ tools | tojson if tools else '' }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    filled = [{"tools": None, **one} for one in rows]
+    table = datasets.Dataset.from_list(filled)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    text = [{name: json.dumps(value) for name, value in one.items()} for one in rows]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in text))
+    found = set()
+    for name in ("a.jsonl", "a.parquet", "saved", "text.jsonl"):
+        source = {"path": str(tmp_path / name), "format": "messages"}
+        source["chat_template"] = str(tmp_path / "own.jinja")
+        prepared = prepare(DataConfig.model_validate({"train": source, "validation": source}))
+        assert prepared.report.sources["train"].usable == 12
+        found.add(prepared.train.sha256)
+    assert len(found) == 1
