@@ -103,19 +103,22 @@ def _example(
     return replace(
         examples[0],
         others=tuple(examples[1:]),
-        lost=_lost(dialogue, said),
+        lost=_lost(dialogue, said, texts),
         notes=_notes(dialogue, chat, hidden, texts),
     )
 
 
-def _lost(dialogue: Dialogue, said: dict[int, str]) -> tuple[str, ...]:
+def _lost(dialogue: Dialogue, said: dict[int, str], texts: list[Text]) -> tuple[str, ...]:
     """What the row has and no example of it: reasoning, calls, tools, or the content of a role."""
     whole, found = Haystack(dialogue.whole), set[str]()
+    others = [Haystack(text.text) for text in texts if text.text != dialogue.whole]
     for number, turn in enumerate(dialogue.turns):
         if number in said:
             kinds = _missing(turn, Haystack(said[number]))
         else:  # that reasoning of earlier turns is cut is how the template shows them
             kinds = _missing(turn, whole) - {"reasoning"}
+            for other in others if kinds else ():
+                kinds &= _missing(turn, other)
         found |= {turn["role"] if kind == "content" else kind for kind in kinds}
     names = [str(tool["function"].get("name", "")) for tool in dialogue.tools or ()]
     if not all(map(whole.has, names)):

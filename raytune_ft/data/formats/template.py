@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -303,20 +304,29 @@ class Dialogue:
             text, marks = template.render(turns, self.tools)
         except Unwritten:
             return None
-        try:
+        before, start = None, 0
+        with suppress(Unwritten):
             before, _ = template.render(turns[:-1], self.tools, prompt=assistant)
             start = template.common(before, text)
-            reached = start >= len(before) - self._optional(before, assistant)
-        except Unwritten:
-            start, reached = 0, False
-        if not reached:
+        stop = len(text.removesuffix(template.trail)) if assistant else len(text)
+        if before is None or start < len(before) - self._optional(before, assistant):
             found = self._content(text, turns, len(turns) - 1)
             if found is None:
                 return None
             start = found[0]
+            if before is not None and assistant:
+                # The template writes what came before in another way once it is answered, such as
+                # Mistral's, which writes the system turn with the last question alone.
+                start = max(
+                    range(max(0, start - GAP), start + 1),
+                    key=lambda at: shared(text[:at][::-1], before[::-1]),
+                )
+                shift = len(before) - start
+                text = before + text[start:]
+                marks = [(a + shift, b + shift) for a, b in marks]
+                start, stop = start + shift, stop + shift
         if template.marked(self.tools):
             return Place(text, tuple((max(a, start), b) for a, b in marks if b > start))
-        stop = len(text.removesuffix(template.trail)) if assistant else len(text)
         return Place(text, ((start, max(start, stop)),))
 
     def _optional(self, before: str, assistant: bool) -> int:

@@ -518,7 +518,8 @@ def test_a_report_says_what_was_not_read_lost_or_changed(
     prepare: Prepare, tmp_path: Path, tiny: PreTrainedTokenizerBase
 ) -> None:
     template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '!' if loop.last }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{{ '!' if loop.last and m.role == 'assistant' }}"
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     (tmp_path / "own.jinja").write_text(template)

@@ -196,7 +196,13 @@ def test_a_header_that_is_written_unasked_carries_no_loss(tiny: PreTrainedTokeni
 
 @pytest.mark.parametrize(
     "template",
-    [CHATML, MARKED, CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}")],
+    [
+        CHATML,
+        MARKED,
+        CHATML.replace(
+            "{{ m.content }}", "{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}"
+        ),
+    ],
 )
 def test_long_conversations_are_read_as_short_ones_are(
     tiny: PreTrainedTokenizerBase, template: str, monkeypatch: pytest.MonkeyPatch

@@ -173,7 +173,9 @@ def test_a_prompt_that_opens_more_than_the_header_is_no_obstacle(
 def test_a_turn_that_is_rewritten_later_is_learnt_as_the_model_is_shown_it(
     tiny: PreTrainedTokenizerBase, turns: str, learnt: list[str]
 ) -> None:
-    tiny.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!' if loop.last }}")
+    tiny.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}"
+    )
     source = SourceConfig.model_validate({"path": "a", "format": "messages", "turns": turns})
     (example,) = encode_rows(Encoder.of(tiny), source, "\n", [Row("row 0", {"messages": CHAT})])
     assert isinstance(example, Example)
