@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.objectives import CALIBRATION_ERROR
@@ -23,7 +23,7 @@ from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.evaluate.columns import retention
 from raytune_ft.evaluate.context import Subject, prompt_of, runner_of
 from raytune_ft.evaluate.evaluate import measure
-from raytune_ft.evaluate.generate import choose_backend
+from raytune_ft.evaluate.generate import choose_backend, stop_tokens, until
 from raytune_ft.evaluate.metrics import extracted
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.load import load_tokenizer
@@ -260,3 +260,39 @@ def test_the_chat_template_of_training_is_that_of_evaluation(inputs: Path, tmp_p
     save_tokenizer(tokenizer, tmp_path / "model", prepared.report)
     saved = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert saved.chat_template == tokenizer.chat_template
+
+
+def test_an_answer_ends_with_what_ended_trained_turns(inputs: Path, tmp_path: Path) -> None:
+    """The tokenizer's EOS is another token than the one that the template writes behind a turn."""
+    model = ModelConfig(path=str(inputs / "base"))
+    tokenizer = load_tokenizer(model)
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.pad_token
+    assert isinstance(end, int)
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "aa"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    source = SourceConfig(path=str(file), format="messages", chat_template=str(template))
+    data = DataConfig(train=source, validation=source)
+    report = prepare_data(data, tokenizer, 0, tmp_path / "cache").report
+    assert report.turn_ends == ["</s>"]
+    written = GenerationConfig.from_pretrained(inputs / "base").eos_token_id
+    known = written if isinstance(written, list) else [written]
+    assert set(stop_tokens(tokenizer, model, report)) == {
+        end,
+        tokenizer.eos_token_id,
+        *(one for one in known if one is not None),
+    }
+    assert until([5, end, 7], stop_tokens(tokenizer, model, report)) == [5]
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "generation_config.json").write_text('{"eos_token_id": 77}')
+    save_tokenizer(tokenizer, target, report)
+    saved = GenerationConfig.from_pretrained(target)
+    assert saved.eos_token_id == [77, tokenizer.eos_token_id, end]
+    assert AutoTokenizer.from_pretrained(target).chat_template == template.read_text()
