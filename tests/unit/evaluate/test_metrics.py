@@ -267,7 +267,7 @@ def test_an_answer_ends_with_what_ended_trained_turns(inputs: Path, tmp_path: Pa
     model = ModelConfig(path=str(inputs / "base"))
     tokenizer = load_tokenizer(model)
     end = tokenizer.eos_token_id
-    tokenizer.eos_token = tokenizer.pad_token
+    tokenizer.eos_token = tokenizer.bos_token
     assert isinstance(end, int)
     template = tmp_path / "own.jinja"
     template.write_text(
