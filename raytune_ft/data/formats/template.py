@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -222,6 +222,7 @@ class Dialogue:
         self.template, self.turns, self.tools = template, chat.turns, chat.tools
         self.trained = [number for number, kept in enumerate(chat.trained) if kept]
         self.whole, self._marks = template.render(self.turns, self.tools)
+        self._places: dict[int, Place | None] = {}
         find = self._exactly if len(self.trained) <= EXACT else self._by_windows
         in_whole = find(self.whole, self.trained)
         texts = []
@@ -280,7 +281,6 @@ class Dialogue:
             return found
         return self._exactly(text, numbers)
 
-    @cache  # noqa: B019 - a dialogue lives as long as its row is encoded
     def _in_window(self, number: int) -> Place | None:
         """A turn in the rendering of the first question, the few turns before it, and itself."""
         roles = [turn["role"] for turn in self.turns]
@@ -293,10 +293,11 @@ class Dialogue:
             return self.place(number)
         return self._place_of_last([*self.turns[:head], *self.turns[first : number + 1]])
 
-    @cache  # noqa: B019 - see `_in_window`
     def place(self, number: int) -> Place | None:
         """A turn in the rendering that ends with it; None if the template refuses that."""
-        return self._place_of_last(self.turns[: number + 1])
+        if number not in self._places:
+            self._places[number] = self._place_of_last(self.turns[: number + 1])
+        return self._places[number]
 
     def _place_of_last(self, turns: list[Turn]) -> Place | None:
         template, assistant = self.template, turns[-1]["role"] == "assistant"
