@@ -301,10 +301,12 @@ class Dialogue:
 
     def _place_of_last(self, turns: list[Turn]) -> Place | None:
         template, assistant = self.template, turns[-1]["role"] == "assistant"
-        try:
-            text, marks = template.render(turns, self.tools)
-        except Unwritten:
-            return None
+        text, marks = self.whole, self._marks
+        if len(turns) < len(self.turns):
+            try:
+                text, marks = template.render(turns, self.tools)
+            except Unwritten:
+                return None
         before, start = None, 0
         with suppress(Unwritten):
             before, _ = template.render(turns[:-1], self.tools, prompt=assistant)
