@@ -320,8 +320,9 @@ class Dialogue:
             if before is not None and assistant:
                 # The template writes what came before in another way once it is answered, such as
                 # Mistral's, which writes the system turn with the last question alone.
+                blanks = start - len(text[:start].rstrip())
                 start = max(
-                    range(max(0, start - GAP), start + 1),
+                    range(start - blanks, start + 1),
                     key=lambda at: shared(text[:at][::-1], before[::-1]),
                 )
                 shift = len(before) - start
@@ -358,8 +359,12 @@ class Dialogue:
         same = shared(text[::-1], behind[::-1])
         stop = max(start, len(text) - same)
         if role == "assistant" and template.header:
+            # The header belongs to the turn if nothing of another turn stands behind it.
             header = text.rfind(template.header, max(0, start - GAP - len(template.header)), start)
-            start = start if header < 0 else header + len(template.header)
+            between = text[header + len(template.header) : start]
+            others = (str(turn.get("content") or "").strip() for turn in turns[:number])
+            if header >= 0 and not any(other and other in between for other in others):
+                start = header + len(template.header)
         return start, stop
 
     def within(self, place: Place, text: str) -> bool:

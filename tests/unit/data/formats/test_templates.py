@@ -32,6 +32,9 @@ CALL = {
     "type": "function",
     "function": {"name": "zulu_weather", "arguments": {"city": "Parisian"}},
 }
+CALL_AS_JSON = CALL | {
+    "function": {"name": "zulu_weather", "arguments": json.dumps({"city": "Parisian"})}
+}
 TOOL = {
     "type": "function",
     "function": {
@@ -65,6 +68,25 @@ CONVERSATIONS: dict[str, list[Turn]] = {
         said("assistant", "Blue alpha"),
     ],
     "call_last": CALLED,
+    "call_as_json": [
+        said("user", "umbra"),
+        {"role": "assistant", "content": None, "tool_calls": [CALL_AS_JSON]},
+        said("tool", '{"t": "tango"}', name="zulu_weather", tool_call_id="abcdefghi"),
+        said("assistant", "Blue alpha"),
+    ],
+    "call_and_words": [
+        said("user", "umbra"),
+        said("assistant", "Green gamma", tool_calls=[CALL]),
+        said("tool", '{"t": "tango"}', name="zulu_weather", tool_call_id="abcdefghi"),
+        said("assistant", "Blue alpha"),
+    ],
+    "no_calls": [said("user", "umbra"), said("assistant", "Blue alpha", tool_calls=[])],
+    "two_answers": [
+        said("user", "umbra"),
+        said("assistant", "Blue alpha"),
+        said("assistant", "Green gamma"),
+    ],
+    "empty_system": [said("system", ""), said("user", "umbra"), said("assistant", "Blue alpha")],
     "thoughts": [said("user", "umbra"), said("assistant", "<think>\nhmmm\n</think>\n\nBlue alpha")],
     "thoughts_two": [
         said("user", "umbra"),
@@ -177,17 +199,22 @@ def faults(
 
 def forms(turns: list[Turn]) -> list[list[Turn]]:
     """The ways to write the same turns, of which a template takes some."""
-    found: list[list[Turn]] = [turns, [], [], [], []]
+    found: list[list[Turn]] = [turns, [], [], [], [], []]
     for turn in turns:
-        content, calls = turn["content"], []
+        content, calls, objects = turn["content"], [], []
+        content = content or ""
         text = content if isinstance(content, str) else "".join(part["text"] for part in content)
         for call in turn.get("tool_calls", ()):
-            arguments = json.dumps(call["function"]["arguments"])
+            arguments = call["function"]["arguments"]
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
             calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+            arguments = json.loads(arguments)
+            objects.append(call | {"function": call["function"] | {"arguments": arguments}})
         called = {"tool_calls": calls} if calls else {}
         found[1].append(turn | {"content": text})
         found[2].append(turn | {"content": [{"type": "text", "text": text}]})
         found[3].append(turn | called)
+        found[5].append(turn | ({"tool_calls": objects} if objects else {}) | {"content": text})
         found[4].append(turn | called | {"content": content or None})
     return found
 
@@ -260,7 +287,7 @@ def test_every_template_is_learnt_exactly_or_refused_with_a_reason() -> None:
         tokenizer.chat_template = text
         line = []
         for name, turns in CONVERSATIONS.items():
-            tools = [TOOL] if name in ("tool", "call_last") else None
+            tools = [TOOL] if name == "tool" or name.startswith("call") else None
             verdict, _ = judged(tokenizer, turns, tools)
             counts[verdict.partition(":")[0]] += 1
             wrong += [f"{Path(path).stem} {name}: {verdict}"] * verdict.startswith("WRONG")
