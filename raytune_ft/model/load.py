@@ -28,6 +28,7 @@ from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.heads import Head, draw_head, train_head
+from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
 from raytune_ft.tensors.write import DTYPES
 
@@ -266,6 +267,7 @@ def load_base(
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
+    forget_longest(base)
     missing = sorted(loading["missing_keys"])  # each process would draw its own values
     if head is not None:
         new = [name for name in missing if _is_of_head(base, name)]

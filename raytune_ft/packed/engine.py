@@ -54,7 +54,6 @@ from raytune_ft.train.setup import (
     build_objective,
     build_run_state,
     build_runner,
-    check_vocabulary,
     plain_order,
 )
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
@@ -89,11 +88,10 @@ class Passes:
         self.slots = slots
         built = build_base(config.model, config.train.precision, strategy.takes_parts)
         base = built.model
-        check_vocabulary(base, data)
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        self.runner = build_runner(built, config, strategy, _no_optimizer, objective)
+        self.runner = build_runner(built, config, strategy, _no_optimizer, objective, data.extent)
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -158,7 +156,7 @@ class Passes:
         waiting = [step.waiting_lengths for step in steps]
         runner = self.runner
         ranks = runner.strategy.world_size
-        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks)
+        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks, runner.apart)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters

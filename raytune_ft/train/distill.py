@@ -15,6 +15,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
+from raytune_ft.model.lengths import apart_of
 from raytune_ft.model.load import build_frozen, load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.objectives import Teacher
 from raytune_ft.strategy import Strategy
@@ -62,6 +63,7 @@ def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:
         pad_token=pad_token(load_tokenizer(config.model)),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
+        apart=apart_of(built.config),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.objectives import Figure, figures
-from raytune_ft.data.batch import MicroBatch, MicroLayout, collate, lay_out
+from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
@@ -57,8 +57,8 @@ class ModelRunner:
 
     `names` are those of the trained weights in a single process. `by_example`: see
     `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
-    evaluation. `reading` is how a task head
-    reads its examples, None where the model predicts tokens. `noise` is NEFTune's alpha.
+    evaluation. `reading` is how a task head reads its examples, None where the model predicts
+    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass.
     """
 
     model: nn.Module
@@ -76,6 +76,7 @@ class ModelRunner:
     figures: tuple[Figure, ...] = figures("sft", trained=True)
     reading: Reading | None = None
     noise: float | None = None
+    apart: Apart = FREELY
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -108,8 +109,9 @@ class ModelRunner:
         """This rank's micro-batches of a step with examples of these lengths."""
         virtual = virtual_tokens(self.model)
         lengths = [length + virtual for length in lengths] if virtual else lengths
-        ranks = lay_out(lengths, self.strategy.world_size, self.micro_tokens, self.packing)
-        return ranks[self.strategy.rank]
+        strategy = self.strategy
+        ranks = lay_out(lengths, strategy.world_size, self.micro_tokens, self.packing, self.apart)
+        return ranks[strategy.rank]
 
     def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
         """See `data.batch.collate`."""

@@ -26,7 +26,6 @@ from raytune_ft.train.setup import (
     build_objective,
     build_run_state,
     build_runner,
-    check_vocabulary,
     head_of,
 )
 from raytune_ft.train.stopping import Host, own_host
@@ -73,14 +72,13 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     built = build(
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
-    check_vocabulary(built.model, data)
     frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
     exporter = Exporter(built.model, disk_dtype(config.model, head), frozen)
     optimizer_of = partial(
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
-    runner = build_runner(built, config, strategy, optimizer_of, objective)
+    runner = build_runner(built, config, strategy, optimizer_of, objective, data.extent)
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     run = build_run_state(
