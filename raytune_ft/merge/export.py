@@ -15,7 +15,7 @@ from torch import Tensor
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError, first_line
 from raytune_ft.evaluate.classifier import written_head
-from raytune_ft.files import fsync
+from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from raytune_ft.merge.adapter_plan import read_adapter_config
 from raytune_ft.merge.fold import fold
@@ -70,8 +70,8 @@ def export(
             if not (source / "config.json").is_file():
                 plain = Path(temporary) / "model"
                 _export_model(source, plain, base, None, max_shard_size, tell)
-            elif getattr(load_model_config(ModelConfig(path=str(source))), "auto_map", None):
-                raise _code(source)
+            elif read_json(source / "config.json").get("auto_map"):
+                raise _code(source)  # which the converter would run
             return _convert(converter, plain, target, dtype, Path(temporary))
     if (target / MANIFEST).exists():
         _refuse_existing(target)

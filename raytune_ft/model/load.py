@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -147,16 +147,25 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
         ) from error
+    native = type(config) in auto_class(head)._model_mapping
+    if getattr(config, "auto_map", None) and not model.trust_remote_code:
+        if not native:
+            raise ModelError(
+                f"model.path={model.path}",
+                "would run Python code of its own (auto_map in its config.json)",
+                "write model.trust_remote_code: true if you have read that code",
+            )
+        del config.auto_map  # the class of transformers runs instead
     if head is not None:
         head.describe(config)
-        if type(config) in AutoModelForSequenceClassification._model_mapping:
+        if native:
             return config
         raise ModelError(
             f"model.path={model.path}",
             f"is a {config.model_type} model, which has no classification head in transformers",
             "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    if not native and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
             f"is a {config.model_type} model, which is not a causal language model",
@@ -184,7 +193,7 @@ def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
             "holds quantised weights, which cannot be trained or folded into",
             "write the model that it was quantised from",
         )
-    dtype = text_config.dtype or config.dtype or _first_dtype(Path(resolve_model_path(model.path)))
+    dtype = text_config.dtype or config.dtype or _first_dtype(base_folder(model))
     if isinstance(dtype, torch.dtype):
         return dtype
     raise ModelError(
@@ -192,6 +201,15 @@ def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
         "names no dtype in its config.json",
         'add "dtype": "float32" (or bfloat16) to it',
     )
+
+
+def base_folder(model: ModelConfig) -> Path:
+    """The directory of a base; for a hub id, the directory that its files are downloaded to."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
 
 
 def _first_dtype(directory: Path) -> torch.dtype | None:
