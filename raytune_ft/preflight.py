@@ -78,7 +78,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
-    from raytune_ft.model.load import check_backend, load_model_config, load_tokenizer
+    from raytune_ft.model.load import check_backend, check_files, load_model_config, load_tokenizer
     from raytune_ft.model.meta import build_shapes
     from raytune_ft.train.distill import check_teacher
     from raytune_ft.train.setup import (
@@ -90,6 +90,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     )
     from raytune_ft.train.trackers import check_trackers
 
+    check_files(config.model)
     load_model_config(config.model, head_before(config))
     check_backend(config.method)
     check_teacher(config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from importlib import resources
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,9 +30,11 @@ from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
-from raytune_ft.model.heads import Head, draw_head, train_head
+from raytune_ft.layout import MODEL_INDEX
+from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
 from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
+from raytune_ft.tensors.read import open_model
 from raytune_ft.tensors.write import DTYPES
 
 
@@ -98,6 +103,18 @@ if not torch.cuda.is_available():  # else DeepSpeed prints a line when transform
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 disable_progress_bar()  # one bar per worker and load
 
+_HASHED = (".safetensors", ".json", ".model", ".jinja")
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    MODEL_INDEX,
+)
+_POINTER = b"version https://git-lfs"
+_AGAIN = "download it again"
 Precision = Literal["float32", "bfloat16", "float64"]
 
 
@@ -128,6 +145,42 @@ def resolve_model_path(path: str) -> str:
             "write an existing model directory, a hub id such as org/name, or builtin:tiny",
         )
     return path
+
+
+def check_files(model: ModelConfig) -> None:
+    """Check what lies on this machine of a model: that no file is a pointer, damaged or of a kind
+    that these libraries do not read. Of weights only the headers are read.
+
+    Raises:
+        ModelError: names the file.
+    """
+    folder = _folder_here(model)
+    if folder is None:
+        return
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _HASHED or not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                rule = "is a pointer of Git LFS and not the file itself"
+                raise ModelError(str(file), rule, "run `git lfs pull` in its directory")
+        if file.name in _READ:
+            try:
+                content = json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ModelError(str(file), f"is not JSON ({error})", _AGAIN) from error
+            if not isinstance(content, dict):
+                raise ModelError(str(file), "is not a JSON object", _AGAIN)
+    open_model(folder).__exit__()
+
+
+def _folder_here(model: ModelConfig) -> Path | None:
+    """The directory of a model; for a hub id that of the cache, None where it is not there."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    cached = try_to_load_from_cache(path, "config.json", revision=model.revision or "main")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
@@ -231,7 +284,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     path = resolve_model_path(model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(model))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the libraries promise no class for what they do not know
+        _refuse_newer(model)
         raise ModelError(
             f"model.path={model.path}",
             f"has no tokenizer that can be read ({first_line(error)})",
@@ -239,6 +293,21 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _refuse_newer(model: ModelConfig) -> None:
+    """Raises ModelError for a tokenizer.json that the installed library does not read."""
+    folder = _folder_here(model)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # as above
+        raise ModelError(
+            str(folder / "tokenizer.json"),
+            f"is not read by tokenizers {version('tokenizers')} ({first_line(error)})",
+            f"update tokenizers, or {_AGAIN}",
+        ) from error
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -257,7 +326,8 @@ def load_base(
 ) -> nn.Module:
     """The pretrained model with its weights in `dtype`, from safetensors only.
 
-    A task head that the files lack is drawn from its seed.
+    A task head that the files lack, or have for other labels, is drawn from its seed. One for the
+    same labels in another order is put in order.
 
     Raises:
         ModelError: a file or a weight is missing, or the weights are not in safetensors files.
@@ -274,6 +344,7 @@ def load_base(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=head is not None,
             **attention,
             **(quantisation or {}),
             **_hub_options(model),
@@ -286,18 +357,65 @@ def load_base(
         ) from error
     assert isinstance(base, nn.Module)
     forget_longest(base)
-    missing = sorted(loading["missing_keys"])  # each process would draw its own values
-    if head is not None:
-        new = [name for name in missing if _is_of_head(base, name)]
-        draw_head(base, new, head.seed)
-        missing = sorted(set(missing) - set(new))
+    missing = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if head is not None:  # each process would draw its own values
+        new = {name for name in missing if _is_of_head(base, name)}
+        new |= _fit_head(base, model, head)
+        draw_head(base, sorted(new), head.seed)
+        missing -= new
     if missing:
         raise ModelError(
             f"model.path={model.path}",
-            f"lacks {len(missing)} of its weights, among them {missing[0]}",
+            f"lacks {len(missing)} of its weights, among them {min(missing)}",
             "write a model directory with all of them",
         )
     return base
+
+
+def _fit_head(base: nn.Module, model: ModelConfig, head: Head) -> set[str]:
+    """Put the rows of the base's own head in the order of the labels; the weights to be drawn
+    instead, with room for their values, where it has none for these labels.
+    """
+    written = written_head(model)
+    rows = None if written is None else head.rows_in(written)
+    if rows == sorted(rows or [-1]):
+        return set()
+    weights = label_weights(base)
+    for name, dim in weights.items():
+        old = base.get_parameter(name)
+        if rows is None:
+            value = torch.empty(old.shape, dtype=old.dtype)
+        else:
+            with open_model(base_folder(model)) as files:
+                value = files.whole(name).to(old.dtype).index_select(dim, torch.tensor(rows))
+        owner, _, last = name.rpartition(".")
+        setattr(base.get_submodule(owner), last, nn.Parameter(value))
+    return set() if rows else set(weights)
+
+
+def written_head(model: ModelConfig) -> Head | None:
+    """The head that a model's config.json describes; None where it has none."""
+    config = AutoConfig.from_pretrained(resolve_model_path(model.path), **_hub_options(model))
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        return None
+    problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
+    usual = "regression" if config.num_labels == 1 else "single_label"
+    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    return Head(problems.get(config.problem_type, usual), labels)
+
+
+def head_notes(model: ModelConfig, head: Head | None) -> tuple[str, ...]:
+    """What `plan` and a run say of the base's own head, where it is not taken as it is."""
+    written = None if head is None else written_head(model)
+    if head is None or written is None:
+        return ()
+    rows = head.rows_in(written)
+    if rows == sorted(rows or [-1]):
+        return ()
+    theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
+    if rows is None:
+        return (f"the base has a head for {theirs}; one for {ours} is drawn anew",)
+    return (f"the head of the base is for {theirs}; its rows are put in the order {ours}",)
 
 
 def _is_of_head(base: Any, name: str) -> bool:
@@ -393,20 +511,10 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
 
 
-_HASHED = (".safetensors", ".json", ".model", ".jinja")
-
-
 def base_file_hashes(model: ModelConfig) -> dict[str, str]:
     """File name -> sha256 of the base's weights, configuration and tokenizer."""
-    directory = Path(resolve_model_path(model.path))
-    if not directory.is_dir():
-        revision = model.revision or "main"
-        cached = try_to_load_from_cache(model.path, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return {}
-        directory = Path(cached).parent
-    hashes = {}
-    for file in sorted(directory.iterdir()):
+    directory, hashes = _folder_here(model), dict[str, str]()
+    for file in sorted(directory.iterdir()) if directory else ():
         if file.suffix in _HASHED and file.is_file():
             with file.open("rb") as opened:
                 hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -16,7 +16,13 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
 from raytune_ft.model.lengths import apart_of
-from raytune_ft.model.load import build_frozen, load_model_config, load_tokenizer, pad_token
+from raytune_ft.model.load import (
+    build_frozen,
+    check_files,
+    load_model_config,
+    load_tokenizer,
+    pad_token,
+)
 from raytune_ft.model.objectives import Teacher
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
@@ -72,6 +78,7 @@ def check_teacher(config: Config) -> None:
     if config.train.kd is None:
         return
     model = teacher_model(config)
+    check_files(model)
     sizes = [load_model_config(config.model).get_text_config().vocab_size]
     words = [load_tokenizer(config.model).get_vocab()]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import base_folder, disk_dtype
+from raytune_ft.model.load import base_folder, disk_dtype, head_notes
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
@@ -74,6 +75,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
     frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
+    built = replace(built, notes=(*built.notes, *head_notes(config.model, head)))
     disk = disk_dtype(config.model, head)
     exporter = Exporter(built.model, disk, frozen, dtypes_in(base_folder(config.model)))
     optimizer_of = partial(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "raytune_ft" / "model" / "tiny"
 COMMIT = "0" * 40
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def _cached(home: Path) -> None:

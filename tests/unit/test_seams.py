@@ -116,6 +116,7 @@ ATTRIBUTES: dict[str, str] = {
     "torch.nn.Module": "_parameters _buffers",
     "transformers.modeling_utils.LoadStateDictConfig": "weight_mapping hf_quantizer dtype",
     "transformers.PreTrainedModel": "all_tied_weights_keys",
+    "transformers.modeling_rope_utils.dynamic_rope_update": "max_seq_len_cached rope_type",
     f"{LOADING}.WeightConverter": "_weight_conversions",
     "transformers.utils.loading_report.LoadStateDictInfo": "conversion_errors",
     "optuna.trial.FrozenTrial": "_trial_id",
