@@ -54,7 +54,13 @@ from raytune_ft.merge.write_model import (
     write_weights,
 )
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import base_folder, disk_dtype, load_model_config
+from raytune_ft.model.load import (
+    base_folder,
+    disk_dtype,
+    folder_here,
+    load_model_config,
+    own_dtypes,
+)
 from raytune_ft.model.meta import Outline, outline
 from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.read import TensorFiles, open_model
@@ -107,7 +113,7 @@ def fold(
     with open_checkpoint(model, checkpoint, head) as opened:
         files = write_model(model, opened, target, max_shard_size, dtype, tell)
         reference = opened.reference(examples) if opened.reference else None
-        check = check_written(model, opened, target, examples, reference, dtype)
+        check = check_written(model, opened, target, examples, reference)
         require_bytes(target, files)
     write_manifest(target, files, check, {"base": model.path, "checkpoint": str(checkpoint)})
     return check
@@ -185,10 +191,11 @@ def write_model(
     """
     size = parse_size(max_shard_size)
     plan = plan_hash(opened.identity, size, str(dtype))
-    files = write_weights(opened.weights, target, plan, size, dtype, tell)
+    dtypes = dict.fromkeys(opened.weights.shapes, dtype) if dtype else own_dtypes(model)
+    files = write_weights(opened.weights, target, plan, size, dtypes, tell)
     _save_config(opened, target, dtype or disk_dtype(model, opened.outline.head))
-    for pattern in PROCESSORS:
-        for file in base_folder(model).glob(pattern):
+    if (folder := folder_here(model)) is not None:
+        for file in (found for pattern in PROCESSORS for found in folder.glob(pattern)):
             shutil.copyfile(file, target / file.name)
     return files
 
@@ -199,7 +206,6 @@ def check_written(
     target: Path,
     examples: Sequence[Tensor],
     reference: Tensor | None,
-    dtype: torch.dtype | None,
     of: str = "base + adapter",
 ) -> FoldCheck:
     """Compare the written model with `reference`, or with its own weights before rounding.
@@ -212,9 +218,8 @@ def check_written(
     with open_model(target) as files:
         exact = run_weights(outline(own, head=head), opened.weights, examples)
         written = run_weights(outline(own, head=head), files, examples)
-    held = {opened.weights.dtype(name) for name in opened.weights.shapes}
-    floating = [each for each in held if each.is_floating_point]
-    narrowest = dtype or min(floating, key=lambda each: each.itemsize)
+        floating = [d for d in map(files.dtype, files.shapes) if d.is_floating_point]
+    narrowest = min(floating, key=lambda dtype: dtype.itemsize)
     return compare(exact if reference is None else reference, exact, written, narrowest, of)
 
 

@@ -81,7 +81,7 @@ class MergeJob:
         made = self.opening.merged(self.formula, chosen, settings)
         files = write_model(self.model, made, target, self.max_shard_size, self.dtype, self.tell)
         check = check_written(
-            self.model, made, target, self.examples, None, self.dtype, "the merge before rounding"
+            self.model, made, target, self.examples, None, "the merge before rounding"
         )
         require_bytes(target, files)
         names = [self.model.path if i < 0 else str(self.paths[i]) for i in chosen]

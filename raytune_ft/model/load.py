@@ -154,7 +154,7 @@ def check_files(model: ModelConfig) -> None:
     Raises:
         ModelError: names the file.
     """
-    folder = _folder_here(model)
+    folder = folder_here(model)
     if folder is None:
         return
     for file in sorted(folder.iterdir()):
@@ -171,10 +171,11 @@ def check_files(model: ModelConfig) -> None:
                 raise ModelError(str(file), f"is not JSON ({error})", _AGAIN) from error
             if not isinstance(content, dict):
                 raise ModelError(str(file), "is not a JSON object", _AGAIN)
-    open_model(folder).__exit__()
+    if Path(resolve_model_path(model.path)).is_dir():  # a cache may lack what is fetched later
+        open_model(folder).__exit__()
 
 
-def _folder_here(model: ModelConfig) -> Path | None:
+def folder_here(model: ModelConfig) -> Path | None:
     """The directory of a model; for a hub id that of the cache, None where it is not there."""
     path = resolve_model_path(model.path)
     if Path(path).is_dir():
@@ -265,6 +266,15 @@ def base_folder(model: ModelConfig) -> Path:
     return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
 
 
+def own_dtypes(model: ModelConfig) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors in a model's files; none where those are not on this machine."""
+    folder = folder_here(model)
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return {}
+    with open_model(folder) as tensors:
+        return {name: tensors.dtype(name) for name in tensors.shapes}
+
+
 def _first_dtype(directory: Path) -> torch.dtype | None:
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -297,7 +307,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _refuse_newer(model: ModelConfig) -> None:
     """Raises ModelError for a tokenizer.json that the installed library does not read."""
-    folder = _folder_here(model)
+    folder = folder_here(model)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return
     try:
@@ -513,7 +523,7 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 
 def base_file_hashes(model: ModelConfig) -> dict[str, str]:
     """File name -> sha256 of the base's weights, configuration and tokenizer."""
-    directory, hashes = _folder_here(model), dict[str, str]()
+    directory, hashes = folder_here(model), dict[str, str]()
     for file in sorted(directory.iterdir()) if directory else ():
         if file.suffix in _HASHED and file.is_file():
             with file.open("rb") as opened:

@@ -47,7 +47,7 @@ from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
-from raytune_ft.train.model_runner import ModelRunner
+from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
@@ -91,7 +91,10 @@ class Passes:
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        self.runner = build_runner(built, config, strategy, _no_optimizer, objective, data.extent)
+        widest = choose_micro_tokens(config.train.micro_tokens, strategy.device)
+        self.runner = build_runner(
+            built, config, strategy, _no_optimizer, objective, data.extent, widest
+        )
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"

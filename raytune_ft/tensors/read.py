@@ -242,9 +242,3 @@ def open_model(folder: Path) -> TensorFiles:
             tensors.__exit__()
             raise ModelError(str(folder), f"lacks {missing[0]}, which its index names", REMEDY)
     return tensors
-
-
-def dtypes_in(folder: Path) -> dict[str, torch.dtype]:
-    """The dtypes of all tensors of a model directory. Raises ModelError, see `open_model`."""
-    with open_model(folder) as tensors:
-        return {name: tensors.dtype(name) for name in tensors.shapes}

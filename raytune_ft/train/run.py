@@ -13,13 +13,12 @@ from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import base_folder, disk_dtype, head_notes
+from raytune_ft.model.load import disk_dtype, head_notes, own_dtypes
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy, build_strategy
-from raytune_ft.tensors.read import dtypes_in
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
@@ -76,8 +75,8 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     )
     frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
     built = replace(built, notes=(*built.notes, *head_notes(config.model, head)))
-    disk = disk_dtype(config.model, head)
-    exporter = Exporter(built.model, disk, frozen, dtypes_in(base_folder(config.model)))
+    own = own_dtypes(config.model) if METHODS[config.method.name].whole_model else {}
+    exporter = Exporter(built.model, disk_dtype(config.model, head), frozen, own)
     optimizer_of = partial(
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )

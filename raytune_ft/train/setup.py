@@ -251,14 +251,16 @@ def build_runner(
     optimizer_of: OptimizerOf,
     objective: Objective | None = None,
     extent: tuple[int, int] = (1, 1),
+    widest: int = 0,
 ) -> ModelRunner:
     """Lay the model out as the strategy does, then probe whether packing is exact on it.
 
-    `extent`: the lengths of the shortest and longest example.
+    `extent`: the lengths of the shortest and longest example. `widest`: of a row, where that may be
+    more.
 
     Raises:
         ConfigError: `data.packing: true`, but packing would change the numbers.
-        ModelError: the model is not causal, or the length of a row changes others.
+        ModelError: the model is not causal.
     """
     model = built.model
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -289,13 +291,13 @@ def build_runner(
         _check_causal(runner, vocabulary, config)
     else:
         runner = _reading_examples(runner, vocabulary)
-    _check_padding(runner, vocabulary, config, extent[1])
+    runner = _kept_apart(runner, vocabulary, extent[1])
     if config.data.packing is False:
         return runner
-    reason = _against_packing(runner, vocabulary, extent[1])
+    reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is not None and runner.by_example:
         runner = replace(runner, by_example=attend_by_example(model, False))
-        reason = _against_packing(runner, vocabulary, extent[1])
+        reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is None:
         return replace(runner, packing=True)
     if config.data.packing is True:
@@ -323,35 +325,33 @@ def _logits_of(runner: ModelRunner) -> Logits:
     return runner.logits if runner.objective.of_tokens else of_examples
 
 
-def _check_padding(runner: ModelRunner, vocabulary: int, config: Config, longest: int) -> None:
-    """Raises ModelError where padding changes an example, with rows on both sides of each threshold
-    of the configuration.
+def _kept_apart(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRunner:
+    """The same, with equal lengths alone in a micro-batch where padding changes an example. It is
+    tried with rows on both sides of each threshold of the configuration.
     """
     strategy, virtual = runner.strategy, virtual_tokens(runner.model)
+    asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
     for threshold in thresholds_of(runner.model.config, longest + virtual):
         over = threshold + 1 - virtual
         lengths = [longest, over, max(over - 1, 1), max(over // 2, 1)]
-        asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
         if over > 1 and not strategy.from_rank0(probe_lengths(*asked, lengths, runner.apart)):
-            raise ModelError(
-                f"model.path={config.model.path}",
-                f"gives a row of {over - 1} tokens or fewer other logits beside one of {over} or "
-                "more in its micro-batch",
-                f"write data.max_length: {over - 1}",
+            note = (
+                "rows of different lengths do not share a micro-batch, because the model computes "
+                f"rows of up to {over - 1} tokens otherwise beside longer ones"
             )
+            return replace(runner, apart=Apart(each_above=0), notes=(*runner.notes, note))
+    return runner
 
 
-def _against_packing(runner: ModelRunner, vocabulary: int, longest: int) -> str | None:
+def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest: int) -> str | None:
     method, strategy = attached(runner.model), runner.strategy
     if method is not None and method.unpackable:
         return method.unpackable
     virtual = virtual_tokens(runner.model)
-    widest = max(longest + virtual, runner.micro_tokens)
-    thresholds = [each - virtual for each in thresholds_of(runner.model.config, widest)]
+    thresholds = thresholds_of(runner.model.config, max(longest, widest) + virtual)
     asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
-    return strategy.from_rank0(
-        probe_packing(*asked, longest, [each for each in thresholds if each > 1])
-    )
+    inner = [each - virtual for each in thresholds if each - virtual > 1]
+    return strategy.from_rank0(probe_packing(*asked, longest, inner))
 
 
 def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:
