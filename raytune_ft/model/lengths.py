@@ -84,10 +84,10 @@ def usable_positions(model: Any) -> int | None:
         return None
     found = [written]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and "position" in name.rpartition(".")[2]:
             # As in RoBERTa, where positions begin after that of padding.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            found.append(module.num_embeddings - first)
+            found.append(len(module.weight) - padding - 1)
     factors = [each["factor"] for kind, each, _ in _rotations(model.config) if "dynamic" in kind]
     return int(min(found) * min(factors, default=1))
 
@@ -96,7 +96,9 @@ def forget_longest(base: nn.Module) -> None:
     """Let dynamic rotary positions depend on the rows of a pass, not on those of earlier passes."""
 
     def forget(module: Any, arguments: Any, options: Any) -> None:
-        module.max_seq_len_cached = 0
+        for name in vars(module):  # one for each type of layer
+            if name.endswith("max_seq_len_cached"):
+                setattr(module, name, 0)
 
     for module in base.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):

@@ -382,25 +382,36 @@ def load_base(
     return base
 
 
+@torch.no_grad()
 def _fit_head(base: nn.Module, model: ModelConfig, head: Head) -> set[str]:
     """Put the rows of the base's own head in the order of the labels; the weights to be drawn
     instead, with room for their values, where it has none for these labels.
     """
     written = written_head(model)
     rows = None if written is None else head.rows_in(written)
-    if rows == sorted(rows or [-1]):
+    if rows == list(range(len(head.labels))):
         return set()
     weights = label_weights(base)
     for name, dim in weights.items():
         old = base.get_parameter(name)
-        if rows is None:
-            value = torch.empty(old.shape, dtype=old.dtype)
-        else:
-            with open_model(base_folder(model)) as files:
-                value = files.whole(name).to(old.dtype).index_select(dim, torch.tensor(rows))
+        value = torch.empty_like(old, device="cpu" if old.is_meta else old.device)
+        if rows is not None:
+            value.copy_(_of_file(model, name).index_select(dim, torch.tensor(rows)))
         owner, _, last = name.rpartition(".")
         setattr(base.get_submodule(owner), last, nn.Parameter(value))
-    return set() if rows else set(weights)
+    return set(weights) if rows is None else set()
+
+
+def _of_file(model: ModelConfig, name: str) -> torch.Tensor:
+    """A weight of the head, which has the same name in the files."""
+    with open_model(base_folder(model)) as files:
+        if name in files.shapes:
+            return files.whole(name)
+    raise ModelError(
+        f"model.path={model.path}",
+        f"has no {name} in its files, whose rows are to be put in the order of the labels",
+        "write data.labels in the order of the model's id2label",
+    )
 
 
 def written_head(model: ModelConfig) -> Head | None:
@@ -420,7 +431,7 @@ def head_notes(model: ModelConfig, head: Head | None) -> tuple[str, ...]:
     if head is None or written is None:
         return ()
     rows = head.rows_in(written)
-    if rows == sorted(rows or [-1]):
+    if rows == list(range(len(head.labels))):
         return ()
     theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
     if rows is None:

@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from raytune_ft.ray_backend.cluster import require_capacity
 from raytune_ft.rundir import open_run
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "raytune_ft" / "model" / "tiny"
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 QUICKSTART = "jobs/quickstart.yaml"
 LABELLED = (
@@ -179,6 +181,9 @@ SEARCH: list[Case] = [
 MODEL_AND_DATA: list[Case] = [
     ("train model.path=/nowhere/model", "model.path=/nowhere/model", "hub id", "builtin:tiny"),
     ("train model.path=builtin:huge", "model.path=builtin:huge", "builtin:tiny"),
+    ("train model.path=pointer", "pointer/model.safetensors", "Git LFS", "git lfs pull"),
+    ("train model.path=newer", "newer/tokenizer.json", "update tokenizers"),
+    ("train model.path=small", "data.max_length=128", "16 positions", "at most 16"),
     ("train method.targets=[q_prj]", "method.targets=q_prj", "all-linear", "q_proj"),
     (
         "train data.train.path=jobs/data/tiny_instructions/trian.jsonl",
@@ -465,8 +470,16 @@ def write_bad_files(folder: Path) -> None:
     classes = [
         {"text": f"text {number}", "label": ["up", "down"][number % 2]} for number in range(8)
     ]
-    for name, content in (("bad", bad), ("monologue", alone), ("classes", classes)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    for name, file, content in (
+        ("pointer", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        ("newer", "tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}'),
+        ("small", "config.json", None),
+    ):
+        shutil.copytree(TINY, folder / name)
+        config = json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": 16}
+        (folder / name / file).write_text(content or json.dumps(config))
+    for name, rows_of in (("bad", bad), ("monologue", alone), ("classes", classes)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
 
 
 @pytest.fixture

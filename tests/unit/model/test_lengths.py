@@ -218,3 +218,14 @@ def test_usable_positions_are_those_that_a_forward_takes(family: str) -> None:
             else nullcontext()
         ):
             model(input_ids=ids)
+
+
+def test_positions_of_an_image_tower_limit_no_row() -> None:
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "intermediate_size": 16}
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert usable_positions(model) == config.get_text_config().max_position_embeddings
