@@ -36,7 +36,7 @@ def _rotations(config: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
 
 
 def notes_of(config: Any, extent: tuple[int, int]) -> tuple[str, ...]:
-    """What `plan` and a run say of a model, for examples from the shortest to the longest."""
+    """What `plan` and a run say where examples from the shortest to the longest are kept apart."""
     apart, (shortest, longest) = apart_of(config), extent
     kinds = ", ".join(sorted({kind for kind, *_ in _rotations(config)}))
     because = f"because the model's rotary positions ({kinds}) depend on the longest row of a pass"
@@ -49,14 +49,6 @@ def notes_of(config: Any, extent: tuple[int, int]) -> tuple[str, ...]:
         notes.append(
             f"rows of more than {apart.each_above} tokens share a micro-batch only with rows of "
             f"the same length, {because}"
-        )
-    text = config.get_text_config()
-    if getattr(text, "output_router_logits", False):
-        share = getattr(text, "router_aux_loss_coef", None)
-        notes.append(
-            "the loss on the balance of experts that the model asks for (output_router_logits: true"
-            + (f", router_aux_loss_coef: {share:g}" if share is not None else "")
-            + ") is left out, because it depends on which rows share a micro-batch"
         )
     return tuple(notes)
 

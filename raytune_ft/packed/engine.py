@@ -175,7 +175,8 @@ class Passes:
                 examples += row
         batch = runner.collate(self.data.train, np.array(examples), tuple(layout))
         counts = [step.count for step in steps]
-        sums = accumulate_packed(runner, self.stack, active, batch, counts)
+        sizes = [step.examples for step in steps]
+        sums = accumulate_packed(runner, self.stack, active, batch, counts, sizes)
         for step, loss_sum in zip(steps, sums, strict=True):
             step.loss_sum += loss_sum
 
@@ -215,21 +216,27 @@ def accumulate_packed(
     active: ActiveAdapters,
     batch: MicroBatch,
     step_counts: Sequence[float],
+    step_examples: Sequence[int],
 ) -> list[float]:
     """Add to each slot the gradient of its own token losses over the count of its own step.
 
-    Returns the sums of the losses by slot. No value of one slot enters a sum of another, so that
+    A router loss is divided by the examples of the slot's step. Returns the sums of the losses by
+    slot. No value of one slot enters a sum of another, so that
     NaN in one slot stays there.
     """
     objective, groups, device = runner.objective, active.groups, runner.strategy.device
     counts_G = label_positions(batch).view(groups, -1).sum(1)
     owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
     shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
+    height = len(batch.tokens_BS) // groups
+    shares_E = [1 / step_examples[span.row // height] for span in batch.spans]
     with stack.applied(active):
-        losses_N = objective.losses(objective.outputs(runner, batch), batch)
+        with runner.watched():
+            outputs = objective.outputs(runner, batch)
+        losses_N = objective.losses(outputs, batch)
         shares_N = shares_G[owners_N].to(losses_N.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
-        (losses_N * shares_N).sum().backward()
+        ((losses_N * shares_N).sum() + runner.balance_loss(batch, shares_E)).backward()
     sums_G = torch.zeros(groups, dtype=torch.float64, device=device)
     sums_G.index_add_(0, owners_N, losses_N.detach().double())
     found: list[float] = sums_G.tolist()

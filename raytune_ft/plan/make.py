@@ -97,6 +97,7 @@ def make_plan(
     from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.model.lengths import notes_of
     from raytune_ft.model.load import head_notes, load_tokenizer
+    from raytune_ft.model.routers import router_notes
     from raytune_ft.plan.layouts import Planner
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.run_state import Schedule
@@ -156,6 +157,7 @@ def make_plan(
         notes=(
             *_notes(config, data, planner.exact),
             *notes_of(shell.module.config, data.extent),
+            *router_notes(shell.module),
             *head_notes(expanded.model, head),
         ),
     )

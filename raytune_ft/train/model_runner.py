@@ -20,6 +20,7 @@ from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.model.objectives.tokens import label_logits, label_positions
+from raytune_ft.model.routers import Balance
 from raytune_ft.strategy import Strategy
 
 
@@ -58,7 +59,8 @@ class ModelRunner:
     `names` are those of the trained weights in a single process. `by_example`: see
     `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
     evaluation. `reading` is how a task head reads its examples, None where the model predicts
-    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass.
+    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
+    `balance` is the router loss of a mixture of experts.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class ModelRunner:
     reading: Reading | None = None
     noise: float | None = None
     apart: Apart = FREELY
+    balance: Balance | None = None
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -98,6 +101,14 @@ class ModelRunner:
         # With a mask that hides nothing, transformers does not look for examples by itself.
         inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
         return inputs | {"examples": Examples.of(batch)}
+
+    def watched(self) -> AbstractContextManager[Any]:
+        """Inside, `balance` sees the router logits of a forward pass."""
+        return nullcontext() if self.balance is None else self.balance.watched()
+
+    def balance_loss(self, batch: MicroBatch, shares_E: Sequence[float]) -> Tensor | float:
+        """See `Balance.loss`; 0 without one."""
+        return 0.0 if self.balance is None else self.balance.loss(batch, shares_E)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in bfloat16 while trained weights stay in float32."""

@@ -45,6 +45,7 @@ from raytune_ft.model.probe import (
     probe_packing,
     same_of_one,
 )
+from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
@@ -281,11 +282,12 @@ def build_runner(
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
-        notes=(*built.notes, *notes_of(model.config, extent)),
+        notes=(*built.notes, *notes_of(model.config, extent), *router_notes(model)),
         objective=objective or TokenObjective(),
         figures=figures(config.train.objective, config.data.problem, trained=True),
         noise=config.train.neftune_alpha,
         apart=_apart(config, model),
+        balance=balance_of(model),
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)

@@ -138,13 +138,6 @@ def test_configurations_are_read() -> None:
     assert thresholds_of(FAMILIES["mistral"](), 1000) == [12, 256]
 
 
-def test_the_loss_of_routers_is_said_to_be_left_out() -> None:
-    config = FAMILIES["mixtral"]()
-    assert notes_of(config, (1, 9)) == ()
-    config.output_router_logits, config.router_aux_loss_coef = True, 0.1
-    assert "router_aux_loss_coef: 0.1) is left out" in notes_of(config, (1, 9))[0]
-
-
 def test_layouts_keep_examples_apart() -> None:
     lengths = [5, 40, 7, 32, 33, 40, 6]
     apart = Apart((32,))
