@@ -171,7 +171,8 @@ def check_files(model: ModelConfig) -> None:
                 raise ModelError(str(file), f"is not JSON ({error})", _AGAIN) from error
             if not isinstance(content, dict):
                 raise ModelError(str(file), "is not a JSON object", _AGAIN)
-    if Path(resolve_model_path(model.path)).is_dir():  # a cache may lack what is fetched later
+    local = Path(resolve_model_path(model.path)).is_dir()  # a cache may lack what is fetched later
+    if local and any(folder.glob("*.safetensors")):  # `plan` needs no weights
         open_model(folder).__exit__()
 
 

@@ -78,10 +78,10 @@ def check_teacher(config: Config) -> None:
     if config.train.kd is None:
         return
     model = teacher_model(config)
-    check_files(model)
     sizes = [load_model_config(config.model).get_text_config().vocab_size]
     words = [load_tokenizer(config.model).get_vocab()]
     try:
+        check_files(model)
         sizes.append(load_model_config(model).get_text_config().vocab_size)
         words.append(load_tokenizer(model).get_vocab())
     except ModelError as error:
