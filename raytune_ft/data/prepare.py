@@ -106,7 +106,7 @@ def _write(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bo
             shutil.rmtree(aside, ignore_errors=True)
 
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 2
 """To be raised when the same rows and keys give other tokens or other files."""
 
 NO_TOKENS = {"path", "weight", "epochs"}

@@ -447,6 +447,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `jobs/`, the files that the table names, and two runs that have begun."""
     folder = tmp_path_factory.mktemp("session")
     (folder / "jobs").symlink_to(ROOT / "jobs")
+    write_bad_models(folder)
     write_bad_files(folder)
     for name, content in YAML.items():
         (folder / f"{name}.yaml").write_bytes(content)
@@ -456,6 +457,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with open_run(resolve(written), resume=False) as run:
                 (run.path / "result.json").write_text('{"status": "completed"}')
     return folder
+
+
+def write_bad_models(folder: Path) -> None:
+    """Copies of the built-in model, each with one file that is wrong."""
+    for name, file, content in (
+        ("pointer", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        ("newer", "tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}'),
+        ("small", "config.json", None),
+    ):
+        shutil.copytree(TINY, folder / name)
+        config = json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": 16}
+        (folder / name / file).write_text(content or json.dumps(config))
 
 
 def write_bad_files(folder: Path) -> None:
@@ -470,16 +483,8 @@ def write_bad_files(folder: Path) -> None:
     classes = [
         {"text": f"text {number}", "label": ["up", "down"][number % 2]} for number in range(8)
     ]
-    for name, file, content in (
-        ("pointer", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
-        ("newer", "tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}'),
-        ("small", "config.json", None),
-    ):
-        shutil.copytree(TINY, folder / name)
-        config = json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": 16}
-        (folder / name / file).write_text(content or json.dumps(config))
-    for name, rows_of in (("bad", bad), ("monologue", alone), ("classes", classes)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    for name, content in (("bad", bad), ("monologue", alone), ("classes", classes)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
 @pytest.fixture
