@@ -15,7 +15,6 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, DataError, ModelError
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.preflight import prepare
-from raytune_ft.promote.promote import save_tokenizer
 from tests.support.models import save_character_tokenizer, save_tiny_encoder, save_tiny_llama
 from tests.support.runs import make_config, write_rows
 
@@ -127,7 +126,7 @@ def test_named_chat_templates_without_a_default(
             (base / place / f"{name}.jinja").write_text(template)
     config = make_config(base, write_rows(tmp_path / "rows.jsonl", 20))
     prepared(config, tmp_path)
-    save_tokenizer(load_tokenizer(config.model), tmp_path / "saved")
+    load_tokenizer(config.model).save_pretrained(tmp_path / "saved")
     again = load_tokenizer(ModelConfig(path=str(_beside(base, tmp_path / "saved"))))
     assert again.chat_template == dict.fromkeys(names, template)
 
