@@ -79,7 +79,9 @@ def balance_of(model: Any) -> Balance | None:
     text = base.config.get_text_config()
     weight = getattr(text, "router_aux_loss_coef", None)
     chosen = getattr(text, "num_experts_per_tok", None)
-    of = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    modules = (sys.modules[each.__module__] for each in type(base).__mro__)  # sharding derives one
+    found = (getattr(module, "load_balancing_loss_func", None) for module in modules)
+    of = next(filter(None, found), None)
     if not (getattr(text, "output_router_logits", False) and weight and chosen and of):
         return None
     return Balance(model, weight, of, chosen)
