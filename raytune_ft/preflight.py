@@ -78,11 +78,19 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
-    from raytune_ft.model.load import check_backend, load_model_config, load_tokenizer
+    from raytune_ft.model.load import check_backend, check_files, load_model_config, load_tokenizer
+    from raytune_ft.model.meta import build_shapes
     from raytune_ft.train.distill import check_teacher
-    from raytune_ft.train.setup import check_lengths, check_objective, head_before
+    from raytune_ft.train.setup import (
+        check_lengths,
+        check_objective,
+        check_vocabulary,
+        head_before,
+        head_of,
+    )
     from raytune_ft.train.trackers import check_trackers
 
+    check_files(config.model)
     load_model_config(config.model, head_before(config))
     check_backend(config.method)
     check_teacher(config)
@@ -92,6 +100,8 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     pass_length(config.data, data.train)
-    check_lengths(config, data)
+    shapes = build_shapes(config.model, head=head_of(config, data.report))
+    check_lengths(config, shapes, data)
+    check_vocabulary(config, shapes, data, tokenizer)
     check_objective(config, data)
     return data

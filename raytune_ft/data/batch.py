@@ -5,6 +5,7 @@ Shapes: B rows, S tokens of the longest row, E examples, T tokens of all example
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,24 +23,66 @@ MicroLayout = tuple[Row, ...]
 """The rows of one forward pass. Empty for a rank that has no examples left in the step."""
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Which examples may not share a forward pass, since the longest would change the others.
+
+    Those on both sides of a threshold (a length up to it is below), and any two of different
+    lengths of which one is over `each_above`.
+    """
+
+    thresholds: tuple[int, ...] = ()
+    each_above: int | None = None
+
+    def group(self, length: int) -> tuple[int, int]:
+        """Examples may share a pass where this is equal."""
+        over = self.each_above is not None and length > self.each_above
+        return bisect_left(self.thresholds, length), length if over else 0
+
+    def __or__(self, other: Apart) -> Apart:
+        """What both keep apart."""
+        above = [each for each in (self.each_above, other.each_above) if each is not None]
+        both = {*self.thresholds, *other.thresholds}
+        return Apart(tuple(sorted(both)), min(above, default=None))
+
+
+FREELY = Apart()
+
+
 def lay_out(
-    lengths: Sequence[int], world_size: int, micro_tokens: int, packing: bool
+    lengths: Sequence[int],
+    world_size: int,
+    micro_tokens: int,
+    packing: bool,
+    apart: Apart = FREELY,
 ) -> list[list[MicroLayout]]:
     """Per rank, the micro-batches of one step; all ranks have the same number of them.
 
     A micro-batch holds at most `micro_tokens` tokens, padding included, but always one row.
     """
     ranks = [
-        _micro_batches(
-            fill_rows(mine, lengths, _longest(mine, lengths) if packing else 0),
-            lengths,
-            micro_tokens,
-        )
+        [
+            batch
+            for own in _groups(mine, lengths, apart)
+            for batch in _micro_batches(
+                fill_rows(own, lengths, _longest(own, lengths) if packing else 0),
+                lengths,
+                micro_tokens,
+            )
+        ]
         for mine in _split_over_ranks(lengths, world_size)
     ]
     most = max(len(rank) for rank in ranks)
     # Collectives dead-lock when ranks differ in the number of passes: the others get empty ones.
     return [rank + [()] * (most - len(rank)) for rank in ranks]
+
+
+def _groups(positions: Sequence[int], lengths: Sequence[int], apart: Apart) -> list[list[int]]:
+    """The positions of examples that may share a pass."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position in positions:
+        groups.setdefault(apart.group(lengths[position]), []).append(position)
+    return list(groups.values())
 
 
 def _longest(positions: Sequence[int], lengths: Sequence[int]) -> int:
@@ -258,8 +301,9 @@ def collate(
     columns_S = np.arange(width)
     tokens_BS = np.full(shape, pad_token, np.int64)
     targets_BS = np.full(shape, NO_TARGET, np.int64)
-    # Padding is a separate document: under a mask made from positions no example attends to it.
-    positions_BS = columns_S - used_B[:, None]
+    # Padding is documents of its own: under a mask made from positions no example attends to it.
+    # None is longer than the longest example, by which some models choose their frequencies.
+    positions_BS = (columns_S - used_B[:, None]) % max(lengths_E.max(initial=1), 1)
     tokens_BS.flat[places_T[real_T]] = split.input_ids[sources_T[real_T]]
     targets_BS.flat[places_T[followed_T]] = np.where(
         split.label_mask[nexts_T], split.input_ids[nexts_T], NO_TARGET

@@ -130,6 +130,17 @@ class PreparedData:
     base_loss: Column | None = None
     teacher_logits: npt.NDArray[Any] | None = None
 
+    @property
+    def splits(self) -> tuple[TokenizedSplit, ...]:
+        """Those that there are."""
+        return tuple(s for s in (self.train, self.validation, self.test) if s is not None)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The lengths of the shortest and of the longest example."""
+        lengths = np.concatenate([split.lengths for split in self.splits])
+        return int(lengths.min()), int(lengths.max())
+
 
 def prepare_data(
     data: DataConfig,

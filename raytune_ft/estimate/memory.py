@@ -8,7 +8,7 @@ from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
-from raytune_ft.data.batch import lay_out
+from raytune_ft.data.batch import FREELY, Apart, lay_out
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.activations import Traced, trace, trace_head
 from raytune_ft.estimate.hardware import GIB, PROCESS
@@ -62,7 +62,9 @@ def steps_in_a_pass(config: Config, length: float) -> int:
     return max(1, int(room // (length * config.train.batch_size)))
 
 
-def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) -> Work:
+def work_of(
+    config: Config, split: TokenizedSplit, workers: int, device: str, apart: Apart = FREELY
+) -> Work:
     """The work of a run, from the layout of its first steps without a curriculum, whose first steps
     would not be typical.
     """
@@ -78,7 +80,7 @@ def work_of(config: Config, split: TokenizedSplit, workers: int, device: str) ->
         indices = order.indices(step * batch, batch)
         lengths = (split.lengths[indices] + virtual).tolist()
         counts = split.label_counts[indices]
-        for rank in lay_out(lengths, workers, budget, packing):
+        for rank in lay_out(lengths, workers, budget, packing, apart):
             passes = max(passes, len(rank))
             for micro in rank:
                 if not micro:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from raytune_ft.config.objectives import Figure
 from raytune_ft.config.schema import ModelConfig
@@ -14,8 +13,8 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ModelError
 from raytune_ft.evaluate.columns import figures_of
 from raytune_ft.evaluate.scores import Scores
-from raytune_ft.model.heads import PROBLEM_TYPES, Head
-from raytune_ft.model.load import load_model_config, resolve_model_path
+from raytune_ft.model.heads import Head
+from raytune_ft.model.load import load_model_config, written_head
 from raytune_ft.model.objectives.base import example_weights
 from raytune_ft.model.objectives.classification import Classification
 
@@ -74,21 +73,10 @@ def check_head(model: ModelConfig, head: Head) -> None:
         raise ModelError(
             f"MODEL_DIR={model.path}", "has no classification head", "write one that training made"
         )
-    if head.problem != "regression" and written.labels != head.labels:
+    if head.rows_in(written) is None:
         theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
         raise ModelError(
             f"MODEL_DIR={model.path}",
             f"tells {theirs} apart, and the data {ours}",
             "write data.labels as the model has them",
         )
-
-
-def written_head(model: ModelConfig) -> Head | None:
-    """The head that a directory's config.json describes; None where it has none."""
-    config = AutoConfig.from_pretrained(resolve_model_path(model.path))
-    if not any("SequenceClassification" in name for name in config.architectures or ()):
-        return None
-    problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
-    usual = "regression" if config.num_labels == 1 else "single_label"
-    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
-    return Head(problems.get(config.problem_type, usual), labels)

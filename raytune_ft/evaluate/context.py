@@ -17,6 +17,7 @@ from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.generate import BACKENDS, choose_backend
 from raytune_ft.model.heads import Head, reading
+from raytune_ft.model.lengths import apart_of
 from raytune_ft.model.load import disk_dtype, load_base, pad_token
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.model.objectives import Objective, TokenObjective
@@ -149,5 +150,6 @@ def runner_of(
         pad_token=pad_token(tokenizer) if head is None else own_pad,
         micro_tokens=choose_micro_tokens("auto", strategy.device),
         packing=False,
+        apart=apart_of(built.config),
         reading=None if head is None else reading(built, "row"),
     )

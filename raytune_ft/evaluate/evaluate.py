@@ -24,7 +24,7 @@ from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import load_tokenizer
+from raytune_ft.model.load import check_files, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.train.setup import evaluation_objective, head_of
 
@@ -131,6 +131,8 @@ def evaluate_directory(
     """
     check_functions(config.promote.metrics)
     model = config.model.model_copy(update={"path": str(directory), "revision": None})
+    if unfoldable(directory) is None and directory.is_dir():
+        check_files(model)
     tokenizer = _tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     check_overlap(config.data, data.report, config.promote.max_overlap)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.errors import ConfigError
+from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import resolve_model_path
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.train.model_runner import ModelRunner
@@ -50,10 +51,11 @@ def with_transformers(
 ) -> list[list[int]]:
     """Up to `limit` tokens after each prompt, without the end token; in the order of the prompts.
 
-    Prompts of similar length share a batch, so that little of it is padding.
+    Prompts of similar length share a batch, so that little of it is padding; those of equal length,
+    where the model keeps rows of such lengths apart.
     """
     built: Any = runner.model
-    positions = getattr(built.config.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(built)
     device = runner.strategy.device
     found: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -61,6 +63,9 @@ def with_transformers(
         longest = max(1, len(prompts[waiting[0]])) + virtual_tokens(built)
         new = limit if positions is None else min(limit, positions - longest)
         batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
+        last = len(prompts[batch[-1]])
+        if runner.apart.group(last) != runner.apart.group(longest + new):
+            batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
         del waiting[: len(batch)]
         if new > 0:
             texts = _generate(built, [prompts[i] for i in batch], new, ends, runner.pad_token)

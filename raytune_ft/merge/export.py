@@ -14,14 +14,13 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError, first_line
-from raytune_ft.evaluate.classifier import written_head
-from raytune_ft.files import fsync
+from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from raytune_ft.merge.adapter_plan import read_adapter_config
 from raytune_ft.merge.fold import fold
 from raytune_ft.merge.streaming_forward import spans
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
-from raytune_ft.model.load import load_model_config, load_tokenizer
+from raytune_ft.model.load import check_files, load_model_config, load_tokenizer, written_head
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.records import Tell
 from raytune_ft.tensors.read import TensorFiles
@@ -70,8 +69,8 @@ def export(
             if not (source / "config.json").is_file():
                 plain = Path(temporary) / "model"
                 _export_model(source, plain, base, None, max_shard_size, tell)
-            elif getattr(load_model_config(ModelConfig(path=str(source))), "auto_map", None):
-                raise _code(source)
+            elif read_json(source / "config.json").get("auto_map"):
+                raise _code(source)  # which the converter would run
             return _convert(converter, plain, target, dtype, Path(temporary))
     if (target / MANIFEST).exists():
         _refuse_existing(target)
@@ -119,6 +118,7 @@ def _export_model(
         )
     path = str(source) if whole else base or str(_named_base(source))
     model = ModelConfig(path=path)
+    check_files(model)
     head = written_head(model) if whole else None
     vocabulary = load_model_config(model, head).get_text_config().vocab_size
     check = fold(model, source, target, _examples(vocabulary), max_shard_size, dtype, tell, head)

@@ -1,8 +1,9 @@
 """Turn a checkpoint into a plain model directory, and check that it computes the same.
 
 No model is loaded. W + B@A * scale (with rsLoRA, DoRA, patterns, embeddings and saved modules) is
-computed in float32, some rows of a tensor at a time, and rounded once, to the dtype that the base
-has on disk. An interrupted fold continues where it stopped.
+computed in float32, some rows of a tensor at a time, and rounded once, to the dtype that the tensor
+has in the base's files. What training did not touch keeps its bytes. An interrupted fold continues
+where it stopped.
 
 Three checks, by models whose weights are read layer by layer, before `manifest.json` is written:
 
@@ -17,6 +18,7 @@ Three checks, by models whose weights are read layer by layer, before `manifest.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,13 +54,20 @@ from raytune_ft.merge.write_model import (
     write_weights,
 )
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import disk_dtype, load_model_config, resolve_model_path
+from raytune_ft.model.load import (
+    base_folder,
+    disk_dtype,
+    folder_here,
+    load_model_config,
+    own_dtypes,
+)
 from raytune_ft.model.meta import Outline, outline
 from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.read import TensorFiles, open_model
 
 __all__ = ["ABSOLUTE_TOLERANCE", "FoldCheck", "Opened", "fold", "held_out", "open_checkpoint"]
 
+PROCESSORS = ("*processor_config.json", "chat_template.json")
 CHECKED_EXAMPLES = 8
 CHECKED_UNDER_A_HEAD = 32  # a head gives one row of logits for each example
 CHECKED_TOKENS = 64  # of each
@@ -92,8 +101,8 @@ def fold(
     """Write `checkpoint` (an adapter of `model`, or a whole model) into `target`, and check it.
 
     `examples` are token ids `[S]` that were not trained on, see `held_out`. `dtype` of the written
-    weights; None is the base's. `head` is the task head of the checkpoint. A `target` in which the
-    same fold was interrupted is completed.
+    weights; None is that of each in the base. `head` is the task head of the checkpoint. A `target`
+    in which the same fold was interrupted is completed.
 
     Raises:
         CheckpointError: the checkpoint holds no safetensors weights, or those of another model.
@@ -102,10 +111,9 @@ def fold(
         StorageError: `target` holds something else.
     """
     with open_checkpoint(model, checkpoint, head) as opened:
-        written_dtype = dtype or disk_dtype(model, head)
-        files = write_model(opened, target, max_shard_size, written_dtype, tell)
+        files = write_model(model, opened, target, max_shard_size, dtype, tell)
         reference = opened.reference(examples) if opened.reference else None
-        check = check_written(model, opened, target, examples, reference, written_dtype)
+        check = check_written(model, opened, target, examples, reference)
         require_bytes(target, files)
     write_manifest(target, files, check, {"base": model.path, "checkpoint": str(checkpoint)})
     return check
@@ -130,7 +138,6 @@ def open_checkpoint(
     """
     if (checkpoint / "config.json").is_file():
         own = model.model_copy(update={"path": str(checkpoint), "revision": None})
-        refuse_code(checkpoint, own, head)
         with open_model(checkpoint) as files:
             weights, found = _under(head, files, outline(own, head=head))
             tied = bool(getattr(found.model, "all_tied_weights_keys", None))
@@ -138,9 +145,7 @@ def open_checkpoint(
         return
     read_adapter_config(checkpoint)
     _refuse_quantised(model, head)
-    folder = base_folder(model)
-    refuse_code(folder, model, head)
-    with open_model(folder) as files:
+    with open_model(base_folder(model)) as files:
         base, found = _under(head, files, outline(model, head=head))
         adapted = Adapted(base, found, checkpoint)
         hashes = [sha256_of(checkpoint / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
@@ -163,32 +168,6 @@ def _under(head: Head | None, files: TensorFiles, of: Outline) -> tuple[Weights,
     return headed, headed.outline
 
 
-def base_folder(model: ModelConfig) -> Path:
-    """The directory of a base; for a hub id, the directory that its files are downloaded to."""
-    path = resolve_model_path(model.path)
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
-
-
-def refuse_code(folder: Path, model: ModelConfig, head: Head | None = None) -> None:
-    """Refuse a model that brings code, unless `model.trust_remote_code` allows it.
-
-    Raises:
-        ModelError: the model's config.json names Python code.
-    """
-    config = load_model_config(model, head)
-    if getattr(config, "auto_map", None) and not model.trust_remote_code:
-        raise ModelError(
-            str(folder),
-            "would run Python code of its own (auto_map in its config.json)",
-            "write model.trust_remote_code: true if you have read that code",
-        )
-
-
 def _refuse_quantised(model: ModelConfig, head: Head | None) -> None:
     config = load_model_config(model, head).get_text_config()
     if getattr(config, "quantization_config", None) is not None:
@@ -200,13 +179,24 @@ def _refuse_quantised(model: ModelConfig, head: Head | None) -> None:
 
 
 def write_model(
-    opened: Opened, target: Path, max_shard_size: str, dtype: torch.dtype, tell: Tell
+    model: ModelConfig,
+    opened: Opened,
+    target: Path,
+    max_shard_size: str,
+    dtype: torch.dtype | None,
+    tell: Tell,
 ) -> list[FileRecord]:
-    """Config and weights; `target` is completed if the same work was interrupted there."""
+    """Config, weights, and the base's files of processors, such as that of its images; `target` is
+    completed if the same work was interrupted there.
+    """
     size = parse_size(max_shard_size)
     plan = plan_hash(opened.identity, size, str(dtype))
-    files = write_weights(opened.weights, target, plan, size, dtype, tell)
-    _save_config(opened, target, dtype)
+    dtypes = dict.fromkeys(opened.weights.shapes, dtype) if dtype else own_dtypes(model)
+    files = write_weights(opened.weights, target, plan, size, dtypes, tell)
+    _save_config(opened, target, dtype or disk_dtype(model, opened.outline.head))
+    if (folder := folder_here(model)) is not None:
+        for file in (found for pattern in PROCESSORS for found in folder.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
     return files
 
 
@@ -216,7 +206,6 @@ def check_written(
     target: Path,
     examples: Sequence[Tensor],
     reference: Tensor | None,
-    dtype: torch.dtype,
     of: str = "base + adapter",
 ) -> FoldCheck:
     """Compare the written model with `reference`, or with its own weights before rounding.
@@ -229,7 +218,9 @@ def check_written(
     with open_model(target) as files:
         exact = run_weights(outline(own, head=head), opened.weights, examples)
         written = run_weights(outline(own, head=head), files, examples)
-    return compare(exact if reference is None else reference, exact, written, dtype, of)
+        floating = [d for d in map(files.dtype, files.shapes) if d.is_floating_point]
+    narrowest = min(floating, key=lambda dtype: dtype.itemsize)
+    return compare(exact if reference is None else reference, exact, written, narrowest, of)
 
 
 def require_bytes(target: Path, files: Sequence[FileRecord]) -> None:

@@ -56,7 +56,9 @@ class Headed:
         return {**held, **self._new}
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._new else self._files.dtype(self._stored[name])
+        """The files'; that of the head is the one of the first weight."""
+        stored = next(iter(self._stored.values())) if name in self._new else self._stored[name]
+        return self._files.dtype(stored)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         if name in self._new:

@@ -17,11 +17,12 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.files import read_json
 from raytune_ft.layout import ADAPTER_CONFIG
-from raytune_ft.merge.fold import Opened, base_folder, open_checkpoint
+from raytune_ft.merge.fold import Opened, open_checkpoint
 from raytune_ft.merge.methods import Formula, MergeSettings, Position
 from raytune_ft.merge.streaming_forward import CHUNK, Weights, row_count
 from raytune_ft.merge.write_model import plan_hash
 from raytune_ft.model.heads import Head
+from raytune_ft.model.load import base_folder
 
 REMEDY = "merge checkpoints of one base"
 

@@ -21,7 +21,6 @@ from raytune_ft.merge.methods import Formula, MergeSettings
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.merge.write_model import MAX_SHARD_SIZE
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import disk_dtype
 from raytune_ft.records import Tell
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -74,15 +73,15 @@ class MergeJob:
     alphas: Sequence[float]
     examples: Sequence[Tensor]
     max_shard_size: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     tell: Tell
 
     def write(self, target: Path, chosen: Sequence[int], settings: MergeSettings) -> FoldCheck:
         """Writes the merge of some members into `target` and checks it; -1 stands for the base."""
         made = self.opening.merged(self.formula, chosen, settings)
-        files = write_model(made, target, self.max_shard_size, self.dtype, self.tell)
+        files = write_model(self.model, made, target, self.max_shard_size, self.dtype, self.tell)
         check = check_written(
-            self.model, made, target, self.examples, None, self.dtype, "the merge before rounding"
+            self.model, made, target, self.examples, None, "the merge before rounding"
         )
         require_bytes(target, files)
         names = [self.model.path if i < 0 else str(self.paths[i]) for i in chosen]
@@ -146,7 +145,7 @@ def merge(
             alphas=alphas,
             examples=examples,
             max_shard_size=max_shard_size,
-            dtype=dtype or disk_dtype(model, head),
+            dtype=dtype,
             tell=tell,
         )
         report: MergeReport = found.make()(job, target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,18 +37,18 @@ def write_weights(
     target: Path,
     plan: str,
     max_shard_bytes: int,
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype],
     tell: Tell = lambda line: None,
 ) -> list[FileRecord]:
     """Write the shards and, if there are several, their index; shards in the journal are kept.
 
-    Floating-point tensors are cast once, to `dtype` or to their own dtype.
+    Floating-point tensors are cast once, to their entry of `dtypes`.
 
     Raises:
         MergeError: a value is not finite; names the tensor.
         StorageError: `target` holds weights that are not of this `plan`.
     """
-    shards = _layout(weights, max_shard_bytes, dtype)
+    shards = _layout(weights, max_shard_bytes, dtypes)
     done = _resume(target, plan, [name for name, _ in shards], tell)
     for name, entries in shards:
         if name in done:
@@ -72,14 +72,14 @@ def forget_journal(target: Path) -> None:
 
 
 def _layout(
-    weights: Weights, max_shard_bytes: int, dtype: torch.dtype | None
+    weights: Weights, max_shard_bytes: int, dtypes: Mapping[str, torch.dtype]
 ) -> list[tuple[str, list[Entry]]]:
     """Files with their tensors, in order: as many per file as fit, and at least one."""
     groups: list[list[Entry]] = [[]]
     size = 0
     for name, shape in weights.shapes.items():
         own = weights.dtype(name)
-        entry = Entry(name, dtype if dtype and own.is_floating_point else own, shape)
+        entry = Entry(name, dtypes.get(name, own) if own.is_floating_point else own, shape)
         count = math.prod(shape) * entry.dtype.itemsize
         if groups[-1] and size + count > max_shard_bytes:
             groups.append([])

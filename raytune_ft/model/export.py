@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -35,9 +35,15 @@ class Exporter:
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, frozen: BaseFiles | None = None
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        frozen: BaseFiles | None = None,
+        own: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """`frozen`: the base's files, for a model of which only some weights train."""
+        """`frozen`: the base's files, for a model of which only some weights train. `own`: dtypes
+        of the tensors of its files, for those that are not of `dtype`.
+        """
         saver = model
         if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
             # PEFT reads the state of such modules, for which a sharded model would gather and free
@@ -46,7 +52,7 @@ class Exporter:
         self._write_adapter = adapter_writer(model, saver)
         self._names = list(trained_parameters(model))
         if self._write_adapter is None:
-            self._model = _HuggingFaceModel(model, dtype)
+            self._model = _HuggingFaceModel(model, dtype, own or {})
             self._frozen = frozen
 
     def save(
@@ -86,8 +92,10 @@ class Exporter:
 class _HuggingFaceModel:
     """The classes and configuration of a model, without its weights."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, own: Mapping[str, torch.dtype]
+    ) -> None:
+        self._dtype, self._own = dtype, own
         with torch.device("meta"):
             shell: Any = type(model)(copy.deepcopy(model.config))
         self._shell = shell
@@ -152,11 +160,17 @@ class _HuggingFaceModel:
                 yield tensor
 
     def _as_on_disk(self, unit: list[str], read: Read) -> list[tuple[str, Tensor]]:
-        """Weights with the names and layout of the model's files, which transformers may convert on
-        loading, for example by joining experts in one tensor.
+        """Weights with the names, dtypes and layout of the model's files, which transformers may
+        convert on loading, for example by joining experts in one tensor. Those of an encoder have
+        another prefix under a head.
         """
-        state = {name: read(name).to(self._dtype) for name in unit}
-        return sorted(revert_weight_conversion(self._shell, state).items())
+        state = revert_weight_conversion(self._shell, {name: read(name) for name in unit})
+        prefix = f"{self._shell.base_model_prefix}."
+
+        def dtype(name: str) -> torch.dtype:
+            return self._own.get(name, self._own.get(name.removeprefix(prefix), self._dtype))
+
+        return [(name, tensor.to(dtype(name))) for name, tensor in sorted(state.items())]
 
     def _save_config(self, directory: Path, weights: set[str]) -> list[FileRecord]:
         """Records of the files made here; other ranks write those of `weights` meanwhile."""

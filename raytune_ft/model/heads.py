@@ -9,6 +9,7 @@ Shapes: B rows, S tokens, E examples, H hidden units, L labels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,29 @@ class Head:
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         config.problem_type = PROBLEM_TYPES[self.problem]
+
+    def rows_in(self, written: Head) -> list[int] | None:
+        """For each label its number in another head; None where that is for other labels."""
+        if "regression" in (self.problem, written.problem):
+            same = (self.problem, len(self.labels)) == (written.problem, len(written.labels))
+            return list(range(len(self.labels))) if same else None
+        if sorted(self.labels) != sorted(written.labels):
+            return None
+        return [written.labels.index(label) for label in self.labels]
+
+
+def label_weights(base: nn.Module) -> dict[str, int]:
+    """The weights with a part for each label, and the dimension that they have it in."""
+    config = copy.deepcopy(base.config)
+    config.num_labels += 1  # type: ignore[operator, union-attr]
+    with torch.device("meta"):
+        wider = type(base)(config)
+    ours, theirs = dict(base.named_parameters()), dict(wider.named_parameters())
+    return {
+        name: next(dim for dim, size in enumerate(weight.shape) if theirs[name].shape[dim] != size)
+        for name, weight in ours.items()
+        if weight.shape != theirs[name].shape
+    }
 
 
 @torch.no_grad()

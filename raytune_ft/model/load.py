@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from importlib import resources
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,8 +30,11 @@ from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
-from raytune_ft.model.heads import Head, draw_head, train_head
+from raytune_ft.layout import MODEL_INDEX
+from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
+from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
+from raytune_ft.tensors.read import open_model
 from raytune_ft.tensors.write import DTYPES
 
 
@@ -97,6 +103,18 @@ if not torch.cuda.is_available():  # else DeepSpeed prints a line when transform
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 disable_progress_bar()  # one bar per worker and load
 
+_HASHED = (".safetensors", ".json", ".model", ".jinja")
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    MODEL_INDEX,
+)
+_POINTER = b"version https://git-lfs"
+_AGAIN = "download it again"
 Precision = Literal["float32", "bfloat16", "float64"]
 
 
@@ -129,6 +147,44 @@ def resolve_model_path(path: str) -> str:
     return path
 
 
+def check_files(model: ModelConfig) -> None:
+    """Check what lies on this machine of a model: that no file is a pointer, damaged or of a kind
+    that these libraries do not read. Of weights only the headers are read.
+
+    Raises:
+        ModelError: names the file.
+    """
+    folder = folder_here(model)
+    if folder is None:
+        return
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _HASHED or not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                rule = "is a pointer of Git LFS and not the file itself"
+                raise ModelError(str(file), rule, "run `git lfs pull` in its directory")
+        if file.name in _READ:
+            try:
+                content = json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ModelError(str(file), f"is not JSON ({error})", _AGAIN) from error
+            if not isinstance(content, dict):
+                raise ModelError(str(file), "is not a JSON object", _AGAIN)
+    local = Path(resolve_model_path(model.path)).is_dir()  # a cache may lack what is fetched later
+    if local and any(folder.glob("*.safetensors")):  # `plan` needs no weights
+        open_model(folder).__exit__()
+
+
+def folder_here(model: ModelConfig) -> Path | None:
+    """The directory of a model; for a hub id that of the cache, None where it is not there."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    cached = try_to_load_from_cache(path, "config.json", revision=model.revision or "main")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     """The model's own configuration, with the labels of `head` in it.
 
@@ -146,16 +202,25 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
         ) from error
+    native = type(config) in auto_class(head)._model_mapping
+    if getattr(config, "auto_map", None) and not model.trust_remote_code:
+        if not native:
+            raise ModelError(
+                f"model.path={model.path}",
+                "would run Python code of its own (auto_map in its config.json)",
+                "write model.trust_remote_code: true if you have read that code",
+            )
+        del config.auto_map  # the class of transformers runs instead
     if head is not None:
         head.describe(config)
-        if type(config) in AutoModelForSequenceClassification._model_mapping:
+        if native:
             return config
         raise ModelError(
             f"model.path={model.path}",
             f"is a {config.model_type} model, which has no classification head in transformers",
             "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    if not native and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
             f"is a {config.model_type} model, which is not a causal language model",
@@ -183,7 +248,7 @@ def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
             "holds quantised weights, which cannot be trained or folded into",
             "write the model that it was quantised from",
         )
-    dtype = text_config.dtype or config.dtype or _first_dtype(Path(resolve_model_path(model.path)))
+    dtype = text_config.dtype or config.dtype or _first_dtype(base_folder(model))
     if isinstance(dtype, torch.dtype):
         return dtype
     raise ModelError(
@@ -191,6 +256,24 @@ def disk_dtype(model: ModelConfig, head: Head | None = None) -> torch.dtype:
         "names no dtype in its config.json",
         'add "dtype": "float32" (or bfloat16) to it',
     )
+
+
+def base_folder(model: ModelConfig) -> Path:
+    """The directory of a base; for a hub id, the directory that its files are downloaded to."""
+    path = resolve_model_path(model.path)
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
+
+
+def own_dtypes(model: ModelConfig) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors in a model's files; none where those are not on this machine."""
+    folder = folder_here(model)
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return {}
+    with open_model(folder) as tensors:
+        return {name: tensors.dtype(name) for name in tensors.shapes}
 
 
 def _first_dtype(directory: Path) -> torch.dtype | None:
@@ -212,7 +295,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     path = resolve_model_path(model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(model))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the libraries promise no class for what they do not know
+        _refuse_newer(model)
         raise ModelError(
             f"model.path={model.path}",
             f"has no tokenizer that can be read ({first_line(error)})",
@@ -220,6 +304,21 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _refuse_newer(model: ModelConfig) -> None:
+    """Raises ModelError for a tokenizer.json that the installed library does not read."""
+    folder = folder_here(model)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # as above
+        raise ModelError(
+            str(folder / "tokenizer.json"),
+            f"is not read by tokenizers {version('tokenizers')} ({first_line(error)})",
+            f"update tokenizers, or {_AGAIN}",
+        ) from error
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -238,7 +337,8 @@ def load_base(
 ) -> nn.Module:
     """The pretrained model with its weights in `dtype`, from safetensors only.
 
-    A task head that the files lack is drawn from its seed.
+    A task head that the files lack, or have for other labels, is drawn from its seed. One for the
+    same labels in another order is put in order.
 
     Raises:
         ModelError: a file or a weight is missing, or the weights are not in safetensors files.
@@ -255,6 +355,7 @@ def load_base(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=head is not None,
             **attention,
             **(quantisation or {}),
             **_hub_options(model),
@@ -266,18 +367,77 @@ def load_base(
             "write a model with safetensors weights",
         ) from error
     assert isinstance(base, nn.Module)
-    missing = sorted(loading["missing_keys"])  # each process would draw its own values
-    if head is not None:
-        new = [name for name in missing if _is_of_head(base, name)]
-        draw_head(base, new, head.seed)
-        missing = sorted(set(missing) - set(new))
+    forget_longest(base)
+    missing = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if head is not None:  # each process would draw its own values
+        new = {name for name in missing if _is_of_head(base, name)}
+        new |= _fit_head(base, model, head)
+        draw_head(base, sorted(new), head.seed)
+        missing -= new
     if missing:
         raise ModelError(
             f"model.path={model.path}",
-            f"lacks {len(missing)} of its weights, among them {missing[0]}",
+            f"lacks {len(missing)} of its weights, among them {min(missing)}",
             "write a model directory with all of them",
         )
     return base
+
+
+@torch.no_grad()
+def _fit_head(base: nn.Module, model: ModelConfig, head: Head) -> set[str]:
+    """Put the rows of the base's own head in the order of the labels; the weights to be drawn
+    instead, with room for their values, where it has none for these labels.
+    """
+    written = written_head(model)
+    rows = None if written is None else head.rows_in(written)
+    if rows == list(range(len(head.labels))):
+        return set()
+    weights = label_weights(base)
+    for name, dim in weights.items():
+        old = base.get_parameter(name)
+        value = torch.empty_like(old, device="cpu" if old.is_meta else old.device)
+        if rows is not None:
+            value.copy_(_of_file(model, name).index_select(dim, torch.tensor(rows)))
+        owner, _, last = name.rpartition(".")
+        setattr(base.get_submodule(owner), last, nn.Parameter(value))
+    return set(weights) if rows is None else set()
+
+
+def _of_file(model: ModelConfig, name: str) -> torch.Tensor:
+    """A weight of the head, which has the same name in the files."""
+    with open_model(base_folder(model)) as files:
+        if name in files.shapes:
+            return files.whole(name)
+    raise ModelError(
+        f"model.path={model.path}",
+        f"has no {name} in its files, whose rows are to be put in the order of the labels",
+        "write data.labels in the order of the model's id2label",
+    )
+
+
+def written_head(model: ModelConfig) -> Head | None:
+    """The head that a model's config.json describes; None where it has none."""
+    config = AutoConfig.from_pretrained(resolve_model_path(model.path), **_hub_options(model))
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        return None
+    problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
+    usual = "regression" if config.num_labels == 1 else "single_label"
+    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    return Head(problems.get(config.problem_type, usual), labels)
+
+
+def head_notes(model: ModelConfig, head: Head | None) -> tuple[str, ...]:
+    """What `plan` and a run say of the base's own head, where it is not taken as it is."""
+    written = None if head is None else written_head(model)
+    if head is None or written is None:
+        return ()
+    rows = head.rows_in(written)
+    if rows == list(range(len(head.labels))):
+        return ()
+    theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
+    if rows is None:
+        return (f"the base has a head for {theirs}; one for {ours} is drawn anew",)
+    return (f"the head of the base is for {theirs}; its rows are put in the order {ours}",)
 
 
 def _is_of_head(base: Any, name: str) -> bool:
@@ -373,20 +533,10 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
 
 
-_HASHED = (".safetensors", ".json", ".model", ".jinja")
-
-
 def base_file_hashes(model: ModelConfig) -> dict[str, str]:
     """File name -> sha256 of the base's weights, configuration and tokenizer."""
-    directory = Path(resolve_model_path(model.path))
-    if not directory.is_dir():
-        revision = model.revision or "main"
-        cached = try_to_load_from_cache(model.path, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return {}
-        directory = Path(cached).parent
-    hashes = {}
-    for file in sorted(directory.iterdir()):
+    directory, hashes = folder_here(model), dict[str, str]()
+    for file in sorted(directory.iterdir()) if directory else ():
         if file.suffix in _HASHED and file.is_file():
             with file.open("rb") as opened:
                 hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -216,6 +216,10 @@ def _load_without_weights(load: Callable[[], nn.Module]) -> tuple[nn.Module, See
         base = load()
     if not seen.files:
         raise NotInParts("transformers reads its files in a way of its own")
+    now = dict(base.named_parameters(remove_duplicate=False))
+    for name, parameter in seen.parameters.items():
+        if now[name] is not parameter:  # it has got a value that is not the file's
+            seen.sources.pop(name, None)
     with TensorFiles(seen.files) as tensors:
         fill_buffers(base, seen.sources, tensors)
     return base, seen

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.data.batch import MicroBatch, MicroLayout, collate
+from raytune_ft.data.batch import Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.split import TokenIds, TokenizedSplit
 from raytune_ft.model.load import Precision
 
@@ -20,25 +20,80 @@ Logits = Callable[[MicroBatch, Tensor], Tensor]
 # leak of attention or a wrong position changes logits by tenths; rounding is far below the bounds.
 TOLERANCE: dict[Precision, float] = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 LENGTHS = (7, 9, 5)
-PACKED: MicroLayout = ((0, 1), (2,))
-"""Two rows, since some attention code packs a single row only; the second has padding."""
+"""Of documents that are packed in two rows, since some attention code packs a single row only; the
+last document has a row to itself, with padding."""
+READ = max(LENGTHS)
+"""How many logits are read at the end of a document, which bounds their memory."""
 
 
 def probe_packing(
-    logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
+    logits: Logits,
+    vocabulary: int,
+    precision: Precision,
+    device: torch.device,
+    virtual: int = 0,
+    longest: int = LENGTHS[-1],
+    thresholds: Sequence[int] = (),
 ) -> str | None:
     """Why packed rows compute something else than single documents, None where they do not.
 
     Two tests: every document keeps its logits (positions, virtual tokens), and the others keep
     theirs when the first one is exchanged (attention across documents). The second is sensitive
-    even in bfloat16, where rounding limits the first. `virtual`: see `collate`.
+    even in bfloat16, where rounding limits the first. Both are made with rows on either side of
+    each of `thresholds`, of documents of up to `longest` tokens. `virtual`: see `collate`.
     """
+    tried: list[tuple[int, ...]] = [LENGTHS]
+    for threshold in thresholds:
+        full = min(threshold, longest)
+        tried.append((full,) * (threshold // full + 2))
+        if threshold < longest:
+            tried.append((threshold + 1,) * 3)
+    found = (
+        _against_packing(logits, vocabulary, precision, device, virtual, each) for each in tried
+    )
+    return next((reason for reason in found if reason is not None), None)
+
+
+def probe_lengths(
+    logits: Logits,
+    vocabulary: int,
+    precision: Precision,
+    device: torch.device,
+    virtual: int,
+    lengths: Sequence[int],
+    apart: Apart,
+) -> bool:
+    """Whether documents of these lengths keep their logits in padded micro-batches."""
+    documents = _drawn(vocabulary, lengths)
+    of = partial(_logits_of, logits, device, virtual)
+    whole = [length + virtual for length in lengths]
+    layouts = lay_out(whole, 1, len(lengths) * max(whole), False, apart)[0]
+    alone = [of(documents, (row,)) for layout in layouts for row in layout]
+    padded = torch.cat([of(documents, layout) for layout in layouts])
+    moved = (padded - torch.cat(alone)).abs().max().item()
+    return bool(moved <= TOLERANCE[precision] * (padded.std().item() or 1.0))
+
+
+def _drawn(vocabulary: int, lengths: Sequence[int]) -> list[TokenIds]:
     rng = np.random.default_rng(0)
-    documents = [rng.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
-    other = [rng.integers(0, vocabulary, LENGTHS[0]).astype(np.int32), *documents[1:]]
+    return [rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
+
+
+def _against_packing(
+    logits: Logits,
+    vocabulary: int,
+    precision: Precision,
+    device: torch.device,
+    virtual: int,
+    lengths: Sequence[int],
+) -> str | None:
+    *others, last = range(len(lengths))
+    layout = (tuple(others), (last,))
+    drawn = _drawn(vocabulary, (*lengths, lengths[0]))
+    documents, other = drawn[:-1], [drawn[-1], *drawn[1:-1]]
     of = partial(_logits_of, logits, device, virtual)
     alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
-    packed, exchanged = of(documents, PACKED), of(other, PACKED)
+    packed, exchanged = of(documents, layout), of(other, layout)
     if packed.shape != alone.shape:
         return "its head reads whole rows, not the examples in them"
     own = len(of(documents, ((0,),)))
@@ -93,14 +148,14 @@ def _logits_of(
     documents: Sequence[TokenIds],
     layout: MicroLayout,
 ) -> Tensor:
-    """Logits at the documents' own tokens, the second half of which are labels."""
+    """Logits at the documents' last own tokens, some of which are labels."""
     split = TokenizedSplit.from_examples(
         [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
     )
     batch = collate(split, range(len(documents)), layout, 0, device, virtual)
     keep_BS = torch.zeros(batch.tokens_BS.shape, dtype=torch.bool)
     for span in batch.spans:
-        keep_BS[span.row, span.start + virtual : span.stop] = True
+        keep_BS[span.row, max(span.start + virtual, span.stop - READ) : span.stop] = True
     return logits(batch, keep_BS.to(device))
 
 

@@ -47,14 +47,13 @@ from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
-from raytune_ft.train.model_runner import ModelRunner
+from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
     build_objective,
     build_run_state,
     build_runner,
-    check_vocabulary,
     plain_order,
 )
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
@@ -89,11 +88,13 @@ class Passes:
         self.slots = slots
         built = build_base(config.model, config.train.precision, strategy.takes_parts)
         base = built.model
-        check_vocabulary(base, data)
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        self.runner = build_runner(built, config, strategy, _no_optimizer, objective)
+        widest = choose_micro_tokens(config.train.micro_tokens, strategy.device)
+        self.runner = build_runner(
+            built, config, strategy, _no_optimizer, objective, data.extent, widest
+        )
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -161,7 +162,7 @@ class Passes:
         waiting = [step.waiting_lengths for step in steps]
         runner = self.runner
         ranks = runner.strategy.world_size
-        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks)
+        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks, runner.apart)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters
@@ -177,7 +178,8 @@ class Passes:
                 examples += row
         batch = runner.collate(self.data.train, np.array(examples), tuple(layout))
         counts = [step.count for step in steps]
-        sums = accumulate_packed(runner, self.stack, active, batch, counts)
+        sizes = [step.examples for step in steps]
+        sums = accumulate_packed(runner, self.stack, active, batch, counts, sizes)
         for step, loss_sum in zip(steps, sums, strict=True):
             step.loss_sum += loss_sum
 
@@ -217,21 +219,27 @@ def accumulate_packed(
     active: ActiveAdapters,
     batch: MicroBatch,
     step_counts: Sequence[float],
+    step_examples: Sequence[int],
 ) -> list[float]:
     """Add to each slot the gradient of its own token losses over the count of its own step.
 
-    Returns the sums of the losses by slot. No value of one slot enters a sum of another, so that
+    A router loss is divided by the examples of the slot's step. Returns the sums of the losses by
+    slot. No value of one slot enters a sum of another, so that
     NaN in one slot stays there.
     """
     objective, groups, device = runner.objective, active.groups, runner.strategy.device
     counts_G = label_positions(batch).view(groups, -1).sum(1)
     owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
     shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
+    height = len(batch.tokens_BS) // groups
+    shares_E = [1 / step_examples[span.row // height] for span in batch.spans]
     with stack.applied(active):
-        losses_N = objective.losses(objective.outputs(runner, batch), batch)
+        with runner.watched():
+            outputs = objective.outputs(runner, batch)
+        losses_N = objective.losses(outputs, batch)
         shares_N = shares_G[owners_N].to(losses_N.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
-        (losses_N * shares_N).sum().backward()
+        ((losses_N * shares_N).sum() + runner.balance_loss(batch, shares_E)).backward()
     sums_G = torch.zeros(groups, dtype=torch.float64, device=device)
     sums_G.index_add_(0, owners_N, losses_N.detach().double())
     found: list[float] = sums_G.tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raytune_ft.data.batch import Row, fill_rows
+from raytune_ft.data.batch import FREELY, Apart, Row, fill_rows
 
 PASS_TOKENS = 512
 """The fixed cost of a pass (launching its operators), in tokens."""
@@ -29,27 +29,46 @@ class PackedPass:
 
 
 def plan_pass(
-    waiting: Sequence[Sequence[int]], first: int, micro_tokens: int, packing: bool, ranks: int = 1
+    waiting: Sequence[Sequence[int]],
+    first: int,
+    micro_tokens: int,
+    packing: bool,
+    ranks: int = 1,
+    apart: Apart = FREELY,
 ) -> PackedPass:
     """The pass that begins with slot `first`.
 
     `waiting` has, for each slot, the lengths of the examples that its step still lacks, at least
     one, longest first. A pass has at most `micro_tokens` tokens a rank, padding included, but
     always one row of one slot. Of the numbers of rows that fit, the one with the most tokens for a
-    rank's cost is taken.
+    rank's cost is taken. Of examples that are kept apart, a pass takes those which may share it
+    with the longest of slot `first`.
     """
-    count, longest = _participants(waiting[first:], micro_tokens)
-    slots = waiting[first : first + count]
+    group = apart.group(waiting[first][0])
+    places = [
+        [place for place, length in enumerate(lengths) if apart.group(length) == group]
+        for lengths in waiting[first:]
+    ]
+    able = [
+        [lengths[place] for place in own]
+        for lengths, own in zip(waiting[first:], places, strict=True)
+    ]
+    count, longest = _participants(able, micro_tokens)
+    slots = able[:count]
     width = _width(slots, longest, micro_tokens // count, ranks) if packing else longest
     rows = [_fullest_first(lengths, width, packing) for lengths in slots]
     filled = [
         [sum(lengths[position] for position in row) for row in own]
         for own, lengths in zip(rows, slots, strict=True)
     ]
-    width = max(own[0] for own in filled)
+    width = max(own[0] for own in filled if own)
     room = max(1, micro_tokens // (count * width))
     height = ranks if packing else ranks * _height(filled, width, room, ranks)
-    return PackedPass(first, tuple(tuple((own + [()] * height)[:height]) for own in rows))
+    taken = [
+        [tuple(own[index] for index in row) for row in (of_slot + [()] * height)[:height]]
+        for of_slot, own in zip(rows, places, strict=False)
+    ]
+    return PackedPass(first, tuple(map(tuple, taken)))
 
 
 def _participants(waiting: Sequence[Sequence[int]], micro_tokens: int) -> tuple[int, int]:
@@ -59,13 +78,13 @@ def _participants(waiting: Sequence[Sequence[int]], micro_tokens: int) -> tuple[
     """
     most, width = 0, 0
     for lengths in waiting:
-        wider = max(width, lengths[0])
+        wider = max([width, *lengths[:1]])
         if most and (most + 1) * wider > micro_tokens:
             break
         most, width = most + 1, wider
     passes = -(-len(waiting) // most)
     count = -(-len(waiting) // passes)
-    return count, max(lengths[0] for lengths in waiting[:count])
+    return count, max(lengths[0] for lengths in waiting[:count] if lengths)
 
 
 def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Row]:

@@ -12,6 +12,7 @@ from raytune_ft.estimate.cost import StepCost, step_cost
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
 from raytune_ft.estimate.memory import Memory, MemoryModel, Work, teaching_of, work_of
 from raytune_ft.estimate.parameters import Shell
+from raytune_ft.model.lengths import apart_of
 
 POLICIES = ("none", "selective", "full")
 
@@ -66,7 +67,10 @@ class Planner:
         own = config.parallel.max_workers
         counts = {own} | {n * hardware.per_node for n in node_counts(hardware.nodes)}
         fitting = [count for count in counts if count <= config.train.batch_size]
-        self.works = {count: work_of(config, split, count, hardware.device) for count in fitting}
+        apart = apart_of(shell.module.config)
+        self.works = {
+            count: work_of(config, split, count, hardware.device, apart) for count in fitting
+        }
         width = max(work.width for work in self.works.values())
         rows = tuple(-(-work.tokens // width) for work in self.works.values())
         self._model = MemoryModel(shell, rows, width, teaching_of(config))

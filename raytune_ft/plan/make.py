@@ -95,7 +95,9 @@ def make_plan(
     from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import evaluation_flops, step_flops
     from raytune_ft.estimate.parameters import build_shell
-    from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.model.lengths import notes_of
+    from raytune_ft.model.load import head_notes, load_tokenizer
+    from raytune_ft.model.routers import router_notes
     from raytune_ft.plan.layouts import Planner
     from raytune_ft.train.optim import total_examples
     from raytune_ft.train.run_state import Schedule
@@ -152,7 +154,12 @@ def make_plan(
         steps=steps,
         tokens=round(budget * data.train.lengths[order.indices(0, len(order))].mean()),
         flops=flops,
-        notes=_notes(config, data, planner.exact),
+        notes=(
+            *_notes(config, data, planner.exact),
+            *notes_of(shell.module.config, data.extent),
+            *router_notes(shell.module),
+            *head_notes(expanded.model, head),
+        ),
     )
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from raytune_ft.config.merging import MERGES, tried_merges
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from raytune_ft.merge.fold import fold
+from raytune_ft.merge.fold import fold, open_checkpoint, write_model
 from raytune_ft.merge.merge import merge
 from raytune_ft.merge.methods import TASK_ARITHMETIC, MergeSettings
 from raytune_ft.merge.to_adapter import Refactored, refactor
 from raytune_ft.merge.verify import FoldCheck
+from raytune_ft.merge.write_model import MAX_SHARD_SIZE, forget_journal
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import disk_dtype, load_base
+from raytune_ft.model.load import base_folder
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.records import Tell
 
@@ -124,8 +125,9 @@ def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
 
 def write_base(model: ModelConfig, target: Path) -> None:
     """Write the base unchanged. Raises ModelError."""
-    built: Any = load_base(model, disk_dtype(model))
-    built.save_pretrained(str(target))
+    with open_checkpoint(model, base_folder(model)) as opened:
+        write_model(model, opened, target, MAX_SHARD_SIZE, None, lambda line: None)
+        forget_journal(target)
 
 
 def _between(pantry: Pantry) -> list[float]:

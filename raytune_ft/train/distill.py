@@ -15,7 +15,14 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
-from raytune_ft.model.load import build_frozen, load_model_config, load_tokenizer, pad_token
+from raytune_ft.model.lengths import apart_of
+from raytune_ft.model.load import (
+    build_frozen,
+    check_files,
+    load_model_config,
+    load_tokenizer,
+    pad_token,
+)
 from raytune_ft.model.objectives import Teacher
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
@@ -62,6 +69,7 @@ def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:
         pad_token=pad_token(load_tokenizer(config.model)),
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
+        apart=apart_of(built.config),
     )
 
 
@@ -73,6 +81,7 @@ def check_teacher(config: Config) -> None:
     sizes = [load_model_config(config.model).get_text_config().vocab_size]
     words = [load_tokenizer(config.model).get_vocab()]
     try:
+        check_files(model)
         sizes.append(load_model_config(model).get_text_config().vocab_size)
         words.append(load_tokenizer(model).get_vocab())
     except ModelError as error:

@@ -64,7 +64,8 @@ def accumulate_gradients(
     """Add the gradient of the objective's mean loss over `indices`, whatever the layout.
 
     The losses are divided once, by the objective's count over the whole step on all ranks, which
-    every rank knows beforehand. Returns this rank's sum of losses and that count.
+    every rank knows beforehand. Returns this rank's sum of losses and that count. A router loss is
+    added to the gradient alone.
     """
     strategy, objective = runner.strategy, runner.objective
     count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
@@ -74,11 +75,12 @@ def accumulate_gradients(
     for number, rows in enumerate(layout, start=1):
         batch = runner.collate(split, indices, rows)
         with strategy.accumulate(last=number == len(layout)):
-            with noisy_embeddings(runner.model, batch, runner.noise):
+            with noisy_embeddings(runner.model, batch, runner.noise), runner.watched():
                 outputs = objective.outputs(runner, batch)
             loss = objective.losses(outputs, batch).sum()
             beat(number - 0.5, len(layout))
-            strategy.backward(loss / count)
+            shares_E = [1 / len(indices)] * len(batch.spans)
+            strategy.backward(loss / count + runner.balance_loss(batch, shares_E))
         loss_sum += loss.detach().double().cpu()
         beat(number, len(layout))
     return loss_sum.item(), count

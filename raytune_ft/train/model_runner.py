@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.objectives import Figure, figures
-from raytune_ft.data.batch import MicroBatch, MicroLayout, collate, lay_out
+from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples
@@ -20,6 +20,7 @@ from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.model.objectives.tokens import label_logits, label_positions
+from raytune_ft.model.routers import Balance
 from raytune_ft.strategy import Strategy
 
 
@@ -57,8 +58,9 @@ class ModelRunner:
 
     `names` are those of the trained weights in a single process. `by_example`: see
     `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
-    evaluation. `reading` is how a task head
-    reads its examples, None where the model predicts tokens. `noise` is NEFTune's alpha.
+    evaluation. `reading` is how a task head reads its examples, None where the model predicts
+    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
+    `balance` is the router loss of a mixture of experts.
     """
 
     model: nn.Module
@@ -76,6 +78,8 @@ class ModelRunner:
     figures: tuple[Figure, ...] = figures("sft", trained=True)
     reading: Reading | None = None
     noise: float | None = None
+    apart: Apart = FREELY
+    balance: Balance | None = None
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -98,6 +102,14 @@ class ModelRunner:
         inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
         return inputs | {"examples": Examples.of(batch)}
 
+    def watched(self) -> AbstractContextManager[Any]:
+        """Inside, `balance` sees the router logits of a forward pass."""
+        return nullcontext() if self.balance is None else self.balance.watched()
+
+    def balance_loss(self, batch: MicroBatch, shares_E: Sequence[float]) -> Tensor | float:
+        """See `Balance.loss`; 0 without one."""
+        return 0.0 if self.balance is None else self.balance.loss(batch, shares_E)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in bfloat16 while trained weights stay in float32."""
         if self.precision != "bfloat16":
@@ -108,8 +120,9 @@ class ModelRunner:
         """This rank's micro-batches of a step with examples of these lengths."""
         virtual = virtual_tokens(self.model)
         lengths = [length + virtual for length in lengths] if virtual else lengths
-        ranks = lay_out(lengths, self.strategy.world_size, self.micro_tokens, self.packing)
-        return ranks[self.strategy.rank]
+        strategy = self.strategy
+        ranks = lay_out(lengths, strategy.world_size, self.micro_tokens, self.packing, self.apart)
+        return ranks[strategy.rank]
 
     def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
         """See `data.batch.collate`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import disk_dtype
+from raytune_ft.model.load import disk_dtype, head_notes, own_dtypes
 from raytune_ft.model.meta import BaseFiles, build
 from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
@@ -26,7 +27,6 @@ from raytune_ft.train.setup import (
     build_objective,
     build_run_state,
     build_runner,
-    check_vocabulary,
     head_of,
 )
 from raytune_ft.train.stopping import Host, own_host
@@ -73,14 +73,15 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     built = build(
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
-    check_vocabulary(built.model, data)
     frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
-    exporter = Exporter(built.model, disk_dtype(config.model, head), frozen)
+    built = replace(built, notes=(*built.notes, *head_notes(config.model, head)))
+    own = own_dtypes(config.model) if METHODS[config.method.name].whole_model else {}
+    exporter = Exporter(built.model, disk_dtype(config.model, head), frozen, own)
     optimizer_of = partial(
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
-    runner = build_runner(built, config, strategy, optimizer_of, objective)
+    runner = build_runner(built, config, strategy, optimizer_of, objective, data.extent)
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     run = build_run_state(

@@ -8,10 +8,12 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
@@ -19,7 +21,7 @@ from raytune_ft.config.execution import variants
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.batch import Apart, MicroBatch
 from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
@@ -30,16 +32,24 @@ from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
+from raytune_ft.model.lengths import apart_of, notes_of, thresholds_of, usable_positions
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
-from raytune_ft.model.probe import is_causal, probe_packing, same_of_one
+from raytune_ft.model.probe import (
+    Logits,
+    is_causal,
+    probe_lengths,
+    probe_packing,
+    same_of_one,
+)
+from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
-from raytune_ft.train.distill import check_size, teacher_of
+from raytune_ft.train.distill import check_size, teacher_model, teacher_of
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
@@ -140,27 +150,27 @@ def _objective(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) ->
     return built
 
 
-def check_vocabulary(model: nn.Module, data: PreparedData) -> None:
+def check_vocabulary(
+    config: Config, shapes: Any, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises ModelError where the data has a token without an embedding in the model."""
-    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    splits = (data.train, data.validation, data.test)
-    largest = max(int(split.input_ids.max(initial=0)) for split in splits if split is not None)
+    rows: int = shapes.get_input_embeddings().num_embeddings
+    largest = max(int(split.input_ids.max(initial=0)) for split in data.splits)
     if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(
-            "model.path",
-            f"has embeddings for {rows} tokens, but its tokenizer writes token {largest}",
+            f"model.path={config.model.path}",
+            f"has embeddings for {rows:,} tokens, but its tokenizer writes {token!r} in the data "
+            f"as token {largest}",
             "use the tokenizer that belongs to the model, or resize the model's embeddings",
         )
 
 
-def check_lengths(config: Config, data: PreparedData) -> None:
+def check_lengths(config: Config, shapes: nn.Module, data: PreparedData) -> None:
     """Raises ConfigError where a row, with the virtual tokens of the method before it, exceeds the
     model's positions. In a search, every method of the space is checked.
     """
-    text = load_model_config(config.model, head_of(config, data.report)).get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    splits = (data.train, data.validation, data.test)
-    longest = max(int(split.lengths.max()) for split in splits if split is not None)
+    positions, longest = usable_positions(shapes), data.extent[1]
     tried = [config] if config.search is None else variants(config)
     virtual = max(one.method.virtual_tokens for one in tried)
     if positions is None or longest + virtual <= positions:
@@ -241,8 +251,13 @@ def build_runner(
     strategy: Strategy,
     optimizer_of: OptimizerOf,
     objective: Objective | None = None,
+    extent: tuple[int, int] = (1, 1),
+    widest: int = 0,
 ) -> ModelRunner:
     """Lay the model out as the strategy does, then probe whether packing is exact on it.
+
+    `extent`: the lengths of the shortest and longest example. `widest`: of a row, where that may be
+    more.
 
     Raises:
         ConfigError: `data.packing: true`, but packing would change the numbers.
@@ -267,21 +282,24 @@ def build_runner(
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
-        notes=built.notes,
+        notes=(*built.notes, *notes_of(model.config, extent), *router_notes(model)),
         objective=objective or TokenObjective(),
         figures=figures(config.train.objective, config.data.problem, trained=True),
         noise=config.train.neftune_alpha,
+        apart=_apart(config, model),
+        balance=balance_of(model),
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)
     else:
         runner = _reading_examples(runner, vocabulary)
+    runner = _kept_apart(runner, vocabulary, extent[1])
     if config.data.packing is False:
         return runner
-    reason = _against_packing(runner, vocabulary)
+    reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is not None and runner.by_example:
         runner = replace(runner, by_example=attend_by_example(model, False))
-        reason = _against_packing(runner, vocabulary)
+        reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is None:
         return replace(runner, packing=True)
     if config.data.packing is True:
@@ -290,18 +308,52 @@ def build_runner(
     return replace(runner, notes=(*runner.notes, without))
 
 
-def _against_packing(runner: ModelRunner, vocabulary: int) -> str | None:
+def _apart(config: Config, model: nn.Module) -> Apart:
+    """What the model keeps apart, and its teacher, which is given the same micro-batches."""
+    found = apart_of(model.config)
+    return (
+        found
+        if config.train.kd is None
+        else found | apart_of(load_model_config(teacher_model(config)))
+    )
+
+
+def _logits_of(runner: ModelRunner) -> Logits:
+    """What a probe compares: logits of tokens, or of examples."""
+
     def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
         return runner.example_logits(batch)
 
+    return runner.logits if runner.objective.of_tokens else of_examples
+
+
+def _kept_apart(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRunner:
+    """The same, with equal lengths alone in a micro-batch where padding changes an example. It is
+    tried with rows on both sides of each threshold of the configuration.
+    """
+    strategy, virtual = runner.strategy, virtual_tokens(runner.model)
+    asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
+    for threshold in thresholds_of(runner.model.config, longest + virtual):
+        over = threshold + 1 - virtual
+        lengths = [longest, over, max(over - 1, 1), max(over // 2, 1)]
+        if over > 1 and not strategy.from_rank0(probe_lengths(*asked, lengths, runner.apart)):
+            note = (
+                "rows of different lengths do not share a micro-batch, because the model computes "
+                f"rows of up to {over - 1} tokens otherwise beside longer ones"
+            )
+            return replace(runner, apart=Apart(each_above=0), notes=(*runner.notes, note))
+    return runner
+
+
+def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest: int) -> str | None:
     method, strategy = attached(runner.model), runner.strategy
     if method is not None and method.unpackable:
         return method.unpackable
-    logits = runner.logits if runner.objective.of_tokens else of_examples
     virtual = virtual_tokens(runner.model)
-    return strategy.from_rank0(
-        probe_packing(logits, vocabulary, runner.precision, strategy.device, virtual)
-    )
+    thresholds = thresholds_of(runner.model.config, max(longest, widest) + virtual)
+    asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
+    inner = [each - virtual for each in thresholds if each - virtual > 1]
+    return strategy.from_rank0(probe_packing(*asked, longest, inner))
 
 
 def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from raytune_ft.ray_backend.cluster import require_capacity
 from raytune_ft.rundir import open_run
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "raytune_ft" / "model" / "tiny"
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 QUICKSTART = "jobs/quickstart.yaml"
 LABELLED = (
@@ -179,6 +181,9 @@ SEARCH: list[Case] = [
 MODEL_AND_DATA: list[Case] = [
     ("train model.path=/nowhere/model", "model.path=/nowhere/model", "hub id", "builtin:tiny"),
     ("train model.path=builtin:huge", "model.path=builtin:huge", "builtin:tiny"),
+    ("train model.path=pointer", "pointer/model.safetensors", "Git LFS", "git lfs pull"),
+    ("train model.path=newer", "newer/tokenizer.json", "update tokenizers"),
+    ("train model.path=small", "data.max_length=128", "16 positions", "at most 16"),
     ("train method.targets=[q_prj]", "method.targets=q_prj", "all-linear", "q_proj"),
     (
         "train data.train.path=jobs/data/tiny_instructions/trian.jsonl",
@@ -492,6 +497,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `jobs/`, the files that the table names, and two runs that have begun."""
     folder = tmp_path_factory.mktemp("session")
     (folder / "jobs").symlink_to(ROOT / "jobs")
+    write_bad_models(folder)
     write_bad_files(folder)
     for name, content in YAML.items():
         (folder / f"{name}.yaml").write_bytes(content)
@@ -501,6 +507,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with open_run(resolve(written), resume=False) as run:
                 (run.path / "result.json").write_text('{"status": "completed"}')
     return folder
+
+
+def write_bad_models(folder: Path) -> None:
+    """Copies of the built-in model, each with one file that is wrong."""
+    for name, file, content in (
+        ("pointer", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        ("newer", "tokenizer.json", '{"version": "1.0", "model": {"type": "New"}}'),
+        ("small", "config.json", None),
+    ):
+        shutil.copytree(TINY, folder / name)
+        config = json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": 16}
+        (folder / name / file).write_text(content or json.dumps(config))
 
 
 def write_bad_files(folder: Path) -> None:

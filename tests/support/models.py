@@ -147,6 +147,7 @@ def true_float64() -> Iterator[None]:
         mock.patch.object(Tensor, "float", Tensor.double),
         mock.patch.object(Tensor, "to", widened(Tensor.to)),
         mock.patch.object(F, "softmax", widened(F.softmax)),
+        mock.patch.object(torch, "zeros", widened(torch.zeros)),
     ):
         yield
 

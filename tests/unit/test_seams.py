@@ -69,6 +69,9 @@ NAMES: dict[str, str] = {
     "transformers.integrations.sdpa_attention.repeat_kv": "hidden_states n_rep",
     "transformers.masking_utils.sdpa_mask": "batch_size q_length kv_length",
     "transformers.PreTrainedConfig._attn_implementation": "",
+    "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
+        "gate_logits num_experts top_k"
+    ),
     "transformers.AutoModelForCausalLM._model_mapping": "",
     "transformers.AutoModelForSequenceClassification._model_mapping": "",
     "peft.tuners._buffer_dict.BufferDict": "buffers persistent",
@@ -116,6 +119,7 @@ ATTRIBUTES: dict[str, str] = {
     "torch.nn.Module": "_parameters _buffers",
     "transformers.modeling_utils.LoadStateDictConfig": "weight_mapping hf_quantizer dtype",
     "transformers.PreTrainedModel": "all_tied_weights_keys",
+    "transformers.modeling_rope_utils.dynamic_rope_update": "max_seq_len_cached rope_type",
     f"{LOADING}.WeightConverter": "_weight_conversions",
     "transformers.utils.loading_report.LoadStateDictInfo": "conversion_errors",
     "optuna.trial.FrozenTrial": "_trial_id",

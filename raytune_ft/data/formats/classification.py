@@ -5,6 +5,7 @@ those of all rows are known.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ TARGET = "target"
 SECOND = "second"
 """Columns of examples: the class vector or the numbers, and where a second text begins."""
 MAX_LABELS = 1000
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -37,6 +39,8 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
     if value is None or value == "":
         return BadRow(row.origin, "empty", f"{source.label!r} has no value")
     many = value if isinstance(value, list) else [value]
+    if any(isinstance(one, float) and not math.isfinite(one) for one in many):
+        return BadRow(row.origin, "bad_label", f"{source.label!r} is {value}")
     if not all(isinstance(one, str | int | float) for one in many):
         return BadRow(
             row.origin, "wrong_type", f"{source.label!r} is neither a label nor a list of labels"
@@ -103,13 +107,34 @@ def read_labels(example: Example, data: DataConfig) -> Example | BadRow:
             shown = ", ".join(map(str, example.labels))
             return BadRow(example.origin, "bad_label", f"{shown!r} is not a finite number")
         return replace(example, labels=numbers)
-    names = tuple(str(one) for one in example.labels)
+    names = tuple(_name(one) for one in example.labels)
     if data.problem == "single_label" and len(names) != 1:
         detail = f"{len(names)} labels where there is one (data.problem: multi_label takes several)"
         return BadRow(example.origin, "bad_label", detail)
     if data.problem == "multi_label" and len(names) == 1 and isinstance(example.labels[0], str):
         names = tuple(name.strip() for name in names[0].split(",") if name.strip())
     return replace(example, labels=names)
+
+
+def _name(label: str | float) -> str:
+    """Numbers that are equal are one label, whether a file writes 1 or 1.0."""
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label)) if whole else str(label)
+
+
+def _refuse_two_forms(found: set[str]) -> None:
+    """Raises DataError where labels of train denote the same: 1 and 1.0 in texts, 1 and true."""
+    forms: dict[float, str] = {}
+    for name in sorted(found):
+        text = {"true": "1", "false": "0"}.get(name.lower(), name)
+        if _NUMBER.fullmatch(text):
+            other = forms.setdefault(float(text), name)
+            if other != name:
+                raise DataError(
+                    "data.train.label",
+                    f"has the labels {other} and {name}, which may be one",
+                    "write every label in one form",
+                )
 
 
 def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
@@ -128,6 +153,7 @@ def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
         names = list(data.labels)
     else:
         found = {str(name) for one in train for name in one.labels or ()}
+        _refuse_two_forms(found)
         numeric = all(name.lstrip("-").isdecimal() for name in found)
         names = sorted(found, key=(lambda name: (int(name), name)) if numeric else None)
     fewest = 2 if data.problem == "single_label" else 1

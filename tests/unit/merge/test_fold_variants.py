@@ -180,15 +180,26 @@ def test_a_missing_shard_of_the_base_is_named(tmp_path: Path) -> None:
         fold(ModelConfig(path=str(tmp_path / "base")), adapter, tmp_path / "out", TOKENS)
 
 
-def test_a_model_that_would_run_code_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "vit"])
+def test_code_beside_a_model_is_not_run(tmp_path: Path, model_type: str) -> None:
+    """Transformers has its own class for one, and none that predicts tokens for the other."""
     base = save_tiny_llama(tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter", target_modules=LINEAR)
     config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    config["auto_map"] = {
+        "AutoConfig": "modeling_evil.Evil",
+        "AutoModelForCausalLM": "modeling_evil.Evil",
+    }
+    config["model_type"] = model_type
     (base / "config.json").write_text(json.dumps(config))
     (base / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError, match=r"would run Python code of its own"):
-        fold(ModelConfig(path=str(base)), adapter, tmp_path / "out", TOKENS)
+    model = ModelConfig(path=str(base))
+    if model_type == "llama":
+        fold(model, adapter, tmp_path / "out", TOKENS)
+        assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    else:
+        with pytest.raises(ModelError, match=r"Python code of its own.*trust_remote_code: true"):
+            fold(model, adapter, tmp_path / "out", TOKENS)
     assert not (tmp_path / "ran").exists()
 
 

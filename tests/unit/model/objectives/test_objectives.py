@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.errors import DataError, ModelError
+from raytune_ft.errors import DataError
 from raytune_ft.evaluate.evaluate import evaluate_directory
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.meta import build
@@ -241,8 +241,8 @@ def test_a_full_checkpoint_is_a_classifier_by_itself(tmp_path: Path, root: Path)
     assert examples == 8
     assert figures["accuracy"] == result.best.figures["eval_accuracy"]
     other = config_of(root, "classification", {"data.labels": ["c", "b", "a"]}, "encoder")
-    with pytest.raises(ModelError, match="tells a, b, c apart, and the data c, b, a"):
-        evaluate_directory(folder, other, tmp_path / "cache")
+    again = evaluate_directory(folder, other, tmp_path / "cache")[2]
+    assert again["accuracy"] == figures["accuracy"]
 
 
 @pytest.mark.parametrize(
