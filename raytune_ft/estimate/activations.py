@@ -7,6 +7,7 @@ Every storage is counted from its allocation until it is freed.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -247,8 +248,14 @@ def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -
 
 @contextmanager
 def _fake() -> Iterator[None]:
-    with FakeTensorMode(), torch.enable_grad():
-        yield
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # a traceback for what cannot be run
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(), torch.enable_grad():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _set_dtypes(module: nn.Module, shell: Shell, gathered: bool) -> None:

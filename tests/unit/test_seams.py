@@ -72,6 +72,7 @@ NAMES: dict[str, str] = {
     "transformers.AutoModelForCausalLM._model_mapping": "",
     "transformers.AutoModelForSequenceClassification._model_mapping": "",
     "peft.tuners._buffer_dict.BufferDict": "buffers persistent",
+    "peft.tuners.tuners_utils._check_lora_target_modules_mamba": "peft_config model target_name",
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": "self x dtype",
     "peft.tuners.lora.ParamWrapper": "base_layer adapter_name parameter_name",
     "peft.tuners.oft.layer.OFTRotationModule": "r n_elements block_size in_features",
