@@ -210,7 +210,7 @@ class Adapted:
         return total.sqrt().float()
 
     def _untie(self) -> None:
-        """Separate tied weights if the adapter changes one: config.json ties all of them or none."""
+        """Separate tied weights if the adapter changes any: config.json ties all or none."""
         if not {*self._ties, *self._ties.values()} & self.plan.touched:
             return
         self.tied = False
