@@ -29,7 +29,7 @@ from raytune_ft.model.methods import leave_casts_to_autocast
 from raytune_ft.model.objectives.distillation import divergence
 
 # Errors of models that cannot run on fake tensors, since they use values or unknown operators.
-_CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
+_CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True)

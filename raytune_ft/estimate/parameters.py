@@ -121,10 +121,7 @@ def build_shell(
     """
     config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
-    try:
-        built = build_shapes(model, method, head, attn_implementation=attention)
-    except ValueError:  # a model that supports eager attention alone
-        built = build_shapes(model, method, head)
+    built = build_shapes(model, method, head, attn_implementation=attention)
     built.eval()
     blocks, quantised = find_blocks(built), METHODS[method.name].quantised
     text = config.get_text_config()

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -129,6 +131,21 @@ def resolve_model_path(path: str) -> str:
     return path
 
 
+_DRAFTS = "drafts tokens from the states of another model"
+UNSUPPORTED = {
+    "cpmant": "lets every token see the whole row",
+    "doge": "chooses keys from a whole row, and so from the tokens that it has to predict",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "prophetnet": "predicts several tokens at each position",
+    "reformer": "trains with random hashes only",
+    "rwkv": "rescales its own weights as it runs",
+    "xlnet": "predicts the tokens of a row in a random order",
+}
+"""Kinds of models that transformers has as causal language models and that are refused, and why;
+tests/e2e/test_model_families.py tries all of them."""
+
+
 def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     """The model's own configuration, with the labels of `head` in it.
 
@@ -139,7 +156,14 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     path = resolve_model_path(model.path)
     try:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         raise ModelError(
             f"model.path={model.path}",
             f"cannot be read ({first_line(error)})",
@@ -155,13 +179,36 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             f"is a {config.model_type} model, which has no classification head in transformers",
             "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    _check_causal(model, config)
+    return config
+
+
+def _check_causal(model: ModelConfig, config: Any) -> None:
+    """Raises ModelError for a kind of model that cannot be trained to predict the next token."""
+    kind = config.model_type
+    native = type(config) in AutoModelForCausalLM._model_mapping
+    if not native and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
-            f"is a {config.model_type} model, which is not a causal language model",
+            f"is a {kind} model, which is not a causal language model",
             "write a decoder such as Llama, Qwen or GPT-2, or train.objective: classification",
         )
-    return config
+    if native and kind in UNSUPPORTED:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {kind} model, which {UNSUPPORTED[kind]}",
+            "write a model of another kind, see docs/models.md",
+        )
+    switch = "causal" if hasattr(config, "causal") else "is_decoder"
+    reads_both_ways = (
+        type(config) in AutoModelForMaskedLM._model_mapping or kind == "bert-generation"
+    )
+    if reads_both_ways and not config.is_encoder_decoder and not getattr(config, switch, False):
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {kind} model, an encoder: a token sees the tokens that it has to predict",
+            f'write "{switch}": true in its config.json, or train.objective: classification',
+        )
 
 
 def auto_class(head: Head | None) -> Any:

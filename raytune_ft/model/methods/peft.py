@@ -89,7 +89,7 @@ def _refused(base: nn.Module, config: Any) -> list[str]:
     Mamba may read their weights without calling them, and those that are no plain product, such as
     routers and grouped projections.
     """
-    refused = {}
+    refused: dict[str, None] = {}
     for path, module in base.named_modules():
         name = path.rsplit(".", 1)[-1]
         if isinstance(module, nn.Linear) and name not in refused:
