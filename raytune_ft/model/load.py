@@ -132,11 +132,15 @@ def resolve_model_path(path: str) -> str:
 
 
 _DRAFTS = "drafts tokens from the states of another model"
+_MUSIC = "writes music"
 UNSUPPORTED = {
+    "blt": "reads bytes in patches that a further model chooses",
     "cpmant": "lets every token see the whole row",
     "doge": "chooses keys from a whole row, and so from the tokens that it has to predict",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
+    "musicgen": _MUSIC,
+    "musicgen_melody": _MUSIC,
     "prophetnet": "predicts several tokens at each position",
     "reformer": "trains with random hashes only",
     "rwkv": "rescales its own weights as it runs",
@@ -259,7 +263,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     path = resolve_model_path(model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(model))
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:
         raise ModelError(
             f"model.path={model.path}",
             f"has no tokenizer that can be read ({first_line(error)})",

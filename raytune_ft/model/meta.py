@@ -261,6 +261,13 @@ def _from_config(model: ModelConfig, config: Any, head: Head | None, **options: 
             f"({first_line(error)})",
             "write a model that AutoModelForCausalLM loads",
         ) from error
+    kind = type(found.config)
+    if not hasattr(config, "auto_map") and kind not in auto_class(head)._model_mapping:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {config.model_type} model, whose text part transformers cannot load again",
+            "write a model that AutoModelForCausalLM loads",
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.errors import InputError
 from raytune_ft.merge.export import export
-from raytune_ft.plan.make import make_plan
+from raytune_ft.plan.make import Asked, make_plan
 from tests.support.models import VOCABULARY, save_character_tokenizer
 from tests.support.runs import largest_difference, make_config, run
 
@@ -272,7 +272,7 @@ def _try_method(base: Path, root: Path, method: str) -> tuple[str, ...]:
     configs = {name: make_config(base, rows, changes | layout) for name, layout in _LAYOUTS.items()}
     file = root / "config.yaml"
     file.write_text(dump_yaml(configs["together"]))
-    make_plan(file, [], lambda line: None)
+    make_plan(file, [], lambda line: None, Asked(accelerator="H100"))
     work = root / f"{base.name}-{method}"
     try:
         results = [run(config, work / name) for name, config in configs.items()]

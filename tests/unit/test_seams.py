@@ -70,6 +70,7 @@ NAMES: dict[str, str] = {
     "transformers.masking_utils.sdpa_mask": "batch_size q_length kv_length",
     "transformers.PreTrainedConfig._attn_implementation": "",
     "transformers.AutoModelForCausalLM._model_mapping": "",
+    "transformers.AutoModelForMaskedLM._model_mapping": "",
     "transformers.AutoModelForSequenceClassification._model_mapping": "",
     "peft.tuners._buffer_dict.BufferDict": "buffers persistent",
     "peft.tuners.tuners_utils._check_lora_target_modules_mamba": "peft_config model target_name",
