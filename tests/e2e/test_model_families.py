@@ -24,6 +24,7 @@ SELECTED = {
     "falcon_h1": "full",
     "gemma3_text": "lora",
     "gpt_neox": "full",
+    "inkling_text": "lora",
     "lfm2": "lora",
     "mamba2": "full",
     "mixtral": "lora",
