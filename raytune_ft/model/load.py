@@ -160,19 +160,19 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     path = resolve_model_path(model.path)
     try:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        RuntimeError,
-        StrictDataclassError,
-    ) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"model.path={model.path}",
             f"cannot be read ({first_line(error)})",
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
+        ) from error
+    except (TypeError, LookupError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"has a config.json that transformers does not take "
+            f"({first_line(error.__cause__ or error)})",
+            "write a model that transformers loads, or correct the file",
         ) from error
     if head is not None:
         head.describe(config)

@@ -100,8 +100,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4},
-    "dots3_note_audio_encoder": {"adapter_input_size": 32},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "gemma4_text": {"global_head_dim": 8},
     "gemma4_unified_text": {"global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -242,17 +242,21 @@ def try_family(family: str, root: Path, methods: Sequence[str] = METHODS) -> Out
 
     Anything but a whole success or a refusal by `plan` raises.
     """
+    base = root / family
     try:
-        base = save_tiny_family(family, root / family)
+        save_tiny_family(family, base)
+        loads = json.loads((base / "config.json").read_text())["model_type"] in CLASSES
     except Exception:  # noqa: BLE001 - of any class of transformers
-        base = save_without_weights(family, root / family)
+        loads = False
+    if not loads:
+        save_without_weights(family, base)
     notes: tuple[str, ...] = ()
     reasons: dict[str, str] = {}
     for method in methods:
         try:
             notes = _try_method(base, root, method)
         except InputError as refusal:
-            reasons[method] = refusal.rule.split(": ")[-1]
+            reasons[method] = re.sub(r"^is an? \S+ model, (which )?", "", refusal.rule)
     reason = next(iter(reasons.values()), "") or "".join(notes).rpartition("because ")[2]
     does = tuple(method for method in methods if method not in reasons)
     return Outcome(family, does, not notes, re.sub(r" \(logits .*\)", "", reason))
@@ -260,7 +264,7 @@ def try_family(family: str, root: Path, methods: Sequence[str] = METHODS) -> Out
 
 def save_without_weights(family: str, directory: Path) -> Path:
     """What `plan` reads of a model."""
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     config = {"model_type": family} | _WRITTEN.get(family, {})
     (directory / "config.json").write_text(json.dumps(config))
     save_character_tokenizer(directory)
