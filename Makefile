@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix methods-table lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families methods-table lint types bench clean
 
 install: $(STAMP)
 
@@ -23,7 +23,7 @@ quickstart: $(STAMP)
 # tests/conftest.py says which files begin first.
 test: $(STAMP)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder \
-		-m "not slow and not stress and not multihost and not matrix"
+		-m "not slow and not stress and not multihost and not matrix and not families"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"
@@ -36,6 +36,10 @@ test-multihost: $(STAMP)
 # for the table.
 test-matrix: $(STAMP)
 	$(PYTEST) -m matrix -s
+
+# Every class that transformers has for causal language models; writes the table of docs/models.md.
+test-families: $(STAMP)
+	RAYTUNE_FT_WRITE=1 $(PYTEST) -m families -s
 
 # The table of docs/methods.md.
 methods-table: $(STAMP)

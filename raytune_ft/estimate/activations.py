@@ -7,6 +7,7 @@ Every storage is counted from its allocation until it is freed.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,7 @@ from raytune_ft.model.methods import leave_casts_to_autocast
 from raytune_ft.model.objectives.distillation import divergence
 
 # Errors of models that cannot run on fake tensors, since they use values or unknown operators.
-_CANNOT = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
+_CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,14 @@ def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -
 
 @contextmanager
 def _fake() -> Iterator[None]:
-    with FakeTensorMode(), torch.enable_grad():
-        yield
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # a traceback for what cannot be run
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(), torch.enable_grad():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _set_dtypes(module: nn.Module, shell: Shell, gathered: bool) -> None:

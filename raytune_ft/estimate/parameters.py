@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,6 +97,15 @@ class Shell:
         return self.master if weight.trained else self.frozen
 
 
+def _heads_width(text: Any, hidden: int) -> int:
+    """The widest attention of all layers, which may differ in it."""
+    widths = []
+    for layer in text.per_layer_config if text.is_heterogeneous else [text]:
+        heads = getattr(layer, "num_attention_heads", None) or 1
+        widths.append(heads * (getattr(layer, "head_dim", None) or hidden // heads))
+    return max(widths)
+
+
 def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
     """The number of elements of `weights`; of the trained or frozen ones alone where given."""
     return sum(w.size for w in weights if trained is None or w.trained == trained)
@@ -111,10 +121,7 @@ def build_shell(
     """
     config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
-    try:
-        built = build_shapes(model, method, head, attn_implementation=attention)
-    except ValueError:  # a model that supports eager attention alone
-        built = build_shapes(model, method, head)
+    built = build_shapes(model, method, head, attn_implementation=attention)
     built.eval()
     blocks, quantised = find_blocks(built), METHODS[method.name].quantised
     text = config.get_text_config()
@@ -132,15 +139,13 @@ def build_shell(
         return tuple(found)
 
     embedding = built.get_input_embeddings()  # type: ignore[operator]
-    heads = getattr(text, "num_attention_heads", None) or 1
-    head_dim = getattr(text, "head_dim", None) or embedding.embedding_dim // heads
     return Shell(
         module=built,
         root=weights(built, inside=False),
         blocks=tuple(weights(block, inside=True) for block in blocks.values()),
         hidden=embedding.embedding_dim,
         vocabulary=embedding.num_embeddings,
-        heads_width=heads * head_dim,
+        heads_width=_heads_width(text, embedding.embedding_dim),
         precision=precision,
         frozen_dtype=getattr(torch, precision if model.dtype == "auto" else model.dtype),
     )

@@ -212,10 +212,11 @@ class Adapted:
         return total.sqrt().float()
 
     def _untie(self) -> None:
-        """Separate tied weights of which the adapter changes one."""
+        """Separate tied weights if the adapter changes any: config.json ties all or none."""
+        if not {*self._ties, *self._ties.values()} & self.plan.touched:
+            return
+        self.tied = False
         for target, origin in self._ties.items():
-            if not {target, origin} & self.plan.touched:
-                continue
             source = self._sources[origin]
             if source.converter is not None:
                 raise ModelError(
@@ -223,7 +224,6 @@ class Adapted:
                     "is tied and converted, and cannot be untied",
                     "write an adapter that leaves the embedding and the head alone",
                 )
-            self.tied = False
             stored = source.tensors[0][1]
             if target not in self._base.shapes:
                 self._extra[target] = stored

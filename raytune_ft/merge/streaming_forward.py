@@ -1,7 +1,7 @@
-"""Run a model whose weights are not in memory: every layer gets its weights only while it runs.
+"""Run a model whose weights are not in memory: every operation gets its weights while it runs.
 
-So the logits of a model of any size can be computed on a machine that cannot hold it. Layers
-compute in float32. Wide linear layers compute some outputs at a time, and of an embedding only the
+So the logits of a model of any size can be computed on a machine that cannot hold it. It
+computes in float32. Wide linear layers compute some outputs at a time, and of an embedding only the
 rows of the given tokens are read.
 """
 
@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from raytune_ft.model.file_weights import Source
 from raytune_ft.model.meta import Outline
 
 CHUNK = 1 << 22
 """Elements at a time: 16 MB in float32; a computation holds several such chunks."""
+CPU = torch.device("cpu")
+_DEVICE = Tensor.device.__get__
+_FACTS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
+"""What a weight on the meta device says of itself rightly."""
 
 
 class Weights(Protocol):
@@ -105,115 +108,69 @@ def logits(
         lengths = torch.tensor([len(ids) for ids in examples])
         inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
     model.eval()
-    with _served(model, find):
+    with _Serving(model, find):
         found = model(**inputs, use_cache=False).logits
     if head_pad is not None:
         return found.float()
     return torch.cat([row[: len(ids)] for row, ids in zip(found, examples, strict=True)]).float()
 
 
-@contextmanager
-def _served(model: nn.Module, find: Find) -> Iterator[None]:
-    handles, linears = [], []
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.is_meta:
-            if module.weight.numel() > CHUNK:
-                read = find(_join(path, "weight"))
-                bias = find(_join(path, "bias")) if module.bias is not None else None
-                module.forward = partial(_linear, module, read, bias)  # type: ignore[method-assign]
-                linears.append(module)
-                continue
-        elif isinstance(module, nn.Embedding) and module.weight.is_meta:
-            server: Any = _EmbeddingRows(find(_join(path, "weight")))
-            handles += [
-                module.register_forward_pre_hook(server.before),
-                module.register_forward_hook(server.after),
-            ]
-            continue
-        names = _own(module)
-        if names:
-            server = _Whole(path, names, find)
-            handles += [
-                module.register_forward_pre_hook(server.before, with_kwargs=True),
-                module.register_forward_hook(server.after),
-            ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in linears:
-            del module.forward
+class _Serving(TorchFunctionMode):
+    """Inside, every operation that takes a weight on the meta device gets its values.
 
+    So it does not matter which module a weight belongs to and which code uses it: a layer may take
+    the weight of a layer inside it, or a parameter that is no layer's `weight`.
+    """
 
-def _own(module: nn.Module) -> list[str]:
-    """The weights that a module uses itself; PEFT's layers also use those of their submodules."""
-    if isinstance(module, BaseTunerLayer):
-        plain = isinstance(module, LoraLinear | LoraEmbedding)
-        dora = bool(getattr(module, "lora_magnitude_vector", None))
-        names = [name for name, p in module.named_parameters() if p.is_meta]
-        if plain and not dora:
-            return [name for name in names if not name.startswith("base_layer.")]
-        return names
-    return [name for name, p in module.named_parameters(recurse=False) if p.is_meta]
+    def __init__(self, model: nn.Module, find: Find) -> None:
+        super().__init__()
+        self._find = find
+        self._absent = {id(p): (name, p) for name, p in model.named_parameters() if p.is_meta}
+        self._owner, self._held = "", dict[str, Tensor]()
 
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _FACTS:
+            return function(*args, **kwargs)
+        if function == _DEVICE:
+            return CPU if id(args[0]) in self._absent else function(*args, **kwargs)
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        wide = id(weight) in self._absent and weight.numel() > CHUNK
+        if wide and function is F.linear:
+            return self._linear(*args, **kwargs)
+        if wide and function is F.embedding:
+            return self._embedding(*args, **kwargs)
+        return function(*self._served(args), **self._served(kwargs))
 
-class _Whole:
-    def __init__(self, path: str, names: list[str], find: Find) -> None:
-        self._path, self._names, self._find = path, names, find
-        self._absent: list[tuple[nn.Module, str, Any]] = []
+    def _served(self, given: Any) -> Any:
+        """The same arguments, with values in place of the weights among them."""
+        if isinstance(given, dict):
+            return {key: self._served(value) for key, value in given.items()}
+        if type(given) in (list, tuple):
+            return type(given)(map(self._served, given))
+        return self._whole(id(given)) if id(given) in self._absent else given
 
-    def before(self, module: nn.Module, arguments: Any, options: Any) -> None:
-        for name in self._names:
-            owner_name, _, last = name.rpartition(".")
-            owner = module.get_submodule(owner_name)
-            absent = owner._parameters.get(last)
-            if absent is None or not absent.is_meta:  # an outer layer has it already
-                continue
-            value = self._find(_join(self._path, name)).whole().float().view(absent.shape)
-            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
-            self._absent.append((owner, last, absent))
+    def _whole(self, key: int) -> Tensor:
+        """Those of one module stay in memory together: experts are taken in a loop over them."""
+        name, absent = self._absent[key]
+        owner = name.rpartition(".")[0]
+        if owner != self._owner:
+            self._owner, self._held = owner, {}
+        if name not in self._held:
+            self._held[name] = self._find(name).whole().float().view(absent.shape)
+        return self._held[name]
 
-    def after(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        while self._absent:
-            owner, name, absent = self._absent.pop()
-            owner._parameters[name] = absent
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        read = self._find(self._absent[id(weight)][0])
+        outputs = [F.linear(x, read.rows(*span).float()) for span in spans(read.shape)]
+        y = torch.cat(outputs, -1)
+        return y if bias is None else y + self._served(bias)
 
-
-class _EmbeddingRows:
-    """The layer gets a small table of the rows it needs, and tokens that index that table."""
-
-    def __init__(self, read: Read) -> None:
-        self._read, self._absent = read, None
-
-    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        if not module.weight.is_meta:  # an outer layer has it already
-            return None
-        ids, places = torch.unique(arguments[0], return_inverse=True)
-        self._absent = module._parameters["weight"]  # type: ignore[assignment]
-        rows = torch.cat([self._read.rows(int(i), int(i) + 1) for i in ids]).float()
-        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        module.__dict__["_padding"], module.padding_idx = module.padding_idx, None  # type: ignore
-        return (places, *arguments[1:])
-
-    def after(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if self._absent is not None:
-            module._parameters["weight"] = self._absent
-            module.padding_idx = module.__dict__.pop("_padding")
-            self._absent = None
-
-
-def _linear(module: nn.Linear, read: Read, bias: Read | None, x: Tensor) -> Tensor:
-    if not module.weight.is_meta:  # an outer layer has it already
-        return F.linear(x, module.weight, module.bias)
-    run = max(1, CHUNK // math.prod(read.shape[1:]))
-    outputs = [
-        F.linear(x, read.rows(start, min(start + run, read.shape[0])).float())
-        for start in range(0, read.shape[0], run)
-    ]
-    y = torch.cat(outputs, -1)
-    return y if bias is None else y + bias.whole().float()
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    def _embedding(self, ids: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+        """Of a table without `max_norm`; its other options concern gradients."""
+        read = self._find(self._absent[id(weight)][0])
+        wanted, places = torch.unique(ids, return_inverse=True)
+        rows = [read.rows(int(i), int(i) + 1).float() for i in wanted]
+        return F.embedding(places, torch.cat(rows))

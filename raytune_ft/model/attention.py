@@ -104,9 +104,18 @@ def attention(
     if examples is not None and (examples.places_BS is not None or not causal):
         owners_BS = examples.owners_BS
         same_B1SS = (owners_BS[:, :, None] == owners_BS[:, None, :]).unsqueeze(1)
-        attention_mask = same_B1SS if attention_mask is None else same_B1SS & attention_mask
+        attention_mask = _both(same_B1SS, attention_mask)
     named = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+
+
+def _both(same_B1SS: Tensor, mask: Tensor | None) -> Tensor:
+    """The model's own mask, which may be added to the scores, with other examples masked too."""
+    if mask is None:
+        return same_B1SS
+    if mask.is_floating_point():
+        return mask.masked_fill(~same_B1SS, torch.finfo(mask.dtype).min)
+    return same_B1SS & mask
 
 
 AttentionInterface.register(NAME, attention)

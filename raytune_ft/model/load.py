@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -185,6 +187,25 @@ def folder_here(model: ModelConfig) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+_DRAFTS = "drafts tokens from the states of another model"
+_MUSIC = "writes music"
+UNSUPPORTED = {
+    "blt": "reads bytes in patches that a further model chooses",
+    "cpmant": "lets every token see the whole row",
+    "doge": "chooses keys from a whole row, and so from the tokens that it has to predict",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "musicgen": _MUSIC,
+    "musicgen_melody": _MUSIC,
+    "prophetnet": "predicts several tokens at each position",
+    "reformer": "trains with random hashes only",
+    "rwkv": "rescales its own weights as it runs",
+    "xlnet": "predicts the tokens of a row in a random order",
+}
+"""Kinds of models that transformers has as causal language models and that are refused, and why;
+tests/e2e/test_model_families.py tries all of them."""
+
+
 def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
     """The model's own configuration, with the labels of `head` in it.
 
@@ -201,6 +222,13 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             f"cannot be read ({first_line(error)})",
             "write a model directory, or a hub id that this machine can reach "
             "(without a network: download it elsewhere and write its directory)",
+        ) from error
+    except (TypeError, LookupError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"has a config.json that transformers does not take "
+            f"({first_line(error.__cause__ or error)})",
+            "write a model that transformers loads, or correct the file",
         ) from error
     native = type(config) in auto_class(head)._model_mapping
     if getattr(config, "auto_map", None) and not model.trust_remote_code:
@@ -220,13 +248,36 @@ def load_model_config(model: ModelConfig, head: Head | None = None) -> Any:
             f"is a {config.model_type} model, which has no classification head in transformers",
             "write an encoder such as BERT, or a decoder such as Llama, Qwen or GPT-2",
         )
+    _check_causal(model, config)
+    return config
+
+
+def _check_causal(model: ModelConfig, config: Any) -> None:
+    """Raises ModelError for a kind of model that cannot be trained to predict the next token."""
+    kind = config.model_type
+    native = type(config) in AutoModelForCausalLM._model_mapping
     if not native and not hasattr(config, "auto_map"):
         raise ModelError(
             f"model.path={model.path}",
-            f"is a {config.model_type} model, which is not a causal language model",
+            f"is a {kind} model, which is not a causal language model",
             "write a decoder such as Llama, Qwen or GPT-2, or train.objective: classification",
         )
-    return config
+    if native and kind in UNSUPPORTED:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {kind} model, which {UNSUPPORTED[kind]}",
+            "write a model of another kind, see docs/models.md",
+        )
+    switch = "causal" if hasattr(config, "causal") else "is_decoder"
+    reads_both_ways = (
+        type(config) in AutoModelForMaskedLM._model_mapping or kind == "bert-generation"
+    )
+    if reads_both_ways and not config.is_encoder_decoder and not getattr(config, switch, False):
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {kind} model, an encoder: a token sees the tokens that it has to predict",
+            f'write "{switch}": true in its config.json, or train.objective: classification',
+        )
 
 
 def auto_class(head: Head | None) -> Any:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from raytune_ft.config.methods import LoraMethod, MethodConfig
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import ModelError, first_line
 from raytune_ft.model.file_weights import (
     FileWeights,
     NotInParts,
@@ -237,19 +237,42 @@ def build_shapes(
     `requires_grad` says which weights are trained. `options` go to `from_config`.
 
     Raises:
-        ModelError: the model cannot be read, or cannot take the method.
+        ModelError: the model cannot be read or built, or cannot take the method.
     """
     config = load_model_config(model, head)
     with META:
-        base: nn.Module = auto_class(head).from_config(
-            config, trust_remote_code=model.trust_remote_code, **options
-        )
+        base = _from_config(model, config, head, **options)
         if head is not None:
             draw_head(base, [], head.seed)
         if method is not None:
             base = attach(base, method)
             train_head(base)
     return base
+
+
+def _from_config(model: ModelConfig, config: Any, head: Head | None, **options: Any) -> nn.Module:
+    """Raises ModelError, whatever a class of transformers raises about its configuration."""
+    try:
+        found: nn.Module = auto_class(head).from_config(
+            copy.deepcopy(config), trust_remote_code=model.trust_remote_code, **options
+        )
+    except Exception as error:
+        if options:  # it may support eager attention alone
+            return _from_config(model, config, head)
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {config.model_type} model, which transformers cannot build here "
+            f"({first_line(error)})",
+            "write a model that AutoModelForCausalLM loads",
+        ) from error
+    kind = type(found.config)
+    if not hasattr(config, "auto_map") and kind not in auto_class(head)._model_mapping:
+        raise ModelError(
+            f"model.path={model.path}",
+            f"is a {config.model_type} model, whose text part transformers cannot load again",
+            "write a model that AutoModelForCausalLM loads",
+        )
+    return found
 
 
 def shapes_of(base: nn.Module) -> nn.Module:

@@ -131,11 +131,12 @@ def same_of_one(
     vocabulary: int,
     precision: Precision,
     device: torch.device,
+    virtual: int = 0,
 ) -> bool:
     """Whether two ways to call a model give the same output for one document."""
     document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
     split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
-    batch = collate(split, [0], ((0,),), 0, device)
+    batch = collate(split, [0], ((0,),), 0, device, virtual)
     a, b = one(batch), other(batch)
     return bool((a - b).abs().max() <= TOLERANCE[precision] * (b.abs().max() + 1e-6))
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.estimate.hardware import Hardware
+    from raytune_ft.estimate.parameters import Shell
     from raytune_ft.plan.layouts import NodeChoice, Option
     from raytune_ft.ray_backend.cluster import Room
 
@@ -155,7 +156,7 @@ def make_plan(
         tokens=round(budget * data.train.lengths[order.indices(0, len(order))].mean()),
         flops=flops,
         notes=(
-            *_notes(config, data, planner.exact),
+            *_notes(config, data, shell, planner.exact),
             *notes_of(shell.module.config, data.extent),
             *router_notes(shell.module),
             *head_notes(expanded.model, head),
@@ -222,7 +223,7 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
     return replace(found, memory=whole, usable=room.usable)
 
 
-def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
+def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tuple[str, ...]:
     from raytune_ft.train.distill import logits_file
 
     notes = []
@@ -246,6 +247,13 @@ def _notes(config: Config, data: PreparedData, exact: bool) -> tuple[str, ...]:
         notes.append("the teacher's passes, one in every step, are not part of the estimated time")
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
+    longest = max(int(split.lengths.max()) for split in (data.train, data.validation))
+    keys = getattr(shell.module.config, "index_topk", None)
+    if keys is not None and keys < longest:
+        notes.append(
+            f"attention keeps index_topk={keys} keys of a row, and rows have up to {longest} "
+            "tokens: which keys of equal score it keeps depends on the layout"
+        )
     if config.data.test is None:
         notes.append(
             "without data.test, promotion evaluates on validation, which also chose the model"

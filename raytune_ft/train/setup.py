@@ -293,6 +293,8 @@ def build_runner(
         _check_causal(runner, vocabulary, config)
     else:
         runner = _reading_examples(runner, vocabulary)
+    if runner.by_example and not _attends_as_plain(runner, vocabulary):
+        runner = replace(runner, by_example=attend_by_example(model, False))
     runner = _kept_apart(runner, vocabulary, extent[1])
     if config.data.packing is False:
         return runner
@@ -316,6 +318,17 @@ def _apart(config: Config, model: nn.Module) -> Apart:
         if config.train.kd is None
         else found | apart_of(load_model_config(teacher_model(config)))
     )
+
+
+def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
+    """Whether attention by example computes for one example what transformers' attention does,
+    which may add a bias of the model to the scores.
+    """
+    strategy, plain = runner.strategy, replace(runner, by_example=False)
+    of_tokens, virtual = runner.objective.of_tokens, virtual_tokens(runner.model)
+    one, other = (each.logits if of_tokens else each.example_logits for each in (runner, plain))
+    asked = (vocabulary, runner.precision, strategy.device, virtual)
+    return strategy.from_rank0(same_of_one(one, other, *asked))
 
 
 def _logits_of(runner: ModelRunner) -> Logits:

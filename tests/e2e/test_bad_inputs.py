@@ -178,7 +178,15 @@ SEARCH: list[Case] = [
         "eval_token_accuracy",
     ),
 ]
+MODELS = {
+    "encoder": {"model_type": "bert"},
+    "permuted": {"model_type": "xlnet"},
+    "uneven": {"model_type": "mamba2", "num_heads": 3},
+}
 MODEL_AND_DATA: list[Case] = [
+    ("train model.path=./encoder", "/encoder", '"is_decoder": true'),
+    ("raytune-ft plan jobs/quickstart.yaml model.path=./permuted", "xlnet", "docs/models.md"),
+    ("train model.path=./uneven", "/uneven", "config.json", "num_heads"),
     ("train model.path=/nowhere/model", "model.path=/nowhere/model", "hub id", "builtin:tiny"),
     ("train model.path=builtin:huge", "model.path=builtin:huge", "builtin:tiny"),
     ("train model.path=pointer", "pointer/model.safetensors", "Git LFS", "git lfs pull"),
@@ -525,6 +533,9 @@ def write_bad_files(folder: Path) -> None:
     """Rows of which some cannot be used, next to 60 that can."""
     rows = ROWS.read_text().splitlines(keepends=True)
     (folder / "short.jsonl").write_text("".join(rows[:60]))
+    for name, config in MODELS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "empty.jsonl").touch()
     bad = [{"instruction": f"row {number}", "response": "x"} for number in range(40)]
     bad[3]["response"] = ""

@@ -73,8 +73,10 @@ NAMES: dict[str, str] = {
         "gate_logits num_experts top_k"
     ),
     "transformers.AutoModelForCausalLM._model_mapping": "",
+    "transformers.AutoModelForMaskedLM._model_mapping": "",
     "transformers.AutoModelForSequenceClassification._model_mapping": "",
     "peft.tuners._buffer_dict.BufferDict": "buffers persistent",
+    "peft.tuners.tuners_utils._check_lora_target_modules_mamba": "peft_config model target_name",
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": "self x dtype",
     "peft.tuners.lora.ParamWrapper": "base_layer adapter_name parameter_name",
     "peft.tuners.oft.layer.OFTRotationModule": "r n_elements block_size in_features",

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import IA3Config, OFTConfig, VeraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from torch import nn
+from torch.func import functional_call
 
 from raytune_ft.config.methods import Ia3Method, OftMethod, VeraMethod
 from raytune_ft.errors import ModelError, first_line
@@ -27,6 +29,9 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
     """
     if isinstance(targets, list):
         check_names("method.targets", targets, base)
+    elif refused := _refused(base, config):
+        config.exclude_modules = refused
+    names = _some(_layers(base))
     with warnings.catch_warnings():
         # PEFT uses a deprecated name of transformers, and warns about what it does with transposed
         # layers (GPT-2) and fused experts (Mixtral), which is right.
@@ -40,7 +45,7 @@ def adapt(base: nn.Module, config: Any, targets: str | list[str]) -> nn.Module:
             raise ModelError(
                 f"method.targets={targets}",
                 f"cannot be adapted ({first_line(error)})",
-                f"write all-linear, or names of linear layers such as {_some(_layers(base))}",
+                f"write all-linear, or names of linear layers such as {names}",
             ) from error
     model.eval()
     for module in model.modules():
@@ -77,6 +82,37 @@ def _layers(base: nn.Module) -> list[str]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
     ]
+
+
+def _refused(base: nn.Module, config: Any) -> list[str]:
+    """Names of linear layers that cannot be adapted: those that PEFT refuses, since kernels of
+    Mamba may read their weights without calling them, and those that are no plain product, such as
+    routers and grouped projections.
+    """
+    refused: dict[str, None] = {}
+    for path, module in base.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Linear) and name not in refused:
+            try:
+                _check_lora_target_modules_mamba(config, base, name)
+            except ValueError:
+                refused[name] = None
+            if not _is_product(module):
+                refused[name] = None
+    return list(refused)
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether a layer gives one row of its outputs for one row of its inputs."""
+    weights = dict(layer.named_parameters())
+    if type(layer) is nn.Linear or not weights["weight"].is_floating_point():  # 4 bits
+        return True
+    absent = {name: weight.to("meta") for name, weight in weights.items()}
+    try:
+        row = functional_call(layer, absent, torch.empty(1, layer.in_features, device="meta"))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return isinstance(row, torch.Tensor) and row.shape == (1, layer.out_features)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -147,3 +147,20 @@ def test_what_the_model_came_with_is_kept(tmp_path: Path) -> None:
     run(config, tmp_path / "run")
     (saved,) = (tmp_path / "run/checkpoints").glob("step-*/config.json")
     assert "by_example" not in saved.read_text()
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_mask_of_the_model_is_kept(added: bool) -> None:
+    """It may be one of booleans, or numbers that are added to the scores."""
+    torch.manual_seed(0)
+    heads = [torch.randn(1, 2, 6, 8) for _ in range(3)]
+    owners_BS = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    examples = Examples((), torch.arange(6)[None], owners_BS)
+    window_SS = torch.ones(6, 6).tril().bool() & ~torch.ones(6, 6).tril(-2).bool()
+    own: Tensor = torch.zeros(6, 6).masked_fill(~window_SS, -torch.inf) if added else window_SS
+    module = torch.nn.Module()
+    found, _ = attention(module, *heads, own.view(1, 1, 6, 6), examples=examples)
+    for start in (0, 3):
+        alone = [tensor[:, :, start : start + 3] for tensor in heads]
+        expected = F.scaled_dot_product_attention(*alone, attn_mask=window_SS[:3, :3])
+        torch.testing.assert_close(found[:, start : start + 3], expected.transpose(1, 2))

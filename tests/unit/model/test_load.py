@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import build_model, load_base, load_model_config
+from raytune_ft.model.meta import build_shapes
 from raytune_ft.model.methods import trained_parameters
 from tests.support.models import save_tiny_llama
 
@@ -39,6 +41,24 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there(path: str) -> None:
     with pytest.raises(ModelError, match="write"):
         load_model_config(ModelConfig(path=path))
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"model_type": "llama", "hidden_size": "wide"}, "does not take"),
+        ({"model_type": "mamba2", "num_heads": 3}, "does not take"),
+        ({"model_type": "dbrx"}, "cannot build"),
+        ({"model_type": "emu3"}, "cannot load again"),
+    ],
+)
+def test_a_config_that_transformers_does_not_take(
+    tmp_path: Path, written: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ModelError, match=f"{words}.*; write") as refusal:
+        build_shapes(ModelConfig(path=str(tmp_path)))
+    assert "\n" not in str(refusal.value)
 
 
 def test_weights_that_move_are_float32_and_the_rest_is_narrow(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.model.load import UNSUPPORTED
 from raytune_ft.model.meta import build
 from raytune_ft.model.probe import probe_packing
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.setup import build_runner
+from tests.support.families import save_tiny_family
 from tests.support.models import VOCABULARY, save_character_tokenizer, save_tiny
 from tests.support.runs import make_config, make_inputs
 
@@ -99,16 +101,16 @@ def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:
         _engine(config)
 
 
-@pytest.mark.filterwarnings("ignore:If you want to use")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_model_whose_tokens_see_their_targets_is_refused(
-    tmp_path: Path, data: Path, precision: str
+    tmp_path: Path, data: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for decoder in (True, False):
-        base = save_tiny("bert", tmp_path / str(decoder), is_decoder=decoder)
-        config = make_config(base, data, {"train.precision": precision})
-        if decoder:
-            assert _engine(config).packing is True
-            continue
-        with pytest.raises(ModelError, match=r"is not causal.*is_decoder"):
-            _engine(config)
+    """Also one that no list names; an encoder is known by its configuration."""
+    monkeypatch.delitem(UNSUPPORTED, "cpmant")
+    changes = {"train.precision": precision}
+    decoder = save_tiny("bert", tmp_path / "decoder")
+    assert _engine(make_config(decoder, data, changes)).packing is True
+    encoder = save_tiny("bert", tmp_path / "encoder", is_decoder=False)
+    for base in (encoder, save_tiny_family("cpmant", tmp_path / "unlisted")):
+        with pytest.raises(ModelError, match=r"sees the tokens that it has to predict"):
+            _engine(make_config(base, data, changes))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from raytune_ft.config.load import load_config
+from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.resolve import resolve
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.estimate.hardware import USABLE
+from raytune_ft.estimate.parameters import build_shell
+from raytune_ft.model.load import load_model_config
 from raytune_ft.plan.make import make_plan
 from raytune_ft.plan.text import describe
+from tests.support.families import save_tiny_family
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
@@ -104,3 +109,19 @@ def test_a_teacher_is_in_memory_or_on_disk(config: Config, tmp_path: Path) -> No
     assert ", teacher " not in describe(kept)
     labels = kept.report.splits["train"].label_tokens
     assert f"GiB ({labels:,} label tokens x 1,024 words x 4 bytes) in " in describe(kept)
+
+
+def test_attention_that_keeps_fewer_keys_than_a_row_has(config: Config, tmp_path: Path) -> None:
+    model = save_tiny_family("deepseek_v32", tmp_path / "model")
+    written = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(written | {"index_topk": 16}))
+    overrides = [f"model.path={model}", f"storage={tmp_path}"]
+    notes = make_plan(QUICKSTART, overrides, lambda line: None).notes
+    assert any("index_topk=16" in note and "layout" in note for note in notes)
+
+
+def test_layers_that_differ_in_their_heads(config: Config, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(save_tiny_family("dots3_note_text", tmp_path / "model")))
+    shell = build_shell(model, LoraMethod(), "float32")
+    layers = load_model_config(model).per_layer_config
+    assert shell.heads_width == max(each.num_attention_heads * each.head_dim for each in layers)

@@ -31,6 +31,7 @@ from raytune_ft.model.load import build_model, check_backend
 from raytune_ft.model.methods import param_groups, trained_parameters, without_method
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
+from tests.support.families import save_tiny_family
 from tests.support.methods import ABSENT, SMALL, small_config
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.support.runs import BrokenRun, Recorder, final_weights, make_inputs, run
@@ -104,6 +105,23 @@ def _trained(base: Path, **keys: Any) -> set[str]:
     method = FreezeMethod(name="freeze", **keys)
     built = build_model(ModelConfig(path=str(base)), method, "float32", 0)
     return {re.sub(r"^model\.|\.weight$", "", name) for name in trained_parameters(built)}
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [("mamba2", "out_proj"), ("falcon_h1", "out_proj"), ("llama4_text", "router")],
+)
+def test_all_linear_leaves_out_what_cannot_be_adapted(
+    tmp_path: Path, family: str, left_out: str
+) -> None:
+    model = ModelConfig(path=str(save_tiny_family(family, tmp_path / "base")))
+    built: Any = build_model(model, LoraMethod(rank=2), "float32", 0)
+    assert any(name.endswith(left_out) for name, _ in built.named_modules())
+    assert not any(f".{left_out}." in name for name in trained_parameters(built))
+    assert built.peft_config["default"].exclude_modules == [left_out]
+    if left_out == "out_proj":
+        with pytest.raises(ModelError, match=r"targets.*incompatible.*write all-linear"):
+            build_model(model, LoraMethod(rank=2, targets=[left_out]), "float32", 0)
 
 
 def test_freeze_chooses(base: Path) -> None:
