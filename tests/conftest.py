@@ -12,8 +12,14 @@ FIRST = ("distributed", "ray", "nodes", "e2e")
 """Folders with the longest files. They begin first, so that no process ends with one alone."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)
+    for item in items:
+        # A file shares its fixtures. The tests of several ranks run one after another: four ranks
+        # on two cores wait for each other longer than they compute.
+        together = TESTS / "distributed" in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("distributed" if together else str(item.path)))
 
 
 def _rank(item: pytest.Item) -> int:

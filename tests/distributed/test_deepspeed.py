@@ -246,6 +246,7 @@ def _check_resumes(
     assert all(max(found) < BOUND for found in measured.values()), measured
 
 
+@pytest.mark.slow
 def test_resume_to_and_from_one_process(
     tmp_path: Path, inputs: Inputs, references: References
 ) -> None:
@@ -289,6 +290,7 @@ def test_resume_under_any_layout(tmp_path: Path, inputs: Inputs, references: Ref
     _check_resumes(tmp_path, inputs, references, both)
 
 
+@pytest.mark.slow
 def test_what_is_not_trained(tmp_path: Path, inputs: Inputs) -> None:
     _do(inputs, [Job(tmp_path / "run", Layout("single"), SHORT, broken=True)])
     run_in_new_processes(_not_trained, 2, inputs, tmp_path / "run")

@@ -38,7 +38,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", SELECTED)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("ddp 2", marks=pytest.mark.slow),
+        "fsdp 2",
+        pytest.param("zero-3 2", marks=pytest.mark.slow),
+    ],
+)
 def test_selection(workshop: Workshop, strategy: str) -> None:
     shift = SELECTED.index(strategy)
     cases = [
@@ -55,6 +62,7 @@ def test_selection(workshop: Workshop, strategy: str) -> None:
     assert all(passed(case, outcome) for case, outcome in outcomes.items()), as_table(outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16(workshop: Workshop, family: str) -> None:
     """Every family trains in it, to about the same loss; `test_layouts` holds layouts to it."""

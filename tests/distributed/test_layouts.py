@@ -34,7 +34,7 @@ OF_SPREAD = SINGLE_LAYOUTS[1:]
 
 GROUPS = [
     ("ddp", 2, CASES + BFLOAT16),
-    ("ddp", 3, CASES),
+    pytest.param("ddp", 3, CASES, marks=pytest.mark.slow),
     ("fsdp", 2, CASES + BFLOAT16),
 ]
 

@@ -95,7 +95,7 @@ def _all_equal(root: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_to_the_bit(tmp_path: Path, world_size: int) -> None:
     for name, (family, changes) in FAMILIES.items():
         save_tiny(family, tmp_path / name, **changes)

@@ -52,8 +52,12 @@ BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weight
 PACKED = {"data__packing": "auto", "train__micro_tokens": 96}
 
 
+def _absent(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.skipif(name in ABSENT, reason="not installed")]
+
+
 def _named(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.skipif(name in ABSENT, reason="not installed"))
+    return pytest.param(name, marks=_absent(name))
 
 
 class Workshop:
@@ -151,7 +155,7 @@ def _compare_all(workshop: Workshop, root: Path, strategy: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes(workshop: Workshop, strategy: str, tmp_path: Path) -> None:
     run_distributed(_train_all, 2, workshop, tmp_path, strategy)
     _compare_all(workshop, tmp_path, strategy)
@@ -173,7 +177,17 @@ def test_deepspeed(workshop: Workshop, tmp_path: Path) -> None:
     _compare_all(workshop, tmp_path, "deepspeed")
 
 
-@pytest.mark.parametrize("name", [*map(_named, NAMES)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("full", "lora"),
+        *(
+            pytest.param(name, marks=[pytest.mark.slow, *_absent(name)])
+            for name in NAMES
+            if name not in ("full", "lora")
+        ),
+    ],
+)
 def test_a_broken_run_goes_on_as_if_nothing_had_been(
     workshop: Workshop, name: str, tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ def test_packed_rows(tmp_path: Path, inputs: Path, references: Path, name: str) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes(tmp_path: Path, inputs: Path, references: Path, strategy: str) -> None:
     run_distributed(_run_all, 2, inputs, tmp_path, strategy, strategy == "fsdp", 96)
     found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
