@@ -16,10 +16,11 @@ FIRST = ("distributed", "ray", "nodes", "e2e")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)
     for item in items:
-        # A file shares its fixtures. The tests of several ranks run one after another: four ranks
-        # on two cores wait for each other longer than they compute.
-        together = TESTS / "distributed" in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("distributed" if together else str(item.path)))
+        # A file shares its fixtures. Tests of several ranks run one after another, and so do those
+        # of Ray: two of them at once wait for each other longer than they compute.
+        folder = item.path.parent.name
+        group = {"distributed": "ranks", "ray": "ray", "nodes": "ray"}.get(folder, str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _rank(item: pytest.Item) -> int:
