@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,102 +26,96 @@ READ = max(LENGTHS)
 """How many logits are read at the end of a document, which bounds their memory."""
 
 
-def probe_packing(
-    logits: Logits,
-    vocabulary: int,
-    precision: Precision,
-    device: torch.device,
-    virtual: int = 0,
-    longest: int = LENGTHS[-1],
-    thresholds: Sequence[int] = (),
-) -> str | None:
-    """Why packed rows compute something else than single documents, None where they do not.
+@dataclass(frozen=True)
+class Probe:
+    """Tests of the logits of documents that are drawn, always the same ones.
 
-    Two tests: every document keeps its logits (positions, virtual tokens), and the others keep
-    theirs when the first one is exchanged (attention across documents). The second is sensitive
-    even in bfloat16, where rounding limits the first. Both are made with rows on either side of
-    each of `thresholds`, of documents of up to `longest` tokens. `virtual`: see `collate`.
+    `virtual`: see `collate`.
     """
-    tried: list[tuple[int, ...]] = [LENGTHS]
-    for threshold in thresholds:
-        full = min(threshold, longest)
-        tried.append((full,) * (threshold // full + 2))
-        if threshold < longest:
-            tried.append((threshold + 1,) * 3)
-    found = (
-        _against_packing(logits, vocabulary, precision, device, virtual, each) for each in tried
-    )
-    return next((reason for reason in found if reason is not None), None)
 
+    logits: Logits
+    vocabulary: int
+    precision: Precision
+    device: torch.device
+    virtual: int = 0
 
-def probe_lengths(
-    logits: Logits,
-    vocabulary: int,
-    precision: Precision,
-    device: torch.device,
-    virtual: int,
-    lengths: Sequence[int],
-    apart: Apart,
-) -> bool:
-    """Whether documents of these lengths keep their logits in padded micro-batches."""
-    documents = _drawn(vocabulary, lengths)
-    of = partial(_logits_of, logits, device, virtual)
-    whole = [length + virtual for length in lengths]
-    layouts = lay_out(whole, 1, len(lengths) * max(whole), False, apart)[0]
-    alone = [of(documents, (row,)) for layout in layouts for row in layout]
-    padded = torch.cat([of(documents, layout) for layout in layouts])
-    moved = (padded - torch.cat(alone)).abs().max().item()
-    return bool(moved <= TOLERANCE[precision] * (padded.std().item() or 1.0))
+    def against_packing(
+        self, longest: int = LENGTHS[-1], thresholds: Sequence[int] = ()
+    ) -> str | None:
+        """Why packed rows compute something else than single documents, None where they do not.
 
+        Two tests: every document keeps its logits (positions, virtual tokens), and the others keep
+        theirs when the first one is exchanged (attention across documents). The second is sensitive
+        even in bfloat16, where rounding limits the first. Both are made with rows on either side of
+        each of `thresholds`, of documents of up to `longest` tokens.
+        """
+        tried: list[tuple[int, ...]] = [LENGTHS]
+        for threshold in thresholds:
+            full = min(threshold, longest)
+            tried.append((full,) * (threshold // full + 2))
+            if threshold < longest:
+                tried.append((threshold + 1,) * 3)
+        return next(filter(None, map(self._against_packing, tried)), None)
 
-def _drawn(vocabulary: int, lengths: Sequence[int]) -> list[TokenIds]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths]
+    def keeps_lengths(self, lengths: Sequence[int], apart: Apart) -> bool:
+        """Whether documents of these lengths keep their logits in padded micro-batches."""
+        documents = self._drawn(lengths)
+        whole = [length + self.virtual for length in lengths]
+        layouts = lay_out(whole, 1, len(lengths) * max(whole), False, apart)[0]
+        alone = [self._of(documents, (row,)) for layout in layouts for row in layout]
+        padded = torch.cat([self._of(documents, layout) for layout in layouts])
+        moved = (padded - torch.cat(alone)).abs().max().item()
+        return bool(moved <= TOLERANCE[self.precision] * (padded.std().item() or 1.0))
 
+    def is_causal(self) -> bool:
+        """Whether the logits before the last token of a document do not depend on that token.
 
-def _against_packing(
-    logits: Logits,
-    vocabulary: int,
-    precision: Precision,
-    device: torch.device,
-    virtual: int,
-    lengths: Sequence[int],
-) -> str | None:
-    *others, last = range(len(lengths))
-    layout = (tuple(others), (last,))
-    drawn = _drawn(vocabulary, (*lengths, lengths[0]))
-    documents, other = drawn[:-1], [drawn[-1], *drawn[1:-1]]
-    of = partial(_logits_of, logits, device, virtual)
-    alone = torch.cat([of(documents, ((index,),)) for index in range(len(documents))])
-    packed, exchanged = of(documents, layout), of(other, layout)
-    if packed.shape != alone.shape:
-        return "its head reads whole rows, not the examples in them"
-    own = len(of(documents, ((0,),)))
-    spread = alone.std().item() or 1.0
-    moved = (packed - alone).abs().max().item() / spread
-    leaked = (packed - exchanged)[own:].abs().max().item() / spread
-    # Written so that NaN counts as a failure.
-    if not leaked <= TOLERANCE[precision] / 10:
-        return f"tokens attend across examples (logits move by {leaked:.1e} of their spread)"
-    if not moved <= TOLERANCE[precision]:
-        return f"positions in a packed row differ (logits move by {moved:.1e} of their spread)"
-    return None
+        Where they do, tokens see their own targets, and training would reach a loss of 0 by
+        copying.
+        """
+        (document,) = self._drawn(LENGTHS[:1])
+        other = document.copy()
+        other[-1] = (other[-1] + 1) % self.vocabulary
+        one, two = (self._of([ids], ((0,),))[:-1] for ids in (document, other))
+        spread = one.std().item() or 1.0
+        return bool((one - two).abs().max().item() / spread <= TOLERANCE[self.precision] / 10)
 
+    def _against_packing(self, lengths: Sequence[int]) -> str | None:
+        *others, last = range(len(lengths))
+        layout = (tuple(others), (last,))
+        drawn = self._drawn((*lengths, lengths[0]))
+        documents, other = drawn[:-1], [drawn[-1], *drawn[1:-1]]
+        alone = torch.cat([self._of(documents, ((i,),)) for i in range(len(documents))])
+        packed, exchanged = self._of(documents, layout), self._of(other, layout)
+        if packed.shape != alone.shape:
+            return "its head reads whole rows, not the examples in them"
+        own = len(self._of(documents, ((0,),)))
+        spread = alone.std().item() or 1.0
+        moved = (packed - alone).abs().max().item() / spread
+        leaked = (packed - exchanged)[own:].abs().max().item() / spread
+        # Written so that NaN counts as a failure.
+        if not leaked <= TOLERANCE[self.precision] / 10:
+            return f"tokens attend across examples (logits move by {leaked:.1e} of their spread)"
+        if not moved <= TOLERANCE[self.precision]:
+            return f"positions in a packed row differ (logits move by {moved:.1e} of their spread)"
+        return None
 
-def is_causal(
-    logits: Logits, vocabulary: int, precision: Precision, device: torch.device, virtual: int = 0
-) -> bool:
-    """Whether the logits before the last token of a document do not depend on that token.
+    def _drawn(self, lengths: Sequence[int]) -> list[TokenIds]:
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, self.vocabulary, length).astype(np.int32) for length in lengths]
 
-    Where they do, tokens see their own targets, and training would reach a loss of 0 by copying.
-    """
-    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
-    other = document.copy()
-    other[-1] = (other[-1] + 1) % vocabulary
-    of = partial(_logits_of, logits, device, virtual)
-    one, two = (of([ids], ((0,),))[:-1] for ids in (document, other))
-    spread = one.std().item() or 1.0
-    return bool((one - two).abs().max().item() / spread <= TOLERANCE[precision] / 10)
+    @torch.no_grad()
+    def _of(self, documents: Sequence[TokenIds], layout: MicroLayout) -> Tensor:
+        """Logits at the documents' last own tokens, some of which are labels."""
+        split = TokenizedSplit.from_examples(
+            [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
+        )
+        batch = collate(split, range(len(documents)), layout, 0, self.device, self.virtual)
+        keep_BS = torch.zeros(batch.tokens_BS.shape, dtype=torch.bool)
+        for span in batch.spans:
+            start = max(span.start + self.virtual, span.stop - READ)
+            keep_BS[span.row, start : span.stop] = True
+        return self.logits(batch, keep_BS.to(self.device))
 
 
 @torch.no_grad()
@@ -139,25 +133,6 @@ def same_of_one(
     batch = collate(split, [0], ((0,),), 0, device, virtual)
     a, b = one(batch), other(batch)
     return bool((a - b).abs().max() <= TOLERANCE[precision] * (b.abs().max() + 1e-6))
-
-
-@torch.no_grad()
-def _logits_of(
-    logits: Logits,
-    device: torch.device,
-    virtual: int,
-    documents: Sequence[TokenIds],
-    layout: MicroLayout,
-) -> Tensor:
-    """Logits at the documents' last own tokens, some of which are labels."""
-    split = TokenizedSplit.from_examples(
-        [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
-    )
-    batch = collate(split, range(len(documents)), layout, 0, device, virtual)
-    keep_BS = torch.zeros(batch.tokens_BS.shape, dtype=torch.bool)
-    for span in batch.spans:
-        keep_BS[span.row, max(span.start + virtual, span.stop - READ) : span.stop] = True
-    return logits(batch, keep_BS.to(device))
 
 
 def unreached(model: nn.Module, device: torch.device, precision: Precision) -> list[nn.Parameter]:

@@ -39,10 +39,7 @@ from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.probe import (
-    Logits,
-    is_causal,
-    probe_lengths,
-    probe_packing,
+    Probe,
     same_of_one,
 )
 from raytune_ft.model.routers import balance_of, router_notes
@@ -331,25 +328,26 @@ def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
     return strategy.from_rank0(same_of_one(one, other, *asked))
 
 
-def _logits_of(runner: ModelRunner) -> Logits:
-    """What a probe compares: logits of tokens, or of examples."""
+def _probe(runner: ModelRunner, vocabulary: int) -> Probe:
+    """A probe of the logits of tokens, or of examples where the objective reads these."""
 
     def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
         return runner.example_logits(batch)
 
-    return runner.logits if runner.objective.of_tokens else of_examples
+    logits = runner.logits if runner.objective.of_tokens else of_examples
+    device, virtual = runner.strategy.device, virtual_tokens(runner.model)
+    return Probe(logits, vocabulary, runner.precision, device, virtual)
 
 
 def _kept_apart(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRunner:
     """The same, with equal lengths alone in a micro-batch where padding changes an example. It is
     tried with rows on both sides of each threshold of the configuration.
     """
-    strategy, virtual = runner.strategy, virtual_tokens(runner.model)
-    asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
-    for threshold in thresholds_of(runner.model.config, longest + virtual):
-        over = threshold + 1 - virtual
+    strategy, probe = runner.strategy, _probe(runner, vocabulary)
+    for threshold in thresholds_of(runner.model.config, longest + probe.virtual):
+        over = threshold + 1 - probe.virtual
         lengths = [longest, over, max(over - 1, 1), max(over // 2, 1)]
-        if over > 1 and not strategy.from_rank0(probe_lengths(*asked, lengths, runner.apart)):
+        if over > 1 and not strategy.from_rank0(probe.keeps_lengths(lengths, runner.apart)):
             note = (
                 "rows of different lengths do not share a micro-batch, because the model computes "
                 f"rows of up to {over - 1} tokens otherwise beside longer ones"
@@ -362,17 +360,14 @@ def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest:
     method, strategy = attached(runner.model), runner.strategy
     if method is not None and method.unpackable:
         return method.unpackable
-    virtual = virtual_tokens(runner.model)
-    thresholds = thresholds_of(runner.model.config, max(longest, widest) + virtual)
-    asked = (_logits_of(runner), vocabulary, runner.precision, strategy.device, virtual)
-    inner = [each - virtual for each in thresholds if each - virtual > 1]
-    return strategy.from_rank0(probe_packing(*asked, longest, inner))
+    probe = _probe(runner, vocabulary)
+    thresholds = thresholds_of(runner.model.config, max(longest, widest) + probe.virtual)
+    inner = [each - probe.virtual for each in thresholds if each - probe.virtual > 1]
+    return strategy.from_rank0(probe.against_packing(longest, inner))
 
 
 def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:
-    strategy, virtual = runner.strategy, virtual_tokens(runner.model)
-    asked = (runner.logits, vocabulary, runner.precision, strategy.device, virtual)
-    if not strategy.from_rank0(is_causal(*asked)):
+    if not runner.strategy.from_rank0(_probe(runner, vocabulary).is_causal()):
         raise ModelError(
             f"model.path={config.model.path}",
             "is not causal: a token sees the tokens that it has to predict",

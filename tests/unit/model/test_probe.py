@@ -17,7 +17,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.model.load import UNSUPPORTED
 from raytune_ft.model.meta import build
-from raytune_ft.model.probe import probe_packing
+from raytune_ft.model.probe import Probe
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
@@ -88,8 +88,8 @@ def test_attention_that_packs_single_rows_only_is_found(tmp_path: Path) -> None:
         return engine.logits(replace(batch, positions_BS=None) if several else batch, keep_BS)
 
     device = torch.device("cpu")
-    assert probe_packing(engine.logits, VOCABULARY, "float32", device) is None
-    reason = probe_packing(logits, VOCABULARY, "float32", device)
+    assert Probe(engine.logits, VOCABULARY, "float32", device).against_packing() is None
+    reason = Probe(logits, VOCABULARY, "float32", device).against_packing()
     assert reason is not None
     assert "attend across examples" in reason
 
