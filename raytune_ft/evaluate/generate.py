@@ -128,13 +128,17 @@ def stop_tokens(
         written = GenerationConfig.from_pretrained(resolve_model_path(model.path)).eos_token_id
     except OSError:  # it has none
         written = None
-    named = written if isinstance(written, list) else [written]
+    return tuple(end_tokens(written, tokenizer, report))
+
+
+def end_tokens(
+    written: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> list[int]:
+    """What a generation config names, then the tokenizer's EOS and the ends of trained turns."""
+    known = written if isinstance(written, list) else [written]
     trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
-    return tuple(
-        dict.fromkeys(
-            one for one in (*named, tokenizer.eos_token_id, *trained) if isinstance(one, int)
-        )
-    )
+    named = dict.fromkeys([*known, tokenizer.eos_token_id, *trained])
+    return [end for end in named if isinstance(end, int)]
 
 
 BACKENDS: dict[str, Backend] = {"transformers": with_transformers, "vllm": with_vllm}

@@ -33,7 +33,7 @@ from raytune_ft.evaluate.evaluate import (
     run_job,
     split_named,
 )
-from raytune_ft.evaluate.generate import choose_backend
+from raytune_ft.evaluate.generate import choose_backend, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
@@ -198,11 +198,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path, report: Data
     path = model / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     written = settings.get("eos_token_id")
-    known = written if isinstance(written, list) else [written] if written is not None else []
-    trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
-    named = dict.fromkeys([*known, tokenizer.eos_token_id, *trained])
-    ends = [end for end in named if end is not None]
-    if ends == known:
+    ends = end_tokens(written, tokenizer, report)
+    if ends in ([], written, [written]):
         return
     settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
