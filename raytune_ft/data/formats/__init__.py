@@ -5,10 +5,8 @@ A format is one `RowReader` and one entry of `config.data.FORMATS`, which says h
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from raytune_ft.config.data import FORMATS, SourceConfig
 from raytune_ft.config.reference import one_of
 from raytune_ft.data.formats.classification import TARGET
+from raytune_ft.data.formats.conversation import parsed
 from raytune_ft.data.formats.example import Encoder, Example, RowReader
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, prompt_key
@@ -63,16 +62,13 @@ def found_format(label: str, source: SourceConfig, opened: Source) -> SourceConf
     """
     if source.format != "auto":
         return source
-    wanted = None if opened.columns is None else opened.columns
-    first = next((row for row in opened.read(wanted or ()) if isinstance(row, Row)), None)
+    first = next((row for row in opened.read(opened.columns or ()) if isinstance(row, Row)), None)
     values = {} if first is None else first.values
     turns = next((name for name in (source.messages, *TURNS) if values.get(name)), None)
     if turns is not None:
-        parsed = values[turns]
-        with suppress(ValueError, TypeError):
-            parsed = json.loads(parsed)
-        spoken = isinstance(parsed, list) and parsed and isinstance(parsed[0], dict)
-        format = "sharegpt" if spoken and "from" in parsed[0] else "messages"
+        written = parsed(values[turns])
+        spoken = isinstance(written, list) and written and isinstance(written[0], dict)
+        format = "sharegpt" if spoken and "from" in written[0] else "messages"
         return source.model_copy(update={"format": format, "messages": turns})
     for format, columns in (
         ("prompt_completion", (source.prompt, source.completion)),
@@ -126,12 +122,15 @@ def _checked(reader: RowReader, source: SourceConfig, row: Row) -> Row | BadRow:
 
 
 def _completed(reader: RowReader, source: SourceConfig, row: Row, example: Example) -> Example:
-    """Adds the weight and the prompt's hash, which every format has."""
-    columns, column = dict(example.columns), source.example_weight
-    if column is not None and (weight := _weight(row.values[column])) is not None:
-        columns[WEIGHT] = (weight,)
-    others = tuple(_completed(reader, source, row, other) for other in example.others)
-    prompt = prompt_key(reader.prompt(source, row))
+    """Adds the weight and the prompt's hash, which every format has, to all examples of the row."""
+    prompt, column = prompt_key(reader.prompt(source, row)), source.example_weight
+    weight = None if column is None else _weight(row.values[column])
+    weights = {} if weight is None else {WEIGHT: (weight,)}
+    others = tuple(
+        replace(other, prompt=prompt, columns={**other.columns, **weights})
+        for other in example.others
+    )
+    columns = {**example.columns, **weights}
     return replace(example, prompt=prompt, columns=columns, others=others)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from raytune_ft.config.data import SourceConfig
@@ -195,26 +194,20 @@ def _unwritten(template: Template, chat: Conversation) -> float:
         whole, _ = template.render(chat.turns, chat.tools)
     except Unwritten:
         return float("inf")
-    hay = Haystack(whole)
-    last = len(chat.turns) - 1
-    kinds = chain.from_iterable(
-        _missing(turn, hay) - ({"reasoning"} if number < last else set())
+    text, last = Haystack(whole), len(chat.turns) - 1
+    return sum(
+        len(_missing(turn, text) - ({"reasoning"} if number < last else set()))
         for number, turn in enumerate(chat.turns)
     )
-    return sum(1 for _ in kinds)
 
 
 def _arguments_as_text(turn: Turn) -> Turn:
-    return _with_calls(turn, lambda arguments: json.dumps(arguments, ensure_ascii=False))
-
-
-def _with_calls(turn: Turn, change: Callable[[Any], Any]) -> Turn:
     if "tool_calls" not in turn:
         return turn
     calls = []
     for call in turn["tool_calls"]:
-        function = call["function"]
-        calls.append({**call, "function": function | {"arguments": change(function["arguments"])}})
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": call["function"] | {"arguments": arguments}})
     return {**turn, "tool_calls": calls}
 
 

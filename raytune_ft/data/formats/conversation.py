@@ -119,8 +119,8 @@ def _sharegpt(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
 
 def _called(turn: Turn, number: int) -> Turn:
     """The turn of the assistant whose content is one call, or a list of calls, as JSON."""
-    parsed = _parsed(turn.get("content"))
-    calls = parsed if isinstance(parsed, list) else [parsed]
+    content = parsed(turn.get("content"))
+    calls = content if isinstance(content, list) else [content]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         detail = f"turn {number} is a call, and not JSON with `name` and `arguments`"
         raise Unusable("wrong_type", detail)
@@ -130,7 +130,7 @@ def _called(turn: Turn, number: int) -> Turn:
 def _alpaca(source: SourceConfig, row: Row) -> tuple[list[Turn], Any]:
     values = row.values
     turns = list(_system(source, row))
-    history = _parsed(values.get("history")) or []
+    history = parsed(values.get("history")) or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
@@ -182,7 +182,7 @@ def _turns(source: SourceConfig, row: Row) -> list[Turn]:
     if isinstance(value, str):
         if not valid_unicode(value):
             raise Unusable("bad_encoding", f"{column!r} is not UTF-8")
-        value = _parsed(value)
+        value = parsed(value)
     if value is None or value == []:
         raise Unusable("empty", f"{column!r} has no turns")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -201,7 +201,7 @@ def _tools(source: SourceConfig, row: Row) -> list[dict[str, Any]] | None:
     """The tools of the row, if it has the column; some files hold them as JSON text."""
     value = row.values.get(source.tools) if source.tools is not None else None
     if isinstance(value, str):
-        value = _parsed(value) if value.strip() else None
+        value = parsed(value) if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -220,11 +220,11 @@ def _openai(turn: Turn) -> Turn:
     """
     turn = _without_nulls(turn)
     calls = turn.pop("tool_calls", None)
-    calls = _parsed(calls) if isinstance(calls, str) else calls or []
+    calls = parsed(calls) if isinstance(calls, str) else calls or []
     content = turn.get("content")
     if isinstance(content, list):
         parts = [_part(part) for part in content]
-        calls = [*calls, *(_parsed(text) for kind, text in parts if kind == "tool_call")]
+        calls = [*calls, *(parsed(text) for kind, text in parts if kind == "tool_call")]
         thoughts = "".join(text for kind, text in parts if kind in ("thinking", "reasoning"))
         turn["content"] = "".join(text for kind, text in parts if kind == "text")
         if thoughts and not any(turn.get(key) for key in REASONING):
@@ -256,9 +256,8 @@ def _call(call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unusable("wrong_type", "a tool call has no `name` of a function")
     arguments = function.get("arguments", function.get("parameters"))
-    parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
-    if isinstance(parsed, dict):
-        arguments = _without_nulls(parsed)
+    if isinstance(value := parsed(arguments), dict):
+        arguments = _without_nulls(value)
     named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
     return {"type": "function", **{k: call[k] for k in ("id",) if k in call}, "function": named}
 
@@ -293,19 +292,19 @@ def _check(turn: Turn, number: int) -> None:
 
 
 def _valid(value: Any) -> bool:
-    return all(map(valid_unicode, strings(value)))
+    return all(map(valid_unicode, _strings(value)))
 
 
-def strings(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> Iterator[str]:
     """Every text in a value of JSON, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from strings(item)
+            yield from _strings(item)
     elif isinstance(value, list):
         for item in value:
-            yield from strings(item)
+            yield from _strings(item)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -314,7 +313,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _parsed(text: Any) -> Any:
+def parsed(text: Any) -> Any:
     """What a JSON text holds; the text itself where it is not JSON."""
     if not isinstance(text, str):
         return text

@@ -133,7 +133,7 @@ class Encoder:
         A token carries loss if it lies in a span, or if its part in a span is more than blanks.
 
         Raises:
-            SpecialText: see there.
+            SpecialText: the text spells a special token that the tokenizer cannot write as text.
         """
         ids, starts, stops = self._placed(text)
         inside = np.zeros(len(text), dtype=np.int64)

@@ -111,7 +111,8 @@ class Template:
         named: Any = self.tokenizer.chat_template
         if isinstance(named, str):
             return named
-        return str(named["tool_use" if tools and "tool_use" in named else next_best(named)])
+        wanted = ("tool_use", "default") if tools else ("default",)
+        return str(named[next((name for name in wanted if name in named), next(iter(named)))])
 
     def common(self, a: str, b: str) -> int:
         """Length of the common beginning of two texts; it cuts no added token in two."""
@@ -188,11 +189,6 @@ class Template:
     def trail(self) -> str:
         """The header of the next turn, where the template writes it whether asked or not."""
         return self._behind_answers[2]
-
-
-def next_best(named: dict[str, str]) -> str:
-    """The name of the template for conversations without tools."""
-    return "default" if "default" in named else next(iter(named))
 
 
 def shared(a: str, b: str) -> int:
