@@ -105,7 +105,7 @@ class _Tally:
         return f"; about {seconds((self._now() - self._begun) / trained * work)} left"
 
     def _expected(self, examples: int) -> float:
-        """The examples at which a trial will end that has trained on so many."""
+        """The expected length, in examples, of a trial that has trained on `examples` of them."""
         longer = [length for length in self._lengths if length >= examples]
         return sum(longer) / len(longer) if longer else examples
 

@@ -235,7 +235,7 @@ class RunState:
         return evaluation
 
     def _diverged(self, step: int, what: str, updates: int) -> Diverged:
-        """The error of a step that computed `what` after so many updates of the weights."""
+        """The error of a step that computed `what`. `updates` of the weights came before it."""
         settings = self._settings
         remedy = (
             "no update precedes it, so train.lr is not the cause: write another train.precision "

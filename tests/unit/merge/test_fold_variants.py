@@ -182,7 +182,7 @@ def test_a_missing_shard_of_the_base_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "vit"])
 def test_code_beside_a_model_is_not_run(tmp_path: Path, model_type: str) -> None:
-    """Transformers has its own class for one, and none that predicts tokens for the other."""
+    """Transformers has a causal language model of the type `llama`, and none of the type `vit`."""
     base = save_tiny_llama(tmp_path / "base")
     adapter = adapt(base, tmp_path / "adapter", target_modules=LINEAR)
     config = json.loads((base / "config.json").read_text())
