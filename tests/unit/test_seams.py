@@ -271,3 +271,10 @@ def test_versions_are_bounded_and_the_tested_one_is_within(library: str) -> None
     pinned = re.search(rf"^{library}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned
     assert pinned[1] in wanted.specifier
+
+
+def test_the_groups_of_tests_reach_xdist(request: pytest.FixtureRequest) -> None:
+    """`--dist loadgroup` writes a test's group behind its name; pytest 9.2 loses it in silence."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not run by `make test`")
+    assert request.node.nodeid.endswith(f"@{request.path}")
