@@ -20,7 +20,7 @@ model: {path: "builtin:tiny"}
 method: {name: full}
 data:
   train: {path: chats.jsonl, format: auto, chat_template: template.jinja}
-  validation: {path: chats.jsonl, format: auto}
+  validation: {path: again.jsonl, format: auto}  # enough rows to tell that the model is better
   max_length: 1024
 train: {max_examples: 420, batch_size: 6, lr: 3.0e-3, weight_decay: 0.0, precision: float32}
 promote: {max_overlap: 1}
@@ -28,6 +28,7 @@ promote: {max_overlap: 1}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_promoted_model_says_what_it_was_taught_and_ends(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,9 +44,9 @@ def test_a_promoted_model_says_what_it_was_taught_and_ends(
         for q, a in ANSWERS.items()
     ]
     both = [turn for row in rows[:2] for turn in row["messages"]]
-    (tmp_path / "chats.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": both}])
-    )
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": both}])
+    (tmp_path / "chats.jsonl").write_text(lines)
+    (tmp_path / "again.jsonl").write_text(lines * 5)
     (tmp_path / "talk.yaml").write_text(CONFIG)
     assert run_command(["train", "talk.yaml"]) == 0
     assert run_command(["promote", "runs/talk"]) == 0
