@@ -17,7 +17,7 @@ from raytune_ft.model.load import dtype_of
 from raytune_ft.model.meta import build_shapes
 from raytune_ft.strategy import strategy_class
 from raytune_ft.strategy.base import Held
-from raytune_ft.train.distill import teacher_model
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.train.model_runner import MICRO_TOKENS
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.setup import head_before, plain_order

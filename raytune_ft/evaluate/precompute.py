@@ -32,7 +32,8 @@ from raytune_ft.model.load import (
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.records import Tell
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_model, teacher_runner
+from raytune_ft.model.hub import teacher_model
+from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_runner
 from raytune_ft.train.model_runner import ModelRunner
 
 

@@ -46,7 +46,8 @@ from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
-from raytune_ft.train.distill import check_size, teacher_model, teacher_of
+from raytune_ft.model.hub import teacher_model
+from raytune_ft.train.distill import check_size, teacher_of
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
