@@ -304,9 +304,7 @@ def _check_studies(config: Config, begun: bool) -> None:
         earlier_trials(search)
 
 
-def _promote_once(
-    path: Path, tell: Tell, make: Callable[..., Promotion]
-) -> Promotion | None:
+def _promote_once(path: Path, tell: Tell, make: Callable[..., Promotion]) -> Promotion | None:
     """None where an earlier command has promoted it."""
     try:
         return make(path, tell=tell)

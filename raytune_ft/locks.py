@@ -42,8 +42,11 @@ class Wait:
     tell: Tell = lambda line: None
 
 
+AT_ONCE = Wait()
+
+
 @contextmanager
-def locked(path: Path, rule: str, remedy: str, wait: Wait = Wait()) -> Iterator[None]:
+def locked(path: Path, rule: str, remedy: str, wait: Wait = AT_ONCE) -> Iterator[None]:
     """Hold the lock `path`; `rule` and `remedy` are those of the error where another one does.
 
     Raises:

@@ -64,7 +64,9 @@ def teacher_model(config: Config) -> ModelConfig:
 
 
 def _other(model: ModelConfig, path: str) -> ModelConfig:
-    return model if path == model.path else model.model_copy(update={"path": path, "revision": None})
+    return (
+        model if path == model.path else model.model_copy(update={"path": path, "revision": None})
+    )
 
 
 def pin(model: ModelConfig, commit: str) -> None:
@@ -218,6 +220,6 @@ def _refused(model: ModelConfig, error: Exception) -> ModelError:
     return ModelError(
         f"model.path={model.path}",
         f"cannot be downloaded ({first_line(error)})",
-        "write a hub id that this machine can reach, with HF_TOKEN where it is gated (without a "
-        "network: run `raytune-ft fetch` where there is one and copy HF_HOME, or write a directory)",
+        "write a hub id that this machine can reach, with HF_TOKEN where it is gated; without a "
+        "network, run `raytune-ft fetch` where there is one and copy HF_HOME, or write a directory",
     )

@@ -20,6 +20,7 @@ from raytune_ft.errors import ClusterError, ConfigError, first_line
 from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
 from raytune_ft.ray_backend.placement import TYPE, Node, alive_nodes, suitable_nodes
 
+
 @dataclass(frozen=True)
 class Room:
     """A worker's memory (`usable`, bytes) and accelerator are None where they are unknown."""

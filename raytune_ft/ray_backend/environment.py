@@ -45,9 +45,7 @@ def check_environment(config: Config, tell: Tell) -> None:
     if not names:
         return
     seen = _ask(nodes, names)
-    lacking = {
-        name: [node.name for node in nodes if seen[node.id][name] is None] for name in names
-    }
+    lacking = {name: [node.name for node in nodes if seen[node.id][name] is None] for name in names}
     if missing := {name: where for name, where in lacking.items() if where}:
         raise ClusterError(
             " and ".join(f"{name} on node {', '.join(where)}" for name, where in missing.items()),

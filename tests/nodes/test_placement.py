@@ -16,7 +16,7 @@ from raytune_ft.errors import ClusterError
 from raytune_ft.ray_backend import fetch as fetch_module
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.fetch import fetch_on_nodes
-from raytune_ft.ray_backend.placement import alive_nodes, matches, suitable_nodes
+from raytune_ft.ray_backend.placement import alive_nodes, matches
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.rundir import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
@@ -94,9 +94,7 @@ def test_workers_run_where_they_were_placed(
 ) -> None:
     config = inputs.config(**{f"parallel__{key}": value for key, value in parallel.items()})
     used: list[set[str]] = []
-    result = fit(
-        RunSpec(config, tmp_path, inputs.data_dir), lambda *_: used.append(nodes_in_use())
-    )
+    result = fit(RunSpec(config, tmp_path, inputs.data_dir), lambda *_: used.append(nodes_in_use()))
     assert result.status == "completed"
     assert used[0] == {places[zone] for zone in zones}
 

@@ -89,9 +89,7 @@ def test_what_lies_in_the_cache_needs_no_network(hub: Hub, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("model", "offline"), [(MODEL, "1"), ("org/absent", "0")])
-def test_what_cannot_be_had_is_one_line(
-    hub: Hub, tmp_path: Path, model: str, offline: str
-) -> None:
+def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path, model: str, offline: str) -> None:
     process = start(hub, tmp_path / "home", model, HF_HUB_OFFLINE=offline)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
