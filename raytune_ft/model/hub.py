@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.config.paths import is_hub_model
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.errors import ModelError, StorageError, first_line
+from raytune_ft.files import write_text_atomic
 from raytune_ft.format import size
 from raytune_ft.locks import Wait, locked
 from raytune_ft.records import Tell
@@ -86,21 +89,22 @@ def commit_of(model: ModelConfig) -> str:
     Raises:
         ModelError: the hub does not answer, and the cache has none.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import resolve_revision
 
-    revision = revision_of(model)
     try:
-        return str(HfApi().model_info(model.path, revision=revision).sha)
+        return resolve_revision(model.path, revision=revision_of(model)).resolved
     except Exception as error:  # the errors of whichever HTTP client the hub's library has
-        cached = try_to_load_from_cache(model.path, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
         raise _refused(model, error) from error
 
 
 def snapshot(model: ModelConfig, revision: str) -> Path:
     """The directory of a model, after a download of what is missing there."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class OnTerminals(tqdm):  # type: ignore[type-arg, misc]
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **{**more, "disable": not sys.stderr.isatty()})
 
     return Path(
         snapshot_download(
@@ -108,6 +112,7 @@ def snapshot(model: ModelConfig, revision: str) -> Path:
             revision=revision,
             allow_patterns=list(WANTED),
             ignore_patterns=list(UNWANTED),
+            tqdm_class=OnTerminals,
         )
     )
 
@@ -141,6 +146,7 @@ def fetch(model: ModelConfig, commit: str, tell: Tell = lambda line: None) -> Fe
         before = _held(_cache_of(model))
         try:
             folder = snapshot(model, commit)
+            _remember(model, commit)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise _refused(model, error) from error
@@ -162,6 +168,15 @@ def fetch_here(config: Config, tell: Tell) -> None:
         pin(model, commit)
 
 
+def _remember(model: ModelConfig, commit: str) -> None:
+    """Write which commit the revision was, so that the model is found without a network."""
+    written = model.revision or "main"
+    reference = _cache_of(model) / "refs" / written
+    if written != commit and not (reference.is_file() and reference.read_text() == commit):
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(reference, commit)
+
+
 @contextmanager
 def _alone(model: ModelConfig, tell: Tell) -> Iterator[None]:
     """One process of this node at a time; where the cache's disk has no locks, the hub's library
@@ -181,7 +196,10 @@ def _alone(model: ModelConfig, tell: Tell) -> Iterator[None]:
 
 @contextmanager
 def _progress(model: ModelConfig, tell: Tell) -> Iterator[None]:
-    """Tells now and then how much of the model is there."""
+    """Tells now and then how much of the model is there; on a terminal a bar does."""
+    if sys.stderr.isatty():
+        yield
+        return
     ended, begun = threading.Event(), time.monotonic()
 
     def watch() -> None:
