@@ -43,20 +43,14 @@ def trained_models(config: Config) -> list[ModelConfig]:
 
 
 def named_models(config: Config) -> dict[str, ModelConfig]:
-    """Every model of the hub that a config names, by its key; also those of its search space."""
-    models = {"model.path": [config.model]}
+    """Every model of the hub that a config names, by its key and path."""
+    models = {"model.path": config.model}
     if config.train.kd is not None:
-        models["train.kd.teacher"] = [teacher_model(config)]
+        models["train.kd.teacher"] = teacher_model(config)
     if config.promote.base is not None:
-        models["promote.base"] = [_other(config.model, config.promote.base)]
-    for key, line in (config.search.space if config.search else {}).items():
-        if key in ("model.path", "train.kd.teacher"):
-            models[key] = [_other(config.model, str(value)) for value in line.values]
+        models["promote.base"] = _other(config.model, config.promote.base)
     return {
-        f"{key}={model.path}": model
-        for key, several in models.items()
-        for model in several
-        if is_hub_model(model.path)
+        f"{key}={model.path}": model for key, model in models.items() if is_hub_model(model.path)
     }
 
 

@@ -114,7 +114,8 @@ def test_train_on_three_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         bucket = Bucket("s3://models/runs")
-        arguments = _arguments("train", bucket.url, 6400)
+        often = "checkpoint.every_examples=320"
+        arguments = _arguments("train", bucket.url, 6400, often)
 
         machine("first")
         kill_once(arguments, lambda: any(key.endswith("manifest.json") for key in bucket.sizes()))

@@ -114,8 +114,6 @@ def test_the_models_that_a_config_names(tmp_path: Path) -> None:
     on_disk = apply_overrides(config, {"train.kd.cache": "disk"})
     assert [model.path for model in trained_models(on_disk)] == ["org/student"]
     assert named_models(CONFIG) == {}
-    search = {"trials": 2, "space": {"model.path": {"choice": ["org/a", "builtin:tiny"]}}}
-    assert list(named_models(apply_overrides(CONFIG, {"search": search}))) == ["model.path=org/a"]
 
 
 def test_a_process_loads_the_commit_that_it_was_told() -> None:
