@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureFixture) -> None:
     assert cli.run_command(["--help"]) == 0
-    commands = ("plan", "schema", "train", "sweep", "promote", "evaluate")
+    commands = ("plan", "schema", "train", "sweep", "promote", "evaluate", "fetch")
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in commands)
     for name in commands:
@@ -56,6 +57,39 @@ def test_a_usage_error_is_one_line(
     assert capsys.readouterr() == ("", f"error: {message}\n")
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize(
+    ("arguments", "resume", "overrides"),
+    [
+        ("x.yaml a=1", False, ["a=1"]),
+        ("x.yaml a=1 --resume", True, ["a=1"]),
+        ("x.yaml --resume a=1", True, ["a=1"]),
+        ("--resume x.yaml a=auto", True, ["a=auto"]),
+        ("x.yaml --resume --debug a=1", True, ["a=1"]),
+        ("x.yaml --resume=auto a=1", "auto", ["a=1"]),
+        ("x.yaml a=1 --resume auto", "auto", ["a=1"]),
+        ("--resume auto x.yaml a=1 --wait-lock 3m", "auto", ["a=1"]),
+        ("--resume auto -- x.yaml a=1", "auto", ["a=1"]),
+    ],
+)
+def test_the_value_of_resume_may_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: str,
+    resume: bool | str,
+    overrides: list[str],
+) -> None:
+    given: list[object] = []
+
+    def run(file: Path, overrides: list[str], resume: bool | str, *_: object, **more: Any) -> None:
+        given.extend([file, overrides, resume, more["wait_s"]])
+        raise RunFailed("far enough")
+
+    monkeypatch.setattr(app, command, run)
+    assert cli.run_command([command, *arguments.split()]) == 1
+    assert given == [Path("x.yaml"), overrides, resume, 180.0 if "3m" in arguments else None]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -72,7 +106,7 @@ def test_exit_codes(
     error: BaseException,
     code: int,
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **more: object) -> None:
         raise error
 
     monkeypatch.setattr(app, "train", fail)
@@ -86,7 +120,7 @@ def test_exit_codes(
 
 
 def test_a_bug_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "train", lambda *arguments: 1 // 0)
+    monkeypatch.setattr(app, "train", lambda *arguments, **more: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         cli.run_command(["train", "x.yaml"])
 
