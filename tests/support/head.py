@@ -11,10 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import psutil
 
-RAY = str(Path(sys.executable).parent / "ray")
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
 
 
 @dataclass
@@ -24,6 +27,12 @@ class Head:
     process: subprocess.Popen[bytes]
     port: int
     folder: Path
+    dashboard: int | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard."""
+        return f"http://127.0.0.1:{self.dashboard}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,28 +51,49 @@ class Head:
         return len(everything)
 
 
-def start_head() -> Head:
-    """Returns once it answers; end it with `Head.kill`."""
+def free_port() -> int:
+    """One that nobody listened on a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start_head(dashboard: int | None = None) -> Head:
+    """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
+    dashboard out, without which there are no jobs.
+    """
+    port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
+    shown = ["--include-dashboard=false"]
+    if dashboard is not None:
+        shown = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head = subprocess.Popen(
         [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"),
+            *(RAY, "start", "--head", "--block", "--num-cpus=2", *shown),
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    started = Head(head, port, folder, dashboard)
     deadline = time.monotonic() + 120
-    while True:
+    while not _answers(started):
         assert head.poll() is None, "ray start ended"
         assert time.monotonic() < deadline, "ray start does not answer"
-        workers = psutil.Process(head.pid).children(recursive=True)
-        if any("raylet" in process.name() for process in workers):
-            return Head(head, port, folder)
         time.sleep(0.5)
+    return started
+
+
+def _answers(head: Head) -> bool:
+    if head.dashboard is None:
+        workers = psutil.Process(head.process.pid).children(recursive=True)
+        return any("raylet" in process.name() for process in workers)
+    try:
+        with urlopen(f"{head.url}/api/version"):
+            return True
+    except (URLError, ConnectionError):
+        return False

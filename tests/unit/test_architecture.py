@@ -27,7 +27,7 @@ LAYERS = [
     {"promote"},
     {"preflight"},
     {"app"},
-    {"plan"},
+    {"plan", "submit"},
     {"cli"},
     {"__main__"},
 ]
