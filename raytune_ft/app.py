@@ -118,15 +118,11 @@ def train(
     usable: int | None = None,
     wait_s: float | None = None,
 ) -> Trained:
-<<<<<<< HEAD
-    """One run. `usable`: see `placed`. Raises InputError, RunFailed or Interrupted."""
-    check_submitter(__version__)
-=======
     """One run. `usable`: see `placed`; `wait_s`: see `Wait`.
 
     Raises InputError, RunFailed or Interrupted.
     """
->>>>>>> start
+    check_submitter(__version__)
     backend = backend or Backend()
     written = load_config(file, overrides, tell, ignore_search=True)
     with (
@@ -309,9 +305,7 @@ def _check_studies(config: Config, begun: bool) -> None:
         earlier_trials(search)
 
 
-def _promote_once(
-    path: Path, tell: Tell, make: Callable[..., Promotion]
-) -> Promotion | None:
+def _promote_once(path: Path, tell: Tell, make: Callable[..., Promotion]) -> Promotion | None:
     """None where an earlier command has promoted it."""
     try:
         return make(path, tell=tell)

@@ -73,6 +73,7 @@ def follow_log(
                 log.add(text)
             job = cluster.job(job_id)
             if job is None or not job.ended:
+                time.sleep(LOOK_EVERY_S)
                 continue
             with suppress(Unreachable, RuntimeError):  # what Ray added after the driver's end
                 log.catch_up(cluster.logs(job_id))

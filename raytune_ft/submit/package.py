@@ -196,13 +196,15 @@ def _refuse_ignored(files: Mapping[str, Path], owners: Mapping[str, str], cwd: P
         return
     if asked.returncode != 0:  # 1: none is ignored; 128: no repository
         return
-    source, line, pattern, name = asked.stdout.decode().split("\0")[:4]
-    raise ConfigError(
-        f"{owners[name]} needs {name}, which",
-        f"is ignored by git ({source}:{line}: {pattern}) and so is not packed",
-        "copy it to a path that the cluster reads and write that with --cluster-paths, or "
-        "`git add -f` it",
-    )
+    fields = asked.stdout.decode().split("\0")
+    for source, line, pattern, name in zip(*(fields[i::4] for i in range(4)), strict=False):
+        if not pattern.startswith("!"):  # a rule that takes the file back in
+            raise ConfigError(
+                f"{owners[name]} needs {name}, which",
+                f"is ignored by git ({source}:{line}: {pattern}) and so is not packed",
+                "copy it to a path that the cluster reads and write that with --cluster-paths, or "
+                "`git add -f` it",
+            )
 
 
 def _refuse_large(package: Package) -> None:

@@ -40,7 +40,7 @@ COMMAND = re.compile(r"raytune-ft (\w+) ?(.*)|.* python jobs/(\w+)\.py (.*)")
 NOT_RUN = {
     r"make \w+": "a target of the Makefile, which must exist; it would run for minutes",
     r"pip install -c constraints\.txt \.": "installs this checkout, which runs the test already",
-    r"export (RAYTUNE_FT_STORAGE|RAY_ADDRESS|RAY_API_SERVER_ADDRESS|RAY_AUTH_MODE)=\S+": "of a cluster that is not here",
+    r"export (RAYTUNE_FT_STORAGE|RAY_ADDRESS|RAY_AUTH_MODE)=\S+": "of a cluster that is not here",
     r"ray start --head": "a cluster that outlives the test; tests/e2e/test_ray_job.py has one",
     r"ray get-auth-token --generate '>' /dev/null": "writes into the home directory",
 }

@@ -1,4 +1,4 @@
-"""`submit`, `status`, `logs` and `stop` on a cluster of their own, whose drivers and head are killed.
+"""`submit`, `status`, `logs` and `stop` on a cluster whose drivers and head are killed.
 
 The project is a directory of its own, with its rows and its metric, which the cluster gets from
 nowhere but the package.
@@ -170,7 +170,9 @@ def test_a_live_run_is_attached_to_detached_from_stopped_and_continued(cluster: 
     assert "does not run: it was stopped" in line
 
     # The budget is raised, so that this is another package in another folder of the cluster.
-    cluster.run("submit", "run.yaml", "name=live", "train.epochs=201", f"train.max_examples={4 * done + 80}")
+    cluster.run(
+        "submit", "run.yaml", "name=live", "train.epochs=201", f"train.max_examples={4 * done + 80}"
+    )
     assert cluster.steps("live") == done + 20
 
 
@@ -207,7 +209,9 @@ def test_a_killed_driver_is_tried_again(cluster: Cluster) -> None:
     assert "submitted job killed-2" in output
     assert cluster.result("killed")["status"] == "completed"
     assert cluster.steps("killed") == 400
-    statuses = {job.submission_id: job.status for job in JobSubmissionClient(cluster.head.url).list_jobs()}
+    statuses = {
+        job.submission_id: job.status for job in JobSubmissionClient(cluster.head.url).list_jobs()
+    }
     assert (statuses["killed"], statuses["killed-2"]) == ("FAILED", "SUCCEEDED")
 
 
@@ -222,16 +226,37 @@ def test_a_pending_job_is_explained(cluster: Cluster) -> None:
 
 
 def test_metrics_are_in_prometheus_under_the_name_of_the_run(cluster: Cluster) -> None:
-    """Two workers, so that Ray trains; then a sweep, whose trials share one worker."""
+    """Two workers, so that Ray trains."""
     process = cluster.submit("metrics", LONG, "parallel.workers=2", "checkpoint.every_examples=40")
     try:
         wait_for(lambda: "ray_raytune_ft_checkpoint_age_s" in scraped(cluster, "metrics"), process)
         found = scraped(cluster, "metrics")
-        for name in ("step", "loss", "tokens_per_s", "step_time_s", "eval_loss", "checkpoint_age_s"):
+        for name in (
+            "step",
+            "loss",
+            "tokens_per_s",
+            "step_time_s",
+            "eval_loss",
+            "checkpoint_age_s",
+        ):
             assert found[f"ray_raytune_ft_{name}"] >= 0, name
         assert found["ray_raytune_ft_examples"] == 4 * found["ray_raytune_ft_step"]
     finally:
         cluster.run("stop", "metrics")
+        ended(process, 130)
+
+
+def test_trials_are_in_prometheus_by_state(cluster: Cluster) -> None:
+    search = ["search.trials=3", "search.space.train.lr.choice=[1e-3,2e-3,3e-3]"]
+    search += ["search.sampler=grid", "search.scheduler=null", "search.execution=packed"]
+    process = cluster.submit("searched", LONG, *search)
+    try:
+        wait_for(lambda: "ray_raytune_ft_loss" in scraped(cluster, "searched"), process)
+        found = scraped(cluster, "searched")
+        assert found["ray_raytune_ft_trials"] > 0
+        assert "raytune-ft sweep run.yaml" in cluster.run("status", "searched")
+    finally:
+        cluster.run("stop", "searched")
         ended(process, 130)
 
 

@@ -39,9 +39,7 @@ class Hosts:
     `idle` more without Ray. With `dashboard`, the first takes jobs.
     """
 
-    def __init__(
-        self, directory: Path, count: int, idle: int = 0, dashboard: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, count: int, idle: int = 0, dashboard: bool = False) -> None:
         self._tag = f"rt{os.getpid()}"
         self._directory, self._dashboard = directory, dashboard
         self._started, self.count = count, count + idle

@@ -88,9 +88,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     ("token", "words"), [("0" * 64, "refuses the token"), (None, "asks for a token")]
 )
 def test_strangers_are_refused_in_one_line(site: Site, token: str | None, words: str) -> None:
-    output = site.run(
-        "submit", "run.yaml", code=2, RAY_AUTH_TOKEN=token, RAY_AUTH_MODE=None
-    )
+    output = site.run("submit", "run.yaml", code=2, RAY_AUTH_TOKEN=token, RAY_AUTH_MODE=None)
     assert output.startswith("error: --address=http://10.77.0.1")
     assert output.count("\n") == 1
     assert words in output

@@ -66,7 +66,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
         def log_message(self, *arguments: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     head.url = f"http://127.0.0.1:{server.server_port}"
     yield head
@@ -190,7 +190,12 @@ def test_jobs_are_read(head: Head) -> None:
                 "end_time": 3500,
             },
             {"submission_id": "run", "status": "PENDING", "entrypoint": "x", "start_time": 1000},
-            {"submission_id": None, "status": "RUNNING", "entrypoint": "a driver", "type": "DRIVER"},
+            {
+                "submission_id": None,
+                "status": "RUNNING",
+                "entrypoint": "a driver",
+                "type": "DRIVER",
+            },
         ],
     )
     first, second = JobCluster(head.url).jobs()

@@ -162,7 +162,7 @@ def test_a_driver_that_was_killed_is_tried_again_under_the_next_id() -> None:
     cluster = Cluster(ends=[KILLED, None, DONE])
     told = begin(cluster, retries=2)
     assert cluster.submitted == ["run", "run-2", "run-3"]  # also where a new head knows no id
-    assert [line for line in told if "retry" in line][0].endswith("retry 1 of 2")
+    assert next(line for line in told if "retry" in line).endswith("retry 1 of 2")
 
 
 @pytest.mark.parametrize("end", [replace(KILLED, exit_code=1), replace(KILLED, exit_code=2)])
@@ -205,7 +205,7 @@ def test_ctrl_c_detaches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cluster = Cluster()
     monkeypatch.setattr(submit, "follow_log", interrupted)
-    with pytest.raises(Interrupted, match="goes on.*raytune-ft stop run --address") as caught:
+    with pytest.raises(Interrupted, match=r"goes on.*raytune-ft stop run --address") as caught:
         begin(cluster)
     assert caught.value.exit_code == 130
     assert not cluster.known["run"].ended

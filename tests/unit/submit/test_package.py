@@ -90,7 +90,7 @@ def test_a_config_from_elsewhere_lies_at_the_top(project: Path, tmp_path_factory
     (other / "mine.yaml").write_text("name: packed\n")
     assert packed(project, str(other / "mine.yaml")).config == "mine.yaml"
     shutil.copy(other / "mine.yaml", other / "ds.json")
-    with pytest.raises(ConfigError, match="deepspeed=ds.json"):
+    with pytest.raises(ConfigError, match=r"deepspeed=ds\.json"):
         packed(project, str(other / "ds.json"))
 
 
@@ -128,7 +128,7 @@ def test_paths_of_the_cluster_are_left_alone(project: Path, path: str) -> None:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_a_file_that_git_ignores_is_named(project: Path) -> None:
-    (project / ".gitignore").write_text("*.pyc\nrows/\n")
+    (project / ".gitignore").write_text("*.pyc\nrows/\n*.json\n!*.json\n")
     packed(project)  # no repository yet
     subprocess.run(["git", "init", "-q"], check=True)
     with pytest.raises(ConfigError, match=r"\.gitignore:2") as caught:
@@ -165,7 +165,7 @@ def test_every_path_that_is_resolved_is_known_here(project: Path) -> None:
     known = {os.path.normpath(project / named.path) for named in named_paths(config)}
     resolved = _texts({**to_plain(resolve(config)), "storage": None})
     absolute = {text for text in resolved if str(project) in text}
-    assert len(absolute) >= 8
+    assert len(absolute) >= 7
     assert {text.removeprefix("lm_eval:").removesuffix(":score") for text in absolute} <= known
 
 
