@@ -15,7 +15,7 @@ from raytune_ft.config.identity import check_resume
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import InputError, StorageError
+from raytune_ft.errors import ConfigError, InputError, StorageError
 from raytune_ft.files import fsync, write_text_atomic
 from raytune_ft.layout import (
     CHECKPOINTS,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,8 @@ TOKEN = "token"
 RUN, DIGEST = "raytune_ft_run", "raytune_ft_digest"
 """Keys of a job's metadata: the name of its run, and a hash of what was submitted."""
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+for _module in ("dashboard_sdk", "job.sdk"):  # they print every upload and every end of a log
+    logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,16 @@ class JobCluster:
                 )
 
     def check_closed(self) -> None:
-        """ClusterError for a cluster that other machines reach and that asks for no token."""
+        """ClusterError for a cluster that other machines reach and that asks for no token.
+
+        Ray replaces a loopback address of a node by the machine's, and listens there.
+        """
         if self.has_token:
             return
-        places = [urlsplit(self.address).hostname or "", *(ip for ip, _ in self.nodes())]
+        nodes = [ip for ip, _ in self.nodes()]
+        if not nodes:
+            raise _unreachable(self.address, "its first node is still starting")
+        places = [urlsplit(self.address).hostname or "", *nodes]
         open_at = next((place for place in places if not _is_loopback(place)), None)
         if open_at is not None:
             raise ClusterError(
@@ -181,18 +190,15 @@ class JobCluster:
         Raises:
             Unreachable: the connection was lost.
         """
-        loop = asyncio.new_event_loop()
-        pieces: Any = self._client.tail_job_logs(job_id)
-        try:
-            while True:
-                yield loop.run_until_complete(asyncio.wait_for(anext(pieces), silence_s))
-        except (StopAsyncIteration, TimeoutError):
-            return
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
-            raise _unreachable(self.address, error) from error
-        finally:
-            loop.run_until_complete(pieces.aclose())
-            loop.close()
+        pieces = self._client.tail_job_logs(job_id)
+        with asyncio.Runner() as runner:  # at its end it closes the connection, also after Ctrl-C
+            try:
+                while True:
+                    yield runner.run(asyncio.wait_for(anext(pieces), silence_s))
+            except (StopAsyncIteration, TimeoutError):
+                return
+            except (aiohttp.ClientError, OSError, RuntimeError) as error:
+                raise _unreachable(self.address, error) from error
 
     def _asks_for_token(self) -> bool:
         """As the head says to everybody; heads that cannot say so ask for none."""

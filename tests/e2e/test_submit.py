@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import time
@@ -54,7 +55,9 @@ class Cluster:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A command in the project; its output is one text."""
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment = os.environ | {"RAY_AUTH_TOKEN": str(self.head.token)}
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+            environment.pop(name, None)
         return subprocess.Popen(
             command(*arguments, "--address", self.head.url),
             cwd=self.project,
@@ -80,6 +83,10 @@ class Cluster:
         ]
         assert len(found) == 1, found
         return found[0]
+
+    def jobs(self) -> JobSubmissionClient:
+        """Ray's own client."""
+        return JobSubmissionClient(self.head.url, headers=self.head.headers)
 
     def result(self, name: str) -> dict[str, Any]:
         read: dict[str, Any] = json.loads((self.storage / name / "result.json").read_text())
@@ -119,7 +126,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (project / "own.py").write_text("def score(prompt, reference, continuation):\n    return 1.0\n")
     (project / ".env").write_text("HF_TOKEN=not-yours")
     (project / "run.yaml").write_text(CONFIG.format(storage=storage))
-    started = Cluster(start_head(free_port()), project, storage)
+    started = Cluster(start_head(free_port(), secrets.token_hex(32)), project, storage)
     try:
         yield started
     finally:
@@ -133,7 +140,7 @@ def test_a_run_from_submission_to_its_end(cluster: Cluster) -> None:
     assert cluster.result("whole")["status"] == "completed"
     assert "SUCCEEDED" in cluster.run("status", "whole")
     assert cluster.run("logs", "whole").count("base eval_loss") == 1
-    jobs = JobSubmissionClient(cluster.head.url).list_jobs()
+    jobs = cluster.jobs().list_jobs()
     assert "not-yours" not in str(jobs)
 
     again = cluster.run("submit", "run.yaml", "name=whole")
@@ -209,14 +216,12 @@ def test_a_killed_driver_is_tried_again(cluster: Cluster) -> None:
     assert "submitted job killed-2" in output
     assert cluster.result("killed")["status"] == "completed"
     assert cluster.steps("killed") == 400
-    statuses = {
-        job.submission_id: job.status for job in JobSubmissionClient(cluster.head.url).list_jobs()
-    }
+    statuses = {job.submission_id: job.status for job in cluster.jobs().list_jobs()}
     assert (statuses["killed"], statuses["killed-2"]) == ("FAILED", "SUCCEEDED")
 
 
 def test_a_pending_job_is_explained(cluster: Cluster) -> None:
-    client = JobSubmissionClient(cluster.head.url)
+    client = cluster.jobs()
     client.submit_job(entrypoint="true", submission_id="waits", entrypoint_num_cpus=64)
     shown = " ".join(cluster.run("status", "waits").split())
     assert "asks for 64 CPU; the cluster has 2 CPU" in shown
@@ -262,8 +267,8 @@ def test_trials_are_in_prometheus_by_state(cluster: Cluster) -> None:
 
 def scraped(cluster: Cluster, run: str) -> dict[str, float]:
     """The values of a run by name, from the targets that the head tells Prometheus."""
-    with urlopen(f"{cluster.head.url}/api/prometheus/sd") as answer:
-        targets = [target for group in json.load(answer) for target in group["targets"]]
+    groups = cluster.head.get("/api/prometheus/sd")
+    targets = [target for group in groups for target in group["targets"]]
     values: dict[str, float] = {}
     for target in targets:
         with urlopen(f"http://{target}/metrics") as answer:
@@ -284,7 +289,7 @@ def test_a_replaced_head_gets_the_job_again(cluster: Cluster) -> None:
     assert KILLED_AFTER < done < 400
     time.sleep(5)
     assert process.poll() is None
-    cluster.head = start_head(before.dashboard)
+    cluster.head = start_head(before.dashboard, before.token)
     output = ended(process, 0)
     assert "does not answer" in output
     assert "its head is another one; retry 1 of 1" in output

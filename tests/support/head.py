@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import psutil
 
@@ -28,6 +30,7 @@ class Head:
     port: int
     folder: Path
     dashboard: int | None = None
+    token: str | None = None
 
     @property
     def url(self) -> str:
@@ -35,9 +38,19 @@ class Head:
         return f"http://127.0.0.1:{self.dashboard}"
 
     @property
+    def headers(self) -> dict[str, str]:
+        """For requests to the dashboard."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+    def get(self, path: str) -> Any:
+        """The JSON that the dashboard answers."""
+        with urlopen(Request(f"{self.url}{path}", headers=self.headers)) as answer:
+            return json.load(answer)
+
+    @property
     def environment(self) -> dict[str, str]:
         """For drivers."""
-        return {"RAY_ADDRESS": f"127.0.0.1:{self.port}", "RAY_AUTH_MODE": "disabled"}
+        return {"RAY_ADDRESS": f"127.0.0.1:{self.port}", **_authentication(self.token)}
 
     def kill(self) -> int:
         """SIGKILL to everything at once, workers as well; how many processes that were."""
@@ -59,9 +72,15 @@ def free_port() -> int:
         return port
 
 
-def start_head(dashboard: int | None = None) -> Head:
+def _authentication(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
     """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
-    dashboard out, without which there are no jobs.
+    dashboard out, without which there are no jobs. With a `token`, it asks for that.
     """
     port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
@@ -74,12 +93,12 @@ def start_head(dashboard: int | None = None) -> Head:
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env=os.environ | _authentication(token) | {"PATH": f"{BIN}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    started = Head(head, port, folder, dashboard)
+    started = Head(head, port, folder, dashboard, token)
     deadline = time.monotonic() + 120
     while not _answers(started):
         assert head.poll() is None, "ray start ended"
@@ -93,7 +112,6 @@ def _answers(head: Head) -> bool:
         workers = psutil.Process(head.process.pid).children(recursive=True)
         return any("raylet" in process.name() for process in workers)
     try:
-        with urlopen(f"{head.url}/api/version"):
-            return True
+        return bool(head.get("/api/v0/nodes")["data"]["result"]["result"])
     except (URLError, ConnectionError):
         return False

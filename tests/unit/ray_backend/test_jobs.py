@@ -155,8 +155,11 @@ def test_versions_that_differ(head: Head, key: str, value: str, words: str) -> N
 def test_an_open_cluster_beyond_loopback_is_refused(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head.answers["/api/v0/nodes"] = nodes("127.0.0.1")
+    head.answers["/api/v0/nodes"] = nodes()
     cluster = JobCluster(head.url)
+    with pytest.raises(Unreachable, match="still starting"):
+        cluster.check_closed()
+    head.answers["/api/v0/nodes"] = nodes("127.0.0.1")
     cluster.check_closed()
     head.answers["/api/v0/nodes"] = nodes("127.0.0.1", "10.0.0.7")
     with pytest.raises(ClusterError, match=r"listens at 10\.0\.0\.7.*--insecure"):
