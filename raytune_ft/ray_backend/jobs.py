@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 import requests
-from ray._raylet import AuthenticationTokenLoader
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -193,9 +192,9 @@ class JobCluster:
         pieces = self._client.tail_job_logs(job_id)
         with asyncio.Runner() as runner:  # at its end it closes the connection, also after Ctrl-C
             try:
-                while True:
-                    yield runner.run(asyncio.wait_for(anext(pieces), silence_s))
-            except (StopAsyncIteration, TimeoutError):
+                while piece := runner.run(asyncio.wait_for(anext(pieces, ""), silence_s)):
+                    yield piece
+            except TimeoutError:
                 return
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
                 raise _unreachable(self.address, error) from error
@@ -220,7 +219,7 @@ class JobCluster:
         headers = _written_headers()
         if not self.has_token or any(name.lower() == "authorization" for name in headers):
             return headers
-        loader = AuthenticationTokenLoader.instance()
+        loader = ray._raylet.AuthenticationTokenLoader.instance()
         if not loader.has_token(ignore_auth_mode=True):
             raise _refused(self.address, "asks for a token, and there is none here")
         return {**headers, "Authorization": f"Bearer {loader.get_raw_token(ignore_auth_mode=True)}"}
