@@ -402,9 +402,10 @@ def status(
 
     Example: raytune-ft status gsm8k --address http://head:8265
     """
+    from raytune_ft.ray_backend.jobs import JobCluster
     from raytune_ft.submit import submit as jobs
 
-    cluster = jobs.JobCluster(address)
+    cluster = JobCluster(address)
     if name is None:
         show.print_table(jobs.all_jobs(cluster))
     else:
@@ -424,9 +425,10 @@ def logs(
 
     Example: raytune-ft logs gsm8k --follow --address http://head:8265
     """
+    from raytune_ft.ray_backend.jobs import JobCluster
     from raytune_ft.submit import submit as jobs
 
-    jobs.logs(jobs.JobCluster(address), name, follow, show.raw, show.tell)
+    jobs.logs(JobCluster(address), name, follow, show.raw, show.tell)
 
 
 @app.command()
@@ -435,9 +437,10 @@ def stop(name: JobName, address: Address, debug: Debug = False) -> None:
 
     Example: raytune-ft stop gsm8k --address http://head:8265
     """
+    from raytune_ft.ray_backend.jobs import JobCluster
     from raytune_ft.submit import submit as jobs
 
-    jobs.stop(jobs.JobCluster(address), name, show.tell)
+    jobs.stop(JobCluster(address), name, show.tell)
 
 
 @checkpoints.command("list")

@@ -12,6 +12,7 @@ import re
 import secrets
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,8 +42,36 @@ checkpoint: {{every_examples: 40}}
 promote: {{metrics: [loss, "own.py:score"]}}
 tracking: {{to: []}}
 """
-LONG = "train.epochs=200"
+LONG = "train.epochs=1000"
 KILLED_AFTER = 30
+
+
+@dataclass
+class Command:
+    """One that runs, and the file with all that it prints."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """So far."""
+        return self.log.read_text()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until something has happened while it runs."""
+        deadline = time.monotonic() + 400
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+
+    def ended(self, code: int) -> str:
+        """Its output, once it has ended with `code`."""
+        self.process.wait(timeout=600)
+        assert self.process.returncode == code, self.output
+        assert "Traceback" not in self.output
+        return self.output
 
 
 @dataclass
@@ -53,25 +82,27 @@ class Cluster:
     project: Path
     storage: Path
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A command in the project; its output is one text."""
+    def start(self, *arguments: str) -> Command:
+        """A command in the project."""
         environment = os.environ | {"RAY_AUTH_TOKEN": str(self.head.token)}
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
             environment.pop(name, None)
-        return subprocess.Popen(
+        file, path = tempfile.mkstemp(dir=self.storage.parent)
+        process = subprocess.Popen(
             command(*arguments, "--address", self.head.url),
             cwd=self.project,
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            text=True,
         )
+        os.close(file)
+        return Command(process, Path(path))
 
     def run(self, *arguments: str, code: int = 0) -> str:
         """The output of a command that has to end with `code`."""
-        return ended(self.start(*arguments), code)
+        return self.start(*arguments).ended(code)
 
-    def submit(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+    def submit(self, name: str, *arguments: str) -> Command:
         return self.start("submit", "run.yaml", f"name={name}", *arguments)
 
     def driver(self, name: str) -> psutil.Process:
@@ -96,21 +127,6 @@ class Cluster:
         """How many steps a run has done."""
         file = self.storage / name / "metrics.jsonl"
         return len(losses(file.parent)) if file.is_file() else 0
-
-
-def ended(process: subprocess.Popen[str], code: int) -> str:
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == code, output
-    assert "Traceback" not in output
-    return output
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def last_line(output: str) -> str:
@@ -151,9 +167,9 @@ def test_a_run_from_submission_to_its_end(cluster: Cluster) -> None:
 
 def test_a_live_run_is_attached_to_detached_from_stopped_and_continued(cluster: Cluster) -> None:
     first = cluster.submit("live", LONG)
-    wait_for(lambda: cluster.steps("live") > 5, first)
-    first.send_signal(signal.SIGINT)
-    assert "goes on" in last_line(ended(first, 130))
+    first.wait_for(lambda: cluster.steps("live") > 5)
+    first.process.send_signal(signal.SIGINT)
+    assert "goes on" in last_line(first.ended(130))
 
     line = last_line(cluster.run("submit", "run.yaml", "name=live", code=2))
     check_line(f"{line}\n")
@@ -161,12 +177,13 @@ def test_a_live_run_is_attached_to_detached_from_stopped_and_continued(cluster: 
 
     second = cluster.submit("live", LONG)
     third = cluster.start("logs", "live", "--follow")
-    time.sleep(10)
+    second.wait_for(lambda: "attached to the live job live" in second.output)
+    third.wait_for(lambda: "base eval_loss" in third.output)
     stopped = cluster.run("stop", "live")
     assert "STOPPED" in stopped
     assert "--resume" in stopped
-    for process in (second, third):
-        assert "it was stopped" in last_line(ended(process, 130))
+    for each in (second, third):
+        assert "it was stopped" in last_line(each.ended(130))
     assert cluster.result("live")["status"] == "interrupted"
     done = cluster.steps("live")
     newest = sorted((cluster.storage / "live" / "checkpoints").glob("step-*"))[-1]
@@ -178,7 +195,11 @@ def test_a_live_run_is_attached_to_detached_from_stopped_and_continued(cluster: 
 
     # The budget is raised, so that this is another package in another folder of the cluster.
     cluster.run(
-        "submit", "run.yaml", "name=live", "train.epochs=201", f"train.max_examples={4 * done + 80}"
+        "submit",
+        "run.yaml",
+        "name=live",
+        "train.epochs=1001",
+        f"train.max_examples={4 * done + 80}",
     )
     assert cluster.steps("live") == done + 20
 
@@ -208,9 +229,9 @@ def test_what_only_the_job_finds_ends_with_2(cluster: Cluster) -> None:
 
 def test_a_killed_driver_is_tried_again(cluster: Cluster) -> None:
     process = cluster.submit("killed", LONG, "train.max_examples=1600", "--retry", "1")
-    wait_for(lambda: cluster.steps("killed") > KILLED_AFTER, process)
+    process.wait_for(lambda: cluster.steps("killed") > KILLED_AFTER)
     cluster.driver("killed").kill()
-    output = ended(process, 0)
+    output = process.ended(0)
     assert "its driver was killed" in output
     assert "retry 1 of 1" in output
     assert "submitted job killed-2" in output
@@ -234,7 +255,7 @@ def test_metrics_are_in_prometheus_under_the_name_of_the_run(cluster: Cluster) -
     """Two workers, so that Ray trains."""
     process = cluster.submit("metrics", LONG, "parallel.workers=2", "checkpoint.every_examples=40")
     try:
-        wait_for(lambda: "ray_raytune_ft_checkpoint_age_s" in scraped(cluster, "metrics"), process)
+        process.wait_for(lambda: "ray_raytune_ft_checkpoint_age_s" in scraped(cluster, "metrics"))
         found = scraped(cluster, "metrics")
         for name in (
             "step",
@@ -248,7 +269,7 @@ def test_metrics_are_in_prometheus_under_the_name_of_the_run(cluster: Cluster) -
         assert found["ray_raytune_ft_examples"] == 4 * found["ray_raytune_ft_step"]
     finally:
         cluster.run("stop", "metrics")
-        ended(process, 130)
+        process.ended(130)
 
 
 def test_trials_are_in_prometheus_by_state(cluster: Cluster) -> None:
@@ -256,13 +277,13 @@ def test_trials_are_in_prometheus_by_state(cluster: Cluster) -> None:
     search += ["search.sampler=grid", "search.scheduler=null", "search.execution=packed"]
     process = cluster.submit("searched", LONG, *search)
     try:
-        wait_for(lambda: "ray_raytune_ft_loss" in scraped(cluster, "searched"), process)
+        process.wait_for(lambda: "ray_raytune_ft_loss" in scraped(cluster, "searched"))
         found = scraped(cluster, "searched")
         assert found["ray_raytune_ft_trials"] > 0
         assert "raytune-ft sweep run.yaml" in cluster.run("status", "searched")
     finally:
         cluster.run("stop", "searched")
-        ended(process, 130)
+        process.ended(130)
 
 
 def scraped(cluster: Cluster, run: str) -> dict[str, float]:
@@ -282,15 +303,15 @@ def scraped(cluster: Cluster, run: str) -> dict[str, float]:
 def test_a_replaced_head_gets_the_job_again(cluster: Cluster) -> None:
     """Last of all: the head is another one afterwards."""
     process = cluster.submit("beheaded", LONG, "train.max_examples=1600", "--retry", "1")
-    wait_for(lambda: cluster.steps("beheaded") > KILLED_AFTER, process)
+    process.wait_for(lambda: cluster.steps("beheaded") > KILLED_AFTER)
     before = cluster.head
     assert before.kill() > 3
     done = cluster.steps("beheaded")
     assert KILLED_AFTER < done < 400
     time.sleep(5)
-    assert process.poll() is None
+    assert process.process.poll() is None
     cluster.head = start_head(before.dashboard, before.token)
-    output = ended(process, 0)
+    output = process.ended(0)
     assert "does not answer" in output
     assert "its head is another one; retry 1 of 1" in output
     assert "submitted job beheaded-2" in output
