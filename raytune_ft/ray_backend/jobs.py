@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -249,6 +249,13 @@ class _Client(JobSubmissionClient):
         if answer.status_code != 200:
             self._raise_error(answer)
         return answer.json()
+
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        raise ClusterError(
+            f"--address={self.get_address()}",
+            f"answers {r.status_code} ({_last_line(r.text)})",
+            f"check that it is the dashboard of a cluster with Ray {ray.__version__}",
+        )
 
 
 def _url(address: str) -> str:

@@ -75,12 +75,12 @@ def follow_log(
             if job is None or not job.ended:
                 time.sleep(LOOK_EVERY_S)
                 continue
-            with suppress(Unreachable, RuntimeError):  # what Ray added after the driver's end
+            with suppress(ClusterError):  # what Ray added after the driver's end
                 log.catch_up(cluster.logs(job_id))
             return job
         except Unreachable:
             until_it_answers(cluster.jobs, tell, patience_s)
-            with suppress(Unreachable, RuntimeError):  # a proxy may pass no websockets
+            with suppress(ClusterError):  # a proxy may pass no websockets
                 log.catch_up(cluster.logs(job_id))
             time.sleep(LOOK_EVERY_S)
 
@@ -160,14 +160,14 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def has_died(job: Job | None) -> bool:
-    """Whether a job ended without saying why: its driver was killed, or it went with its head.
+def was_cut_off(job: Job | None) -> bool:
+    """Whether a job ended neither by itself nor by a stop: its driver was killed or interrupted, or
+    it went with its head.
 
     Such a job may be tried again. One that failed, refused its input or was stopped may not.
     """
-    if job is None:
-        return True
-    return job.status == "FAILED" and job.exit_code not in (*OURS, *NOT_FOUND)
+    by_itself = (0, RunFailed.exit_code, ClusterError.exit_code, *NOT_FOUND)
+    return job is None or (job.status == "FAILED" and job.exit_code not in by_itself)
 
 
 def how_it_ended(job: Job | None) -> str:
@@ -179,9 +179,11 @@ def how_it_ended(job: Job | None) -> str:
             f"it ended with exit code {job.exit_code}: the head of the cluster has no `raytune-ft` "
             "on its PATH; install it there"
         )
-    if has_died(job):
-        code = "" if job.exit_code is None else f"its driver was killed (exit code {job.exit_code})"
-        return code or next(iter(job.message.strip().splitlines()), "its driver was lost")
+    if was_cut_off(job) and job.exit_code is None:
+        return next(iter(job.message.strip().splitlines()), "its driver was lost")
+    if was_cut_off(job):
+        how = "interrupted" if job.exit_code == Interrupted.exit_code else "killed"
+        return f"its driver was {how} (exit code {job.exit_code})"
     if job.status == "FAILED":
         return f"it ended with exit code {job.exit_code}"
     return {"STOPPED": "it was stopped", "SUCCEEDED": "it is done"}.get(job.status, job.status)

@@ -19,7 +19,7 @@ from raytune_ft.config.load import apply_overrides, dump_yaml, load_config, to_p
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.errors import ClusterError, ConfigError, Interrupted, Unreachable
+from raytune_ft.errors import ClusterError, ConfigError, Interrupted
 from raytune_ft.format import NONE, cell, seconds
 from raytune_ft.ray_backend.cluster import STOP_GRACE, stop_grace_s
 from raytune_ft.ray_backend.jobs import DIGEST, RUN, Job, JobCluster
@@ -30,11 +30,11 @@ from raytune_ft.submit.follow import (
     Show,
     find,
     follow_log,
-    has_died,
     how_it_ended,
     last_error,
     raise_unless_done,
     until_it_answers,
+    was_cut_off,
     why_pending,
 )
 from raytune_ft.submit.package import package_of
@@ -75,25 +75,29 @@ class Submission:
     archive: Path
     digest: str
 
-    def begin(self, cluster: JobCluster, tried: Sequence[str], tell: Tell) -> str:
-        """Attach to the live job of this run, or start one under the first id that is free; ids
-        in `tried` are not. Returns the id.
+    def live(self, jobs: Sequence[Job]) -> Job | None:
+        """The live job of this run among `jobs`, to attach to.
 
         Raises:
-            ClusterError: the live job of this run was submitted with something else.
+            ClusterError: it was submitted with something else.
+        """
+        found = [job for job in jobs if not job.ended and self.run in (job.run, job.id)]
+        if found and found[-1].digest != self.digest:
+            raise ClusterError(
+                f"run {self.run}",
+                f"is in use by the live job {found[-1].id} with another config or other files",
+                f"stop that with `raytune-ft stop {found[-1].id}`, or write another name",
+            )
+        return found[-1] if found else None
+
+    def begin(self, cluster: JobCluster, tried: Sequence[str], tell: Tell) -> str:
+        """Attach to the live job of this run, or start one under the first id that is free; ids
+        in `tried` are not. Returns the id. Raises ClusterError as `live` does.
         """
         jobs = cluster.jobs()
-        live = [job for job in jobs if not job.ended and self.run in (job.run, job.id)]
-        if live:
-            job = live[-1]
-            if job.digest != self.digest:
-                raise ClusterError(
-                    f"run {self.run}",
-                    f"is in use by the live job {job.id} with another config or other files",
-                    f"stop that with `raytune-ft stop {job.id}`, or write another name",
-                )
-            tell(f"attached to the live job {job.id}")
-            return job.id
+        if live := self.live(jobs):
+            tell(f"attached to the live job {live.id}")
+            return live.id
         taken = {*tried, *(job.id for job in jobs)}
         numbers = range(2, len(taken) + 3)
         free = [self.job_id, *(f"{self.job_id}-{number}" for number in numbers)]
@@ -134,10 +138,6 @@ def submit(file: Path, overrides: Sequence[str], asked: Asked, show: Show, tell:
     cluster.check_versions()
     if not asked.insecure:
         cluster.check_closed()
-    if asked.cluster_paths:
-        tell("the job checks model and data: --cluster-paths says that they are there")
-    else:
-        check_inputs(config, command, tell)
     words = ["raytune-ft", command, package.config, *overrides, *AGAIN]
     with tempfile.TemporaryDirectory(prefix="raytune-ft-") as folder:
         archive = Path(folder) / "package.zip"
@@ -149,6 +149,11 @@ def submit(file: Path, overrides: Sequence[str], asked: Asked, show: Show, tell:
             archive,
             hashlib.sha256(f"{command}\n{dump_yaml(config)}{package_sha256}".encode()).hexdigest(),
         )
+        if submission.live(cluster.jobs()) is None:
+            if asked.cluster_paths:
+                tell("the job checks model and data: --cluster-paths says that they are there")
+            else:
+                check_inputs(config, command, tell)
         _run(cluster, submission, asked, show, tell)
 
 
@@ -162,7 +167,7 @@ def _run(cluster: JobCluster, submission: Submission, asked: Asked, show: Show, 
             tell(how_to_go_on(job_id, cluster))
             return
         job = followed(cluster, job_id, show, tell)
-        if not has_died(job) or len(tried) > asked.retries:
+        if not was_cut_off(job) or len(tried) > asked.retries:
             end(cluster, job, job_id)
             return
         tell(f"job {job_id}: {how_it_ended(job)}; retry {len(tried)} of {asked.retries}")
@@ -181,7 +186,7 @@ def followed(cluster: JobCluster, job_id: str, show: Show, tell: Tell) -> Job | 
 def end(cluster: JobCluster, job: Job | None, job_id: str) -> None:
     """JobEnded unless the job is done."""
     log = ""
-    with suppress(Unreachable, RuntimeError):  # a head that has died in the meantime
+    with suppress(ClusterError):  # a head that has died in the meantime
         log = cluster.logs(job_id) if job is not None else ""
     raise_unless_done(job, job_id, log)
 

@@ -87,6 +87,8 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
     shown = ["--include-dashboard=false"]
     if dashboard is not None:
         shown = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        # Without its agent a head takes no jobs, and another Ray here may have the usual port.
+        shown += [f"--dashboard-agent-listen-port={free_port()}"]
     head = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--num-cpus=2", *shown),

@@ -15,7 +15,7 @@ import pytest
 from raytune_ft.errors import ClusterError, Interrupted, JobEnded, RunFailed, Unreachable
 from raytune_ft.ray_backend.jobs import Job
 from raytune_ft.submit import follow, submit
-from raytune_ft.submit.follow import find, follow_log, has_died, raise_unless_done, why_pending
+from raytune_ft.submit.follow import find, follow_log, raise_unless_done, was_cut_off, why_pending
 from raytune_ft.submit.submit import Asked, Submission
 
 LOG = "".join(f"line {number}\n" for number in range(9))
@@ -118,7 +118,7 @@ def test_a_cluster_that_stays_away_ends_the_command_and_not_the_job() -> None:
 def test_a_head_that_forgot_the_job() -> None:
     job, _, _ = watch(Cluster(ends=[None], known={"run": RUNNING}))
     assert job is None
-    assert has_died(job)
+    assert was_cut_off(job)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_head_that_forgot_the_job() -> None:
         ("SUCCEEDED", 0, 0, False),
         ("FAILED", 1, 1, False),
         ("FAILED", 2, 2, False),
-        ("FAILED", 130, 130, False),
+        ("FAILED", 130, 130, True),
         ("STOPPED", None, 130, False),
         ("FAILED", -9, 1, True),
         ("FAILED", 137, 1, True),
@@ -139,7 +139,7 @@ def test_exit_codes_are_those_of_the_driver(
     status: str, exit_code: int | None, own: int, died: bool
 ) -> None:
     job = replace(RUNNING, status=status, exit_code=exit_code, message="lost\nmore")
-    assert has_died(job) is died
+    assert was_cut_off(job) is died
     if own == 0:
         raise_unless_done(job, "run", "")
         return
