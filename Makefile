@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families methods-table lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table image-locks lint types bench clean
 
 install: $(STAMP)
 
@@ -24,7 +24,7 @@ quickstart: $(STAMP)
 # thread each, the processes wait for each other's threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder \
-		-m "not slow and not stress and not multihost and not matrix and not families"
+		-m "not slow and not stress and not multihost and not matrix and not families and not slurm"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"
@@ -32,6 +32,17 @@ test-slow: $(STAMP)
 # Needs root and iproute2; skipped with the reason otherwise.
 test-multihost: $(STAMP)
 	$(PYTEST) -m multihost -s tests/multihost
+
+# Every file of cluster/ by the tools that read it; what is missing is skipped with the reason. SkyPilot
+# has an environment of its own, since its many dependencies are not ours.
+test-cluster-files: $(STAMP)
+	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install -q skypilot==0.14.1
+	$(PYTEST) tests/cluster_files
+
+# A real Slurm of two nodes. Needs root, iproute2 and Debian's package archive.
+test-slurm: $(STAMP)
+	$(PYTEST) -m slurm -s tests/slurm
 
 # Every strategy, activation policy, method and family of models; RAYTUNE_FT_MATRIX names a file
 # for the table.
@@ -45,6 +56,16 @@ test-families: $(STAMP)
 # The table of docs/methods.md.
 methods-table: $(STAMP)
 	$(BIN)/python scripts/methods_table.py
+
+# After a change of constraints.txt. TORCH_CPU may be a directory that holds the wheel.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml -c constraints.txt --generate-hashes --no-header \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--extra lm-eval --extra metrics --extra mlflow --extra postgres --extra quantize --extra s3
+image-locks: $(STAMP)
+	$(BIN)/python -m pip install -q uv==0.13.8
+	$(COMPILE) --find-links $(TORCH_CPU) -o cluster/image/cpu.lock
+	$(COMPILE) -o cluster/image/cuda.lock
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
