@@ -29,14 +29,23 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
-from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
+from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
 from raytune_ft.files import write_text_atomic
-from raytune_ft.layout import DATA, PROMOTED, RESULT
+from raytune_ft.layout import DATA, RESULT
+from raytune_ft.locks import Wait
 from raytune_ft.preflight import needs_ray, placed, prepare
 from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
-from raytune_ft.rundir import OpenRun, cache_path, open_run, probe_storage, remote_url, run_path
+from raytune_ft.rundir import (
+    OpenRun,
+    Resume,
+    cache_path,
+    open_run,
+    probe_storage,
+    remote_url,
+    run_path,
+)
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
@@ -91,29 +100,32 @@ class Backend:
 
         run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
 
-    def promote(self, path: Path, tell: Tell) -> Promotion:
+    def promote(self, path: Path, tell: Tell, wait_s: float | None) -> Promotion:
         """Promotes the best trial of a sweep."""
         from raytune_ft.promote.promote import promote
 
-        return promote(path, tell=tell)
+        return promote(path, tell=tell, wait_s=wait_s)
 
 
 def train(
     file: Path,
     overrides: Sequence[str],
-    resume: bool,
+    resume: Resume,
     tell: Tell,
     reporter: MakeReporter,
     backend: Backend | None = None,
     usable: int | None = None,
+    wait_s: float | None = None,
 ) -> Trained:
-    """One run. `usable`: see `placed`. Raises InputError, RunFailed or Interrupted."""
+    """One run. `usable`: see `placed`; `wait_s`: see `Wait`.
+
+    Raises InputError, RunFailed or Interrupted.
+    """
     backend = backend or Backend()
     written = load_config(file, overrides, tell, ignore_search=True)
     with (
         placed(written, usable) as (config, reason),
-        _mirrored(config, resume, tell),
-        open_run(config, resume) as run,
+        open_run(config, resume, Wait(wait_s, tell), partial(_mirrored, config, tell)) as run,
     ):
         config = _with_saved_strategy(written, config, run)
         if _has_ended(run, config):
@@ -133,12 +145,13 @@ def train(
 def sweep(
     file: Path,
     overrides: Sequence[str],
-    resume: bool,
+    resume: Resume,
     tell: Tell,
     backend: Backend | None = None,
     usable: int | None = None,
+    wait_s: float | None = None,
 ) -> Swept:
-    """A search and the promotion of its best trial; `usable`: see `placed`.
+    """A search and the promotion of its best trial; `usable`: see `placed`; `wait_s`: see `Wait`.
 
     Raises InputError, RunFailed or Interrupted.
     """
@@ -150,8 +163,7 @@ def sweep(
         )
     with (
         placed(written, usable) as (config, _),
-        _mirrored(config, resume, tell),
-        open_run(config, resume) as run,
+        open_run(config, resume, Wait(wait_s, tell), partial(_mirrored, config, tell)) as run,
     ):
         config = _with_saved_strategy(written, config, run)
         if not _has_ended(run, config):
@@ -160,29 +172,43 @@ def sweep(
             assert spec.config.search is not None
             check_examples(spec.config.search, _examples(config, data))
             with run.begun(config):
-                backend.search(spec, tell, resume)
+                backend.search(spec, tell, run.saved is not None)
         try:
-            promotion = _promote_once(run.path, tell, backend)
+            promotion = _promote_once(run.path, tell, partial(backend.promote, wait_s=wait_s))
         finally:
             try_report(run.path, tell)
         result = read_json(run.path / RESULT) or {}
         return Swept(run.path, result, promotion, written.search.metrics[0])
 
 
-def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
+def promote(
+    directory: Path,
+    again: bool,
+    tell: Tell,
+    once: bool = False,
+    wait_s: float | None = None,
+) -> Promotion | None:
     """Promote the best checkpoint of a run or a sweep, and write its report.
 
+    `once` leaves an earlier promotion as it is, and returns None; `wait_s`: see `Wait`.
     Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
     same time. Raises what `promote.promote.promote` does.
     """
     from raytune_ft.promote.promote import promote as make
 
+    if once and again:
+        raise ConfigError(
+            "--again", "makes another promotion at every start", "leave out --again or --resume"
+        )
     with ExitStack() as stack:
         if os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job():
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
-        promotion = make(directory, again, tell=tell)
+        if once:
+            promotion = _promote_once(directory, tell, partial(make, wait_s=wait_s))
+        else:
+            promotion = make(directory, again, tell=tell, wait_s=wait_s)
     try_report(directory, tell)
     return promotion
 
@@ -217,7 +243,7 @@ def _with_saved_strategy(written: Config, config: Config, run: OpenRun) -> Confi
     return apply_overrides(config, {"parallel.strategy": before.strategy})
 
 
-def _mirrored(config: Config, resume: bool, tell: Tell) -> AbstractContextManager[None]:
+def _mirrored(config: Config, tell: Tell, resume: bool) -> AbstractContextManager[None]:
     """Copies the run directory to its object store, where `storage` names one."""
     if remote_url(config) is None:
         return nullcontext()
@@ -276,11 +302,15 @@ def _check_studies(config: Config, begun: bool) -> None:
         earlier_trials(search)
 
 
-def _promote_once(path: Path, tell: Tell, backend: Backend) -> Promotion | None:
-    if (path / PROMOTED).exists():
-        tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
+def _promote_once(
+    path: Path, tell: Tell, make: Callable[..., Promotion]
+) -> Promotion | None:
+    """None where an earlier command has promoted it."""
+    try:
+        return make(path, tell=tell)
+    except Promoted as error:
+        tell(f"{error.value} is kept; `raytune-ft promote {path} --again` makes another")
         return None
-    return backend.promote(path, tell)
 
 
 def _examples(config: Config, data: PreparedData) -> int:

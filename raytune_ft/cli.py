@@ -10,12 +10,15 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
+from raytune_ft.locks import duration
 from raytune_ft.records import as_json
 from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
@@ -47,7 +50,23 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Replace values of the file."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")]
+Resume = Annotated[
+    Literal["yes", "auto"] | None,
+    typer.Option(
+        "--resume",
+        metavar="[auto]",
+        help="Continue the run of that name. auto: begin it, or continue what was begun.",
+    ),
+]
+WaitLock = Annotated[
+    float | None,
+    typer.Option(
+        "--wait-lock",
+        metavar="DURATION",
+        parser=duration,
+        help="Wait for a run that another process drives, such as 90s, 3m or 1h.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Where = Annotated[
     str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
@@ -119,19 +138,49 @@ def schema(
     print(json.dumps(Config.model_json_schema(), indent=2))
 
 
-@app.command()
+class _Resumable(TyperCommand):
+    """Typer has no option whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_value(args))
+
+
+def _with_value(arguments: Sequence[str]) -> list[str]:
+    """A bare `--resume` as `--resume=yes`, since no other argument after it is its value."""
+    return [
+        "--resume=yes" if each == "--resume" and after != "auto" else each
+        for each, after in pairwise([*arguments, ""])
+    ]
+
+
+def _resume(written: str | None) -> bool | Literal["auto"]:
+    return "auto" if written == "auto" else written == "yes"
+
+
+@app.command(cls=_Resumable)
 def train(
-    file: File, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+    file: File,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    wait_lock: WaitLock = None,
+    debug: Debug = False,
 ) -> None:
     """Train one run. A search section is ignored.
 
     Example: raytune-ft train jobs/quickstart.yaml name=first train.lr=1e-3
+
+    Example: raytune-ft train jobs/quickstart.yaml --resume auto --wait-lock 3m
     """
     from raytune_ft import app as run
 
     with ExitStack() as stack:
         done = run.train(
-            file, overrides or (), resume, show.tell, lambda total: _reporter(total, stack)
+            file,
+            overrides or (),
+            _resume(resume),
+            show.tell,
+            lambda total: _reporter(total, stack),
+            wait_s=wait_lock,
         )
     if done.result is None:
         return
@@ -147,17 +196,23 @@ def train(
     show.print_facts({**facts, "run": done.path})
 
 
-@app.command()
+@app.command(cls=_Resumable)
 def sweep(
-    file: File, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+    file: File,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    wait_lock: WaitLock = None,
+    debug: Debug = False,
 ) -> None:
     """Search over the space of a config, then promote the best trial.
 
     Example: raytune-ft sweep jobs/quickstart.yaml search.trials=12
+
+    Example: raytune-ft sweep jobs/quickstart.yaml --resume auto --wait-lock 3m
     """
     from raytune_ft import app as run
 
-    done = run.sweep(file, overrides or (), resume, show.tell)
+    done = run.sweep(file, overrides or (), _resume(resume), show.tell, wait_s=wait_lock)
     best = done.result.get("best")
     name = best["trial"] if best else None
     show.print_table(tables.trials(done.result["trials"], name, done.metric))
@@ -172,6 +227,15 @@ def promote(
     again: Annotated[
         bool, typer.Option("--again", help="Promote again; the earlier result is kept.")
     ] = False,
+    resume: Annotated[
+        Literal["auto"] | None,
+        typer.Option(
+            "--resume",
+            metavar="auto",
+            help="auto: promote it, or leave an earlier promotion as it is.",
+        ),
+    ] = None,
+    wait_lock: WaitLock = None,
     debug: Debug = False,
 ) -> None:
     """Merge, evaluate and export the best trial of a sweep, or a run.
@@ -180,7 +244,9 @@ def promote(
     """
     from raytune_ft import app as run
 
-    _show_promotion(run.promote(directory.absolute(), again, show.tell))
+    path, once = directory.absolute(), resume == "auto"
+    if promotion := run.promote(path, again, show.tell, once, wait_lock):
+        _show_promotion(promotion)
 
 
 @app.command()

@@ -6,9 +6,11 @@ RaytuneFtError
 |   |-- DataError         a source, a row or a column
 |   |-- ModelError        a model directory, a hub id, a method that the model cannot take
 |   |-- StorageError      a path that cannot be written, a run that exists or does not
+|   |   `-- Promoted      the run or sweep was promoted before
 |   `-- ClusterError      resources that the cluster does not have
 |-- RunFailed             exit code 1: the run itself failed
 |   |-- Diverged          the loss or the gradient is not finite
+|   |-- LockHeld          another process drives the run, for longer than --wait-lock
 |   |-- OutOfMemory       a device or the host ran out of memory
 |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
 |   `-- MergeError        a fold whose logits differ from those of base + adapter
@@ -56,6 +58,10 @@ class StorageError(InputError):
     """A path that cannot be written, a run that exists or does not."""
 
 
+class Promoted(StorageError):
+    """The run or sweep was promoted before, and promoting again was not asked for."""
+
+
 class ClusterError(InputError):
     """Resources that the cluster does not have."""
 
@@ -66,6 +72,10 @@ class RunFailed(RaytuneFtError):
 
 class Diverged(RunFailed):
     """The loss or the gradient is not finite."""
+
+
+class LockHeld(RunFailed):
+    """Another process drives the run, for longer than --wait-lock; a retry may find it free."""
 
 
 class OutOfMemory(RunFailed):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Literal
 
 from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
 from raytune_ft.config.identity import check_resume
@@ -28,6 +27,10 @@ from raytune_ft.layout import (
     UNFINISHED,
     cache_in,
 )
+from raytune_ft.locks import WAIT, Wait, locked
+
+Resume = bool | Literal["auto"]
+"""`auto` begins a run, or continues what its name began."""
 
 
 @dataclass(frozen=True)
@@ -117,40 +120,46 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(config: Config, resume: bool) -> Iterator[OpenRun]:
+def open_run(
+    config: Config,
+    resume: Resume,
+    wait: Wait = Wait(),
+    copied: Callable[[bool], AbstractContextManager[None]] = lambda resume: nullcontext(),
+) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
 
     A new run has its new config there; a resumed one keeps its earlier config until `begun`. What
     was created here is deleted when an InputError ends the context before anything was measured,
     so that a mistake does not use up the name. What a driver left that was killed before that is
-    deleted when the name is used again.
+    deleted when the name is used again. `copied` keeps a copy elsewhere while the lock is held.
 
     Raises:
         StorageError: the name exists (with `resume`: does not exist), another process drives the
             directory, or the storage cannot be written.
+        LockHeld: another process drove it for as long as `wait` allows.
         ConfigError: a resume changes a key that it must keep.
     """
     path = run_path(config)
-    if resume and not (path / CONFIG).is_file():
-        raise StorageError(str(path), "holds no run to resume", "leave --resume out to begin one")
-    if not resume:
-        _refuse_existing(path)
+    ours = _is_ours(path)  # the lock would make any directory look so
+    if remote_url(config) is None:  # else a copy of it may be there
+        _saved(path, config, resume, ours)
     probe_storage(path.parent)
     made = _make(path)
-    with _locked(path):
-        if resume:
-            saved = load_config(path / CONFIG)
-            check_resume(saved, config)
-            yield OpenRun(path, saved)
-            return
-        _refuse_existing(path)  # another driver may have been faster
-        _empty(path)
-        write_text_atomic(path / CONFIG, dump_yaml(config))
+    rule, remedy = "is driven by another process", f"{WAIT}, or write another name"
+    with (
+        locked(path / LOCK, rule, remedy, wait),
+        _removed_if_unused(path, made),
+        copied(bool(resume)),
+    ):
+        saved = _saved(path, config, resume, ours)  # another driver may have been faster
+        if saved is None:
+            _empty(path)
+            write_text_atomic(path / CONFIG, dump_yaml(config))
         try:
-            yield OpenRun(path, None)
+            yield OpenRun(path, saved)
         except InputError:
-            if not _measured(path):
-                _undo(path, made)
+            if saved is None and not _measured(path):
+                _empty(path)
             raise
 
 
@@ -175,12 +184,14 @@ def _make(path: Path) -> bool:
     return True
 
 
-def _undo(path: Path, made: bool) -> None:
-    """Removes a run that has not begun: the directory if it was `made` here, else its content."""
-    if made:
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        _empty(path)
+@contextmanager
+def _removed_if_unused(path: Path, made: bool) -> Iterator[None]:
+    """Removes a directory that was `made` here, if nothing but its lock is left in it."""
+    try:
+        yield
+    finally:
+        if made and _names(path) == [LOCK]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _empty(path: Path) -> None:
@@ -192,41 +203,61 @@ def _empty(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an flock, which the kernel releases when its holder dies."""
-    try:
-        lock = FileLock(path / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise StorageError(
-            str(path), "is driven by another process", "wait for it to end, or write another name"
-        ) from None
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _saved(path: Path, config: Config, resume: Resume, ours: bool) -> Config | None:
+    """The config of the run that is continued; None where one begins.
 
-
-def _refuse_existing(path: Path) -> None:
-    """StorageError for a directory with anything but what a driver leaves that measured nothing.
-
-    Its lock says that the files are a driver's; a config.yaml alone may be somebody's own.
+    Raises:
+        StorageError: the name exists, or with `resume` does not.
+        ConfigError: `config` changes a key that a resume must keep.
     """
-    try:
-        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    known = all(name in NOT_BEGUN or name.startswith(UNFINISHED) for name in names)
-    ours = not names or LOCK in names
-    if not (known and ours) or _measured(path) or (path.exists() and not path.is_dir()):
+    free = ours and _has_not_begun(path)
+    if not resume and not free:
         raise StorageError(
             f"run {path.name}",
             f"exists in {path.parent}, and names are used once",
             "write --resume to continue it, or another name",
         )
+    if not resume:
+        return None
+    if resume == "auto" and free and not _goes_on(path, config):
+        return None
+    if not (path / CONFIG).is_file():
+        remedy = "write another name" if resume == "auto" else "leave --resume out to begin one"
+        raise StorageError(str(path), "holds no run to resume", remedy)
+    saved = load_config(path / CONFIG)
+    check_resume(saved, config)
+    return saved
+
+
+def _goes_on(path: Path, config: Config) -> bool:
+    """Whether a directory in which nothing was measured is that of the same run."""
+    try:
+        check_resume(load_config(path / CONFIG), config)
+    except ConfigError:
+        return False
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a driver made the directory, or may: it is empty or missing, or has a lock in it.
+
+    A config.yaml alone may be somebody's own.
+    """
+    names = _names(path)
+    return not names or LOCK in names
+
+
+def _has_not_begun(path: Path) -> bool:
+    """Whether there is nothing but what a driver leaves that measured nothing."""
+    known = all(name in NOT_BEGUN or name.startswith(UNFINISHED) for name in _names(path))
+    return known and not _measured(path) and (path.is_dir() or not path.exists())
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _measured(path: Path) -> frozenset[tuple[Path, int]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
 
 from raytune_ft.checkpoints.manifest import check_sizes
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints
@@ -17,6 +16,7 @@ from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
 from raytune_ft.files import read_json
 from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
+from raytune_ft.locks import locked
 from raytune_ft.records import CheckpointManifest, Tell
 
 
@@ -262,13 +262,6 @@ def _require_idle(where: str) -> None:
     if where.startswith(OBJECT_STORE):
         return
     for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
-        if not (run / LOCK).exists():
-            continue
-        lock = FileLock(run / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StorageError(
-                str(run), "is driven by another process", "wait for it to end"
-            ) from None
-        lock.release()
+        if (run / LOCK).exists():
+            with locked(run / LOCK, "is driven by another process", "wait for it to end"):
+                pass

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import (
     CHECKPOINTS,
     CONFIG,
+    LOCK,
     MANIFEST,
     METRICS,
     MIRROR_OWNER,
@@ -178,9 +179,8 @@ class Mirror:
             self.bucket.upload(copy, key)
 
     def _fetch(self) -> None:
-        """Download the run into a hidden directory, which then replaces the local one.
-
-        An older local copy is kept beside it.
+        """Download the run into a hidden directory, whose content then replaces that of the local
+        one, but for its lock. An older local copy is kept beside it.
         """
         self._tell(f"fetching {self.bucket.url}/{self.name}")
         fetched = self.run.with_name(f".{self.name}.fetched")
@@ -202,11 +202,20 @@ class Mirror:
                     remote.fetch(name, fetched / folder)
                 except CheckpointError as error:
                     self._tell(f"checkpoint {name} is skipped: {error}")
-        if self.run.exists():
+        self.run.mkdir(parents=True, exist_ok=True)
+        if older := [path for path in self.run.iterdir() if path.name != LOCK]:
             aside = free_path(self.run, ".older-")
-            self.run.rename(aside)
+            _move(older, aside)
             self._tell(f"the older local copy is kept as {aside}")
-        fetched.rename(self.run)
+        _move(fetched.iterdir(), self.run)
+        fetched.rmdir()
+
+
+def _move(paths: Iterable[Path], target: Path) -> None:
+    """The owner last: a run whose move was broken off has none, and is fetched again."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(paths, key=lambda path: path.name == MIRROR_OWNER):
+        path.rename(target / path.name)
 
 
 @contextmanager

@@ -6,14 +6,12 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +21,7 @@ from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
-from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
+from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
 from raytune_ft.evaluate.classifier import constant_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
@@ -49,6 +47,7 @@ from raytune_ft.layout import (
     cache_in,
     free_path,
 )
+from raytune_ft.locks import WAIT, Wait, locked
 from raytune_ft.merge.fold import held_out
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.model.heads import Head
@@ -66,7 +65,7 @@ from raytune_ft.promote.decide import (
     evaluation_of,
     score_lines,
 )
-from raytune_ft.promote.select import Selection, select
+from raytune_ft.promote.select import Selection, read_result, select
 from raytune_ft.records import Tell, to_json
 from raytune_ft.train.setup import evaluation_objective, head_of
 
@@ -205,32 +204,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Path, report: Data
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which allows one promotion at a time.
-
-    The kernel releases it when its holder dies.
-
-    Raises:
-        StorageError: another process holds it, or the directory cannot be written.
-    """
-    lock = FileLock(directory / PROMOTION_LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StorageError(
-            str(directory), "is being promoted by another process", "wait for it to end"
-        ) from None
-    except OSError as error:
-        raise StorageError(
-            str(directory), f"cannot be written ({error.strerror})", "make it writable"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @dataclass(frozen=True)
 class Promotion:
     """The result of a promotion.
@@ -262,16 +235,20 @@ def promote(
     cache_dir: Path | None = None,
     tell: Tell = lambda line: None,
     samples: int = 3,
+    wait_s: float | None = None,
 ) -> Promotion:
     """Write `directory/promoted` from a run or a sweep that has ended.
 
     Candidates are compared on validation alone, and the base is one of them; classifiers, whose
     base has no trained head, are compared with a constant answer. The test split is measured here
     only, once for the base and once for the promoted model. With `again` an earlier `promoted` is
-    kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was.
+    kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was, and
+    what it wrote is made anew. `wait_s`: see `Wait`.
 
     Raises:
-        StorageError: the run has not ended, `promoted` exists without `again`, or the disk is full.
+        Promoted: `promoted` exists, and `again` is not given.
+        StorageError: the run has not ended, another process promotes it, or the disk is full.
+        LockHeld: another process promotes it for longer than `wait_s`.
         RunFailed: no trial is usable.
         CheckpointError: no checkpoint is sound.
         MergeError: a folded model differs from base and adapter.
@@ -280,17 +257,19 @@ def promote(
         ModelError: the base cannot be loaded.
     """
     target = directory / PROMOTED
-    selection = select(directory, tell)
-    check_functions(selection.settings.metrics)
-    choose_backend(selection.settings.generation)
-    if target.exists() and not again:
-        raise StorageError(
-            str(target),
-            "exists, and promoting again would measure the test split once more",
-            "write --again to do so; the earlier one is kept beside it",
-        )
-    tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
-    with locked(directory):
+    read_result(directory)  # refuses what is no run before a lock is left there
+    rule = "is being promoted by another process"
+    with locked(directory / PROMOTION_LOCK, rule, WAIT, Wait(wait_s, tell)):
+        if target.exists() and not again:
+            raise Promoted(
+                str(target),
+                "exists, and promoting again would measure the test split once more",
+                "write --again to do so; the earlier one is kept beside it",
+            )
+        selection = select(directory, tell)
+        check_functions(selection.settings.metrics)
+        choose_backend(selection.settings.generation)
+        tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
         unfinished = directory / PROMOTION
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:

@@ -48,6 +48,9 @@ COMMAND_LINE: list[Case] = [
     ("raytune-ft train", "CONFIG", "raytune-ft train --help"),
     ("raytune-ft evaluate runs/first/promoted/model", "--config", "raytune-ft evaluate --help"),
     ("train train.lr", "train.lr", "section.key=value"),
+    ("train --resume=maybe", "--resume", "maybe", "auto"),
+    ("train --wait-lock 3", "--wait-lock=3", "90s", "3m", "1h"),
+    ("raytune-ft promote runs/first --again --resume auto", "--again", "--resume"),
 ]
 FILES: list[Case] = [
     ("raytune-ft train nowhere.yaml", "nowhere.yaml", "No such file", "config file"),
@@ -462,6 +465,7 @@ PROMOTION: list[Case] = [
 RUNS: list[Case] = [
     ("train name=first", "first", "--resume", "another name"),
     ("train name=second --resume", "second", "--resume"),
+    ("train name=first --resume auto train.lr=1e-4", "train.lr=0.0001", "another name"),
     (
         "train name=first --resume train.lr=1e-4",
         "train.lr=0.0001",
@@ -656,6 +660,9 @@ def test_a_second_driver(session: Path) -> None:
     written = load_config(Path(QUICKSTART), ["name=first", "search=null"])
     with open_run(resolve(written), resume=True):
         assert "another process" in refused("train name=first --resume")
+        line = refused("train name=first --resume auto --wait-lock 0.2s", code=1)
+        assert "another process" in line
+        assert "0.2 s" in line
 
 
 @pytest.mark.ray

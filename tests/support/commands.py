@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,18 @@ def run_process(
 
 
 def kill_when(arguments: Sequence[str], path: Path, lines: int, timeout_s: float = 240) -> None:
-    """Start the command and SIGKILL it once `path` has that many lines.
+    """Start the command and SIGKILL it once `path` has that many lines."""
+
+    def written() -> bool:
+        return path.exists() and len(path.read_text().splitlines()) >= lines
+
+    kill_once(arguments, written, timeout_s)
+
+
+def kill_once(
+    arguments: Sequence[str], reached: Callable[[], bool], timeout_s: float = 240
+) -> None:
+    """Start the command and SIGKILL it once `reached`.
 
     Its process group goes with it: a driver takes its local Ray cluster along, as the end of a
     machine would.
@@ -48,9 +59,9 @@ def kill_when(arguments: Sequence[str], path: Path, lines: int, timeout_s: float
     )
     deadline = time.monotonic() + timeout_s
     try:
-        while not path.exists() or len(path.read_text().splitlines()) < lines:
+        while not reached():
             assert process.poll() is None, "the command ended before it could be killed"
-            assert time.monotonic() < deadline, f"{path} did not get {lines} lines"
+            assert time.monotonic() < deadline, "the command does not get as far"
             time.sleep(0.02)
     finally:
         os.killpg(process.pid, signal.SIGKILL)

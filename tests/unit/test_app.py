@@ -15,7 +15,7 @@ from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
 from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import RunSpec
+from raytune_ft.rundir import Resume, RunSpec
 from raytune_ft.train.report import Silent
 from tests.support.runs import write_rows
 
@@ -44,7 +44,9 @@ class Work(app.Backend):
         content = {"status": "completed", "best": None, "trials": []}
         write_json_atomic(spec.run_dir / "result.json", content)
 
-    def promote(self, path: Path, tell: Tell) -> None:  # type: ignore[override]
+    def promote(  # type: ignore[override]
+        self, path: Path, tell: Tell, wait_s: float | None
+    ) -> None:
         """Nothing was trained."""
 
     def _work(self, spec: RunSpec, amount: int | None) -> None:
@@ -87,7 +89,7 @@ def command(inputs: Path, work: Work) -> Command:
     def command(
         name: str,
         *overrides: str,
-        resume: bool = False,
+        resume: Resume = False,
         tell: Tell = lambda line: None,
         usable: int = ROOMY,
         backend: app.Backend = work,
@@ -131,6 +133,30 @@ def test_a_larger_budget_that_was_not_trained_is_not_complete(
     command(name, f"{more}=160", resume=True)
     command(name, f"{more}=160", resume=True)
     assert work.done == [{"train": 80, "sweep": 2}[name], 160]
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_the_same_command_begins_continues_and_is_done(
+    command: Command, work: Work, run_dir: Path, name: str
+) -> None:
+    def killed_while_preparing(line: str) -> None:
+        if line.startswith("data.train"):
+            raise KeyboardInterrupt  # no handler of ours: nothing is put back
+
+    with pytest.raises(KeyboardInterrupt):
+        command(name, resume="auto", tell=killed_while_preparing)
+    assert (run_dir / "config.yaml").is_file()
+    work.error = KeyboardInterrupt()  # while the cluster starts
+    with pytest.raises(KeyboardInterrupt):
+        command(name, resume="auto")
+    work.error = None
+    for status in ("interrupted", "failed", "completed"):
+        command(name, resume="auto")
+        write_json_atomic(run_dir / "result.json", {"status": status})
+    command(name, resume="auto")
+    assert len(work.done) == 3
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        command(name, "train.lr=1.0", resume="auto")
 
 
 @MORE

@@ -12,7 +12,7 @@ PACKAGE = Path(raytune_ft.__file__).parent
 # Later layers may import earlier ones.
 LAYERS = [
     {"__init__", "errors", "layout", "records"},
-    {"files", "format"},
+    {"files", "format", "locks"},
     {"config"},
     {"rundir", "data"},
     {"tensors"},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,39 @@ def test_a_usage_error_is_one_line(
 ) -> None:
     assert cli.run_command(arguments) == 2
     assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize(
+    ("arguments", "resume", "overrides"),
+    [
+        ("x.yaml a=1", False, ["a=1"]),
+        ("x.yaml a=1 --resume", True, ["a=1"]),
+        ("x.yaml --resume a=1", True, ["a=1"]),
+        ("--resume x.yaml a=auto", True, ["a=auto"]),
+        ("x.yaml --resume --debug a=1", True, ["a=1"]),
+        ("x.yaml --resume=auto a=1", "auto", ["a=1"]),
+        ("x.yaml a=1 --resume auto", "auto", ["a=1"]),
+        ("--resume auto x.yaml a=1 --wait-lock 3m", "auto", ["a=1"]),
+        ("--resume auto -- x.yaml a=1", "auto", ["a=1"]),
+    ],
+)
+def test_the_value_of_resume_may_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: str,
+    resume: bool | str,
+    overrides: list[str],
+) -> None:
+    given: list[object] = []
+
+    def run(file: Path, overrides: list[str], resume: bool | str, *_: object, **more: Any) -> None:
+        given.extend([file, overrides, resume, more["wait_s"]])
+        raise RunFailed("far enough")
+
+    monkeypatch.setattr(app, command, run)
+    assert cli.run_command([command, *arguments.split()]) == 1
+    assert given == [Path("x.yaml"), overrides, resume, 180.0 if "3m" in arguments else None]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +155,87 @@ def test_a_config_that_no_driver_wrote_is_kept(config: Config) -> None:
     with pytest.raises(StorageError, match="exists"):
         open_run(config, resume=False).__enter__()
     assert (run_path(config) / "config.yaml").read_text() == "mine"
+
+
+def test_auto_begins_and_continues(config: Config) -> None:
+    with open_run(config, "auto") as run:
+        assert run.saved is None
+        (run.path / "metrics.jsonl").write_text("{}\n")
+    with open_run(config, "auto") as again:
+        assert again.saved == config
+        assert (again.path / "metrics.jsonl").read_text() == "{}\n"
+    other = apply_overrides(config, {"train.lr": 1.0})
+    with pytest.raises(ConfigError, match=r"train\.lr=1\.0 \(the run has 0\.0002\)"):
+        open_run(other, "auto").__enter__()
+
+
+def test_auto_keeps_a_study_of_the_same_sweep_and_begins_one_with_another_config(
+    config: Config,
+) -> None:
+    """Nothing was measured: the driver was killed while workers started."""
+    path = run_path(config)
+    with open_run(config, "auto"):
+        (path / "study.db").touch()
+    with open_run(config, "auto") as again:
+        assert again.saved == config
+        assert (path / "study.db").exists()
+    other = apply_overrides(config, {"train.lr": 1.0})
+    with open_run(other, "auto") as new:
+        assert new.saved is None
+        assert {each.name for each in path.iterdir()} == {".lock", "config.yaml"}
+
+
+@pytest.mark.parametrize("files", [["thesis.txt"], ["config.yaml"], [".lock", "thesis.txt"]])
+def test_auto_takes_no_directory_that_a_driver_did_not_make(
+    config: Config, files: list[str]
+) -> None:
+    path = run_path(config)
+    path.mkdir(parents=True)
+    for name in files:
+        (path / name).write_text("mine")
+    for _ in range(2):
+        with pytest.raises(InputError):
+            open_run(config, "auto").__enter__()
+    assert [(path / name).read_text() for name in files] == ["mine"] * len(files)
+
+
+def test_auto_goes_on_after_a_kill_at_any_change_of_the_directory(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [math.inf]
+
+    def may_die(function: Any) -> Any:
+        def change(*arguments: Any, **keywords: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:  # the dead change nothing more
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        return change
+
+    for name in ("mkdir", "unlink", "replace", "open"):
+        monkeypatch.setattr(Path, name, may_die(getattr(Path, name)))
+    monkeypatch.setattr(shutil, "rmtree", may_die(shutil.rmtree))
+
+    def begin(own: Config) -> None:
+        with open_run(own, "auto") as run, run.begun(own):
+            pass
+
+    left[0] = 1000
+    begin(config)
+    changes = 1000 - int(left[0])
+    assert changes > 5
+    for number in range(changes):
+        own = apply_overrides(config, {"name": f"killed-{number}"})
+        left[0] = number
+        with pytest.raises(KeyboardInterrupt):
+            begin(own)
+        left[0] = math.inf
+        with open_run(own, "auto") as run, run.begun(own):
+            assert load_config(run.path / "config.yaml") == own
+            (run.path / "metrics.jsonl").write_text("{}\n")
+        with open_run(own, "auto") as again:
+            assert again.saved == own
 
 
 def begin_and_end(config: Config) -> Config:

@@ -20,12 +20,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raytune_ft import app
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
-from raytune_ft.errors import CheckpointError, DataError, MergeError, StorageError
+from raytune_ft.errors import CheckpointError, DataError, LockHeld, MergeError, StorageError
 from raytune_ft.evaluate.evaluate import Measured
+from raytune_ft.locks import locked
 from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
-from raytune_ft.promote.promote import locked, measure_all, promote
+from raytune_ft.promote.promote import measure_all, promote
 from raytune_ft.report.write import write_report
 from tests.support.trained import TEST, Train, write_rows
 
@@ -334,11 +336,22 @@ def test_a_kill_while_promoting_leaves_the_earlier_promotion(run_dir: Path) -> N
 
 
 def test_two_promotions_at_once_are_refused(run_dir: Path) -> None:
-    with (
-        locked(run_dir),
-        pytest.raises(StorageError, match="is being promoted by another process"),
-    ):
-        promote(run_dir)
+    with locked(run_dir / ".promoted.lock", "", ""):
+        with pytest.raises(StorageError, match=r"promoted by another process; .*--wait-lock"):
+            promote(run_dir)
+        with pytest.raises(LockHeld, match="promoted by another process"):
+            promote(run_dir, wait_s=0.2)
+
+
+def test_once_promotes_and_then_leaves_it(run_dir: Path) -> None:
+    (run_dir / ".promoted.new").mkdir()  # a kill leaves it
+    (run_dir / ".promoted.new" / "rubbish").touch()
+    assert app.promote(run_dir, again=False, tell=print, once=True) is not None
+    first, told = files(run_dir / "promoted"), list[str]()
+    assert "rubbish" not in first
+    assert app.promote(run_dir, again=False, tell=told.append, once=True) is None
+    assert files(run_dir / "promoted") == first
+    assert "--again" in told[0]
 
 
 def test_no_room_is_one_line(run_dir: Path, tmp_path: Path) -> None:
