@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -33,11 +34,13 @@ test-slow: $(STAMP)
 test-multihost: $(STAMP)
 	$(PYTEST) -m multihost -s tests/multihost
 
-# Every file of cluster/ by the tools that read it; what is missing is skipped with the reason. SkyPilot
-# has an environment of its own, since its many dependencies are not ours.
+# Every file of cluster/ by the tools that read it. SkyPilot has an environment of its own, since its
+# many dependencies are not ours; promtool is in a package of Debian. Without them, and without kubectl,
+# their tests are skipped with the reason.
 test-cluster-files: $(STAMP)
-	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
-	.venv-sky/bin/python -m pip install -q skypilot==0.14.1
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	-$(TOOLS)/bin/python -m pip install -q skypilot==0.14.1
+	-command -v promtool || (cd $(TOOLS) && apt-get download -q prometheus && dpkg -x prometheus_*.deb .)
 	$(PYTEST) tests/cluster_files
 
 # A real Slurm of two nodes. Needs root, iproute2 and Debian's package archive.
@@ -59,7 +62,7 @@ methods-table: $(STAMP)
 
 # After a change of constraints.txt. TORCH_CPU may be a directory that holds the wheel.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
-COMPILE := $(BIN)/uv pip compile -q pyproject.toml -c constraints.txt --generate-hashes --no-header \
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml -c constraints.txt --generate-hashes --no-header --no-annotate \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--extra lm-eval --extra metrics --extra mlflow --extra postgres --extra quantize --extra s3
 image-locks: $(STAMP)
@@ -78,4 +81,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_throughput.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

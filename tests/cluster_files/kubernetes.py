@@ -1,6 +1,6 @@
-"""Judges the objects of cluster/k8s: by their schemas, with unknown fields refused, and by rules that
-no schema states. Some of the rules are KubeRay's, which its operator checks in code when an object is
-there already; the others are ours.
+"""Judges the objects of cluster/k8s: by their schemas, with unknown fields refused, and by rules
+that no schema states. Some of the rules are KubeRay's, whose operator checks them in code when an
+object is there already; the others are ours.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def schemas() -> dict[tuple[str, str], Object]:
 
 
 def _strict(schema: Any) -> Any:
-    """As JSON schema; the API server drops unknown fields, and a dropped field is a lost setting."""
+    """As JSON schema. The API server drops unknown fields: a dropped field is a lost setting."""
     if not isinstance(schema, dict):
         return [_strict(each) for each in schema] if isinstance(schema, list) else schema
     made = {key: _strict(value) for key, value in schema.items()}
@@ -120,7 +120,11 @@ def _job(name: str, spec: Object) -> Iterator[str]:
     if not ends and (spec.get("ttlSecondsAfterFinished") or spec.get("suspend")):
         yield "ttlSecondsAfterFinished and suspend need shutdownAfterJobFinishes"
     mode = spec.get("submissionMode", "K8sJobMode")
-    if mode == "SidecarMode" and {"submitterConfig", "submitterPodTemplate", "clusterSelector"} & set(spec):
+    if mode == "SidecarMode" and {
+        "submitterConfig",
+        "submitterPodTemplate",
+        "clusterSelector",
+    } & set(spec):
         yield "SidecarMode has no submitter of its own and no clusterSelector"
     if mode == "InteractiveMode" and spec.get("backoffLimit"):
         yield "InteractiveMode cannot retry: no backoffLimit"
@@ -167,8 +171,12 @@ def _group(group: Object, spec: Object) -> Iterator[str]:
         yield "a group cannot be suspended under the autoscaler"
     if not scales and group.get("maxReplicas", 0) and "replicas" not in group:
         yield "without the autoscaler nobody sets replicas"
-    memory = [v["name"] for v in pod.get("volumes", []) if v.get("emptyDir", {}).get("medium") == "Memory"]
-    if not any(m["mountPath"] == "/dev/shm" and m["name"] in memory for m in ray.get("volumeMounts", [])):
+    memory = [
+        v["name"] for v in pod.get("volumes", []) if v.get("emptyDir", {}).get("medium") == "Memory"
+    ]
+    if not any(
+        m["mountPath"] == "/dev/shm" and m["name"] in memory for m in ray.get("volumeMounts", [])
+    ):
         yield "/dev/shm is no memory"
     for container in pod["containers"]:
         resources = container.get("resources", {})

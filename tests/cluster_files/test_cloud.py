@@ -1,5 +1,5 @@
-"""cluster/cloud: Ray's own reading of the files and, for AWS, everything that `ray up` does before the
-first machine, against a mock of AWS. For GCP there is no mock; the file is held to Ray's schema.
+"""cluster/cloud: Ray's own reading of the files and, for AWS, everything that `ray up` does before
+the first machine, against a mock of AWS. For GCP there is no mock: the file is held to the schema.
 """
 
 from __future__ import annotations
@@ -62,14 +62,20 @@ def _open_group(config: dict[str, Any]) -> object:
 
 DEFECTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a key that Ray has not": (lambda c: c.update(idle_timeout_minute=1), "idle_timeout_minute"),
-    "a value of another type": (lambda c: c.update(max_workers="4"), "'4' is not of type 'integer'"),
+    "a value of another type": (
+        lambda c: c.update(max_workers="4"),
+        "'4' is not of type 'integer'",
+    ),
     "a head that is not defined": (lambda c: c.update(head_node_type="big"), "head_node_type"),
     "a dashboard for everybody": (
         lambda c: c["head_start_ray_commands"].append("ray start --head --dashboard-host=0.0.0.0"),
         "dashboard",
     ),
     "no token": (lambda c: c.pop("file_mounts"), "no token"),
-    "a head that trains": (lambda c: c["available_node_types"]["head"].update(resources={}), "head"),
+    "a head that trains": (
+        lambda c: c["available_node_types"]["head"].update(resources={}),
+        "head",
+    ),
     "a network for everybody": (_open_group, "gpu: "),
 }
 
@@ -91,7 +97,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "key")
-    with moto.mock_aws():
+    with moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
         yield boto3.resource("ec2", region_name="us-west-2")
 
 

@@ -1,4 +1,4 @@
-"""cluster/image: the Dockerfile by hadolint, and the locks against constraints.txt. Nothing is built."""
+"""cluster/image: the Dockerfile by hadolint, the locks by constraints.txt. Nothing is built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "cluster" / "image"
 DOCKERFILE = IMAGE / "Dockerfile"
 HADOLINT = Path(sys.executable).parent / "hadolint"
-PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^ \\]+)", re.M)
+PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s\\]+)", re.M)
 
 
 def pins(text: str) -> dict[str, str]:
-    return {name.lower().replace("_", "-").replace(".", "-"): version for name, version in PIN.findall(text)}
+    return {_normal(name): version for name, version in PIN.findall(text)}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.skipif(not HADOLINT.exists(), reason="no hadolint; pip install .[cluster]")
@@ -57,7 +61,7 @@ def test_the_lock_has_the_tested_versions_with_hashes(target: str) -> None:
     entries = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.M)[1:]
     assert all("--hash=sha256:" in each for each in entries)
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[\[><=]", each)[0].lower() for each in needed}
+    names = {_normal(re.split(r"[\[><=]", each)[0]) for each in needed}
     assert names <= locked.keys()
 
 

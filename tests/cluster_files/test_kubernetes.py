@@ -1,8 +1,7 @@
-"""cluster/k8s: every choice that its comments offer is expanded and judged, and so are spoilt objects."""
+"""cluster/k8s: every choice that its comments offer is expanded and judged, spoilt objects too."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,8 @@ def test_an_overlay_as_it_stands(overlay: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(("overlay", "start"), itertools.product(OVERLAYS, ("train", "sweep", "cluster")))
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("start", ["train", "sweep", "cluster"])
 def test_every_choice(tmp_path: Path, overlay: str, start: str) -> None:
     for components in COMPONENTS:
         objects = chosen(tmp_path, overlay, start, components)
@@ -65,7 +65,9 @@ def test_kueue_has_room_for_the_job(tmp_path: Path) -> None:
     groups = [(spec["headGroupSpec"], 1)] + [(g, g["replicas"]) for g in spec["workerGroupSpecs"]]
     needs: dict[str, float] = {}
     for group, count in groups:
-        for name, amount in group["template"]["spec"]["containers"][0]["resources"]["requests"].items():
+        for name, amount in group["template"]["spec"]["containers"][0]["resources"][
+            "requests"
+        ].items():
             needs[name] = needs.get(name, 0) + count * float(str(amount).removesuffix("Gi"))
     quota = {
         each["name"]: float(each["nominalQuota"].removesuffix("Gi"))
@@ -93,35 +95,131 @@ def _container(group: Any) -> Any:
 
 
 DEFECTS: dict[str, tuple[str, Callable[[Any], object], str]] = {
-    "a field that KubeRay has not": ("RayJob", lambda o: o["spec"].update(backOffLimit=3), "backOffLimit"),
-    "a field that a pod has not": ("RayJob", lambda o: _container(_head(o)).update(volumemounts=[]), "volumemounts"),
-    "a value of another type": ("RayJob", lambda o: o["spec"].update(backoffLimit="3"), "is not of type 'integer'"),
-    "a field that a claim has not": ("PersistentVolumeClaim", lambda o: o["spec"].update(accessMode="x"), "accessMode"),
-    "a policy with a port of a wrong type": ("NetworkPolicy", lambda o: o["spec"].update(policyTypes="Egress"), "policyTypes"),
+    "a field that KubeRay has not": (
+        "RayJob",
+        lambda o: o["spec"].update(backOffLimit=3),
+        "backOffLimit",
+    ),
+    "a field that a pod has not": (
+        "RayJob",
+        lambda o: _container(_head(o)).update(volumemounts=[]),
+        "volumemounts",
+    ),
+    "a value of another type": (
+        "RayJob",
+        lambda o: o["spec"].update(backoffLimit="3"),
+        "is not of type 'integer'",
+    ),
+    "a field that a claim has not": (
+        "PersistentVolumeClaim",
+        lambda o: o["spec"].update(accessMode="x"),
+        "accessMode",
+    ),
+    "a policy with a port of a wrong type": (
+        "NetworkPolicy",
+        lambda o: o["spec"].update(policyTypes="Egress"),
+        "policyTypes",
+    ),
     "two ways to delete": (
         "RayJob",
-        lambda o: o["spec"].update(deletionStrategy={"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]}),
+        lambda o: o["spec"].update(
+            deletionStrategy={
+                "deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]
+            }
+        ),
         "exclude each other",
     ),
-    "a time to live of what stays": ("RayJob", lambda o: o["spec"].update(shutdownAfterJobFinishes=False), "ttlSecondsAfterFinished"),
-    "a submitter beside a sidecar": ("RayJob", lambda o: o["spec"].update(submissionMode="SidecarMode", submitterConfig={}), "SidecarMode"),
-    "a retry of what waits for people": ("RayJob", lambda o: o["spec"].update(submissionMode="InteractiveMode"), "InteractiveMode"),
-    "a retry that begins anew": ("RayJob", lambda o: o["spec"].update(entrypoint="raytune-ft train /config/run.yaml"), "--resume auto"),
-    "a name that is too long": ("RayJob", lambda o: o["metadata"].update(name="a" * 48), "47 characters"),
+    "a time to live of what stays": (
+        "RayJob",
+        lambda o: o["spec"].update(shutdownAfterJobFinishes=False),
+        "ttlSecondsAfterFinished",
+    ),
+    "a submitter beside a sidecar": (
+        "RayJob",
+        lambda o: o["spec"].update(submissionMode="SidecarMode", submitterConfig={}),
+        "SidecarMode",
+    ),
+    "a retry of what waits for people": (
+        "RayJob",
+        lambda o: o["spec"].update(submissionMode="InteractiveMode"),
+        "InteractiveMode",
+    ),
+    "a retry that begins anew": (
+        "RayJob",
+        lambda o: o["spec"].update(entrypoint="raytune-ft train /config/run.yaml"),
+        "--resume auto",
+    ),
+    "a name that is too long": (
+        "RayJob",
+        lambda o: o["metadata"].update(name="a" * 48),
+        "47 characters",
+    ),
     "a job without a cluster": ("RayJob", lambda o: o["spec"].pop("rayClusterSpec"), "no cluster"),
-    "an open cluster": ("RayJob", lambda o: o["spec"]["rayClusterSpec"].pop("authOptions"), "not token"),
-    "another Ray than in the image": ("RayJob", lambda o: o["spec"]["rayClusterSpec"].update(rayVersion="2.9.0"), "rayVersion"),
-    "work on the head": ("RayJob", lambda o: _head(o)["rayStartParams"].pop("num-cpus"), "num-cpus"),
-    "a public dashboard": ("RayJob", lambda o: _head(o).update(serviceType="LoadBalancer"), "open to the outside"),
-    "a pod that restarts": ("RayJob", lambda o: _worker(o)["template"]["spec"].update(restartPolicy="Always"), "restartPolicy"),
-    "resources twice": ("RayJob", lambda o: _head(o).update(resources={"CPU": "0"}), "resources stand in"),
-    "labels in the wrong place": ("RayJob", lambda o: _worker(o)["rayStartParams"].update(labels="a=b"), "labels belong"),
-    "no shared memory": ("RayJob", lambda o: _container(_worker(o))["volumeMounts"].pop(), "/dev/shm"),
-    "requests below limits": ("RayJob", lambda o: _container(_worker(o))["resources"]["requests"].update(memory="1Gi"), "requests differ"),
-    "keys in the head alone": ("RayJob", lambda o: _container(_worker(o)).pop("envFrom"), "envFrom"),
-    "a key in the clear": ("RayJob", lambda o: _container(_head(o))["env"].append({"name": "HF_TOKEN", "value": "hf"}), "in the clear"),
-    "no time to save": ("RayJob", lambda o: _head(o)["template"]["spec"].pop("terminationGracePeriodSeconds"), "terminationGrace"),
-    "a container of root": ("RayJob", lambda o: _worker(o)["template"]["spec"].pop("securityContext"), "restricted"),
+    "an open cluster": (
+        "RayJob",
+        lambda o: o["spec"]["rayClusterSpec"].pop("authOptions"),
+        "not token",
+    ),
+    "another Ray than in the image": (
+        "RayJob",
+        lambda o: o["spec"]["rayClusterSpec"].update(rayVersion="2.9.0"),
+        "rayVersion",
+    ),
+    "work on the head": (
+        "RayJob",
+        lambda o: _head(o)["rayStartParams"].pop("num-cpus"),
+        "num-cpus",
+    ),
+    "a public dashboard": (
+        "RayJob",
+        lambda o: _head(o).update(serviceType="LoadBalancer"),
+        "open to the outside",
+    ),
+    "a pod that restarts": (
+        "RayJob",
+        lambda o: _worker(o)["template"]["spec"].update(restartPolicy="Always"),
+        "restartPolicy",
+    ),
+    "resources twice": (
+        "RayJob",
+        lambda o: _head(o).update(resources={"CPU": "0"}),
+        "resources stand in",
+    ),
+    "labels in the wrong place": (
+        "RayJob",
+        lambda o: _worker(o)["rayStartParams"].update(labels="a=b"),
+        "labels belong",
+    ),
+    "no shared memory": (
+        "RayJob",
+        lambda o: _container(_worker(o))["volumeMounts"].pop(),
+        "/dev/shm",
+    ),
+    "requests below limits": (
+        "RayJob",
+        lambda o: _container(_worker(o))["resources"]["requests"].update(memory="1Gi"),
+        "requests differ",
+    ),
+    "keys in the head alone": (
+        "RayJob",
+        lambda o: _container(_worker(o)).pop("envFrom"),
+        "envFrom",
+    ),
+    "a key in the clear": (
+        "RayJob",
+        lambda o: _container(_head(o))["env"].append({"name": "HF_TOKEN", "value": "hf"}),
+        "in the clear",
+    ),
+    "no time to save": (
+        "RayJob",
+        lambda o: _head(o)["template"]["spec"].pop("terminationGracePeriodSeconds"),
+        "terminationGrace",
+    ),
+    "a container of root": (
+        "RayJob",
+        lambda o: _worker(o)["template"]["spec"].pop("securityContext"),
+        "restricted",
+    ),
 }
 
 

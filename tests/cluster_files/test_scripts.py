@@ -13,10 +13,15 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "cluster" / "slurm" / "raytune.sbatch"
 YAML = sorted((ROOT / "cluster").rglob("*.yaml"))
-RULES = "{extends: relaxed, rules: {line-length: {max: 140}, indentation: {indent-sequences: whatever}}}"
+RULES = """
+extends: relaxed
+rules: {line-length: {max: 140}, indentation: {indent-sequences: whatever}}
+"""
 
 
-@pytest.mark.skipif(not (BIN / "shellcheck").exists(), reason="no shellcheck; pip install .[cluster]")
+@pytest.mark.skipif(
+    not (BIN / "shellcheck").exists(), reason="no shellcheck; pip install .[cluster]"
+)
 @pytest.mark.parametrize("planted", ["", "rm -rf $secret/*\n"])
 def test_shellcheck(planted: str) -> None:
     done = subprocess.run(

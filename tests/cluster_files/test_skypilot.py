@@ -11,15 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cluster" / "skypilot").glob("*.yaml"))
-PYTHON = ROOT / ".venv-sky" / "bin" / "python"
+PYTHON = ROOT / ".venv-tools" / "bin" / "python"
 READ = """
 import sys, sky
 task = sky.Task.from_yaml(sys.argv[1])
 (resources,) = task.resources
-print(task.num_nodes, resources.use_spot, resources.job_recovery["max_restarts_on_errors"], task.run)
+retries = resources.job_recovery["max_restarts_on_errors"]
+print(task.num_nodes, resources.use_spot, retries, task.run)
 """
 pytestmark = [
-    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sky; run `make test-cluster-files`"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-tools; run `make test-cluster-files`"),
     pytest.mark.timeout(600),
 ]
 

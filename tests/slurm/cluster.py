@@ -91,7 +91,11 @@ class Slurm(Hosts):
             (directory / name).mkdir()
         (directory / "slurm.conf").write_text(
             CONF.format(
-                host=host, controller=self.address(1), run=directory, libraries=libraries, nodes=nodes
+                host=host,
+                controller=self.address(1),
+                run=directory,
+                libraries=libraries,
+                nodes=nodes,
             )
         )
 
@@ -116,7 +120,9 @@ class Slurm(Hosts):
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows about it."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", "-o", number)))
+        return dict(
+            re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", "-o", number))
+        )
 
     def log(self, number: str) -> str:
         """Its output so far."""

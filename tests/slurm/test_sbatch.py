@@ -21,7 +21,9 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Slurm]:
+def slurm(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Slurm]:
     packages = Path(request.config.cache.mkdir("slurm"))  # type: ignore[union-attr]
     reason = why_not() or unpacked(packages)
     if reason is not None:
