@@ -84,8 +84,10 @@ class Backend:
     def train(self, spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
         """Trains one run: in this process, or on a worker group of Ray. `reason`: why so."""
         if not needs_ray(spec.config):
+            from raytune_ft.model.hub import fetch_here
             from raytune_ft.train.run import run_training
 
+            fetch_here(spec.config, tell)
             return run_training(spec, choose_strategy(spec.config)[0], reporter)
         from raytune_ft.ray_backend.run_handle import fit
 
@@ -302,9 +304,7 @@ def _check_studies(config: Config, begun: bool) -> None:
         earlier_trials(search)
 
 
-def _promote_once(
-    path: Path, tell: Tell, make: Callable[..., Promotion]
-) -> Promotion | None:
+def _promote_once(path: Path, tell: Tell, make: Callable[..., Promotion]) -> Promotion | None:
     """None where an earlier command has promoted it."""
     try:
         return make(path, tell=tell)

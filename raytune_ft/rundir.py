@@ -15,7 +15,7 @@ from raytune_ft.config.identity import check_resume
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
-from raytune_ft.errors import InputError, StorageError
+from raytune_ft.errors import ConfigError, InputError, StorageError
 from raytune_ft.files import fsync, write_text_atomic
 from raytune_ft.layout import (
     CHECKPOINTS,
@@ -27,7 +27,7 @@ from raytune_ft.layout import (
     UNFINISHED,
     cache_in,
 )
-from raytune_ft.locks import WAIT, Wait, locked
+from raytune_ft.locks import AT_ONCE, WAIT, Wait, locked
 
 Resume = bool | Literal["auto"]
 """`auto` begins a run, or continues what its name began."""
@@ -123,7 +123,7 @@ class OpenRun:
 def open_run(
     config: Config,
     resume: Resume,
-    wait: Wait = Wait(),
+    wait: Wait = AT_ONCE,
     copied: Callable[[bool], AbstractContextManager[None]] = lambda resume: nullcontext(),
 ) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.
