@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families methods-table lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table image-locks lint types bench clean
 
 install: $(STAMP)
 
@@ -24,7 +25,7 @@ quickstart: $(STAMP)
 # thread each, the processes wait for each other's threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder \
-		-m "not slow and not stress and not multihost and not matrix and not families"
+		-m "not slow and not stress and not multihost and not matrix and not families and not slurm"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"
@@ -32,6 +33,19 @@ test-slow: $(STAMP)
 # Needs root and iproute2; skipped with the reason otherwise.
 test-multihost: $(STAMP)
 	$(PYTEST) -m multihost -s tests/multihost
+
+# Every file of cluster/ by the tools that read it. SkyPilot has an environment of its own, since its
+# many dependencies are not ours; promtool is in a package of Debian. Without them, and without kubectl,
+# their tests are skipped with the reason.
+test-cluster-files: $(STAMP)
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	-$(TOOLS)/bin/python -m pip install -q skypilot==0.14.1
+	-command -v promtool || (cd $(TOOLS) && apt-get download -q prometheus && dpkg -x prometheus_*.deb .)
+	$(PYTEST) tests/cluster_files
+
+# A real Slurm of two nodes. Needs root, iproute2 and Debian's package archive.
+test-slurm: $(STAMP)
+	$(PYTEST) -m slurm -s tests/slurm
 
 # Every strategy, activation policy, method and family of models; RAYTUNE_FT_MATRIX names a file
 # for the table.
@@ -46,6 +60,16 @@ test-families: $(STAMP)
 methods-table: $(STAMP)
 	$(BIN)/python scripts/methods_table.py
 
+# After a change of constraints.txt. TORCH_CPU may be a directory that holds the wheel.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml -c constraints.txt --generate-hashes --no-header --no-annotate \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--extra lm-eval --extra metrics --extra mlflow --extra postgres --extra quantize --extra s3
+image-locks: $(STAMP)
+	$(BIN)/python -m pip install -q uv==0.13.8
+	$(COMPILE) --find-links $(TORCH_CPU) -o cluster/image/cpu.lock
+	$(COMPILE) -o cluster/image/cuda.lock
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +81,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_throughput.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

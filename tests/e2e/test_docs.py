@@ -31,6 +31,8 @@ from tests.e2e.test_bad_inputs import refused, write_bad_files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLUSTER_PAGES = sorted((ROOT / "docs" / "cluster").glob("*.md"))
+"""Their blocks need clusters; tests/cluster_files reads the files that they name."""
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 DICTS = (FORMATS, MERGES, METHODS, OBJECTIVES, SCHEDULERS, STRATEGIES)
@@ -223,7 +225,7 @@ def test_the_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + CLUSTER_PAGES, ids=lambda page: page.name)
 def test_links_resolve_and_no_machine_is_named(page: Path) -> None:
     text = page.read_text()
     for target in LINK.findall(BLOCK.sub("", text)):
