@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import paths
-from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.environment import expand_text, in_ray_job
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -29,6 +29,7 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
+from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, RunFailed
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, PROMOTED, RESULT
@@ -91,11 +92,11 @@ class Backend:
 
         run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
 
-    def promote(self, path: Path, tell: Tell) -> Promotion:
+    def promote(self, path: Path, tell: Tell, code: Code) -> Promotion:
         """Promotes the best trial of a sweep."""
         from raytune_ft.promote.promote import promote
 
-        return promote(path, tell=tell)
+        return promote(path, tell=tell, code=code)
 
 
 def train(
@@ -137,8 +138,11 @@ def sweep(
     tell: Tell,
     backend: Backend | None = None,
     usable: int | None = None,
+    trust_run: bool = False,
 ) -> Swept:
     """A search and the promotion of its best trial; `usable`: see `placed`.
+
+    `trust_run`: a resumed sweep may run Python code that only its own config names.
 
     Raises InputError, RunFailed or Interrupted.
     """
@@ -162,15 +166,18 @@ def sweep(
             with run.begun(config):
                 backend.search(spec, tell, resume)
         try:
-            promotion = _promote_once(run.path, tell, backend)
+            code = None if trust_run else named_code(config)
+            promotion = _promote_once(run.path, tell, backend, code)
         finally:
             try_report(run.path, tell)
         result = read_json(run.path / RESULT) or {}
         return Swept(run.path, result, promotion, written.search.metrics[0])
 
 
-def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
+def promote(directory: Path, again: bool, tell: Tell, trust_run: bool = False) -> Promotion:
     """Promote the best checkpoint of a run or a sweep, and write its report.
+
+    `trust_run`: run the Python code that the config in the directory names.
 
     Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
     same time. Raises what `promote.promote.promote` does.
@@ -182,7 +189,7 @@ def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
-        promotion = make(directory, again, tell=tell)
+        promotion = make(directory, again, tell=tell, code=None if trust_run else ())
     try_report(directory, tell)
     return promotion
 
@@ -268,19 +275,19 @@ def _check_studies(config: Config, begun: bool) -> None:
     from raytune_ft.search.initial_trials import earlier_trials
     from raytune_ft.search.space import open_storage
 
-    search = expand_env(config).search
+    search = config.search
     assert search is not None
     if search.storage is not None:
-        open_storage(search.storage)
+        open_storage(expand_text(search.storage, "search.storage"))
     if not begun:
         earlier_trials(search)
 
 
-def _promote_once(path: Path, tell: Tell, backend: Backend) -> Promotion | None:
+def _promote_once(path: Path, tell: Tell, backend: Backend, code: Code) -> Promotion | None:
     if (path / PROMOTED).exists():
         tell(f"{path / PROMOTED} is kept; `raytune-ft promote {path} --again` makes another")
         return None
-    return backend.promote(path, tell)
+    return backend.promote(path, tell, code)
 
 
 def _examples(config: Config, data: PreparedData) -> int:

@@ -49,6 +49,10 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TrustRun = Annotated[
+    bool,
+    typer.Option("--trust-run", help="Run Python code that only the saved config names."),
+]
 Where = Annotated[
     str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
 ]
@@ -149,7 +153,11 @@ def train(
 
 @app.command()
 def sweep(
-    file: File, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+    file: File,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    trust_run: TrustRun = False,
+    debug: Debug = False,
 ) -> None:
     """Search over the space of a config, then promote the best trial.
 
@@ -157,7 +165,7 @@ def sweep(
     """
     from raytune_ft import app as run
 
-    done = run.sweep(file, overrides or (), resume, show.tell)
+    done = run.sweep(file, overrides or (), resume, show.tell, trust_run=trust_run)
     best = done.result.get("best")
     name = best["trial"] if best else None
     show.print_table(tables.trials(done.result["trials"], name, done.metric))
@@ -172,6 +180,7 @@ def promote(
     again: Annotated[
         bool, typer.Option("--again", help="Promote again; the earlier result is kept.")
     ] = False,
+    trust_run: TrustRun = False,
     debug: Debug = False,
 ) -> None:
     """Merge, evaluate and export the best trial of a sweep, or a run.
@@ -180,7 +189,7 @@ def promote(
     """
     from raytune_ft import app as run
 
-    _show_promotion(run.promote(directory.absolute(), again, show.tell))
+    _show_promotion(run.promote(directory.absolute(), again, show.tell, trust_run))
 
 
 @app.command()

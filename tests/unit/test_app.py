@@ -11,6 +11,7 @@ import pytest
 
 from raytune_ft import app
 from raytune_ft.config.load import load_config
+from raytune_ft.config.trust import Code
 from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
 from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
@@ -44,7 +45,7 @@ class Work(app.Backend):
         content = {"status": "completed", "best": None, "trials": []}
         write_json_atomic(spec.run_dir / "result.json", content)
 
-    def promote(self, path: Path, tell: Tell) -> None:  # type: ignore[override]
+    def promote(self, path: Path, tell: Tell, code: Code) -> None:  # type: ignore[override]
         """Nothing was trained."""
 
     def _work(self, spec: RunSpec, amount: int | None) -> None:
