@@ -417,6 +417,27 @@ OBJECTIVES_AND_SOURCES: list[Case] = [
         "base_loss",
     ),
 ]
+TRUST: list[Case] = [
+    (
+        "train model.path=org/name model.trust_remote_code=true",
+        "model.path=org/name",
+        "main",
+        "model.revision",
+        "40 digits",
+    ),
+    (
+        "train promote.base=org/name model.trust_remote_code=true",
+        "promote.base=org/name",
+        "40 digits",
+        "directory",
+    ),
+    (
+        f"train model.revision=ghp_{'x1' * 18}",
+        "model.revision holds a token of GitHub",
+        "${ENV_NAME}",
+        "export ENV_NAME",
+    ),
+]
 PROMOTION: list[Case] = [
     ("train promote.metrics=[rogue]", "promote.metrics=rogue", "rouge", "FILE.py:FUNCTION"),
     (
@@ -489,7 +510,7 @@ RUNS: list[Case] = [
 ]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + PROMOTION + RUNS),
+    *(OBJECTIVES_AND_SOURCES + TRUST + PROMOTION + RUNS),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",
