@@ -126,7 +126,7 @@ SOCKET_BYTES = 107
 """The longest path that Linux gives a socket."""
 LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What Ray adds to its directory; the last number is a process id."""
-SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")
+SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # Ray makes its folder there
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
 """Seconds for the last checkpoint of an interrupted run; 30 by default."""
 

@@ -170,6 +170,7 @@ def test_no_secret_leaves_its_place(
               project: "${{CANARY_PROJECT}}"
             search:
               trials: 2
+              scheduler: null
               execution: isolated
               storage: {study}
               space: {{train.lr: {{log_uniform: [1e-4, 1e-3]}}}}
