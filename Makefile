@@ -8,7 +8,7 @@ TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table image-locks lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table image-locks lint types audit bench clean
 
 install: $(STAMP)
 
@@ -76,6 +76,16 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Dangerous code, secrets in the repository, and known vulnerabilities of the pinned packages, where
+# their database can be reached. SECURITY.md says what is accepted.
+OSV := https://api.osv.dev/v1/vulns/GHSA-2xpw-w6gg-jr37
+audit: $(STAMP)
+	$(BIN)/bandit -q -c pyproject.toml -r raytune_ft jobs scripts
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --baseline .secrets.baseline
+	@if $(BIN)/python -c "import urllib.request as u; u.urlopen('$(OSV)', timeout=20)" 2> /dev/null; \
+	then $(BIN)/pip-audit -s osv --no-deps --disable-pip -r constraints.txt; \
+	else echo "osv.dev cannot be reached: known vulnerabilities were not looked up"; fi
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_throughput.py

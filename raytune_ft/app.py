@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_ft import __version__
 from raytune_ft.config import paths
-from raytune_ft.config.environment import check_submitter, in_ray_job
+from raytune_ft.config.environment import check_submitter, expand_text, in_ray_job
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -30,6 +30,7 @@ from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
+from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, RESULT
@@ -103,11 +104,11 @@ class Backend:
 
         run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
 
-    def promote(self, path: Path, tell: Tell, wait_s: float | None) -> Promotion:
+    def promote(self, path: Path, tell: Tell, code: Code, wait_s: float | None) -> Promotion:
         """Promotes the best trial of a sweep."""
         from raytune_ft.promote.promote import promote
 
-        return promote(path, tell=tell, wait_s=wait_s)
+        return promote(path, tell=tell, code=code, wait_s=wait_s)
 
 
 def train(
@@ -154,8 +155,11 @@ def sweep(
     backend: Backend | None = None,
     usable: int | None = None,
     wait_s: float | None = None,
+    trust_run: bool = False,
 ) -> Swept:
     """A search and the promotion of its best trial; `usable`: see `placed`; `wait_s`: see `Wait`.
+
+    `trust_run`: a resumed sweep may run Python code that only its own config names.
 
     Raises InputError, RunFailed or Interrupted.
     """
@@ -179,7 +183,9 @@ def sweep(
             with run.begun(config):
                 backend.search(spec, tell, run.saved is not None)
         try:
-            promotion = _promote_once(run.path, tell, partial(backend.promote, wait_s=wait_s))
+            code = None if trust_run else named_code(config)
+            make = partial(backend.promote, code=code, wait_s=wait_s)
+            promotion = _promote_once(run.path, tell, make)
         finally:
             try_report(run.path, tell)
         result = read_json(run.path / RESULT) or {}
@@ -192,14 +198,17 @@ def promote(
     tell: Tell,
     once: bool = False,
     wait_s: float | None = None,
+    trust_run: bool = False,
 ) -> Promotion | None:
     """Promote the best checkpoint of a run or a sweep, and write its report.
 
-    `once` leaves an earlier promotion as it is, and returns None; `wait_s`: see `Wait`.
+    `once` leaves an earlier promotion as it is, and returns None; `wait_s`: see `Wait`;
+    `trust_run`: run the Python code that the config in the directory names.
+
     Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
     same time. Raises what `promote.promote.promote` does.
     """
-    from raytune_ft.promote.promote import promote as make
+    from raytune_ft.promote.promote import promote as promote_run
 
     if once and again:
         raise ConfigError(
@@ -210,10 +219,11 @@ def promote(
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
+        make = partial(promote_run, code=None if trust_run else (), wait_s=wait_s)
         if once:
-            promotion = _promote_once(directory, tell, partial(make, wait_s=wait_s))
+            promotion = _promote_once(directory, tell, make)
         else:
-            promotion = make(directory, again, tell=tell, wait_s=wait_s)
+            promotion = make(directory, again, tell=tell)
     try_report(directory, tell)
     return promotion
 
@@ -299,10 +309,10 @@ def _check_studies(config: Config, begun: bool) -> None:
     from raytune_ft.search.initial_trials import earlier_trials
     from raytune_ft.search.space import open_storage
 
-    search = expand_env(config).search
+    search = config.search
     assert search is not None
     if search.storage is not None:
-        open_storage(search.storage)
+        open_storage(expand_text(search.storage, "search.storage"))
     if not begun:
         earlier_trials(search)
 

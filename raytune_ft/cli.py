@@ -80,6 +80,10 @@ Address = Annotated[
 JobName = Annotated[
     str, typer.Argument(metavar="NAME", help="The name of a run, or a submission id.")
 ]
+TrustRun = Annotated[
+    bool,
+    typer.Option("--trust-run", help="Run Python code that only the saved config names."),
+]
 Where = Annotated[
     str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
 ]
@@ -214,6 +218,7 @@ def sweep(
     overrides: Overrides = None,
     resume: Resume = None,
     wait_lock: WaitLock = None,
+    trust_run: TrustRun = False,
     debug: Debug = False,
 ) -> None:
     """Search over the space of a config, then promote the best trial.
@@ -224,7 +229,8 @@ def sweep(
     """
     from raytune_ft import app as run
 
-    done = run.sweep(file, overrides or (), _resume(resume), show.tell, wait_s=wait_lock)
+    how = _resume(resume)
+    done = run.sweep(file, overrides or (), how, show.tell, wait_s=wait_lock, trust_run=trust_run)
     best = done.result.get("best")
     name = best["trial"] if best else None
     show.print_table(tables.trials(done.result["trials"], name, done.metric))
@@ -248,6 +254,7 @@ def promote(
         ),
     ] = None,
     wait_lock: WaitLock = None,
+    trust_run: TrustRun = False,
     debug: Debug = False,
 ) -> None:
     """Merge, evaluate and export the best trial of a sweep, or a run.
@@ -257,7 +264,7 @@ def promote(
     from raytune_ft import app as run
 
     path, once = directory.absolute(), resume == "auto"
-    if promotion := run.promote(path, again, show.tell, once, wait_lock):
+    if promotion := run.promote(path, again, show.tell, once, wait_lock, trust_run):
         _show_promotion(promotion)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,44 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replaces a text file by rename, the new content and the directory flushed to disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_new(temporary, text.encode())
     temporary.replace(path)
     fsync(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Creates a file, flushed to disk. Nothing is left of one that cannot be written.
+
+    Raises:
+        FileExistsError: something has that name, also a link that leads nowhere.
+        OSError: it cannot be written.
+    """
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def relative_parts(name: str) -> list[str]:
+    """The parts of a relative path that was written elsewhere, such as the key of an object.
+
+    Raises:
+        ValueError: joined to a folder, it may lead out of it.
+    """
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a path below a folder")
+    return parts
+
+
+def below(root: Path, name: str) -> Path:
+    """`root/name`; ValueError where it is not below `root`, also by way of a link there."""
+    path = root.joinpath(*relative_parts(name))
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{name!r} leads out of its folder")
+    return path

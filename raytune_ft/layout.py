@@ -22,7 +22,7 @@ STORAGE/
         state/                    state.json, and of each rank model*.safetensors and
                                   optimizer*.safetensors
       step-000120.damaged-1/      moved aside
-      .step-000120.<host>.<pid>.<token>.new, .old     being written, being deleted
+      .step-000120.<machine>.<pid>.<token>.new, .old    being written, being deleted
     promoted/                     promoted-1/ and so on are earlier promotions
       model/ or adapter/          manifest.json; .journal.json while it is written
       evaluation.json, scores.jsonl, README.md
@@ -62,7 +62,7 @@ STATE, PROGRESS = "state", "state.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # stems of the files in STATE
 STEP_NAME = re.compile(r"step-(\d{6,})")
 HIDDEN_STEP = re.compile(
-    r"\.step-\d+\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)"
+    r"\.step-\d+\.(?P<machine>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)"
 )
 
 # A model directory of Hugging Face, and an adapter's directory of PEFT.

@@ -78,7 +78,13 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
-    from raytune_ft.model.load import check_backend, check_files, load_model_config, load_tokenizer
+    from raytune_ft.model.load import (
+        check_backend,
+        check_files,
+        check_pinned,
+        load_model_config,
+        load_tokenizer,
+    )
     from raytune_ft.model.meta import build_shapes
     from raytune_ft.train.distill import check_teacher
     from raytune_ft.train.setup import (
@@ -90,6 +96,9 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     )
     from raytune_ft.train.trackers import check_trackers
 
+    if config.promote.base is not None:
+        other = {"path": config.promote.base, "revision": None}
+        check_pinned(config.model.model_copy(update=other), "promote.base")
     check_files(config.model)
     load_model_config(config.model, head_before(config))
     check_backend(config.method)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError, InputError, StorageError
-from raytune_ft.files import fsync, write_text_atomic
+from raytune_ft.files import fsync, write_new, write_text_atomic
 from raytune_ft.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -35,9 +36,13 @@ Resume = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as its processes get it. Paths are absolute."""
+    """A run as its processes get it. Paths are absolute.
 
-    config: Config
+    Ray keeps the text of what a worker is called with: it has no part of the config, in which every
+    `${ENV_NAME}` is expanded.
+    """
+
+    config: Config = field(repr=False)
     run_dir: Path
     data_dir: Path
     metric: str = "eval_loss"
@@ -72,13 +77,10 @@ def cache_path(config: Config) -> Path:
 
 def probe_storage(storage: Path) -> None:
     """Makes the directory and writes, syncs and deletes a file; StorageError where that fails."""
-    probe = storage / f".probe-{os.getpid()}"
+    probe = storage / f".probe-{secrets.token_hex(8)}"
     try:
         storage.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(b"probe")
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(probe, b"probe")
         probe.unlink()
     except (OSError, ValueError) as error:
         raise _unwritable(storage, error) from None

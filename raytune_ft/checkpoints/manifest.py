@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raytune_ft.errors import CheckpointError
-from raytune_ft.files import flush_file, fsync, sha256_of
+from raytune_ft.files import flush_file, fsync, relative_parts, sha256_of
 from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest, FileRecord, to_json
 
@@ -49,8 +49,8 @@ def parse_manifest(raw: bytes, path: str) -> CheckpointManifest:
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']} is not {FORMAT}, which this version reads")
         files = tuple(FileRecord(**record) for record in fields.pop("files"))
-        if any(os.path.isabs(file.path) or ".." in Path(file.path).parts for file in files):
-            raise ValueError("it lists a file outside its folder")
+        for file in files:
+            relative_parts(file.path)
         return CheckpointManifest(files=files, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as cause:
         raise CheckpointError(f"{path} is damaged: {cause}") from cause

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.explain import shown_value
 from raytune_ft.errors import CheckpointError, StorageError
-from raytune_ft.files import write_text_atomic
+from raytune_ft.files import below, write_text_atomic
 from raytune_ft.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -144,11 +145,15 @@ class Mirror:
             return
 
     def _files(self) -> list[Path]:
-        """All files but checkpoints, locks and unfinished ones; those that refer to others last."""
+        """All files but checkpoints, locks and unfinished ones; those that refer to others last.
+
+        A link is none of ours, and would take a file from elsewhere into the bucket.
+        """
         found = [
             path
             for path in self.run.rglob("*")
             if path.is_file()
+            and not path.is_symlink()
             and path.name != MIRROR_OWNER
             and not any(
                 part.startswith(".") or STEP_NAME.fullmatch(part)
@@ -192,16 +197,20 @@ class Mirror:
         """
         self._tell(f"fetching {self.bucket.url}/{self.name}")
         fetched = self.run.with_name(f".{self.name}.fetched")
+        # All keys are checked before the first download. Consoles of stores mark folders with keys
+        # that end in a slash and hold nothing.
+        keys = [key for key in self.bucket.sizes(f"{self.name}/") if not key.endswith("/")]
+        targets = {key: self._target(fetched, key) for key in keys}
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir(parents=True)
         checkpoints: set[str] = set()
-        for key in self.bucket.sizes(f"{self.name}/"):
-            parts = Path(key.removeprefix(f"{self.name}/")).parts
+        for key, target in targets.items():
+            parts = target.relative_to(fetched).parts
             step = next((n for n, part in enumerate(parts) if STEP_NAME.fullmatch(part)), None)
             if step is not None:
                 checkpoints.add("/".join(parts[:step]))
             else:
-                self.bucket.download(key, fetched.joinpath(*parts))
+                self.bucket.download(key, target)
         for folder in sorted(checkpoints):
             remote = RemoteCheckpoints(self.bucket, f"{self.name}/{folder}")
             (fetched / folder).mkdir(parents=True, exist_ok=True)
@@ -224,6 +233,17 @@ def _move(paths: Iterable[Path], target: Path) -> None:
     target.mkdir(exist_ok=True)
     for path in sorted(paths, key=lambda path: path.name == MIRROR_OWNER):
         path.rename(target / path.name)
+
+    def _target(self, fetched: Path, key: str) -> Path:
+        """Where a key goes. StorageError for one that whoever wrote it wants to go elsewhere."""
+        try:
+            return below(fetched, key.removeprefix(f"{self.name}/"))
+        except ValueError:
+            raise StorageError(
+                f"{self.bucket.url}/{shown_value(key)}",
+                "is an object whose key leads out of the run's directory",
+                "delete it, and find out who wrote it; nothing was fetched",
+            ) from None
 
 
 @contextmanager

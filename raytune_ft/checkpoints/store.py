@@ -16,6 +16,7 @@ a run that reaches the same step again replaces them.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -46,6 +47,7 @@ from raytune_ft.records import CheckpointManifest, FileRecord
 
 _TOKEN = uuid.uuid4().hex[:8]  # tells this process from an earlier one with the same pid
 _DAY_S = 24 * 3600
+_LINUX = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class CheckpointStore:
         shutil.rmtree(rubbish, ignore_errors=True)
 
     def _hidden(self, name: str, kind: Literal["new", "old"]) -> Path:
-        owner = f"{socket.gethostname()}.{os.getpid()}.{_TOKEN}{uuid.uuid4().hex[:8]}"
+        owner = f"{machine()}.{os.getpid()}.{_TOKEN}{uuid.uuid4().hex[:8]}"
         return self.root / hidden_step(name, owner, kind)
 
     def _clear_rubbish(self) -> None:
@@ -296,11 +298,22 @@ def _explained(target: Path) -> Iterator[None]:
         raise CheckpointError(f"{target} could not be written: {cause}") from cause
 
 
+def machine() -> str:
+    """Where a process id means one process: the host's name, and of what the name does not tell
+    apart (pods on one host have its name and process ids of their own) a hash.
+    """
+    boot, namespace = _LINUX
+    facts = f"{boot.read_text()} {namespace.readlink()}" if boot.exists() else ""
+    return f"{socket.gethostname()}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
 def _is_rubbish(path: Path, match: re.Match[str]) -> bool:
-    """Whether no living process writes this hidden folder."""
+    """Whether no living process writes this hidden folder; of another machine, only its age says
+    so.
+    """
     if match["kind"] == "old":
         return True
-    if match["host"] != socket.gethostname():
+    if match["machine"] != machine():
         try:
             return time.time() - path.stat().st_mtime > _DAY_S
         except FileNotFoundError:

@@ -19,9 +19,27 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _IN_USER_PART = re.compile(r"://[^/\s:@]*:([^\s]+)@")
 _IN_QUERY = re.compile(r"[?&;](?:password|passwd|pwd|secret|token|api_key)=([^&;\s]+)", re.I)
 
+# Keys of services by what they look like, as detect-secrets finds them.
+_TOKENS = {
+    "a key of AWS": r"(?:A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a key of Google": r"AIza[\w-]{35}|ya29\.[\w-]{20,}",
+    "an API key": r"sk-(?:(?:proj|svcacct|admin|ant|or)-[\w-]{20,}|[A-Za-z0-9]{32,})",
+    "a token of GitHub": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}",
+    "a token of GitLab": r"gl(?:pat|dt|ft|soat|rt)-[\w-]{20,}",
+    "a token of Hugging Face": r"(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "a token of PyPI": r"pypi-AgE[\w-]{50,}",
+    "a token of Slack": r"xox[abeprs]-[A-Za-z0-9-]{10,}|xapp-\d-[A-Za-z0-9-]{10,}",
+    "a JSON web token": r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*",
+    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[^-]*",
+}
+_TOKEN = re.compile(
+    "|".join(rf"(?P<_{n}>(?<![A-Za-z0-9]){each})" for n, each in enumerate(_TOKENS.values()))
+)
+
 # Everything before an @, the scheme in group 1; for free text.
 _BEFORE_AT = re.compile(r"(\w+://)?[^\s'\"]*@")
 _PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # may hold blanks
+_PASSWORD_OF_URL = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
 _SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 HIDDEN = "***"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -81,21 +99,22 @@ def expand(value: Any, key: str = "", environ: Mapping[str, str] | None = None) 
 
 def names_in(value: Any) -> set[str]:
     """The names of all `${NAME}` in the texts of a plain value."""
-    if isinstance(value, dict):
-        return {name for item in value.values() for name in names_in(item)}
-    if isinstance(value, list):
-        return {name for item in value for name in names_in(item)}
-    return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
+    return set(_REFERENCE.findall(json.dumps(value)))
 
 
 def refuse_secrets(value: Any, key: str = "") -> None:
-    """ConfigError where a text carries a password that is not a `${NAME}`."""
+    """ConfigError where a text carries a password or a token that is not a `${NAME}`."""
     if isinstance(value, str):
+        what = None
         found = _IN_USER_PART.search(value) or _IN_QUERY.search(value)
         if found and not _REFERENCE.fullmatch(found.group(1)):
+            what = "a password"
+        elif found := _TOKEN.search(value):
+            what = list(_TOKENS)[int(str(found.lastgroup)[1:])]
+        if what is not None:
             raise ConfigError(
                 key,
-                "holds a password, and the config is saved in the clear",
+                f"holds {what}, and the config is saved in the clear",
                 "write it as ${ENV_NAME} and export ENV_NAME",
             )
     elif isinstance(value, dict):
@@ -104,6 +123,12 @@ def refuse_secrets(value: Any, key: str = "") -> None:
     elif isinstance(value, list):
         for item in value:
             refuse_secrets(item, key)
+
+
+def masked(text: str) -> str:
+    """The text of a config without the tokens and the passwords of URLs in it."""
+    text = _IN_QUERY.sub(lambda match: match[0].replace(match[1], HIDDEN), text)
+    return _TOKEN.sub(HIDDEN, _PASSWORD_OF_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def without_secrets(text: str, *written: str) -> str:
@@ -120,7 +145,7 @@ def without_secrets(text: str, *written: str) -> str:
     forms = {form(one) for one in secrets for form in (str, quote, quote_plus, unquote, _quoted)}
     for form in sorted(forms - {""}, key=len, reverse=True):  # one may be part of another
         text = text.replace(form, HIDDEN)
-    return _BEFORE_AT.sub(lambda match: f"{match[1] or ''}{HIDDEN}@", text)
+    return _TOKEN.sub(HIDDEN, _BEFORE_AT.sub(lambda match: f"{match[1] or ''}{HIDDEN}@", text))
 
 
 def _quoted(text: str) -> str:

@@ -6,7 +6,6 @@ and as a whole.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ from pydantic_core import ErrorDetails
 
 from raytune_ft.config import reference
 from raytune_ft.config.data import called
+from raytune_ft.config.environment import masked
 from raytune_ft.config.methods import DEFAULT_METHOD
 from raytune_ft.errors import ConfigError
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
 MAX_SHOWN = 80
 
 
@@ -92,11 +91,12 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
 
 
 def shown_value(value: Any) -> str:
-    """A value on one short line, without the password that a URL may carry."""
-    return _short(_PASSWORD.sub(r"\1***@", reference.shown(value)))
+    """A value on one short line, without passwords and tokens."""
+    return _short(reference.shown(value))
 
 
 def _short(text: str) -> str:
+    text = masked(text)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 

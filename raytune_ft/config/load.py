@@ -64,9 +64,9 @@ def dump_yaml(config: Config) -> str:
     return yaml_text.dump(to_plain(config))
 
 
-def expand_env(config: Config) -> Config:
+def expand_env(config: Config, environ: Mapping[str, str] | None = None) -> Config:
     """A copy with every `${ENV_NAME}` replaced; ConfigError where one is not set."""
-    return validated(environment.expand(to_plain(config)))
+    return validated(environment.expand(to_plain(config), environ=environ))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -66,7 +66,9 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(
-        False, description="run Python code that comes with the model; off unless you mean it"
+        False,
+        description="run Python code that comes with the model; a hub id then needs a commit as "
+        "revision",
     )
 
 

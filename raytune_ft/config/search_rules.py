@@ -32,6 +32,8 @@ NOT_SEARCHED = (
     "name",
     "storage",
     "model.path",
+    "model.revision",
+    "model.trust_remote_code",
     "data.train",
     "data.validation",
     "data.test",

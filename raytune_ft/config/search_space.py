@@ -145,7 +145,7 @@ class Condition:
             return True
         try:
             known = {"__builtins__": {}, "number": _number, "values": values}
-            return bool(eval(self._code, known))
+            return bool(eval(self._code, known))  # nosec B307 # `_checked` made it
         except (ZeroDivisionError, OverflowError):
             return False
         except TypeError:

@@ -130,7 +130,9 @@ def evaluate_directory(
         DataError, ModelError: the data or the directory cannot be read, or they overlap.
     """
     check_functions(config.promote.metrics)
-    model = config.model.model_copy(update={"path": str(directory), "revision": None})
+    # A directory may name the code of the config's model on the hub, which its revision pins.
+    pinned = config.model.revision if directory.is_dir() else None
+    model = config.model.model_copy(update={"path": str(directory), "revision": pinned})
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
     tokenizer = _tokenizer_of(model, config.model)

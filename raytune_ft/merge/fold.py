@@ -137,7 +137,7 @@ def open_checkpoint(
     Raises: see `fold`.
     """
     if (checkpoint / "config.json").is_file():
-        own = model.model_copy(update={"path": str(checkpoint), "revision": None})
+        own = model.model_copy(update={"path": str(checkpoint)})
         with open_model(checkpoint) as files:
             weights, found = _under(head, files, outline(own, head=head))
             tied = bool(getattr(found.model, "all_tied_weights_keys", None))
@@ -213,7 +213,7 @@ def check_written(
     Raises:
         MergeError: see `compare`.
     """
-    own = model.model_copy(update={"path": str(target), "revision": None})
+    own = model.model_copy(update={"path": str(target)})
     head = opened.outline.head
     with open_model(target) as files:
         exact = run_weights(outline(own, head=head), opened.weights, examples)

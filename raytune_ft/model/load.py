@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN, is_hub_model
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
+from raytune_ft.files import read_json
 from raytune_ft.layout import MODEL_INDEX
 from raytune_ft.model import hub
 from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
@@ -118,6 +120,7 @@ _READ = (
 )
 _POINTER = b"version https://git-lfs"
 _AGAIN = "download it again"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 Precision = Literal["float32", "bfloat16", "float64"]
 
 
@@ -343,9 +346,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    path = resolve_model_path(model.path)
+    path, options = resolve_model_path(model.path), _hub_options(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_options(model))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the libraries promise no class for what they do not know
         _refuse_newer(model)
         raise ModelError(
@@ -580,8 +583,41 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
     return base.requires_grad_(False)
 
 
+def check_pinned(model: ModelConfig, key: str = "model.path") -> None:
+    """Check that the code of `trust_remote_code` is in a local directory or of one commit.
+
+    A model's configuration may name code of another repository, which is then of that commit too.
+
+    Raises:
+        ModelError: whoever owns the repository can change the code that is run.
+    """
+    if not model.trust_remote_code or _COMMIT.fullmatch(model.revision or ""):
+        return
+    folder = Path(resolve_model_path(model.path))
+    if folder.is_dir() and not _names_code_elsewhere(folder):
+        return
+    raise ModelError(
+        f"{key}={model.path}",
+        f"runs code of the hub at {model.revision or 'main'} under model.trust_remote_code=true, "
+        "and its owner may change that",
+        "write the 40 digits of the commit that you have read as model.revision, or the directory "
+        "of a copy with its code",
+    )
+
+
+def _names_code_elsewhere(folder: Path) -> bool:
+    """Whether an `auto_map` names a class as `owner/name--file.Class`."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and "--" in json.dumps(read_json(file).get("auto_map", {})):
+            return True
+    return False
+
+
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
-    return {"revision": hub.revision_of(model), "trust_remote_code": model.trust_remote_code}
+    check_pinned(model)
+    code = {"code_revision": model.revision} if model.trust_remote_code else {}
+    revision = hub.revision_of(model)
+    return {"revision": revision, "trust_remote_code": model.trust_remote_code, **code}
 
 
 def base_file_hashes(model: ModelConfig) -> dict[str, str]:

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
-from raytune_ft.config.load import expand_env
+from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
+from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
@@ -37,6 +38,7 @@ from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
     ADAPTER,
     CARD,
+    CONFIG,
     DATA,
     EVALUATION,
     MODEL,
@@ -136,7 +138,7 @@ class Measurer:
     def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
         base = self.base
         is_base = str(directory) == base.path
-        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
+        own = base.model_copy(update={"path": str(directory.absolute())})
         return Job(
             base if is_base else own,
             base,
@@ -236,6 +238,7 @@ def promote(
     tell: Tell = lambda line: None,
     samples: int = 3,
     wait_s: float | None = None,
+    code: Code = (),
 ) -> Promotion:
     """Write `directory/promoted` from a run or a sweep that has ended.
 
@@ -245,6 +248,8 @@ def promote(
     kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was, and
     what it wrote is made anew. `wait_s`: see `Wait`.
 
+    `code` is the Python code that may be run of what the configs in the directory name.
+
     Raises:
         Promoted: `promoted` exists, and `again` is not given.
         StorageError: the run has not ended, another process promotes it, or the disk is full.
@@ -253,7 +258,7 @@ def promote(
         CheckpointError: no checkpoint is sound.
         MergeError: a folded model differs from base and adapter.
         DataError: the data are missing, overlap, or have changed since the run began.
-        ConfigError: a metric cannot be computed.
+        ConfigError: a metric cannot be computed, or the directory's configs name other code.
         ModelError: the base cannot be loaded.
     """
     target = directory / PROMOTED
@@ -267,6 +272,8 @@ def promote(
                 "write --again to do so; the earlier one is kept beside it",
             )
         selection = select(directory, tell)
+        own = load_config(directory / CONFIG).promote  # and not that of a trial
+        check_code(selection.config.model_copy(update={"promote": own}), directory, code)
         check_functions(selection.settings.metrics)
         choose_backend(selection.settings.generation)
         tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved

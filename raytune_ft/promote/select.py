@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.checkpoints.store import CheckpointStore
+from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.metrics import deciding
 from raytune_ft.config.schema import Config, PromoteConfig
@@ -141,6 +142,13 @@ def _ranked_trials(
     directory: Path, result: Mapping[str, Any], metric: str, mode: str
 ) -> list[Candidate]:
     """Usable trials: the best of the sweep's result first, the others by their best evaluation."""
+    for trial in result["trials"]:
+        if "/" in trial["id"] or trial["id"] == "..":
+            raise StorageError(
+                f"{directory / RESULT}",
+                f"names the trial {shown_value(trial['id'])}, which is not in {TRIALS}",
+                "find out who wrote that file",
+            )
     found = [
         _candidate(directory / TRIALS / trial["id"], trial["id"], trial["params"], metric, mode)
         for trial in result["trials"]

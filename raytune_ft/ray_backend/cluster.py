@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -131,7 +133,7 @@ SOCKET_BYTES = 107
 """The longest path that Linux gives a socket."""
 LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What Ray adds to its directory; the last number is a process id."""
-SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")
+SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # Ray makes its folder there
 STOP_GRACE = "RAYTUNE_FT_STOP_GRACE_S"
 """Seconds for the last checkpoint of an interrupted run; 30 by default."""
 
@@ -216,7 +218,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     for name, value in LOCAL_DEFAULTS.items():
         os.environ.setdefault(name, value)
     folder = ray_directory()
-    with _on_loopback():
+    with _on_loopback(), _private_token():
         try:
             ray.init(
                 address="local",
@@ -272,6 +274,34 @@ def _on_loopback() -> Iterator[None]:
         del os.environ[name]
         if written is not None:
             os.environ[name] = written
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Ray keeps the token of its clusters in `~/.ray/auth_token`, which Ray 2.60.0 makes readable
+    for every user of the machine. Only its owner can read it afterwards, and one that Ray makes
+    inside is in a folder that only its owner can enter.
+    """
+    token = Path(os.path.expanduser("~/.ray/auth_token"))
+    if _close(token):
+        logging.getLogger(__name__).warning("%s could be read by others; its mode is 0600", token)
+    with suppress(OSError):  # Ray says what it cannot write
+        token.parent.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        _close(token)
+
+
+def _close(file: Path) -> bool:
+    """Take a file of this user from everybody else; whether they could read it."""
+    with suppress(OSError):
+        facts = file.lstat()
+        open_ = stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077
+        if open_ and facts.st_uid == os.getuid():
+            file.chmod(0o600)
+            return True
+    return False
 
 
 def set_train_defaults(others: Mapping[str, str] | None = None) -> None:

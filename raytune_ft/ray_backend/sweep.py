@@ -19,8 +19,9 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.stopper import CombinedStopper
 
+from raytune_ft.config.environment import names_in
 from raytune_ft.config.execution import arrange, choose_execution
-from raytune_ft.config.load import dump_yaml, load_config
+from raytune_ft.config.load import dump_yaml, load_config, to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
@@ -274,23 +275,26 @@ class _Sweep:
     def __init__(self, config: Config, sweep_dir: Path, data_dir: Path, resume: bool) -> None:
         assert config.search is not None
         self._begun = time.monotonic()
-        self._search: SearchConfig = config.search
+        saved = sweep_dir / CONFIG
+        self._config, self._written = config, load_config(saved) if saved.is_file() else config
+        assert self._written.search is not None
+        # As written: parameters go to the study, to Ray and into files.
+        self._search: SearchConfig = self._written.search
         self._fit = require_capacity(config.parallel)
         self._execution, self._why = choose_execution(config)
         self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
-        saved = sweep_dir / CONFIG
-        self._written = load_config(saved) if saved.is_file() else config
         train = open_prepared(data_dir).train
         self._train = train
         self._fill_pass = steps_in_a_pass(config, float(train.lengths.mean()))
         self._shared = Shared(
-            config,
+            self._written,
             sweep_dir,
             data_dir,
             self._search.metrics[0],
             self._search.modes[0],
             train_environment(),
+            {name: os.environ[name] for name in names_in(to_plain(self._written))},
         )
         self._spending = Spending(
             self._search.budget,
@@ -336,12 +340,12 @@ class _Sweep:
         """Where trials train, and how many at a time."""
         shared = self._shared
         if self._execution == "packed":
-            found = arrange(shared.config, self._fit, trials, self._fill_pass)
+            found = arrange(self._config, self._fit, trials, self._fill_pass)
             note(
                 f"{trials} trials, {found.at_once} at a time in {found.engines} "
                 f"engine{'s' * (found.engines != 1)} ({self._why})"
             )
-            with engines(shared.config, shared.sweep_dir, shared.data_dir, found, note) as slots:
+            with engines(self._config, shared.sweep_dir, shared.data_dir, found, note) as slots:
                 yield slots, found.at_once
             return
         concurrent, lowered = concurrency(self._search, self._fit)
@@ -400,7 +404,7 @@ class _Sweep:
                 search_alg=StudySearcher(
                     self._study,
                     self._search,
-                    self._shared.config.seed,
+                    self._config.seed,
                     self._prepare,
                     interrupted.is_set,
                     self._points(),
@@ -410,7 +414,7 @@ class _Sweep:
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=self._shared.config.name,
+                name=self._config.name,
                 storage_path=storage,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[reports, budget],
@@ -421,14 +425,14 @@ class _Sweep:
 
     def _points(self) -> list[Point]:
         """The first trials, chosen by the type and width of the model."""
-        text = load_model_config(self._shared.config.model).get_text_config()
+        text = load_model_config(self._config.model).get_text_config()
         width = getattr(text, "hidden_size", None)
-        return first_points(self._shared.config, str(text.model_type), width)
+        return first_points(self._written, str(text.model_type), width)
 
     def _scheduler(self) -> ResumableScheduler | None:
         if self._search.scheduler is None:
             return None
-        budget = _budget(self._shared.config, self._train)
+        budget = _budget(self._config, self._train)
         metric, mode = self._search.metrics[0], self._search.modes[0]
         rule = scheduler_for(self._search.scheduler, budget, metric, mode)
         for number, trial in enumerate(own_trials(self._study)):
@@ -450,12 +454,12 @@ class _Sweep:
 
     def _gpus(self) -> float:
         """GPUs of one trial; a packed trial has the share of one slot."""
-        parallel = self._shared.config.parallel
+        parallel = self._config.parallel
         gpus = parallel.max_workers * parallel.resources_per_worker.get("GPU", 0.0)
         if self._execution != "packed":
             return gpus
         trials = trial_count(self._search)
-        return gpus / arrange(self._shared.config, self._fit, trials, self._fill_pass).slots
+        return gpus / arrange(self._config, self._fit, trials, self._fill_pass).slots
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.execution import Arrangement
+from raytune_ft.config.load import expand_env
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
@@ -224,7 +225,9 @@ def driver_place() -> PlacementGroupFactory:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a sweep share. `config` is resolved, with `${ENV_NAME}` expanded."""
+    """What all trials of a sweep share. `config` is resolved; `references` are the values of each
+    `${ENV_NAME}` in it, which the environment of another process may lack.
+    """
 
     config: Config
     sweep_dir: Path
@@ -232,6 +235,7 @@ class Shared:
     metric: str
     mode: str
     environment: dict[str, str]
+    references: dict[str, str] = field(repr=False)
 
 
 class TrialRun:
@@ -333,7 +337,8 @@ def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
     """The run of a trial. Raises ConfigError where the values do not go together."""
     trials = shared.sweep_dir / TRIALS
     config = apply_params(shared.config, params, trial, str(trials))
-    return RunSpec(config, trials / trial, shared.data_dir, shared.metric, shared.mode)
+    expanded = expand_env(config, shared.references)
+    return RunSpec(expanded, trials / trial, shared.data_dir, shared.metric, shared.mode)
 
 
 def outcome_of(result: RunResult, metrics: Sequence[str]) -> dict[str, Any]:

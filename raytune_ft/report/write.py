@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
+import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.plots import plots, search_plots
 
 GOOD, NEUTRAL, BAD = "#059669", "#d97706", "#dc2626"
+NONE = "'none'"
 MAX_CARDS = 6
 MAX_SAMPLES = 8
 
@@ -56,6 +58,8 @@ def render(facts: Facts) -> str:
     shown, searched = plots(facts), search_plots(facts)
     figures = [plot.figure for plot in (*shown, *searched)]
     promoted = facts.promoted
+    draw = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    script = Markup(draw)  # nosec B704 # a file of this package
     return environment.get_template("page.html").render(
         name=facts.config.name,
         kind=_kind(facts),
@@ -64,7 +68,9 @@ def render(facts: Facts) -> str:
         plots=shown,
         search_plots=searched,
         plots_json=_script_safe("[" + ",".join(figures) + "]"),
-        plotly=_plotly() if figures else "",
+        plotly=_packed(_plotly()) if figures else "",
+        draw=script,
+        policy=_policy(*([draw, _plotly()] if figures else [])),
         figures=tables.figures(promoted) if promoted else None,
         measured_on=tables.measured_on(promoted) if promoted else "",
         tones=_tones(promoted) if promoted else {},
@@ -213,12 +219,30 @@ def _script_safe(text: str) -> Markup:
     """JSON whose strings cannot end the script element that holds it."""
     for char, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(char, code)
-    return Markup(text)
+    return Markup(text)  # nosec B704 # what could end the script is escaped
+
+
+def _policy(*scripts: str) -> str:
+    """The page's content security policy: these scripts run and no other, and nothing is fetched.
+
+    plotly puts styles into the page, which can therefore not be listed.
+    """
+    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
+    allowed = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    return (
+        f"default-src {NONE}; script-src {' '.join(allowed or [NONE])}; "
+        "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
 
 
 @functools.cache
 def _plotly() -> str:
-    """plotly's JavaScript, which the page unpacks: 2 MB as gzip in base64 instead of 5."""
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return str(get_plotlyjs())
+
+
+@functools.cache
+def _packed(script: str) -> str:
+    """For the page to unpack: plotly is 2 MB as gzip in base64 instead of 5."""
+    return base64.b64encode(gzip.compress(script.encode(), 9, mtime=0)).decode()

@@ -120,7 +120,8 @@ def earlier_trials(search: SearchConfig) -> list[FrozenTrial]:
     """
     written = search.warm_start or []
     folders = [written] if isinstance(written, str) else written
-    return [trial for folder in folders for trial in _of_sweep(Path(folder), search)]
+    found = (Path(expand_text(folder, "search.warm_start")) for folder in folders)
+    return [trial for folder in found for trial in _of_sweep(folder, search)]
 
 
 def _of_sweep(folder: Path, search: SearchConfig) -> list[FrozenTrial]:
@@ -158,12 +159,14 @@ def _of_sweep(folder: Path, search: SearchConfig) -> list[FrozenTrial]:
 
 
 def _study(folder: Path, config: Config, earlier: SearchConfig) -> optuna.Study:
-    url = earlier.storage or f"sqlite:///{folder / STUDY}"
-    if earlier.storage is None and not (folder / STUDY).is_file():
+    url = f"sqlite:///{folder / STUDY}"
+    if earlier.storage is not None:
+        url = expand_text(earlier.storage, "search.storage")
+    elif not (folder / STUDY).is_file():
         raise StorageError(
             f"search.warm_start={folder}", f"holds no {STUDY}", "write a sweep's directory"
         )
-    storage = open_storage(expand_text(url, "search.storage"))
+    storage = open_storage(url)
     try:
         return optuna.load_study(study_name=config.name, storage=storage)
     except KeyError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from raytune_ft.config.explain import shown_value
@@ -33,6 +35,29 @@ from raytune_ft.search.study import own_trials
 
 MIN_RANDOM_TRIALS, MAX_RANDOM_TRIALS = 4, 10
 MAX_SAMPLED, MAX_UNIFORM = 20, 100_000
+
+
+class ReplayedCmaEs(CmaEsSampler):
+    """CMA-ES whose state is computed anew from the trials that have ended.
+
+    Optuna's own keeps it as a pickle in the study, and whoever writes the study's file or database
+    would run code here with it.
+    """
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> None:
+        """Keeps the trials of each generation, in the order in which they ended."""
+        self._generations = defaultdict[Any, list[Any]](list)
+        ended: list[Any] = sorted(completed_trials, key=lambda t: (t.datetime_complete, t.number))
+        for each in ended:
+            self._generations[each.system_attrs.get(self._attr_key_generation)].append(each)
+
+    def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
+        optimizer = super()._init_optimizer(trans, direction)
+        size, sign = optimizer.population_size, 1 if direction == StudyDirection.MINIMIZE else -1
+        while len(drawn := self._generations[optimizer.generation]) >= size:
+            told = [(trans.transform(each.params), sign * each.value) for each in drawn[:size]]
+            optimizer.tell(told)
+        return optimizer
 
 
 class JointSampler(BaseSampler):
@@ -155,6 +180,6 @@ class JointSampler(BaseSampler):
                 case "gp":
                     return GPSampler(seed=own, n_startup_trials=startup)
                 case "cmaes":
-                    return CmaEsSampler(seed=own)
+                    return ReplayedCmaEs(seed=own)
                 case "random" | "grid":
                     return RandomSampler(seed=own)

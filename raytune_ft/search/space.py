@@ -26,6 +26,7 @@ from sqlalchemy import URL, QueuePool
 from sqlalchemy.dialects.sqlite import dialect as SQLiteDialect
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
+from raytune_ft.config.environment import without_secrets
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import Distribution
 from raytune_ft.errors import StorageError
@@ -60,7 +61,7 @@ def open_storage(url: str) -> BaseStorage:
     except (ImportError, OSError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(
             f"search.storage={shown_value(url)}",
-            f"cannot be opened ({_reason(error)})",
+            f"cannot be opened ({without_secrets(_reason(error), url)})",
             "install its driver, for PostgreSQL with pip install 'raytune-ft[postgres]'"
             if isinstance(error, ImportError | NoSuchModuleError)
             else "write an Optuna URL that can be reached from here",

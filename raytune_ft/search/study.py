@@ -11,6 +11,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from raytune_ft.config.environment import expand_text
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
 from raytune_ft.layout import STUDY, TRIALS
@@ -30,7 +31,9 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
         StorageError: the storage cannot be opened, holds a study of that name with trials already,
             or another one than the sweep began with.
     """
-    url = search.storage or f"sqlite:///{sweep_dir / STUDY}"
+    url = f"sqlite:///{sweep_dir / STUDY}"
+    if search.storage is not None:
+        url = expand_text(search.storage, "search.storage")
     study = optuna.create_study(
         study_name=name,
         storage=open_storage(url),

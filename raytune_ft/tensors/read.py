@@ -144,8 +144,9 @@ class TensorFiles:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header: dict[str, Any] = json.loads(file.read(length))
-            places = json.loads(header.pop("__metadata__", {}).get(PARTS, "{}"))
-        except (OSError, SafetensorError, ValueError) as error:
+            parts = json.loads(header.pop("__metadata__", {}).get(PARTS, "{}"))
+            places = {name: (int(start), tuple(shape)) for name, (start, shape) in parts.items()}
+        except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
             raise self._fault(path, f"is damaged ({error})") from error
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:

@@ -420,6 +420,27 @@ OBJECTIVES_AND_SOURCES: list[Case] = [
         "base_loss",
     ),
 ]
+TRUST: list[Case] = [
+    (
+        "train model.path=org/name model.trust_remote_code=true",
+        "model.path=org/name",
+        "main",
+        "model.revision",
+        "40 digits",
+    ),
+    (
+        "train promote.base=org/name model.trust_remote_code=true",
+        "promote.base=org/name",
+        "40 digits",
+        "directory",
+    ),
+    (
+        f"train model.revision=ghp_{'x1' * 18}",
+        "model.revision holds a token of GitHub",
+        "${ENV_NAME}",
+        "export ENV_NAME",
+    ),
+]
 PROMOTION: list[Case] = [
     ("train promote.metrics=[rogue]", "promote.metrics=rogue", "rouge", "FILE.py:FUNCTION"),
     (
@@ -515,7 +536,7 @@ JOBS: list[Case] = [
 ]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + PROMOTION + RUNS + JOBS),
+    *(OBJECTIVES_AND_SOURCES + TRUST + PROMOTION + RUNS + JOBS),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",

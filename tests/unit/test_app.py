@@ -11,6 +11,7 @@ import pytest
 
 from raytune_ft import app
 from raytune_ft.config.load import load_config
+from raytune_ft.config.trust import Code
 from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
 from raytune_ft.files import write_json_atomic
 from raytune_ft.preflight import Tell
@@ -45,7 +46,7 @@ class Work(app.Backend):
         write_json_atomic(spec.run_dir / "result.json", content)
 
     def promote(  # type: ignore[override]
-        self, path: Path, tell: Tell, wait_s: float | None
+        self, path: Path, tell: Tell, code: Code, wait_s: float | None
     ) -> None:
         """Nothing was trained."""
 

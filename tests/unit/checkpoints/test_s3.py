@@ -8,11 +8,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from raytune_ft.checkpoints.manage import listed, verified
+from raytune_ft.checkpoints.manifest import parse_manifest, write_manifest
 from raytune_ft.checkpoints.mirror import Mirror, mirrored
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
@@ -333,3 +335,63 @@ def test_without_credentials(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("HOME", "/nonexistent")
     with pytest.raises(StorageError, match="without credentials; set AWS_ACCESS_KEY_ID"):
         Bucket("s3://models", QUICK).sizes()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../out",
+        "../../../out",
+        "trials/../../out",
+        "/out",
+        "trials//out",
+        "./out",
+        "a\\..\\out",
+        "checkpoints/step-000001/../../../out",
+        "../step-000001/manifest.json",
+    ],
+)
+def test_a_key_that_leaves_the_run_is_refused(tmp_path: Path, bucket: Bucket, key: str) -> None:
+    Mirror(bucket, make_run(tmp_path / "here/some"), print).sync()
+    evil = f"some/{key}"
+    bucket.put(evil, b"owned")
+    assert evil in bucket.sizes("some/")  # the store keeps such a key as it is
+    there = tmp_path / "a/b/c/some"
+    with pytest.raises(StorageError, match=r"leads out of the run's directory; delete it"):
+        Mirror(bucket, there, print).begin(resume=True)
+    assert [path.name for path in tmp_path.rglob("*") if "out" in path.name] == []
+    assert not there.parent.exists()  # nothing else was fetched either
+    bucket.delete(evil)
+    Mirror(bucket, there, print).begin(resume=True)
+    assert content(there) == content(tmp_path / "here/some")
+
+
+def test_a_folder_that_a_console_made_is_no_file(tmp_path: Path, bucket: Bucket) -> None:
+    Mirror(bucket, make_run(tmp_path / "here/some"), print).sync()
+    bucket.put("some/checkpoints/", b"")
+    Mirror(bucket, tmp_path / "there/some", print).begin(resume=True)
+    assert content(tmp_path / "there/some") == content(tmp_path / "here/some")
+
+
+def test_a_manifest_that_lists_files_elsewhere_is_refused(tmp_path: Path, bucket: Bucket) -> None:
+    remote = RemoteCheckpoints(bucket, "run/checkpoints")
+    folder = commit(tmp_path / "here", 1)
+    remote.upload(folder)
+    manifest = parse_manifest((folder / "manifest.json").read_bytes(), "it")
+    stolen = replace(manifest.files[0], path="../../../out")
+    write_manifest(folder / "manifest.json", replace(manifest, files=(stolen,)))
+    bucket.put("run/checkpoints/step-000001/manifest.json", (folder / "manifest.json").read_bytes())
+    with pytest.raises(CheckpointError, match="is not a path below a folder"):
+        remote.fetch("step-000001", tmp_path / "a/b/there")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_takes_no_file_of_elsewhere_into_the_bucket(tmp_path: Path, bucket: Bucket) -> None:
+    (tmp_path / "credentials").write_text("swordfish")
+    run = make_run(tmp_path / "here/some")
+    (run / "notes.txt").symlink_to(tmp_path / "credentials")
+    (run / "folder").symlink_to(tmp_path, target_is_directory=True)
+    Mirror(bucket, run, print).sync()
+    held = bucket.sizes("some/")
+    assert "some/metrics.jsonl" in held
+    assert not [key for key in held if "notes" in key or "folder" in key]

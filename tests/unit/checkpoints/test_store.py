@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from raytune_ft.checkpoints import store as store_module
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError
 from raytune_ft.layout import MANIFEST, step_name
@@ -273,6 +274,27 @@ def test_rubbish_of_the_living_is_left(store: CheckpointStore) -> None:
     os.utime(elsewhere, (0, 0))
     store.retain(2, 1, "min")
     assert not elsewhere.exists()
+
+
+def test_what_another_pod_of_this_host_writes_is_left(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under hostNetwork pods share the name of the host and not its process ids."""
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    theirs = tmp_path / "namespace"
+    theirs.symlink_to("pid:[1]")
+    monkeypatch.setattr(store_module, "_LINUX", (store_module._LINUX[0], theirs))
+    written = store._hidden("step-000002", "new")
+    live = written.with_name(written.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    live.mkdir(parents=True)
+    monkeypatch.undo()
+    store.commit(1, write, facts())
+    store.retain(2, 1, "min")
+    assert live.exists()
+    os.utime(live, (0, 0))
+    store.retain(2, 1, "min")
+    assert not live.exists()
 
 
 def store_token(hidden_path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -222,6 +223,65 @@ def test_a_mistake_is_one_line_with_value_rule_and_remedy(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+# Put together here, so that no scanner takes them for real ones.
+TOKENS = [
+    ("a token of Hugging Face", "hf_" + "Ab" * 17),
+    ("a key of AWS", "AKIA" + "Q7" * 8),
+    ("an API key", "sk-proj-" + "a-_9" * 10),
+    ("an API key", "sk-" + "aB3" * 16),
+    ("a token of GitHub", "ghp_" + "x1" * 18),
+    ("a token of GitLab", "glpat-" + "z" * 20),
+    ("a key of Google", "AIza" + "s_-9K" * 7),
+    ("a token of PyPI", "pypi-AgE" + "x" * 60),
+    ("a token of Slack", "xoxb-" + "1" * 12),
+    ("a JSON web token", ".".join(["eyJ" + "h" * 12, "eyJ" + "p" * 12, "sig"])),
+    ("a private key", f"-----BEGIN OPENSSH {'PRIVATE'} KEY-----\nb3BlbnNzaA=="),
+]
+
+
+@pytest.mark.parametrize(("what", "token"), TOKENS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.revision", "{}"),
+        ("data.separator", "say {}"),
+        ("tracking.project", "x/{}/y"),
+        ("promote.answer", "({})"),
+    ],
+)
+def test_a_token_is_refused_and_not_repeated(
+    write: Write, key: str, value: str, what: str, token: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(TEXT), [f"{key}={json.dumps(value.format(token))}"])
+    line = str(caught.value)
+    assert line.startswith(f"{key} holds {what}, and the config is saved in the clear; write it as")
+    assert token[4:] not in line
+
+
+@pytest.mark.parametrize(("what", "token"), TOKENS)
+def test_nor_where_the_value_is_wrong_in_another_way(write: Write, what: str, token: str) -> None:
+    for text in (f"train.precision={json.dumps(token)}", token, f"{token}=1"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(TEXT), [text])
+        assert token[8:] not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-learn-datasets-collection-v2-large",
+        "task-" + "a" * 40,
+        "hf_models/some-model",
+        "0123456789abcdef0123456789abcdef01234567",
+        "${HF_TOKEN}",
+        "org/AKIAB-model",
+    ],
+)
+def test_what_only_resembles_a_token_is_taken(write: Write, text: str) -> None:
+    assert load_config(write(TEXT), [f"model.revision={text}"]).model.revision == text
 
 
 @pytest.mark.parametrize(

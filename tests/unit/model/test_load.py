@@ -14,7 +14,13 @@ from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import build_model, load_base, load_model_config
+from raytune_ft.model.load import (
+    build_model,
+    check_pinned,
+    load_base,
+    load_model_config,
+    load_tokenizer,
+)
 from raytune_ft.model.meta import build_shapes
 from raytune_ft.model.methods import trained_parameters
 from tests.support.models import save_tiny_llama
@@ -103,3 +109,28 @@ def test_new_weights_are_drawn_from_the_seed_alone(tmp_path: Path) -> None:
     first, same, other = drawn(0, 1), drawn(0, 2), drawn(1, 1)
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "0a1b2c3", "A" * 40, "0" * 41])
+def test_code_of_the_hub_that_may_change_is_refused(revision: str | None) -> None:
+    model = ModelConfig(path="org/name", revision=revision, trust_remote_code=True)
+    for read in (check_pinned, load_model_config, load_tokenizer):
+        with pytest.raises(ModelError, match=r"^model\.path=org/name .*; write the 40 digits"):
+            read(model)
+
+
+def test_code_that_is_here_or_of_a_commit_is_not(tmp_path: Path) -> None:
+    commit = "0a1b2c3d4e" * 4
+    check_pinned(ModelConfig(path="org/name"))
+    check_pinned(ModelConfig(path="org/name", revision=commit, trust_remote_code=True))
+    base = save_tiny_llama(tmp_path / "base")
+    here = ModelConfig(path=str(base), trust_remote_code=True)
+    check_pinned(here)
+    for file in ("config.json", "tokenizer_config.json"):
+        before = (base / file).read_text()
+        elsewhere = {"auto_map": {"AutoConfig": "other/name--file.Class"}}
+        (base / file).write_text(json.dumps(json.loads(before) | elsewhere))
+        with pytest.raises(ModelError, match="runs code of the hub at main"):
+            check_pinned(here)
+        check_pinned(here.model_copy(update={"revision": commit}))
+        (base / file).write_text(before)

@@ -22,7 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft import app
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
-from raytune_ft.errors import CheckpointError, DataError, LockHeld, MergeError, StorageError
+from raytune_ft.config.load import apply_overrides, dump_yaml, load_config
+from raytune_ft.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LockHeld,
+    MergeError,
+    StorageError,
+)
 from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.locks import locked
 from raytune_ft.promote import candidates
@@ -521,3 +529,23 @@ def test_the_card_says_what_is_known_of_licences_and_of_other_data(
     named = {result.metric_type for result in card.data.eval_results}
     assert named == {"eval_loss", "perplexity", "token_accuracy", "exact_match"}
     assert "KL from the base on the general set" in card.text
+
+
+def test_code_that_only_the_saved_config_names_is_not_run(run_dir: Path, tmp_path: Path) -> None:
+    """Who can write into the storage can write config.yaml."""
+    evil = tmp_path / "evil.py"
+    evil.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "def score(prompt, reference, generated):\n    return 1.0\n"
+    )
+    file, metric = run_dir / "config.yaml", f"{evil}:score"
+    config = apply_overrides(load_config(file), {"promote.metrics": ["loss", metric]})
+    file.write_text(dump_yaml(config))
+    with pytest.raises(ConfigError, match=r"evil\.py:score .* names.*; .*--trust-run"):
+        promote(run_dir)
+    assert not (tmp_path / "ran").exists()
+    assert not (run_dir / "promoted").exists()
+    named = promote(run_dir, code=[f"promote.metrics={metric}"], samples=0)
+    assert named.evaluation.promoted["score"] == 1.0
+    assert promote(run_dir, again=True, code=None, samples=0).evaluation.promoted["score"] == 1.0
+    assert (tmp_path / "ran").exists()

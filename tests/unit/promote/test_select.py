@@ -195,3 +195,13 @@ def test_what_is_no_ended_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(StorageError, match=r"holds no config\.yaml"):
         select(tmp_path, print)
+
+
+def test_a_result_names_no_run_elsewhere(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "private", {"t1": ("completed", [0.1])})
+    sweep = make_sweep(tmp_path / "sweep", {"t1": ("completed", [0.9])})
+    result = json.loads((sweep / "result.json").read_text())
+    result["trials"][0]["id"] = "../../private/trials/t1"
+    (sweep / "result.json").write_text(json.dumps(result))
+    with pytest.raises(StorageError, match="is not in trials; find out who wrote that file"):
+        select(sweep, print)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +144,40 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "cannot be started on this machine (The current node timed out during startup.)" in line
     assert "session_latest/logs" in line
     assert "\n" not in line
+
+
+def test_only_its_owner_reads_the_token_of_a_local_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+
+    def init(**_: object) -> None:
+        """As Ray 2.60.0 does."""
+        token.parent.mkdir(parents=True, exist_ok=True)
+        if not token.exists():
+            token.write_text("secret")
+            assert mode(token) == 0o644
+            assert mode(token.parent) == 0o700
+
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "init", init)
+    before = os.umask(0o022)
+    try:
+        connect("local")
+        assert mode(token) == 0o600
+        assert caplog.text == ""
+        token.chmod(0o644)  # of an earlier Ray
+        connect("local")
+        assert mode(token) == 0o600
+        assert "could be read by others" in caplog.text
+        other = tmp_path / "other"
+        other.write_text("of somebody else")
+        token.unlink()
+        token.symlink_to(other)
+        connect("local")
+        assert mode(other) == 0o644
+    finally:
+        os.umask(before)

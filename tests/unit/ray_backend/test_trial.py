@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.state.schema import _to_json_serializable_value
 
 from raytune_ft.ray_backend.registry import Ended, Report
-from raytune_ft.ray_backend.trial import TrialRun
+from raytune_ft.ray_backend.trial import Shared, TrialRun, spec_of
 from raytune_ft.records import EvalMetrics
 from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
@@ -73,3 +74,22 @@ def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
         assert execution.done == ["started", "stopped"]
         assert result is not None
         assert result.status == "pruned"
+
+
+def test_a_trial_has_the_values_of_its_secrets_and_ray_only_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "tracking.uri": "http://me:${CANARY}@host",
+        "search": {"space": {"method.targets": {"choice": [["${CANARY}_proj"], "all-linear"]}}},
+    }
+    monkeypatch.delenv("CANARY", raising=False)  # the process of a trial may lack it
+    config = make_config(tmp_path, tmp_path / "rows.jsonl", changes)
+    references = {"CANARY": "swordfish"}
+    shared = Shared(config, tmp_path, tmp_path, "eval_loss", "min", {}, references)
+    spec = spec_of(shared, "trial-000", {"method.targets": ["${CANARY}_proj"]})
+    assert spec.config.tracking.uri == "http://me:swordfish@host"
+    assert spec.config.method.targets == ["swordfish_proj"]
+    told = [repr(shared), repr(spec), _to_json_serializable_value({"spec": spec, "n": 1})]
+    assert "swordfish" not in repr(told)
+    assert "trial-000" in repr(told[2])  # what Ray Train keeps is the text of the spec

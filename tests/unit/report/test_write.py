@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -44,6 +48,24 @@ def plots_of(page: str) -> list[Any]:
     found = re.search(r'id="plots">(.*?)</script>', page, re.S)
     assert found
     return json.loads(found[1])
+
+
+def test_only_the_pages_own_scripts_may_run(sweep_dir: Path) -> None:
+    text = write_report(sweep_dir).read_text()
+    policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', text)
+    assert len(policy) == 1
+    assert text.index("Content-Security-Policy") < text.index("<style>") < text.index("<body>")
+    rules = dict(rule.split(" ", 1) for rule in html.unescape(policy[0]).split("; "))
+    assert (rules["default-src"], rules["base-uri"]) == ("'none'", "'none'")
+    # A browser runs a script without a type; the others are data, one of them plotly, which the
+    # page unpacks and runs.
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    packed = re.findall(r'id="plotly">(.*?)</script>', text, re.S)
+    scripts += [gzip.decompress(base64.b64decode(each)).decode() for each in packed]
+    assert len(scripts) == 2
+    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
+    hashes = {f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests}
+    assert set(rules["script-src"].split()) == hashes
 
 
 def test_the_page_of_a_sweep(sweep_dir: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from optuna._transform import _SearchSpaceTransform
+from optuna.samplers import CmaEsSampler
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.load import apply_overrides
@@ -15,7 +19,7 @@ from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import grid
 from raytune_ft.errors import ConfigError
 from raytune_ft.search.initial_trials import first_points, published_lr
-from raytune_ft.search.sampler import JointSampler
+from raytune_ft.search.sampler import JointSampler, ReplayedCmaEs
 from raytune_ft.search.space import decode
 
 LR = {"log_uniform": [1e-5, 1e-1]}
@@ -157,3 +161,49 @@ def test_a_draw_that_cannot_meet_a_constraint_gives_up(tmp_path: Path) -> None:
     impossible = search_config(trials=1, constraints=["train.lr > 1"])
     with pytest.raises(ConfigError, match=r"train\.lr > 1 is met by none of 100,000 draws"):
         points(impossible)
+
+
+NUMBERS = {"train.lr": LR, "method.alpha": {"uniform": [1.0, 64.0]}}
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_cmaes_neither_writes_nor_loads_a_pickle(tmp_path: Path) -> None:
+    search = search_config(sampler="cmaes", trials=40, space=NUMBERS)
+    study = optuna.create_study(sampler=JointSampler(search, 0))
+    planted = {"cma:optimizer:0": pickle.dumps(_Evil(tmp_path / "ran")).hex()}
+    for number in range(40):
+        trial = study.ask()
+        study._storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", *planted.values())
+        JointSampler(search, 0).suggest(trial)
+        study.tell(trial, abs(trial.params["train.lr"] - 1e-3))
+        held = study.trials[number].system_attrs
+        assert {key: held[key] for key in held if "optimizer" in key} == planted
+    assert not (tmp_path / "ran").exists()
+    assert max(each.system_attrs.get("cma:generation", 0) for each in study.trials) > 3
+
+
+def test_the_state_of_cmaes_is_that_of_optuna() -> None:
+    """Trials of Optuna's own sampler, whose last state is in the study."""
+    study = optuna.create_study(sampler=CmaEsSampler(seed=3))
+    for _ in range(40):
+        trial = study.ask()
+        x, y = trial.suggest_float("x", -4, 4), trial.suggest_float("y", 1e-5, 1e-1, log=True)
+        study.tell(trial, x**2 + abs(np.log10(y) + 3))
+    wanted: Any = CmaEsSampler(seed=0)._restore_optimizer(study.trials)
+    space = study.trials[-1].distributions
+    sampler = ReplayedCmaEs(seed=0)
+    sampler._restore_optimizer(study.trials)
+    found = sampler._init_optimizer(
+        _SearchSpaceTransform(space, transform_0_1=True), study.direction
+    )
+    assert found.generation == wanted.generation > 3
+    assert found._sigma == wanted._sigma
+    assert (found._mean == wanted._mean).all()
+    assert (found._C == wanted._C).all()

@@ -137,3 +137,20 @@ def test_a_study_lies_in_the_sweeps_directory_whatever_its_path(tmp_path: Path, 
     assert drive(shared, folder, 6, False) == whole
     assert (tmp_path / name / "shared.db").is_file()
     assert rows(open_study("s", folder, shared, True), shared)[5].status == "completed"
+
+
+def test_the_study_has_the_space_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY", "swordfish")
+    space = SPACE | {"method.targets": {"choice": [["${CANARY}_proj"], "all-linear"]}}
+    search = search_config(storage=f"sqlite:///{tmp_path}/${{CANARY}}.db", space=space)
+    study = open_study("s", tmp_path / "x", search, False)
+    assert (tmp_path / "swordfish.db").is_file()
+    assert study.user_attrs["search"]["space"] == space
+
+
+def test_an_error_of_the_driver_has_no_password() -> None:
+    with pytest.raises(StorageError) as caught:
+        open_storage("nonsense://me:hunter2@host:port/db?password=hunter2")
+    assert "hunter2" not in str(caught.value)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from torch import Tensor
 from raytune_ft.errors import CheckpointError
 from raytune_ft.layout import shard_name
 from raytune_ft.tensors.read import open_shards
-from raytune_ft.tensors.write import Entry, Part, write_parts, write_tensors
+from raytune_ft.tensors.write import PARTS, Entry, Part, write_parts, write_tensors
 
 SHAPES = [(7, 5), (13,), (), (3, 4, 5), (0, 4), (1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
@@ -144,3 +147,45 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     found = load_file(tmp_path / "model.safetensors")
     assert [found[f"w{i}"].mean().item() for i in range(3)] == alive
     assert math.prod(found["w0"].shape) == 6
+
+
+def _file(header: Any, data: bytes = bytes(16), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+_W = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+HEADERS = {
+    "no header": b"",
+    "longer than the file": _file({"w": _W}, length=2**63),
+    "longer than memory": _file({"w": _W}, length=10**12),
+    "nested": _file(b'{"w":' * 100_000),
+    "not UTF-8": _file(b"\xff\xfe{}"),
+    "behind the end": _file({"w": _W | {"data_offsets": [0, 10**15], "shape": [10**15 // 4]}}),
+    "before the beginning": _file({"w": _W | {"data_offsets": [-16, 0]}}),
+    "overlapping": _file({"w": _W, "v": _W}),
+    "a hole": _file({"w": _W}, data=bytes(64)),
+    "a shape that overflows": _file({"w": _W | {"shape": [2**62, 4]}}),
+    "a negative shape": _file({"w": _W | {"shape": [-4]}}),
+    "an unknown type": _file({"w": _W | {"dtype": "EVIL"}}),
+    "a list": _file([_W]),
+    "parts that are text": _file({"__metadata__": {PARTS: "[1"}, "w": _W}),
+    "parts that are a list": _file({"__metadata__": {PARTS: "[]"}, "w": _W}),
+    "parts that overlap": _file({"__metadata__": {PARTS: '{"w": [-2, [4]]}'}, "w": _W}),
+    "parts of a huge tensor": _file({"__metadata__": {PARTS: '{"w": [0, [9999999999]]}'}, "w": _W}),
+    "parts of no shape": _file({"__metadata__": {PARTS: '{"w": [0, "4"]}'}, "w": _W}),
+    "parts with one number": _file({"__metadata__": {PARTS: '{"w": 0}'}, "w": _W}),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_that_was_made_to_harm(tmp_path: Path, what: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(HEADERS[what])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors|holds elements up to"):
+        open_shards(tmp_path, "model").__enter__()
+
+
+def test_the_header_that_they_are_made_from_is_sound(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(_file({"w": _W}))
+    with open_shards(tmp_path, "model") as found:
+        assert found.whole("w").tolist() == [0.0] * 4

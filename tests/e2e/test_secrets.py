@@ -1,0 +1,229 @@
+"""Secrets that a run is given are in nothing that it prints, writes or tells Ray.
+
+Each secret is a text of its own. The cluster has a token, a dashboard, Ray Train's state and the
+export of events; the study is in PostgreSQL; a tracker does not answer, so its client complains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests.support import postgres
+from tests.support.commands import command, run_process
+from tests.support.head import RAY
+from tests.support.models import save_tiny_llama
+from tests.support.runs import write_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ENVIRONMENT = (
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "RAY_AUTH_TOKEN",
+)
+STATE = (
+    *(f"/api/v0/{kind}?detail=1&limit=9999" for kind in ("actors", "tasks", "jobs", "workers")),
+    *(f"/api/v0/{kind}?detail=1&limit=9999" for kind in ("nodes", "placement_groups")),
+    *(f"/api/v0/{kind}?detail=1&limit=9999" for kind in ("objects", "runtime_envs")),
+    "/api/train/v2/runs/v1",
+    "/api/jobs/",
+    "/nodes?view=details",
+    "/logical/actors",
+    "/api/cluster_status",
+)
+
+
+@pytest.fixture(scope="module")
+def canaries() -> dict[str, str]:
+    """Where each is planted -> its text, which looks like no token."""
+    planted = (*ENVIRONMENT, "STUDY", "URI", "PROJECT", "DATA", "MODEL", "STORAGE")
+    return {
+        name: f"canary{name.lower().replace('_', '')}{secrets.token_hex(6)}" for name in planted
+    }
+
+
+@pytest.fixture(scope="module")
+def environment(canaries: dict[str, str]) -> dict[str, str]:
+    """For the head and for drivers."""
+    return {
+        **{name: canaries[name] for name in ENVIRONMENT},
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_enable_export_api_write": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def head(environment: dict[str, str]) -> Iterator[tuple[str, str, Path]]:
+    """Its address, its dashboard and the directory of its sessions."""
+    port, dashboard = postgres.free_port(), postgres.free_port()
+    folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"
+    process = subprocess.Popen(
+        [
+            *(RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        ],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "ray start does not answer"
+            try:
+                fetch(url, "/api/version", environment)
+                break
+            except (URLError, ConnectionError):
+                time.sleep(0.5)
+        yield f"127.0.0.1:{port}", url, folder
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fetch(url: str, path: str, environment: dict[str, str]) -> bytes:
+    token = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    with urlopen(Request(url + path, headers=token), timeout=60) as answer:
+        found: bytes = answer.read()
+        return found
+
+
+def holding(texts: dict[str, bytes], canaries: dict[str, str]) -> set[tuple[str, str]]:
+    return {
+        (where, name)
+        for where, text in texts.items()
+        for name, secret in canaries.items()
+        if secret.encode() in text
+    }
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def test_no_secret_leaves_its_place(
+    head: tuple[str, str, Path],
+    environment: dict[str, str],
+    canaries: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, dashboard, sessions = head
+    monkeypatch.setattr(postgres, "PASSWORD", canaries["STUDY"])
+    model = save_tiny_llama(tmp_path / canaries["MODEL"] / "model")
+    data = tmp_path / canaries["DATA"]
+    data.mkdir()
+    write_rows(data / "rows.jsonl", 40)
+    storage = tmp_path / canaries["STORAGE"]
+    variables = environment | {
+        "RAY_ADDRESS": address,
+        "PGTEST_PASSWORD": canaries["STUDY"],
+        "CANARY_URI": canaries["URI"],
+        "CANARY_PROJECT": canaries["PROJECT"],
+        "CANARY_DATA": str(data),
+        "CANARY_MODEL": str(model.parent),
+        "CANARY_STORAGE": str(storage),
+    }
+    config = tmp_path / "config.yaml"
+    said, stored = {}, {}
+    with postgres.server() as study:
+        config.write_text(
+            f"""
+            name: given
+            storage: ${{CANARY_STORAGE}}
+            model: {{path: "${{CANARY_MODEL}}/model"}}
+            method: {{name: lora, rank: 4}}
+            data: {{train: {{path: "${{CANARY_DATA}}/rows.jsonl"}}, validation: 0.2}}
+            train: {{max_examples: 64, batch_size: 8, precision: float32}}
+            parallel: {{workers: 2, resources_per_worker: {{CPU: 0.5}}}}
+            tracking:
+              to: [tensorboard, mlflow]
+              uri: "http://me:${{CANARY_URI}}@127.0.0.1:{postgres.free_port()}"
+              project: "${{CANARY_PROJECT}}"
+            search:
+              trials: 2
+              scheduler: null
+              execution: isolated
+              storage: {study}
+              space: {{train.lr: {{log_uniform: [1e-4, 1e-3]}}}}
+            """
+        )
+        for verb in ("train", "sweep"):
+            arguments = command(verb, str(config), f"name={verb}")
+            if verb == "sweep":
+                arguments.append("parallel.workers=1")
+            done = run_process(arguments, 400, **variables)
+            assert done.returncode == 0, done.stderr
+            said[verb] = (done.stdout + done.stderr).encode()
+        again = run_process(command("report", str(storage / "sweep")), 120, **variables)
+        said["report"] = (again.stdout + again.stderr).encode()
+        state = {path: fetch(dashboard, path, environment) for path in STATE}
+    stored = files_below(storage)
+    # The run went where it was sent: it used the secrets, and Ray kept what it was told of it.
+    warned = json.loads(stored["train/tracking.json"])["mlflow_warning"]
+    assert "failed" in warned
+    assert "sweep/study.db" not in stored
+    assert b'"spec": "RunSpec(' in state["/api/train/v2/runs/v1"]
+    assert b"${CANARY_URI}" in stored["train/config.yaml"]
+    assert any("export_events" in name for name in files_below(sessions))
+    # Locations are no secrets: an adapter has to name its base, and a command says where it wrote.
+    places = {"DATA", "MODEL", "STORAGE"}
+    hidden = {name: text for name, text in canaries.items() if name not in places}
+    assert holding(said, hidden) == set()
+    assert holding(stored, hidden) == set()
+    assert holding(files_below(sessions), hidden) == set()
+    assert holding(state, hidden) == set()
+    paths = {name: canaries[name] for name in ("DATA", "MODEL")}
+    assert holding(state, paths) == set()
+    assert {where.rpartition("/")[2] for where, _ in holding(stored, paths)} <= {
+        "adapter_config.json",
+        "README.md",
+    }
+
+
+def test_only_its_owner_reads_the_token_that_a_local_ray_makes(tmp_path: Path) -> None:
+    model, rows = save_tiny_llama(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 40)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"name: a\nstorage: {tmp_path}/runs\nmodel: {{path: {model}}}\n"
+        f"data: {{train: {{path: {rows}}}, validation: 0.2}}\n"
+        "train: {max_examples: 16, batch_size: 8}\nparallel: {workers: 2}\n"
+    )
+    before = os.umask(0o022)
+    try:
+        done = run_process(command("train", str(config)), 280, HOME=str(tmp_path / "home"))
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    token = tmp_path / "home/.ray/auth_token"
+    assert len(token.read_text()) == 64
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
