@@ -82,14 +82,14 @@ def test_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_sweep(tmp_path: Path) -> None:
     sweep = tmp_path / "quickstart"
     more = ["search.trials=2", "search.max_concurrent=1", "search.scheduler=null"]
     fixed = ["search.space.train.batch_size=null", "search.execution=isolated"]
     arguments = _arguments("sweep", str(tmp_path), 768, *more, *fixed)
     second = sweep / "trials" / "trial-001"
-    kill_once(arguments, _midway(second))
+    kill_once(arguments, _midway(second), 600)
     ended = (sweep / "trials" / "trial-000" / "result.json").read_bytes()
     begun = _begun(second)
     assert not (sweep / "result.json").exists()
