@@ -59,8 +59,8 @@ NODES = '{ray_io_cluster="c", node_type="gpu"}'
 CASES = {
     "RaytuneFtNoProgress": (f"ray_raytune_ft_examples{RUN}", "0+100x10 1000x60", "0+100x70"),
     "RaytuneFtLostNodes": (f"ray_cluster_failed_nodes{NODES}", "0x30 1x40", "0x70"),
-    "RaytuneFtOldCheckpoint": (f"ray_raytune_ft_checkpoint_age_seconds{RUN}", "0+300x70", "300x70"),
-    "RaytuneFtMirrorBehind": (f"ray_raytune_ft_mirror_lag_seconds{RUN}", "0+60x70", "10x70"),
+    "RaytuneFtOldCheckpoint": (f"ray_raytune_ft_checkpoint_age_s{RUN}", "0+300x70", "300x70"),
+    "RaytuneFtMirrorBehind": (f"ray_raytune_ft_mirror_lag_s{RUN}", "0+60x70", "10x70"),
 }
 
 
