@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,6 +43,17 @@ def promtool(tmp_path: Path, *command: str, **files: Any) -> subprocess.Complete
     return subprocess.run(
         [str(PROMTOOL), *command], cwd=tmp_path, capture_output=True, text=True, check=False
     )
+
+
+def test_what_is_asked_for_is_exported() -> None:
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    ours = pytest.importorskip("raytune_ft.ray_backend.metrics")
+    tuples = [value for value in vars(ours).values() if isinstance(value, tuple)]
+    names = {name for name, *_ in tuples if name.startswith("raytune_ft_")}
+    asked = set(re.findall(r"\bray_(\w+)", " ".join(expressions()))) - {"io_cluster"}
+    assert asked <= names | METRICS_GAUGES.keys()
+    assert {name for name in asked if name.startswith("raytune_ft_")} == names - {"raytune_ft_step"}
 
 
 @needs_promtool
