@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,6 +45,17 @@ def promtool(tmp_path: Path, *command: str, **files: Any) -> subprocess.Complete
     )
 
 
+def test_what_is_asked_for_is_exported() -> None:
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    ours = pytest.importorskip("raytune_ft.ray_backend.metrics")
+    tuples = [value for value in vars(ours).values() if isinstance(value, tuple)]
+    names = {name for name, *_ in tuples if name.startswith("raytune_ft_")}
+    asked = set(re.findall(r"\bray_(\w+)", " ".join(expressions()))) - {"io_cluster"}
+    assert asked <= names | METRICS_GAUGES.keys()
+    assert {name for name in asked if name.startswith("raytune_ft_")} == names - {"raytune_ft_step"}
+
+
 @needs_promtool
 @pytest.mark.parametrize("planted", [[], ["sum by run (ray_raytune_ft_examples"]])
 def test_every_expression_parses(tmp_path: Path, planted: list[str]) -> None:
@@ -59,8 +71,8 @@ NODES = '{ray_io_cluster="c", node_type="gpu"}'
 CASES = {
     "RaytuneFtNoProgress": (f"ray_raytune_ft_examples{RUN}", "0+100x10 1000x60", "0+100x70"),
     "RaytuneFtLostNodes": (f"ray_cluster_failed_nodes{NODES}", "0x30 1x40", "0x70"),
-    "RaytuneFtOldCheckpoint": (f"ray_raytune_ft_checkpoint_age_seconds{RUN}", "0+300x70", "300x70"),
-    "RaytuneFtMirrorBehind": (f"ray_raytune_ft_mirror_lag_seconds{RUN}", "0+60x70", "10x70"),
+    "RaytuneFtOldCheckpoint": (f"ray_raytune_ft_checkpoint_age_s{RUN}", "0+300x70", "300x70"),
+    "RaytuneFtMirrorBehind": (f"ray_raytune_ft_mirror_lag_s{RUN}", "0+60x70", "10x70"),
 }
 
 

@@ -19,6 +19,7 @@ from tests.support.commands import ROOT
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 CONF = """\
 ClusterName=test
+FirstJobId={first}
 SlurmctldHost={host}({controller})
 AuthType=auth/none
 CredType=cred/none
@@ -72,6 +73,7 @@ class Slurm(Hosts):
         super().__init__(directory, 2)
         self._root, self._run = packages / "root", directory
         self.storage = directory / "storage"
+        self._jobs: list[str] = []
         libraries = self._root / "usr" / "lib" / "x86_64-linux-gnu"
         for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
             del self.environment[name]
@@ -89,8 +91,12 @@ class Slurm(Hosts):
         )
         for name in ("state", "spool.n1", "spool.n2", "storage"):
             (directory / name).mkdir()
+        # Nothing here is confined by cgroups, but slurmd wants to know which version there is.
+        version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
+        (directory / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v{version}\n")
         (directory / "slurm.conf").write_text(
             CONF.format(
+                first=os.getpid(),
                 host=host,
                 controller=self.address(1),
                 run=directory,
@@ -107,6 +113,12 @@ class Slurm(Hosts):
         for program, *arguments in daemons:
             self._in(host, f"{self._root}/usr/sbin/{program}", *arguments)
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        for job in self._jobs:
+            for node in ("head0", "worker0"):
+                shutil.rmtree(f"/tmp/rt{job}.{node}", ignore_errors=True)
+
     def command(self, *words: str) -> str:
         """What a command of Slurm prints."""
         done = self._in(1, f"{self._root}/usr/bin/{words[0]}", *words[1:])
@@ -116,7 +128,8 @@ class Slurm(Hosts):
         """The number of a job of cluster/slurm/raytune.sbatch, shrunk to these nodes."""
         small = ["--cpus-per-task=1", "--mem=0", "--time=20", f"--chdir={self._run}"]
         script = str(ROOT / "cluster" / "slurm" / "raytune.sbatch")
-        return self.command("sbatch", "--parsable", *small, script, *words)
+        self._jobs.append(self.command("sbatch", "--parsable", *small, script, *words))
+        return self._jobs[-1]
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows about it."""
@@ -129,7 +142,7 @@ class Slurm(Hosts):
         file = self._run / f"raytune-ft-{number}.out"
         return file.read_text() if file.exists() else ""
 
-    def wait(self, number: str, *states: str, timeout_s: float = 400) -> dict[str, str]:
+    def wait(self, number: str, *states: str, timeout_s: float = 1200) -> dict[str, str]:
         """Until it is in one of the states."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
@@ -138,11 +151,13 @@ class Slurm(Hosts):
         return job
 
     def _in(self, host: int, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             ["ip", "netns", "exec", self.namespace(host), *words],
             env=self.environment,
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
             timeout=60,
         )
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done
