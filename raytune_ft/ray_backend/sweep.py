@@ -287,7 +287,11 @@ class _Sweep:
             self._search.metrics[0],
             self._search.modes[0],
             train_environment(),
-            {name: os.environ[name] for name in references(to_plain(self._written))},
+            {
+                name: os.environ[name]
+                for name in references(to_plain(self._written))
+                if name in os.environ
+            },
         )
         self._spending = Spending(
             self._search.budget,
