@@ -143,6 +143,9 @@ class Mirror:
                 self._seen[key] = mark
         except FileNotFoundError:  # retention was faster; nothing was committed
             return
+        except ValueError as error:
+            self._tell(f"{path.name} is not copied: {error}")
+            self._seen[key] = mark
 
     def _files(self) -> list[Path]:
         """All files but checkpoints, locks and unfinished ones; those that refer to others last.

@@ -18,6 +18,7 @@ from typing import Any
 from raytune_ft.checkpoints.manifest import parse_manifest
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
+from raytune_ft.files import below
 from raytune_ft.layout import MANIFEST, STEP_NAME
 from raytune_ft.records import CheckpointManifest
 
@@ -54,16 +55,18 @@ class RemoteCheckpoints:
         Raises:
             FileNotFoundError: it was deleted during the upload; nothing is committed.
             StorageError: the store does not answer; nothing is committed.
+            ValueError: a link would take a file of elsewhere along; nothing is uploaded.
         """
         raw = (folder / MANIFEST).read_bytes()
         manifest = parse_manifest(raw, str(folder / MANIFEST))
+        paths = {record.path: below(folder, record.path) for record in manifest.files}
         before = self.bucket.get(self._key(folder.name, MANIFEST))
         if before == raw:
             return
         if before is not None:
             self.bucket.delete(self._key(folder.name, MANIFEST))
         for record in manifest.files:
-            self.bucket.upload(folder / record.path, self._key(folder.name, record.path))
+            self.bucket.upload(paths[record.path], self._key(folder.name, record.path))
         held = self.bucket.sizes(self._key(folder.name, ""))
         for record in manifest.files:
             if held.get(self._key(folder.name, record.path)) != record.bytes:

@@ -303,7 +303,10 @@ def machine() -> str:
     apart (pods on one host have its name and process ids of their own) a hash.
     """
     boot, namespace = _LINUX
-    facts = f"{boot.read_text()} {namespace.readlink()}" if boot.exists() else ""
+    try:
+        facts = f"{boot.read_text()} {namespace.readlink()}"
+    except OSError:  # another system, or a sandbox that does not say
+        facts = ""
     return f"{socket.gethostname()}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 

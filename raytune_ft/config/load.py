@@ -40,6 +40,7 @@ def load_config(
     data = _changed(data, changes, notify)
     if ignore_search and data.pop("search", None) is not None and notify is not None:
         notify("the search section is ignored: this is one run, not a sweep")
+    environment.refuse_secrets(data)  # before any message may show a value
     return _checked(data)
 
 
@@ -121,7 +122,6 @@ def memory_decides(config: Config) -> bool:
 
 def _checked(data: dict[str, Any]) -> Config:
     config = validated(data)
-    environment.refuse_secrets(to_plain(config))
     rules.check(config)
     if config.search is not None:
         search_rules.check_space(config, apply_overrides)

@@ -294,7 +294,11 @@ class _Sweep:
             self._search.metrics[0],
             self._search.modes[0],
             train_environment(),
-            {name: os.environ[name] for name in names_in(to_plain(self._written))},
+            {
+                name: os.environ[name]
+                for name in names_in(to_plain(self._written))
+                if name in os.environ
+            },
         )
         self._spending = Spending(
             self._search.budget,

@@ -49,6 +49,7 @@ class Work(app.Backend):
         self, path: Path, tell: Tell, code: Code, wait_s: float | None
     ) -> None:
         """Nothing was trained."""
+        self.code = code
 
     def _work(self, spec: RunSpec, amount: int | None) -> None:
         if self.error is not None:
@@ -257,3 +258,17 @@ def test_data_may_be_mended_before_anything_was_measured(
     command("train", resume=True)
     report = json.loads((run_dir / "data.json").read_text())
     assert report["splits"]["train"]["examples"] == 19
+
+
+def test_a_sweep_runs_the_code_that_its_command_names(
+    command: Command, work: Work, inputs: Path, run_dir: Path
+) -> None:
+    for name in ("own", "saved"):
+        (inputs / f"{name}.py").write_text("def score(prompt, reference, generated): return 1\n")
+    command("sweep", f"promote.metrics=[loss, '{inputs}/own.py:score']")
+    assert work.code == [f"promote.metrics={inputs}/own.py:score"]
+    saved = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(saved.replace("/own.py:", "/saved.py:"))
+    command("sweep", resume=True)  # nothing is left to train, and the saved config is promoted
+    assert "/saved.py:" in (run_dir / "config.yaml").read_text()
+    assert work.code == []

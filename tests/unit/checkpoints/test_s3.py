@@ -391,7 +391,14 @@ def test_a_link_takes_no_file_of_elsewhere_into_the_bucket(tmp_path: Path, bucke
     run = make_run(tmp_path / "here/some")
     (run / "notes.txt").symlink_to(tmp_path / "credentials")
     (run / "folder").symlink_to(tmp_path, target_is_directory=True)
-    Mirror(bucket, run, print).sync()
+    weights = run / "checkpoints/step-000001/model.safetensors"
+    weights.rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    told: list[str] = []
+    Mirror(bucket, run, told.append).sync()
     held = bucket.sizes("some/")
     assert "some/metrics.jsonl" in held
+    assert "some/checkpoints/step-000002/manifest.json" in held
+    assert not [key for key in held if "step-000001" in key]
+    assert told == ["step-000001 is not copied: 'model.safetensors' leads out of its folder"]
     assert not [key for key in held if "notes" in key or "folder" in key]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.data import SourceConfig
+from raytune_ft.config.execution import variants
 from raytune_ft.config.load import apply_overrides, dump_yaml, expand_env, load_config
 from raytune_ft.config.methods import FullMethod, LoraMethod
 from raytune_ft.config.reference import keys
@@ -398,6 +399,15 @@ def test_environment_is_saved_unexpanded(write: Write, monkeypatch: pytest.Monke
     search = expand_env(config).search
     assert search is not None
     assert search.storage == "postgresql://me:hunter2@host/db"
+
+
+def test_the_trials_of_a_sweep_may_be_given_a_secret(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKER_PASSWORD", "hunter2")
+    uri = "tracking.uri=http://me:${TRACKER_PASSWORD}@host"
+    config = expand_env(load_config(write(TEXT + SEARCH), [uri]))
+    assert [each.tracking.uri for each in variants(config)] == ["http://me:hunter2@host"]
 
 
 def test_importing_config_costs_nothing() -> None:
