@@ -6,7 +6,6 @@ Heavy modules are imported inside, so that `raytune-ft --help` and config errors
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.config import paths
-from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.environment import joins_cluster
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -25,7 +24,6 @@ from raytune_ft.config.load import (
     memory_decides,
     to_plain,
 )
-from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
@@ -41,6 +39,7 @@ from raytune_ft.rundir import OpenRun, cache_path, open_run, probe_storage, remo
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
+    from raytune_ft.evaluate.workers import Workers
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.rundir import RunSpec
     from raytune_ft.train.report import Reporter
@@ -82,7 +81,8 @@ class Backend:
 
         parallel = spec.config.parallel
         size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
-        tell(f"starting {size} workers ({parallel.strategy}: {reason})")
+        several = "s" * (parallel.max_workers > 1)
+        tell(f"starting {size} worker{several} ({parallel.strategy}: {reason})")
         return fit(spec, reporter.evaluation, tell)
 
     def search(self, spec: RunSpec, tell: Tell, resume: bool) -> None:
@@ -95,7 +95,7 @@ class Backend:
         """Promotes the best trial of a sweep."""
         from raytune_ft.promote.promote import promote
 
-        return promote(path, tell=tell)
+        return promote(path, tell=tell, workers_of=partial(_workers, path, tell))
 
 
 def train(
@@ -172,17 +172,17 @@ def sweep(
 def promote(directory: Path, again: bool, tell: Tell) -> Promotion:
     """Promote the best checkpoint of a run or a sweep, and write its report.
 
-    Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
-    same time. Raises what `promote.promote.promote` does.
+    On a cluster its workers do that, and measure several candidates at the same time. Raises what
+    `promote.promote.promote` does.
     """
     from raytune_ft.promote.promote import promote as make
 
     with ExitStack() as stack:
-        if os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job():
+        if joins_cluster():
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
-        promotion = make(directory, again, tell=tell)
+        promotion = make(directory, again, tell=tell, workers_of=partial(_workers, directory, tell))
     try_report(directory, tell)
     return promotion
 
@@ -192,15 +192,29 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
 
     Raises InputError, RunFailed or Interrupted.
     """
-    config = expand_env(resolve(load_config(file, overrides, tell)))
-    probe_storage(run_path(config).parent)
-    from raytune_ft.evaluate.evaluate import evaluate_directory
+    with placed(load_config(file, overrides, tell)) as (config, _):
+        config, storage = expand_env(config), run_path(config).parent
+        probe_storage(storage)
+        from raytune_ft.evaluate.evaluate import evaluate_directory
 
-    if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
-        raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
-    directory = Path(paths.model(model, Path.cwd()))
-    split, examples, metrics = evaluate_directory(directory, config, cache_path(config))
+        if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
+            raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
+        directory = Path(paths.model(model, Path.cwd()))
+        workers = _workers(storage, tell, config)
+        found = evaluate_directory(directory, config, cache_path(config), workers)
+    split, examples, metrics = found
     return {"split": split, "examples": examples, **metrics}
+
+
+def _workers(folder: Path, tell: Tell, config: Config) -> Workers:
+    """Where models of this config are measured: on a cluster never in this process."""
+    if joins_cluster():
+        from raytune_ft.ray_backend.call import WorkerGroups
+
+        return WorkerGroups(config, folder, tell)
+    from raytune_ft.evaluate.workers import HERE
+
+    return HERE
 
 
 def _with_saved_strategy(written: Config, config: Config, run: OpenRun) -> Config:
@@ -230,8 +244,9 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     from raytune_ft.evaluate.precompute import rated, taught
 
     expanded = expand_env(config)
-    rows = rated(expanded, prepare(expanded, tell), tell)
-    data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
+    workers = _workers(run.path, tell, expanded)
+    rows = rated(expanded, prepare(expanded, tell), tell, workers)
+    data = taught(expanded, rows, tell, partial(_is_begun, run), workers)
     _keep_or_compare(run, data.report)
     if needs_ray(expanded):
         from raytune_ft.model.meta import build_shapes

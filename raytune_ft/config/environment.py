@@ -28,6 +28,11 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def joins_cluster() -> bool:
+    """Whether the work is done by a cluster that exists already; then none is in this process."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local") or in_ray_job()
+
+
 def expand_text(text: str, key: str, environ: Mapping[str, str] | None = None) -> str:
     """`text` with every `${NAME}` replaced; ConfigError where NAME is not set."""
     values = os.environ if environ is None else environ

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env
 from raytune_ft.config.objectives import figures
-from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
+from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, StorageError
@@ -35,6 +35,7 @@ from raytune_ft.evaluate.evaluate import (
 )
 from raytune_ft.evaluate.generate import choose_backend, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
+from raytune_ft.evaluate.workers import HERE, Workers, whole
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
     ADAPTER,
@@ -55,7 +56,7 @@ from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
-from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, entries
+from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, Written, entries
 from raytune_ft.promote.card import Lineage, model_card, package_versions
 from raytune_ft.promote.decide import (
     Contender,
@@ -75,16 +76,68 @@ CONSTANT = "constant"
 
 
 @dataclass(frozen=True)
-class Measurer:
-    """Measures the models of one promotion. `retained` and `samples` are those of `Job`."""
+class Jobs:
+    """What every model of a promotion is measured with; `retained` is that of `Job`."""
 
     base: ModelConfig
     head: Head | None
-    config: Config
+    train: TrainConfig
     settings: PromoteConfig
-    data: PreparedData
+    data_dir: Path
     retained: Path | None
+
+    def of(self, directory: Path, split: str, samples: int = 0) -> Job:
+        """Measure the model in `directory`, which may be the base."""
+        base = self.base
+        is_base = str(directory) == base.path
+        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
+        return Job(
+            base if is_base else own,
+            base,
+            self.settings,
+            self.data_dir,
+            split,
+            self.retained,
+            samples,
+            self.head,
+            self.train,
+        )
+
+
+@dataclass(frozen=True)
+class MergeScore:
+    """Scores a merge that is being made, in the process that makes it: its deciding figure on
+    validation, negated where more is better, and infinite where it is not finite.
+    """
+
+    jobs: Jobs
+    figure: str
+    tokenizer: PreTrainedTokenizerBase
+    report: DataReport
+
+    def __call__(self, directory: Path) -> float:
+        if not (directory / "tokenizer_config.json").is_file():
+            save_tokenizer(self.tokenizer, directory, self.report)
+        job = replace(self.jobs.of(directory, "validation"), retained=None)
+        found = run_job(job, whole()).scores[self.figure]
+        if not math.isfinite(found.value):
+            return math.inf
+        return found.value if found.mode == "min" else -found.value
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures the models of one promotion; `samples` is that of `Job`."""
+
+    jobs: Jobs
+    data: PreparedData
     samples: int
+    workers: Workers
+
+    @property
+    def head(self) -> Head | None:
+        """Of the models; None where they predict tokens."""
+        return self.jobs.head
 
     @property
     def reference(self) -> str:
@@ -95,8 +148,7 @@ class Measurer:
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
-        jobs = [self._job(directory, "validation") for directory in directories]
-        measured = measure_all(jobs, self.config.parallel)
+        measured = self._measured(directories, "validation")
         contenders = [
             Contender(entry.name, entry.simplicity, one)
             for entry, one in zip(found, measured, strict=True)
@@ -110,57 +162,24 @@ class Measurer:
         """Scores of the reference and of the promoted model; `promoted` is None where the base was
         kept and is both.
         """
-        directories = [Path(self.base.path)] if self.head is None else []
+        directories = [Path(self.jobs.base.path)] if self.head is None else []
         directories += [] if promoted is None else [promoted]
-        jobs = [self._job(directory, split, self.samples) for directory in directories]
-        measured = measure_all(jobs, self.config.parallel)
+        measured = self._measured(directories, split, self.samples)
         reference = measured[0] if self.head is None else self._constant(split, self.head)
         return reference, measured[-1]
 
-    def score(self, directory: Path, figure: str) -> float:
-        """The figure of a directory on validation, negated where more is better, and infinite where
-        it is not finite; for merges that measure while they are made.
-        """
-        job = replace(self._job(directory, "validation"), retained=None)
-        found = run_job(job).scores[figure]
-        if not math.isfinite(found.value):
-            return math.inf
-        return found.value if found.mode == "min" else -found.value
+    def _measured(
+        self, directories: Sequence[Path], split: str, samples: int = 0
+    ) -> list[Measured]:
+        jobs = [self.jobs.of(directory, split, samples) for directory in directories]
+        return self.workers.each(run_job, jobs)
 
     def _constant(self, split: str, head: Head) -> Measured:
         train = self.data.train
-        objective = evaluation_objective(self.config.train, self.data)
+        objective = evaluation_objective(self.jobs.train, self.data)
         assert isinstance(objective, Classification)
-        own = figures(self.config.train.objective, head.problem)
+        own = figures(self.jobs.train.objective, head.problem)
         return Measured(constant_scores(train, split_named(self.data, split), objective, own))
-
-    def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
-        base = self.base
-        is_base = str(directory) == base.path
-        own = base.model_copy(update={"path": str(directory.absolute()), "revision": None})
-        return Job(
-            base if is_base else own,
-            base,
-            self.settings,
-            self.data.path,
-            split,
-            self.retained,
-            samples,
-            self.head,
-            self.config.train,
-        )
-
-
-def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
-    """Results in the order of the jobs, which run in parallel where this process is part of a Ray
-    cluster.
-    """
-    if len(jobs) > 1 and "ray" in sys.modules:  # otherwise this process has not joined a cluster
-        from raytune_ft.ray_backend import evaluate as ray_evaluate
-
-        if ray_evaluate.joined():
-            return ray_evaluate.measure_all(jobs, parallel)
-    return [run_job(job) for job in jobs]
 
 
 def same_scores(a: Measured, b: Measured) -> bool:
@@ -262,6 +281,7 @@ def promote(
     cache_dir: Path | None = None,
     tell: Tell = lambda line: None,
     samples: int = 3,
+    workers_of: Callable[[Config], Workers] = lambda config: HERE,
 ) -> Promotion:
     """Write `directory/promoted` from a run or a sweep that has ended.
 
@@ -269,6 +289,7 @@ def promote(
     base has no trained head, are compared with a constant answer. The test split is measured here
     only, once for the base and once for the promoted model. With `again` an earlier `promoted` is
     kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was.
+    `workers_of` the promoted run's config write and measure the models.
 
     Raises:
         StorageError: the run has not ended, `promoted` exists without `again`, or the disk is full.
@@ -295,7 +316,10 @@ def promote(
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
-            promotion = _Promoter(selection, directory, unfinished, tokens, tell, samples).run()
+            workers = workers_of(expand_env(selection.config))
+            promotion = _Promoter(
+                selection, directory, unfinished, tokens, tell, samples, workers
+            ).run()
             list(flush_files(unfinished))
             publish(unfinished, target, tell)
         except (OSError, SafetensorError) as cause:
@@ -319,7 +343,9 @@ class _Promoter:
         cache_dir: Path,
         tell: Tell,
         samples: int,
+        workers: Workers,
     ) -> None:
+        self._workers = workers
         self._selection, self._directory, self._folder = selection, directory, folder
         self._tell, self._samples = tell, samples
         self._config: Config = expand_env(selection.config)
@@ -338,15 +364,15 @@ class _Promoter:
             tell(f"{directory} has no {DATA}, so that changes of the data cannot be detected")
         check_overlap(data, self._data.report, settings.max_overlap)
         self._promoted = folder / MODEL
-        self._measurer = Measurer(
+        jobs = Jobs(
             self._model,
             head_of(self._config, self._data.report),
-            self._config,
+            self._config.train,
             settings,
-            self._data,
+            self._data.path,
             prepare_retention(settings, data, self._tokenizer, cache_dir),
-            samples,
         )
+        self._measurer = Measurer(jobs, self._data, samples, workers)
 
     def run(self) -> Promotion:
         """Everything that may raise comes before the test split is measured."""
@@ -360,20 +386,22 @@ class _Promoter:
             held_out(self._data.validation, self._measurer.head),
             self._selection.settings,
             self._config.seed,
-            self._score,
-            self._tell,
+            MergeScore(
+                self._measurer.jobs, self._selection.figure, self._tokenizer, self._data.report
+            ),
             self._measurer.head,
         )
-        checks = self._write_all(entries(pantry))
-        found = list(checks)
+        written = self._write_all(entries(pantry, self._tell))
+        found = list(written)
         contenders = self._validate(found)
         verdict = decide(contenders, self._selection.figure)
         winner = next(entry for entry in found if entry.name == verdict.winner)
         self._take(winner)
-        self._write_adapter(winner)
-        evaluation = self._test(verdict, contenders, {one.name: one.settings for one in found})
-        check = checks[winner]
-        self._describe(winner, evaluation, check)
+        self._write_adapter(winner, written[winner].members)
+        settings = {one.name: its.settings for one, its in written.items()}
+        evaluation = self._test(verdict, contenders, settings)
+        check = written[winner].check
+        self._describe(winner, evaluation, written[winner])
         trial = chosen.trial if winner.name == chosen.trial else None
         return Promotion(
             self._folder,
@@ -388,26 +416,26 @@ class _Promoter:
         base = Path(self._model.path)
         return base if name == BASE_NAME else self._folder / "candidates" / name
 
-    def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, FoldCheck | None]:
+    def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, Written]:
         """Write all candidates. Under `merge: auto` a merge that cannot be made is left out."""
-        written: dict[Entry, FoldCheck | None] = {}
+        written: dict[Entry, Written] = {}
         for entry in wanted:
             try:
-                written[entry] = None if entry.name == BASE_NAME else self._write(entry)
+                written[entry] = Written(None) if entry.name == BASE_NAME else self._write(entry)
             except (MergeError, CheckpointError, ModelError) as error:
                 if self._selection.settings.merge != "auto" or entry.simplicity <= BEST:
                     raise
                 self._tell(f"{entry.name} is passed over: {error}")
         return written
 
-    def _write(self, entry: Entry) -> FoldCheck | None:
+    def _write(self, entry: Entry) -> Written:
         directory = self._directory_of(entry.name)
-        check = entry.write(directory)
+        written = self._workers.alone(entry.write, directory, tell=self._tell)
         save_tokenizer(self._tokenizer, directory, self._data.report)
-        if check is not None:
-            difference = f"logits differ by at most {check.written_difference:.1e} as written"
-            self._tell(f"{entry.name}: {difference}")
-        return check
+        if written.check is not None:
+            difference = f"{written.check.written_difference:.1e}"
+            self._tell(f"{entry.name}: logits differ by at most {difference} as written")
+        return written
 
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
         """Measure every candidate on validation and on the general set."""
@@ -437,16 +465,10 @@ class _Promoter:
             self._keep(name, {reference: base} | ({} if kept else {verdict.winner: promoted}))
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
-    def _score(self, directory: Path) -> float:
-        """The deciding figure of a merge that is being made."""
-        if not (directory / "tokenizer_config.json").is_file():
-            save_tokenizer(self._tokenizer, directory, self._data.report)
-        return self._measurer.score(directory, self._selection.figure)
-
     def _take(self, winner: Entry) -> None:
         """Make the winner's directory the promoted model and delete the others."""
         if winner.name == BASE_NAME:
-            winner.write(self._folder / MODEL)
+            self._workers.alone(winner.write, self._folder / MODEL, tell=self._tell)
             save_tokenizer(self._tokenizer, self._folder / MODEL, self._data.report)
         else:
             written = self._directory_of(winner.name)
@@ -456,7 +478,7 @@ class _Promoter:
             written.rename(self._promoted)
         shutil.rmtree(self._folder / "candidates")
 
-    def _write_adapter(self, winner: Entry) -> None:
+    def _write_adapter(self, winner: Entry, members: Sequence[int]) -> None:
         """Write a winning merge as an adapter too, where `promote.merging.adapter_rank` is set."""
         rank = self._selection.settings.merging.adapter_rank
         if rank is None:
@@ -464,7 +486,8 @@ class _Promoter:
         if winner.adapter is None:
             self._tell(f"{winner.name} is not a merge: nothing is factored to rank {rank}")
             return
-        made = winner.adapter(self._folder / ADAPTER, rank)
+        target = self._folder / ADAPTER
+        made = self._workers.alone(winner.adapter, target, rank, members, tell=self._tell)
         self._tell(f"{ADAPTER}: rank {rank}, which loses {made.lost:.2%} of what was merged")
 
     def _keep(self, split: str, measured: Mapping[str, Measured]) -> None:
@@ -472,7 +495,7 @@ class _Promoter:
             for name, one in measured.items():
                 file.writelines(score_lines(split, name, one))
 
-    def _describe(self, winner: Entry, evaluation: Evaluation, check: FoldCheck | None) -> None:
+    def _describe(self, winner: Entry, evaluation: Evaluation, written: Written) -> None:
         chosen, manifest = self._selection.candidate, self._selection.manifest
         single = winner.name == (chosen.trial or self._selection.name)
         lineage = Lineage(
@@ -482,7 +505,7 @@ class _Promoter:
             base_files=base_file_hashes(self._model),
             data=self._data.report,
             trial=chosen.trial if single else None,
-            params=chosen.params if single else winner.settings,
+            params=chosen.params if single else written.settings,
             step=manifest.step if single else None,
             examples=manifest.examples if single else None,
             versions=package_versions(),
@@ -490,6 +513,6 @@ class _Promoter:
         text = to_json(evaluation, indent=2) + "\n"
         (self._folder / EVALUATION).write_text(text, encoding="utf-8")
         shown = evaluation.samples[: self._samples]
-        model_card(lineage, evaluation, check, shown, unfoldable(self._promoted)).save(
+        model_card(lineage, evaluation, written.check, shown, unfoldable(self._promoted)).save(
             self._folder / CARD
         )

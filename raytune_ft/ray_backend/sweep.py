@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,19 @@ from raytune_ft.estimate.memory import steps_in_a_pass
 from raytune_ft.files import write_json_atomic, write_text_atomic
 from raytune_ft.layout import CONFIG, RESULT, TRIALS
 from raytune_ft.model.load import load_model_config
+from raytune_ft.ray_backend.capacity import Demand, await_capacity, looking, staying
 from raytune_ft.ray_backend.cluster import (
+    Nodes,
     connected,
-    require_capacity,
     stop_grace_s,
     train_environment,
+    whole_groups,
 )
 from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
     Execution,
+    Places,
     Shared,
     SweepTrial,
     driver_place,
@@ -72,6 +75,7 @@ TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the outcome of a failed trial has no metric
+    "TUNE_MAX_PENDING_TRIALS_PG": "10000",  # the searcher holds trials back, as nodes allow
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
     "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
 }
@@ -243,17 +247,17 @@ def run_sweep(
         resume: keep the trials that have ended, continue the others, draw the rest.
 
     Raises:
-        ClusterError: the cluster cannot hold one trial.
+        ClusterError: the cluster cannot hold one trial, also after it was waited for nodes.
         StorageError: the study cannot be opened or belongs to another sweep.
         RunFailed: no trial is usable; `result.json` has that status.
         Interrupted: SIGINT or SIGTERM; `result.json` has that status, and a resume continues.
     """
     assert config.search is not None
     stop_grace_s()  # raises ConfigError before anything starts
-    with connected(), interruptible() as interrupted:
-        sweep = _Sweep(config, sweep_dir, data_dir, resume)
-        sweep.run(tell, interrupted)
-        result = sweep.write_result(interrupted.is_set())
+    with connected():
+        fit = await_capacity(config.parallel, tell)
+        with interruptible() as interrupted:
+            result = _Sweep(config, sweep_dir, data_dir, fit, resume).run(tell, interrupted)
     if result.status == "interrupted":
         raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -264,11 +268,13 @@ def run_sweep(
 class _Sweep:
     """One sweep: its study, what its trials share, and what it has spent."""
 
-    def __init__(self, config: Config, sweep_dir: Path, data_dir: Path, resume: bool) -> None:
+    def __init__(
+        self, config: Config, sweep_dir: Path, data_dir: Path, fit: int, resume: bool
+    ) -> None:
         assert config.search is not None
         self._begun = time.monotonic()
         self._search: SearchConfig = config.search
-        self._fit = require_capacity(config.parallel)
+        self._fit = fit  # worker groups at the start
         self._execution, self._why = choose_execution(config)
         self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
@@ -295,8 +301,12 @@ class _Sweep:
         if resume:
             _reconcile(self._study, self._search, self._shared)
 
-    def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
+    def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> SweepResult:
         """Run all trials until they end or the sweep is interrupted; then nothing is reserved."""
+        self._run_trials(tell, interrupted)
+        return self.write_result(interrupted.is_set())
+
+    def _run_trials(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
         kept = sum(trial.state.is_finished() for trial in own_trials(self._study))
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
@@ -307,25 +317,27 @@ class _Sweep:
         try:
             with (
                 progress.live(),
-                self._open_execution(left, progress.note) as (execution, concurrent),
+                self._open_places(left, progress.note) as places,
                 tune_storage() as storage,
                 settings_of_tune(),
             ):
-                stop = StopWith(interrupted, execution, stop_grace_s())
+                searcher = self._searcher(interrupted)
+                growth = Growth(self._shared.config, places, searcher, progress.note)
+                stop = StopWith(interrupted, places.execution, stop_grace_s())
                 reports = ProgressCallback(
-                    progress, self._study, self._search, self._remember, execution
+                    progress, self._study, self._search, self._remember, places.execution
                 )
-                self._tuner(left, concurrent, execution, storage, stop, reports, interrupted).fit()
+                with growth.followed():
+                    self._tuner(left, searcher, places.execution, storage, stop, reports).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
             self._remember()
 
-    @contextmanager
-    def _open_execution(
+    def _open_places(
         self, trials: int, note: Callable[[str], None]
-    ) -> Iterator[tuple[Execution, int]]:
-        """Where trials train, and how many at a time."""
+    ) -> AbstractContextManager[Places]:
+        """Where trials train."""
         shared = self._shared
         if self._execution == "packed":
             found = arrange(shared.config, self._fit, trials, self._fill_pass)
@@ -333,15 +345,12 @@ class _Sweep:
                 f"{trials} trials, {found.at_once} at a time in {found.engines} "
                 f"engine{'s' * (found.engines != 1)} ({self._why})"
             )
-            with engines(shared.config, shared.sweep_dir, shared.data_dir, found, note) as slots:
-                yield slots, found.at_once
-            return
+            return engines(shared.config, shared.sweep_dir, shared.data_dir, found, note)
         concurrent, lowered = concurrency(self._search, self._fit)
         note(f"{trials} trials, {concurrent} at a time, each on its own ({self._why})")
         if lowered:
             note(lowered)
-        with groups(concurrent, note) as own:
-            yield own, concurrent
+        return groups(note)
 
     def write_result(self, interrupted: bool) -> SweepResult:
         """Write `result.json` from the study and the results of the trials."""
@@ -374,12 +383,11 @@ class _Sweep:
     def _tuner(
         self,
         trials: int,
-        concurrent: int,
+        searcher: StudySearcher,
         execution: Execution,
         storage: str,
         stop: tune.Stopper,
         reports: tune.Callback,
-        interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(SweepTrial, shared=self._shared, execution=execution)
         at_reports = self._remember if self._search.budget else lambda: None
@@ -388,16 +396,7 @@ class _Sweep:
             tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
                 num_samples=trials,
-                max_concurrent_trials=concurrent,
-                search_alg=StudySearcher(
-                    self._study,
-                    self._search,
-                    self._shared.config.seed,
-                    self._prepare,
-                    interrupted.is_set,
-                    self._points(),
-                    lambda: self._spending.over() is not None,
-                ),
+                search_alg=searcher,
                 scheduler=self._scheduler(),
                 reuse_actors=True,
             ),
@@ -409,6 +408,17 @@ class _Sweep:
                 stop=CombinedStopper(stop, budget),
                 verbose=0,
             ),
+        )
+
+    def _searcher(self, interrupted: threading.Event) -> StudySearcher:
+        return StudySearcher(
+            self._study,
+            self._search,
+            self._shared.config.seed,
+            self._prepare,
+            interrupted.is_set,
+            self._points(),
+            lambda: self._spending.over() is not None,
         )
 
     def _points(self) -> list[Point]:
@@ -451,6 +461,56 @@ class _Sweep:
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun
+
+
+class Growth:
+    """Keeps a sweep as large as the cluster: it follows nodes that join and leave.
+
+    Where an autoscaler runs, worker groups that are of use and do not fit yet are asked of it. As
+    trials run out, groups without one end and their nodes can go.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        places: Places,
+        searcher: StudySearcher,
+        note: Callable[[str], None],
+        nodes: Callable[[], Nodes] = staying,
+    ) -> None:
+        assert config.search is not None
+        self._parallel, self._written = config.parallel, config.search.max_concurrent
+        self._places, self._searcher, self._note, self._nodes = places, searcher, note, nodes
+        self._demand, self._kept = Demand(config.parallel), 0
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Look again and again, until the context ends; then nothing is asked for any more."""
+        try:
+            with looking(self.look):
+                yield
+        finally:
+            self._demand.withdraw()
+
+    def look(self) -> None:
+        """Start, end and ask for what fits and is of use now."""
+        places, left = self._places, self._searcher.left
+        wanted = left if self._written == "auto" else min(left, self._written)
+        useful = -(-wanted // places.trials_each)
+        # A group of the fewest workers fits, or the sweep would not have begun; it may return.
+        fit = max(
+            1,
+            whole_groups(
+                self._nodes(), self._parallel.resources_per_worker, self._parallel.max_workers
+            ),
+        )
+        keep = min(useful, fit)
+        if keep > self._kept > 0:
+            self._note(f"nodes have joined: {keep * places.trials_each} trials at a time")
+        self._kept = keep
+        places.keep(keep)
+        self._searcher.at_once = min(keep * places.trials_each, max(wanted, 1))
+        self._demand.ask(max(0, useful - places.held()))
 
 
 def _budget(config: Config, train: TokenizedSplit) -> int:

@@ -266,7 +266,12 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         me = ray.get_runtime_context().current_actor
         ray.get(self._registry.register.remote(self._run, me, group, workers))
         ray.get([worker.execute.remote(heed_sigterm) for worker in workers])
-        self._registry.post.remote(self._run, {"workers": len(workers)})
+        nodes = [_node_of(worker.metadata) for worker in state.workers]
+        self._registry.post.remote(self._run, {"workers": nodes})
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Tells that no worker runs, until `after_worker_group_start`."""
+        self._registry.post.remote(self._run, {"down": True})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """Forwards a report once every rank has made it; all ranks report the same."""
@@ -304,6 +309,11 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         """Raises the remembered error, which ends the run instead of restarting its workers."""
         if self._fatal is not None:
             raise self._fatal
+
+
+def _node_of(metadata: Any) -> str:
+    """ADDRESS/ID of a worker's node; eight digits of the id that Ray's tools show."""
+    return f"{metadata.node_ip}/{metadata.node_id[:8]}"
 
 
 class StartsInARow(DefaultFailurePolicy):

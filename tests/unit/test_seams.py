@@ -26,6 +26,7 @@ BOUNDED = ("torch", "transformers", "peft", "optuna", "ray", "deepspeed")
 # A name and the parameters that it must have, in this order.
 LOADING = "transformers.core_model_loading"
 SCALING = "ray.train.v2._internal.execution.scaling_policy"
+COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
 CALLBACK = "ray.train.v2._internal.execution.callback"
 FAILURES = "ray.train.v2._internal.execution.failure_handling"
 EXCEPTIONS = "ray.train.v2._internal.exceptions"
@@ -83,6 +84,15 @@ NAMES: dict[str, str] = {
     "optuna.trial.Trial._suggest": "self name distribution",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR": "",
+    "ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS": "",
+    "ray.experimental.internal_kv._internal_kv_get": "key",
+    "ray.autoscaler._private.util.format_readonly_node_type": "node_id",
+    "ray.autoscaler.v2.utils.is_autoscaler_v2": "fetch_from_server",
+    f"{COORDINATOR}.get_or_create_autoscaling_coordinator": "",
+    f"{COORDINATOR}._AutoscalingCoordinatorActor.request_resources": (
+        "self requester_id resources expire_after_s"
+    ),
+    f"{COORDINATOR}._AutoscalingCoordinatorActor.cancel_request": "self requester_id",
     "ray._private.state.state.get_draining_nodes": "",
     "ray._private.state.state.available_resources_per_node": "",
     "ray._private.state.state.total_resources_per_node": "",
@@ -92,6 +102,7 @@ NAMES: dict[str, str] = {
     "ray.train.v2._internal.callbacks.placement_group_callback.PlacementGroupCleanerCallback": "",
     f"{CALLBACK}.ControllerCallback.after_controller_start": "self train_run_context",
     f"{CALLBACK}.WorkerGroupCallback.after_worker_group_start": "self worker_group",
+    f"{CALLBACK}.WorkerGroupCallback.after_worker_group_shutdown": "self worker_group_context",
     f"{CALLBACK}.ReportCallback": "",
     f"{FAILURES}.DefaultFailurePolicy.make_decision": "self",
     f"{FAILURES}.FailureDecision": "",

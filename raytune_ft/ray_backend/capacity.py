@@ -1,0 +1,164 @@
+"""The room of a cluster that grows: announced to its autoscaler, waited for, looked at again."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get
+
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.search_space import duration_s
+from raytune_ft.errors import ClusterError
+from raytune_ft.format import seconds
+from raytune_ft.ray_backend.cluster import Nodes, require_capacity
+from raytune_ft.ray_backend.worker_group import staying_nodes
+from raytune_ft.records import Tell
+
+AUTOSCALED_WAIT_S = 900.0
+"""`parallel.wait_for_nodes` where an autoscaler runs."""
+LOOK_S = 1.0
+RENEW_S = 15.0
+EXPIRE_S = 60.0
+"""When a demand ends that its driver, which was killed, no longer renews."""
+
+
+def autoscaler_runs() -> bool:
+    """Whether nodes are added to the cluster on demand.
+
+    `ray start` runs the first version of the autoscaler too, which only watches then and has a node
+    type for every node. `ray up` and KubeRay run the second one.
+    """
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    report = json.loads(status).get("autoscaler_report") if status else None
+    types = (report or {}).get("active_nodes", {})
+    return any(not name.startswith(format_readonly_node_type("")) for name in types)
+
+
+class Demand:
+    """What this driver asks the cluster's autoscaler for, beside what its worker groups hold.
+
+    It goes through the actor of Ray Train and Ray Data that adds up the demands of all drivers of a
+    cluster: `ray.autoscaler.sdk.request_resources`, which that actor calls, knows only the last
+    caller. A demand that is not renewed expires.
+    """
+
+    def __init__(
+        self, parallel: ParallelConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        need = {name: amount for name, amount in parallel.resources_per_worker.items() if amount}
+        self._group = [need] * parallel.max_workers
+        self._name, self._clock = f"raytune-ft-{uuid.uuid4().hex[:8]}", clock
+        self._asked, self._at = 0, -float("inf")
+
+    def ask(self, groups: int) -> None:
+        """For so many more worker groups than there are; to be called again and again. Nothing
+        happens where no autoscaler runs.
+        """
+        if not autoscaler_runs():
+            return
+        now = self._clock()
+        if groups == self._asked and (not groups or now - self._at < RENEW_S):
+            return
+        if groups == 0:
+            self.withdraw()
+            return
+        bundles = [dict(need) for _ in range(groups) for need in self._group]
+        self._actor().request_resources.remote(self._name, bundles, EXPIRE_S)
+        self._asked, self._at = groups, now
+
+    def withdraw(self) -> None:
+        """The autoscaler may take back what nobody uses."""
+        if self._asked:
+            self._asked = 0
+            with suppress(RayError):
+                ray.get(self._actor().cancel_request.remote(self._name), timeout=10)
+
+    def _actor(self) -> Any:
+        return default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+
+
+def wait_s(parallel: ParallelConfig) -> float:
+    """How long nodes are waited for."""
+    written = parallel.wait_for_nodes
+    if written == "auto":
+        return AUTOSCALED_WAIT_S if autoscaler_runs() else 0.0
+    return duration_s(written) if isinstance(written, str) else written
+
+
+def staying() -> Nodes:
+    """The resources of the nodes that are alive and not drained."""
+    return list(staying_nodes(False).values())
+
+
+def await_capacity(
+    parallel: ParallelConfig,
+    tell: Tell,
+    nodes: Callable[[], Nodes] = staying,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """`require_capacity`, once it is met: the demand is announced and waited for.
+
+    Raises:
+        ClusterError: the nodes have not come within `parallel.wait_for_nodes`.
+    """
+    limit_s = wait_s(parallel)
+    deadline = time.monotonic() + limit_s
+    demand, told = Demand(parallel), False
+    try:
+        while True:
+            try:
+                return require_capacity(parallel, nodes())
+            except ClusterError as error:
+                if time.monotonic() >= deadline:
+                    raise _never_came(error, limit_s) from None
+                if not told:
+                    tell(f"waiting up to {seconds(limit_s)} for nodes: {error.value} {error.rule}")
+                    told = True
+            demand.ask(1)
+            sleep(LOOK_S)
+    finally:
+        demand.withdraw()
+
+
+@contextmanager
+def looking(look: Callable[[], None], every_s: float = LOOK_S) -> Iterator[None]:
+    """Call `look` again and again in a thread, until the context ends; once before it begins.
+
+    A call that failed because a node or an actor was just lost is made again.
+    """
+    look()
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(every_s):
+            with suppress(RayError):
+                look()
+
+    thread = threading.Thread(target=go_on, name="capacity", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+
+
+def _never_came(error: ClusterError, waited_s: float) -> ClusterError:
+    if not waited_s:
+        return error
+    rule = f"{error.rule}, after {seconds(waited_s)} of waiting"
+    return ClusterError(error.value, rule, f"{error.remedy}, or write parallel.wait_for_nodes")
