@@ -12,37 +12,48 @@ from raytune_ft.strategy.single import Single
 
 T = TypeVar("T")
 A = TypeVar("A")
+Measure = Callable[[A, Strategy], T]
+"""Called in all processes that measure a model together, over which it lies as the strategy says.
+The result is that of rank 0."""
 
 
 class Workers(Protocol):
-    """Calls functions of a module, whose arguments and results go to another process and back."""
+    """Calls functions whose arguments and results go to another process and back.
 
-    def alone(self, function: Callable[..., T], *arguments: Any, tell: Tell) -> T:
-        """`function(*arguments, tell=tell)` in one process.
+    Both methods raise RunFailed where a process was lost, and what the function raises.
+    """
 
-        Raises:
-            RunFailed: the process was lost; anything else as `function` raises it.
+    def alone(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        tell: Tell,
+        measure: Measure[Any, Any] | None = None,
+    ) -> T:
+        """`function(*arguments, tell=tell)` in one process. With `measure` the function gets that
+        too, as a function of one argument.
         """
 
-    def each(self, function: Callable[[A, Strategy], T], arguments: Sequence[A]) -> list[T]:
-        """`function(argument, strategy)` for each argument, in order.
-
-        `strategy` is how a model lies over the processes that measure it together. All of them call
-        the function, and the result is that of rank 0.
-
-        Raises:
-            RunFailed: a process was lost; anything else as `function` raises it.
-        """
+    def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
+        """The results of `measure` for the arguments, in order."""
 
 
 class ThisProcess:
     """One call after another, here."""
 
-    def alone(self, function: Callable[..., T], *arguments: Any, tell: Tell) -> T:
-        return function(*arguments, tell=tell)
+    def alone(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        tell: Tell,
+        measure: Measure[Any, Any] | None = None,
+    ) -> T:
+        if measure is None:
+            return function(*arguments, tell=tell)
+        return function(*arguments, tell=tell, measure=lambda one: measure(one, whole()))
 
-    def each(self, function: Callable[[A, Strategy], T], arguments: Sequence[A]) -> list[T]:
-        return [function(argument, whole()) for argument in arguments]
+    def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
+        return [measure(argument, whole()) for argument in arguments]
 
 
 HERE = ThisProcess()

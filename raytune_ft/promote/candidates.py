@@ -50,9 +50,13 @@ class Written:
 
 
 class Write(Protocol):
-    """Makes the model directory of a candidate, or that of an adapter that cannot be folded."""
+    """Makes the model directory of a candidate, or that of an adapter that cannot be folded.
 
-    def __call__(self, target: Path, tell: Tell) -> Written: ...
+    `measure` scores what is being made, for those that choose by it: greedy_soup adds a trial only
+    where that helps.
+    """
+
+    def __call__(self, target: Path, tell: Tell, measure: Score | None = None) -> Written: ...
 
 
 class WriteAdapter(Protocol):
@@ -80,8 +84,6 @@ class Pantry:
     Attributes:
         checkpoints, trials: of the trials, the best first.
         examples: held-out token ids `[S]` on which every written model is checked.
-        score: measures a merge while it is made, in the process that makes it; greedy_soup adds a
-            trial only where that helps.
         head: the task head of the trials, which the base does not have; None without one.
     """
 
@@ -91,7 +93,6 @@ class Pantry:
     examples: Sequence[Tensor]
     settings: PromoteConfig
     seed: int
-    score: Score
     head: Head | None = None
 
     @property
@@ -121,7 +122,7 @@ def entries(pantry: Pantry, tell: Tell) -> list[Entry]:
     return found
 
 
-def _write_best(pantry: Pantry, target: Path, tell: Tell) -> Written:
+def _write_best(pantry: Pantry, target: Path, tell: Tell, measure: Score | None = None) -> Written:
     """The best checkpoint folded into the base, or a copy of an adapter that cannot be folded."""
     checkpoint, settings = pantry.checkpoints[0], {"trials": [pantry.trials[0]]}
     if unfoldable(checkpoint) is None:
@@ -141,7 +142,7 @@ def _write_best(pantry: Pantry, target: Path, tell: Tell) -> Written:
     return Written(None, settings)
 
 
-def _write_base(pantry: Pantry, target: Path, tell: Tell) -> Written:
+def _write_base(pantry: Pantry, target: Path, tell: Tell, measure: Score | None = None) -> Written:
     write_base(pantry.model, target)
     return Written(None)
 
@@ -161,7 +162,7 @@ def _between(pantry: Pantry) -> list[float]:
 def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
     """One point between the base and the best trial."""
 
-    def write(target: Path, tell: Tell) -> Written:
+    def write(target: Path, tell: Tell, measure: Score | None = None) -> Written:
         first = pantry.checkpoints[:1]
         made = merge(
             pantry.model,
@@ -187,14 +188,14 @@ def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
 def _merged(pantry: Pantry, name: str) -> Entry:
     """A merge of several trials, of which some may take part."""
 
-    def write(target: Path, tell: Tell) -> Written:
+    def write(target: Path, tell: Tell, measure: Score | None = None) -> Written:
         report = merge(
             pantry.model,
             pantry.checkpoints,
             target,
             name,
             pantry.examples,
-            score=pantry.score,
+            score=measure,
             settings=pantry.merging,
             max_shard_size=pantry.settings.max_shard_size,
             tell=tell,

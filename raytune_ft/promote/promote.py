@@ -35,7 +35,7 @@ from raytune_ft.evaluate.evaluate import (
 )
 from raytune_ft.evaluate.generate import choose_backend, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
-from raytune_ft.evaluate.workers import HERE, Workers, whole
+from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
     ADAPTER,
@@ -56,7 +56,16 @@ from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
-from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, Written, entries
+from raytune_ft.promote.candidates import (
+    BASE,
+    BASE_NAME,
+    BEST,
+    MERGED,
+    Entry,
+    Pantry,
+    Written,
+    entries,
+)
 from raytune_ft.promote.card import Lineage, model_card, package_versions
 from raytune_ft.promote.decide import (
     Contender,
@@ -69,6 +78,7 @@ from raytune_ft.promote.decide import (
 )
 from raytune_ft.promote.select import Selection, select
 from raytune_ft.records import Tell, to_json
+from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
 CONSTANT = "constant"
@@ -106,8 +116,8 @@ class Jobs:
 
 @dataclass(frozen=True)
 class MergeScore:
-    """Scores a merge that is being made, in the process that makes it: its deciding figure on
-    validation, negated where more is better, and infinite where it is not finite.
+    """Scores a merge that is being made: its deciding figure on validation, negated where more is
+    better, and infinite where it is not finite.
     """
 
     jobs: Jobs
@@ -115,11 +125,12 @@ class MergeScore:
     tokenizer: PreTrainedTokenizerBase
     report: DataReport
 
-    def __call__(self, directory: Path) -> float:
-        if not (directory / "tokenizer_config.json").is_file():
+    def __call__(self, directory: Path, strategy: Strategy) -> float:
+        if strategy.rank == 0 and not (directory / "tokenizer_config.json").is_file():
             save_tokenizer(self.tokenizer, directory, self.report)
+        strategy.from_rank0(None)
         job = replace(self.jobs.of(directory, "validation"), retained=None)
-        found = run_job(job, whole()).scores[self.figure]
+        found = run_job(job, strategy).scores[self.figure]
         if not math.isfinite(found.value):
             return math.inf
         return found.value if found.mode == "min" else -found.value
@@ -386,9 +397,6 @@ class _Promoter:
             held_out(self._data.validation, self._measurer.head),
             self._selection.settings,
             self._config.seed,
-            MergeScore(
-                self._measurer.jobs, self._selection.figure, self._tokenizer, self._data.report
-            ),
             self._measurer.head,
         )
         written = self._write_all(entries(pantry, self._tell))
@@ -430,7 +438,14 @@ class _Promoter:
 
     def _write(self, entry: Entry) -> Written:
         directory = self._directory_of(entry.name)
-        written = self._workers.alone(entry.write, directory, tell=self._tell)
+        jobs, figure = self._measurer.jobs, self._selection.figure
+        score = MergeScore(jobs, figure, self._tokenizer, self._data.report)
+        written = self._workers.alone(
+            entry.write,
+            directory,
+            tell=self._tell,
+            measure=score if entry.simplicity == MERGED else None,
+        )
         save_tokenizer(self._tokenizer, directory, self._data.report)
         if written.check is not None:
             difference = f"{written.check.written_difference:.1e}"

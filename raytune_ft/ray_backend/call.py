@@ -20,6 +20,7 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import ALONE, SHARDED, STRATEGIES
 from raytune_ft.errors import RaytuneFtError, RunFailed
+from raytune_ft.evaluate.workers import Measure
 from raytune_ft.ray_backend.capacity import await_capacity
 from raytune_ft.ray_backend.cluster import connected
 from raytune_ft.ray_backend.registry import Ended, Note, Value, start_registry
@@ -43,47 +44,56 @@ class WorkerGroups:
     folder: Path
     tell: Tell
 
-    def alone(self, function: Callable[..., T], *arguments: Any, tell: Tell) -> T:
-        found: T = self._call(_with_one_worker(self.config), [_Alone(function, arguments)])[0]
+    def alone(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        tell: Tell,
+        measure: Measure[Any, Any] | None = None,
+    ) -> T:
+        config = _with_one_worker(self.config) if measure is None else measured_by(self.config)
+        found: T = self._call(config, [_Alone(function, arguments, measure)], tell)[0]
         return found
 
-    def each(self, function: Callable[[A, Strategy], T], arguments: Sequence[A]) -> list[T]:
-        calls = [_Together(function, argument) for argument in arguments]
-        return self._call(measured_by(self.config), calls)
+    def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
+        calls = [_Together(measure, argument) for argument in arguments]
+        return self._call(measured_by(self.config), calls, self.tell)
 
-    def _call(self, config: Config, calls: Sequence[Any]) -> list[Any]:
+    def _call(self, config: Config, calls: Sequence[Any], tell: Tell) -> list[Any]:
         """As many at a time as fit. If one fails, the others are ended."""
         with connected():
-            at_once = min(await_capacity(config.parallel, self.tell), len(calls))
+            at_once = min(await_capacity(config.parallel, tell), len(calls))
             registry = start_registry(at_once)
             spec = RunSpec(config, self.folder, self.folder)
+            listen = partial(_listen, spec, registry, tell)
             with ThreadPoolExecutor(at_once, thread_name_prefix="call") as pool:
                 try:
-                    results = pool.map(partial(self._listen, spec, registry), calls)
-                    return list(results)
+                    return list(pool.map(listen, calls))
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     ray.get(registry.stop_all.remote())
                     raise
 
-    def _listen(self, spec: RunSpec, registry: Any, call: Any) -> Any:
-        handle = GroupHandle(spec, registry, call_worker, {"call": call}, "computing")
-        found: Value | None = None
-        try:
-            handle.start()
-            while not isinstance(event := handle.next(), Ended):
-                if isinstance(event, Note):
-                    self.tell(event.text)
-                elif isinstance(event, Value):
-                    found = event
-        finally:
-            handle.stop()
-        if found is None:
-            raise event.error or RunFailed("the workers ended without a result")
-        value, error = ray.cloudpickle.loads(found.pickled)
-        if error is not None:
-            raise error
-        return value
+
+def _listen(spec: RunSpec, registry: Any, tell: Tell, call: Any) -> Any:
+    """Start a worker group for one call, pass on what it tells, and end it. Its result."""
+    handle = GroupHandle(spec, registry, call_worker, {"call": call}, "computing")
+    found: Value | None = None
+    try:
+        handle.start()
+        while not isinstance(event := handle.next(), Ended):
+            if isinstance(event, Note):
+                tell(event.text)
+            elif isinstance(event, Value):
+                found = event
+    finally:
+        handle.stop()
+    if found is None:
+        raise event.error or RunFailed("the workers ended without a result")
+    value, error = ray.cloudpickle.loads(found.pickled)
+    if error is not None:
+        raise error
+    return value
 
 
 def measured_by(config: Config) -> Config:
@@ -114,20 +124,36 @@ class _Alone:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    measure: Measure[Any, Any] | None
 
     def __call__(self, strategy: Strategy, tell: Tell) -> Any:
-        return self.function(*self.arguments, tell=tell)
+        """Rank 0 calls the function; the others measure what it asks them to, until it is over."""
+        measure = self.measure
+        if measure is None:
+            return self.function(*self.arguments, tell=tell)
+        if strategy.rank > 0:
+            while asked := strategy.from_rank0(()):
+                measure(*asked, strategy)
+            return None
+
+        def ask(argument: Any) -> Any:
+            return measure(*strategy.from_rank0((argument,)), strategy)
+
+        try:
+            return self.function(*self.arguments, tell=tell, measure=ask)
+        finally:
+            strategy.from_rank0(())
 
 
 @dataclass(frozen=True)
 class _Together:
     """A call of `Workers.each`."""
 
-    function: Callable[..., Any]
+    measure: Measure[Any, Any]
     argument: Any
 
     def __call__(self, strategy: Strategy, tell: Tell) -> Any:
-        return self.function(self.argument, strategy)
+        return self.measure(self.argument, strategy)
 
 
 def call_worker(payload: dict[str, Any]) -> str:

@@ -45,10 +45,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Value:
-    """What the function of a `Call` returned, or raised."""
+    """What a call in a worker group came to, pickled; see `ray_backend.call`."""
 
-    value: Any
-    error: Exception | None = None
+    pickled: bytes
 
 
 @dataclass(frozen=True)

@@ -509,7 +509,8 @@ class Growth:
             self._note(f"nodes have joined: {keep * places.trials_each} trials at a time")
         self._kept = keep
         places.keep(keep)
-        self._searcher.at_once = min(keep * places.trials_each, max(wanted, 1))
+        # Never 0: the searcher is asked once more, to say that it has finished.
+        self._searcher.at_once = max(1, min(keep * places.trials_each, wanted))
         self._demand.ask(max(0, useful - places.held()))
 
 
