@@ -29,8 +29,10 @@ def in_ray_job() -> bool:
 
 
 def joins_cluster() -> bool:
-    """Whether the work is done by a cluster that exists already; then none is in this process."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local") or in_ray_job()
+    """Whether a cluster that exists already does the work, and this process none of it. Inside a
+    Ray job, Ray sets the variable.
+    """
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def expand_text(text: str, key: str, environ: Mapping[str, str] | None = None) -> str:

@@ -33,7 +33,7 @@ from raytune_ft.evaluate.evaluate import (
     run_job,
     split_named,
 )
-from raytune_ft.evaluate.generate import choose_backend, end_tokens
+from raytune_ft.evaluate.generate import check_backend, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
@@ -314,7 +314,9 @@ def promote(
     target = directory / PROMOTED
     selection = select(directory, tell)
     check_functions(selection.settings.metrics)
-    choose_backend(selection.settings.generation)
+    workers = workers_of(expand_env(selection.config))
+    if selection.settings.generation == "vllm":
+        workers.alone(check_backend, "vllm", tell=tell)
     if target.exists() and not again:
         raise StorageError(
             str(target),
@@ -327,7 +329,6 @@ def promote(
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
-            workers = workers_of(expand_env(selection.config))
             promotion = _Promoter(
                 selection, directory, unfinished, tokens, tell, samples, workers
             ).run()

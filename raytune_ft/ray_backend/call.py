@@ -21,7 +21,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import ALONE, SHARDED, STRATEGIES
 from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.evaluate.workers import Measure
-from raytune_ft.ray_backend.capacity import await_capacity
+from raytune_ft.ray_backend.capacity import room
 from raytune_ft.ray_backend.cluster import connected
 from raytune_ft.ray_backend.registry import Ended, Note, Value, start_registry
 from raytune_ft.ray_backend.run_handle import GroupHandle
@@ -61,8 +61,8 @@ class WorkerGroups:
 
     def _call(self, config: Config, calls: Sequence[Any], tell: Tell) -> list[Any]:
         """As many at a time as fit. If one fails, the others are ended."""
-        with connected():
-            at_once = min(await_capacity(config.parallel, tell), len(calls))
+        with connected(), room(config.parallel, tell, len(calls)) as fit:
+            at_once = min(fit, len(calls))
             registry = start_registry(at_once)
             spec = RunSpec(config, self.folder, self.folder)
             listen = partial(_listen, spec, registry, tell)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,6 +16,9 @@ from ray._private import ray_constants
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
+    ResourceRequestPriority,
+)
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get
 
@@ -32,6 +36,8 @@ LOOK_S = 1.0
 RENEW_S = 15.0
 EXPIRE_S = 60.0
 """When a demand ends that its driver, which was killed, no longer renews."""
+PATIENCE_S, PAUSE_S = 10.0, 60.0
+"""See `Steps`. The autoscaler looks every 5 s."""
 
 
 def autoscaler_runs() -> bool:
@@ -49,7 +55,8 @@ def autoscaler_runs() -> bool:
 
 
 class Demand:
-    """What this driver asks the cluster's autoscaler for, beside what its worker groups hold.
+    """The worker groups that this driver has and wants: other runs leave them their room, and an
+    autoscaler has nodes for them.
 
     It goes through the actor of Ray Train and Ray Data that adds up the demands of all drivers of a
     cluster: `ray.autoscaler.sdk.request_resources`, which that actor calls, knows only the last
@@ -65,11 +72,7 @@ class Demand:
         self._asked, self._at = 0, -float("inf")
 
     def ask(self, groups: int) -> None:
-        """For so many more worker groups than there are; to be called again and again. Nothing
-        happens where no autoscaler runs.
-        """
-        if not autoscaler_runs():
-            return
+        """For so many worker groups, those that run included; to be called again and again."""
         now = self._clock()
         if groups == self._asked and (not groups or now - self._at < RENEW_S):
             return
@@ -77,7 +80,8 @@ class Demand:
             self.withdraw()
             return
         bundles = [dict(need) for _ in range(groups) for need in self._group]
-        self._actor().request_resources.remote(self._name, bundles, EXPIRE_S)
+        high = ResourceRequestPriority.HIGH  # as Ray Train's own
+        self._actor().request_resources.remote(self._name, bundles, EXPIRE_S, priority=high)
         self._asked, self._at = groups, now
 
     def withdraw(self) -> None:
@@ -89,6 +93,29 @@ class Demand:
 
     def _actor(self) -> Any:
         return default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+
+
+class Steps:
+    """How many groups more than there are to ask for, of those that are lacking.
+
+    The autoscaler does nothing about a demand that exceeds its largest number of nodes, whose
+    reason it tells nobody, and then nothing about those of other drivers either. So a demand that
+    brings no node is halved, down to none for a while; nodes that come bring back all of it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fit, self._step, self._since = -1, 0, 0.0
+
+    def next(self, lacking: int, fit: int) -> int:
+        """`fit` groups have room now."""
+        now = self._clock()
+        if fit > self._fit:
+            self._step, self._since = lacking, now
+        elif now - self._since > (PATIENCE_S if self._step else PAUSE_S):
+            self._step, self._since = (self._step // 2 if self._step else 1), now
+        self._fit = fit
+        return min(self._step, lacking)
 
 
 def wait_s(parallel: ParallelConfig) -> float:
@@ -104,34 +131,51 @@ def staying() -> Nodes:
     return list(staying_nodes(False).values())
 
 
+@contextmanager
+def room(parallel: ParallelConfig, tell: Tell, most: int) -> Iterator[int]:
+    """How many groups fit, once one does. Inside, there is a demand for up to `most` of them;
+    elastic groups make their own.
+
+    Raises:
+        ClusterError: see `await_capacity`.
+    """
+    demand = Demand(parallel)
+    try:
+        fit = await_capacity(parallel, tell, demand)
+        kept = 0 if parallel.elastic else min(most, fit)
+        with looking(partial(demand.ask, kept), RENEW_S):
+            yield fit
+    finally:
+        demand.withdraw()
+
+
 def await_capacity(
     parallel: ParallelConfig,
     tell: Tell,
+    demand: Demand,
     nodes: Callable[[], Nodes] = staying,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """`require_capacity`, once it is met: the demand is announced and waited for.
+    """`require_capacity`, once it is met: one group is demanded and waited for.
 
     Raises:
         ClusterError: the nodes have not come within `parallel.wait_for_nodes`.
     """
     limit_s = wait_s(parallel)
     deadline = time.monotonic() + limit_s
-    demand, told = Demand(parallel), False
-    try:
-        while True:
-            try:
-                return require_capacity(parallel, nodes())
-            except ClusterError as error:
-                if time.monotonic() >= deadline:
-                    raise _never_came(error, limit_s) from None
-                if not told:
-                    tell(f"waiting up to {seconds(limit_s)} for nodes: {error.value} {error.rule}")
-                    told = True
+    told = False
+    while True:
+        try:
+            return require_capacity(parallel, nodes())
+        except ClusterError as error:
+            if time.monotonic() >= deadline:
+                raise _never_came(error, limit_s) from None
+            if not told:
+                tell(f"waiting up to {seconds(limit_s)} for nodes: {error.value} {error.rule}")
+                told = True
+        if autoscaler_runs():
             demand.ask(1)
-            sleep(LOOK_S)
-    finally:
-        demand.withdraw()
+        sleep(LOOK_S)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
-from raytune_ft.ray_backend.capacity import await_capacity
+from raytune_ft.ray_backend.capacity import room
 from raytune_ft.ray_backend.cluster import connected, stop_grace_s
 from raytune_ft.ray_backend.registry import (
     Ended,
@@ -233,8 +233,7 @@ def fit(
     """
     grace_s = stop_grace_s()
     tell = tell or (lambda line: None)
-    with connected():
-        await_capacity(spec.config.parallel, tell)
+    with connected(), room(spec.config.parallel, tell, most=1):
         handle = GroupHandle(spec, start_registry(slots=1), worker)
         return run_to_end(handle, spec, grace_s, on_evaluation, tell)
 

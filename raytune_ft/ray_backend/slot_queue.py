@@ -178,7 +178,7 @@ class SlotQueue(Mailboxes):
             known = self._engines.pop(engine, None)
             if known is not None and known.retired:
                 return
-            if not self._engines:
+            if all(other.retired for other in self._engines.values()):
                 self._failure = error or RunFailed("the engine of the trials has ended")
             for run, trial in self._trials.items():
                 if trial.engine == engine and not trial.gone.is_set():

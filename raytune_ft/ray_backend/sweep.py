@@ -32,7 +32,14 @@ from raytune_ft.estimate.memory import steps_in_a_pass
 from raytune_ft.files import write_json_atomic, write_text_atomic
 from raytune_ft.layout import CONFIG, RESULT, TRIALS
 from raytune_ft.model.load import load_model_config
-from raytune_ft.ray_backend.capacity import Demand, await_capacity, looking, staying
+from raytune_ft.ray_backend.capacity import (
+    Demand,
+    Steps,
+    autoscaler_runs,
+    await_capacity,
+    looking,
+    staying,
+)
 from raytune_ft.ray_backend.cluster import (
     Nodes,
     connected,
@@ -255,9 +262,14 @@ def run_sweep(
     assert config.search is not None
     stop_grace_s()  # raises ConfigError before anything starts
     with connected():
-        fit = await_capacity(config.parallel, tell)
-        with interruptible() as interrupted:
-            result = _Sweep(config, sweep_dir, data_dir, fit, resume).run(tell, interrupted)
+        demand = Demand(config.parallel)
+        try:
+            fit = await_capacity(config.parallel, tell, demand)
+            with interruptible() as interrupted:
+                sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume)
+                result = sweep.run(tell, interrupted)
+        finally:
+            demand.withdraw()
     if result.status == "interrupted":
         raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -269,12 +281,18 @@ class _Sweep:
     """One sweep: its study, what its trials share, and what it has spent."""
 
     def __init__(
-        self, config: Config, sweep_dir: Path, data_dir: Path, fit: int, resume: bool
+        self,
+        config: Config,
+        sweep_dir: Path,
+        data_dir: Path,
+        fit: int,
+        demand: Demand,
+        resume: bool,
     ) -> None:
         assert config.search is not None
         self._begun = time.monotonic()
         self._search: SearchConfig = config.search
-        self._fit = fit  # worker groups at the start
+        self._fit, self._demand = fit, demand  # worker groups at the start
         self._execution, self._why = choose_execution(config)
         self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
@@ -322,12 +340,12 @@ class _Sweep:
                 settings_of_tune(),
             ):
                 searcher = self._searcher(interrupted)
-                growth = Growth(self._shared.config, places, searcher, progress.note)
+                growth = Growth(self._shared.config, places, searcher, self._demand, progress.note)
                 stop = StopWith(interrupted, places.execution, stop_grace_s())
                 reports = ProgressCallback(
                     progress, self._study, self._search, self._remember, places.execution
                 )
-                with growth.followed():
+                with looking(growth.look):
                     self._tuner(left, searcher, places.execution, storage, stop, reports).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
@@ -466,8 +484,8 @@ class _Sweep:
 class Growth:
     """Keeps a sweep as large as the cluster: it follows nodes that join and leave.
 
-    Where an autoscaler runs, worker groups that are of use and do not fit yet are asked of it. As
-    trials run out, groups without one end and their nodes can go.
+    Where an autoscaler runs, nodes for the worker groups that are of use are asked of it. As trials
+    run out, groups without one end and their nodes can go.
     """
 
     def __init__(
@@ -475,22 +493,14 @@ class Growth:
         config: Config,
         places: Places,
         searcher: StudySearcher,
+        demand: Demand,
         note: Callable[[str], None],
         nodes: Callable[[], Nodes] = staying,
     ) -> None:
         assert config.search is not None
         self._parallel, self._written = config.parallel, config.search.max_concurrent
         self._places, self._searcher, self._note, self._nodes = places, searcher, note, nodes
-        self._demand, self._kept = Demand(config.parallel), 0
-
-    @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Look again and again, until the context ends; then nothing is asked for any more."""
-        try:
-            with looking(self.look):
-                yield
-        finally:
-            self._demand.withdraw()
+        self._demand, self._steps, self._kept = demand, Steps(), 0
 
     def look(self) -> None:
         """Start, end and ask for what fits and is of use now."""
@@ -508,10 +518,12 @@ class Growth:
         if keep > self._kept > 0:
             self._note(f"nodes have joined: {keep * places.trials_each} trials at a time")
         self._kept = keep
-        places.keep(keep)
+        places.keep(keep, fit)
         # Never 0: the searcher is asked once more, to say that it has finished.
         self._searcher.at_once = max(1, min(keep * places.trials_each, wanted))
-        self._demand.ask(max(0, useful - places.held()))
+        more = self._steps.next(max(0, useful - fit), fit) if autoscaler_runs() else 0
+        own = places.held() if self._parallel.elastic else 0  # whose demand is their own
+        self._demand.ask(max(0, min(useful, fit + more) - own))
 
 
 def _budget(config: Config, train: TokenizedSplit) -> int:

@@ -117,12 +117,18 @@ class PackedExecution(_Actor):
 class Places(Protocol):
     """The worker groups of a sweep, as the driver sees them: as many as fit, or as are of use."""
 
-    execution: Execution
-    trials_each: int
-    """At a time, in each worker group."""
+    @property
+    def execution(self) -> Execution:
+        """What trials are given."""
 
-    def keep(self, count: int) -> None:
-        """Have `count` worker groups. None with a trial is ended, unless its node is gone."""
+    @property
+    def trials_each(self) -> int:
+        """At a time, in each worker group."""
+
+    def keep(self, count: int, room: int) -> None:
+        """Have `count` worker groups, where the cluster has room for `room`. A group with a trial
+        is not ended, unless it is without workers and there is no room for it any more.
+        """
 
     def held(self) -> int:
         """How many there are, those that start and restart included."""
@@ -136,7 +142,7 @@ class Groups:
     def __init__(self) -> None:
         self.execution = IsolatedExecution(start_registry(0))
 
-    def keep(self, count: int) -> None:
+    def keep(self, count: int, room: int) -> None:
         ray.get(self.execution.actor.resize.remote(count))
 
     def held(self) -> int:
@@ -170,7 +176,7 @@ class Engines:
         self.execution, self.trials_each = PackedExecution(self._queue), arrangement.slots
         self._engines: list[_Engine] = []
 
-    def keep(self, count: int) -> None:
+    def keep(self, count: int, room: int) -> None:
         """One that failed is not replaced."""
         for _ in range(count - self.held()):
             spec = _engine_spec(self._config, self._sweep_dir, self._data_dir, len(self._engines))
@@ -182,7 +188,7 @@ class Engines:
             for engine in self._engines:
                 engine.retired |= engine.name in idle
         down = [engine for engine in self._engines if not engine.retired and engine.is_down]
-        for engine in down[: max(0, self.held() - count)]:
+        for engine in down[: max(0, self.held() - room)]:
             self._tell(f"{engine.name}: there is no room for it any more; its trials move on")
             engine.retired = True
             ray.get(self._queue.retire.remote(engine.name))

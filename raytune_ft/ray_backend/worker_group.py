@@ -159,8 +159,18 @@ def staying_nodes(free: bool) -> dict[str, dict[str, float]]:
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
-    """Ray's own for a fixed number of workers, `Elastic` for a range."""
-    return Elastic(config) if config.elasticity_enabled else FixedScalingPolicy(config)
+    """`Fixed` for a number of workers, `Elastic` for a range."""
+    return Elastic(config) if config.elasticity_enabled else Fixed(config)
+
+
+class Fixed(FixedScalingPolicy):
+    """Ray's own, but it asks no autoscaler: the driver does, for all of its groups together."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray's own would ask for this group."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ray's own would renew it."""
 
 
 class Elastic(ElasticScalingPolicy):

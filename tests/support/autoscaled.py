@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import FAKE_HEAD_NODE_ID, AutoscalingCluster
 
@@ -21,6 +22,7 @@ from tests.support.head import RAY
 
 EMPTY = ("initialization", "setup", "head_setup", "worker_setup")
 NODE_TYPE = "worker"
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 
 class Autoscaled(AutoscalingCluster):
@@ -52,7 +54,8 @@ class Autoscaled(AutoscalingCluster):
         return {
             "cluster_name": "autoscaled",
             "provider": {
-                "type": "fake_multinode",
+                "type": "external",
+                "module": FAKE_PROVIDER,
                 "use_node_id_as_ip": True,
                 "disable_node_updaters": True,
                 "disable_launch_config_check": True,
@@ -78,7 +81,11 @@ class Autoscaled(AutoscalingCluster):
     @property
     def environment(self) -> dict[str, str]:
         """For drivers."""
-        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "disabled",
+            ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # all of it on loopback
+        }
 
     def __enter__(self) -> Autoscaled:
         config = self._folder / "config.json"

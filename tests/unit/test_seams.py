@@ -90,8 +90,10 @@ NAMES: dict[str, str] = {
     "ray.autoscaler.v2.utils.is_autoscaler_v2": "fetch_from_server",
     f"{COORDINATOR}.get_or_create_autoscaling_coordinator": "",
     f"{COORDINATOR}._AutoscalingCoordinatorActor.request_resources": (
-        "self requester_id resources expire_after_s"
+        "self requester_id resources expire_after_s priority"
     ),
+    "ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator"
+    ".ResourceRequestPriority.HIGH": "",
     f"{COORDINATOR}._AutoscalingCoordinatorActor.cancel_request": "self requester_id",
     "ray._private.state.state.get_draining_nodes": "",
     "ray._private.state.state.available_resources_per_node": "",
@@ -110,6 +112,8 @@ NAMES: dict[str, str] = {
     f"{SCALING}.ElasticScalingPolicy._maybe_send_resource_request": "self",
     f"{SCALING}.ElasticScalingPolicy._get_resize_decision": "self num_workers",
     f"{SCALING}.FixedScalingPolicy": "scaling_config",
+    f"{SCALING}.FixedScalingPolicy.after_controller_start": "self train_run_context",
+    f"{SCALING}.FixedScalingPolicy._maybe_send_resource_request": "self",
     f"{SCALING}.NoopDecision": "",
     "ray.train.v2.api.config.ScalingConfig._resources_per_worker_not_none": "",
     f"{EXCEPTIONS}.UserExceptionWithTraceback": "exc",

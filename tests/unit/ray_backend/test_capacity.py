@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError
 from raytune_ft.ray_backend import capacity
-from raytune_ft.ray_backend.capacity import Demand, autoscaler_runs, await_capacity, looking
+from raytune_ft.ray_backend.capacity import Demand, Steps, autoscaler_runs, await_capacity, looking
 
 Asked = list[tuple[str, Any]]
 
@@ -25,7 +25,9 @@ class Coordinator:
 
     def __getattr__(self, method: str) -> Any:
         call = type("Call", (), {})()
-        call.remote = lambda name, *more: self.asked.append((method, more[0] if more else None))
+        call.remote = lambda name, bundles=None, *more, **named: self.asked.append(
+            (method, bundles)
+        )
         return call
 
 
@@ -55,6 +57,15 @@ def test_a_demand_is_renewed_and_withdrawn(asked: Asked) -> None:
     assert asked[0][1][0] == {"CPU": 1.0}
 
 
+def test_a_demand_that_brings_no_node_is_halved_until_nodes_come() -> None:
+    now = [0.0]
+    steps = Steps(lambda: now[0])
+    found = []
+    for now[0], fit in [(0, 1), (5, 1), (11, 1), (22, 1), (33, 1), (60, 1), (94, 1), (95, 2)]:
+        found.append(steps.next(6 - fit, fit))
+    assert found == [5, 5, 2, 1, 0, 0, 1, 4]
+
+
 def test_nodes_are_asked_for_and_waited_for(asked: Asked) -> None:
     nodes: list[dict[str, float]] = []
     said: list[str] = []
@@ -62,8 +73,11 @@ def test_nodes_are_asked_for_and_waited_for(asked: Asked) -> None:
     def come(seconds: float) -> None:
         nodes.append({"CPU": 1.0})
 
-    assert await_capacity(two_workers(), said.append, lambda: list(nodes), come) == 1
-    assert [method for method, _ in asked] == ["request_resources", "cancel_request"]
+    found = await_capacity(
+        two_workers(), said.append, Demand(two_workers()), lambda: list(nodes), come
+    )
+    assert found == 1
+    assert [method for method, _ in asked] == ["request_resources"]
     (line,) = said
     assert line.startswith("waiting up to 15 min for nodes: parallel.workers=2 ")
     assert "the cluster has 0 CPU on 0 nodes" in line
@@ -72,22 +86,25 @@ def test_nodes_are_asked_for_and_waited_for(asked: Asked) -> None:
 @pytest.mark.parametrize("written", [0.01, "0.01s"])
 def test_nodes_that_do_not_come_are_refused(asked: Asked, written: float | str) -> None:
     parallel = two_workers(wait_for_nodes=written)
+    wait = threading.Event().wait
     with pytest.raises(ClusterError) as raised:
-        await_capacity(parallel, print, list, lambda seconds: threading.Event().wait(0.01))
+        await_capacity(parallel, print, Demand(parallel), list, lambda seconds: wait(0.01))
     assert "the cluster has 0 CPU on 0 nodes, after 10 ms of waiting" in str(raised.value)
     assert "parallel.wait_for_nodes" in raised.value.remedy
-    assert asked[-1][0] == "cancel_request"
+    assert asked
 
 
 def test_without_an_autoscaler_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "autoscaler_runs", lambda: False)
+    parallel = two_workers()
     with pytest.raises(ClusterError) as raised:
-        await_capacity(two_workers(), print, lambda: [{"CPU": 1.0}], lambda seconds: None)
+        await_capacity(parallel, print, Demand(parallel), lambda: [{"CPU": 1.0}])
     assert "waiting" not in str(raised.value)
 
 
 def test_what_is_there_already_is_not_asked_for(asked: Asked) -> None:
-    assert await_capacity(two_workers(), print, lambda: [{"CPU": 4.0}]) == 2
+    parallel = two_workers()
+    assert await_capacity(parallel, print, Demand(parallel), lambda: [{"CPU": 4.0}]) == 2
     assert asked == []
 
 

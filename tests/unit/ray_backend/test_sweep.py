@@ -60,8 +60,9 @@ class Kept:
     def __init__(self) -> None:
         self.count = 0
 
-    def keep(self, count: int) -> None:
+    def keep(self, count: int, room: int) -> None:
         self.count = count
+        assert count <= room
 
     def held(self) -> int:
         return self.count
@@ -70,13 +71,13 @@ class Kept:
 @pytest.mark.parametrize(
     ("written", "left", "cpus", "kept", "at_once", "asked"),
     [
-        ("auto", 9, 1, 1, 2, 4),  # five groups are of use
-        ("auto", 9, 3, 3, 6, 2),
-        ("auto", 9, 8, 5, 9, 0),
-        ("auto", 3, 8, 2, 3, 0),  # the tail
+        ("auto", 9, 1, 1, 2, 5),  # five groups are of use
+        ("auto", 9, 3, 3, 6, 5),
+        ("auto", 9, 8, 5, 9, 5),
+        ("auto", 3, 8, 2, 3, 2),  # the tail
         ("auto", 0, 8, 0, 1, 0),
-        (4, 9, 8, 2, 4, 0),
-        ("auto", 9, 0, 1, 2, 4),  # the last node is gone, and may return
+        (4, 9, 8, 2, 4, 2),
+        ("auto", 9, 0, 1, 2, 5),  # the last node is gone, and may return
     ],
 )
 def test_a_sweep_is_as_large_as_its_cluster(
@@ -90,6 +91,7 @@ def test_a_sweep_is_as_large_as_its_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     demands: list[int] = []
+    monkeypatch.setattr("raytune_ft.ray_backend.sweep.autoscaler_runs", lambda: True)
     monkeypatch.setattr(Demand, "ask", lambda self, groups: demands.append(groups))
     space = {"train.lr": {"uniform": [0, 1]}}
     changes = {"search": {"max_concurrent": written, "space": space}}
@@ -97,5 +99,6 @@ def test_a_sweep_is_as_large_as_its_cluster(
     searcher: Any = SimpleNamespace(left=left, at_once=0)
     nodes = [{"CPU": 1.0}] * cpus
     places = Kept()
-    Growth(config, places, searcher, print, lambda: nodes).look()  # type: ignore[arg-type]
+    demand = Demand(config.parallel)
+    Growth(config, places, searcher, demand, print, lambda: nodes).look()  # type: ignore[arg-type]
     assert (places.count, searcher.at_once, demands) == (kept, at_once, [asked])
