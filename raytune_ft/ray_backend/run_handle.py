@@ -208,7 +208,8 @@ class GroupHandle:
             self._error = error
         finally:
             with contextlib.suppress(RayError):
-                self._registry.post.remote(self._name, {"ended": True})
+                if ray.is_initialized():  # a call would start a cluster again
+                    self._registry.post.remote(self._name, {"ended": True})
 
 
 def fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from tests.support.autoscaled import Autoscaled
 from tests.support.commands import ROOT, command, run_process
+from tests.support.runs import make_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NODES = 2
@@ -24,8 +26,8 @@ def cluster() -> Iterator[Autoscaled]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, inputs: tuple[Path, Path]) -> Path:
-    model, rows = inputs
+def config(tmp_path: Path) -> Path:
+    model, rows = make_inputs(tmp_path / "inputs")
     file = tmp_path / "config.yaml"
     file.write_text(
         f"""
@@ -51,7 +53,7 @@ def counted(
     process = subprocess.Popen(
         arguments,
         cwd=ROOT,
-        env=cluster_environment(cluster),
+        env=os.environ | cluster.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,12 +68,6 @@ def counted(
         time.sleep(0.5)
         seen.append(cluster.nodes())
     return subprocess.CompletedProcess(arguments, process.returncode, text, ""), seen
-
-
-def cluster_environment(cluster: Autoscaled) -> dict[str, str]:
-    import os
-
-    return os.environ | cluster.environment
 
 
 @pytest.mark.parametrize("execution", ["isolated", "packed"])

@@ -18,7 +18,7 @@ from tests.nodes.conftest import Nodes
 from tests.support.models import save_tiny_llama
 from tests.support.runs import evaluations, make_inputs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 WORKER = "RayTrainWorker"
 
 
