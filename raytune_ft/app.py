@@ -6,7 +6,6 @@ Heavy modules are imported inside, so that `raytune-ft --help` and config errors
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_ft import __version__
 from raytune_ft.config import paths
-from raytune_ft.config.environment import check_submitter, expand_text, in_ray_job
+from raytune_ft.config.environment import check_submitter, expand_text, joins_cluster
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -26,7 +25,6 @@ from raytune_ft.config.load import (
     memory_decides,
     to_plain,
 )
-from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
@@ -52,6 +50,7 @@ from raytune_ft.rundir import (
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
+    from raytune_ft.evaluate.workers import Workers
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.rundir import RunSpec
     from raytune_ft.train.report import Reporter
@@ -95,7 +94,8 @@ class Backend:
 
         parallel = spec.config.parallel
         size = f"{parallel.min_workers} to " * parallel.elastic + str(parallel.max_workers)
-        tell(f"starting {size} workers ({parallel.strategy}: {reason})")
+        several = "s" * (parallel.max_workers > 1)
+        tell(f"starting {size} worker{several} ({parallel.strategy}: {reason})")
         return fit(spec, reporter.evaluation, tell)
 
     def search(self, spec: RunSpec, tell: Tell, resume: bool) -> None:
@@ -108,7 +108,8 @@ class Backend:
         """Promotes the best trial of a sweep."""
         from raytune_ft.promote.promote import promote
 
-        return promote(path, tell=tell, code=code, wait_s=wait_s)
+        workers_of = partial(_workers, path, tell)
+        return promote(path, tell=tell, code=code, wait_s=wait_s, workers_of=workers_of)
 
 
 def train(
@@ -205,8 +206,8 @@ def promote(
     `once` leaves an earlier promotion as it is, and returns None; `wait_s`: see `Wait`;
     `trust_run`: run the Python code that the config in the directory names.
 
-    Where RAY_ADDRESS is set, or inside a Ray job, candidates are evaluated on that cluster at the
-    same time. Raises what `promote.promote.promote` does.
+    On a cluster its workers do that, and measure several candidates at the same time. Raises what
+    `promote.promote.promote` does.
     """
     from raytune_ft.promote.promote import promote as promote_run
 
@@ -215,11 +216,16 @@ def promote(
             "--again", "makes another promotion at every start", "leave out --again or --resume"
         )
     with ExitStack() as stack:
-        if os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job():
+        if joins_cluster():
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
-        make = partial(promote_run, code=None if trust_run else (), wait_s=wait_s)
+        make = partial(
+            promote_run,
+            code=None if trust_run else (),
+            wait_s=wait_s,
+            workers_of=partial(_workers, directory, tell),
+        )
         if once:
             promotion = _promote_once(directory, tell, make)
         else:
@@ -233,15 +239,29 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
 
     Raises InputError, RunFailed or Interrupted.
     """
-    config = expand_env(resolve(load_config(file, overrides, tell)))
-    probe_storage(run_path(config).parent)
-    from raytune_ft.evaluate.evaluate import evaluate_directory
+    with placed(load_config(file, overrides, tell)) as (config, _):
+        config, storage = expand_env(config), run_path(config).parent
+        probe_storage(storage)
+        from raytune_ft.evaluate.evaluate import evaluate_directory
 
-    if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
-        raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
-    directory = Path(paths.model(model, Path.cwd()))
-    split, examples, metrics = evaluate_directory(directory, config, cache_path(config))
+        if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
+            raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
+        directory = Path(paths.model(model, Path.cwd()))
+        workers = _workers(storage, tell, config)
+        found = evaluate_directory(directory, config, cache_path(config), workers)
+    split, examples, metrics = found
     return {"split": split, "examples": examples, **metrics}
+
+
+def _workers(folder: Path, tell: Tell, config: Config) -> Workers:
+    """Where models of this config are measured: on a cluster never in this process."""
+    if joins_cluster():
+        from raytune_ft.ray_backend.call import WorkerGroups
+
+        return WorkerGroups(config, folder, tell)
+    from raytune_ft.evaluate.workers import HERE
+
+    return HERE
 
 
 def _with_saved_strategy(written: Config, config: Config, run: OpenRun) -> Config:
@@ -271,8 +291,9 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     from raytune_ft.evaluate.precompute import rated, taught
 
     expanded = expand_env(config)
-    rows = rated(expanded, prepare(expanded, tell), tell)
-    data = taught(expanded, rows, tell, accept=partial(_is_begun, run))
+    workers = _workers(run.path, tell, expanded)
+    rows = rated(expanded, prepare(expanded, tell), tell, workers)
+    data = taught(expanded, rows, tell, partial(_is_begun, run), workers)
     _keep_or_compare(run, data.report)
     if needs_ray(expanded):
         from raytune_ft.model.meta import build_shapes

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.environment import in_ray_job, joins_cluster
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config, str]]:
     """The resolved config, and the reason for its strategy.
 
-    Where RAY_ADDRESS names a cluster, this process joins it for as long as the context lasts: the
+    Where there is a cluster, this process joins it for as long as the context lasts: the
     cluster decides whether there are several nodes and how much memory a worker has. `usable`
     (bytes) replaces the measured memory of a worker.
     """
     with ExitStack() as stack:
         several = False
-        joined = joins_cluster(written)
+        joined = joins_cluster()
         if joined:
             from raytune_ft.ray_backend.cluster import connected, node_count
 
@@ -59,14 +58,10 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     return shortage(expand_env(written), usable)
 
 
-def joins_cluster(config: Config) -> bool:
-    """Whether the run trains on a cluster that exists already."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local" and needs_ray(config)
-
-
 def needs_ray(config: Config) -> bool:
-    """Whether Ray starts the processes that train: for a search and for several workers."""
-    return config.search is not None or not STRATEGIES[choose_strategy(config)[0]].one_process
+    """Whether Ray starts the processes that train: on a cluster, for a search, for workers."""
+    several = not STRATEGIES[choose_strategy(config)[0]].one_process
+    return joins_cluster() or config.search is not None or several
 
 
 def prepare(config: Config, tell: Tell) -> PreparedData:

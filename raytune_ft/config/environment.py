@@ -71,6 +71,13 @@ def referenced(value: Any) -> set[str]:
     return set().union(*map(referenced, value)) if isinstance(value, list) else set()
 
 
+def joins_cluster() -> bool:
+    """Whether a cluster that exists already does the work, and this process none of it. Inside a
+    Ray job, Ray sets the variable.
+    """
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
 def expand_text(text: str, key: str, environ: Mapping[str, str] | None = None) -> str:
     """`text` with every `${NAME}` replaced; ConfigError where NAME is not set."""
     values = os.environ if environ is None else environ

@@ -21,6 +21,7 @@ from raytune_ft.config.objectives import OBJECTIVES, ObjectiveFacts, figures
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
+from raytune_ft.config.search_space import duration_s
 from raytune_ft.config.section import parse_size
 from raytune_ft.config.strategies import STRATEGIES, candidates
 from raytune_ft.errors import ConfigError
@@ -172,6 +173,8 @@ def _check_layout(config: Config) -> None:
             f"write at least {parallel.max_workers}",
         )
     _check_strategy(parallel)
+    if isinstance(parallel.wait_for_nodes, str) and parallel.wait_for_nodes != "auto":
+        duration_s(parallel.wait_for_nodes, "parallel.wait_for_nodes")
     _check_precision(config)
     for name, amount in parallel.resources_per_worker.items():
         key = f"parallel.resources_per_worker.{name}"

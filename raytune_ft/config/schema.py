@@ -141,6 +141,12 @@ class ParallelConfig(Section):
         description="a group of workers without progress for this long is restarted, and the log "
         "says what each worker was doing",
     )
+    wait_for_nodes: Literal["auto"] | Annotated[float, Field(ge=0)] | str = Field(
+        "auto",
+        description="how long a run waits for nodes that the cluster lacks, before it is refused: "
+        "seconds, or a text such as 90s, 15m, 2h; auto is 15m where an autoscaler adds nodes, else "
+        "0",
+    )
 
     @property
     def min_workers(self) -> int:

@@ -18,6 +18,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective
 from raytune_ft.model.objectives.tokens import label_positions, token_losses
+from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
 from raytune_ft.train.model_runner import ModelRunner
 
@@ -26,11 +27,11 @@ from raytune_ft.train.model_runner import ModelRunner
 def columns_of(
     runner: ModelRunner, objective: Objective, split: TokenizedSplit
 ) -> dict[str, Column]:
-    """`[n]` or `[n, L]` each, in the order of the split."""
+    """`[n]` or `[n, L]` each, in the order of the split; all ranks share the work and get all."""
     found = _Filled(len(split))
     for indices, batch in batches(runner, split):
         found.add(indices, batch, objective.columns(objective.outputs(runner, batch), batch, 1))
-    return found.columns | objective.known(split, np.arange(len(split)))
+    return found.whole(runner.strategy) | objective.known(split, np.arange(len(split)))
 
 
 def figures_of(
@@ -53,7 +54,7 @@ def figures_of(
 def retention(runner: ModelRunner, base: ModelRunner, split: TokenizedSplit) -> dict[str, Scores]:
     """Loss of a model on a general set, and the divergence KL(base || model) per token of it.
 
-    Both models are in memory.
+    Both models are in memory, on all ranks that share the work.
     """
     found = _Filled(len(split))
     for indices, batch in batches(runner, split):
@@ -63,14 +64,15 @@ def retention(runner: ModelRunner, base: ModelRunner, split: TokenizedSplit) -> 
         ).sum(-1)
         values = zip(RETENTION, (token_losses(logits_NV, batch), kl_N), strict=True)
         found.add(indices, batch, Columns({name: row.unsqueeze(0) for name, row in values}))
-    tokens = split.label_counts.astype(np.float64)
-    return {
-        name: Scores((found.columns[name], tokens), each.mode) for name, each in RETENTION.items()
-    }
+    tokens, columns = split.label_counts.astype(np.float64), found.whole(runner.strategy)
+    return {name: Scores((columns[name], tokens), each.mode) for name, each in RETENTION.items()}
 
 
 def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
-    """Every example of the split once: the block that it was laid out with, and a batch of it."""
+    """This rank's examples of the split once: the block that each was laid out with, and a batch.
+
+    Batches without examples make every rank call its model equally often.
+    """
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
         for rows in runner.layout(split.lengths[indices].tolist()):
@@ -78,20 +80,33 @@ def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indice
 
 
 class _Filled:
-    """Columns of `n` examples that batches fill."""
+    """Columns of `n` examples that batches fill; an example of another rank stays 0."""
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self.columns: dict[str, npt.NDArray[np.generic]] = {}
+        self._columns: dict[str, npt.NDArray[np.generic]] = {}
 
     def add(self, indices: Indices, batch: MicroBatch, made: Columns) -> None:
         """Sum the values of label tokens into their examples, and put those of examples there."""
         owners_N = batch.owners_BS()[label_positions(batch)].cpu().numpy()
         for name, values_GN in made.rows.items():
-            column = self.columns.setdefault(name, np.zeros(self._n))
+            column = self._columns.setdefault(name, np.zeros(self._n))
             np.add.at(column, indices[owners_N], values_GN[0].double().cpu().numpy())
         own = indices[[span.example for span in batch.spans]]
         for name, values_GE in made.examples.items():
             values = values_GE[0].cpu().numpy()
             empty = np.zeros((self._n, *values.shape[1:]), values.dtype)
-            self.columns.setdefault(name, empty)[own] = values
+            self._columns.setdefault(name, empty)[own] = values
+
+    def whole(self, strategy: Strategy) -> dict[str, Column]:
+        """The columns of all ranks: each example has its value on one of them."""
+        if strategy.world_size == 1:
+            return dict(self._columns)
+        return {name: _summed(values, strategy) for name, values in self._columns.items()}
+
+
+def _summed(values: npt.NDArray[np.generic], strategy: Strategy) -> Column:
+    """Exact, since all but one of the addends are 0; a collective cannot add bits."""
+    wide = values.astype(np.int64) if values.dtype == bool else values
+    total = strategy.sum(torch.from_numpy(wide).to(strategy.device)).cpu().numpy()
+    return total.astype(values.dtype)

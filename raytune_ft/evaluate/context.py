@@ -13,15 +13,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.objectives import TOKEN_FIGURES, Figure
-from raytune_ft.config.schema import ModelConfig, ParallelConfig, PromoteConfig
+from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.generate import BACKENDS, choose_backend
+from raytune_ft.evaluate.workers import whole
 from raytune_ft.model.heads import Head, reading
 from raytune_ft.model.lengths import apart_of
-from raytune_ft.model.load import disk_dtype, load_base, pad_token
+from raytune_ft.model.load import disk_dtype, pad_token
+from raytune_ft.model.meta import build_measured
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.model.objectives import Objective, TokenObjective
-from raytune_ft.strategy.single import Single
+from raytune_ft.strategy import Strategy
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 
 SAMPLE_TOKENS = 64
@@ -54,6 +56,7 @@ class Subject:
         is_chat: rows are conversations, which the tokenizer's chat template writes.
         ends: the tokens that end an answer; None is the tokenizer's EOS.
         objective, figures: what the model was trained for, and the figures of its evaluation.
+        strategy: how the model lies over the processes that measure it; all of them do the same.
     """
 
     model: ModelConfig
@@ -66,11 +69,12 @@ class Subject:
     ends: Sequence[int] | None = None
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = TOKEN_FIGURES
+    strategy: Strategy = field(default_factory=whole)
 
     @cached_property
     def runner(self) -> ModelRunner:
         """The model in the dtype that it has on disk. Raises ModelError."""
-        return runner_of(self.model, self.tokenizer, self.base)
+        return runner_of(self.model, self.tokenizer, self.base, strategy=self.strategy)
 
     @cached_property
     def continuations(self) -> list[Continuation]:
@@ -88,8 +92,9 @@ class Subject:
         """Prompts are the token ids of training: nothing is rendered or tokenised again."""
         prompts = [self.prompt(i) for i in examples]
         wanted = self.settings.generation
-        # Other backends cannot run methods that work on activations.
-        own = unfoldable(Path(self.model.path)) is not None
+        # Other backends cannot run methods that work on activations, nor a model in parts. All
+        # ranks that hold one continue the same prompts, and so call it equally often.
+        own = unfoldable(Path(self.model.path)) is not None or self.strategy.world_size > 1
         generate = BACKENDS["transformers" if own else choose_backend(wanted)]
         eos = self.tokenizer.eos_token_id
         ends = self.ends if self.ends is not None else [eos] if isinstance(eos, int) else []
@@ -123,27 +128,35 @@ def runner_of(
     tokenizer: PreTrainedTokenizerBase,
     base: ModelConfig | None = None,
     head: Head | None = None,
+    strategy: Strategy | None = None,
 ) -> ModelRunner:
     """A model as it is measured: no autocast, no packing, the dtype that it has on disk.
 
     An adapter that cannot be folded works in `base`. `head` is the task head that the model has.
+    `strategy` lays it over several processes; None is this one alone.
 
     Raises:
         ModelError: it cannot be loaded.
         CheckpointError: an adapter that cannot be folded belongs to another base.
     """
-    strategy = Single(ParallelConfig(), "float32")
+    strategy = strategy or whole()
     adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None
-    whole = base if adapter is not None and base is not None else model
-    built: Any = load_base(whole, disk_dtype(whole, head), head)
+    under = base if adapter is not None and base is not None else model
+    in_parts = strategy.takes_parts and adapter is None
+    made = build_measured(under, disk_dtype(under, head), in_parts, head)
+    built: Any = made.model
     if adapter is not None:
         attach_saved(built, adapter)
     built.eval()
+    output = built.get_output_embeddings()
+    wrapped = strategy.lay_out(built)
+    if made.weights is not None:
+        made.weights.fill({n: strategy.part(n, p.detach()) for n, p in built.named_parameters()})
     own_pad = built.config.get_text_config().pad_token_id  # by which a head finds its token
     return ModelRunner(
         model=built,
-        wrapped=strategy.lay_out(built),
-        head=built.get_output_embeddings(),
+        wrapped=wrapped,
+        head=output,
         names=[],
         strategy=strategy,
         precision=strategy.precision,

@@ -23,9 +23,11 @@ from raytune_ft.evaluate.context import Continuation, Subject, runner_of
 from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.scores import Scores
+from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import check_files, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
 
@@ -71,8 +73,8 @@ class Measured:
         return {name: score.value for name, score in self.scores.items()}
 
 
-def run_job(job: Job) -> Measured:
-    """Load one model and measure it.
+def run_job(job: Job, strategy: Strategy) -> Measured:
+    """Load one model and measure it, in all processes of `strategy` at once.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -83,8 +85,8 @@ def run_job(job: Job) -> Measured:
     objective = evaluation_objective(job.train, data)
     own = figures(job.train.objective, data.report.problem or "single_label")
     if job.head is not None:  # which generates no text, so that no other metric applies
-        columns = columns_of(runner_of(job.model, tokenizer, head=job.head), objective, split)
-        return Measured(figures_of(columns, own, split))
+        runner = runner_of(job.model, tokenizer, head=job.head, strategy=strategy)
+        return Measured(figures_of(columns_of(runner, objective, split), own, split))
     subject = Subject(
         job.model,
         tokenizer,
@@ -96,12 +98,13 @@ def run_job(job: Job) -> Measured:
         stop_tokens(tokenizer, job.base, data.report),
         objective,
         own,
+        strategy,
     )
     scores = measure(subject)
     if job.retained is not None:
         general = open_prepared(job.retained).train
         same = job.model == job.base
-        base = subject.runner if same else runner_of(job.base, tokenizer)
+        base = subject.runner if same else runner_of(job.base, tokenizer, strategy=strategy)
         scores |= retention(subject.runner, base, general)
     made = "continuations" in vars(subject)  # some metric has asked for them
     return Measured(scores, tuple(subject.continuations if made else subject.first(job.samples)))
@@ -116,7 +119,7 @@ def measure(subject: Subject) -> dict[str, Scores]:
 
 
 def evaluate_directory(
-    directory: Path, config: Config, cache_dir: Path
+    directory: Path, config: Config, cache_dir: Path, workers: Workers = HERE
 ) -> tuple[str, int, dict[str, float]]:
     """(split, examples, figures) of any model directory on the test data of `config`.
 
@@ -153,7 +156,7 @@ def evaluate_directory(
         head=head,
         train=config.train,
     )
-    return name, len(split_named(data, name)), run_job(job).figures
+    return name, len(split_named(data, name)), workers.each(run_job, [job])[0].figures
 
 
 def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:

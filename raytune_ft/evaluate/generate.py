@@ -17,6 +17,7 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import resolve_model_path
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
+from raytune_ft.records import Tell
 from raytune_ft.train.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ def choose_backend(written: str) -> str:
             "write promote.generation: auto, or pip install vllm",
         )
     return "vllm" if ready and written != "transformers" else "transformers"
+
+
+def check_backend(written: str, tell: Tell) -> None:
+    """See `choose_backend`; for the process that will generate."""
+    choose_backend(written)
 
 
 def with_transformers(

@@ -16,13 +16,14 @@ import torch
 
 from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of
 from raytune_ft.evaluate.context import runner_of
+from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import (
     base_file_hashes,
@@ -32,15 +33,16 @@ from raytune_ft.model.load import (
 )
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.records import Tell
+from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_runner
 from raytune_ft.train.model_runner import ModelRunner
 
 
-def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> PreparedData:
+def rated(config: Config, data: PreparedData, tell: Tell, workers: Workers = HERE) -> PreparedData:
     """The data with the base's loss on each training example, where the curriculum goes by it.
 
-    The losses are computed in this process, once for all runs over these data and this base.
+    The losses are computed once for all runs over these data and this base.
 
     Raises:
         ModelError: the base cannot be loaded.
@@ -52,13 +54,20 @@ def rated(config: Config, data: PreparedData, tell: Callable[[str], None]) -> Pr
 
     def measure(split: TokenizedSplit) -> Numbers:
         tell(f"data.curriculum: the base's loss on {len(split):,} training examples")
-        runner = runner_of(model, load_tokenizer(model))
-        columns = columns_of(runner, TokenObjective(), replace(split, columns={}))  # no weights
-        return columns["loss"] / columns["tokens"]
+        return workers.each(_base_losses, [(model, data.path)])[0]
 
     facts = [model.path, model.revision] if not (files := base_file_hashes(model)) else files
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return with_base_loss(data, digest, measure)
+
+
+def _base_losses(base_on: tuple[ModelConfig, Path], strategy: Strategy) -> Numbers:
+    """The mean loss of each training example of these data."""
+    model, data_dir = base_on
+    split = replace(open_prepared(data_dir).train, columns={})  # no weights
+    runner = runner_of(model, load_tokenizer(model), strategy=strategy)
+    columns = columns_of(runner, TokenObjective(), split)
+    return columns["loss"] / columns["tokens"]
 
 
 TELL_EVERY_S = 10.0
@@ -69,16 +78,17 @@ def taught(
     data: PreparedData,
     tell: Tell,
     accept: Callable[[DataReport], object] = lambda report: None,
+    workers: Workers = HERE,
 ) -> PreparedData:
     """The data with the teacher's logits, under `train.kd.cache: disk`.
 
-    The logits are computed in this process, once for all runs over these data and this teacher.
+    The logits are computed once for all runs over these data and this teacher.
     `accept` may refuse the data by raising, before anything is computed.
 
     Raises:
         ModelError: the teacher cannot be loaded.
         StorageError: the disk has no room for the logits.
-        OutOfMemory: the teacher does not fit on this process's accelerator.
+        OutOfMemory: the teacher does not fit on a worker.
     """
     file = logits_file(config, data)
     if file is None:
@@ -91,20 +101,28 @@ def taught(
     def write(path: Path) -> None:
         _check_room(data.path.parent, file)
         tell(f"train.kd: the teacher runs once, and {file} of its logits are written")
-        runner = teacher_runner(config, Single(ParallelConfig(), precision))
-        parts = _parts(runner, data.train, tell)
-        try:
-            exact = write_logits(path, data.train, file.width, precision, parts)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"the teacher {model.path}: {first_line(error)}") from error
-        if not exact:
+        if not workers.alone(_write_logits, config, data.path, path, file.width, tell=tell):
             tell(f"train.kd: the teacher's logits are wider than {precision}, and were rounded")
 
     kept = with_teacher_logits(data, sha256, write)
     tell(f"train.kd: the teacher's logits are in {kept.path}")
-    if torch.cuda.is_available():  # workers on this machine need its memory
-        torch.cuda.empty_cache()
     return kept
+
+
+def _write_logits(config: Config, data_dir: Path, path: Path, width: int, tell: Tell) -> bool:
+    """Let the teacher run over these data. Whether no logit was rounded. Raises OutOfMemory."""
+    precision, train = config.train.precision, open_prepared(data_dir).train
+    runner = teacher_runner(config, Single(ParallelConfig(), precision))
+    try:
+        return write_logits(path, train, width, precision, _parts(runner, train, tell))
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the teacher {teacher_model(config).path}: {first_line(error)}"
+        ) from error
+    finally:
+        del runner
+        if torch.cuda.is_available():  # workers on this machine need its memory
+            torch.cuda.empty_cache()
 
 
 def _sha256(model: ModelConfig, precision: str) -> str:

@@ -167,6 +167,14 @@ def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Buil
     return _in_parts_or(whole, load, dress)
 
 
+def build_measured(
+    model: ModelConfig, dtype: torch.dtype, in_parts: bool, head: Head | None = None
+) -> Built:
+    """What `load_base` loads; `in_parts`: with its weights on the meta device."""
+    load = partial(load_base, model, dtype, head)
+    return _in_parts_or(load, load, lambda base: base) if in_parts else Built(load())
+
+
 Dress = Callable[[nn.Module], nn.Module]
 """Turns a base into the model that is trained."""
 

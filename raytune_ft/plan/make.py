@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raytune_ft.config.environment import joins_cluster
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.preflight import joins_cluster, placed, prepare
+from raytune_ft.preflight import placed, prepare
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _usable(config: Config, asked: Asked) -> int | None:
 
 def _room(config: Config, asked: Asked) -> Room | None:
     """The resources of the joined cluster, None without one or with a named accelerator."""
-    if asked.accelerator is not None or not joins_cluster(config):
+    if asked.accelerator is not None or not joins_cluster():
         return None
     from raytune_ft.ray_backend.cluster import cluster_room
 

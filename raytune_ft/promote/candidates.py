@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -33,22 +34,47 @@ base, several trials.
 """
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """A candidate.
+@dataclass(frozen=True)
+class Written:
+    """What was written for a candidate.
 
     Attributes:
-        write: makes its model directory, or that of an adapter that cannot be folded.
+        check: None where nothing was folded.
         settings: what it is made of and how.
-        adapter: writes a merge as one PEFT adapter of the given rank, after `write`; None for what
-            is not a merge.
+        members: of a merge, those that took part.
     """
+
+    check: FoldCheck | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    members: tuple[int, ...] = ()
+
+
+class Write(Protocol):
+    """Makes the model directory of a candidate, or that of an adapter that cannot be folded.
+
+    `measure` scores what is being made, for those that choose by it: greedy_soup adds a trial only
+    where that helps.
+    """
+
+    def __call__(self, target: Path, tell: Tell, measure: Score | None = None) -> Written: ...
+
+
+class WriteAdapter(Protocol):
+    """Writes a merge of these members as one PEFT adapter of a rank."""
+
+    def __call__(
+        self, target: Path, rank: int, members: Sequence[int], tell: Tell
+    ) -> Refactored: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A candidate, to be made in any process; `adapter` is None for what is not a merge."""
 
     name: str
     simplicity: int
-    write: Callable[[Path], FoldCheck | None]
-    settings: dict[str, Any] = field(default_factory=dict)
-    adapter: Callable[[Path, int], Refactored] | None = None
+    write: Write
+    adapter: WriteAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +84,6 @@ class Pantry:
     Attributes:
         checkpoints, trials: of the trials, the best first.
         examples: held-out token ids `[S]` on which every written model is checked.
-        score: measures a merge while it is made; greedy_soup adds a trial only where that helps.
         head: the task head of the trials, which the base does not have; None without one.
     """
 
@@ -68,8 +93,6 @@ class Pantry:
     examples: Sequence[Tensor]
     settings: PromoteConfig
     seed: int
-    score: Score
-    tell: Tell
     head: Head | None = None
 
     @property
@@ -79,18 +102,13 @@ class Pantry:
         return MergeSettings(scale=written.scale, density=written.density, seed=self.seed)
 
 
-def entries(pantry: Pantry) -> list[Entry]:
+def entries(pantry: Pantry, tell: Tell) -> list[Entry]:
     """All candidates of `promote.merge`, the simplest first: the base, the best trial, merges.
 
     With a task head the base is not a candidate, since it has no trained head.
     """
-    base = Entry(BASE_NAME, BASE, lambda target: write_base(pantry.model, target))
-    best = Entry(
-        pantry.trials[0],
-        BEST,
-        lambda target: _write_best(pantry, target),
-        {"trials": [pantry.trials[0]]},
-    )
+    base = Entry(BASE_NAME, BASE, partial(_write_base, pantry))
+    best = Entry(pantry.trials[0], BEST, partial(_write_best, pantry))
     found = [base, best] if pantry.head is None else [best]
     for name in tried_merges(pantry.settings.merge, with_head=pantry.head is not None):
         if MERGES[name].formula is None:
@@ -100,27 +118,33 @@ def entries(pantry: Pantry) -> list[Entry]:
         elif len(pantry.checkpoints) > 1:
             found.append(_merged(pantry, name))
         else:
-            pantry.tell(f"{name} needs two sound trials, and there is one")
+            tell(f"{name} needs two sound trials, and there is one")
     return found
 
 
-def _write_best(pantry: Pantry, target: Path) -> FoldCheck | None:
+def _write_best(pantry: Pantry, target: Path, tell: Tell, measure: Score | None = None) -> Written:
     """The best checkpoint folded into the base, or a copy of an adapter that cannot be folded."""
-    checkpoint = pantry.checkpoints[0]
+    checkpoint, settings = pantry.checkpoints[0], {"trials": [pantry.trials[0]]}
     if unfoldable(checkpoint) is None:
-        return fold(
+        check = fold(
             pantry.model,
             checkpoint,
             target,
             pantry.examples,
             pantry.settings.max_shard_size,
-            tell=pantry.tell,
+            tell=tell,
             head=pantry.head,
         )
+        return Written(check, settings)
     target.mkdir(parents=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(checkpoint / name, target / name)
-    return None
+    return Written(None, settings)
+
+
+def _write_base(pantry: Pantry, target: Path, tell: Tell, measure: Score | None = None) -> Written:
+    write_base(pantry.model, target)
+    return Written(None)
 
 
 def write_base(model: ModelConfig, target: Path) -> None:
@@ -138,9 +162,9 @@ def _between(pantry: Pantry) -> list[float]:
 def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
     """One point between the base and the best trial."""
 
-    def write(target: Path) -> FoldCheck:
+    def write(target: Path, tell: Tell, measure: Score | None = None) -> Written:
         first = pantry.checkpoints[:1]
-        return merge(
+        made = merge(
             pantry.model,
             first,
             target,
@@ -149,42 +173,41 @@ def _interpolated(pantry: Pantry, name: str, alpha: float) -> Entry:
             score=lambda _: 0.0,  # there is one alpha to choose from
             alphas=(alpha,),
             max_shard_size=pantry.settings.max_shard_size,
-        ).check
+        )
+        settings = {"merge": name, "alpha": alpha, "trials": [pantry.trials[0]]}
+        return Written(made.check, settings)
 
-    def adapter(target: Path, rank: int) -> Refactored:
+    def adapter(target: Path, rank: int, members: Sequence[int], tell: Tell) -> Refactored:
         share = MergeSettings(scale=alpha)
         first = pantry.checkpoints[:1]
         return refactor(pantry.model, first, target, rank, TASK_ARITHMETIC, share)
 
-    settings = {"merge": name, "alpha": alpha, "trials": [pantry.trials[0]]}
-    return Entry(f"{name}-{alpha}", INTERPOLATED, write, settings, adapter)
+    return Entry(f"{name}-{alpha}", INTERPOLATED, write, adapter)
 
 
 def _merged(pantry: Pantry, name: str) -> Entry:
-    """A merge of several trials; `settings` name those that took part once it is written."""
-    settings: dict[str, Any] = {"merge": name}
-    taken: list[Path] = []
+    """A merge of several trials, of which some may take part."""
 
-    def write(target: Path) -> FoldCheck:
+    def write(target: Path, tell: Tell, measure: Score | None = None) -> Written:
         report = merge(
             pantry.model,
             pantry.checkpoints,
             target,
             name,
             pantry.examples,
-            score=pantry.score,
+            score=measure,
             settings=pantry.merging,
             max_shard_size=pantry.settings.max_shard_size,
-            tell=pantry.tell,
+            tell=tell,
             head=pantry.head,
         )
-        settings["trials"] = [pantry.trials[i] for i in report.members]
-        taken[:] = [pantry.checkpoints[i] for i in report.members]
-        return report.check
+        trials = [pantry.trials[i] for i in report.members]
+        return Written(report.check, {"merge": name, "trials": trials}, report.members)
 
-    def adapter(target: Path, rank: int) -> Refactored:
+    def adapter(target: Path, rank: int, members: Sequence[int], tell: Tell) -> Refactored:
+        taken = [pantry.checkpoints[i] for i in members]
         formula = MERGES[name].formula
         assert formula is not None
         return refactor(pantry.model, taken, target, rank, formula(), pantry.merging)
 
-    return Entry(name, MERGED, write, settings, adapter)
+    return Entry(name, MERGED, write, adapter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.objectives import figures
-from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig, PromoteConfig
+from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
@@ -32,8 +32,9 @@ from raytune_ft.evaluate.evaluate import (
     run_job,
     split_named,
 )
-from raytune_ft.evaluate.generate import choose_backend, end_tokens
+from raytune_ft.evaluate.generate import check_backend, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
+from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
     ADAPTER,
@@ -56,7 +57,16 @@ from raytune_ft.model.heads import Head
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
-from raytune_ft.promote.candidates import BASE, BASE_NAME, BEST, Entry, Pantry, entries
+from raytune_ft.promote.candidates import (
+    BASE,
+    BASE_NAME,
+    BEST,
+    MERGED,
+    Entry,
+    Pantry,
+    Written,
+    entries,
+)
 from raytune_ft.promote.card import Lineage, model_card, package_versions
 from raytune_ft.promote.decide import (
     Contender,
@@ -69,6 +79,7 @@ from raytune_ft.promote.decide import (
 )
 from raytune_ft.promote.select import Selection, read_result, select
 from raytune_ft.records import Tell, to_json
+from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
 CONSTANT = "constant"
@@ -76,16 +87,69 @@ CONSTANT = "constant"
 
 
 @dataclass(frozen=True)
-class Measurer:
-    """Measures the models of one promotion. `retained` and `samples` are those of `Job`."""
+class Jobs:
+    """What every model of a promotion is measured with; `retained` is that of `Job`."""
 
     base: ModelConfig
     head: Head | None
-    config: Config
+    train: TrainConfig
     settings: PromoteConfig
-    data: PreparedData
+    data_dir: Path
     retained: Path | None
+
+    def of(self, directory: Path, split: str, samples: int = 0) -> Job:
+        """Measure the model in `directory`, which may be the base."""
+        base = self.base
+        is_base = str(directory) == base.path
+        own = base.model_copy(update={"path": str(directory.absolute())})
+        return Job(
+            base if is_base else own,
+            base,
+            self.settings,
+            self.data_dir,
+            split,
+            self.retained,
+            samples,
+            self.head,
+            self.train,
+        )
+
+
+@dataclass(frozen=True)
+class MergeScore:
+    """Scores a merge that is being made: its deciding figure on validation, negated where more is
+    better, and infinite where it is not finite.
+    """
+
+    jobs: Jobs
+    figure: str
+    tokenizer: PreTrainedTokenizerBase
+    report: DataReport
+
+    def __call__(self, directory: Path, strategy: Strategy) -> float:
+        if strategy.rank == 0 and not (directory / "tokenizer_config.json").is_file():
+            save_tokenizer(self.tokenizer, directory, self.report)
+        strategy.from_rank0(None)
+        job = replace(self.jobs.of(directory, "validation"), retained=None)
+        found = run_job(job, strategy).scores[self.figure]
+        if not math.isfinite(found.value):
+            return math.inf
+        return found.value if found.mode == "min" else -found.value
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures the models of one promotion; `samples` is that of `Job`."""
+
+    jobs: Jobs
+    data: PreparedData
     samples: int
+    workers: Workers
+
+    @property
+    def head(self) -> Head | None:
+        """Of the models; None where they predict tokens."""
+        return self.jobs.head
 
     @property
     def reference(self) -> str:
@@ -96,8 +160,7 @@ class Measurer:
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
-        jobs = [self._job(directory, "validation") for directory in directories]
-        measured = measure_all(jobs, self.config.parallel)
+        measured = self._measured(directories, "validation")
         contenders = [
             Contender(entry.name, entry.simplicity, one)
             for entry, one in zip(found, measured, strict=True)
@@ -111,57 +174,24 @@ class Measurer:
         """Scores of the reference and of the promoted model; `promoted` is None where the base was
         kept and is both.
         """
-        directories = [Path(self.base.path)] if self.head is None else []
+        directories = [Path(self.jobs.base.path)] if self.head is None else []
         directories += [] if promoted is None else [promoted]
-        jobs = [self._job(directory, split, self.samples) for directory in directories]
-        measured = measure_all(jobs, self.config.parallel)
+        measured = self._measured(directories, split, self.samples)
         reference = measured[0] if self.head is None else self._constant(split, self.head)
         return reference, measured[-1]
 
-    def score(self, directory: Path, figure: str) -> float:
-        """The figure of a directory on validation, negated where more is better, and infinite where
-        it is not finite; for merges that measure while they are made.
-        """
-        job = replace(self._job(directory, "validation"), retained=None)
-        found = run_job(job).scores[figure]
-        if not math.isfinite(found.value):
-            return math.inf
-        return found.value if found.mode == "min" else -found.value
+    def _measured(
+        self, directories: Sequence[Path], split: str, samples: int = 0
+    ) -> list[Measured]:
+        jobs = [self.jobs.of(directory, split, samples) for directory in directories]
+        return self.workers.each(run_job, jobs)
 
     def _constant(self, split: str, head: Head) -> Measured:
         train = self.data.train
-        objective = evaluation_objective(self.config.train, self.data)
+        objective = evaluation_objective(self.jobs.train, self.data)
         assert isinstance(objective, Classification)
-        own = figures(self.config.train.objective, head.problem)
+        own = figures(self.jobs.train.objective, head.problem)
         return Measured(constant_scores(train, split_named(self.data, split), objective, own))
-
-    def _job(self, directory: Path, split: str, samples: int = 0) -> Job:
-        base = self.base
-        is_base = str(directory) == base.path
-        own = base.model_copy(update={"path": str(directory.absolute())})
-        return Job(
-            base if is_base else own,
-            base,
-            self.settings,
-            self.data.path,
-            split,
-            self.retained,
-            samples,
-            self.head,
-            self.config.train,
-        )
-
-
-def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
-    """Results in the order of the jobs, which run in parallel where this process is part of a Ray
-    cluster.
-    """
-    if len(jobs) > 1 and "ray" in sys.modules:  # otherwise this process has not joined a cluster
-        from raytune_ft.ray_backend import evaluate as ray_evaluate
-
-        if ray_evaluate.joined():
-            return ray_evaluate.measure_all(jobs, parallel)
-    return [run_job(job) for job in jobs]
 
 
 def same_scores(a: Measured, b: Measured) -> bool:
@@ -239,6 +269,7 @@ def promote(
     samples: int = 3,
     wait_s: float | None = None,
     code: Code = (),
+    workers_of: Callable[[Config], Workers] = lambda config: HERE,
 ) -> Promotion:
     """Write `directory/promoted` from a run or a sweep that has ended.
 
@@ -246,7 +277,8 @@ def promote(
     base has no trained head, are compared with a constant answer. The test split is measured here
     only, once for the base and once for the promoted model. With `again` an earlier `promoted` is
     kept as `promoted-1` and so on. A promotion that is killed leaves an earlier one as it was, and
-    what it wrote is made anew. `wait_s`: see `Wait`.
+    what it wrote is made anew. `wait_s`: see `Wait`. `workers_of` the promoted run's config write
+    and measure the models.
 
     `code` is the Python code that may be run of what the configs in the directory name.
 
@@ -275,13 +307,17 @@ def promote(
         own = load_config(directory / CONFIG).promote  # and not that of a trial
         check_code(selection.config.model_copy(update={"promote": own}), directory, code)
         check_functions(selection.settings.metrics)
-        choose_backend(selection.settings.generation)
+        workers = workers_of(expand_env(selection.config))
+        if selection.settings.generation == "vllm":
+            workers.alone(check_backend, "vllm", tell=tell)
         tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
         unfinished = directory / PROMOTION
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
-            promotion = _Promoter(selection, directory, unfinished, tokens, tell, samples).run()
+            promotion = _Promoter(
+                selection, directory, unfinished, tokens, tell, samples, workers
+            ).run()
             list(flush_files(unfinished))
             publish(unfinished, target, tell)
         except (OSError, SafetensorError) as cause:
@@ -305,7 +341,9 @@ class _Promoter:
         cache_dir: Path,
         tell: Tell,
         samples: int,
+        workers: Workers,
     ) -> None:
+        self._workers = workers
         self._selection, self._directory, self._folder = selection, directory, folder
         self._tell, self._samples = tell, samples
         self._config: Config = expand_env(selection.config)
@@ -324,15 +362,15 @@ class _Promoter:
             tell(f"{directory} has no {DATA}, so that changes of the data cannot be detected")
         check_overlap(data, self._data.report, settings.max_overlap)
         self._promoted = folder / MODEL
-        self._measurer = Measurer(
+        jobs = Jobs(
             self._model,
             head_of(self._config, self._data.report),
-            self._config,
+            self._config.train,
             settings,
-            self._data,
+            self._data.path,
             prepare_retention(settings, data, self._tokenizer, cache_dir),
-            samples,
         )
+        self._measurer = Measurer(jobs, self._data, samples, workers)
 
     def run(self) -> Promotion:
         """Everything that may raise comes before the test split is measured."""
@@ -346,20 +384,19 @@ class _Promoter:
             held_out(self._data.validation, self._measurer.head),
             self._selection.settings,
             self._config.seed,
-            self._score,
-            self._tell,
             self._measurer.head,
         )
-        checks = self._write_all(entries(pantry))
-        found = list(checks)
+        written = self._write_all(entries(pantry, self._tell))
+        found = list(written)
         contenders = self._validate(found)
         verdict = decide(contenders, self._selection.figure)
         winner = next(entry for entry in found if entry.name == verdict.winner)
         self._take(winner)
-        self._write_adapter(winner)
-        evaluation = self._test(verdict, contenders, {one.name: one.settings for one in found})
-        check = checks[winner]
-        self._describe(winner, evaluation, check)
+        self._write_adapter(winner, written[winner].members)
+        settings = {one.name: its.settings for one, its in written.items()}
+        evaluation = self._test(verdict, contenders, settings)
+        check = written[winner].check
+        self._describe(winner, evaluation, written[winner])
         trial = chosen.trial if winner.name == chosen.trial else None
         return Promotion(
             self._folder,
@@ -374,26 +411,33 @@ class _Promoter:
         base = Path(self._model.path)
         return base if name == BASE_NAME else self._folder / "candidates" / name
 
-    def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, FoldCheck | None]:
+    def _write_all(self, wanted: Sequence[Entry]) -> dict[Entry, Written]:
         """Write all candidates. Under `merge: auto` a merge that cannot be made is left out."""
-        written: dict[Entry, FoldCheck | None] = {}
+        written: dict[Entry, Written] = {}
         for entry in wanted:
             try:
-                written[entry] = None if entry.name == BASE_NAME else self._write(entry)
+                written[entry] = Written(None) if entry.name == BASE_NAME else self._write(entry)
             except (MergeError, CheckpointError, ModelError) as error:
                 if self._selection.settings.merge != "auto" or entry.simplicity <= BEST:
                     raise
                 self._tell(f"{entry.name} is passed over: {error}")
         return written
 
-    def _write(self, entry: Entry) -> FoldCheck | None:
+    def _write(self, entry: Entry) -> Written:
         directory = self._directory_of(entry.name)
-        check = entry.write(directory)
+        jobs, figure = self._measurer.jobs, self._selection.figure
+        score = MergeScore(jobs, figure, self._tokenizer, self._data.report)
+        written = self._workers.alone(
+            entry.write,
+            directory,
+            tell=self._tell,
+            measure=score if entry.simplicity == MERGED else None,
+        )
         save_tokenizer(self._tokenizer, directory, self._data.report)
-        if check is not None:
-            difference = f"logits differ by at most {check.written_difference:.1e} as written"
-            self._tell(f"{entry.name}: {difference}")
-        return check
+        if written.check is not None:
+            difference = f"{written.check.written_difference:.1e}"
+            self._tell(f"{entry.name}: logits differ by at most {difference} as written")
+        return written
 
     def _validate(self, found: Sequence[Entry]) -> list[Contender]:
         """Measure every candidate on validation and on the general set."""
@@ -423,16 +467,10 @@ class _Promoter:
             self._keep(name, {reference: base} | ({} if kept else {verdict.winner: promoted}))
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
-    def _score(self, directory: Path) -> float:
-        """The deciding figure of a merge that is being made."""
-        if not (directory / "tokenizer_config.json").is_file():
-            save_tokenizer(self._tokenizer, directory, self._data.report)
-        return self._measurer.score(directory, self._selection.figure)
-
     def _take(self, winner: Entry) -> None:
         """Make the winner's directory the promoted model and delete the others."""
         if winner.name == BASE_NAME:
-            winner.write(self._folder / MODEL)
+            self._workers.alone(winner.write, self._folder / MODEL, tell=self._tell)
             save_tokenizer(self._tokenizer, self._folder / MODEL, self._data.report)
         else:
             written = self._directory_of(winner.name)
@@ -442,7 +480,7 @@ class _Promoter:
             written.rename(self._promoted)
         shutil.rmtree(self._folder / "candidates")
 
-    def _write_adapter(self, winner: Entry) -> None:
+    def _write_adapter(self, winner: Entry, members: Sequence[int]) -> None:
         """Write a winning merge as an adapter too, where `promote.merging.adapter_rank` is set."""
         rank = self._selection.settings.merging.adapter_rank
         if rank is None:
@@ -450,7 +488,8 @@ class _Promoter:
         if winner.adapter is None:
             self._tell(f"{winner.name} is not a merge: nothing is factored to rank {rank}")
             return
-        made = winner.adapter(self._folder / ADAPTER, rank)
+        target = self._folder / ADAPTER
+        made = self._workers.alone(winner.adapter, target, rank, members, tell=self._tell)
         self._tell(f"{ADAPTER}: rank {rank}, which loses {made.lost:.2%} of what was merged")
 
     def _keep(self, split: str, measured: Mapping[str, Measured]) -> None:
@@ -458,7 +497,7 @@ class _Promoter:
             for name, one in measured.items():
                 file.writelines(score_lines(split, name, one))
 
-    def _describe(self, winner: Entry, evaluation: Evaluation, check: FoldCheck | None) -> None:
+    def _describe(self, winner: Entry, evaluation: Evaluation, written: Written) -> None:
         chosen, manifest = self._selection.candidate, self._selection.manifest
         single = winner.name == (chosen.trial or self._selection.name)
         lineage = Lineage(
@@ -468,7 +507,7 @@ class _Promoter:
             base_files=base_file_hashes(self._model),
             data=self._data.report,
             trial=chosen.trial if single else None,
-            params=chosen.params if single else winner.settings,
+            params=chosen.params if single else written.settings,
             step=manifest.step if single else None,
             examples=manifest.examples if single else None,
             versions=package_versions(),
@@ -476,6 +515,6 @@ class _Promoter:
         text = to_json(evaluation, indent=2) + "\n"
         (self._folder / EVALUATION).write_text(text, encoding="utf-8")
         shown = evaluation.samples[: self._samples]
-        model_card(lineage, evaluation, check, shown, unfoldable(self._promoted)).save(
+        model_card(lineage, evaluation, written.check, shown, unfoldable(self._promoted)).save(
             self._folder / CARD
         )

@@ -87,18 +87,6 @@ def on_node(node: Node, function: Callable[..., Any], *arguments: Any) -> Any:
     return remote.options(label_selector={"ray.io/node-id": node.id}).remote(*arguments)
 
 
-def actor_options(parallel: ParallelConfig) -> dict[str, Any]:
-    """Options of a Ray actor with the resources and the place of a worker."""
-    resources = dict(parallel.resources_per_worker)
-    return {
-        "num_cpus": resources.pop("CPU", 1.0),
-        "num_gpus": resources.pop("GPU", 0.0),
-        "resources": resources,
-        "accelerator_type": parallel.accelerator,
-        "label_selector": parallel.label_selector or None,
-    }
-
-
 def _accelerators(nodes: Sequence[Node]) -> str:
     found = Counter(
         name.removeprefix(TYPE)

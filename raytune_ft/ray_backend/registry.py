@@ -44,10 +44,20 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Value:
+    """What a call in a worker group came to, pickled; see `ray_backend.call`."""
+
+    pickled: bytes
+
+
+@dataclass(frozen=True)
 class Ended:
     """The run has ended and holds nothing on the cluster."""
 
     error: RaytuneFtError | None
+
+
+Message = Report | Note | Value
 
 
 class StopRequested(Exception):
@@ -64,7 +74,7 @@ class RunHandle(Protocol):
             StopRequested: the sweep stopped before a slot was free.
         """
 
-    def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
+    def next(self, timeout_s: float = 1.0) -> Message | Ended | None:
         """The next message, in order; None when none came within `timeout_s`.
 
         Raises:
@@ -152,11 +162,18 @@ class Registry(Mailboxes):
 
     def __init__(self, slots: int) -> None:
         super().__init__()
-        self._free = slots
+        self._free = self._slots = slots
         self._owners: dict[str, str] = {}  # of the runs that have a slot
         self._gone: set[str] = set()
         self._groups: dict[str, Group] = {}
         self._ending: set[str] = set()
+
+    async def resize(self, slots: int) -> None:
+        """Change the number of slots; runs that hold one keep it."""
+        async with self._changed:
+            self._free += slots - self._slots
+            self._slots = slots
+            self._changed.notify_all()
 
     async def open(self, run: str, owner: str) -> bool:
         """Wait for a free slot; until `close`, `run` may hold workers.

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -15,11 +15,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
-from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
+from raytune_ft.ray_backend.capacity import room
+from raytune_ft.ray_backend.cluster import connected, stop_grace_s
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.metrics import measured
 from raytune_ft.ray_backend.registry import (
     Ended,
+    Message,
     Note,
     Report,
     RunHandle,
@@ -42,6 +44,7 @@ from raytune_ft.train.watchdog import (
 REGISTER_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0
 """For a worker's main thread, which only answers such calls; training has a thread of its own."""
+SHOWN_NODES = 4
 OnEvaluation = Callable[[EvalMetrics, str | None], None]
 Ask = Callable[[list[Any], Callable[[], Any]], tuple[list[Any], int]]
 
@@ -63,11 +66,19 @@ def ask_workers(workers: list[Any], question: Callable[[], Any]) -> tuple[list[A
     return answers, len(silent)
 
 
+def shown_nodes(nodes: Sequence[str]) -> str:
+    """The different nodes of a group's workers, in the order of ranks."""
+    names = list(dict.fromkeys(nodes))
+    more = f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
+    return f"node{'s' * (len(names) > 1)} {', '.join(names[:SHOWN_NODES])}{more}"
+
+
 class GroupHandle:
     """A worker group in the background of this process; see `RunHandle`.
 
-    Its workers run `worker`, whose payload is the run and `more`. `train` blocks until the group
-    is gone, `ask` calls a function on the workers, `end` ends the group.
+    Its workers run `worker`, whose payload is the run and `more`; `doing` says what that is.
+    `train` blocks until the group is gone, `ask` calls a function on the workers, `end` ends the
+    group.
     """
 
     def __init__(
@@ -76,30 +87,37 @@ class GroupHandle:
         registry: Any,
         worker: Worker,
         more: dict[str, Any] | None = None,
+        doing: str = "training",
         train: Callable[..., None] = train_group,
         ask: Ask = ask_workers,
         end: Callable[[str, Any], None] = end_group,
     ) -> None:
         self.spec = spec
-        self._worker, self._more = worker, more or {}
+        self._worker, self._more, self._doing = worker, more or {}, doing
         self._train, self._ask, self._end_group = train, ask, end
         # Ray resumes a run whose name it knows; ours resume from their own checkpoints.
         self._name = f"{spec.run_dir.name}-{uuid.uuid4().hex[:8]}"
         self._registry = registry
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name=self._name, daemon=True)
-        self._pending: list[Report | Note] = []
+        self._pending: list[Message] = []
         self._hang: str | None = None  # of the group that runs now
         self._silent: set[int] = set()  # its ranks that said they hang
+        self._down_since: float | None = time.monotonic()
+
+    @property
+    def down_s(self) -> float:
+        """For how long it has had no workers, as far as its messages were taken."""
+        since = self._down_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
-        (self.spec.run_dir / RESULT).unlink(missing_ok=True)
         owner = self.spec.run_dir.name
         if not ray.get(self._registry.open.remote(self._name, owner)):
             raise StopRequested
         self._thread.start()
 
-    def next(self, timeout_s: float = 1.0) -> Report | Note | Ended | None:
+    def next(self, timeout_s: float = 1.0) -> Message | Ended | None:
         if not self._pending:
             over = not self._thread.is_alive()
             events, stopping = ray.get(self._registry.take.remote(self._name, timeout_s))
@@ -142,13 +160,19 @@ class GroupHandle:
         self._end_group(self._name, self._registry)
         self._thread.join(timeout=10)
 
-    def _messages_of(self, event: dict[str, Any]) -> list[Report | Note]:
+    def _messages_of(self, event: dict[str, Any]) -> list[Message]:
         if "report" in event:
             return [Report.of(event["report"])]
+        if "value" in event:
+            return [event["value"]]
         if "workers" in event:
             self._hang, self._silent = None, set()
-            size = event["workers"]
-            return [Note(f"training on {size} worker{'s' * (size != 1)}")]
+            nodes = event["workers"]
+            self._down_since = None
+            size = f"{len(nodes)} worker{'s' * (len(nodes) != 1)}"
+            return [Note(f"{self._doing} on {size} ({shown_nodes(nodes)})")]
+        if "down" in event:
+            self._down_since = time.monotonic()
         if "note" in event:
             return [Note(event["note"])]
         if "hang" in event:
@@ -186,7 +210,8 @@ class GroupHandle:
             self._error = error
         finally:
             with contextlib.suppress(RayError):
-                self._registry.post.remote(self._name, {"ended": True})
+                if ray.is_initialized():  # a call would start a cluster again
+                    self._registry.post.remote(self._name, {"ended": True})
 
 
 def fit(
@@ -204,16 +229,17 @@ def fit(
     finite, is not tried again: its status is "failed" and the result says why.
 
     Raises:
-        InputError: the cluster cannot hold the fewest workers, or a worker refused the input.
+        InputError: the cluster cannot hold the fewest workers, also after it was waited for nodes;
+            or a worker refused the input.
         RunFailed: workers died more often than allowed; `result.json` has the reason.
         Interrupted: SIGINT or SIGTERM; the workers are gone and the run can be resumed.
     """
     grace_s = stop_grace_s()
-    with connected(), measured(spec.run_dir):
-        require_capacity(spec.config.parallel)
-        check_environment(spec.config, tell or (lambda line: None))
+    tell = tell or (lambda line: None)
+    with connected(), room(spec.config.parallel, tell, most=1), measured(spec.run_dir):
+        check_environment(spec.config, tell)
         handle = GroupHandle(spec, start_registry(slots=1), worker)
-        return run_to_end(handle, spec, grace_s, on_evaluation, tell or (lambda line: None))
+        return run_to_end(handle, spec, grace_s, on_evaluation, tell)
 
 
 def run_to_end(
@@ -227,6 +253,7 @@ def run_to_end(
     with interruptible() as interrupted:
         ended = None
         try:
+            (spec.run_dir / RESULT).unlink(missing_ok=True)
             handle.start()
             ended = _listen(handle, on_evaluation, tell, interrupted)
             if ended is None:

@@ -6,6 +6,7 @@ with a NaN, and merges sweeps that share a storage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -50,8 +51,9 @@ class StudySearcher(OfThisProcess, Searcher):
     """Hands out trials: first the unfinished ones of an earlier driver, then new ones.
 
     `prepare` makes a trial's directory and returns the examples that it will see; if it raises
-    ConfigError, that trial fails and the next one is drawn. While `held` is true, no trial is
-    drawn; once `over` is true, no further trial is.
+    ConfigError, that trial fails and the next one is drawn. While `held` is true, or `at_once`
+    trials run, no trial is drawn; once `over` is true, no further trial is. `at_once` follows the
+    room of the cluster.
     """
 
     def __init__(
@@ -71,10 +73,24 @@ class StudySearcher(OfThisProcess, Searcher):
         self._prepare, self._held, self._over = prepare, held, over
         self._numbers: dict[str, int] = {}  # by Tune's id of the trial
         self._unfinished = unfinished(study)
+        self._drawn = len(own_trials(study))
+        self._running: set[str] = set()  # Tune's ids
+        self.at_once = math.inf
+
+    @property
+    def left(self) -> int:
+        """Trials that run or are still to be drawn, none in a sweep that is held; called by another
+        thread.
+        """
+        if self._held():
+            return 0
+        if self._over():
+            return len(self._running)
+        return len(self._running) + len(self._unfinished) + max(0, self._trials - self._drawn)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; `FINISHED` after the last one, None while the sweep is held."""
-        if self._held():
+        """The next trial; `FINISHED` after the last one, None while none may begin."""
+        if self._held() or len(self._running) >= self.at_once:
             return None
         while (number := self._next()) is not None:
             trial, name = live(self._study, number), trial_name(number)
@@ -86,6 +102,7 @@ class StudySearcher(OfThisProcess, Searcher):
                 tell_failed(self._study, number, str(error))
                 continue
             self._numbers[trial_id] = number
+            self._running.add(trial_id)
             return {"trial": name, "number": number, "params": params, "budget": budget}
         return str(Searcher.FINISHED)
 
@@ -99,11 +116,11 @@ class StudySearcher(OfThisProcess, Searcher):
             return None
         if self._unfinished:
             return self._unfinished.pop(0)
-        number = len(own_trials(self._study))
-        if number >= self._trials:
+        if self._drawn >= self._trials:
             return None
         self._study.ask()
-        return number
+        self._drawn += 1
+        return self._drawn - 1
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         report(self._study, self._numbers[trial_id], result, self.metric)
@@ -116,6 +133,7 @@ class StudySearcher(OfThisProcess, Searcher):
         Errors are recorded by `ProgressCallback.on_trial_error`, which knows their cause.
         """
         number = self._numbers[trial_id]
+        self._running.discard(trial_id)
         if error or result is None:
             return
         if "interrupted" in result:

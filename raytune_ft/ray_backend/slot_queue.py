@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 
 from raytune_ft.errors import RaytuneFtError, RunFailed
-from raytune_ft.layout import RESULT
 from raytune_ft.ray_backend.registry import (
     Ended,
     Mailbox,
@@ -60,13 +60,15 @@ Command = Enter | Leave | Finish
 @dataclass
 class _Engine:
     slots: int
+    retired: bool = False
     commands: Mailbox = field(default_factory=Mailbox)
 
 
 @dataclass
 class _Trial:
     spec: RunSpec
-    engine: str
+    engine: str | None
+    """None while it waits for another one."""
     leaving: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -79,6 +81,7 @@ class SlotQueue(Mailboxes):
         self._engines: dict[str, _Engine] = {}
         self._trials: dict[str, _Trial] = {}
         self._refused: set[str] = set()
+        self._moves: set[asyncio.Task[None]] = set()
         self._finished = False
         self._failure: RaytuneFtError | None = None
 
@@ -95,7 +98,7 @@ class SlotQueue(Mailboxes):
             if self._stopping or run in self._refused:
                 return False
             engine = self._free()
-            trial = self._trials[run] = _Trial(spec, engine or "")
+            trial = self._trials[run] = _Trial(spec, engine)
             self._boxes[run] = Mailbox()
             if engine is None:
                 self._boxes[run].put({"ended": self._failure})
@@ -109,11 +112,12 @@ class SlotQueue(Mailboxes):
 
     def _free(self) -> str | None:
         """The engine with the most free slots."""
-        used = dict.fromkeys(self._engines, 0)
-        for trial in self._trials.values():
-            if trial.engine in used and not trial.gone.is_set():
-                used[trial.engine] += 1
-        free = {name: engine.slots - used[name] for name, engine in self._engines.items()}
+        used = Counter(t.engine for t in self._trials.values() if not t.gone.is_set())
+        free = {
+            name: engine.slots - used[name]
+            for name, engine in self._engines.items()
+            if not engine.retired
+        }
         best = max(free, key=lambda name: free[name], default=None)
         return best if best is not None and free[best] > 0 else None
 
@@ -124,6 +128,9 @@ class SlotQueue(Mailboxes):
             return True
         if not trial.gone.is_set():
             trial.leaving = True
+            if trial.engine is None:
+                trial.gone.set()
+                return True
             self._engines[trial.engine].commands.put(Leave(run, status))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(trial.gone.wait(), timeout_s)
@@ -142,8 +149,9 @@ class SlotQueue(Mailboxes):
         One that was to leave when the engine was lost has left.
         """
         async with self._changed:
-            known = self._engines[engine] = _Engine(slots)
-            if self._finished:
+            retired = engine in self._engines and self._engines[engine].retired
+            known = self._engines[engine] = _Engine(slots, retired)
+            if self._finished or retired:
                 known.commands.put(Finish())
             held = [t for t in self._trials.values() if t.engine == engine and not t.gone.is_set()]
             for trial in held:
@@ -167,14 +175,50 @@ class SlotQueue(Mailboxes):
     async def engine_ended(self, engine: str, error: RaytuneFtError | None) -> None:
         """Drop an engine that will not come back: its trials end with its error."""
         async with self._changed:
-            self._engines.pop(engine, None)
-            if not self._engines:
+            known = self._engines.pop(engine, None)
+            if known is not None and known.retired:
+                return
+            if all(other.retired for other in self._engines.values()):
                 self._failure = error or RunFailed("the engine of the trials has ended")
             for run, trial in self._trials.items():
                 if trial.engine == engine and not trial.gone.is_set():
                     self._boxes[run].put({"ended": error})
                     trial.gone.set()
             self._changed.notify_all()
+
+    async def retire_idle(self, most: int) -> list[str]:
+        """End up to `most` engines without trials; returns them."""
+        async with self._changed:
+            busy = {trial.engine for trial in self._trials.values() if not trial.gone.is_set()}
+            able = [name for name, engine in self._engines.items() if not engine.retired]
+            idle = [name for name in able if name not in busy][:most]
+            for name in idle:
+                self._engines[name].retired = True
+                self._engines[name].commands.put(Finish())
+        return idle
+
+    async def retire(self, engine: str) -> None:
+        """Drop an engine whose node is gone; its trials continue in others, once slots are free."""
+        async with self._changed:
+            self._engines.setdefault(engine, _Engine(0)).retired = True
+            for run, trial in self._trials.items():
+                if trial.engine == engine and not trial.gone.is_set():
+                    trial.engine = None
+                    task = asyncio.create_task(self._move(run, trial))
+                    self._moves.add(task)
+                    task.add_done_callback(self._moves.discard)
+
+    async def _move(self, run: str, trial: _Trial) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed(run) or self._free() is not None)
+            if trial.gone.is_set():
+                return
+            trial.engine = None if self._closed(run) or trial.leaving else self._free()
+            if trial.engine is None:
+                self._boxes[run].put({"ended": self._failure})
+                trial.gone.set()
+            else:
+                self._engines[trial.engine].commands.put(Enter(trial.spec))
 
     async def give_up(self, run: str) -> None:
         """Drop a trial whose process died: it leaves its slot, or its place in the queue."""
@@ -207,7 +251,6 @@ class SlotHandle:
         self._pending: list[Report | Note | Ended] = []
 
     def start(self) -> None:
-        (self._spec.run_dir / RESULT).unlink(missing_ok=True)
         if not ray.get(self._queue.enter.remote(self._run, self._spec)):
             raise StopRequested
 

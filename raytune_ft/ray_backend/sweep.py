@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,31 @@ from ray.tune.stopper import CombinedStopper
 from raytune_ft.config.environment import names_in
 from raytune_ft.config.execution import arrange, choose_execution
 from raytune_ft.config.load import dump_yaml, load_config, to_plain
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
 from raytune_ft.data.order import pass_length
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.errors import Interrupted, RunFailed
+from raytune_ft.errors import ClusterError, Interrupted, RunFailed
 from raytune_ft.estimate.memory import steps_in_a_pass
 from raytune_ft.files import write_json_atomic, write_text_atomic
 from raytune_ft.layout import CONFIG, RESULT, TRIALS
 from raytune_ft.model.load import load_model_config
+from raytune_ft.ray_backend.capacity import (
+    Demand,
+    Steps,
+    autoscaler_runs,
+    await_capacity,
+    looking,
+    staying,
+)
 from raytune_ft.ray_backend.cluster import (
+    Nodes,
     connected,
-    require_capacity,
     stop_grace_s,
     train_environment,
+    whole_groups,
 )
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.metrics import DriverGauges, measured
@@ -45,6 +54,7 @@ from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
     Execution,
+    Places,
     Shared,
     SweepTrial,
     driver_place,
@@ -75,6 +85,7 @@ TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside our own files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it catches SIGINT alone; `interruptible` catches both
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the outcome of a failed trial has no metric
+    "TUNE_MAX_PENDING_TRIALS_PG": "10000",  # the searcher holds trials back, as nodes allow
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
     "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
 }
@@ -250,18 +261,23 @@ def run_sweep(
         resume: keep the trials that have ended, continue the others, draw the rest.
 
     Raises:
-        ClusterError: the cluster cannot hold one trial.
+        ClusterError: the cluster cannot hold one trial, also after it was waited for nodes.
         StorageError: the study cannot be opened or belongs to another sweep.
         RunFailed: no trial is usable; `result.json` has that status.
         Interrupted: SIGINT or SIGTERM; `result.json` has that status, and a resume continues.
     """
     assert config.search is not None
     stop_grace_s()  # raises ConfigError before anything starts
-    with connected(), interruptible() as interrupted:
-        sweep = _Sweep(config, sweep_dir, data_dir, resume)
-        check_environment(config, tell)
-        sweep.run(tell, interrupted)
-        result = sweep.write_result(interrupted.is_set())
+    with connected():
+        demand = Demand(config.parallel)
+        try:
+            fit = await_capacity(config.parallel, tell, demand)
+            with interruptible() as interrupted:
+                sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume)
+                check_environment(config, tell)
+                result = sweep.run(tell, interrupted)
+        finally:
+            demand.withdraw()
     if result.status == "interrupted":
         raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -272,7 +288,15 @@ def run_sweep(
 class _Sweep:
     """One sweep: its study, what its trials share, and what it has spent."""
 
-    def __init__(self, config: Config, sweep_dir: Path, data_dir: Path, resume: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sweep_dir: Path,
+        data_dir: Path,
+        fit: int,
+        demand: Demand,
+        resume: bool,
+    ) -> None:
         assert config.search is not None
         self._begun = time.monotonic()
         saved = sweep_dir / CONFIG
@@ -280,7 +304,7 @@ class _Sweep:
         assert self._written.search is not None
         # As written: parameters go to the study, to Ray and into files.
         self._search: SearchConfig = self._written.search
-        self._fit = require_capacity(config.parallel)
+        self._fit, self._demand = fit, demand  # worker groups at the start
         self._execution, self._why = choose_execution(config)
         self._study = open_study(config.name, sweep_dir, self._search, resume)
         self._before_s = float(self._study.user_attrs.get(MAKESPAN, 0.0))
@@ -310,8 +334,12 @@ class _Sweep:
         if resume:
             _reconcile(self._study, self._search, self._shared)
 
-    def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
+    def run(self, tell: Callable[[str], None], interrupted: threading.Event) -> SweepResult:
         """Run all trials until they end or the sweep is interrupted; then nothing is reserved."""
+        self._run_trials(tell, interrupted)
+        return self.write_result(interrupted.is_set())
+
+    def _run_trials(self, tell: Callable[[str], None], interrupted: threading.Event) -> None:
         kept = sum(trial.state.is_finished() for trial in own_trials(self._study))
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
@@ -322,26 +350,28 @@ class _Sweep:
         try:
             with (
                 progress.live(),
-                self._open_execution(left, progress.note) as (execution, concurrent),
+                self._open_places(left, progress.note) as places,
                 tune_storage() as storage,
                 settings_of_tune(),
                 measured(self._shared.sweep_dir) as gauges,
             ):
-                stop = StopWith(interrupted, execution, stop_grace_s())
+                searcher = self._searcher(interrupted)
+                growth = Growth(self._config, places, searcher, self._demand, progress.note)
+                stop = StopWith(interrupted, places.execution, stop_grace_s())
                 reports = ProgressCallback(
-                    progress, self._study, self._search, self._remember, execution, gauges
+                    progress, self._study, self._search, self._remember, places.execution, gauges
                 )
-                self._tuner(left, concurrent, execution, storage, stop, reports, interrupted).fit()
+                with looking(growth.look):
+                    self._tuner(left, searcher, places.execution, storage, stop, reports).fit()
         except TuneError as error:
             raise RunFailed(f"Ray Tune gave up: {str(error).splitlines()[-1]}") from error
         finally:
             self._remember()
 
-    @contextmanager
-    def _open_execution(
+    def _open_places(
         self, trials: int, note: Callable[[str], None]
-    ) -> Iterator[tuple[Execution, int]]:
-        """Where trials train, and how many at a time."""
+    ) -> AbstractContextManager[Places]:
+        """Where trials train."""
         shared = self._shared
         if self._execution == "packed":
             found = arrange(self._config, self._fit, trials, self._fill_pass)
@@ -349,15 +379,12 @@ class _Sweep:
                 f"{trials} trials, {found.at_once} at a time in {found.engines} "
                 f"engine{'s' * (found.engines != 1)} ({self._why})"
             )
-            with engines(self._config, shared.sweep_dir, shared.data_dir, found, note) as slots:
-                yield slots, found.at_once
-            return
+            return engines(self._config, shared.sweep_dir, shared.data_dir, found, note)
         concurrent, lowered = concurrency(self._search, self._fit)
         note(f"{trials} trials, {concurrent} at a time, each on its own ({self._why})")
         if lowered:
             note(lowered)
-        with groups(concurrent, note) as own:
-            yield own, concurrent
+        return groups(note)
 
     def write_result(self, interrupted: bool) -> SweepResult:
         """Write `result.json` from the study and the results of the trials."""
@@ -390,12 +417,11 @@ class _Sweep:
     def _tuner(
         self,
         trials: int,
-        concurrent: int,
+        searcher: StudySearcher,
         execution: Execution,
         storage: str,
         stop: tune.Stopper,
         reports: tune.Callback,
-        interrupted: threading.Event,
     ) -> tune.Tuner:
         shared = tune.with_parameters(SweepTrial, shared=self._shared, execution=execution)
         at_reports = self._remember if self._search.budget else lambda: None
@@ -404,16 +430,7 @@ class _Sweep:
             tune.with_resources(shared, driver_place()),
             tune_config=tune.TuneConfig(
                 num_samples=trials,
-                max_concurrent_trials=concurrent,
-                search_alg=StudySearcher(
-                    self._study,
-                    self._search,
-                    self._config.seed,
-                    self._prepare,
-                    interrupted.is_set,
-                    self._points(),
-                    lambda: self._spending.over() is not None,
-                ),
+                search_alg=searcher,
                 scheduler=self._scheduler(),
                 reuse_actors=True,
             ),
@@ -425,6 +442,17 @@ class _Sweep:
                 stop=CombinedStopper(stop, budget),
                 verbose=0,
             ),
+        )
+
+    def _searcher(self, interrupted: threading.Event) -> StudySearcher:
+        return StudySearcher(
+            self._study,
+            self._search,
+            self._config.seed,
+            self._prepare,
+            interrupted.is_set,
+            self._points(),
+            lambda: self._spending.over() is not None,
         )
 
     def _points(self) -> list[Point]:
@@ -467,6 +495,55 @@ class _Sweep:
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun
+
+
+class Growth:
+    """Keeps a sweep as large as the cluster: it follows nodes that join and leave.
+
+    Where an autoscaler runs, nodes for the worker groups that are of use are asked of it. As trials
+    run out, groups without one end and their nodes can go.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        places: Places,
+        searcher: StudySearcher,
+        demand: Demand,
+        note: Callable[[str], None],
+        nodes: Callable[[ParallelConfig], Nodes] = staying,
+    ) -> None:
+        assert config.search is not None
+        self._parallel, self._written = config.parallel, config.search.max_concurrent
+        self._places, self._searcher, self._note, self._nodes = places, searcher, note, nodes
+        self._demand, self._steps, self._kept = demand, Steps(), 0
+
+    def look(self) -> None:
+        """Start, end and ask for what fits and is of use now."""
+        places, left = self._places, self._searcher.left
+        wanted = left if self._written == "auto" else min(left, self._written)
+        useful = -(-wanted // places.trials_each)
+        fit = max(1, self._room())  # one fits, or the sweep would not have begun; it may return
+        keep = min(useful, fit)
+        if keep > self._kept > 0:
+            self._note(f"nodes have joined: {keep * places.trials_each} trials at a time")
+        self._kept = keep
+        places.keep(keep, fit)
+        # Never 0: the searcher is asked once more, to say that it has finished.
+        self._searcher.at_once = max(1, min(keep * places.trials_each, wanted))
+        more = self._steps.next(max(0, useful - fit), fit) if autoscaler_runs() else 0
+        own = places.held() if self._parallel.elastic else 0  # whose demand is their own
+        self._demand.ask(max(0, min(useful, fit + more) - own))
+
+    def _room(self) -> int:
+        """Worker groups that fit now."""
+        parallel = self._parallel
+        try:
+            nodes = self._nodes(parallel)
+        except ClusterError:  # the last node with the labels has left
+            return 0
+        resources, workers = parallel.resources_per_worker, parallel.max_workers
+        return whole_groups(nodes, resources, workers, parallel.placement)
 
 
 def _budget(config: Config, train: TokenizedSplit) -> int:

@@ -19,7 +19,7 @@ from raytune_ft.config.load import expand_env
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
-from raytune_ft.layout import ENGINES, TRIALS
+from raytune_ft.layout import ENGINES, RESULT, TRIALS
 from raytune_ft.ray_backend.cluster import cluster_worker_memory, set_train_defaults, stop_grace_s
 from raytune_ft.ray_backend.registry import (
     Ended,
@@ -115,43 +115,116 @@ class PackedExecution(_Actor):
         ray.get(self.actor.give_up.remote(trial))
 
 
+class Places(Protocol):
+    """The worker groups of a sweep, as the driver sees them: as many as fit, or as are of use."""
+
+    @property
+    def execution(self) -> Execution:
+        """What trials are given."""
+
+    @property
+    def trials_each(self) -> int:
+        """At a time, in each worker group."""
+
+    def keep(self, count: int, room: int) -> None:
+        """Have `count` worker groups, where the cluster has room for `room`. A group with a trial
+        is not ended, unless it is without workers and there is no room for it any more.
+        """
+
+    def held(self) -> int:
+        """How many there are, those that start and restart included."""
+
+
+class Groups:
+    """A worker group for each trial, which starts it itself."""
+
+    trials_each = 1
+
+    def __init__(self) -> None:
+        self.execution = IsolatedExecution(start_registry(0))
+
+    def keep(self, count: int, room: int) -> None:
+        ray.get(self.execution.actor.resize.remote(count))
+
+    def held(self) -> int:
+        return len(self.execution.open_runs())
+
+
 @contextmanager
-def groups(concurrent: int, tell: Tell) -> Iterator[IsolatedExecution]:
-    """Worker groups for `concurrent` trials at a time; on exit, all of them are ended."""
-    execution = IsolatedExecution(start_registry(concurrent))
+def groups(tell: Tell) -> Iterator[Groups]:
+    """None yet; on exit, all of them are ended."""
+    places = Groups()
     try:
-        yield execution
+        yield places
     finally:
-        execution.close(tell)
+        places.execution.close(tell)
+
+
+class Engines:
+    """Engines, each a worker group with slots for trials.
+
+    When a worker is lost, the group is restarted, and its trials continue from their last
+    checkpoints; where there is no room for it any more, they continue in other engines.
+    """
+
+    def __init__(
+        self, config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
+    ) -> None:
+        self._config = config.model_copy(update={"method": arrangement.method})
+        self._sweep_dir, self._data_dir = sweep_dir, data_dir
+        self._arrangement, self._tell = arrangement, tell
+        self._queue, self._registry = start_slot_queue(), start_registry(MANY)
+        self.execution, self.trials_each = PackedExecution(self._queue), arrangement.slots
+        self._engines: list[_Engine] = []
+
+    def keep(self, count: int, room: int) -> None:
+        """One that failed is not replaced."""
+        for _ in range(count - self.held()):
+            spec = _engine_spec(self._config, self._sweep_dir, self._data_dir, len(self._engines))
+            engine = _Engine(spec, self._queue, self._registry, self._arrangement)
+            self._engines.append(engine)
+            engine.start(self._tell)
+        if self.held() > count:
+            idle = ray.get(self._queue.retire_idle.remote(self.held() - count))
+            for engine in self._engines:
+                engine.retired |= engine.name in idle
+        down = [engine for engine in self._engines if not engine.retired and engine.is_down]
+        for engine in down[: max(0, self.held() - room)]:
+            self._tell(f"{engine.name}: there is no room for it any more; its trials move on")
+            engine.retired = True
+            ray.get(self._queue.retire.remote(engine.name))
+            engine.stop(grace_s=0.0)
+
+    def held(self) -> int:
+        return sum(not engine.retired for engine in self._engines)
+
+    def close(self) -> None:
+        """End all of them, and the actors."""
+        with suppress(RayError):
+            ray.get(self._queue.finish.remote())
+        for engine in self._engines:
+            engine.stop(stop_grace_s())
+        IsolatedExecution(self._registry).close(self._tell)
+        with suppress(RayError):
+            ray.kill(self._queue)
+
+
+MANY = 1_000_000
+"""Slots of the registry of engines, which are started only where they fit."""
+DOWN_S = 10.0
+"""A group that is without workers for so long, and for which there is no room, will not restart."""
 
 
 @contextmanager
 def engines(
     config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
-) -> Iterator[PackedExecution]:
-    """Engines with slots for trials, until the context ends.
-
-    Each engine is a worker group. When a worker is lost, the group is restarted, and its trials
-    continue from their last checkpoints.
-    """
-    queue, registry = start_slot_queue(), start_registry(arrangement.engines)
-    config = config.model_copy(update={"method": arrangement.method})
-    running = [
-        _Engine(_engine_spec(config, sweep_dir, data_dir, number), queue, registry, arrangement)
-        for number in range(arrangement.engines)
-    ]
+) -> Iterator[Engines]:
+    """None yet; on exit, all of them are ended."""
+    places = Engines(config, sweep_dir, data_dir, arrangement, tell)
     try:
-        for engine in running:
-            engine.start(tell)
-        yield PackedExecution(queue)
+        yield places
     finally:
-        with suppress(RayError):
-            ray.get(queue.finish.remote())
-        for engine in running:
-            engine.stop()
-        IsolatedExecution(registry).close(tell)
-        with suppress(RayError):
-            ray.kill(queue)
+        places.close()
 
 
 def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:
@@ -176,7 +249,8 @@ class _Engine:
         from raytune_ft.ray_backend.packed_worker import engine_worker
         from raytune_ft.ray_backend.run_handle import GroupHandle
 
-        self._name, self._queue = spec.run_dir.name, queue
+        self.name, self._queue = spec.run_dir.name, queue
+        self.retired = False
         more = {
             "queue": queue,
             "slots": arrangement.slots,
@@ -186,6 +260,11 @@ class _Engine:
         }
         self._handle = GroupHandle(spec, registry, engine_worker, more)
         self._thread: threading.Thread | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it has had no workers for a while."""
+        return self._handle.down_s > DOWN_S
 
     def start(self, tell: Tell) -> None:
         self._handle.start()
@@ -197,20 +276,20 @@ class _Engine:
         try:
             while not isinstance(event := self._handle.next(), Ended):
                 if isinstance(event, Note):
-                    tell(f"{self._name}: {event.text}")
+                    tell(f"{self.name}: {event.text}")
             error = event.error
         except StopRequested:
             pass
         except (RayError, RaytuneFtError) as failure:
             error = RunFailed(first_line(failure))
         with suppress(RayError):
-            ray.get(self._queue.engine_ended.remote(self._name, error))
+            ray.get(self._queue.engine_ended.remote(self.name, error))
 
-    def stop(self) -> None:
-        """Wait until it has finished its pass, as it was asked to; then end its workers."""
+    def stop(self, grace_s: float) -> None:
+        """Wait until it has finished its pass, if it was asked to; then end its workers."""
         if self._thread is None:
             return
-        self._thread.join(timeout=stop_grace_s())
+        self._thread.join(timeout=grace_s)
         with suppress(RunFailed, RayError):
             self._handle.stop()
 
@@ -257,6 +336,7 @@ class TrialRun:
         """The next evaluation, or the outcome, as a result for Tune."""
         try:
             if self._handle is None:
+                (self._spec.run_dir / RESULT).unlink(missing_ok=True)
                 self._handle = self._execution.handle(self._spec)
                 self._handle.start()
             while True:

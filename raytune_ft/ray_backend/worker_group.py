@@ -168,10 +168,20 @@ def staying_nodes(selector: Mapping[str, str], free: bool) -> dict[str, dict[str
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
-    """Ray's own for a fixed number of workers, `Elastic` for a range."""
+    """`Fixed` for a number of workers, `Elastic` for a range."""
     if not config.elasticity_enabled:
-        return FixedScalingPolicy(config)
+        return Fixed(config)
     return Elastic(config, partial(staying_nodes, config.label_selector or {}))
+
+
+class Fixed(FixedScalingPolicy):
+    """Ray's own, but it asks no autoscaler: the driver does, for all of its groups together."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray's own would ask for this group."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ray's own would renew it."""
 
 
 class Elastic(ElasticScalingPolicy):
@@ -293,7 +303,12 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         me = ray.get_runtime_context().current_actor
         ray.get(self._registry.register.remote(self._run, me, group, workers))
         ray.get([worker.execute.remote(heed_sigterm) for worker in workers])
-        self._registry.post.remote(self._run, {"workers": len(workers)})
+        nodes = [_node_of(worker.metadata) for worker in state.workers]
+        self._registry.post.remote(self._run, {"workers": nodes})
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Tells that no worker runs, until `after_worker_group_start`."""
+        self._registry.post.remote(self._run, {"down": True})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         """Forwards a report once every rank has made it; all ranks report the same."""
@@ -331,6 +346,11 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         """Raises the remembered error, which ends the run instead of restarting its workers."""
         if self._fatal is not None:
             raise self._fatal
+
+
+def _node_of(metadata: Any) -> str:
+    """ADDRESS/ID of a worker's node; eight digits of the id that Ray's tools show."""
+    return f"{metadata.node_ip}/{metadata.node_id[:8]}"
 
 
 class StartsInARow(DefaultFailurePolicy):

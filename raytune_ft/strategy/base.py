@@ -171,6 +171,9 @@ class Strategy(Protocol):
         Parameters keep their names.
         """
 
+    def lay_out(self, model: nn.Module) -> nn.Module:
+        """Lay out a model that is measured and not trained, as far as this needs no optimizer."""
+
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """A context for forward and backward of a micro-batch; after the last one of a step,
         gradients are complete.

@@ -98,6 +98,12 @@ CONFIG: list[Case] = [
         "parallel.zero_stage: 3",
         '"auto"',
     ),
+    (
+        "train parallel.wait_for_nodes=soon",
+        "parallel.wait_for_nodes=soon",
+        "is not a duration",
+        "90m",
+    ),
     (f"train {DEEPSPEED}=ds.json", "parallel.deepspeed=", "ds.json", "No such file"),
     ("train storage=/proc/runs", "/proc/runs", "storage", "write"),
     ("train storage=empty.jsonl", "empty.jsonl", "File exists", "storage"),

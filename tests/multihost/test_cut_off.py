@@ -102,7 +102,9 @@ def test_two_hosts_end_what_three_began(
     hosts.mend(3)
     assert code == 0, text
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "completed"
-    groups = [line for line in text.splitlines() if line.startswith("training on")]
+    groups = [
+        line.partition(" (")[0] for line in text.splitlines() if line.startswith("training on")
+    ]
     assert groups == ["training on 3 workers", "training on 2 workers"]
     assert CUT_AT <= done < 40
     difference = largest_difference(tmp_path / "run", undisturbed[method])

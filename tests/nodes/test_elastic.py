@@ -25,6 +25,11 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
     return RunSpec(inputs.config(**changes), run_dir, inputs.data_dir)
 
 
+def sizes(lines: list[str]) -> list[str]:
+    """Without the nodes."""
+    return [line.partition(" (")[0] for line in lines]
+
+
 def test_a_run_goes_on_with_the_workers_that_are_left(
     nodes: Nodes, inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -41,7 +46,7 @@ def test_a_run_goes_on_with_the_workers_that_are_left(
 
     result = fit(spec, kill, lines.append)
     assert result.status == "completed"
-    assert lines == ["training on 3 workers", "training on 2 workers"]
+    assert sizes(lines) == ["training on 3 workers", "training on 2 workers"]
     assert (seen[140], seen[277]) == (3, 2)
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 
@@ -100,5 +105,5 @@ def test_a_run_takes_on_workers_that_arrive(
             nodes.have(2)
 
     assert fit(spec, add, lines.append).status == "completed"
-    assert lines == ["training on 1 worker", "training on 2 workers"]
+    assert sizes(lines) == ["training on 1 worker", "training on 2 workers"]
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5

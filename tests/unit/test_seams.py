@@ -26,6 +26,7 @@ BOUNDED = ("torch", "transformers", "peft", "optuna", "ray", "deepspeed")
 # A name and the parameters that it must have, in this order.
 LOADING = "transformers.core_model_loading"
 SCALING = "ray.train.v2._internal.execution.scaling_policy"
+COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
 CALLBACK = "ray.train.v2._internal.execution.callback"
 FAILURES = "ray.train.v2._internal.execution.failure_handling"
 EXCEPTIONS = "ray.train.v2._internal.exceptions"
@@ -90,6 +91,17 @@ NAMES: dict[str, str] = {
     "ray._raylet.AuthenticationTokenLoader.get_raw_token": "",
     "ray.job_submission.JobSubmissionClient._do_request": "self method endpoint",
     "ray.job_submission.JobSubmissionClient._raise_error": "self r",
+    "ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS": "",
+    "ray.experimental.internal_kv._internal_kv_get": "key",
+    "ray.autoscaler._private.util.format_readonly_node_type": "node_id",
+    "ray.autoscaler.v2.utils.is_autoscaler_v2": "fetch_from_server",
+    f"{COORDINATOR}.get_or_create_autoscaling_coordinator": "",
+    f"{COORDINATOR}._AutoscalingCoordinatorActor.request_resources": (
+        "self requester_id resources expire_after_s priority label_selectors"
+    ),
+    "ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator"
+    ".ResourceRequestPriority.HIGH": "",
+    f"{COORDINATOR}._AutoscalingCoordinatorActor.cancel_request": "self requester_id",
     "ray._private.state.state.get_draining_nodes": "",
     "ray._private.state.state.available_resources_per_node": "",
     "ray._private.state.state.total_resources_per_node": "",
@@ -100,6 +112,7 @@ NAMES: dict[str, str] = {
     f"{CALLBACK}.ControllerCallback.after_controller_start": "self train_run_context",
     f"{CALLBACK}.WorkerGroupCallback.before_init_train_context": "self workers",
     f"{CALLBACK}.WorkerGroupCallback.after_worker_group_start": "self worker_group",
+    f"{CALLBACK}.WorkerGroupCallback.after_worker_group_shutdown": "self worker_group_context",
     f"{CALLBACK}.ReportCallback": "",
     f"{FAILURES}.DefaultFailurePolicy.make_decision": "self",
     f"{FAILURES}.FailureDecision": "",
@@ -107,6 +120,8 @@ NAMES: dict[str, str] = {
     f"{SCALING}.ElasticScalingPolicy._maybe_send_resource_request": "self",
     f"{SCALING}.ElasticScalingPolicy._get_resize_decision": "self num_workers",
     f"{SCALING}.FixedScalingPolicy": "scaling_config",
+    f"{SCALING}.FixedScalingPolicy.after_controller_start": "self train_run_context",
+    f"{SCALING}.FixedScalingPolicy._maybe_send_resource_request": "self",
     f"{SCALING}.NoopDecision": "",
     "ray.train.v2.api.config.ScalingConfig._resources_per_worker_not_none": "",
     f"{EXCEPTIONS}.UserExceptionWithTraceback": "exc",

@@ -35,7 +35,7 @@ from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.locks import locked
 from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
-from raytune_ft.promote.promote import measure_all, promote
+from raytune_ft.promote.promote import Measurer, promote
 from raytune_ft.report.write import write_report
 from tests.support.trained import TEST, Train, write_rows
 
@@ -200,13 +200,14 @@ def test_what_is_not_better_than_the_base_is_not_promoted(
 def test_a_candidate_without_a_finite_figure_loses_and_is_reported(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(jobs: Any, parallel: Any) -> list[Measured]:
-        base, *others = measure_all(jobs, parallel)
+    def broken(own: Measurer, *arguments: Any) -> list[Measured]:
+        base, *others = measured(own, *arguments)
         for one in others:
             one.scores["eval_loss"].columns[0][3] = math.nan
         return [base, *others]
 
-    monkeypatch.setattr(promote_module, "measure_all", broken)
+    measured = Measurer._measured
+    monkeypatch.setattr(Measurer, "_measured", broken)
     done = promote(run_dir)
     assert done.evaluation.winner == "base"
     content = json.loads((run_dir / "promoted/evaluation.json").read_text())
@@ -309,7 +310,7 @@ def test_a_refused_fold_measures_nothing_and_leaves_nothing(
 
     before = names(run_dir)
     monkeypatch.setattr(candidates, "fold", refuse)
-    monkeypatch.setattr(promote_module, "measure_all", measured)
+    monkeypatch.setattr(Measurer, "_measured", measured)
     with pytest.raises(MergeError):
         promote(run_dir)
     assert names(run_dir) - before <= {".promoted.lock"}

@@ -9,7 +9,7 @@ import pytest
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError
 from raytune_ft.ray_backend.cluster import most_workers, require_capacity, whole_groups
-from raytune_ft.ray_backend.placement import Node, actor_options, matches, suitable_nodes
+from raytune_ft.ray_backend.placement import Node, matches, suitable_nodes
 
 NODES = [
     Node("a" * 8, "10.0.0.1", {"CPU": 8.0}, {"zone": "a"}),
@@ -93,15 +93,3 @@ def test_a_strict_placement_that_does_not_fit_is_named() -> None:
         require_capacity(wanted, [{"CPU": 2.0}, {"CPU": 2.0}])
     for word in ("under parallel.placement=STRICT_PACK", "at most 2 workers"):
         assert word in str(caught.value)
-
-
-def test_an_actor_gets_the_place_of_a_worker() -> None:
-    each = {"CPU": 2.0, "GPU": 1.0, "tape": 3.0}
-    wanted = parallel(resources_per_worker=each, accelerator="L4", label_selector={"zone": "c"})
-    assert actor_options(wanted) == {
-        "num_cpus": 2.0,
-        "num_gpus": 1.0,
-        "resources": {"tape": 3.0},
-        "accelerator_type": "L4",
-        "label_selector": {"zone": "c"},
-    }

@@ -92,3 +92,19 @@ def test_a_group_that_does_not_go_keeps_no_slot(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RunFailed, match="not given back"):
         ray_group.end_group("run-a", registry, wait=stay)
     assert closed == ["run-a"]
+
+
+def test_slots_follow_the_room_of_the_cluster() -> None:
+    async def test() -> None:
+        registry = Registry(slots=0)
+        waiting = [asyncio.create_task(registry.open(f"run-{n}", f"trial-{n}")) for n in range(3)]
+        assert await soon(waiting[0]) is None
+        await registry.resize(2)
+        assert [await soon(each) for each in waiting] == [True, True, None]
+        await registry.resize(1)
+        await registry.close("run-0")
+        assert await soon(waiting[2]) is None  # the other one holds the slot that is left
+        await registry.close("run-1")
+        assert await soon(waiting[2]) is True
+
+    in_a_loop(test())

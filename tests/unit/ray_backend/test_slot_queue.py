@@ -179,3 +179,58 @@ def test_an_engine_that_comes_late_is_told_to_finish() -> None:
             assert await queue.commands(engine, 1) == [Finish()]
 
     play(story)
+
+
+def test_idle_engines_end_and_take_no_more_trials() -> None:
+    async def story(queue: SlotQueue) -> None:
+        for engine in ("one", "two", "three"):
+            await queue.begin(engine, 2)
+        await enter(queue, "a")
+        assert await queue.retire_idle(1) == ["two"]
+        assert await queue.retire_idle(5) == ["three"]
+        assert await queue.commands("two", 1) == [Finish()]
+        await enter(queue, "b")
+        assert len(await queue.commands("one", 1)) == 2
+        await queue.engine_ended("two", None)
+        waiting = asyncio.create_task(queue.enter("c", spec("c")))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()  # there is an engine left, so that this is no failure
+        waiting.cancel()
+
+    play(story)
+
+
+def test_trials_of_a_retired_engine_go_on_in_others() -> None:
+    async def story(queue: SlotQueue) -> None:
+        await queue.begin("one", 2)
+        await enter(queue, "a", "b")
+        await queue.retire("one")
+        await asyncio.sleep(0.01)
+        assert await queue.open_runs() == ["a", "b"]
+        await queue.begin("two", 1)
+        await asyncio.sleep(0.01)
+        assert await queue.commands("two", 1) == [Enter(spec("a"))]
+        assert await queue.leave("b", "pruned", timeout_s=0.01)  # while it waits
+        await queue.gone("a")
+        await asyncio.sleep(0.01)
+        assert await queue.open_runs() == []
+        assert await queue.begin("one", 2) == []  # it was not dead after all
+        assert await queue.commands("one", 1) == [Finish()]
+
+    play(story)
+
+
+def test_a_trial_without_an_engine_ends_with_the_failure_of_the_last_one() -> None:
+    async def story(queue: SlotQueue) -> None:
+        await queue.begin("one", 1)
+        await queue.begin("two", 1)
+        await enter(queue, "a", "b")
+        await queue.retire("one")
+        error = RunFailed("lost")
+        await queue.engine_ended("two", error)
+        await asyncio.sleep(0.01)
+        for run in "ab":
+            assert await queue.take(run, 1) == ([{"ended": error}], False)
+        assert await queue.open_runs() == []
+
+    play(story)

@@ -1,13 +1,19 @@
-"""When a sweep stops its trials: by a signal, or by its budget; no cluster."""
+"""When a sweep stops its trials: by a signal, or by its budget; how large it is; no cluster."""
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from raytune_ft.config.search import BudgetConfig
-from raytune_ft.ray_backend.sweep import StopAtBudget, StopWith
+from raytune_ft.ray_backend.capacity import Demand
+from raytune_ft.ray_backend.sweep import Growth, StopAtBudget, StopWith
 from raytune_ft.search.results import Spending
+from tests.support.runs import make_config
 from tests.unit.ray_backend.test_trial import Somewhere
 
 
@@ -44,3 +50,55 @@ def test_running_trials_stop_at_their_next_report() -> None:
     assert not stop("tune-a", {"examples": 200, "done": True, "outcome": "completed"})
     assert not stop.stop_all()
     assert len(kept) == 4
+
+
+class Kept:
+    """Worker groups with room for two trials each."""
+
+    trials_each = 2
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def keep(self, count: int, room: int) -> None:
+        self.count = count
+        assert count <= room
+
+    def held(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("written", "left", "cpus", "kept", "at_once", "asked"),
+    [
+        ("auto", 9, 1, 1, 2, 5),  # five groups are of use
+        ("auto", 9, 3, 3, 6, 5),
+        ("auto", 9, 8, 5, 9, 5),
+        ("auto", 3, 8, 2, 3, 2),  # the tail
+        ("auto", 0, 8, 0, 1, 0),
+        (4, 9, 8, 2, 4, 2),
+        ("auto", 9, 0, 1, 2, 5),  # the last node is gone, and may return
+    ],
+)
+def test_a_sweep_is_as_large_as_its_cluster(
+    written: int | str,
+    left: int,
+    cpus: int,
+    kept: int,
+    at_once: int,
+    asked: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    demands: list[int] = []
+    monkeypatch.setattr("raytune_ft.ray_backend.sweep.autoscaler_runs", lambda: True)
+    monkeypatch.setattr(Demand, "ask", lambda self, groups: demands.append(groups))
+    space = {"train.lr": {"uniform": [0, 1]}}
+    changes = {"search": {"max_concurrent": written, "space": space}}
+    config = make_config(tmp_path, tmp_path / "rows.jsonl", changes)
+    searcher: Any = SimpleNamespace(left=left, at_once=0)
+    nodes = [{"CPU": 1.0}] * cpus
+    places = Kept()
+    demand = Demand(config.parallel)
+    Growth(config, places, searcher, demand, print, lambda parallel: nodes).look()  # type: ignore[arg-type]
+    assert (places.count, searcher.at_once, demands) == (kept, at_once, [asked])

@@ -1,0 +1,64 @@
+"""Where models are loaded and measured: in this process, or on the workers of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.records import Tell
+from raytune_ft.strategy import Strategy
+from raytune_ft.strategy.single import Single
+
+T = TypeVar("T")
+A = TypeVar("A")
+Measure = Callable[[A, Strategy], T]
+"""Called in all processes that measure a model together, over which it lies as the strategy says.
+The result is that of rank 0."""
+
+
+class Workers(Protocol):
+    """Calls functions whose arguments and results go to another process and back.
+
+    Both methods raise RunFailed where a process was lost, and what the function raises.
+    """
+
+    def alone(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        tell: Tell,
+        measure: Measure[Any, Any] | None = None,
+    ) -> T:
+        """`function(*arguments, tell=tell)` in one process. With `measure` the function gets that
+        too, as a function of one argument.
+        """
+
+    def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
+        """The results of `measure` for the arguments, in order."""
+
+
+class ThisProcess:
+    """One call after another, here."""
+
+    def alone(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        tell: Tell,
+        measure: Measure[Any, Any] | None = None,
+    ) -> T:
+        if measure is None:
+            return function(*arguments, tell=tell)
+        return function(*arguments, tell=tell, measure=lambda one: measure(one, whole()))
+
+    def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
+        return [measure(argument, whole()) for argument in arguments]
+
+
+HERE = ThisProcess()
+
+
+def whole() -> Strategy:
+    """The strategy of one process; precision does not matter, since models keep their dtype."""
+    return Single(ParallelConfig(), "float32")

@@ -1,0 +1,151 @@
+"""Models measured by worker groups: the figures of one process, errors as they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.config.schema import Config, PromoteConfig
+from raytune_ft.errors import DataError, ModelError, RunFailed
+from raytune_ft.evaluate.evaluate import Job, Measured, run_job
+from raytune_ft.evaluate.workers import HERE
+from raytune_ft.ray_backend.call import WorkerGroups
+from raytune_ft.records import Tell
+from raytune_ft.strategy import Strategy
+from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.support.models import save_tiny_llama
+
+pytestmark = pytest.mark.ray
+
+
+def jobs(inputs: Inputs, directory: Path, settings: PromoteConfig, count: int = 3) -> list[Job]:
+    """Three models, more than the cluster has room for at a time."""
+    config = inputs.config()
+    made = []
+    for seed in range(count):
+        path = save_tiny_llama(directory / str(seed), seed)
+        model = config.model.model_copy(update={"path": str(path)})
+        made.append(Job(model, config.model, settings, inputs.data_dir, "validation"))
+    return made
+
+
+def groups(config: Config, folder: Path, tell: Tell = lambda line: None) -> WorkerGroups:
+    return WorkerGroups(config, folder, tell)
+
+
+def assert_same(found: list[Measured], wanted: list[Job]) -> None:
+    for one, alone in zip(found, HERE.each(run_job, wanted), strict=True):
+        assert one.figures == pytest.approx(alone.figures, rel=1e-6)
+        assert one.continuations == alone.continuations
+
+
+def test_groups_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> None:
+    wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4))
+    said: list[str] = []
+    found = groups(inputs.config(), tmp_path, said.append).each(run_job, wanted)
+    assert_nothing_left()
+    assert_same(found, wanted)
+    assert len({one.figures["eval_loss"] for one in found}) == 3
+    assert sum(line.startswith("computing on 1 worker (node ") for line in said) == 3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_a_model_of_a_sharded_run_is_measured_in_parts(
+    inputs: Inputs, tmp_path: Path, strategy: str
+) -> None:
+    settings = PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4)
+    wanted = jobs(inputs, tmp_path, settings, count=1)
+    config = inputs.config(
+        method={"name": "full"}, parallel__strategy=strategy, parallel__workers=2
+    )
+    said: list[str] = []
+    found = groups(config, tmp_path, said.append).each(_measured_in_parts, wanted)
+    assert_same([measured for measured, _ in found], wanted)
+    assert said[0].startswith("computing on 2 workers (node ")
+    held, whole = found[0][1]
+    assert held < 0.6 * whole  # each worker has half of the weights
+    assert_nothing_left()
+
+
+def _measured_in_parts(job: Job, strategy: Strategy) -> tuple[Measured, tuple[int, int]]:
+    """And the elements that this rank holds of the model, and those of all of it."""
+    from raytune_ft.evaluate.context import runner_of
+    from raytune_ft.model.load import load_tokenizer
+
+    runner = runner_of(job.model, load_tokenizer(job.model), strategy=strategy)
+    parts = [strategy.part(n, p.detach()) for n, p in runner.model.named_parameters()]
+    held = sum(part.values.numel() for part in parts)
+    whole = sum(p.numel() for p in runner.model.parameters())
+    return run_job(job, strategy), (held, whole)
+
+
+def test_an_error_of_ours_stays_one(inputs: Inputs, tmp_path: Path) -> None:
+    own = groups(inputs.config(), tmp_path)
+    wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["answer"], max_new_tokens=4))
+    with pytest.raises(DataError, match="finds no answer in any of"):
+        own.each(run_job, wanted)
+    (tmp_path / "1" / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        own.each(run_job, [wanted[1], wanted[1]])
+    with pytest.raises(FileNotFoundError):
+        own.alone(_read, tmp_path / "none", tell=print)
+    assert_nothing_left()
+
+
+def _read(path: Path, tell: Tell) -> str:
+    tell(f"reading {path.name}")
+    return path.read_text()
+
+
+def test_lines_of_a_worker_are_told(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("found")
+    said: list[str] = []
+    own = groups(inputs.config(), tmp_path, said.append)
+    assert own.alone(_read, tmp_path / "a.txt", tell=said.append) == "found"
+    assert said[-1] == "reading a.txt"
+
+
+def _wait(path: Path, tell: Tell) -> None:
+    path.touch()
+    time.sleep(600)
+
+
+def test_an_interrupt_ends_the_workers(inputs: Inputs, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+
+    def interrupt() -> None:
+        while not begun.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            groups(inputs.config(), tmp_path).alone(_wait, begun, tell=print)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_nothing_left()
+
+
+def test_a_worker_that_dies_is_replaced(inputs: Inputs, tmp_path: Path) -> None:
+    """Until it has died more often than `parallel.max_failures`."""
+    own = groups(inputs.config(parallel__max_failures=1), tmp_path)
+    assert own.alone(_die, tmp_path / "once", 1, tell=print) == 2
+    with pytest.raises(RunFailed, match="a worker died"):
+        own.alone(_die, tmp_path / "always", 9, tell=print)
+    assert not workers()
+    assert_nothing_left()
+
+
+def _die(path: Path, times: int, tell: Tell) -> int:
+    begun = 1 + (len(path.read_text()) if path.exists() else 0)
+    path.write_text("x" * begun)
+    if begun <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return begun
