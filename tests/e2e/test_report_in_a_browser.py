@@ -42,7 +42,8 @@ def page(tmp_path: Path) -> Path:
     return write_report(make_sweep_dir(tmp_path / "letters"))
 
 
-def chromium(page: Path, *arguments: str) -> str:
+def chromium(page: Path, *arguments: str, complaint: str | None = None) -> str:
+    """What it prints; on its console is nothing, or one line with `complaint`."""
     home = page.parent / "browser"
     # No proxy listens there: any network request of the page would fail and be logged.
     options = [f"--user-data-dir={home}", "--proxy-server=127.0.0.1:1", "--enable-logging=stderr"]
@@ -54,7 +55,10 @@ def chromium(page: Path, *arguments: str) -> str:
         timeout=300,
     )
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert said == []  # an exception, a blocked request, a warning
+    if complaint is None:
+        assert said == []  # an exception, a blocked request, a warning
+    else:
+        assert [complaint in line for line in said] == [True]
     return done.stdout
 
 
@@ -68,6 +72,16 @@ def test_every_plot_is_drawn(page: Path) -> None:
     assert document.count('class="trace bars"') == 3  # two of time, one of importances
     assert document.count('class="main-svg"') >= 8
     assert ">4 of 6 went on<" in document
+
+
+def test_no_other_script_runs(page: Path) -> None:
+    evil = page.with_name("evil.html")
+    script = "<script>document.title = 'owned'</script>"
+    evil.write_text(page.read_text().replace("<main>", f"<main>{script}"))
+    document = chromium(evil, "--dump-dom", complaint="Content Security Policy")
+    assert script in document
+    assert "<title>letters: trial-000 is promoted" in document
+    assert document.count("js-plotly-plot") >= 8
 
 
 def test_the_picture(page: Path) -> None:
