@@ -27,7 +27,7 @@ from raytune_ft.config.search_space import duration_s
 from raytune_ft.errors import ClusterError
 from raytune_ft.format import seconds
 from raytune_ft.ray_backend.cluster import Nodes, require_capacity
-from raytune_ft.ray_backend.placement import TYPE, alive_nodes, suitable_nodes
+from raytune_ft.ray_backend.placement import TYPE, alive_nodes, for_ray, suitable_nodes
 from raytune_ft.ray_backend.worker_group import staying_nodes
 from raytune_ft.records import Tell
 
@@ -71,7 +71,7 @@ class Demand:
         if parallel.accelerator is not None:
             need[TYPE + parallel.accelerator] = 0.001  # as Ray marks it
         self._group = [need] * parallel.max_workers
-        self._labels = dict(parallel.label_selector)
+        self._labels = for_ray(parallel.label_selector) or {}
         self._name, self._clock = f"raytune-ft-{uuid.uuid4().hex[:8]}", clock
         self._asked, self._at = 0, -float("inf")
 

@@ -69,6 +69,13 @@ def suitable_nodes(parallel: ParallelConfig, nodes: Iterable[Node] | None = None
     )
 
 
+def for_ray(selector: Mapping[str, str]) -> dict[str, str] | None:
+    """A selector as Ray reads it: for it `in(a, b)` has the value ` b`, with a blank, which no label
+    has.
+    """
+    return {key: value.replace(" ", "") for key, value in selector.items()} or None
+
+
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Whether Ray would place a worker with `selector` on a node with `labels`."""
     return all(_matches(labels.get(key), wanted) for key, wanted in selector.items())
