@@ -70,9 +70,7 @@ def suitable_nodes(parallel: ParallelConfig, nodes: Iterable[Node] | None = None
 
 
 def for_ray(selector: Mapping[str, str]) -> dict[str, str] | None:
-    """A selector as Ray reads it: for it `in(a, b)` has the value ` b`, with a blank, which no label
-    has.
-    """
+    """A selector for Ray, which takes the blank in `in(a, b)` for a part of the second value."""
     return {key: value.replace(" ", "") for key, value in selector.items()} or None
 
 

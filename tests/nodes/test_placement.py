@@ -16,7 +16,7 @@ from raytune_ft.errors import ClusterError
 from raytune_ft.ray_backend import fetch as fetch_module
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.fetch import fetch_on_nodes
-from raytune_ft.ray_backend.placement import alive_nodes, matches
+from raytune_ft.ray_backend.placement import alive_nodes, for_ray, matches
 from raytune_ft.ray_backend.run_handle import fit
 from raytune_ft.rundir import RunSpec
 from tests.nodes.conftest import Nodes, nodes_in_use
@@ -70,7 +70,7 @@ def test_labels_are_read_as_ray_reads_them(places: dict[str, str], selected: str
     """Also on a node without the label, the head."""
     selector = {"zone": selected}
     for node in alive_nodes():
-        wanted = selector | {"ray.io/node-id": node.id}
+        wanted = (for_ray(selector) or {}) | {"ray.io/node-id": node.id}
         remote: Any = ray.remote(num_cpus=0)(lambda: True)
         asked = remote.options(label_selector=wanted).remote()
         try:

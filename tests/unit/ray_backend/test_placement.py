@@ -9,7 +9,7 @@ import pytest
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError
 from raytune_ft.ray_backend.cluster import most_workers, require_capacity, whole_groups
-from raytune_ft.ray_backend.placement import Node, matches, suitable_nodes
+from raytune_ft.ray_backend.placement import Node, for_ray, matches, suitable_nodes
 
 NODES = [
     Node("a" * 8, "10.0.0.1", {"CPU": 8.0}, {"zone": "a"}),
@@ -93,3 +93,8 @@ def test_a_strict_placement_that_does_not_fit_is_named() -> None:
         require_capacity(wanted, [{"CPU": 2.0}, {"CPU": 2.0}])
     for word in ("under parallel.placement=STRICT_PACK", "at most 2 workers"):
         assert word in str(caught.value)
+
+
+def test_a_selector_is_written_as_ray_reads_it() -> None:
+    assert for_ray({"zone": "in(b, c)"}) == {"zone": "in(b,c)"}
+    assert for_ray({}) is None
