@@ -41,8 +41,7 @@ def chosen(tmp_path: Path, overlay: str, start: str, components: list[str]) -> l
     """An overlay after the edits that its comments name; `start` is train, sweep or cluster."""
     shutil.copytree(K8S, tmp_path / "k8s", dirs_exist_ok=True)
     folder = tmp_path / "k8s" / "overlays" / overlay
-    text = (folder / "kustomization.yaml").read_text()
-    edited = yaml.safe_load(text)
+    edited = yaml.safe_load((folder / "kustomization.yaml").read_text())
     edited["resources"] = ["../../base"] + ([f"../../{start}"] if start != "cluster" else [])
     edited["components"] = [f"../../{name}" for name in components]
     if start == "cluster":

@@ -83,6 +83,8 @@ class Slurm(Hosts):
             "PATH": f"{self._root}/usr/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAYTUNE_FT_STORAGE": str(self.storage),
             "RAY_OBJECT_STORE_BYTES": "100000000",
+            # All nodes share this machine's processors.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
         }
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
