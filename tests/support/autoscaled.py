@@ -141,10 +141,11 @@ class Autoscaled(AutoscalingCluster):
         return len(used), len(used) + len(idle)
 
     def __exit__(self, *_: object) -> None:
-        everything = [psutil.Process(self._head.pid)]
-        everything += everything[0].children(recursive=True)
-        for process in everything:
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everything, timeout=30)
-        self._head.wait()
+        if self._head.poll() is None:
+            everything = [psutil.Process(self._head.pid)]
+            everything += everything[0].children(recursive=True)
+            for process in everything:
+                process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(everything, timeout=30)
+            self._head.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
