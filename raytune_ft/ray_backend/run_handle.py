@@ -210,8 +210,7 @@ class GroupHandle:
             self._error = error
         finally:
             with contextlib.suppress(RayError):
-                if ray.is_initialized():  # a call would start a cluster again
-                    self._registry.post.remote(self._name, {"ended": True})
+                self._registry.post.remote(self._name, {"ended": True})
 
 
 def fit(

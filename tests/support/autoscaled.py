@@ -25,6 +25,16 @@ NODE_TYPE = "worker"
 FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 
+AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 class Autoscaled(AutoscalingCluster):
     """A head without CPUs and nodes of one CPU, up to `most` of them, that come on demand and go
     after `idle_s`.
@@ -33,10 +43,7 @@ class Autoscaled(AutoscalingCluster):
     """
 
     def __init__(self, most: int, idle_s: float = 6.0) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"127.0.0.1:{_free_port()}"
         self._folder = Path(tempfile.mkdtemp(prefix="rtft-", dir="/tmp"))
         nodes = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
         super().__init__(
@@ -94,6 +101,8 @@ class Autoscaled(AutoscalingCluster):
             [
                 *(RAY, "start", "--head", "--block", "--num-cpus=0", "--disable-usage-stats"),
                 *("--include-dashboard=false", "--node-ip-address=127.0.0.1"),
+                # A head that has to find them gives up after 15 s on a busy machine.
+                *(f"--{agent}-port={_free_port()}" for agent in AGENTS),
                 f"--port={self.address.split(':')[1]}",
                 f"--autoscaling-config={config}",
                 f"--temp-dir={self._folder}",
@@ -132,10 +141,11 @@ class Autoscaled(AutoscalingCluster):
         return len(used), len(used) + len(idle)
 
     def __exit__(self, *_: object) -> None:
-        everything = [psutil.Process(self._head.pid)]
-        everything += everything[0].children(recursive=True)
-        for process in everything:
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everything, timeout=30)
-        self._head.wait()
+        if self._head.poll() is None:
+            everything = [psutil.Process(self._head.pid)]
+            everything += everything[0].children(recursive=True)
+            for process in everything:
+                process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(everything, timeout=30)
+            self._head.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
