@@ -230,13 +230,6 @@ class Mirror:
         _move(fetched.iterdir(), self.run)
         fetched.rmdir()
 
-
-def _move(paths: Iterable[Path], target: Path) -> None:
-    """The owner last: a run whose move was broken off has none, and is fetched again."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(paths, key=lambda path: path.name == MIRROR_OWNER):
-        path.rename(target / path.name)
-
     def _target(self, fetched: Path, key: str) -> Path:
         """Where a key goes. StorageError for one that whoever wrote it wants to go elsewhere."""
         try:
@@ -247,6 +240,13 @@ def _move(paths: Iterable[Path], target: Path) -> None:
                 "is an object whose key leads out of the run's directory",
                 "delete it, and find out who wrote it; nothing was fetched",
             ) from None
+
+
+def _move(paths: Iterable[Path], target: Path) -> None:
+    """The owner last: a run whose move was broken off has none, and is fetched again."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(paths, key=lambda path: path.name == MIRROR_OWNER):
+        path.rename(target / path.name)
 
 
 @contextmanager
