@@ -95,10 +95,11 @@ def head(environment: dict[str, str]) -> Iterator[tuple[str, str, Path]]:
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "ray start does not answer"
             try:
-                fetch(url, "/api/version", environment)
-                break
+                if b"ALIVE" in fetch(url, "/api/v0/nodes", environment):
+                    break
             except (URLError, ConnectionError):
-                time.sleep(0.5)
+                pass
+            time.sleep(0.5)
         yield f"127.0.0.1:{port}", url, folder
     finally:
         os.killpg(process.pid, signal.SIGTERM)
