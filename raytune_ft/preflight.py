@@ -30,10 +30,11 @@ def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config,
         several = False
         joined = joins_cluster()
         if joined:
+            from raytune_ft.ray_backend.capacity import autoscaler_runs
             from raytune_ft.ray_backend.cluster import connected, node_count
 
             stack.enter_context(connected())
-            several = node_count() > 1
+            several = node_count() > 1 or autoscaler_runs()
         shortage = _shortage(written, joined, usable)
         config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
         yield config, choose_strategy(written, shortage)[1]

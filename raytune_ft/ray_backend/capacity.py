@@ -216,4 +216,6 @@ def _never_came(error: ClusterError, waited_s: float) -> ClusterError:
     if not waited_s:
         return error
     rule = f"{error.rule}, after {seconds(waited_s)} of waiting"
-    return ClusterError(error.value, rule, f"{error.remedy}, or write parallel.wait_for_nodes")
+    return ClusterError(
+        error.value, rule, f"{error.remedy}, or write a longer parallel.wait_for_nodes"
+    )

@@ -18,7 +18,7 @@ from tests.nodes.conftest import Nodes
 from tests.support.models import save_tiny_llama
 from tests.support.runs import evaluations, make_inputs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 WORKER = "RayTrainWorker"
 
 
