@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raytune_ft import __version__
 from raytune_ft.config import paths
-from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.environment import check_submitter, in_ray_job
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -123,6 +124,7 @@ def train(
 
     Raises InputError, RunFailed or Interrupted.
     """
+    check_submitter(__version__)
     backend = backend or Backend()
     written = load_config(file, overrides, tell, ignore_search=True)
     with (
@@ -157,6 +159,7 @@ def sweep(
 
     Raises InputError, RunFailed or Interrupted.
     """
+    check_submitter(__version__)
     backend = backend or Backend()
     written = load_config(file, overrides, tell)
     if written.search is None:

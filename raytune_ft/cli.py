@@ -68,6 +68,18 @@ WaitLock = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        help="The dashboard of the cluster's head, such as http://HEAD:8265.",
+    ),
+]
+JobName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The name of a run, or a submission id.")
+]
 Where = Annotated[
     str, typer.Argument(metavar="DIR", help="A run, a sweep, or s3://bucket/prefix/NAME.")
 ]
@@ -348,6 +360,110 @@ def export(
     show.tell(f"written: {made}")
     if push_to is not None:
         show.tell(f"pushed: {make.push(made, push_to)}")
+
+
+@app.command()
+def submit(
+    file: File,
+    address: Address,
+    overrides: Overrides = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the log until the job has ended.")
+    ] = True,
+    retry: Annotated[
+        int,
+        typer.Option(
+            "--retry", min=0, help="Continue this often after the driver or the head has died."
+        ),
+    ] = 0,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", "--submission-id", help="Submission id; by default the name of the run."
+        ),
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option("--command", help="train or sweep; by default sweep if there is a search."),
+    ] = None,
+    cluster_paths: Annotated[
+        bool,
+        typer.Option(
+            "--cluster-paths",
+            help="Model and data are on the cluster: absolute paths are its own, and the job "
+            "checks what is there.",
+        ),
+    ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Use a cluster that is open to other machines."),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a config here, run it as a job of a Ray cluster, and end with its exit code.
+
+    The config and the files that it names are packed, and nothing else. A second submit of the
+    same run attaches to its live job. Ctrl-C detaches: the job goes on.
+
+    Example: raytune-ft submit jobs/quickstart.yaml storage=/mnt/runs --address http://head:8265
+
+    Example: raytune-ft submit big.yaml --address http://head:8265 --cluster-paths --retry 3
+    """
+    from raytune_ft.submit import submit as jobs
+
+    asked = jobs.Asked(address, name, command, follow, retry, cluster_paths, insecure)
+    jobs.submit(file, overrides or (), asked, show.raw, show.tell)
+
+
+@app.command()
+def status(
+    address: Address,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Default: all.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a job, or all jobs of a cluster; of a job that waits, why.
+
+    Example: raytune-ft status gsm8k --address http://head:8265
+    """
+    from raytune_ft.ray_backend.jobs import JobCluster
+    from raytune_ft.submit import submit as jobs
+
+    cluster = JobCluster(address)
+    if name is None:
+        show.print_table(jobs.all_jobs(cluster))
+    else:
+        show.print_facts(jobs.status(cluster, name))
+
+
+@app.command()
+def logs(
+    name: JobName,
+    address: Address,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job has ended; with its exit code.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the log of a job.
+
+    Example: raytune-ft logs gsm8k --follow --address http://head:8265
+    """
+    from raytune_ft.ray_backend.jobs import JobCluster
+    from raytune_ft.submit import submit as jobs
+
+    jobs.logs(JobCluster(address), name, follow, show.raw, show.tell)
+
+
+@app.command()
+def stop(name: JobName, address: Address, debug: Debug = False) -> None:
+    """Ask a job to save a checkpoint and to end; wait until it has.
+
+    Example: raytune-ft stop gsm8k --address http://head:8265
+    """
+    from raytune_ft.ray_backend.jobs import JobCluster
+    from raytune_ft.submit import submit as jobs
+
+    jobs.stop(JobCluster(address), name, show.tell)
 
 
 @checkpoints.command("list")

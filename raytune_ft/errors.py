@@ -7,13 +7,15 @@ RaytuneFtError
 |   |-- ModelError        a model directory, a hub id, a method that the model cannot take
 |   |-- StorageError      a path that cannot be written, a run that exists or does not
 |   |   `-- Promoted      the run or sweep was promoted before
-|   `-- ClusterError      resources that the cluster does not have
+|   `-- ClusterError      a cluster that lacks resources, refuses us or is another one
+|       `-- Unreachable   a cluster that does not answer
 |-- RunFailed             exit code 1: the run itself failed
 |   |-- Diverged          the loss or the gradient is not finite
 |   |-- LockHeld          another process drives the run, for longer than --wait-lock
 |   |-- OutOfMemory       a device or the host ran out of memory
 |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
 |   `-- MergeError        a fold whose logits differ from those of base + adapter
+|-- JobEnded              the exit code of a job that was followed, where it is not 0
 `-- Interrupted           exit code 130: SIGINT or SIGTERM; the run can be resumed
 """
 
@@ -63,7 +65,11 @@ class Promoted(StorageError):
 
 
 class ClusterError(InputError):
-    """Resources that the cluster does not have."""
+    """A cluster that lacks resources, refuses this user or is not the one that was meant."""
+
+
+class Unreachable(ClusterError):
+    """A cluster that does not answer, or not any more."""
 
 
 class RunFailed(RaytuneFtError):
@@ -88,6 +94,14 @@ class CheckpointError(RunFailed):
 
 class MergeError(RunFailed):
     """A fold whose logits differ from those of base + adapter."""
+
+
+class JobEnded(RaytuneFtError):
+    """A job that was followed ended with an exit code other than 0, which becomes our own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Interrupted(RaytuneFtError):

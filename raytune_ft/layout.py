@@ -13,7 +13,7 @@ STORAGE/
     report.html
     hang.log                      stacks of ranks that made no progress
     tracking.json, tensorboard/   run ids of trackers; event files
-    mirror.json                   storage s3://: which copy is the newest
+    mirror.json                   storage s3://: which copy is the newest; touched by each copy
     checkpoints/
       step-000120/                a checkpoint
         manifest.json             size and sha256 of every file; written last

@@ -96,6 +96,7 @@ class Mirror:
                 for name in set(remote.names()) - set(kept):
                     remote.delete(name)
                 remote.clear(keep=kept)
+        (self.run / MIRROR_OWNER).touch()
 
     def _has_begun(self) -> bool:
         """Whether the bucket has anything that was measured, or a result."""

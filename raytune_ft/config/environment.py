@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from urllib.parse import quote, quote_plus, unquote
 from raytune_ft.errors import ConfigError
 
 STORAGE_VARIABLE = "RAYTUNE_FT_STORAGE"
+VERSION = "raytune_ft_version"
+"""Key of a job's metadata: the version of this package that checked the config and submitted it."""
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # A password in the user part of a URL or in its query; group 1 is the password.
 _IN_USER_PART = re.compile(r"://[^/\s:@]*:([^\s]+)@")
@@ -21,11 +24,24 @@ _BEFORE_AT = re.compile(r"(\w+://)?[^\s'\"]*@")
 _PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # may hold blanks
 _SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 HIDDEN = "***"
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def in_ray_job() -> bool:
     """Whether this process is the entry point of a Ray job, or was started by one."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return _JOB in os.environ
+
+
+def check_submitter(own: str) -> None:
+    """ConfigError where another version of this package has submitted this job."""
+    metadata = json.loads(os.environ.get(_JOB) or "{}").get("metadata") or {}
+    theirs = metadata.get(VERSION, own)
+    if theirs != own:
+        raise ConfigError(
+            f"raytune_ft {own} of the cluster",
+            f"differs from raytune_ft {theirs}, which has checked the config and submitted it",
+            "install the same version on both sides",
+        )
 
 
 def referenced(value: Any) -> set[str]:
@@ -61,6 +77,15 @@ def expand(value: Any, key: str = "", environ: Mapping[str, str] | None = None) 
     if isinstance(value, list):
         return [expand(item, key, environ) for item in value]
     return value
+
+
+def names_in(value: Any) -> set[str]:
+    """The names of all `${NAME}` in the texts of a plain value."""
+    if isinstance(value, dict):
+        return {name for item in value.values() for name in names_in(item)}
+    if isinstance(value, list):
+        return {name for item in value for name in names_in(item)}
+    return set(_REFERENCE.findall(value)) if isinstance(value, str) else set()
 
 
 def refuse_secrets(value: Any, key: str = "") -> None:

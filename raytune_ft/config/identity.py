@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 from raytune_ft.config.data import CurriculumConfig
@@ -33,6 +34,9 @@ FREE = (
 )
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
+# Where Ray unpacks the files of a job, which is another place for each session and package. The
+# data themselves are compared by content.
+_UNPACKED = re.compile(r"^/.*/working_dir_files/_ray_pkg_[0-9a-f]+/")
 
 
 def config_sha256(config: Config) -> str:
@@ -108,6 +112,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys and values; lists and empty mappings are values, lists of sections are not."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         value = {str(number): item for number, item in enumerate(value)}
+    if isinstance(value, str):
+        value = _UNPACKED.sub("", value)
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     flat: dict[str, Any] = {}

@@ -11,10 +11,12 @@ import ray
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.errors import InputError
+from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
 from raytune_ft.ray_backend.worker import host_of, use_reserved
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RunSpec
+from raytune_ft.train.report import Several
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.watchdog import watched
 
@@ -75,6 +77,11 @@ class _Client:
     def __init__(self, queue: Any, name: str, strategy: Strategy) -> None:
         self._queue, self._name, self._strategy = queue, name, strategy
         self._asked: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0."""
+        return self._strategy.rank == 0
 
     def slots_before(self) -> int | None:
         """Slots of the lost engine of this name, whose trials continue here; None without one."""
@@ -148,8 +155,10 @@ class _Work:
     def enter(self, spec: RunSpec) -> None:
         """Let a trial in. One that cannot be trained fails alone."""
         run = spec.run_dir.name
+        reporter = _ToTrial(partial(self._client.post, run))
+        gauges = [RunGauges(spec.run_dir)] if self._client.first else []
         try:
-            self._engine.enter(spec, _ToTrial(partial(self._client.post, run)))
+            self._engine.enter(spec, Several([reporter, *gauges]))
         except InputError as error:
             self._client.refuse(spec, error)
         else:

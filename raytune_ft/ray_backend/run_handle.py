@@ -17,6 +17,7 @@ from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
 from raytune_ft.ray_backend.environment import check_environment
+from raytune_ft.ray_backend.metrics import measured
 from raytune_ft.ray_backend.registry import (
     Ended,
     Note,
@@ -208,7 +209,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM; the workers are gone and the run can be resumed.
     """
     grace_s = stop_grace_s()
-    with connected():
+    with connected(), measured(spec.run_dir):
         require_capacity(spec.config.parallel)
         check_environment(spec.config, tell or (lambda line: None))
         handle = GroupHandle(spec, start_registry(slots=1), worker)

@@ -39,6 +39,7 @@ from raytune_ft.ray_backend.cluster import (
     train_environment,
 )
 from raytune_ft.ray_backend.environment import check_environment
+from raytune_ft.ray_backend.metrics import DriverGauges, measured
 from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
@@ -180,11 +181,14 @@ class ProgressCallback(OfThisProcess, tune.Callback):
         search: SearchConfig,
         after_trial: Callable[[], None],
         execution: Execution,
+        gauges: DriverGauges,
     ) -> None:
         self._progress, self._study, self._search = progress, study, search
+        self._gauges = gauges
         self._after_trial, self._execution = after_trial, execution
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._gauges.started(trial.config["trial"])
         self._progress.started(trial.config["trial"], trial.config["params"])
 
     def on_trial_result(
@@ -211,6 +215,7 @@ class ProgressCallback(OfThisProcess, tune.Callback):
         name = trial.config["trial"]
         every = rows(self._study, self._search)
         row = next(row for row in every if row.id == name)
+        self._gauges.ended(name, row.status)
         if row.status != "interrupted":
             self._after_trial()
             self._progress.finished(name, row.status, row.eval_loss, row.error)
@@ -312,10 +317,11 @@ class _Sweep:
                 self._open_execution(left, progress.note) as (execution, concurrent),
                 tune_storage() as storage,
                 settings_of_tune(),
+                measured(self._shared.sweep_dir) as gauges,
             ):
                 stop = StopWith(interrupted, execution, stop_grace_s())
                 reports = ProgressCallback(
-                    progress, self._study, self._search, self._remember, execution
+                    progress, self._study, self._search, self._remember, execution, gauges
                 )
                 self._tuner(left, concurrent, execution, storage, stop, reports, interrupted).fit()
         except TuneError as error:

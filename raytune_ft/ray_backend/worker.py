@@ -22,8 +22,10 @@ from ray.train.v2._internal.execution.context import get_train_context
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.layout import RESULT
+from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RunSpec
+from raytune_ft.train.report import Reporter, Several
 from raytune_ft.train.stopping import Host
 from raytune_ft.train.watchdog import Heartbeat, Standing
 
@@ -96,14 +98,16 @@ def train_worker(payload: dict[str, Any]) -> str:
     Returns the status of the run. "interrupted" without a request to end restarts the group.
     """
     spec: RunSpec = payload["spec"]
+    reporters: list[Reporter] = [RayReporter()]
     if ray.train.get_context().get_world_rank() == 0:
         (spec.run_dir / RESULT).unlink(missing_ok=True)  # of an earlier group
+        reporters.insert(0, RunGauges(spec.run_dir))
     use_reserved(spec.config.parallel)
 
     from raytune_ft.train.run import run_training
 
     host = host_of(payload["run"], payload["registry"])
-    return run_training(spec, choose_strategy(spec.config)[0], RayReporter(), host).status
+    return run_training(spec, choose_strategy(spec.config)[0], Several(reporters), host).status
 
 
 def use_reserved(parallel: ParallelConfig) -> None:

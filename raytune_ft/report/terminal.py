@@ -31,6 +31,11 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
+def raw(text: str) -> None:
+    """Print a piece of a log as it is, and flush it."""
+    print(text, end="", flush=True)
+
+
 def one_line(text: str, limit: int = MAX_TEXT) -> str:
     """The text without line breaks, cut to `limit` characters."""
     flat = " ".join(text.split())

@@ -491,9 +491,31 @@ RUNS: list[Case] = [
     ),
     ("raytune-ft promote runs/second", "second", "result.json", "--resume"),
 ]
+SUBMIT = "raytune-ft submit jobs/quickstart.yaml --address http://127.0.0.1:1"
+THERE = "storage=/mnt/runs"
+JOBS: list[Case] = [
+    (f"{SUBMIT} {THERE}", "--address=http://127.0.0.1:1", "does not answer", "dashboard"),
+    ("raytune-ft stop first --address http://127.0.0.1:1", "does not answer"),
+    ("raytune-ft status --address head:8265", "--address=head:8265", "http://HEAD:8265"),
+    ("raytune-ft logs first", "--address", "raytune-ft logs --help"),
+    (SUBMIT, "storage=runs", "every node", "RAYTUNE_FT_STORAGE"),
+    (f"{SUBMIT} {THERE} train.batchsize=4", "train.batchsize", "train.batch_size"),
+    (
+        f"{SUBMIT} {THERE} data.train.path=/data/train.jsonl",
+        "data.train.path=/data/train.jsonl",
+        "--cluster-paths",
+    ),
+    (f"{SUBMIT} {THERE} --retry 2 --no-follow", "--retry=2", "--no-follow"),
+    (f"{SUBMIT} {THERE} --command promote", "--command=promote", "train", "sweep"),
+    (
+        f"{SUBMIT} {THERE} search.storage=sqlite:///study.db",
+        "search.storage=sqlite:///study.db",
+        "absolute path",
+    ),
+]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + PROMOTION + RUNS),
+    *(OBJECTIVES_AND_SOURCES + PROMOTION + RUNS + JOBS),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",

@@ -45,6 +45,8 @@ NOT_RUN = {
     r"ray get-auth-token --generate '>' /dev/null": "writes into the home directory",
 }
 """Patterns of the other lines that a page may hold, with the reason why they are not run."""
+JOBS = ("submit", "status", "logs", "stop")
+"""Commands against a cluster that is not here; tests/e2e/test_submit.py runs them."""
 STARTS = ("train", "sweep", "evaluate", "promote", "export")
 """Commands that compute for seconds."""
 BASE: dict[str, Any] = {"name": "fragment", "data": {"train": {"path": "train.jsonl"}}}
@@ -121,7 +123,7 @@ def test_configs_load_and_command_lines_parse(page: Path, session: Path) -> None
             continue
         command, arguments, _ = found
         overrides = [word for word in arguments[1:] if "=" in word]
-        if command in ("plan", "train", "sweep"):
+        if command in ("plan", "train", "sweep", "submit"):
             load_config(Path(arguments[0]), [*overrides, *HERE])
 
 
@@ -191,7 +193,7 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, arguments, in_a_job = found
     if command in ("plan", "sweep") or (in_a_job and command == "train"):
         _succeed("plan", *[word for word in arguments if word != "--resume"], *HERE)
-    if in_a_job or command == "plan":
+    if in_a_job or command in ("plan", *JOBS):
         return
     small = SHRUNK if command in ("train", "sweep", "evaluate") else []
     # The grace period of a scheduler is longer than a run of 60 rows.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.support.commands import ROOT
 
-PORT = 6379
+PORT, DASHBOARD = 6379, 8265
 
 
 def why_not() -> str | None:
@@ -35,17 +35,20 @@ def why_not() -> str | None:
 
 
 class Hosts:
-    """`count` hosts of one CPU each with a Ray cluster over them that asks for a token."""
+    """`count` hosts of one CPU each with a Ray cluster over them that asks for a token, and then
+    `idle` more without Ray. With `dashboard`, the first takes jobs.
+    """
 
-    def __init__(self, directory: Path, count: int) -> None:
+    def __init__(self, directory: Path, count: int, idle: int = 0, dashboard: bool = False) -> None:
         self._tag = f"rt{os.getpid()}"
-        self._directory = directory
-        self.count = count
+        self._directory, self._dashboard = directory, dashboard
+        self._started, self.count = count, count + idle
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
             # A host that is silent for 6 s is dead; by default after more than 20 s.
@@ -63,7 +66,8 @@ class Hosts:
             _ip("-n", switch, "link", "set", "br0", "up")
             for host in range(1, self.count + 1):
                 self._wire(host, switch)
-                self.start(host)
+                if host <= self._started:
+                    self.start(host)
         except BaseException:
             self.__exit__()
             raise
@@ -87,7 +91,8 @@ class Hosts:
         """Its Ray; the first one is the head."""
         place = f"--address={self.address(1)}:{PORT}"
         if host == 1:
-            place = f"--head --port={PORT} --include-dashboard=false"
+            place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
+            place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
         done = subprocess.run(
             [
                 *self.on(host, "ray.scripts.scripts"),

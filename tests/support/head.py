@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,10 +12,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import psutil
 
-RAY = str(Path(sys.executable).parent / "ray")
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
 
 
 @dataclass
@@ -24,11 +29,28 @@ class Head:
     process: subprocess.Popen[bytes]
     port: int
     folder: Path
+    dashboard: int | None = None
+    token: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard."""
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """For requests to the dashboard."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+    def get(self, path: str) -> Any:
+        """The JSON that the dashboard answers."""
+        with urlopen(Request(f"{self.url}{path}", headers=self.headers)) as answer:
+            return json.load(answer)
 
     @property
     def environment(self) -> dict[str, str]:
         """For drivers."""
-        return {"RAY_ADDRESS": f"127.0.0.1:{self.port}", "RAY_AUTH_MODE": "disabled"}
+        return {"RAY_ADDRESS": f"127.0.0.1:{self.port}", **_authentication(self.token)}
 
     def kill(self) -> int:
         """SIGKILL to everything at once, workers as well; how many processes that were."""
@@ -42,28 +64,56 @@ class Head:
         return len(everything)
 
 
-def start_head() -> Head:
-    """Returns once it answers; end it with `Head.kill`."""
+def free_port() -> int:
+    """One that nobody listened on a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _authentication(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
+    """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
+    dashboard out, without which there are no jobs. With a `token`, it asks for that.
+    """
+    port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
+    shown = ["--include-dashboard=false"]
+    if dashboard is not None:
+        shown = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        # Without its agent a head takes no jobs, and another Ray here may have the usual port.
+        shown += [f"--dashboard-agent-listen-port={free_port()}"]
     head = subprocess.Popen(
         [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"),
+            *(RAY, "start", "--head", "--block", "--num-cpus=2", *shown),
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        env=os.environ | _authentication(token) | {"PATH": f"{BIN}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    started = Head(head, port, folder, dashboard, token)
     deadline = time.monotonic() + 120
-    while True:
+    while not _answers(started):
         assert head.poll() is None, "ray start ended"
         assert time.monotonic() < deadline, "ray start does not answer"
-        workers = psutil.Process(head.pid).children(recursive=True)
-        if any("raylet" in process.name() for process in workers):
-            return Head(head, port, folder)
         time.sleep(0.5)
+    return started
+
+
+def _answers(head: Head) -> bool:
+    if head.dashboard is None:
+        workers = psutil.Process(head.process.pid).children(recursive=True)
+        return any("raylet" in process.name() for process in workers)
+    try:
+        return bool(head.get("/api/v0/nodes")["data"]["result"]["result"])
+    except (URLError, ConnectionError):
+        return False

@@ -27,7 +27,7 @@ LAYERS = [
     {"promote"},
     {"preflight", "fetch"},
     {"app"},
-    {"plan"},
+    {"plan", "submit"},
     {"cli"},
     {"__main__"},
 ]

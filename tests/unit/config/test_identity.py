@@ -52,6 +52,18 @@ def test_layout_is_free(key: str) -> None:
     check_resume(CONFIG, changed)
 
 
+def test_a_file_that_came_with_a_job_is_the_same_wherever_it_was_unpacked() -> None:
+    ray = "/tmp/ray/session_{}/runtime_resources/working_dir_files/_ray_pkg_{}/rows.jsonl"
+    one, two, other = (
+        apply_overrides(CONFIG, {"data.train.path": path})
+        for path in (ray.format(1, "0a1b"), ray.format(2, "ffff"), ray.format(1, "0a1b") + "x")
+    )
+    check_resume(one, two)
+    assert config_sha256(one) == config_sha256(two)
+    with pytest.raises(ConfigError):
+        check_resume(one, other)
+
+
 @pytest.mark.parametrize("key", FIXED)
 def test_what_changes_the_math_is_refused_by_name_with_both_values(key: str) -> None:
     changed = apply_overrides(CONFIG, {key: FIXED[key]})
