@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.support.commands import ROOT
 
@@ -87,23 +89,29 @@ class Hosts:
         """On the bridge."""
         return f"10.77.0.{host}"
 
-    def start(self, host: int) -> None:
-        """Its Ray; the first one is the head."""
+    def start(
+        self, host: int, mounts: str = "", environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Its Ray; the first one is the head. `mounts` is a shell command that runs before it, whose
+        mounts only the processes of this host see.
+        """
         place = f"--address={self.address(1)}:{PORT}"
         if host == 1:
             place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
             place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
+        shell = ["sh", "-c", f'{mounts or "true"} && exec "$@"', "sh"]
         done = subprocess.run(
             [
-                *self.on(host, "ray.scripts.scripts"),
-                "start",
+                *self.enter(host),
+                *shell,
+                *(sys.executable, "-m", "ray.scripts.scripts", "start"),
                 *place.split(),
                 f"--node-ip-address={self.address(host)}",
                 f"--temp-dir={self._directory}/h{host}",
                 "--num-cpus=1",
                 "--object-store-memory=100000000",
             ],
-            env=self.environment,
+            env=self.environment | environment,
             capture_output=True,
             text=True,
             timeout=120,
@@ -113,7 +121,11 @@ class Hosts:
 
     def on(self, host: int, module: str) -> list[str]:
         """The start of a command there."""
-        return ["ip", "netns", "exec", self.namespace(host), sys.executable, "-m", module]
+        return [*self.enter(host), sys.executable, "-m", module]
+
+    def enter(self, host: int) -> list[str]:
+        """What a command begins with that runs there."""
+        return ["ip", "netns", "exec", self.namespace(host)]
 
     def cut(self, host: int) -> None:
         """The link first, so that no socket is closed where others could see it."""
