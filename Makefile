@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families methods-table lint types bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families methods-table doctor-table lint types bench clean
 
 install: $(STAMP)
 
@@ -45,6 +45,10 @@ test-families: $(STAMP)
 # The table of docs/methods.md.
 methods-table: $(STAMP)
 	$(BIN)/python scripts/methods_table.py
+
+# The findings on docs/doctor.md.
+doctor-table: $(STAMP)
+	$(BIN)/python scripts/doctor_table.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from packaging.requirements import Requirement
 
@@ -77,6 +77,13 @@ class Subject:
 
 
 Run = Callable[[Subject], Iterable[Row]]
+NEEDS = {
+    "": "",
+    "config": " Only with CONFIG.",
+    "nodes": " Only with several nodes.",
+    "cluster and config": " Only with CONFIG, on a cluster.",
+}
+"""What a check is left out without."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,14 @@ class Check:
     """
     Attributes:
         looks_at: for the documentation.
-        needs: what the check is left out without; "nodes" are several.
+        needs: a key of `NEEDS`.
         limit_s: after which the check is given up.
     """
 
     run: Run
     looks_at: str
     findings: tuple[Finding, ...]
-    needs: Literal["config", "nodes", "cluster and config", ""] = ""
+    needs: str = ""
     limit_s: float = 2 * ASK_S
 
 
@@ -299,15 +306,15 @@ def judge_clocks(facts: Mapping[str, tuple[float, float]]) -> list[Row]:
     """Seconds by which each clock is ahead, and how long the question and its answer took; by half
     of that the first may be wrong, in favour of the node.
     """
-    rows, largest = [], 0.0
+    rows = []
     for node, (ahead, trip) in facts.items():
         skew = max(0.0, abs(ahead) - trip / 2)
-        largest = max(largest, skew)
         if skew > CLOCK_WARNING_S:
             finding = FAR_SKEWED if skew > CLOCK_DEFECT_S else SKEWED
             direction = "ahead of" if ahead > 0 else "behind"
             rows.append(finding.on(node, skew=seconds(skew), direction=direction))
-    return rows or [well(f"equal to {seconds(largest)}")]
+    largest = max(abs(ahead) for ahead, _ in facts.values())
+    return rows or [well(f"within {seconds(largest)} of the first node")]
 
 
 DISK_WARNING, DISK_DEFECT = 10 * GIB, GIB
@@ -725,7 +732,7 @@ def _speed(value: float) -> str:
 
 
 CHECKS: dict[str, Check] = {
-    "nodes": Check(nodes, "whether Ray starts a process on every node", (NO_PROCESS,)),
+    "nodes": Check(nodes, "Whether Ray starts a process on every node", (NO_PROCESS,)),
     "versions": Check(
         versions,
         "Python, Ray, torch, its CUDA, transformers, peft, deepspeed, optuna and raytune-ft: equal "
@@ -734,19 +741,19 @@ CHECKS: dict[str, Check] = {
     ),
     "gpus": Check(
         gpus,
-        "the GPUs that Ray offers, that nvidia-smi lists and that torch can use; drivers",
+        "The GPUs that Ray offers, that nvidia-smi lists and that torch can use; drivers",
         (TOO_MANY, TOO_FEW, UNUSABLE, DRIVERS),
         limit_s=IMPORT_S + ASK_S,
     ),
-    "ray": Check(rays, "more than one Ray on a host", (TAKEN_TWICE, SEVERAL)),
+    "ray": Check(rays, "More than one Ray on a host", (TAKEN_TWICE, SEVERAL)),
     "auth": Check(
         auth,
-        "whether a stranger without a token may use the cluster; who may read the token",
+        "Whether a stranger without a token may use the cluster; who may read the token",
         (OPEN, OPEN_INSECURE, READABLE_TOKEN),
     ),
     "clocks": Check(
         clocks,
-        f"the clock of each node against that of the first, without the time of the question: a "
+        f"The clock of each node against that of the first, without the time of the question: a "
         f"warning above {CLOCK_WARNING_S:g} s, a defect above {CLOCK_DEFECT_S:g} s",
         (SKEWED, FAR_SKEWED),
         needs="nodes",
@@ -754,14 +761,14 @@ CHECKS: dict[str, Check] = {
     ),
     "disk": Check(
         disk,
-        f"free space for temporary files, the cache of models and storage: a warning below "
+        f"Free space for temporary files, the cache of models and storage: a warning below "
         f"{size(DISK_WARNING)}, a defect below {size(DISK_DEFECT)}",
         (LITTLE_DISK, NO_DISK),
     ),
-    "shm": Check(shm, f"whether /dev/shm has {size(SHM)}", (SMALL_SHM, SMALL_SHM_GPUS)),
+    "shm": Check(shm, f"Whether /dev/shm has {size(SHM)}", (SMALL_SHM, SMALL_SHM_GPUS)),
     "storage": Check(
         storage,
-        "each node writes a file into `storage` and reads those of all others; of s3:// also an "
+        "Each node writes a file into `storage` and reads those of all others; of s3:// also an "
         "object, by the first node",
         (UNWRITABLE, UNSHARED, NO_BUCKET),
         needs="config",
@@ -769,34 +776,34 @@ CHECKS: dict[str, Check] = {
     ),
     "locks": Check(
         locks,
-        "whether a lock in `storage` that the first node holds keeps out all others",
+        "Whether a lock in `storage` that the first node holds keeps out all others",
         (NO_LOCKS, LOCK_TAKEN),
         needs="config",
         limit_s=3 * ASK_S,
     ),
     "capacity": Check(
         capacity,
-        "whether the nodes hold a run of the config",
+        "Whether the nodes hold a run of the config",
         (TOO_SMALL,),
         needs="cluster and config",
     ),
     "environment": Check(
         environment,
-        "the variables that workers of the config need, by name; see docs/cluster.md",
+        "The variables that workers of the config need, by name; see docs/cluster.md",
         (UNSET, DIFFERENT_NETWORK),
         needs="config",
         limit_s=4 * ASK_S,
     ),
     "ports": Check(
         ports,
-        "each node connects to a port that each other one has just opened",
+        "Each node connects to a port that each other one has just opened",
         (BLOCKED,),
         needs="nodes",
         limit_s=3 * ASK_S,
     ),
     "all-reduce": Check(
         all_reduce,
-        "an all-reduce over all nodes (NCCL if each has a GPU that is free, else gloo), and each "
+        "An all-reduce over all nodes (NCCL if each has a GPU that is free, else gloo), and each "
         f"pair alone: a node is slow below 1/{SLOW:g} of the usual, a defect below "
         f"1/{VERY_SLOW:g}",
         (SLOW_NODE, VERY_SLOW_NODE, SLOW_PAIR, SLOW_ALL, NO_REDUCE, GPUS_TAKEN),
@@ -805,3 +812,16 @@ CHECKS: dict[str, Check] = {
     ),
 }
 """In the order of the table. The all-reduce comes last, since it may end its processes."""
+
+
+def reference() -> str:
+    """Markdown of every check with what it may find, for docs/doctor.md."""
+    parts = []
+    for name, check in CHECKS.items():
+        needs = NEEDS[check.needs]
+        lines = [f"### {name}\n", f"{check.looks_at}.{needs}\n"]
+        lines += ["| status | found | remedy |", "|---|---|---|"]
+        for finding in check.findings:
+            lines.append(f"| {finding.status} | {' | '.join(finding.template)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)

@@ -53,6 +53,7 @@ class Hosts:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             # A host that is silent for 6 s is dead; by default after more than 20 s.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
@@ -90,16 +91,16 @@ class Hosts:
         return f"10.77.0.{host}"
 
     def start(
-        self, host: int, mounts: str = "", environment: Mapping[str, str] = MappingProxyType({})
+        self, host: int, before: str = "true", environment: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """Its Ray; the first one is the head. `mounts` is a shell command that runs before it, whose
-        mounts only the processes of this host see.
+        """Its Ray; the first one is the head. `before` is a shell command; what it mounts, only
+        this Ray sees.
         """
         place = f"--address={self.address(1)}:{PORT}"
         if host == 1:
             place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
             place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
-        shell = ["sh", "-c", f'{mounts or "true"} && exec "$@"', "sh"]
+        shell = ["sh", "-c", f'{before} && exec "$@"', "sh"]
         done = subprocess.run(
             [
                 *self.enter(host),
@@ -114,7 +115,7 @@ class Hosts:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=180,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

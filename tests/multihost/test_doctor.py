@@ -50,7 +50,7 @@ class Site:
         done = subprocess.run(
             [*self.hosts.on(host, "raytune_ft"), "doctor", *arguments],
             cwd=self.project,
-            env=self.hosts.environment | {"HF_TOKEN": SECRET},
+            env=self.hosts.environment,
             capture_output=True,
             text=True,
             timeout=600,
@@ -98,11 +98,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip(reason)
     project, storage = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("shared")
     (project / "run.yaml").write_text(CONFIG)
-    with Hosts(Path(tmp_path_factory.mktemp("r")), 3, dashboard=True) as started:
-        for host in (2, 3):
-            started.kill(host)
-            started.start(host, environment={"HF_TOKEN": SECRET})
-        yield Site(started, project, storage)
+    hosts = Hosts(Path(tmp_path_factory.mktemp("r")), 3, dashboard=True)
+    hosts.environment["HF_TOKEN"] = SECRET
+    with hosts:
+        yield Site(hosts, project, storage)
 
 
 def test_three_hosts_that_are_well(site: Site) -> None:
@@ -128,36 +127,20 @@ def test_what_is_planted_is_found(site: Site) -> None:
     for host in (2, 3):
         hosts.kill(host)
     paths = f"{strange}:{hosts.environment['PYTHONPATH']}"
-    hosts.start(2, environment={"HF_TOKEN": SECRET, "PYTHONPATH": paths})
+    hosts.start(2, environment={"PYTHONPATH": paths})
     hosts.start(
         3,
-        mounts=f"mount --bind {site.storage} {site.storage} && "
-        f"mount -o remount,bind,ro {site.storage} && mount -t tmpfs -o size=1m none {cache}",
+        before=f"mount --bind {site.storage} {site.storage} && "
+        f"mount -o remount,bind,ro {site.storage} && mount -t tmpfs -o size=1m none {cache} && "
+        "unset HF_TOKEN",
         environment={"HF_HOME": str(cache)},
     )
-    second = start_a_second_ray(hosts, 3)
-    slow = [
-        "tc",
-        "qdisc",
-        "add",
-        "dev",
-        "eth0",
-        "root",
-        "tbf",
-        "rate",
-        "20mbit",
-        "burst",
-        "64kb",
-        "latency",
-        "400ms",
-    ]
-    subprocess.run([*hosts.enter(3), *slow], check=True)
+    second = begin_a_second_ray(hosts, 3)
+    traffic_control(hosts, 3, "add", "tbf", "rate", "20mbit", "burst", "64kb", "latency", "400ms")
     try:
         rows = site.doctor("run.yaml", f"storage={site.storage}", site.address, code=1)
     finally:
-        subprocess.run(
-            [*hosts.enter(3), *["tc", "qdisc", "del", "dev", "eth0", "root"]], check=True
-        )
+        traffic_control(hosts, 3, "delete")
         second.terminate()
         second.wait()
     found = defects(rows)
@@ -184,7 +167,12 @@ def test_what_is_planted_is_found(site: Site) -> None:
     assert "is slow" in found["all-reduce"][0][3]
 
 
-def start_a_second_ray(hosts: Hosts, host: int) -> subprocess.Popen[bytes]:
+def traffic_control(hosts: Hosts, host: int, act: str, *rule: str) -> None:
+    words = ["tc", "qdisc", act, "dev", "eth0", "root", *rule]
+    subprocess.run([*hosts.enter(host), *words], check=True)
+
+
+def begin_a_second_ray(hosts: Hosts, host: int) -> subprocess.Popen[bytes]:
     """Also a node with all CPUs, on the same host."""
     words = ["start", "--head", "--block", "--port=7000", "--include-dashboard=false"]
     process = subprocess.Popen(
