@@ -94,9 +94,9 @@ def commit_of(model: ModelConfig) -> str:
 def snapshot(model: ModelConfig, revision: str) -> Path:
     """The directory of a model, after a download of what is missing there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class OnTerminals(tqdm):  # type: ignore[type-arg, misc]
+    class OnTerminals(tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **{**more, "disable": not sys.stderr.isatty()})
 

@@ -69,6 +69,11 @@ def suitable_nodes(parallel: ParallelConfig, nodes: Iterable[Node] | None = None
     )
 
 
+def for_ray(selector: Mapping[str, str]) -> dict[str, str] | None:
+    """A selector for Ray, which takes the blank in `in(a, b)` for a part of the second value."""
+    return {key: value.replace(" ", "") for key, value in selector.items()} or None
+
+
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Whether Ray would place a worker with `selector` on a node with `labels`."""
     return all(_matches(labels.get(key), wanted) for key, wanted in selector.items())
@@ -95,7 +100,7 @@ def actor_options(parallel: ParallelConfig) -> dict[str, Any]:
         "num_gpus": resources.pop("GPU", 0.0),
         "resources": resources,
         "accelerator_type": parallel.accelerator,
-        "label_selector": parallel.label_selector or None,
+        "label_selector": for_ray(parallel.label_selector),
     }
 
 

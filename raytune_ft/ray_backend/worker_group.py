@@ -49,7 +49,7 @@ from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
 from raytune_ft.model.hub import trained_models
 from raytune_ft.ray_backend.cluster import most_workers
 from raytune_ft.ray_backend.fetch import fetch_for_group
-from raytune_ft.ray_backend.placement import alive_nodes, matches
+from raytune_ft.ray_backend.placement import alive_nodes, for_ray, matches
 from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
 from raytune_ft.rundir import RunSpec
@@ -117,7 +117,7 @@ def train_group(
                 use_gpu=gpu,
                 resources_per_worker=resources,
                 accelerator_type=parallel.accelerator,
-                label_selector=parallel.label_selector or None,
+                label_selector=for_ray(parallel.label_selector),
                 placement_strategy=parallel.placement,
                 elastic_resize_monitor_interval_s=GROW_AFTER_S,
             ),

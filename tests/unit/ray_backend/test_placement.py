@@ -97,11 +97,12 @@ def test_a_strict_placement_that_does_not_fit_is_named() -> None:
 
 def test_an_actor_gets_the_place_of_a_worker() -> None:
     each = {"CPU": 2.0, "GPU": 1.0, "tape": 3.0}
-    wanted = parallel(resources_per_worker=each, accelerator="L4", label_selector={"zone": "c"})
+    labels = {"zone": "in(b, c)"}
+    wanted = parallel(resources_per_worker=each, accelerator="L4", label_selector=labels)
     assert actor_options(wanted) == {
         "num_cpus": 2.0,
         "num_gpus": 1.0,
         "resources": {"tape": 3.0},
         "accelerator_type": "L4",
-        "label_selector": {"zone": "c"},
+        "label_selector": {"zone": "in(b,c)"},
     }
