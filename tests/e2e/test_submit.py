@@ -59,12 +59,13 @@ class Command:
         return self.log.read_text()
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        """Until something has happened while it runs."""
-        deadline = time.monotonic() + 400
-        while not condition():
+        """Until something has happened; it must not end before."""
+
+        def happened() -> object:
             assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
+            return condition()
+
+        wait_for(happened)
 
     def ended(self, code: int) -> str:
         """Its output, once it has ended with `code`."""
@@ -127,6 +128,14 @@ class Cluster:
         """How many steps a run has done."""
         file = self.storage / name / "metrics.jsonl"
         return len(losses(file.parent)) if file.is_file() else 0
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Until something has happened on the cluster."""
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def last_line(output: str) -> str:
@@ -193,15 +202,13 @@ def test_a_live_run_is_attached_to_detached_from_stopped_and_continued(cluster: 
     check_line(f"{line}\n")
     assert "does not run: it was stopped" in line
 
-    # The budget is raised, so that this is another package in another folder of the cluster.
-    cluster.run(
-        "submit",
-        "run.yaml",
-        "name=live",
-        "train.epochs=1001",
-        f"train.max_examples={4 * done + 80}",
-    )
-    assert cluster.steps("live") == done + 20
+    # Other code is another package, which the cluster unpacks elsewhere.
+    with (cluster.project / "own.py").open("a") as file:
+        file.write("# changed\n")
+    again = cluster.run("submit", "run.yaml", "name=live", LONG, "--no-follow")
+    assert "raytune-ft logs live-2 --follow" in again
+    wait_for(lambda: cluster.steps("live") > done)
+    assert "STOPPED" in cluster.run("stop", "live")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ import psutil
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
+STARTS = 3
+"""Ray gives up a head that is not there after half a minute, as on a busy machine."""
 
 
 @dataclass
@@ -54,8 +56,10 @@ class Head:
 
     def kill(self) -> int:
         """SIGKILL to everything at once, workers as well; how many processes that were."""
-        everything = [psutil.Process(self.process.pid)]
-        everything += everything[0].children(recursive=True)
+        everything: list[psutil.Process] = []
+        if self.process.poll() is None:
+            everything = [psutil.Process(self.process.pid)]
+            everything += everything[0].children(recursive=True)
         for process in everything:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(everything, timeout=30)
@@ -82,6 +86,18 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
     """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
     dashboard out, without which there are no jobs. With a `token`, it asks for that.
     """
+    for _ in range(STARTS):
+        head = _start(dashboard, token)
+        deadline = time.monotonic() + 120
+        while head.process.poll() is None and time.monotonic() < deadline:
+            if _answers(head):
+                return head
+            time.sleep(0.5)
+        head.kill()
+    raise AssertionError(f"ray start does not answer, tried {STARTS} times")
+
+
+def _start(dashboard: int | None, token: str | None) -> Head:
     port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
     shown = ["--include-dashboard=false"]
@@ -89,7 +105,7 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
         shown = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         # Without its agent a head takes no jobs, and another Ray here may have the usual port.
         shown += [f"--dashboard-agent-listen-port={free_port()}"]
-    head = subprocess.Popen(
+    process = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--num-cpus=2", *shown),
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
@@ -100,13 +116,7 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    started = Head(head, port, folder, dashboard, token)
-    deadline = time.monotonic() + 120
-    while not _answers(started):
-        assert head.poll() is None, "ray start ended"
-        assert time.monotonic() < deadline, "ray start does not answer"
-        time.sleep(0.5)
-    return started
+    return Head(process, port, folder, dashboard, token)
 
 
 def _answers(head: Head) -> bool:
