@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tests.support.commands import ROOT
+from tests.support.head import STARTS
 
 PORT, DASHBOARD = 6379, 8265
 
@@ -101,24 +102,28 @@ class Hosts:
             place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
             place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
         shell = ["sh", "-c", f'{before} && exec "$@"', "sh"]
-        done = subprocess.run(
-            [
-                *self.enter(host),
-                *shell,
-                *(sys.executable, "-m", "ray.scripts.scripts", "start"),
-                *place.split(),
-                f"--node-ip-address={self.address(host)}",
-                f"--temp-dir={self._directory}/h{host}",
-                "--num-cpus=1",
-                "--object-store-memory=100000000",
-            ],
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        for _ in range(STARTS):
+            done = subprocess.run(
+                [
+                    *self.enter(host),
+                    *shell,
+                    *(sys.executable, "-m", "ray.scripts.scripts", "start"),
+                    *place.split(),
+                    f"--node-ip-address={self.address(host)}",
+                    f"--temp-dir={self._directory}/h{host}",
+                    "--num-cpus=1",
+                    "--object-store-memory=100000000",
+                ],
+                env=self.environment | environment,
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+            )
+            if done.returncode == 0:
+                return
+            self.kill(host)
+        raise AssertionError(done.stdout + done.stderr)
 
     def on(self, host: int, module: str) -> list[str]:
         """The start of a command there."""
