@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 from packaging.requirements import Requirement
 
-from raytune_ft.config import paths
-from raytune_ft.config.environment import expand_text, referenced
+from raytune_ft.config.environment import referenced
 from raytune_ft.config.load import to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.doctor import probes
 from raytune_ft.doctor.findings import ALL, NO_ANSWER, Finding, Row, well
 from raytune_ft.errors import ClusterError, InputError, RaytuneFtError, Unreachable, first_line
 from raytune_ft.format import seconds, size
+from raytune_ft.rundir import remote_url, run_path
 
 GIB = 2**30
 ASK_S = 30.0
@@ -70,10 +70,9 @@ class Subject:
 
     @property
     def storage(self) -> str:
-        """Where a run of the config writes on the nodes."""
-        written = expand_text(self.config.storage, "storage") if self.config else ""
-        local = os.environ.get(paths.STORAGE_VARIABLE, os.getcwd())
-        return local if written.startswith(paths.OBJECT_STORE) else written
+        """Where a run of the config writes on the nodes; of an object store, its local copy."""
+        assert self.config is not None
+        return str(run_path(self.config).parent)
 
 
 Run = Callable[[Subject], Iterable[Row]]
@@ -386,10 +385,8 @@ NO_BUCKET = Finding(
 
 def storage(subject: Subject) -> list[Row]:
     assert subject.config is not None
-    written = expand_text(subject.config.storage, "storage")
-    rows: list[Row] = []
-    if written.startswith(paths.OBJECT_STORE):
-        rows.append(_bucket(written, _first(subject)))
+    url = remote_url(subject.config)
+    rows = [_bucket(url, _first(subject))] if url else []
     folder, text = _probe_folder(subject), secrets.token_hex(16)
     if isinstance(folder, OSError):
         reason = folder.strerror

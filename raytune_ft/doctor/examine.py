@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 from raytune_ft.config.load import load_config
 from raytune_ft.config.resolve import resolve
+from raytune_ft.config.schema import Config
 from raytune_ft.doctor import probes
 from raytune_ft.doctor.checks import CHECKS, Check, Subject
 from raytune_ft.doctor.findings import ALL, NO_ANSWER, Row
@@ -156,7 +158,7 @@ def doctor_as_job(
     """Run `raytune-ft doctor` as a job of the cluster whose dashboard is at `address`.
 
     Raises:
-        ConfigError: the config, which is packed; its files are not.
+        ConfigError: of the config.
         ClusterError: the cluster does not answer, or refuses this machine.
         JobEnded: with the exit code of the job.
     """
@@ -164,9 +166,8 @@ def doctor_as_job(
     from raytune_ft.submit.package import Package
     from raytune_ft.submit.submit import end, followed, job_environment
 
-    if file is not None:
-        load_config(file, overrides, tell)
-    words = ["raytune-ft", "doctor", *([file.name] if file else []), *overrides]
+    files = _files(file, load_config(file, overrides, tell)) if file else {}
+    words = ["raytune-ft", "doctor", *list(files)[:1], *overrides]
     words += ["--address", "auto", *["--insecure"] * insecure]
     cluster = JobCluster(address)
     job_id = f"doctor-{secrets.token_hex(4)}"
@@ -174,7 +175,15 @@ def doctor_as_job(
         note = Path(folder, "NOTE")
         note.write_text("raytune-ft doctor\n", encoding="utf-8")
         archive = Path(folder, "package.zip")
-        Package("", {note.name: note, **({file.name: file} if file else {})}).write(archive)
+        Package("", {note.name: note, **files}).write(archive)
         cluster.submit(job_id, shlex.join(words), archive, job_environment(), {})
         job = followed(cluster, job_id, show, tell)
         end(cluster, job, job_id)
+
+
+def _files(file: Path, config: Config) -> dict[str, Path]:
+    """The config first, and the only file that is read together with it."""
+    files, other = {file.name: file}, config.parallel.deepspeed
+    if other is not None and not os.path.isabs(other):
+        files[other] = Path(other)
+    return files
