@@ -54,9 +54,11 @@ class NodeProcesses:
 
         `arguments` are the same for all nodes, or those of each node that is asked.
         """
-        shared = not isinstance(arguments, Mapping)
-        each: Mapping[str, Any] = dict.fromkeys(self._actors, arguments) if shared else arguments
-        asked = {name: self._actors[name].call.remote(function, *own) for name, own in each.items()}
+        if not isinstance(arguments, Mapping):
+            arguments = dict.fromkeys(self._actors, arguments)
+        asked = {
+            name: self._actors[name].call.remote(function, *own) for name, own in arguments.items()
+        }
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=limit_s)
         return {name: _answer(reference, limit_s) for name, reference in asked.items()}
 
