@@ -21,6 +21,11 @@ from tests.support.commands import ROOT
 from tests.support.head import STARTS
 
 PORT, DASHBOARD = 6379, 8265
+PORTS = (
+    *("--dashboard-agent-grpc-port=7001", "--runtime-env-agent-port=7002"),
+    *("--dashboard-agent-listen-port=7003", "--metrics-export-port=7004"),
+)
+"""A raylet that has to ask its agents for their ports gives up after 15 s."""
 
 
 def why_not() -> str | None:
@@ -44,7 +49,7 @@ class Hosts:
 
     def __init__(self, directory: Path, count: int, idle: int = 0, dashboard: bool = False) -> None:
         self._tag = f"rt{os.getpid()}"
-        self._directory, self._dashboard = directory, dashboard
+        self._directory, self.dashboard = directory, dashboard
         self._started, self.count = count, count + idle
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
@@ -54,7 +59,6 @@ class Hosts:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": "120",
             # A host that is silent for 6 s is dead; by default after more than 20 s.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
@@ -99,7 +103,7 @@ class Hosts:
         """
         place = f"--address={self.address(1)}:{PORT}"
         if host == 1:
-            place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
+            place = f"--head --port={PORT} --include-dashboard={str(self.dashboard).lower()} "
             place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
         shell = ["sh", "-c", f'{before} && exec "$@"', "sh"]
         for _ in range(STARTS):
@@ -113,6 +117,7 @@ class Hosts:
                     f"--temp-dir={self._directory}/h{host}",
                     "--num-cpus=1",
                     "--object-store-memory=100000000",
+                    *PORTS,
                 ],
                 env=self.environment | environment,
                 capture_output=True,

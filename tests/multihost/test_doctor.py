@@ -98,7 +98,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         pytest.skip(reason)
     project, storage = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("shared")
     (project / "run.yaml").write_text(CONFIG)
-    hosts = Hosts(Path(tmp_path_factory.mktemp("r")), 3, dashboard=True)
+    hosts = Hosts(Path(tmp_path_factory.mktemp("r")), 3)
     hosts.environment["HF_TOKEN"] = SECRET
     with hosts:
         yield Site(hosts, project, storage)
@@ -220,6 +220,7 @@ def test_a_cluster_without_a_token(site: Site) -> None:
     for host in (1, 2, 3):
         site.hosts.kill(host)
     site.hosts.environment["RAY_AUTH_MODE"] = "disabled"
+    site.hosts.dashboard = True
     site.hosts.start(1)
     found = defects(site.doctor(site.address, code=1))
     assert list(found) == ["auth"]
