@@ -134,7 +134,7 @@ def nodes(subject: Subject) -> Iterator[Row]:
 
 
 def _every(subject: Subject) -> str:
-    return ALL if len(subject.site.nodes) > 1 else next(iter(subject.site.nodes), ALL)
+    return ALL if len(subject.site.nodes) > 1 else _first(subject)
 
 
 DIFFERENT = Finding(
@@ -435,7 +435,7 @@ def _probe_folder(subject: Subject) -> Path | OSError:
 
 
 def _first(subject: Subject) -> str:
-    return next(iter(subject.site.nodes))
+    return next(iter(subject.site.nodes), ALL)
 
 
 def _bucket(url: str, node: str) -> Row:

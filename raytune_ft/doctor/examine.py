@@ -104,24 +104,26 @@ def lacks(check: Check, subject: Subject) -> bool:
 
 
 def _limited(check: Check, subject: Subject) -> list[Row]:
-    """Its rows; one that says why there are none, after an error of any kind or the time limit.
+    """Its rows, and one that says why there are no more after an error of any kind or the time
+    limit.
 
     What hangs, such as a dead network file system, may never return: the thread is left behind.
     """
-    done: list[list[Row]] = []
-    reason = f"no answer within {seconds(check.limit_s)}"
+    rows: list[Row] = []
+    reason: str | None = f"no answer within {seconds(check.limit_s)}"
 
     def run() -> None:
         nonlocal reason
         try:
-            done.append(list(check.run(subject)))
+            rows.extend(check.run(subject))
+            reason = None
         except Exception as error:  # noqa: BLE001  # one check must not stop the others
             reason = first_line(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(check.limit_s)
-    return done[0] if done else [NO_ANSWER.on(ALL, reason=reason)]
+    return [*rows, NO_ANSWER.on(ALL, reason=reason)] if reason else [*rows]
 
 
 def verdict(rows: Rows, has_config: bool) -> Iterator[str]:

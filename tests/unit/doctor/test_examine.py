@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from raytune_ft.cli import run_command
 from raytune_ft.doctor import examine
 from raytune_ft.doctor.checks import CHECKS, Check, Subject, reference
 from raytune_ft.doctor.examine import HERE, Here, lacks, verdict
@@ -33,7 +35,8 @@ def test_a_check_that_fails_or_hangs_is_unknown_and_the_next_one_runs(
 ) -> None:
     never = threading.Event()
 
-    def fail(subject: Subject) -> list[Row]:
+    def fail(subject: Subject) -> Iterator[Row]:
+        yield well("half of it")
         raise RuntimeError("out of order\nsecond line")
 
     checks["fails"] = Check(fail, "", ())
@@ -42,13 +45,14 @@ def test_a_check_that_fails_or_hangs_is_unknown_and_the_next_one_runs(
     rows = examine.examine(Subject(Here()), told)
     never.set()
     assert [(name, row.status) for name, row in rows] == [
+        ("fails", "ok"),
         ("fails", "unknown"),
         ("hangs", "unknown"),
         ("last", "defect"),
     ]
-    assert rows[0][1].found.endswith("out of order")
-    assert "0.2 s" in rows[1][1].found
-    assert table(rows).rows[2] == ("last", "defect", HERE, "it is broken", "mend it")
+    assert rows[1][1].found.endswith("out of order")
+    assert "0.2 s" in rows[2][1].found
+    assert table(rows).rows[3] == ("last", "defect", HERE, "it is broken", "mend it")
 
 
 def test_the_verdict() -> None:
@@ -59,6 +63,21 @@ def test_the_verdict() -> None:
     assert caught.value.exit_code == 1
     unknown = ("gpus", Row("unknown", HERE, "cannot be checked", "look"))
     assert list(verdict([unknown], has_config=True))[-1].endswith("1 unknown")
+
+
+def test_the_exit_code(
+    checks: dict[str, Check], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    checks["fine"] = Check(lambda subject: [well("all equal")], "", ())
+    assert run_command(["doctor"]) == 0
+    assert "verdict: 0 defects, 0 warnings" in capsys.readouterr().out
+    checks["it"] = Check(lambda subject: [BROKEN.on(HERE, what="it")], "", (BROKEN,))
+    assert run_command(["doctor"]) == 1
+    printed = capsys.readouterr()
+    assert "it is broken" in printed.out
+    assert printed.err == "error: 1 defect, 0 warnings: it; the table has the remedies\n"
 
 
 def test_what_is_left_out_is_named() -> None:
