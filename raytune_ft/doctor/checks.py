@@ -25,7 +25,14 @@ from raytune_ft.config.load import to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.doctor import probes
 from raytune_ft.doctor.findings import ALL, NO_ANSWER, Finding, Row, well
-from raytune_ft.errors import ClusterError, InputError, RaytuneFtError, Unreachable, first_line
+from raytune_ft.errors import (
+    ClusterError,
+    InputError,
+    RaytuneFtError,
+    StorageError,
+    Unreachable,
+    first_line,
+)
 from raytune_ft.format import seconds, size
 from raytune_ft.rundir import remote_url, run_path
 
@@ -457,7 +464,7 @@ def _bucket(url: str, node: str) -> Row:
 
 NO_LOCKS = Finding(
     "defect",
-    "no locks: {reason}",
+    "a lock in {folder} does not work: it {reason}",
     "mount it with locks (Lustre: -o flock; NFS: without nolock and local_lock), or write another "
     "storage; two processes could drive one run otherwise",
 )
@@ -485,9 +492,9 @@ def judge_locks(folder: str, held: Answers, took: Answers) -> Iterator[Row]:
     """`held`: None for the one node that holds the lock. `took`: whether each other one got it."""
     bad = False
     for node, answer in {**held, **took}.items():
-        if isinstance(answer, RaytuneFtError):
+        if isinstance(answer, StorageError):
             bad = True
-            yield NO_LOCKS.on(node, reason=_reason(answer))
+            yield NO_LOCKS.on(node, folder=folder, reason=answer.rule)
         elif isinstance(answer, Exception):
             bad = True
             yield NO_ANSWER.on(node, reason=first_line(answer))
@@ -594,7 +601,8 @@ def capacity(subject: Subject) -> Iterator[Row]:
     except ClusterError as error:
         yield TOO_SMALL.on(ALL, reason=_reason(error))
     else:
-        yield well(f"{groups} run{'s' * (groups != 1)} or trials of the config fit at a time")
+        fit = "1 run or trial fits" if groups == 1 else f"{groups} runs or trials fit"
+        yield well(f"{fit} at a time")
 
 
 UNSET = Finding(
