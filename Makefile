@@ -8,7 +8,7 @@ TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table image-locks lint types audit bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table doctor-table image-locks lint types audit bench clean
 
 install: $(STAMP)
 
@@ -69,6 +69,10 @@ image-locks: $(STAMP)
 	$(BIN)/python -m pip install -q uv==0.13.8
 	$(COMPILE) --find-links $(TORCH_CPU) -o cluster/image/cpu.lock
 	$(COMPILE) -o cluster/image/cuda.lock
+
+# The findings on docs/doctor.md.
+doctor-table: $(STAMP)
+	$(BIN)/python scripts/doctor_table.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

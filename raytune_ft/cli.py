@@ -473,6 +473,50 @@ def stop(name: JobName, address: Address, debug: Debug = False) -> None:
     jobs.stop(JobCluster(address), name, show.tell)
 
 
+@app.command()
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, to check its storage.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+            help="Every node of this cluster: HOST:PORT of its head or `auto`, on a machine of "
+            "the cluster; the URL of its dashboard, from anywhere.",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="A cluster without a token is no defect.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, or every node of a cluster, before anything is spent on it.
+
+    Prints one table with remedies. Exit code 1 where a defect is found, 0 for warnings only.
+
+    Example: raytune-ft doctor
+
+    Example: raytune-ft doctor jobs/quickstart.yaml storage=/mnt/runs --address auto
+
+    Example: raytune-ft doctor jobs/quickstart.yaml storage=/mnt/runs --address http://head:8265
+    """
+    from raytune_ft.doctor import examine
+    from raytune_ft.doctor.findings import table
+
+    if address and address.startswith(("http://", "https://")):
+        examine.doctor_as_job(address, file, overrides or (), insecure, show.raw, show.tell)
+        return
+    joined = None if address == "local" else address
+    rows = examine.doctor(file, overrides or (), joined, insecure, show.tell)
+    show.print_table(table(rows))
+    for line in examine.verdict(rows, file is not None):
+        show.tell(line)
+
+
 @checkpoints.command("list")
 def list_(where: Where, debug: Debug = False) -> None:
     """Show every checkpoint with its step, metrics and size, and what refers to it.

@@ -13,6 +13,7 @@ RaytuneFtError
 |   |-- Diverged          the loss or the gradient is not finite
 |   |-- LockHeld          another process drives the run, for longer than --wait-lock
 |   |-- OutOfMemory       a device or the host ran out of memory
+|   |-- DefectsFound      `doctor` found something that has to be mended
 |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
 |   `-- MergeError        a fold whose logits differ from those of base + adapter
 |-- JobEnded              the exit code of a job that was followed, where it is not 0
@@ -86,6 +87,10 @@ class LockHeld(RunFailed):
 
 class OutOfMemory(RunFailed):
     """A device or the host ran out of memory."""
+
+
+class DefectsFound(RunFailed):
+    """`doctor` found something that has to be mended."""
 
 
 class CheckpointError(RunFailed):

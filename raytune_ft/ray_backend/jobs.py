@@ -131,7 +131,7 @@ class JobCluster:
         if not nodes:
             raise _unreachable(self.address, "its first node is still starting")
         places = [urlsplit(self.address).hostname or "", *nodes]
-        open_at = next((place for place in places if not _is_loopback(place)), None)
+        open_at = next((place for place in places if not is_loopback(place)), None)
         if open_at is not None:
             raise ClusterError(
                 f"--address={self.address}",
@@ -280,7 +280,8 @@ def _written_headers() -> dict[str, str]:
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether no other machine reaches that host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

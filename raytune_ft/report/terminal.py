@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from raytune_ft.format import cell, number
@@ -108,7 +109,8 @@ def _training(metrics: StepMetrics) -> str:
 
 def print_table(table: Table) -> None:
     """A table with its title; the marked row carries a star."""
-    grid = RichTable(*table.columns, title=table.title or None)
+    columns = [Column(name, overflow="fold") for name in table.columns]  # nothing is cut off
+    grid = RichTable(*columns, title=table.title or None)
     for i, (first, *rest) in enumerate(table.rows):
         grid.add_row(f"{first} *" if i == table.marked else first, *rest)
     console().print(grid)

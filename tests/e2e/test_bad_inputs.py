@@ -551,9 +551,16 @@ JOBS: list[Case] = [
         "absolute path",
     ),
 ]
+DOCTOR: list[Case] = [
+    ("raytune-ft doctor --address http://127.0.0.1:1", "http://127.0.0.1:1", "does not answer"),
+    ("raytune-ft doctor nowhere.yaml", "nowhere.yaml", "No such file", "config file"),
+    (f"raytune-ft doctor {QUICKSTART} train.batchsize=4", "train.batchsize", "train.batch_size"),
+    (f"raytune-ft doctor {QUICKSTART} storage=gs://bucket/runs", "storage=gs://", "s3://"),
+    ("raytune-ft doctor --adress auto", "--adress", "raytune-ft doctor --help"),
+]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + TRUST + PROMOTION + RUNS + JOBS),
+    *(OBJECTIVES_AND_SOURCES + TRUST + PROMOTION + RUNS + JOBS + DOCTOR),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",

@@ -47,8 +47,9 @@ NOT_RUN = {
     r"ray get-auth-token --generate '>' /dev/null": "writes into the home directory",
 }
 """Patterns of the other lines that a page may hold, with the reason why they are not run."""
-JOBS = ("submit", "status", "logs", "stop")
-"""Commands against a cluster that is not here; tests/e2e/test_submit.py runs them."""
+JOBS = ("submit", "status", "logs", "stop", "doctor")
+"""Commands against a cluster that is not here; tests/e2e/test_submit.py and
+tests/multihost/test_doctor.py run them."""
 STARTS = ("train", "sweep", "evaluate", "promote", "export")
 """Commands that compute for seconds."""
 BASE: dict[str, Any] = {"name": "fragment", "data": {"train": {"path": "train.jsonl"}}}

@@ -13,11 +13,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.support.commands import ROOT
+from tests.support.head import STARTS
 
 PORT, DASHBOARD = 6379, 8265
+PORTS = (
+    *("--dashboard-agent-grpc-port=7001", "--runtime-env-agent-port=7002"),
+    *("--dashboard-agent-listen-port=7003", "--metrics-export-port=7004"),
+)
+"""A raylet that has to ask its agents for their ports gives up after 15 s."""
 
 
 def why_not() -> str | None:
@@ -41,7 +49,7 @@ class Hosts:
 
     def __init__(self, directory: Path, count: int, idle: int = 0, dashboard: bool = False) -> None:
         self._tag = f"rt{os.getpid()}"
-        self._directory, self._dashboard = directory, dashboard
+        self._directory, self.dashboard = directory, dashboard
         self._started, self.count = count, count + idle
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
@@ -87,33 +95,48 @@ class Hosts:
         """On the bridge."""
         return f"10.77.0.{host}"
 
-    def start(self, host: int) -> None:
-        """Its Ray; the first one is the head."""
+    def start(
+        self, host: int, before: str = "true", environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Its Ray; the first one is the head. `before` is a shell command; what it mounts, only
+        this Ray sees.
+        """
         place = f"--address={self.address(1)}:{PORT}"
         if host == 1:
-            place = f"--head --port={PORT} --include-dashboard={str(self._dashboard).lower()} "
+            place = f"--head --port={PORT} --include-dashboard={str(self.dashboard).lower()} "
             place += f"--dashboard-host={self.address(1)} --dashboard-port={DASHBOARD}"
-        done = subprocess.run(
-            [
-                *self.on(host, "ray.scripts.scripts"),
-                "start",
-                *place.split(),
-                f"--node-ip-address={self.address(host)}",
-                f"--temp-dir={self._directory}/h{host}",
-                "--num-cpus=1",
-                "--object-store-memory=100000000",
-            ],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        shell = ["sh", "-c", f'{before} && exec "$@"', "sh"]
+        for _ in range(STARTS):
+            done = subprocess.run(
+                [
+                    *self.enter(host),
+                    *shell,
+                    *(sys.executable, "-m", "ray.scripts.scripts", "start"),
+                    *place.split(),
+                    f"--node-ip-address={self.address(host)}",
+                    f"--temp-dir={self._directory}/h{host}",
+                    "--num-cpus=1",
+                    "--object-store-memory=100000000",
+                    *PORTS,
+                ],
+                env=self.environment | environment,
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+            )
+            if done.returncode == 0:
+                return
+            self.kill(host)
+        raise AssertionError(done.stdout + done.stderr)
 
     def on(self, host: int, module: str) -> list[str]:
         """The start of a command there."""
-        return ["ip", "netns", "exec", self.namespace(host), sys.executable, "-m", module]
+        return [*self.enter(host), sys.executable, "-m", module]
+
+    def enter(self, host: int) -> list[str]:
+        """What a command begins with that runs there."""
+        return ["ip", "netns", "exec", self.namespace(host)]
 
     def cut(self, host: int) -> None:
         """The link first, so that no socket is closed where others could see it."""

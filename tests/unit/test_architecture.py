@@ -28,6 +28,7 @@ LAYERS = [
     {"preflight", "fetch"},
     {"app"},
     {"plan", "submit"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -87,6 +87,8 @@ NAMES: dict[str, str] = {
     "optuna.samplers.CmaEsSampler._attr_key_generation": "",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR": "",
+    "ray.core.generated.gcs_service_pb2.GetAllNodeInfoRequest": "",
+    "ray.core.generated.gcs_service_pb2_grpc.NodeInfoGcsServiceStub": "channel",
     "ray._raylet.AuthenticationTokenLoader.has_token": "",
     "ray._raylet.AuthenticationTokenLoader.get_raw_token": "",
     "ray.job_submission.JobSubmissionClient._do_request": "self method endpoint",
