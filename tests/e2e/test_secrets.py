@@ -69,6 +69,7 @@ def environment(canaries: dict[str, str]) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_enable_export_api_write": "1",
+        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
     }
 
 
