@@ -85,8 +85,10 @@ class Backend:
     def train(self, spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
         """Trains one run: in this process, or on a worker group of Ray. `reason`: why so."""
         if not needs_ray(spec.config):
+            from raytune_ft.model.hub import fetch_here
             from raytune_ft.train.run import run_training
 
+            fetch_here(spec.config, tell)
             return run_training(spec, choose_strategy(spec.config)[0], reporter)
         from raytune_ft.ray_backend.run_handle import fit
 

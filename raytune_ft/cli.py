@@ -279,6 +279,29 @@ def evaluate(
 
 
 @app.command()
+def fetch(
+    file: File,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Fetch to every node of this Ray cluster."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Download the models and data sets of a config from the hub, ahead of time.
+
+    Example: raytune-ft fetch jobs/quickstart.yaml
+    """
+    from raytune_ft.fetch import fetch_all
+
+    rows = fetch_all(file, overrides or (), address, show.tell)
+    if rows:
+        show.print_table(tables.downloads(rows))
+    else:
+        show.tell("nothing is needed of the hub: all models and data are on this machine")
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_OR_RUN_DIR")],
     debug: Debug = False,

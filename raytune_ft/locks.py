@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -41,8 +42,11 @@ class Wait:
     tell: Tell = lambda line: None
 
 
+AT_ONCE = Wait()
+
+
 @contextmanager
-def locked(path: Path, rule: str, remedy: str, wait: Wait = Wait()) -> Iterator[None]:
+def locked(path: Path, rule: str, remedy: str, wait: Wait = AT_ONCE) -> Iterator[None]:
     """Hold the lock `path`; `rule` and `remedy` are those of the error where another one does.
 
     Raises:
@@ -70,7 +74,8 @@ def locked(path: Path, rule: str, remedy: str, wait: Wait = Wait()) -> Iterator[
             raise LockHeld(f"{path.parent} {rule}, also after {wait.seconds:g} s of waiting")
         if told_at is None or now - told_at >= TELL_EVERY_S:
             told_at = now
-            wait.tell(f"{path.parent} {rule}; waiting {deadline - now:.0f} s at most")
+            limit = f" {deadline - now:.0f} s at most" if deadline < math.inf else ""
+            wait.tell(f"{path.parent} {rule}; waiting{limit}")
         time.sleep(min(LOOK_EVERY_S, deadline - now))
     try:
         _refuse_shared(path)

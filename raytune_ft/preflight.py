@@ -53,7 +53,7 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
     if usable is None and joined:
         from raytune_ft.ray_backend.cluster import cluster_worker_memory
 
-        usable = cluster_worker_memory(parallel.resources_per_worker)
+        usable = cluster_worker_memory(parallel)
     elif usable is None:
         usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
     return shortage(expand_env(written), usable)

@@ -27,7 +27,7 @@ from raytune_ft.layout import (
     UNFINISHED,
     cache_in,
 )
-from raytune_ft.locks import WAIT, Wait, locked
+from raytune_ft.locks import AT_ONCE, WAIT, Wait, locked
 
 Resume = bool | Literal["auto"]
 """`auto` begins a run, or continues what its name began."""
@@ -123,7 +123,7 @@ class OpenRun:
 def open_run(
     config: Config,
     resume: Resume,
-    wait: Wait = Wait(),
+    wait: Wait = AT_ONCE,
     copied: Callable[[bool], AbstractContextManager[None]] = lambda resume: nullcontext(),
 ) -> Iterator[OpenRun]:
     """The run's directory, locked for as long as the context lasts, with `config.yaml` in it.

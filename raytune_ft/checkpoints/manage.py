@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-
 from raytune_ft.checkpoints.manifest import check_sizes
 from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore

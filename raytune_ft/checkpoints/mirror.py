@@ -1,8 +1,8 @@
 """A run whose storage is an object store: a local directory that a thread copies there.
 
 Object stores have no append, no rename and no SQLite, so the run is written to a local directory as
-always. The thread copies what has changed: checkpoints first, each committed by its manifest, then
-the files that refer to them. `mirror.json` says which copy is the newest: a resume on another
+always. The thread copies what has changed: metrics, checkpoints, each committed by its manifest,
+then the files that refer to them. `mirror.json` says which copy is the newest: a resume on another
 machine fetches the run first, and the earlier driver then refuses to go on copying.
 """
 
@@ -85,9 +85,16 @@ class Mirror:
         self._claim()
         folders = sorted(self.run.rglob(CHECKPOINTS))
         remotes = [(folder, self._remote(folder)) for folder in folders if folder.is_dir()]
-        for folder, remote in remotes:
-            for path, _ in CheckpointStore(folder).list():
-                self._upload_checkpoint(remote, path)
+        checkpoints = [
+            (remote, path)
+            for folder, remote in remotes
+            for path, _ in CheckpointStore(folder).list()
+        ]
+        # A resume elsewhere cuts metrics back to its checkpoint, so they must reach as far.
+        for path in sorted(self.run.rglob(METRICS)):
+            self._upload_file(path)
+        for remote, path in checkpoints:
+            self._upload_checkpoint(remote, path)
         for path in self._files():
             self._upload_file(path)
         for folder, remote in remotes:

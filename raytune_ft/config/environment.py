@@ -44,6 +44,15 @@ def check_submitter(own: str) -> None:
         )
 
 
+def referenced(value: Any) -> set[str]:
+    """Names of the `${NAME}` in the texts of a plain value."""
+    if isinstance(value, str):
+        return set(_REFERENCE.findall(value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    return set().union(*map(referenced, value)) if isinstance(value, list) else set()
+
+
 def expand_text(text: str, key: str, environ: Mapping[str, str] | None = None) -> str:
     """`text` with every `${NAME}` replaced; ConfigError where NAME is not set."""
     values = os.environ if environ is None else environ

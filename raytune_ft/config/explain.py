@@ -78,6 +78,8 @@ def wrong_value(path: Sequence[str], value: Any, method: object = None) -> Confi
     if field is None:  # a key that the user chose, such as a resource or a line of the space
         below_space = tuple(path[:2]) == ("search", "space")
         kind = "a section such as {choice: [8, 16]}" if below_space else "a number"
+        if tuple(path[:2]) == ("parallel", "label_selector"):
+            kind = "a text"
         return ConfigError(f"{'.'.join(path)}={shown}", f"is not {kind}", "write one")
     expected = reference.words(field)
     choices = reference.choices(field)

@@ -68,6 +68,13 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not _looks_local(path)
 
 
+def is_hub_model(path: str) -> bool:
+    """Whether a model's path is an id of the hub; old ones have no owner."""
+    if path.startswith((BUILTIN, ".", "~", "/")) or path.count("/") > 1:
+        return False
+    return not Path(path).is_dir()
+
+
 def _looks_local(path: str) -> bool:
     return path.startswith(_LOCAL) or Path(path).suffix.lower() in FILE_KINDS
 

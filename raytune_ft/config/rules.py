@@ -26,6 +26,8 @@ from raytune_ft.config.strategies import STRATEGIES, candidates
 from raytune_ft.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_SELECTED = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 
 
 def check_data(data: DataConfig) -> None:
@@ -181,6 +183,13 @@ def _check_layout(config: Config) -> None:
             "gives a worker no CPU",
             "write for example {CPU: 1, GPU: 0}",
         )
+    for label, value in parallel.label_selector.items():
+        if not _SELECTED.fullmatch(value):
+            raise ConfigError(
+                f"parallel.label_selector={shown_value({label: value})}",
+                "holds a value that no label has",
+                "write a text such as spot, !spot, in(spot, on-demand) or !in(spot, on-demand)",
+            )
 
 
 def _check_strategy(parallel: ParallelConfig) -> None:

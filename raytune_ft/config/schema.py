@@ -87,6 +87,22 @@ class ParallelConfig(Section):
         default_factory=lambda: {"CPU": 1.0, "GPU": 0.0},
         description="what Ray reserves for each worker; CPU is also its number of threads",
     )
+    accelerator: str | None = Field(
+        None,
+        min_length=1,
+        description="workers run on nodes with this accelerator, by Ray's name, such as H100; null "
+        "is any",
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict,
+        description="workers run on nodes with these labels, such as {ray.io/market-type: "
+        "on-demand}; a value is a text, !text, in(a, b) or !in(a, b)",
+    )
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK",
+        description="PACK: workers of a run on as few nodes as possible, SPREAD: on as many; "
+        "STRICT_PACK: on one node, STRICT_SPREAD: each on a node of its own, or not at all",
+    )
     replicas: Positive = Field(
         1,
         description="fsdp: copies of the sharded model, each on workers / replicas of the workers; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,28 @@ def _open_saved(label: str, source: SourceConfig, path: Path) -> Source:
 
 
 def _open_hub(label: str, source: SourceConfig) -> Source:
+    return _of_data_set(label, source, source.path, _load_hub(label, source))
+
+
+def fetch_source(label: str, source: SourceConfig) -> tuple[str, int, bool] | None:
+    """(folder, bytes, whether it is new) of a source of the hub; None for one of this machine.
+
+    Raises:
+        DataError: the hub does not provide it.
+    """
+    if Path(source.path).expanduser().exists() or not is_hub_id(source.path):
+        return None
+    begun = time.time()
+    files = [
+        Path(file["filename"])
+        for split in _load_hub(label, source).values()
+        for file in split.cache_files
+    ]
+    new = any(file.stat().st_mtime >= begun for file in files)
+    return str(files[0].parent), sum(file.stat().st_size for file in files), new
+
+
+def _load_hub(label: str, source: SourceConfig) -> datasets.DatasetDict:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -191,7 +214,8 @@ def _open_hub(label: str, source: SourceConfig) -> Source:
             "local path"
         )
         raise _refusal(label, source, rule, remedy) from error
-    return _of_data_set(label, source, source.path, found)
+    assert isinstance(found, datasets.DatasetDict)
+    return found
 
 
 def _of_data_set(

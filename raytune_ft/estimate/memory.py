@@ -13,11 +13,11 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.activations import Traced, trace, trace_head
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.parameters import Shell, build_shell
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import dtype_of
 from raytune_ft.model.meta import build_shapes
 from raytune_ft.strategy import strategy_class
 from raytune_ft.strategy.base import Held
-from raytune_ft.train.distill import teacher_model
 from raytune_ft.train.model_runner import MICRO_TOKENS
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.setup import head_before, plain_order

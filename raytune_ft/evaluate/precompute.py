@@ -23,6 +23,7 @@ from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_lo
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of
 from raytune_ft.evaluate.context import runner_of
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import (
     base_file_hashes,
     load_model_config,
@@ -32,7 +33,7 @@ from raytune_ft.model.load import (
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.records import Tell
 from raytune_ft.strategy.single import Single
-from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_model, teacher_runner
+from raytune_ft.train.distill import LogitsFile, in_gib, logits_file, teacher_runner
 from raytune_ft.train.model_runner import ModelRunner
 
 

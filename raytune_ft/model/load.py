@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft.tuners._buffer_dict import BufferDict
 from safetensors import SafetensorError, safe_open
@@ -29,10 +29,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
-from raytune_ft.config.paths import BUILTIN
+from raytune_ft.config.paths import BUILTIN, is_hub_model
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
 from raytune_ft.layout import MODEL_INDEX
+from raytune_ft.model import hub
 from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
 from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
@@ -140,7 +141,7 @@ def resolve_model_path(path: str) -> str:
                 "write a directory that save_pretrained made",
             )
         return str(directory)
-    if directory.is_absolute() or path.count("/") > 1 or path.startswith("."):
+    if not is_hub_model(path):
         raise ModelError(
             f"model.path={path}",
             "does not exist",
@@ -183,7 +184,7 @@ def folder_here(model: ModelConfig) -> Path | None:
     path = resolve_model_path(model.path)
     if Path(path).is_dir():
         return Path(path)
-    cached = try_to_load_from_cache(path, "config.json", revision=model.revision or "main")
+    cached = try_to_load_from_cache(path, "config.json", revision=hub.revision_of(model))
     return Path(cached).parent if isinstance(cached, str) else None
 
 
@@ -314,8 +315,7 @@ def base_folder(model: ModelConfig) -> Path:
     path = resolve_model_path(model.path)
     if Path(path).is_dir():
         return Path(path)
-    patterns = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(path, revision=model.revision, allow_patterns=patterns))
+    return hub.snapshot(model, hub.revision_of(model))
 
 
 def own_dtypes(model: ModelConfig) -> dict[str, torch.dtype]:
@@ -581,7 +581,7 @@ def freeze(base: nn.Module, precision: Precision) -> nn.Module:
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
-    return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+    return {"revision": hub.revision_of(model), "trust_remote_code": model.trust_remote_code}
 
 
 def base_file_hashes(model: ModelConfig) -> dict[str, str]:

@@ -199,7 +199,7 @@ def _room(config: Config, asked: Asked) -> Room | None:
         return None
     from raytune_ft.ray_backend.cluster import cluster_room
 
-    return cluster_room(config.parallel.resources_per_worker, config.parallel.max_workers)
+    return cluster_room(config.parallel)
 
 
 def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) -> Hardware:

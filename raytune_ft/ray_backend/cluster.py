@@ -18,8 +18,7 @@ from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError, first_line
 from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
-
-_TYPE = "accelerator_type:"
+from raytune_ft.ray_backend.placement import TYPE, Node, alive_nodes, suitable_nodes
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,17 @@ class Room:
     accelerator: str | None
 
 
-def cluster_room(resources_per_worker: Mapping[str, float], workers: int) -> Room:
-    """What `workers` workers get, as Ray would place them."""
-    nodes = alive_nodes()
+def cluster_room(parallel: ParallelConfig) -> Room:
+    """What the workers of a run get, as Ray would place them; raises as `suitable_nodes` does."""
+    nodes = [node.resources for node in suitable_nodes(parallel)]
+    resources_per_worker, workers = parallel.resources_per_worker, parallel.max_workers
     usable = least_memory(nodes, resources_per_worker)
     accelerator = None
     if resources_per_worker.get("GPU", 0.0) > 0:
         accelerator = _least_accelerator(nodes, resources_per_worker)
+    if parallel.placement.endswith("SPREAD"):
+        taken = min(workers, len(worker_nodes(parallel))) or 1
+        return Room(taken, -(-workers // taken), usable, accelerator)
     return Room(*packed(nodes, resources_per_worker, workers), usable, accelerator)
 
 
@@ -58,9 +61,13 @@ def packed(
     return taken, -(-workers // taken)
 
 
-def cluster_worker_memory(resources_per_worker: Mapping[str, float]) -> int | None:
-    """The least bytes that a worker has on a node that can hold one; None where unknown."""
-    return least_memory(alive_nodes(), resources_per_worker)
+def cluster_worker_memory(parallel: ParallelConfig) -> int | None:
+    """The least bytes that a worker has on a node that can hold one; None where unknown.
+
+    Raises as `suitable_nodes` does.
+    """
+    nodes = [node.resources for node in suitable_nodes(parallel)]
+    return least_memory(nodes, parallel.resources_per_worker)
 
 
 def least_memory(
@@ -99,7 +106,7 @@ def _accelerator_memory(node: Mapping[str, float], gpus: float) -> int | None:
 
 
 def _accelerator(node: Mapping[str, float]) -> str | None:
-    names = [key.removeprefix(_TYPE) for key in node if key.startswith(_TYPE)]
+    names = [key.removeprefix(TYPE) for key in node if key.startswith(TYPE)]
     known = [RAY_NAMES.get(name, name) for name in names]
     return next((name for name in known if name in ACCELERATORS), None)
 
@@ -286,38 +293,61 @@ def train_environment() -> dict[str, str]:
     }
 
 
-def whole_groups(nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int) -> int:
+def whole_groups(
+    nodes: Nodes, resources_per_worker: Mapping[str, float], workers: int, placement: str = "PACK"
+) -> int:
     """Groups of `workers` that fit on nodes with these resources; a worker is never split.
 
     Ray packs a group onto as few nodes as it can and spreads it where it must, so that groups
-    are limited by the number of single workers that fit, node by node.
+    are limited by the number of single workers that fit, node by node. The strict placements do
+    not: see `parallel.placement`.
     """
+    singles = _singles(nodes, resources_per_worker)
+    if placement == "STRICT_PACK":
+        return sum(each // workers for each in singles)
+    groups = sum(singles) // workers
+    while placement == "STRICT_SPREAD" and sum(min(s, groups) for s in singles) < groups * workers:
+        groups -= 1
+    return groups
+
+
+def most_workers(nodes: Nodes, resources: Mapping[str, float], placement: str) -> int:
+    """The workers of the largest group that fits."""
+    singles = _singles(nodes, resources)
+    if placement == "STRICT_PACK":
+        return max(singles, default=0)
+    return sum(map(bool, singles) if placement == "STRICT_SPREAD" else singles)
+
+
+def _singles(nodes: Nodes, resources_per_worker: Mapping[str, float]) -> list[int]:
+    """How many workers fit on each node."""
     need = {name: amount for name, amount in resources_per_worker.items() if amount > 0}
     if not need:
         raise ValueError("a worker that needs no resources fits any number of times")
     # 1e-6, because int(0.3 / 0.1) is 2 in floating point.
-    singles = sum(
+    return [
         min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items())
         for node in nodes
-    )
-    return singles // workers
+    ]
 
 
 def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> int:
-    """How many runs or trials fit at a time on `nodes`, by default those of the cluster.
+    """How many runs or trials fit at a time on `nodes`, by default the suitable ones.
 
     An elastic run is counted with its largest number of workers. Where not even one run of that
     size fits, but one of the smallest size does, the answer is 1.
 
     Raises:
-        ClusterError: the cluster cannot hold one run with the fewest workers.
+        ClusterError: the cluster cannot hold one run with the fewest workers, or see
+            `suitable_nodes`.
     """
-    nodes = alive_nodes() if nodes is None else nodes
+    nodes = [node.resources for node in suitable_nodes(parallel)] if nodes is None else nodes
     resources, workers = parallel.resources_per_worker, parallel.min_workers
-    groups = whole_groups(nodes, resources, parallel.max_workers)
+    groups = whole_groups(nodes, resources, parallel.max_workers, parallel.placement)
     if groups > 0:
         return groups
-    if whole_groups(nodes, resources, workers) > 0:
+    fits = most_workers(nodes, resources, parallel.placement)
+    if fits >= workers:
         return 1
     need = {name: amount for name, amount in resources.items() if amount > 0}
     shown = ", ".join(f"{name}: {_number(amount)}" for name, amount in need.items())
@@ -330,25 +360,30 @@ def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> in
     has = " and ".join(
         f"{_number(sum(node.get(name, 0.0) for node in nodes))} {name}" for name in lacking
     )
-    fits = whole_groups(nodes, resources, 1)
+    strict = parallel.placement.startswith("STRICT")
+    placed = f" under parallel.placement={parallel.placement}" * strict
+    chosen = parallel.accelerator is not None or parallel.label_selector
     raise ClusterError(
-        f"parallel.workers={parallel.workers} with {{{shown}}} each",
+        f"parallel.workers={parallel.workers} with {{{shown}}} each{placed}",
         f"needs {'at least ' * parallel.elastic}{total}; "
-        f"the cluster has {has} on {len(nodes)} node{'s' * (len(nodes) != 1)}",
+        f"the cluster has {has} on {len(nodes)} {'suitable ' * bool(chosen)}"
+        f"node{'s' * (len(nodes) != 1)}",
         f"write at most {fits} workers or add nodes"
         if fits
         else "write smaller parallel.resources_per_worker or add nodes",
     )
 
 
+def worker_nodes(parallel: ParallelConfig) -> list[Node]:
+    """The suitable nodes that can hold a worker; raises as `suitable_nodes` does."""
+    nodes = suitable_nodes(parallel)
+    fits = _singles([node.resources for node in nodes], parallel.resources_per_worker)
+    return [node for node, count in zip(nodes, fits, strict=True) if count]
+
+
 def node_count() -> int:
     """The number of alive nodes of the cluster."""
     return len(alive_nodes())
-
-
-def alive_nodes() -> list[dict[str, float]]:
-    """The resources of each alive node."""
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _number(amount: float) -> str:

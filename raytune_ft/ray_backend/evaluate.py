@@ -11,6 +11,7 @@ import torch
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
+from raytune_ft.ray_backend.placement import actor_options
 
 
 class Evaluator:
@@ -33,20 +34,14 @@ def joined() -> bool:
 def measure_all(jobs: Sequence[Job], parallel: ParallelConfig) -> list[Measured]:
     """The results of `run_job` for each job, in order.
 
-    Each actor reserves `parallel.resources_per_worker`.
+    Each actor reserves what a worker does, on the nodes of workers.
 
     Raises:
         RunFailed: an actor was lost.
         RaytuneFtError: as `run_job` raises it.
     """
     cpus = parallel.resources_per_worker.get("CPU", 1.0)
-    others = {k: v for k, v in parallel.resources_per_worker.items() if k not in ("CPU", "GPU")}
-    place = {
-        "num_cpus": cpus,
-        "num_gpus": parallel.resources_per_worker.get("GPU", 0.0),
-        "resources": others,
-    }
-    remote: Any = ray.remote(Evaluator).options(**place)
+    remote: Any = ray.remote(Evaluator).options(**actor_options(parallel))
     actors = [remote.remote() for _ in jobs]  # Ray starts as many as fit
     waiting = {
         actor.measure.remote(job, max(1, int(cpus))): number

@@ -16,6 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.cluster import connected, require_capacity, stop_grace_s
+from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.metrics import measured
 from raytune_ft.ray_backend.registry import (
     Ended,
@@ -210,6 +211,7 @@ def fit(
     grace_s = stop_grace_s()
     with connected(), measured(spec.run_dir):
         require_capacity(spec.config.parallel)
+        check_environment(spec.config, tell or (lambda line: None))
         handle = GroupHandle(spec, start_registry(slots=1), worker)
         return run_to_end(handle, spec, grace_s, on_evaluation, tell or (lambda line: None))
 

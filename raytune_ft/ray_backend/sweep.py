@@ -38,6 +38,7 @@ from raytune_ft.ray_backend.cluster import (
     stop_grace_s,
     train_environment,
 )
+from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.metrics import DriverGauges, measured
 from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
@@ -257,6 +258,7 @@ def run_sweep(
     stop_grace_s()  # raises ConfigError before anything starts
     with connected(), interruptible() as interrupted:
         sweep = _Sweep(config, sweep_dir, data_dir, resume)
+        check_environment(config, tell)
         sweep.run(tell, interrupted)
         result = sweep.write_result(interrupted.is_set())
     if result.status == "interrupted":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.execution import Arrangement
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.layout import ENGINES, TRIALS
@@ -161,10 +161,10 @@ def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -
     return RunSpec(own, run_dir, data_dir)
 
 
-def _memory(resources_per_worker: Mapping[str, float]) -> int | None:
+def _memory(parallel: ParallelConfig) -> int | None:
     """Bytes for the weights and activations of a worker; None where unknown."""
-    usable = cluster_worker_memory(resources_per_worker)
-    device = "cuda" if resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
+    usable = cluster_worker_memory(parallel)
+    device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
     return None if usable is None else usable - PROCESS[device]
 
 
@@ -181,7 +181,7 @@ class _Engine:
             "slots": arrangement.slots,
             "rank": arrangement.method.rank,
             "measured": arrangement.measured and arrangement.slots > 1,
-            "memory": _memory(spec.config.parallel.resources_per_worker),
+            "memory": _memory(spec.config.parallel),
         }
         self._handle = GroupHandle(spec, registry, engine_worker, more)
         self._thread: threading.Thread | None = None

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -42,10 +43,13 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from raytune_ft.config.load import choose_strategy
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
-from raytune_ft.ray_backend.cluster import whole_groups
+from raytune_ft.model.hub import trained_models
+from raytune_ft.ray_backend.cluster import most_workers
+from raytune_ft.ray_backend.fetch import fetch_for_group
+from raytune_ft.ray_backend.placement import alive_nodes, for_ray, matches
 from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
 from raytune_ft.rundir import RunSpec
@@ -112,6 +116,9 @@ def train_group(
                 num_workers=size,
                 use_gpu=gpu,
                 resources_per_worker=resources,
+                accelerator_type=parallel.accelerator,
+                label_selector=for_ray(parallel.label_selector),
+                placement_strategy=parallel.placement,
                 elastic_resize_monitor_interval_s=GROW_AFTER_S,
             ),
             run_config=RunConfig(
@@ -121,7 +128,7 @@ def train_group(
                     max_failures=parallel.max_failures,
                     controller_failure_limit=START_FAILURES,
                 ),
-                callbacks=[RunWatch(name, registry)],
+                callbacks=[RunWatch(name, registry, trained_models(spec.config))],
             ),
         ).fit()
     finally:
@@ -149,18 +156,22 @@ VIEW_TIMEOUT_S = 5.0
 NodesOf = Callable[[bool], dict[str, dict[str, float]]]
 
 
-def staying_nodes(free: bool) -> dict[str, dict[str, float]]:
-    """Resources by id of the nodes that are alive and not drained: all, or what is `free`."""
+def staying_nodes(selector: Mapping[str, str], free: bool) -> dict[str, dict[str, float]]:
+    """Resources by id of the nodes with these labels that are alive and not drained: all, or what
+    is `free`.
+    """
     state = ray._private.state.state
     leaving = state.get_draining_nodes()
     totals = state.available_resources_per_node() if free else state.total_resources_per_node()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node.id for node in alive_nodes() if matches(node.labels, selector)}
     return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
     """Ray's own for a fixed number of workers, `Elastic` for a range."""
-    return Elastic(config) if config.elasticity_enabled else FixedScalingPolicy(config)
+    if not config.elasticity_enabled:
+        return FixedScalingPolicy(config)
+    return Elastic(config, partial(staying_nodes, config.label_selector or {}))
 
 
 class Elastic(ElasticScalingPolicy):
@@ -173,7 +184,7 @@ class Elastic(ElasticScalingPolicy):
     def __init__(
         self,
         scaling_config: ScalingConfig,
-        nodes: NodesOf = staying_nodes,
+        nodes: NodesOf,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -239,7 +250,8 @@ class Elastic(ElasticScalingPolicy):
 
     def _fitting(self, nodes: dict[str, dict[str, float]]) -> int:
         need = self.scaling_config._resources_per_worker_not_none
-        return min(whole_groups(list(nodes.values()), need, 1), self.scaling_config.max_workers)
+        fits = most_workers(list(nodes.values()), need, self.scaling_config.placement_strategy)
+        return min(fits, self.scaling_config.max_workers)
 
 
 ABORT_TIMEOUT_S = 30.0
@@ -249,14 +261,29 @@ GONE_TIMEOUT_S = 30.0
 class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
     """Runs in the controller of `run`: registers the group, forwards reports and errors."""
 
-    def __init__(self, run: str, registry: Any) -> None:
+    def __init__(self, run: str, registry: Any, models: Sequence[ModelConfig] = ()) -> None:
         self._run, self._registry = run, registry
+        self._models: dict[ModelConfig, str | None] = dict.fromkeys(models)
+        """And the commits that the first group of this run loaded."""
         self._fatal: RaytuneFtError | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Registers this controller, which can abort the run."""
         me = ray.get_runtime_context().current_actor
         ray.get(self._registry.register.remote(self._run, me, None, []))
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        """Downloads the models, before any rank waits for another one."""
+        try:
+            for model, commit in self._models.items():
+                self._models[model] = fetch_for_group(model, commit, workers, self._note)
+        except RaytuneFtError as error:  # a restart would repeat it
+            self._fatal = error
+            raise
+        return {}
+
+    def _note(self, text: str) -> None:
+        self._registry.post.remote(self._run, {"note": text})
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Registers the workers, at the first start and at every restart."""

@@ -13,6 +13,7 @@ from raytune_ft.format import NONE, cell, interval, number, seconds, size
 
 if TYPE_CHECKING:
     from raytune_ft.checkpoints.manage import Row
+    from raytune_ft.model.hub import Download
 
 Record = Mapping[str, Any]
 Label = Callable[[str], str]
@@ -107,6 +108,25 @@ def figures(evaluation: Record, label: Label = str) -> Table:
             )
             for name in evaluation["promoted"]
         ),
+    )
+
+
+def downloads(rows: Sequence[Download]) -> Table:
+    """One row for each model or data set and machine."""
+    return Table(
+        ("what", "machine", "where", "", "size"),
+        tuple(
+            (
+                row.key,
+                row.machine,
+                row.found.folder,
+                "downloaded" if row.found.new else "was there",
+                size(row.found.bytes),
+            )
+            for row in rows
+        ),
+        "of the hub",
+        words=4,
     )
 
 

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.lengths import apart_of
 from raytune_ft.model.load import (
     build_frozen,
@@ -44,12 +45,6 @@ def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teache
     if data.teacher_logits is None:
         raise RunFailed(f"{data.path} holds no logits of {settings.teacher}")
     return Kept(data.teacher_logits, first_rows(data.train), strategy.device)
-
-
-def teacher_model(config: Config) -> ModelConfig:
-    """The `model` section of the teacher, which is loaded in the same way as the student."""
-    assert config.train.kd is not None
-    return config.model.model_copy(update={"path": config.train.kd.teacher, "revision": None})
 
 
 def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:

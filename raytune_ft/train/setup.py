@@ -32,6 +32,7 @@ from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.lengths import apart_of, notes_of, thresholds_of, usable_positions
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
@@ -46,7 +47,7 @@ from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
-from raytune_ft.train.distill import check_size, teacher_model, teacher_of
+from raytune_ft.train.distill import check_size, teacher_of
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter

@@ -73,6 +73,17 @@ CONFIG: list[Case] = [
         "parallel.workers=8",
         "at least 8",
     ),
+    ("train parallel.placement=pack", "parallel.placement=pack", "PACK"),
+    (
+        "train 'parallel.label_selector={zone: in()}'",
+        "parallel.label_selector={zone: in()}",
+        "in(spot, on-demand)",
+    ),
+    (
+        "train 'parallel.label_selector={zone: 3}'",
+        "parallel.label_selector.zone=3",
+        "is not a text",
+    ),
     (
         "train parallel.strategy=single parallel.workers=2",
         "parallel.strategy=single",

@@ -25,7 +25,7 @@ LAYERS = [
     {"search"},
     {"ray_backend", "merge", "report"},  # promote's model card has the tables of report
     {"promote"},
-    {"preflight"},
+    {"preflight", "fetch"},
     {"app"},
     {"plan", "submit"},
     {"cli"},

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureFixture) -> None:
     assert cli.run_command(["--help"]) == 0
-    commands = ("plan", "schema", "train", "sweep", "promote", "evaluate")
+    commands = ("plan", "schema", "train", "sweep", "promote", "evaluate", "fetch")
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in commands)
     for name in commands:
@@ -106,7 +106,7 @@ def test_exit_codes(
     error: BaseException,
     code: int,
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **more: object) -> None:
         raise error
 
     monkeypatch.setattr(app, "train", fail)
@@ -120,7 +120,7 @@ def test_exit_codes(
 
 
 def test_a_bug_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "train", lambda *arguments: 1 // 0)
+    monkeypatch.setattr(app, "train", lambda *arguments, **more: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         cli.run_command(["train", "x.yaml"])
 

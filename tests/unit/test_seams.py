@@ -95,6 +95,7 @@ NAMES: dict[str, str] = {
     "ray.train.v2._internal.callbacks.DatasetsCallback": "train_run_context datasets",
     "ray.train.v2._internal.callbacks.placement_group_callback.PlacementGroupCleanerCallback": "",
     f"{CALLBACK}.ControllerCallback.after_controller_start": "self train_run_context",
+    f"{CALLBACK}.WorkerGroupCallback.before_init_train_context": "self workers",
     f"{CALLBACK}.WorkerGroupCallback.after_worker_group_start": "self worker_group",
     f"{CALLBACK}.ReportCallback": "",
     f"{FAILURES}.DefaultFailurePolicy.make_decision": "self",

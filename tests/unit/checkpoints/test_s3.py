@@ -266,6 +266,54 @@ def test_a_driver_killed_before_anything_was_measured_leaves_the_name_free(
         Mirror(bucket, here, print).begin(resume=False)
 
 
+def test_a_copy_that_is_broken_off_has_metrics_up_to_its_checkpoints(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "here/some")
+    mirror = Mirror(bucket, run, print)
+    mirror.sync()
+    (run / "metrics.jsonl").write_text('{"step": 3}\n')
+    commit(run / "checkpoints", 3)
+
+    def die(remote: RemoteCheckpoints, folder: Path) -> None:
+        upload(remote, folder)
+        if folder.name == "step-000003":
+            raise KeyboardInterrupt
+
+    upload = RemoteCheckpoints.upload
+    monkeypatch.setattr(RemoteCheckpoints, "upload", die)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.sync()
+    assert RemoteCheckpoints(bucket, "some/checkpoints").names()[-1] == "step-000003"
+    assert bucket.get("some/metrics.jsonl") == b'{"step": 3}\n'
+
+
+def test_a_fetched_run_keeps_its_lock_and_is_whole_or_fetched_again(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Mirror(bucket, make_run(tmp_path / "here/some"), print).sync()
+    there = tmp_path / "there/some"
+    there.mkdir(parents=True)
+    (there / ".lock").touch()
+    inode = (there / ".lock").stat().st_ino
+    left = [3]
+
+    def die(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        Mirror(bucket, there, print).begin(resume=True)
+    assert not (there / "mirror.json").exists()
+    Mirror(bucket, there, print).begin(resume=True)
+    assert content(there).keys() - {".lock"} == content(tmp_path / "here/some").keys()
+    assert (there / ".lock").stat().st_ino == inode
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3://key:secret@bucket/x", "gs://bucket"])
 def test_what_is_no_bucket(url: str) -> None:
     with pytest.raises(ConfigError, match="is not the URL of a bucket") as caught:

@@ -13,9 +13,9 @@ from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
 from raytune_ft.estimate.memory import MemoryModel, held_by, shortage, teaching_of
 from raytune_ft.estimate.parameters import build_shell
+from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import build_frozen
 from raytune_ft.preflight import placed
-from raytune_ft.train.distill import teacher_model
 
 ROOT = Path(__file__).parents[3]
 
