@@ -96,7 +96,7 @@ def snapshot(model: ModelConfig, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class OnTerminals(tqdm):  # type: ignore[misc]
+    class OnTerminals(tqdm):
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **{**more, "disable": not sys.stderr.isatty()})
 
