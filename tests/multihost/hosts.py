@@ -92,8 +92,10 @@ class Hosts:
         return f"{self._tag}h{host}"
 
     def address(self, host: int) -> str:
-        """On the bridge."""
-        return f"10.77.0.{host}"
+        """On the bridge. Ray refuses a head at the address of another one on this machine, whatever
+        namespace that is in.
+        """
+        return f"10.77.{os.getpid() % 250}.{host}"
 
     def start(
         self, host: int, before: str = "true", environment: Mapping[str, str] = MappingProxyType({})
