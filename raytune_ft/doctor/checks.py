@@ -684,12 +684,16 @@ def all_reduce(subject: Subject) -> list[Row]:
 
 def _reduced(site: Site, backend: str) -> list[Row]:
     names = list(site.nodes)
+    _, lost = _split(site.ask(probes.load_torch, (), IMPORT_S))
+    if lost:
+        return lost
     address = site.nodes[names[0]].address
     port = site.ask(probes.meet, {names[0]: (address,)}, ASK_S)[names[0]]
     if isinstance(port, Exception):
         return [NO_ANSWER.on(names[0], reason=first_line(port))]
     asked = {name: (rank, len(names), (address, port), backend) for rank, name in enumerate(names)}
-    return judge_all_reduce(site.ask(probes.all_reduce, asked, IMPORT_S), backend)
+    answers = site.ask(probes.all_reduce, asked, 3 * probes.GROUP_S)
+    return judge_all_reduce(answers, backend)
 
 
 def judge_all_reduce(answers: Answers, backend: str) -> list[Row]:
@@ -813,7 +817,7 @@ CHECKS: dict[str, Check] = {
         f"1/{VERY_SLOW:g}",
         (SLOW_NODE, VERY_SLOW_NODE, SLOW_PAIR, SLOW_ALL, NO_REDUCE, GPUS_TAKEN),
         needs="nodes",
-        limit_s=IMPORT_S + 3 * ASK_S,
+        limit_s=IMPORT_S + 3 * probes.GROUP_S + 4 * ASK_S,
     ),
 }
 """In the order of the table. The all-reduce comes last, since it may end its processes."""

@@ -59,6 +59,7 @@ class Hosts:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "90",
             # A host that is silent for 6 s is dead; by default after more than 20 s.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",

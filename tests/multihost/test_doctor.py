@@ -112,7 +112,7 @@ def test_three_hosts_that_are_well(site: Site) -> None:
     assert {"disk", "shm", "ray", "environment", "nodes", "gpus"} <= well
 
 
-def test_what_is_planted_is_found(site: Site) -> None:
+def test_what_is_planted_is_found(site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Eight defects at once, on two of the hosts."""
     hosts, folder = site.hosts, site.project
     strange = folder / "strange"
@@ -135,7 +135,7 @@ def test_what_is_planted_is_found(site: Site) -> None:
         "unset HF_TOKEN",
         environment={"HF_HOME": str(cache)},
     )
-    second = begin_a_second_ray(hosts, 3)
+    second = begin_a_second_ray(hosts, 3, tmp_path_factory.mktemp("s"))
     traffic_control(hosts, 3, "add", "tbf", "rate", "20mbit", "burst", "64kb", "latency", "400ms")
     try:
         rows = site.doctor("run.yaml", f"storage={site.storage}", site.address, code=1)
@@ -172,7 +172,7 @@ def traffic_control(hosts: Hosts, host: int, act: str, *rule: str) -> None:
     subprocess.run([*hosts.enter(host), *words], check=True)
 
 
-def begin_a_second_ray(hosts: Hosts, host: int) -> subprocess.Popen[bytes]:
+def begin_a_second_ray(hosts: Hosts, host: int, directory: Path) -> subprocess.Popen[bytes]:
     """Also a node with all CPUs, on the same host."""
     words = ["start", "--head", "--block", "--port=7000", "--include-dashboard=false"]
     process = subprocess.Popen(
@@ -182,7 +182,7 @@ def begin_a_second_ray(hosts: Hosts, host: int) -> subprocess.Popen[bytes]:
             f"--node-ip-address={hosts.address(host)}",
             f"--num-cpus={os.cpu_count()}",
             "--object-store-memory=100000000",
-            f"--temp-dir=/tmp/rt{os.getpid()}second",
+            f"--temp-dir={directory}",
         ],
         env=hosts.environment,
         stdout=subprocess.PIPE,
