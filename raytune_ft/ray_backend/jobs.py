@@ -44,7 +44,6 @@ class Job:
     """One job as the cluster describes it; times are in seconds of the Unix clock.
 
     Attributes:
-        asks: resources of the driver itself, not of the workers that it starts.
         exit_code: of the driver, once it has ended by itself.
     """
 
@@ -55,7 +54,6 @@ class Job:
     digest: str | None = None
     message: str = ""
     exit_code: int | None = None
-    asks: Mapping[str, float] | None = None
     started_s: float | None = None
     ended_s: float | None = None
 
@@ -63,12 +61,6 @@ class Job:
     def of(cls, plain: Mapping[str, Any]) -> Job:
         """From the JSON of Ray's API."""
         metadata = plain.get("metadata") or {}
-        asks = {
-            "CPU": plain.get("entrypoint_num_cpus"),
-            "GPU": plain.get("entrypoint_num_gpus"),
-            "memory": plain.get("entrypoint_memory"),
-            **(plain.get("entrypoint_resources") or {}),
-        }
         return cls(
             id=plain["submission_id"],
             status=plain["status"],
@@ -77,7 +69,6 @@ class Job:
             digest=metadata.get(DIGEST),
             message=plain.get("message") or "",
             exit_code=plain.get("driver_exit_code"),
-            asks={name: amount for name, amount in asks.items() if amount},
             started_s=_seconds(plain.get("start_time")),
             ended_s=_seconds(plain.get("end_time")),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -137,27 +137,17 @@ def until_it_answers(ask: Callable[[], T], tell: Tell, patience_s: float = PATIE
 
 
 def why_pending(job: Job, cluster: JobCluster) -> str:
-    """What a job that has not begun asks for, and what the cluster has."""
+    """Why a job has not begun, as far as the cluster tells. A driver that `submit` starts asks for
+    nothing; what other drivers ask for, Ray's API does not say.
+    """
     nodes = [resources for _, resources in cluster.nodes()]
+    has = ", ".join(f"{sum(n.get(name, 0.0) for n in nodes):g} {name}" for name in ("CPU", "GPU"))
     waits = f" for {seconds(time.time() - job.started_s)}" if job.started_s else ""
-    asks = _amounts(job.asks) if job.asks else "no CPU or GPU and runs on the head"
-    total = {
-        name: sum(node.get(name, 0.0) for node in nodes)
-        for name in dict.fromkeys(["CPU", "GPU", *(job.asks or ())])
-    }
-    holds = any(
-        all(node.get(name, 0.0) >= amount for name, amount in (job.asks or {}).items())
-        for node in nodes
-    )
-    verdict = "" if holds else "; no node has that much, so it cannot begin"
+    asks = " Its driver asks for no CPU or GPU and runs on the head." if job.run else ""
     return (
-        f"job {job.id} has been PENDING{waits}: {job.message} Its driver asks for {asks}; the "
-        f"cluster has {_amounts(total)} on {len(nodes)} node{'s' * (len(nodes) != 1)}{verdict}"
+        f"job {job.id} has been PENDING{waits}: {job.message}{asks} The cluster has {has} on "
+        f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
     )
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def was_cut_off(job: Job | None) -> bool:

@@ -15,9 +15,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
@@ -252,8 +254,8 @@ def test_a_pending_job_is_explained(cluster: Cluster) -> None:
     client = cluster.jobs()
     client.submit_job(entrypoint="true", submission_id="waits", entrypoint_num_cpus=64)
     shown = " ".join(cluster.run("status", "waits").split())
-    assert "asks for 64 CPU; the cluster has 2 CPU" in shown
-    assert "no node has that much" in shown
+    assert "waiting for resources" in shown
+    assert "The cluster has 2 CPU, 0 GPU on 1 node" in shown
     assert "waits" in cluster.run("status")
     client.stop_job("waits")
 
@@ -299,7 +301,7 @@ def scraped(cluster: Cluster, run: str) -> dict[str, float]:
     targets = [target for group in groups for target in group["targets"]]
     values: dict[str, float] = {}
     for target in targets:
-        with urlopen(f"http://{target}/metrics") as answer:
+        with suppress(URLError), urlopen(f"http://{target}/metrics") as answer:  # it may start
             for line in answer.read().decode().splitlines():
                 found = re.fullmatch(r"(ray_raytune_ft_\w+)\{(.*)\} (\S+)", line)
                 if found and f'run="{run}"' in found[2]:

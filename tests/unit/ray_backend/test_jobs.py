@@ -187,8 +187,6 @@ def test_jobs_are_read(head: Head) -> None:
                 "metadata": {"raytune_ft_run": "run", "raytune_ft_digest": "d"},
                 "message": None,
                 "driver_exit_code": -9,
-                "entrypoint_num_cpus": 2,
-                "entrypoint_resources": {"disk": 1},
                 "start_time": 2000,
                 "end_time": 3500,
             },
@@ -204,5 +202,4 @@ def test_jobs_are_read(head: Head) -> None:
     first, second = JobCluster(head.url).jobs()
     assert (first.id, first.ended, first.run) == ("run", False, None)
     assert (second.run, second.digest, second.exit_code) == ("run", "d", -9)
-    assert second.asks == {"CPU": 2, "disk": 1}
     assert (second.started_s, second.ended_s, second.ended) == (2.0, 3.5, True)
