@@ -62,15 +62,6 @@ def check_submitter(own: str) -> None:
         )
 
 
-def referenced(value: Any) -> set[str]:
-    """Names of the `${NAME}` in the texts of a plain value."""
-    if isinstance(value, str):
-        return set(_REFERENCE.findall(value))
-    if isinstance(value, dict):
-        value = list(value.values())
-    return set().union(*map(referenced, value)) if isinstance(value, list) else set()
-
-
 def joins_cluster() -> bool:
     """Whether a cluster that exists already does the work, and this process none of it. Inside a
     Ray job, Ray sets the variable.

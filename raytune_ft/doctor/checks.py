@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from packaging.requirements import Requirement
 
-from raytune_ft.config.environment import referenced
+from raytune_ft.config.environment import names_in
 from raytune_ft.config.load import to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.doctor import probes
@@ -622,7 +622,7 @@ def environment(subject: Subject) -> list[Row]:
     told: list[str] = []
     rows = []
     if not subject.joined:
-        named = referenced(to_plain(subject.config))
+        named = names_in(to_plain(subject.config))
         if absent := ", ".join(sorted(named - os.environ.keys())):
             rule = "is named by the config, and is not set"
             rows.append(UNSET.on(_first(subject), names=absent, rule=rule))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import ray
 from ray.exceptions import RayError
 
-from raytune_ft.config.environment import referenced
+from raytune_ft.config.environment import names_in
 from raytune_ft.config.load import to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ClusterError, first_line
@@ -68,7 +68,7 @@ def needed(config: Config, environ: Mapping[str, str], several: bool) -> list[st
     here = {name for name in used if environ.get(name)}
     if several:
         here |= {name for name in environ if name.startswith(OF_THE_NETWORK)}
-    return sorted(here | referenced(to_plain(config)))
+    return sorted(here | names_in(to_plain(config)))
 
 
 def _ask(nodes: Sequence[Node], names: Sequence[str]) -> dict[str, dict[str, str | None]]:
