@@ -288,7 +288,7 @@ def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with subject.undo:
             rows = list(CHECKS["storage"].run(subject))
         assert [row.status for row in rows] == ["ok", "ok"]
-        assert Bucket("s3://models").sizes() == {}
+        assert Bucket("s3://models").sizes("runs/") == {}
         subject = Subject(Here(), config_of(tmp_path, "s3://of-nobody/runs"))
         with subject.undo:
             rows = list(CHECKS["storage"].run(subject))

@@ -136,5 +136,10 @@ def test_a_group_leaves_to_grow_only_where_a_worker_fits(
     assert running(policy, 3) == []
 
 
-def test_a_fixed_number_is_rays_own_policy() -> None:
-    assert type(scaling_policy(ScalingConfig(num_workers=2))) is FixedScalingPolicy
+def test_a_fixed_number_asks_no_autoscaler() -> None:
+    """Its driver does, for all groups; nothing else of Ray's own policy is replaced."""
+    policy = scaling_policy(ScalingConfig(num_workers=2))
+    assert isinstance(policy, FixedScalingPolicy)
+    own = {name for name in vars(type(policy)) if not name.startswith("__")}
+    assert own == {"after_controller_start", "_maybe_send_resource_request"}
+    policy._maybe_send_resource_request()
