@@ -1,8 +1,8 @@
 """The figures of runs as metrics of Ray, which its dashboard and Prometheus read.
 
 Prometheus sees each name with the prefix `ray_`. All have the tag `run`, the run's or the sweep's
-name, and all but those of a sweep as a whole the tag `trial`, empty for a run of its own. A figure
-disappears with the process that has set it.
+name, and all but those of a sweep as a whole the tag `trial`, empty for a run of its own. Ray drops
+a figure that is not set again within two of its reports, 20 s by default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raytune_ft.layout import CHECKPOINTS, MANIFEST, MIRROR_OWNER, TRIALS
 from raytune_ft.records import EvalMetrics, StepMetrics
 
 EVERY_S = 5.0
-"""How often ages are measured anew."""
+"""How often a driver sets its figures."""
 TAGS = ("run", "trial")
 STEP = "raytune_ft_step", "optimizer steps done"
 EXAMPLES = "raytune_ft_examples", "training examples seen"
@@ -47,6 +47,7 @@ class RunGauges:
             name: Gauge(name, about, TAGS).set_default_tags(names_of(run_dir))
             for name, about in (STEP, EXAMPLES, LOSS, STEP_TIME, SPEED, EVAL_LOSS)
         }
+        self._eval_loss: float | None = None
 
     def step(self, metrics: StepMetrics) -> None:
         self._set(STEP, metrics.step)
@@ -54,8 +55,11 @@ class RunGauges:
         self._set(LOSS, metrics.loss)
         self._set(SPEED, metrics.tokens_per_s)
         self._set(STEP_TIME, metrics.tokens / metrics.tokens_per_s)
+        if self._eval_loss is not None:
+            self._set(EVAL_LOSS, self._eval_loss)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
+        self._eval_loss = metrics.eval_loss
         self._set(EVAL_LOSS, metrics.eval_loss)
 
     def _set(self, gauge: tuple[str, str], value: float) -> None:
@@ -79,17 +83,17 @@ class DriverGauges:
     def started(self, trial: str) -> None:
         """A trial has started or resumed."""
         self._running.add(trial)
-        self._count("running", len(self._running))
 
     def ended(self, trial: str, status: str) -> None:
         """A trial has ended, or was interrupted."""
         self._running.discard(trial)
         self._counts[status] = self._counts.get(status, 0) + 1
-        self._count("running", len(self._running))
-        self._count(status, self._counts[status])
 
     def measure(self) -> None:
-        """Set the ages as they are now; without a checkpoint or a mirror there is none."""
+        """Set the figures as they are now; without a checkpoint or a mirror there is no age."""
+        if self._running or self._counts:
+            for state, number in {"running": len(self._running), **self._counts}.items():
+                self._trials.set(number, {"run": self._run_dir.name, "state": state})
         trials = [self._run_dir / TRIALS / trial for trial in sorted(self._running)]
         for run_dir in trials or [self._run_dir]:
             times = [_time(path) for path in (run_dir / CHECKPOINTS).glob(f"step-*/{MANIFEST}")]
@@ -97,9 +101,6 @@ class DriverGauges:
                 self._age.set(time.time() - max(times), names_of(run_dir))
         if mirrored := _time(self._run_dir / MIRROR_OWNER):
             self._lag.set(time.time() - mirrored, {"run": self._run_dir.name})
-
-    def _count(self, state: str, number: int) -> None:
-        self._trials.set(number, {"run": self._run_dir.name, "state": state})
 
 
 def _time(path: Path) -> float:
@@ -111,7 +112,7 @@ def _time(path: Path) -> float:
 
 @contextmanager
 def measured(run_dir: Path, every_s: float = EVERY_S) -> Iterator[DriverGauges]:
-    """Inside, a thread measures the ages of the run's files. For a driver that has joined Ray."""
+    """Inside, a thread sets the figures of a driver that has joined Ray."""
     gauges, over = DriverGauges(run_dir), threading.Event()
 
     def measure() -> None:
