@@ -24,7 +24,7 @@ from tests.ray.conftest import Inputs
 from tests.support.hub import COMMIT, MODEL, Hub, hub_server
 from tests.support.runs import largest_difference
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
