@@ -107,6 +107,7 @@ def test_sweep(tmp_path: Path) -> None:
     assert not (sweep / "promoted-1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_train_on_three_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is all that they share."""

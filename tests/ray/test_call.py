@@ -54,6 +54,7 @@ def test_groups_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> N
     assert sum(line.startswith("computing on 1 worker (node ") for line in said) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_a_model_of_a_sharded_run_is_measured_in_parts(
     inputs: Inputs, tmp_path: Path, strategy: str
@@ -133,6 +134,7 @@ def test_an_interrupt_ends_the_workers(inputs: Inputs, tmp_path: Path) -> None:
     assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(inputs: Inputs, tmp_path: Path) -> None:
     """Until it has died more often than `parallel.max_failures`."""
     own = groups(inputs.config(parallel__max_failures=1), tmp_path)
