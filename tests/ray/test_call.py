@@ -85,6 +85,7 @@ def _measured_in_parts(job: Job, strategy: Strategy) -> tuple[Measured, tuple[in
     return run_job(job, strategy), (held, whole)
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_stays_one(inputs: Inputs, tmp_path: Path) -> None:
     own = groups(inputs.config(), tmp_path)
     wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["answer"], max_new_tokens=4))

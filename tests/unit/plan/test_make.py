@@ -73,7 +73,8 @@ def test_a_cluster_that_is_joined_says_nodes_and_memory(
 ) -> None:
     memory = 7 * 2**30
     resources = {"CPU": 2.0, "memory": 2.0 * memory}
-    alive = [{"Alive": True, "Resources": resources}] * 3
+    node = {"Alive": True, "NodeManagerAddress": "10.0.0.2", "Resources": resources, "Labels": {}}
+    alive = [{**node, "NodeID": f"{number}"} for number in range(3)]
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr("raytune_ft.ray_backend.cluster.connected", nullcontext)
     monkeypatch.setattr("ray.nodes", lambda: alive)
