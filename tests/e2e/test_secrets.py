@@ -189,7 +189,7 @@ def test_no_secret_leaves_its_place(
     warned = json.loads(stored["given/trials/trial-000/tracking.json"])["mlflow_warning"]
     assert "failed" in warned
     assert "given/study.db" not in stored
-    assert b'"spec": "RunSpec(' in state["/api/train/v2/runs/v1"]
+    assert b"RunSpec(run_dir=" in state["/api/train/v2/runs/v1"]
     assert b"TrainController" in state[STATE[0]]
     assert b"${CANARY_URI}" in stored["given/config.yaml"]
     assert any("export_events" in name for name in files_below(sessions))
