@@ -193,8 +193,9 @@ def test_no_secret_leaves_its_place(
     assert b"TrainController" in state[STATE[0]]
     assert b"${CANARY_URI}" in stored["given/config.yaml"]
     assert any("export_events" in name for name in files_below(sessions))
-    # Locations are no secrets: an adapter has to name its base, and a command says where it wrote.
-    places = {"DATA", "MODEL", "STORAGE"}
+    # Names and locations are no secrets: an adapter has to name its base, a command says where it
+    # wrote, and a client which experiment it did not find.
+    places = {"DATA", "MODEL", "STORAGE", "PROJECT"}
     hidden = {name: text for name, text in canaries.items() if name not in places}
     assert holding({"said": (done.stdout + done.stderr).encode()}, hidden) == set()
     assert holding(stored, hidden) == set()
