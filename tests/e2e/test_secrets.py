@@ -189,12 +189,13 @@ def test_no_secret_leaves_its_place(
     warned = json.loads(stored["given/trials/trial-000/tracking.json"])["mlflow_warning"]
     assert "failed" in warned
     assert "given/study.db" not in stored
-    assert b'"spec": "RunSpec(' in state["/api/train/v2/runs/v1"]
+    assert b"RunSpec(run_dir=" in state["/api/train/v2/runs/v1"]
     assert b"TrainController" in state[STATE[0]]
     assert b"${CANARY_URI}" in stored["given/config.yaml"]
     assert any("export_events" in name for name in files_below(sessions))
-    # Locations are no secrets: an adapter has to name its base, and a command says where it wrote.
-    places = {"DATA", "MODEL", "STORAGE"}
+    # Names and locations are no secrets: an adapter has to name its base, a command says where it
+    # wrote, and a client which experiment it did not find.
+    places = {"DATA", "MODEL", "STORAGE", "PROJECT"}
     hidden = {name: text for name, text in canaries.items() if name not in places}
     assert holding({"said": (done.stdout + done.stderr).encode()}, hidden) == set()
     assert holding(stored, hidden) == set()
