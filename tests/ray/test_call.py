@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.schema import Config, PromoteConfig
-from raytune_ft.errors import DataError, ModelError, RunFailed
+from raytune_ft.errors import DataError, ModelError
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 from raytune_ft.evaluate.workers import HERE
 from raytune_ft.ray_backend.call import WorkerGroups
 from raytune_ft.records import Tell
 from raytune_ft.strategy import Strategy
-from tests.ray.conftest import Inputs, assert_nothing_left, workers
+from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama
 
 pytestmark = pytest.mark.ray
@@ -133,22 +133,3 @@ def test_an_interrupt_ends_the_workers(inputs: Inputs, tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert_nothing_left()
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_replaced(inputs: Inputs, tmp_path: Path) -> None:
-    """Until it has died more often than `parallel.max_failures`."""
-    own = groups(inputs.config(parallel__max_failures=1), tmp_path)
-    assert own.alone(_die, tmp_path / "once", 1, tell=print) == 2
-    with pytest.raises(RunFailed, match="a worker died"):
-        own.alone(_die, tmp_path / "always", 9, tell=print)
-    assert not workers()
-    assert_nothing_left()
-
-
-def _die(path: Path, times: int, tell: Tell) -> int:
-    begun = 1 + (len(path.read_text()) if path.exists() else 0)
-    path.write_text("x" * begun)
-    if begun <= times:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return begun
