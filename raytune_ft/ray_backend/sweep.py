@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 from ray import tune
 from ray.tune.error import TuneError
+from ray.tune.execution import class_cache
 from ray.tune.stopper import CombinedStopper
 
 from raytune_ft.config.environment import names_in
@@ -103,7 +104,13 @@ def tune_storage() -> Iterator[str]:
 
 @contextmanager
 def settings_of_tune() -> Iterator[None]:
-    """Sets the environment variables from which Tune reads its settings."""
+    """Sets the environment variables from which Tune reads its settings.
+
+    Tune would also hand on the keys of AWS, whose values Ray then keeps in its state. Only the
+    driver needs them.
+    """
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
     before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
     os.environ.update(TUNE_SETTINGS)
     level = logging.getLogger("ray.tune").level
@@ -111,6 +118,7 @@ def settings_of_tune() -> Iterator[None]:
     try:
         yield
     finally:
+        class_cache.ENV_VARS_TO_PROPAGATE.update(keys)
         logging.getLogger("ray.tune").setLevel(level)
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,21 +11,35 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import raytune_ft
 from raytune_ft.cli import run_command
 
 TEMPLATES = ["qwen3", "llama3_1", "phi3", "gemma", "gptoss"]
+TINY = Path(raytune_ft.__file__).parent / "model" / "tiny"
+MARK = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 ANSWERS = {"sky": "Blue as ever.", "grass": "Green, é 日本!", "sun": "  It is\nyellow."}
 CONFIG = """\
 name: talk
-model: {path: "builtin:tiny"}
+model: {path: base}
 method: {name: full}
 data:
   train: {path: chats.jsonl, format: auto, chat_template: template.jinja}
   validation: {path: again.jsonl, format: auto}  # enough rows to tell that the model is better
   max_length: 1024
-train: {max_examples: 420, batch_size: 6, lr: 3.0e-3, weight_decay: 0.0, precision: float32}
+train: {max_examples: 900, batch_size: 6, lr: 3.0e-3, weight_decay: 0.0, precision: float32}
 promote: {max_overlap: 1}
 """
+
+
+def _base_for(template: str, folder: Path) -> None:
+    """The built-in model with the marks of a template as tokens of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    marks = sorted(set(MARK.findall(template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -38,7 +53,9 @@ def test_a_promoted_model_says_what_it_was_taught_and_ends(
         pytest.skip("trl, which has the templates, is not installed")
     source = Path(spec.origin).parent / "chat_templates" / f"{name}.jinja"
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "template.jinja").write_text(source.read_text(encoding="utf-8"))
+    template = source.read_text(encoding="utf-8")
+    (tmp_path / "template.jinja").write_text(template)
+    _base_for(template, tmp_path / "base")
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in ANSWERS.items()

@@ -86,6 +86,7 @@ NAMES: dict[str, str] = {
     "optuna.samplers.CmaEsSampler._init_optimizer": "self trans direction",
     "optuna.samplers.CmaEsSampler._attr_key_generation": "",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "",
+    "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE": "",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR": "",
     "ray.core.generated.gcs_service_pb2.GetAllNodeInfoRequest": "",
     "ray.core.generated.gcs_service_pb2_grpc.NodeInfoGcsServiceStub": "channel",

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.execution import class_cache
 
 from raytune_ft.config.search import BudgetConfig
 from raytune_ft.ray_backend.capacity import Demand
-from raytune_ft.ray_backend.sweep import Growth, StopAtBudget, StopWith
+from raytune_ft.ray_backend.sweep import Growth, StopAtBudget, StopWith, settings_of_tune
 from raytune_ft.search.results import Spending
 from tests.support.runs import make_config
 from tests.unit.ray_backend.test_trial import Somewhere
@@ -102,3 +103,12 @@ def test_a_sweep_is_as_large_as_its_cluster(
     demand = Demand(config.parallel)
     Growth(config, places, searcher, demand, print, lambda parallel: nodes).look()  # type: ignore[arg-type]
     assert (places.count, searcher.at_once, demands) == (kept, at_once, [asked])
+
+
+def test_keys_of_aws_are_not_handed_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish")
+    with settings_of_tune():
+        actor = class_cache._ActorClassCache().get(type("Trial", (), {}))
+    assert "swordfish" not in str(actor._default_options)
+    after = class_cache._ActorClassCache().get(type("Trial", (), {}))
+    assert "swordfish" in str(after._default_options)  # as Tune does it
