@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from raytune_ft.config.data import source_configs
-from raytune_ft.config.environment import in_ray_job
+from raytune_ft.config.environment import joins_cluster
 from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
@@ -32,13 +31,13 @@ def fetch_all(
         ClusterError: the cluster cannot be joined, or has no node for workers.
     """
     config = expand_env(resolve(load_config(file, overrides, tell)))
-    joins = address or os.environ.get("RAY_ADDRESS", "local") != "local" or in_ray_job()
+    joins = joins_cluster() if address is None else address != "local"
     with ExitStack() as stack:
         if joins:
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected(address))
-        return [*_models(config, bool(joins), tell), *_data(config)]
+        return [*_models(config, joins, tell), *_data(config)]
 
 
 def _models(config: Config, on_nodes: bool, tell: Tell) -> Iterator[Download]:

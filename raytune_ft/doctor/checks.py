@@ -593,13 +593,18 @@ TOO_SMALL = Finding(
 
 
 def capacity(subject: Subject) -> Iterator[Row]:
+    from raytune_ft.ray_backend.capacity import staying, wait_s
     from raytune_ft.ray_backend.cluster import require_capacity
 
     assert subject.config is not None
+    parallel = subject.config.parallel
     try:
-        groups = require_capacity(subject.config.parallel)
+        groups = require_capacity(parallel, staying(parallel))
     except ClusterError as error:
-        yield TOO_SMALL.on(ALL, reason=_reason(error))
+        if limit_s := wait_s(parallel):
+            yield well(f"a run waits up to {seconds(limit_s)} for nodes: {_reason(error)}")
+        else:
+            yield TOO_SMALL.on(ALL, reason=_reason(error))
     else:
         fit = "1 run or trial fits" if groups == 1 else f"{groups} runs or trials fit"
         yield well(f"{fit} at a time")
@@ -621,18 +626,15 @@ def environment(subject: Subject) -> list[Row]:
     assert subject.config is not None
     told: list[str] = []
     rows = []
-    if not subject.joined:
-        named = names_in(to_plain(subject.config))
-        if absent := ", ".join(sorted(named - os.environ.keys())):
-            rule = "is named by the config, and is not set"
-            rows.append(UNSET.on(_first(subject), names=absent, rule=rule))
-    else:
-        from raytune_ft.ray_backend.environment import check_environment
+    named = names_in(to_plain(subject.config))
+    if absent := ", ".join(sorted(named - os.environ.keys())):
+        rule = "is named by the config, and is not set"
+        rows.append(UNSET.on(_first(subject), names=absent, rule=rule))
+    if subject.joined:
+        from raytune_ft.ray_backend.environment import NOT_SET, lacking
 
-        try:
-            check_environment(subject.config, told.append)
-        except ClusterError as error:
-            rows.append(UNSET.on(ALL, names=error.value, rule=error.rule))
+        if missing := lacking(subject.config, told.append):
+            rows.append(UNSET.on(ALL, names=missing, rule=NOT_SET))
     rows += [DIFFERENT_NETWORK.on(ALL, line=line) for line in told]
     return rows or [well("every variable that workers need is set", _every(subject))]
 

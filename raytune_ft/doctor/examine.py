@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shlex
 import tempfile
@@ -13,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.load import load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
@@ -67,7 +67,7 @@ def doctor(
         ConfigError, StorageError: of the config.
         ClusterError: no cluster answers at the address.
     """
-    config = resolve(load_config(file, overrides, tell)) if file else None
+    written = load_config(file, overrides, tell) if file else None
     with ExitStack() as stack:
         if address is None:
             site: Any = Here()
@@ -79,6 +79,10 @@ def doctor(
             tell("starting a process on every node")
             site = NodeProcesses(probes)
         stack.callback(site.end)
+        # As a run resolves it, which refuses a directory that the other nodes do not see.
+        several = len(site.nodes) + len(site.lost) > 1
+        disposable = several or in_ray_job()
+        config = resolve(written, disposable_cwd=disposable) if written else None
         subject = Subject(site, config, insecure, stack.enter_context(ExitStack()))
         return examine(subject, tell)
 
@@ -184,8 +188,9 @@ def doctor_as_job(
 
 
 def _files(file: Path, config: Config) -> dict[str, Path]:
-    """The config first, and the only file that is read together with it."""
-    files, other = {file.name: file}, config.parallel.deepspeed
-    if other is not None and not os.path.isabs(other):
-        files[other] = Path(other)
-    return files
+    """The config first, and the only file that is read together with it; see `packed`."""
+    from raytune_ft.submit.package import Named, packed
+
+    other = config.parallel.deepspeed
+    named = Named("parallel.deepspeed", other) if other is not None else None
+    return {file.name: file, **(packed(named, Path.cwd(), cluster_paths=True) if named else {})}

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import ray
 from ray.exceptions import RayError
 
-from raytune_ft.config.environment import names_in
-from raytune_ft.config.load import to_plain
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ClusterError, first_line
 from raytune_ft.model.hub import trained_models
@@ -31,36 +29,54 @@ OF_THE_NETWORK = ("NCCL_", "GLOO_")
 ANSWER_S = 60.0
 
 
+NOT_SET = "is not set for workers, and it is set here"
+
+
 def check_environment(config: Config, tell: Tell) -> None:
-    """Ask every node that can hold a worker; one process a node starts for a moment.
+    """See `lacking`.
+
+    Raises:
+        ClusterError: a variable that is needed is missing somewhere; it names all of them.
+    """
+    if missing := lacking(config, tell):
+        raise ClusterError(
+            missing,
+            NOT_SET,
+            "export it there before `ray start` (on Kubernetes: in the pods of workers)",
+        )
+
+
+def lacking(config: Config, tell: Tell) -> str:
+    """The variables that a run needs and that are missing where it may put workers, as `NAME on
+    node NODE`; empty where none is. One process starts for a moment on each such node.
 
     `tell` hears of settings of the network that differ, which may be meant.
 
     Raises:
-        ClusterError: a variable that is needed is missing somewhere; it names all of them.
+        ClusterError: a node does not answer, or see `suitable_nodes`.
     """
     nodes = worker_nodes(config.parallel)
     several = len(nodes) > 1 and config.parallel.max_workers > 1
     names = needed(config, os.environ, several)
     if not names:
-        return
+        return ""
     seen = _ask(nodes, names)
-    lacking = {name: [node.name for node in nodes if seen[node.id][name] is None] for name in names}
-    if missing := {name: where for name, where in lacking.items() if where}:
-        raise ClusterError(
-            " and ".join(f"{name} on node {', '.join(where)}" for name, where in missing.items()),
-            "is not set for workers, and it is set here",
-            "export it there before `ray start` (on Kubernetes: in the pods of workers)",
+    without = {name: [node.name for node in nodes if seen[node.id][name] is None] for name in names}
+    if any(without.values()):
+        return " and ".join(
+            f"{name} on node {', '.join(where)}" for name, where in without.items() if where
         )
     for name, own in _seen(names).items():
         others = [node.name for node in nodes if seen[node.id][name] != own]
         if others:
             tell(f"{name} differs between here and node {', '.join(others)}; workers use their own")
+    return ""
 
 
 def needed(config: Config, environ: Mapping[str, str], several: bool) -> list[str]:
-    """Names that workers need: those in the config, and of what is set here those that are used.
-    `several`: workers may talk over a network.
+    """Names of what is set here and workers use. `several`: workers may talk over a network.
+
+    Values of `${NAME}` in the config travel with the run.
     """
     used = {name for tracker in config.tracking.to for name in OF_TRACKERS.get(tracker, ())}
     if trained_models(config):
@@ -68,7 +84,7 @@ def needed(config: Config, environ: Mapping[str, str], several: bool) -> list[st
     here = {name for name in used if environ.get(name)}
     if several:
         here |= {name for name in environ if name.startswith(OF_THE_NETWORK)}
-    return sorted(here | names_in(to_plain(config)))
+    return sorted(here)
 
 
 def _ask(nodes: Sequence[Node], names: Sequence[str]) -> dict[str, dict[str, str | None]]:

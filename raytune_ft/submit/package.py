@@ -75,7 +75,7 @@ def package_of(file: Path, config: Config, cwd: Path, cluster_paths: bool) -> Pa
     files: dict[str, Path] = {}
     owners: dict[str, str] = {}
     for named in named_paths(config):
-        for name, path in _packed(named, cwd, cluster_paths).items():
+        for name, path in packed(named, cwd, cluster_paths).items():
             files[name], owners[name] = path, named.key
     inside = os.path.relpath(file, cwd)
     own = file.name if inside.startswith("..") else inside
@@ -118,7 +118,7 @@ def named_paths(config: Config) -> Iterator[Named]:
         yield Named("search.warm_start", folder)
 
 
-def _packed(named: Named, cwd: Path, cluster_paths: bool) -> dict[str, Path]:
+def packed(named: Named, cwd: Path, cluster_paths: bool) -> dict[str, Path]:
     """The files to pack for one path, by their names in the package; none for a hub id."""
     key, written = named.key, named.path
     if written.startswith(paths.BUILTIN):

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import raytune_ft
 from raytune_ft.config import environment, paths
-from raytune_ft.config.load import apply_overrides, dump_yaml, load_config, to_plain, validated
+from raytune_ft.config.load import (
+    apply_overrides,
+    dump_yaml,
+    expand_env,
+    load_config,
+    to_plain,
+)
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
@@ -255,7 +261,11 @@ def stop(cluster: JobCluster, name: str, tell: Tell) -> None:
     tell(f"asked job {job.id} to save and to end")
     while not job.ended:
         time.sleep(LOOK_EVERY_S)
-        job = cluster.job(job.id) or job
+        found = cluster.job(job.id)
+        if found is None:
+            tell(f"job {job.id}: {how_it_ended(None)}")
+            return
+        job = found
     last = last_error(cluster.logs(job.id).splitlines())
     took = seconds(time.monotonic() - began)
     tell(f"job {job.id}: {job.status} after {took}{f'; {last}' if last else ''}")
@@ -277,11 +287,10 @@ def check_inputs(config: Config, command: str, tell: Tell) -> None:
     from raytune_ft.train.optim import total_examples
 
     with tempfile.TemporaryDirectory(prefix="raytune-ft-") as folder:
-        here = resolve(apply_overrides(config, {"storage": folder}), disposable_cwd=False)
-        plain = to_plain(here)
-        names = environment.names_in(plain)
+        written = apply_overrides(config, {"storage": folder})
+        names = environment.names_in(to_plain(written))
         values = {name: os.environ.get(name, name) for name in names}
-        expanded = validated(environment.expand(plain, environ=values))
+        expanded = resolve(expand_env(written, values), disposable_cwd=False)
         data = prepare(expanded, tell)
         if command == "sweep" and expanded.search is not None:
             available = pass_length(expanded.data, data.train)
@@ -302,7 +311,8 @@ def _check_storage(config: Config) -> None:
     if "${" not in config.storage:
         paths.storage(config.storage, Path.cwd(), disposable_cwd=True)
     written = config.search.storage if config.search else None
-    if paths.study(written, Path.cwd()) != written:
+    known = written is None or "${" not in written
+    if known and paths.study(written, Path.cwd()) != written:
         raise ConfigError(
             f"search.storage={written}",
             "is a file in the current directory, which a job loses",

@@ -199,6 +199,16 @@ def test_an_ended_run_is_continued_under_the_next_id() -> None:
     assert "raytune-ft logs run-3 --follow" in told[-1]
 
 
+def test_a_stop_ends_where_a_new_head_does_not_know_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    cluster, said = Cluster(known={"run": RUNNING}), list[str]()
+    monkeypatch.setattr(cluster, "stop", lambda job_id: cluster.known.clear(), raising=False)
+    submit.stop(cluster, "run", said.append)  # type: ignore[arg-type]
+    assert "does not know it any more" in said[-1]
+
+
 def test_ctrl_c_detaches(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
