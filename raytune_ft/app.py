@@ -104,12 +104,14 @@ class Backend:
 
         run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
 
-    def promote(self, path: Path, tell: Tell, code: Code, wait_s: float | None) -> Promotion:
-        """Promotes the best trial of a sweep."""
+    def promote(
+        self, path: Path, tell: Tell, code: Code, wait_s: float | None, again: bool = False
+    ) -> Promotion:
+        """Promotes the best trial of a sweep, or a run."""
         from raytune_ft.promote.promote import promote
 
         workers_of = partial(_workers, path, tell)
-        return promote(path, tell=tell, code=code, wait_s=wait_s, workers_of=workers_of)
+        return promote(path, again, tell=tell, code=code, wait_s=wait_s, workers_of=workers_of)
 
 
 def train(
@@ -209,8 +211,6 @@ def promote(
     On a cluster its workers do that, and measure several candidates at the same time. Raises what
     `promote.promote.promote` does.
     """
-    from raytune_ft.promote.promote import promote as promote_run
-
     if once and again:
         raise ConfigError(
             "--again", "makes another promotion at every start", "leave out --again or --resume"
@@ -220,16 +220,11 @@ def promote(
             from raytune_ft.ray_backend.cluster import connected
 
             stack.enter_context(connected())
-        make = partial(
-            promote_run,
-            code=None if trust_run else (),
-            wait_s=wait_s,
-            workers_of=partial(_workers, directory, tell),
-        )
+        make = partial(Backend().promote, code=None if trust_run else (), wait_s=wait_s)
         if once:
             promotion = _promote_once(directory, tell, make)
         else:
-            promotion = make(directory, again, tell=tell)
+            promotion = make(directory, tell, again=again)
     try_report(directory, tell)
     return promotion
 

@@ -18,7 +18,6 @@ import typer
 from typer.core import TyperCommand
 
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
-from raytune_ft.locks import duration
 from raytune_ft.records import as_json
 from raytune_ft.report import tables
 from raytune_ft.report import terminal as show
@@ -58,12 +57,20 @@ Resume = Annotated[
         help="Continue the run of that name. auto: begin it, or continue what was begun.",
     ),
 ]
+
+
+def _duration(text: str) -> float:
+    from raytune_ft.locks import duration
+
+    return duration(text)
+
+
 WaitLock = Annotated[
     float | None,
     typer.Option(
         "--wait-lock",
         metavar="DURATION",
-        parser=duration,
+        parser=_duration,
         help="Wait for a run that another process drives, such as 90s, 3m or 1h.",
     ),
 ]

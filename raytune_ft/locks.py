@@ -18,6 +18,7 @@ from raytune_ft.records import Tell
 
 LOOK_EVERY_S = 0.5
 TELL_EVERY_S = 30.0
+DRIVEN = "is driven by another process"
 WAIT = "wait for it to end (--wait-lock 3m)"
 _WITHOUT = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh])")

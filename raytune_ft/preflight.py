@@ -74,6 +74,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
+    from raytune_ft.model.hub import at_path
     from raytune_ft.model.load import (
         check_backend,
         check_files,
@@ -93,8 +94,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.train.trackers import check_trackers
 
     if config.promote.base is not None:
-        other = {"path": config.promote.base, "revision": None}
-        check_pinned(config.model.model_copy(update=other), "promote.base")
+        check_pinned(at_path(config.model, config.promote.base), "promote.base")
     check_files(config.model)
     load_model_config(config.model, head_before(config))
     check_backend(config.method)

@@ -28,7 +28,7 @@ from raytune_ft.layout import (
     UNFINISHED,
     cache_in,
 )
-from raytune_ft.locks import AT_ONCE, WAIT, Wait, locked
+from raytune_ft.locks import AT_ONCE, DRIVEN, WAIT, Wait, locked
 
 Resume = bool | Literal["auto"]
 """`auto` begins a run, or continues what its name began."""
@@ -38,8 +38,8 @@ Resume = bool | Literal["auto"]
 class RunSpec:
     """A run as its processes get it. Paths are absolute.
 
-    Ray keeps the text of what a worker is called with: it has no part of the config, in which every
-    `${ENV_NAME}` is expanded.
+    The config is left out of its text, since Ray keeps that text, and every `${ENV_NAME}` is
+    expanded in the config.
     """
 
     config: Config = field(repr=False)
@@ -147,7 +147,7 @@ def open_run(
         _saved(path, config, resume, ours)
     probe_storage(path.parent)
     made = _make(path)
-    rule, remedy = "is driven by another process", f"{WAIT}, or write another name"
+    rule, remedy = DRIVEN, f"{WAIT}, or write another name"
     with (
         locked(path / LOCK, rule, remedy, wait),
         _removed_if_unused(path, made),

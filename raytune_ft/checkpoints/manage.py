@@ -15,7 +15,7 @@ from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
 from raytune_ft.files import read_json
 from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
-from raytune_ft.locks import locked
+from raytune_ft.locks import DRIVEN, locked
 from raytune_ft.records import CheckpointManifest, Tell
 
 
@@ -262,5 +262,5 @@ def _require_idle(where: str) -> None:
         return
     for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
         if (run / LOCK).exists():
-            with locked(run / LOCK, "is driven by another process", "wait for it to end"):
+            with locked(run / LOCK, DRIVEN, "wait for it to end"):
                 pass

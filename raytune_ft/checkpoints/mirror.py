@@ -150,7 +150,7 @@ class Mirror:
     def _files(self) -> list[Path]:
         """All files but checkpoints, locks and unfinished ones; those that refer to others last.
 
-        A link is none of ours, and would take a file from elsewhere into the bucket.
+        Links are skipped: a copy would take a file from elsewhere into the bucket.
         """
         found = [
             path
@@ -231,7 +231,7 @@ class Mirror:
         fetched.rmdir()
 
     def _target(self, fetched: Path, key: str) -> Path:
-        """Where a key goes. StorageError for one that whoever wrote it wants to go elsewhere."""
+        """The local path of a key; StorageError for a key that leads out of the run's directory."""
         try:
             return below(fetched, key.removeprefix(f"{self.name}/"))
         except ValueError:

@@ -299,8 +299,8 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Where a process id means one process: the host's name, and of what the name does not tell
-    apart (pods on one host have its name and process ids of their own) a hash.
+    """Names where a process id is unique: the host's name, and a hash of its boot and its PID
+    namespace, since pods on one host may share the name.
     """
     boot, namespace = _LINUX
     try:
@@ -311,8 +311,8 @@ def machine() -> str:
 
 
 def _is_rubbish(path: Path, match: re.Match[str]) -> bool:
-    """Whether no living process writes this hidden folder; of another machine, only its age says
-    so.
+    """Whether no living process writes this hidden folder. One of another machine is rubbish after
+    a day.
     """
     if match["kind"] == "old":
         return True

@@ -64,7 +64,7 @@ def check_submitter(own: str) -> None:
 
 def joins_cluster() -> bool:
     """Whether a cluster that exists already does the work, and this process none of it. Inside a
-    Ray job, Ray sets the variable.
+    Ray job, Ray sets RAY_ADDRESS.
     """
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 

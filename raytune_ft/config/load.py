@@ -171,8 +171,11 @@ def _switch_method(data: dict[str, Any], name: Any, notify: Notify | None) -> No
 
 
 def _split(dotted: str) -> tuple[str, ...]:
-    """The keys of a dotted path; a line of the search space and a resource keep their dots."""
-    for prefix in (("search", "space"), ("parallel", "resources_per_worker")):
+    """The keys of a dotted path; a line of the search space, a resource and a label keep their
+    dots.
+    """
+    free = ("resources_per_worker", "label_selector")
+    for prefix in (("search", "space"), *(("parallel", name) for name in free)):
         start = ".".join(prefix) + "."
         if dotted.startswith(start):
             rest = dotted[len(start) :]

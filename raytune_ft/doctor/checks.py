@@ -347,7 +347,7 @@ def judge_disk(facts: Answers) -> list[Row]:
 
 
 SHM = GIB
-_SMALL = "/dev/shm has {bytes}"
+_SMALL = "/dev/shm has {bytes}"  # nosec B108 # no file is made there
 _ENLARGE = "docker run --shm-size=8g; on Kubernetes mount an emptyDir of medium Memory there"
 SMALL_SHM = Finding("warning", _SMALL, f"{_ENLARGE}; Ray keeps its objects on the disk otherwise")
 SMALL_SHM_GPUS = Finding("defect", f"{_SMALL}, and several GPUs share it", f"{_ENLARGE}")
@@ -555,16 +555,13 @@ def auth(subject: Subject) -> Iterator[Row]:
     yield from judge_tokens(modes)
     yield from lost
     for address in subject.site.gcs_addresses():
-        from raytune_ft.ray_backend.jobs import is_loopback
+        from raytune_ft.ray_backend.jobs import open_place
         from raytune_ft.ray_backend.nodes import is_open
 
-        places = [
-            address.rpartition(":")[0],
-            *(n.address for n in subject.site.nodes.values() if n),
-        ]
-        beyond = [place for place in places if not is_loopback(place.strip("[]"))]
+        nodes = [node.address for node in subject.site.nodes.values() if node]
+        beyond = open_place([address.rpartition(":")[0], *nodes]) is not None
         try:
-            yield judge_auth(address, is_open(address), bool(beyond), subject.insecure)
+            yield judge_auth(address, is_open(address), beyond, subject.insecure)
         except Unreachable as error:
             yield NO_ANSWER.on(ALL, reason=str(error))
 

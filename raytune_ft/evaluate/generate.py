@@ -47,7 +47,7 @@ def choose_backend(written: str) -> str:
     return "vllm" if ready and written != "transformers" else "transformers"
 
 
-def check_backend(written: str, tell: Tell) -> None:
+def check_generation(written: str, tell: Tell) -> None:
     """See `choose_backend`; for the process that will generate."""
     choose_backend(written)
 

@@ -48,7 +48,7 @@ def named_models(config: Config) -> dict[str, ModelConfig]:
     if config.train.kd is not None:
         models["train.kd.teacher"] = teacher_model(config)
     if config.promote.base is not None:
-        models["promote.base"] = _other(config.model, config.promote.base)
+        models["promote.base"] = at_path(config.model, config.promote.base)
     return {
         f"{key}={model.path}": model for key, model in models.items() if is_hub_model(model.path)
     }
@@ -57,10 +57,11 @@ def named_models(config: Config) -> dict[str, ModelConfig]:
 def teacher_model(config: Config) -> ModelConfig:
     """The `model` section of the teacher, which is loaded in the same way as the student."""
     assert config.train.kd is not None
-    return _other(config.model, config.train.kd.teacher)
+    return at_path(config.model, config.train.kd.teacher)
 
 
-def _other(model: ModelConfig, path: str) -> ModelConfig:
+def at_path(model: ModelConfig, path: str) -> ModelConfig:
+    """The `model` section of another model. A revision belongs to the path beside it."""
     return (
         model if path == model.path else model.model_copy(update={"path": path, "revision": None})
     )

@@ -589,7 +589,7 @@ def check_pinned(model: ModelConfig, key: str = "model.path") -> None:
     A model's configuration may name code of another repository, which is then of that commit too.
 
     Raises:
-        ModelError: whoever owns the repository can change the code that is run.
+        ModelError: the owner of the repository can change the code that is run.
     """
     if not model.trust_remote_code or _COMMIT.fullmatch(model.revision or ""):
         return

@@ -32,7 +32,7 @@ from raytune_ft.evaluate.evaluate import (
     run_job,
     split_named,
 )
-from raytune_ft.evaluate.generate import check_backend, end_tokens
+from raytune_ft.evaluate.generate import check_generation, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
@@ -54,6 +54,7 @@ from raytune_ft.locks import WAIT, Wait, locked
 from raytune_ft.merge.fold import held_out
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.model.heads import Head
+from raytune_ft.model.hub import at_path
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
@@ -307,16 +308,17 @@ def promote(
         own = load_config(directory / CONFIG).promote  # and not that of a trial
         check_code(selection.config.model_copy(update={"promote": own}), directory, code)
         check_functions(selection.settings.metrics)
-        workers = workers_of(expand_env(selection.config))
+        config = expand_env(selection.config)
+        workers = workers_of(config)
         if selection.settings.generation == "vllm":
-            workers.alone(check_backend, "vllm", tell=tell)
+            workers.alone(check_generation, "vllm", tell=tell)
         tokens = cache_dir or cache_in(directory.absolute().parent)  # a run may have been moved
         unfinished = directory / PROMOTION
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
             promotion = _Promoter(
-                selection, directory, unfinished, tokens, tell, samples, workers
+                selection, config, directory, unfinished, tokens, tell, samples, workers
             ).run()
             list(flush_files(unfinished))
             publish(unfinished, target, tell)
@@ -336,6 +338,7 @@ class _Promoter:
     def __init__(
         self,
         selection: Selection,
+        config: Config,
         directory: Path,
         folder: Path,
         cache_dir: Path,
@@ -346,11 +349,8 @@ class _Promoter:
         self._workers = workers
         self._selection, self._directory, self._folder = selection, directory, folder
         self._tell, self._samples = tell, samples
-        self._config: Config = expand_env(selection.config)
-        base = selection.settings.base
-        self._model: ModelConfig = self._config.model.model_copy(
-            update={"path": base, "revision": None} if base else {}
-        )
+        self._config, base = config, selection.settings.base
+        self._model: ModelConfig = at_path(config.model, base) if base else config.model
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
         self._data: PreparedData = prepare_data(

@@ -7,8 +7,8 @@ and started again as every other, and its one result comes back as a message.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,8 +67,11 @@ class WorkerGroups:
             spec = RunSpec(config, self.folder, self.folder)
             listen = partial(_listen, spec, registry, tell)
             with ThreadPoolExecutor(at_once, thread_name_prefix="call") as pool:
+                made = [pool.submit(listen, call) for call in calls]
                 try:
-                    return list(pool.map(listen, calls))
+                    for first in wait(made, return_when=FIRST_EXCEPTION).done:
+                        first.result()
+                    return [one.result() for one in made]
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     ray.get(registry.stop_all.remote())
@@ -118,12 +121,12 @@ def _laid_out(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Ray keeps the text, as of a RunSpec
 class _Alone:
     """A call of `Workers.alone`."""
 
     function: Callable[..., Any]
-    arguments: tuple[Any, ...] = field(repr=False)  # see RunSpec
+    arguments: tuple[Any, ...]
     measure: Measure[Any, Any] | None
 
     def __call__(self, strategy: Strategy, tell: Tell) -> Any:
@@ -145,12 +148,12 @@ class _Alone:
             strategy.from_rank0(())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Together:
     """A call of `Workers.each`."""
 
     measure: Measure[Any, Any]
-    argument: Any = field(repr=False)
+    argument: Any
 
     def __call__(self, strategy: Strategy, tell: Tell) -> Any:
         return self.measure(self.argument, strategy)

@@ -27,8 +27,7 @@ from raytune_ft.config.search_space import duration_s
 from raytune_ft.errors import ClusterError
 from raytune_ft.format import seconds
 from raytune_ft.ray_backend.cluster import Nodes, require_capacity
-from raytune_ft.ray_backend.placement import TYPE, alive_nodes, for_ray, suitable_nodes
-from raytune_ft.ray_backend.worker_group import staying_nodes
+from raytune_ft.ray_backend.placement import TYPE, for_ray, staying_nodes, suitable_nodes
 from raytune_ft.records import Tell
 
 AUTOSCALED_WAIT_S = 900.0
@@ -76,7 +75,7 @@ class Demand:
         self._asked, self._at = 0, -float("inf")
 
     def ask(self, groups: int) -> None:
-        """For so many worker groups, those that run included; to be called again and again."""
+        """Ask for this many worker groups, including those that run. Call it repeatedly."""
         now = self._clock()
         if groups == self._asked and (not groups or now - self._at < RENEW_S):
             return
@@ -94,7 +93,7 @@ class Demand:
         self._asked, self._at = groups, now
 
     def withdraw(self) -> None:
-        """The autoscaler may take back what nobody uses."""
+        """Ask for nothing; the autoscaler then ends idle nodes."""
         if self._asked:
             self._asked = 0
             with suppress(RayError):
@@ -107,9 +106,9 @@ class Demand:
 class Steps:
     """How many groups more than there are to ask for, of those that are lacking.
 
-    The autoscaler does nothing about a demand that exceeds its largest number of nodes, whose
-    reason it tells nobody, and then nothing about those of other drivers either. So a demand that
-    brings no node is halved, down to none for a while; nodes that come bring back all of it.
+    The autoscaler ignores a demand above its largest number of nodes, without a word, and meanwhile
+    those of other drivers too. So a demand that brings no node is halved, down to none for a while;
+    nodes that come bring back all of it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -137,9 +136,21 @@ def wait_s(parallel: ParallelConfig) -> float:
 
 def staying(parallel: ParallelConfig) -> Nodes:
     """The resources of the suitable nodes that are not drained; raises as `suitable_nodes` does."""
-    kept = staying_nodes({}, False)
-    nodes = [node for node in alive_nodes() if node.id in kept]
-    return [node.resources for node in suitable_nodes(parallel, nodes)]
+    return [node.resources for node in suitable_nodes(parallel, staying_nodes())]
+
+
+@contextmanager
+def awaited(parallel: ParallelConfig, tell: Tell) -> Iterator[tuple[int, Demand]]:
+    """How many groups fit, once one does, and a demand that ends with the context.
+
+    Raises:
+        ClusterError: see `await_capacity`.
+    """
+    demand = Demand(parallel)
+    try:
+        yield await_capacity(parallel, tell, demand), demand
+    finally:
+        demand.withdraw()
 
 
 @contextmanager
@@ -150,14 +161,10 @@ def room(parallel: ParallelConfig, tell: Tell, most: int) -> Iterator[int]:
     Raises:
         ClusterError: see `await_capacity`.
     """
-    demand = Demand(parallel)
-    try:
-        fit = await_capacity(parallel, tell, demand)
+    with awaited(parallel, tell) as (fit, demand):
         kept = 0 if parallel.elastic else min(most, fit)
         with looking(partial(demand.ask, kept), RENEW_S):
             yield fit
-    finally:
-        demand.withdraw()
 
 
 def await_capacity(
@@ -193,14 +200,15 @@ def await_capacity(
 def looking(look: Callable[[], None], every_s: float = LOOK_S) -> Iterator[None]:
     """Call `look` again and again in a thread, until the context ends; once before it begins.
 
-    A call that failed because a node or an actor was just lost is made again.
+    A call that failed because a node or an actor was just lost is made again, also where it was the
+    last node that suits.
     """
     look()
     over = threading.Event()
 
     def go_on() -> None:
         while not over.wait(every_s):
-            with suppress(RayError):
+            with suppress(RayError, ClusterError):
                 look()
 
     thread = threading.Thread(target=go_on, name="capacity", daemon=True)

@@ -16,7 +16,6 @@ import psutil
 import ray
 from ray._private import ray_constants
 
-from raytune_ft.config.environment import in_ray_job
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError, first_line
 from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
@@ -193,7 +192,8 @@ def _is_ray(process: psutil.Process) -> bool:
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
-    """Join the cluster at `address`, at RAY_ADDRESS or around this Ray job; else start a local one.
+    """Join the cluster at `address` or at RAY_ADDRESS, which Ray sets in a job; else start a local
+    one.
 
     The local one ends with this process, has no dashboard and listens on loopback. `num_cpus`
     is the number of CPUs that it offers, by default those of the machine.
@@ -201,7 +201,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     Raises:
         ClusterError: no cluster answers at the address, or none can be started here.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else None)
+    address = address or os.environ.get("RAY_ADDRESS")
     set_train_defaults()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None and address != "local":

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 TIMEOUT_S = (10.0, 60.0)
 """To connect, and between two bytes of an answer."""
-TOKEN = "token"
+TOKEN = "token"  # nosec B105 # the name of a mode
 RUN, DIGEST = "raytune_ft_run", "raytune_ft_digest"
 """Keys of a job's metadata: the name of its run, and a hash of what was submitted."""
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
@@ -122,7 +122,7 @@ class JobCluster:
         if not nodes:
             raise _unreachable(self.address, "its first node is still starting")
         places = [urlsplit(self.address).hostname or "", *nodes]
-        open_at = next((place for place in places if not is_loopback(place)), None)
+        open_at = open_place(places)
         if open_at is not None:
             raise ClusterError(
                 f"--address={self.address}",
@@ -271,10 +271,15 @@ def _written_headers() -> dict[str, str]:
         ) from None
 
 
+def open_place(hosts: Iterable[str]) -> str | None:
+    """The first of these hosts that other machines reach."""
+    return next((host for host in hosts if not is_loopback(host)), None)
+
+
 def is_loopback(host: str) -> bool:
-    """Whether no other machine reaches that host."""
+    """Whether no other machine reaches that host; an IPv6 address may stand in brackets."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -43,6 +43,12 @@ def alive_nodes() -> list[Node]:
     ]
 
 
+def staying_nodes() -> list[Node]:
+    """Those that are alive and not drained."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    return [node for node in alive_nodes() if node.id not in leaving]
+
+
 def suitable_nodes(parallel: ParallelConfig, nodes: Iterable[Node] | None = None) -> list[Node]:
     """Those of `nodes`, by default of all, that have the accelerator and the labels.
 

@@ -45,7 +45,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Value:
-    """What a call in a worker group came to, pickled; see `ray_backend.call`."""
+    """The pickled result of a call in a worker group; see `ray_backend.call`."""
 
     pickled: bytes
 

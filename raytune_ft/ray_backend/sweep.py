@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from raytune_ft.ray_backend.capacity import (
     Demand,
     Steps,
     autoscaler_runs,
-    await_capacity,
+    awaited,
     looking,
     staying,
 )
@@ -54,13 +54,13 @@ from raytune_ft.ray_backend.metrics import DriverGauges, measured
 from raytune_ft.ray_backend.schedulers import ResumableScheduler, scheduler_for
 from raytune_ft.ray_backend.searcher import OfThisProcess, StudySearcher
 from raytune_ft.ray_backend.trial import (
+    Engines,
     Execution,
+    Groups,
     Places,
     Shared,
     SweepTrial,
     driver_place,
-    engines,
-    groups,
     outcome_of,
     spec_of,
 )
@@ -276,16 +276,14 @@ def run_sweep(
     """
     assert config.search is not None
     stop_grace_s()  # raises ConfigError before anything starts
-    with connected():
-        demand = Demand(config.parallel)
-        try:
-            fit = await_capacity(config.parallel, tell, demand)
-            with interruptible() as interrupted:
-                sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume)
-                check_environment(config, tell)
-                result = sweep.run(tell, interrupted)
-        finally:
-            demand.withdraw()
+    with (
+        connected(),
+        awaited(config.parallel, tell) as (fit, demand),
+        interruptible() as interrupted,
+    ):
+        sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume)
+        check_environment(config, tell)
+        result = sweep.run(tell, interrupted)
     if result.status == "interrupted":
         raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
     if result.status == "failed":
@@ -387,12 +385,12 @@ class _Sweep:
                 f"{trials} trials, {found.at_once} at a time in {found.engines} "
                 f"engine{'s' * (found.engines != 1)} ({self._why})"
             )
-            return engines(self._config, shared.sweep_dir, shared.data_dir, found, note)
+            return closing(Engines(self._config, shared.sweep_dir, shared.data_dir, found, note))
         concurrent, lowered = concurrency(self._search, self._fit)
         note(f"{trials} trials, {concurrent} at a time, each on its own ({self._why})")
         if lowered:
             note(lowered)
-        return groups(note)
+        return closing(Groups(note))
 
     def write_result(self, interrupted: bool) -> SweepResult:
         """Write `result.json` from the study and the results of the trials."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,14 +134,17 @@ class Places(Protocol):
     def held(self) -> int:
         """How many there are, those that start and restart included."""
 
+    def close(self) -> None:
+        """End all of them."""
+
 
 class Groups:
     """A worker group for each trial, which starts it itself."""
 
     trials_each = 1
 
-    def __init__(self) -> None:
-        self.execution = IsolatedExecution(start_registry(0))
+    def __init__(self, tell: Tell) -> None:
+        self.execution, self._tell = IsolatedExecution(start_registry(0)), tell
 
     def keep(self, count: int, room: int) -> None:
         ray.get(self.execution.actor.resize.remote(count))
@@ -149,15 +152,9 @@ class Groups:
     def held(self) -> int:
         return len(self.execution.open_runs())
 
-
-@contextmanager
-def groups(tell: Tell) -> Iterator[Groups]:
-    """None yet; on exit, all of them are ended."""
-    places = Groups()
-    try:
-        yield places
-    finally:
-        places.execution.close(tell)
+    def close(self) -> None:
+        """End all of them."""
+        self.execution.close(self._tell)
 
 
 class Engines:
@@ -213,18 +210,6 @@ MANY = 1_000_000
 """Slots of the registry of engines, which are started only where they fit."""
 DOWN_S = 10.0
 """A group that is without workers for so long, and for which there is no room, will not restart."""
-
-
-@contextmanager
-def engines(
-    config: Config, sweep_dir: Path, data_dir: Path, arrangement: Arrangement, tell: Tell
-) -> Iterator[Engines]:
-    """None yet; on exit, all of them are ended."""
-    places = Engines(config, sweep_dir, data_dir, arrangement, tell)
-    try:
-        yield places
-    finally:
-        places.close()
 
 
 def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -> RunSpec:

@@ -49,7 +49,7 @@ from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
 from raytune_ft.model.hub import trained_models
 from raytune_ft.ray_backend.cluster import most_workers
 from raytune_ft.ray_backend.fetch import fetch_for_group
-from raytune_ft.ray_backend.placement import alive_nodes, for_ray, matches
+from raytune_ft.ray_backend.placement import for_ray, matches, staying_nodes
 from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
 from raytune_ft.rundir import RunSpec
@@ -156,22 +156,19 @@ VIEW_TIMEOUT_S = 5.0
 NodesOf = Callable[[bool], dict[str, dict[str, float]]]
 
 
-def staying_nodes(selector: Mapping[str, str], free: bool) -> dict[str, dict[str, float]]:
-    """Resources by id of the nodes with these labels that are alive and not drained: all, or what
-    is `free`.
-    """
+def node_resources(selector: Mapping[str, str], free: bool) -> dict[str, dict[str, float]]:
+    """Resources by id of the nodes with these labels that stay: all, or what is `free`."""
     state = ray._private.state.state
-    leaving = state.get_draining_nodes()
     totals = state.available_resources_per_node() if free else state.total_resources_per_node()
-    alive = {node.id for node in alive_nodes() if matches(node.labels, selector)}
-    return {node: dict(r) for node, r in totals.items() if node in alive and node not in leaving}
+    suitable = {node.id for node in staying_nodes() if matches(node.labels, selector)}
+    return {node: dict(own) for node, own in totals.items() if node in suitable}
 
 
 def scaling_policy(config: ScalingConfig) -> ScalingPolicy:
     """`Fixed` for a number of workers, `Elastic` for a range."""
     if not config.elasticity_enabled:
         return Fixed(config)
-    return Elastic(config, partial(staying_nodes, config.label_selector or {}))
+    return Elastic(config, partial(node_resources, config.label_selector or {}))
 
 
 class Fixed(FixedScalingPolicy):

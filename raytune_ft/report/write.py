@@ -23,7 +23,6 @@ from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.plots import plots, search_plots
 
 GOOD, NEUTRAL, BAD = "#059669", "#d97706", "#dc2626"
-NONE = "'none'"
 MAX_CARDS = 6
 MAX_SAMPLES = 8
 
@@ -228,9 +227,9 @@ def _policy(*scripts: str) -> str:
     plotly puts styles into the page, which can therefore not be listed.
     """
     digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    allowed = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    allowed = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] or ["'none'"]
     return (
-        f"default-src {NONE}; script-src {' '.join(allowed or [NONE])}; "
+        f"default-src 'none'; script-src {' '.join(allowed)}; "
         "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     )
 

@@ -26,7 +26,7 @@ from raytune_ft.config.search_space import (
 )
 from raytune_ft.errors import StorageError
 from raytune_ft.layout import CONFIG, STUDY
-from raytune_ft.search.space import decode, distributions, encode, open_storage
+from raytune_ft.search.space import decode, distributions, encode, open_storage, study_url
 
 BASE_LR = 5e-5
 REFERENCE_WIDTH = 2000
@@ -159,14 +159,11 @@ def _of_sweep(folder: Path, search: SearchConfig) -> list[FrozenTrial]:
 
 
 def _study(folder: Path, config: Config, earlier: SearchConfig) -> optuna.Study:
-    url = f"sqlite:///{folder / STUDY}"
-    if earlier.storage is not None:
-        url = expand_text(earlier.storage, "search.storage")
-    elif not (folder / STUDY).is_file():
+    if earlier.storage is None and not (folder / STUDY).is_file():
         raise StorageError(
             f"search.warm_start={folder}", f"holds no {STUDY}", "write a sweep's directory"
         )
-    storage = open_storage(url)
+    storage = open_storage(study_url(earlier, folder))
     try:
         return optuna.load_study(study_name=config.name, storage=storage)
     except KeyError:

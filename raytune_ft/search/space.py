@@ -10,6 +10,7 @@ import logging
 import sqlite3
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -26,15 +27,23 @@ from sqlalchemy import URL, QueuePool
 from sqlalchemy.dialects.sqlite import dialect as SQLiteDialect
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from raytune_ft.config.environment import without_secrets
+from raytune_ft.config.environment import expand_text, without_secrets
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.search import Distribution
+from raytune_ft.config.search import Distribution, SearchConfig
 from raytune_ft.errors import StorageError
+from raytune_ft.layout import STUDY
 
 CONNECT_TIMEOUT_S = 8
 MAX_REASON = 200
 SERVERS = ("postgresql", "mysql", "mariadb")
 DRIVERS = {"postgresql": "postgresql+psycopg"}  # the driver that the `postgres` extra installs
+
+
+def study_url(search: SearchConfig, folder: Path) -> str:
+    """Where the study of a sweep in `folder` is; ConfigError where a variable is not set."""
+    if search.storage is None:
+        return f"sqlite:///{folder / STUDY}"
+    return expand_text(search.storage, "search.storage")
 
 
 def open_storage(url: str) -> BaseStorage:

@@ -11,14 +11,13 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raytune_ft.config.environment import expand_text
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import StorageError
-from raytune_ft.layout import STUDY, TRIALS
+from raytune_ft.layout import TRIALS
 from raytune_ft.records import TrialRecord, TrialStatus
 from raytune_ft.search.initial_trials import FROM, earlier_trials
 from raytune_ft.search.results import trial_name
-from raytune_ft.search.space import decode, open_storage
+from raytune_ft.search.space import decode, open_storage, study_url
 
 SEARCH, REPORTS = "search", "reports"
 FACTS = ("eval_loss", "examples", "wall_s")
@@ -31,12 +30,9 @@ def open_study(name: str, sweep_dir: Path, search: SearchConfig, resume: bool) -
         StorageError: the storage cannot be opened, holds a study of that name with trials already,
             or another one than the sweep began with.
     """
-    url = f"sqlite:///{sweep_dir / STUDY}"
-    if search.storage is not None:
-        url = expand_text(search.storage, "search.storage")
     study = optuna.create_study(
         study_name=name,
-        storage=open_storage(url),
+        storage=open_storage(study_url(search, sweep_dir)),
         directions=["minimize" if mode == "min" else "maximize" for mode in search.modes],
         load_if_exists=True,
     )

@@ -28,19 +28,23 @@ T = TypeVar("T")
 
 
 def find(cluster: JobCluster, name: str) -> Job:
+    """See `found_in`, among all jobs."""
+    return found_in(cluster.jobs(), name, cluster.address)
+
+
+def found_in(jobs: Sequence[Job], name: str, address: str) -> Job:
     """The newest job of the run `name`, else the job with that submission id.
 
     Raises:
         ClusterError: there is neither.
     """
-    jobs = cluster.jobs()
     of_run = [job for job in jobs if job.run == name]
     named = [job for job in jobs if job.id == name]
     found = next(reversed(of_run or named), None)
     if found is None:
         raise ClusterError(
             name,
-            f"is no run and no job of the cluster at {cluster.address}",
+            f"is no run and no job of the cluster at {address}",
             "`raytune-ft status` lists them",
         )
     return found

@@ -185,7 +185,7 @@ def _refuse_ignored(files: Mapping[str, Path], owners: Mapping[str, str], cwd: P
     copied around. Without git, or outside a repository, nothing is ignored.
     """
     try:
-        asked = subprocess.run(
+        asked = subprocess.run(  # nosec B607 # the git of the user
             ["git", "check-ignore", "--verbose", "-z", "--stdin"],
             cwd=cwd,
             input="\0".join(files).encode(),

@@ -36,6 +36,7 @@ from raytune_ft.submit.follow import (
     Show,
     find,
     follow_log,
+    found_in,
     how_it_ended,
     last_error,
     raise_unless_done,
@@ -98,7 +99,7 @@ class Submission:
 
     def begin(self, cluster: JobCluster, tried: Sequence[str], tell: Tell) -> str:
         """Attach to the live job of this run, or start one under the first id that is free; ids
-        in `tried` are not. Returns the id. Raises ClusterError as `live` does.
+        in `tried` count as taken. Returns the id. Raises ClusterError as `live` does.
         """
         jobs = cluster.jobs()
         if live := self.live(jobs):
@@ -208,8 +209,9 @@ def how_to_go_on(job_id: str, cluster: JobCluster) -> str:
 
 def status(cluster: JobCluster, name: str) -> dict[str, str]:
     """What there is to know about a run or a job."""
-    job = find(cluster, name)
-    attempts = [each.id for each in cluster.jobs() if job.run and each.run == job.run]
+    jobs = cluster.jobs()
+    job = found_in(jobs, name, cluster.address)
+    attempts = [each.id for each in jobs if job.run and each.run == job.run]
     facts = {"job": job.id, "status": job.status, "command": job.command}
     if len(attempts) > 1:
         facts["attempts"] = ", ".join(attempts)
