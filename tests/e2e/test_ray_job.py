@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.support.commands import ROOT, run_process
+from tests.support.ports import free_port
 from tests.support.runs import losses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,23 +29,16 @@ ENVIRONMENT = {
 }
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A head node on loopback; its process group is ended, and no other Ray on this machine."""
-    port = _free_port()
+    port = free_port()
     # The path of a socket has to be short.
     temporary = Path("/tmp") / f"rtft-{os.getpid()}"
     head = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", "--num-cpus=2"),
-            *("--node-ip-address=127.0.0.1", f"--port={_free_port()}"),
+            *("--node-ip-address=127.0.0.1", f"--port={free_port()}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
             *(f"--temp-dir={temporary}", "--disable-usage-stats"),
         ],

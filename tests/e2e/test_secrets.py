@@ -26,6 +26,7 @@ from tests.support import postgres
 from tests.support.commands import command, run_process
 from tests.support.head import RAY
 from tests.support.models import save_tiny_llama
+from tests.support.ports import free_port
 from tests.support.runs import write_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -76,7 +77,7 @@ def environment(canaries: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def head(environment: dict[str, str]) -> Iterator[tuple[str, str, Path]]:
     """Its address, its dashboard and the directory of its sessions."""
-    port, dashboard = postgres.free_port(), postgres.free_port()
+    port, dashboard = free_port(), free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"
     process = subprocess.Popen(
         [
@@ -171,7 +172,7 @@ def test_no_secret_leaves_its_place(
             parallel: {{workers: 1}}
             tracking:
               to: [tensorboard, mlflow]
-              uri: "http://me:${{CANARY_URI}}@127.0.0.1:{postgres.free_port()}"
+              uri: "http://me:${{CANARY_URI}}@127.0.0.1:{free_port()}"
               project: "${{CANARY_PROJECT}}"
             search:
               trials: 1

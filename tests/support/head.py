@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
+
+from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -56,24 +58,23 @@ class Head:
 
     def kill(self) -> int:
         """SIGKILL to everything at once, workers as well; how many processes that were."""
-        everything: list[psutil.Process] = []
-        if self.process.poll() is None:
-            everything = [psutil.Process(self.process.pid)]
-            everything += everything[0].children(recursive=True)
-        for process in everything:
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everything, timeout=30)
-        self.process.wait()
+        killed = kill_tree(self.process)
         shutil.rmtree(self.folder, ignore_errors=True)
-        return len(everything)
+        return killed
 
 
-def free_port() -> int:
-    """One that nobody listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def kill_tree(process: subprocess.Popen[bytes]) -> int:
+    """SIGKILL to it and all that it has started, at once; how many processes that were."""
+    everything: list[psutil.Process] = []
+    if process.poll() is None:
+        everything = [psutil.Process(process.pid)]
+        everything += everything[0].children(recursive=True)
+    for each in everything:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+    psutil.wait_procs(everything, timeout=30)
+    process.wait()
+    return len(everything)
 
 
 def _authentication(token: str | None) -> dict[str, str]:
