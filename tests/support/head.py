@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -28,7 +30,10 @@ STARTS = 3
 
 @dataclass
 class Head:
-    """A head node with two CPUs on loopback; `environment` lets a driver join it."""
+    """A head node with two CPUs on loopback; `environment` lets a driver join it.
+
+    What Ray writes, such as the logs of its sessions, is in `folder` until it is killed.
+    """
 
     process: subprocess.Popen[bytes]
     port: int
@@ -46,10 +51,14 @@ class Head:
         """For requests to the dashboard."""
         return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
+    def read(self, path: str) -> bytes:
+        """What the dashboard answers."""
+        with urlopen(Request(f"{self.url}{path}", headers=self.headers), timeout=60) as answer:
+            return bytes(answer.read())
+
     def get(self, path: str) -> Any:
         """The JSON that the dashboard answers."""
-        with urlopen(Request(f"{self.url}{path}", headers=self.headers)) as answer:
-            return json.load(answer)
+        return json.loads(self.read(path))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -83,12 +92,17 @@ def _authentication(token: str | None) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
-def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
+def start_head(
+    dashboard: int | None = None,
+    token: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Head:
     """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
-    dashboard out, without which there are no jobs. With a `token`, it asks for that.
+    dashboard out, without which there are no jobs. With a `token`, it asks for that. It and its
+    workers have the variables of `environment`.
     """
     for _ in range(STARTS):
-        head = _start(dashboard, token)
+        head = _start(dashboard, token, environment)
         deadline = time.monotonic() + 120
         while head.process.poll() is None and time.monotonic() < deadline:
             if _answers(head):
@@ -98,7 +112,7 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
     raise AssertionError(f"ray start does not answer, tried {STARTS} times")
 
 
-def _start(dashboard: int | None, token: str | None) -> Head:
+def _start(dashboard: int | None, token: str | None, environment: Mapping[str, str]) -> Head:
     port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
     shown = ["--include-dashboard=false"]
@@ -112,7 +126,12 @@ def _start(dashboard: int | None, token: str | None) -> Head:
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],
-        env=os.environ | _authentication(token) | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            **environment,
+            **_authentication(token),
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -126,5 +145,5 @@ def _answers(head: Head) -> bool:
         return any("raylet" in process.name() for process in workers)
     try:
         return bool(head.get("/api/v0/nodes")["data"]["result"]["result"])
-    except (URLError, ConnectionError):
+    except (URLError, ConnectionError, TimeoutError):
         return False
