@@ -58,7 +58,7 @@ test-families: $(STAMP)
 
 # The table of docs/methods.md.
 methods-table: $(STAMP)
-	$(BIN)/python scripts/methods_table.py
+	$(BIN)/python scripts/tables.py methods
 
 # After a change of constraints.txt. TORCH_CPU may be a directory that holds the wheel.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
@@ -72,7 +72,7 @@ image-locks: $(STAMP)
 
 # The findings on docs/doctor.md.
 doctor-table: $(STAMP)
-	$(BIN)/python scripts/doctor_table.py
+	$(BIN)/python scripts/tables.py doctor
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,7 +32,8 @@ from tests.e2e.test_bad_inputs import refused, write_bad_files
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLUSTER_PAGES = sorted((ROOT / "docs" / "cluster").glob("*.md"))
-"""Their blocks need clusters; tests/cluster_files reads the files that they name."""
+"""Their blocks need clusters: only lines of ours are checked. tests/cluster_files reads the files
+that they name."""
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 DICTS = (FORMATS, MERGES, METHODS, OBJECTIVES, SCHEDULERS, STRATEGIES)
@@ -47,9 +48,11 @@ NOT_RUN = {
     r"ray get-auth-token --generate '>' /dev/null": "writes into the home directory",
 }
 """Patterns of the other lines that a page may hold, with the reason why they are not run."""
-JOBS = ("submit", "status", "logs", "stop", "doctor")
-"""Commands against a cluster that is not here; tests/e2e/test_submit.py and
+JOBS = ("submit", "status", "logs", "stop")
+"""Commands against a cluster that is not here, as is `--address`; tests/e2e/test_submit.py and
 tests/multihost/test_doctor.py run them."""
+BATCH = "cluster/slurm/raytune.sbatch "
+"""Runs the command that follows it."""
 STARTS = ("train", "sweep", "evaluate", "promote", "export")
 """Commands that compute for seconds."""
 BASE: dict[str, Any] = {"name": "fragment", "data": {"train": {"path": "train.jsonl"}}}
@@ -79,7 +82,8 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     write_bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("DB_PASSWORD", "RAY_ADDRESS", "RAYTUNE_FT_STORAGE"):
+    addresses = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    for name in ("DB_PASSWORD", "RAYTUNE_FT_STORAGE", *addresses):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -128,6 +132,16 @@ def test_configs_load_and_command_lines_parse(page: Path, session: Path) -> None
         overrides = [word for word in arguments[1:] if "=" in word]
         if command in ("plan", "train", "sweep", "submit"):
             load_config(Path(arguments[0]), [*overrides, *HERE])
+
+
+@pytest.mark.parametrize("page", CLUSTER_PAGES, ids=lambda page: page.name)
+def test_command_lines_for_clusters_parse(page: Path) -> None:
+    for line in _commands(page):
+        files = [word for word in shlex.split(line) if word.startswith("cluster/")]
+        assert all((ROOT / file).exists() for file in files), line
+        ours = f"raytune-ft {line.partition(BATCH)[2]}" if BATCH in line else line
+        if ours.startswith(("raytune-ft ", "make ")):
+            _parsed(ours)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -196,12 +210,24 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, arguments, in_a_job = found
     if command in ("plan", "sweep") or (in_a_job and command == "train"):
         _succeed("plan", *[word for word in arguments if word != "--resume"], *HERE)
-    if in_a_job or command in ("plan", *JOBS):
+    if in_a_job or command in ("plan", *JOBS) or "--address" in arguments:
+        return
+    if command == "doctor":
+        _examine(arguments, capsys)
         return
     small = SHRUNK if command in ("train", "sweep", "evaluate") else []
     # The grace period of a scheduler is longer than a run of 60 rows.
     _succeed(command, *arguments, *small, *["search.scheduler=null"] * (command == "sweep"))
     assert capsys.readouterr().err == "", line
+
+
+def _examine(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """This machine may have defects, such as the clusters of other tests."""
+    capsys.readouterr()
+    code = run_command(["doctor", *arguments, *(HERE if arguments else [])])
+    said = "".join(capsys.readouterr())
+    verdict = {0: r"^verdict: 0 defects, ", 1: r"^error: [1-9]\d* defects?, "}[code]
+    assert re.search(verdict, said, re.M), said
 
 
 def _succeed(*arguments: str) -> None:

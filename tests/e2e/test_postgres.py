@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import command, kill_when, run_process
-from tests.support.postgres import PASSWORD, free_port, server
+from tests.support.ports import free_port
+from tests.support.postgres import PASSWORD, server
 from tests.support.runs import losses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow]

@@ -3,76 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 
 from tests.support.commands import ROOT, run_process
+from tests.support.head import RAY, start_head
+from tests.support.ports import free_port
 from tests.support.runs import losses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-BIN = Path(sys.executable).parent
-RAY = str(BIN / "ray")
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # read by the head
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled"}
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A head node on loopback; its process group is ended, and no other Ray on this machine."""
-    port = _free_port()
-    # The path of a socket has to be short.
-    temporary = Path("/tmp") / f"rtft-{os.getpid()}"
-    head = subprocess.Popen(
-        [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2"),
-            *("--node-ip-address=127.0.0.1", f"--port={_free_port()}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-            *(f"--temp-dir={temporary}", "--disable-usage-stats"),
-        ],
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
+def address() -> Iterator[str]:
+    """Of the dashboard of a head node."""
+    head = start_head(free_port(), environment={"RAY_JOB_STOP_WAIT_TIME_S": "60"})
     try:
-        _wait_for(f"{url}/api/version", head)
-        yield url
+        yield head.url
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
-
-
-def _wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert head.poll() is None, "ray start ended"
-        try:
-            with urlopen(url):
-                return
-        except (URLError, ConnectionError):
-            time.sleep(0.5)
-    raise AssertionError(f"{url} does not answer")
+        head.kill()
 
 
 def _submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,23 +9,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-import signal
 import stat
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.error import HTTPError
 
 import pytest
 
 from tests.support import postgres
 from tests.support.commands import command, run_process
-from tests.support.head import RAY
+from tests.support.head import Head, start_head
 from tests.support.models import save_tiny_llama
+from tests.support.ports import free_port
 from tests.support.runs import write_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -66,7 +62,6 @@ def environment(canaries: dict[str, str]) -> dict[str, str]:
         **{name: canaries[name] for name in ENVIRONMENT},
         "MLFLOW_TRACKING_USERNAME": "me",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "RAY_AUTH_MODE": "token",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_enable_export_api_write": "1",
         "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
@@ -74,46 +69,19 @@ def environment(canaries: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def head(environment: dict[str, str]) -> Iterator[tuple[str, str, Path]]:
-    """Its address, its dashboard and the directory of its sessions."""
-    port, dashboard = postgres.free_port(), postgres.free_port()
-    folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"
-    process = subprocess.Popen(
-        [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-        ],
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{dashboard}"
+def head(environment: dict[str, str], canaries: dict[str, str]) -> Iterator[Head]:
+    """Its folder is read while it runs."""
+    head = start_head(free_port(), canaries["RAY_AUTH_TOKEN"], environment)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, "ray start ended"
-            assert time.monotonic() < deadline, "ray start does not answer"
-            try:
-                if b"ALIVE" in fetch(url, "/api/v0/nodes", environment):
-                    break
-            except (URLError, ConnectionError):
-                pass
-            time.sleep(0.5)
-        yield f"127.0.0.1:{port}", url, folder
+        yield head
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+        head.kill()
 
 
-def fetch(url: str, path: str, environment: dict[str, str]) -> bytes:
+def state_of(head: Head, path: str) -> bytes:
     """The answer, also where it is an error: on a busy machine one state may be missing."""
-    token = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
     try:
-        with urlopen(Request(url + path, headers=token), timeout=60) as answer:
-            return bytes(answer.read())
+        return head.read(path)
     except HTTPError as error:
         return error.read()
 
@@ -136,21 +104,21 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def test_no_secret_leaves_its_place(
-    head: tuple[str, str, Path],
+    head: Head,
     environment: dict[str, str],
     canaries: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    address, dashboard, sessions = head
     monkeypatch.setattr(postgres, "PASSWORD", canaries["STUDY"])
     model = save_tiny_llama(tmp_path / canaries["MODEL"] / "model")
     data = tmp_path / canaries["DATA"]
     data.mkdir()
     write_rows(data / "rows.jsonl", 40)
     storage = tmp_path / canaries["STORAGE"]
-    variables = environment | {
-        "RAY_ADDRESS": address,
+    variables = {
+        **environment,
+        **head.environment,
         "PGTEST_PASSWORD": canaries["STUDY"],
         "CANARY_URI": canaries["URI"],
         "CANARY_PROJECT": canaries["PROJECT"],
@@ -171,7 +139,7 @@ def test_no_secret_leaves_its_place(
             parallel: {{workers: 1}}
             tracking:
               to: [tensorboard, mlflow]
-              uri: "http://me:${{CANARY_URI}}@127.0.0.1:{postgres.free_port()}"
+              uri: "http://me:${{CANARY_URI}}@127.0.0.1:{free_port()}"
               project: "${{CANARY_PROJECT}}"
             search:
               trials: 1
@@ -183,7 +151,7 @@ def test_no_secret_leaves_its_place(
         )
         done = run_process(command("sweep", str(config)), 700, **variables)
         assert done.returncode == 0, done.stderr
-        state = {path: fetch(dashboard, path, environment) for path in STATE}
+        state = {path: state_of(head, path) for path in STATE}
     stored = files_below(storage)
     # The run went where it was sent: it used the secrets, and Ray kept what it was told of it.
     warned = json.loads(stored["given/trials/trial-000/tracking.json"])["mlflow_warning"]
@@ -192,14 +160,14 @@ def test_no_secret_leaves_its_place(
     assert b"RunSpec(run_dir=" in state["/api/train/v2/runs/v1"]
     assert b"TrainController" in state[STATE[0]]
     assert b"${CANARY_URI}" in stored["given/config.yaml"]
-    assert any("export_events" in name for name in files_below(sessions))
+    assert any("export_events" in name for name in files_below(head.folder))
     # Names and locations are no secrets: an adapter has to name its base, a command says where it
     # wrote, and a client which experiment it did not find.
     places = {"DATA", "MODEL", "STORAGE", "PROJECT"}
     hidden = {name: text for name, text in canaries.items() if name not in places}
     assert holding({"said": (done.stdout + done.stderr).encode()}, hidden) == set()
     assert holding(stored, hidden) == set()
-    assert holding(files_below(sessions), hidden) == set()
+    assert holding(files_below(head.folder), hidden) == set()
     assert holding(state, hidden) == set()
     paths = {name: canaries[name] for name in ("DATA", "MODEL")}
     assert holding(state, paths) == set()

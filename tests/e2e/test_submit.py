@@ -28,7 +28,8 @@ from ray.job_submission import JobSubmissionClient
 
 from tests.e2e.test_bad_inputs import check_line
 from tests.support.commands import ROOT, command
-from tests.support.head import Head, free_port, start_head
+from tests.support.head import Head, start_head
+from tests.support.ports import free_port
 from tests.support.runs import losses
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

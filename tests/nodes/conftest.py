@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group_table
 
+from raytune_ft.config import yaml_text
 from raytune_ft.ray_backend.cluster import connect
 from tests.ray.conftest import inputs, undisturbed
+from tests.support.runs import make_inputs
 
 __all__ = ["inputs", "nodes", "undisturbed"]
 
@@ -60,6 +63,28 @@ def nodes_in_use() -> set[str]:
     """Ids of the nodes on which a worker group has a place."""
     groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     return {node for each in groups for node in each["bundles_to_node_id"].values()}
+
+
+def write_config(
+    folder: Path, name: str, train: dict[str, Any], trials: int, lr: dict[str, Any], **more: Any
+) -> Path:
+    """A file in `folder` for a search of the learning rate with a tiny Llama; runs are in `runs`.
+    `more` are other sections.
+    """
+    model, rows = make_inputs(folder / "inputs")
+    config: dict[str, Any] = {
+        "name": name,
+        "storage": str(folder / "runs"),
+        "model": {"path": str(model)},
+        "method": {"rank": 2},
+        "data": {"train": {"path": str(rows)}, "validation": 0.2},
+        "train": {"precision": "float32", **train},
+        "search": {"trials": trials, "scheduler": None, "space": {"train.lr": lr}},
+        **more,
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml_text.dump(config))
+    return file
 
 
 @pytest.fixture(scope="package")

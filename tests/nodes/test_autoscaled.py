@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.nodes.conftest import write_config
 from tests.support.autoscaled import Autoscaled
 from tests.support.commands import ROOT, command, run_process
-from tests.support.runs import make_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NODES = 2
@@ -27,23 +27,8 @@ def cluster() -> Iterator[Autoscaled]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    model, rows = make_inputs(tmp_path / "inputs")
-    file = tmp_path / "config.yaml"
-    file.write_text(
-        f"""
-        name: grown
-        storage: {tmp_path}/runs
-        model: {{path: {model}}}
-        method: {{rank: 2}}
-        data: {{train: {{path: {rows}}}, validation: 0.2}}
-        train: {{max_examples: 1600, batch_size: 4, eval_every_examples: 400, precision: float32}}
-        search:
-          trials: 6
-          scheduler: null
-          space: {{train.lr: {{log_uniform: [1.0e-4, 1.0e-2]}}}}
-        """
-    )
-    return file
+    train = {"max_examples": 1600, "batch_size": 4, "eval_every_examples": 400}
+    return write_config(tmp_path, "grown", train, 6, {"log_uniform": [1e-4, 1e-2]})
 
 
 def counted(

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import app
-from tests.nodes.conftest import Nodes, nodes_in_use
-from tests.support.runs import make_inputs
+from tests.nodes.conftest import Nodes, nodes_in_use, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 Sweep = Callable[[str, Callable[[str], None]], app.Swept]
@@ -19,22 +18,8 @@ Sweep = Callable[[str, Callable[[str], None]], app.Swept]
 def sweep(tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Eight trials, two or three at a time on one node; promotion is left out."""
     monkeypatch.setenv("RAY_ADDRESS", nodes.cluster.address)
-    model, rows = make_inputs(tmp_path / "inputs")
-    file = tmp_path / "config.yaml"
-    file.write_text(
-        f"""
-        name: grown
-        storage: {tmp_path}/runs
-        model: {{path: {model}}}
-        method: {{rank: 2}}
-        data: {{train: {{path: {rows}}}, validation: 0.2}}
-        train: {{max_examples: 800, batch_size: 4, eval_every_examples: 80, precision: float32}}
-        search:
-          trials: 8
-          scheduler: null
-          space: {{train.lr: {{log_uniform: [1.0e-4, 1.0e-2]}}}}
-        """
-    )
+    train = {"max_examples": 800, "batch_size": 4, "eval_every_examples": 80}
+    file = write_config(tmp_path, "grown", train, 8, {"log_uniform": [1e-4, 1e-2]})
 
     class Search(app.Backend):
         def promote(self, path: Path, tell: object, *_: object, **__: object) -> None:  # type: ignore[override]

@@ -14,9 +14,9 @@ from ray._private.state import actors
 from raytune_ft import app
 from raytune_ft.tensors.read import TensorFiles
 from raytune_ft.train.report import Silent
-from tests.nodes.conftest import Nodes
+from tests.nodes.conftest import Nodes, write_config
 from tests.support.models import save_tiny_llama
-from tests.support.runs import evaluations, make_inputs
+from tests.support.runs import evaluations
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 WORKER = "RayTrainWorker"
@@ -56,24 +56,9 @@ def elsewhere(nodes: Nodes, said: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def config(tmp_path: Path, said: list[str]) -> Path:
-    model, rows = make_inputs(tmp_path / "inputs")
-    file = tmp_path / "config.yaml"
-    file.write_text(
-        f"""
-        name: light
-        storage: {tmp_path}/runs
-        model: {{path: {model}}}
-        method: {{rank: 4}}
-        data: {{train: {{path: {rows}}}, validation: 0.2}}
-        train: {{max_examples: 80, batch_size: 8, lr: 3.0e-3, precision: float32}}
-        promote: {{merge: greedy_soup, top_k: 2}}
-        search:
-          trials: 2
-          scheduler: null
-          space: {{train.lr: {{choice: [3.0e-3, 1.0e-2]}}}}
-        """
-    )
-    return file
+    train = {"max_examples": 80, "batch_size": 8, "lr": 3e-3}
+    more = {"method": {"rank": 4}, "promote": {"merge": "greedy_soup", "top_k": 2}}
+    return write_config(tmp_path, "light", train, 2, {"choice": [3e-3, 1e-2]}, **more)
 
 
 def test_a_run_with_a_teacher_and_a_curriculum(

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import FAKE_HEAD_NODE_ID, AutoscalingCluster
 
-from tests.support.head import RAY
+from tests.support.head import RAY, kill_tree
+from tests.support.ports import free_port
 
 EMPTY = ("initialization", "setup", "head_setup", "worker_setup")
 NODE_TYPE = "worker"
@@ -26,13 +24,6 @@ FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMulti
 
 
 AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Autoscaled(AutoscalingCluster):
@@ -43,7 +34,7 @@ class Autoscaled(AutoscalingCluster):
     """
 
     def __init__(self, most: int, idle_s: float = 6.0) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self._folder = Path(tempfile.mkdtemp(prefix="rtft-", dir="/tmp"))
         nodes = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
         super().__init__(
@@ -102,7 +93,7 @@ class Autoscaled(AutoscalingCluster):
                 *(RAY, "start", "--head", "--block", "--num-cpus=0", "--disable-usage-stats"),
                 *("--include-dashboard=false", "--node-ip-address=127.0.0.1"),
                 # A head that has to find them gives up after 15 s on a busy machine.
-                *(f"--{agent}-port={_free_port()}" for agent in AGENTS),
+                *(f"--{agent}-port={free_port()}" for agent in AGENTS),
                 f"--port={self.address.split(':')[1]}",
                 f"--autoscaling-config={config}",
                 f"--temp-dir={self._folder}",
@@ -141,11 +132,5 @@ class Autoscaled(AutoscalingCluster):
         return len(used), len(used) + len(idle)
 
     def __exit__(self, *_: object) -> None:
-        if self._head.poll() is None:
-            everything = [psutil.Process(self._head.pid)]
-            everything += everything[0].children(recursive=True)
-            for process in everything:
-                process.send_signal(signal.SIGKILL)
-            psutil.wait_procs(everything, timeout=30)
-            self._head.wait()
+        kill_tree(self._head)
         shutil.rmtree(self._folder, ignore_errors=True)

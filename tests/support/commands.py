@@ -39,13 +39,16 @@ def kill_when(arguments: Sequence[str], path: Path, lines: int, timeout_s: float
     def written() -> bool:
         return path.exists() and len(path.read_text().splitlines()) >= lines
 
-    kill_once(arguments, written, timeout_s)
+    kill_once(arguments, written, timeout_s, f"{path} did not get {lines} lines")
 
 
 def kill_once(
-    arguments: Sequence[str], reached: Callable[[], bool], timeout_s: float = 240
+    arguments: Sequence[str],
+    reached: Callable[[], bool],
+    timeout_s: float = 240,
+    otherwise: str = "the command does not get as far",
 ) -> None:
-    """Start the command and SIGKILL it once `reached`.
+    """Start the command and SIGKILL it once `reached`; fails with `otherwise` after `timeout_s`.
 
     Its process group goes with it: a driver takes its local Ray cluster along, as the end of a
     machine would.
@@ -61,7 +64,7 @@ def kill_once(
     try:
         while not reached():
             assert process.poll() is None, "the command ended before it could be killed"
-            assert time.monotonic() < deadline, "the command does not get as far"
+            assert time.monotonic() < deadline, otherwise
             time.sleep(0.02)
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing as mp
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.support.ports import free_port
 
 CONTEXT = mp.get_context("spawn")
 
@@ -43,7 +44,7 @@ class _Processes:
     def run(self, function: Callable[..., None], world_size: int, arguments: Any) -> None:
         while len(self._running) < world_size:
             self._start()
-        address = world_size, _free_port()
+        address = world_size, free_port()
         waiting = {}
         for rank, (process, line) in enumerate(self._running[:world_size]):
             line.send((rank, *address, function, arguments))
@@ -117,10 +118,3 @@ def _in_group(
         function(*arguments)
     finally:
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

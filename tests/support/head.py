@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
+
+from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -26,7 +30,10 @@ STARTS = 3
 
 @dataclass
 class Head:
-    """A head node with two CPUs on loopback; `environment` lets a driver join it."""
+    """A head node with two CPUs on loopback; `environment` lets a driver join it.
+
+    What Ray writes, such as the logs of its sessions, is in `folder` until it is killed.
+    """
 
     process: subprocess.Popen[bytes]
     port: int
@@ -44,10 +51,14 @@ class Head:
         """For requests to the dashboard."""
         return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
+    def read(self, path: str) -> bytes:
+        """What the dashboard answers."""
+        with urlopen(Request(f"{self.url}{path}", headers=self.headers), timeout=60) as answer:
+            return bytes(answer.read())
+
     def get(self, path: str) -> Any:
         """The JSON that the dashboard answers."""
-        with urlopen(Request(f"{self.url}{path}", headers=self.headers)) as answer:
-            return json.load(answer)
+        return json.loads(self.read(path))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,24 +67,23 @@ class Head:
 
     def kill(self) -> int:
         """SIGKILL to everything at once, workers as well; how many processes that were."""
-        everything: list[psutil.Process] = []
-        if self.process.poll() is None:
-            everything = [psutil.Process(self.process.pid)]
-            everything += everything[0].children(recursive=True)
-        for process in everything:
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everything, timeout=30)
-        self.process.wait()
+        killed = kill_tree(self.process)
         shutil.rmtree(self.folder, ignore_errors=True)
-        return len(everything)
+        return killed
 
 
-def free_port() -> int:
-    """One that nobody listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def kill_tree(process: subprocess.Popen[bytes]) -> int:
+    """SIGKILL to it and all that it has started, at once; how many processes that were."""
+    everything: list[psutil.Process] = []
+    if process.poll() is None:
+        everything = [psutil.Process(process.pid)]
+        everything += everything[0].children(recursive=True)
+    for each in everything:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+    psutil.wait_procs(everything, timeout=30)
+    process.wait()
+    return len(everything)
 
 
 def _authentication(token: str | None) -> dict[str, str]:
@@ -82,12 +92,17 @@ def _authentication(token: str | None) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
-def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
+def start_head(
+    dashboard: int | None = None,
+    token: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Head:
     """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
-    dashboard out, without which there are no jobs. With a `token`, it asks for that.
+    dashboard out, without which there are no jobs. With a `token`, it asks for that. It and its
+    workers have the variables of `environment`.
     """
     for _ in range(STARTS):
-        head = _start(dashboard, token)
+        head = _start(dashboard, token, environment)
         deadline = time.monotonic() + 120
         while head.process.poll() is None and time.monotonic() < deadline:
             if _answers(head):
@@ -97,7 +112,7 @@ def start_head(dashboard: int | None = None, token: str | None = None) -> Head:
     raise AssertionError(f"ray start does not answer, tried {STARTS} times")
 
 
-def _start(dashboard: int | None, token: str | None) -> Head:
+def _start(dashboard: int | None, token: str | None, environment: Mapping[str, str]) -> Head:
     port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
     shown = ["--include-dashboard=false"]
@@ -111,7 +126,12 @@ def _start(dashboard: int | None, token: str | None) -> Head:
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],
-        env=os.environ | _authentication(token) | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            **environment,
+            **_authentication(token),
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -125,5 +145,5 @@ def _answers(head: Head) -> bool:
         return any("raylet" in process.name() for process in workers)
     try:
         return bool(head.get("/api/v0/nodes")["data"]["result"]["result"])
-    except (URLError, ConnectionError):
+    except (URLError, ConnectionError, TimeoutError):
         return False

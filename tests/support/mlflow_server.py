@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 VARIABLE = "RAYTUNE_FT_MLFLOW"
 OWN = Path(__file__).parents[2] / ".venv-mlflow"

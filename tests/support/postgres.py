@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,15 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
+
 USER, PASSWORD = "postgres", "hunter2"
 DEBIAN = Path("/usr/lib/postgresql")
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

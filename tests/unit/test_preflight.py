@@ -31,7 +31,7 @@ def prepared(config: Config, tmp_path: Path) -> PreparedData:
 
 
 def texts(*lengths: int) -> list[dict[str, Any]]:
-    """Rows of a classifier. Each has `tokens` tokens, of which two are special."""
+    """Rows of a classifier of that many tokens each, of which two are special."""
     return [{"text": "a" * (length - 2), "label": i % 2} for i, length in enumerate(lengths)]
 
 

@@ -24,7 +24,8 @@ from raytune_ft.search.study import (
     tell_outcome,
     unfinished,
 )
-from tests.support.postgres import PASSWORD, free_port, server
+from tests.support.ports import free_port
+from tests.support.postgres import PASSWORD, server
 
 SPACE = {"train.lr": {"log_uniform": [1e-5, 1e-1]}, "method.rank": {"choice": [2, 4]}}
 
