@@ -95,7 +95,7 @@ class JobCluster:
         self.address = _url(address)
         self.has_token = self._asks_for_token()
         with _environment_without(*ADDRESS_VARIABLES):  # they would override the address
-            self._client = _Client(self.address, headers=self._headers())
+            self._client = _Client(self.address, self._own_headers())
 
     def check_versions(self) -> None:
         """ClusterError where Ray or Python is not the one that the config is checked with here."""
@@ -205,7 +205,7 @@ class JobCluster:
             raise _unreachable(self.address, error) from error
         return str(mode) == TOKEN
 
-    def _headers(self) -> dict[str, str]:
+    def _own_headers(self) -> dict[str, str]:
         """Those of RAY_JOB_HEADERS, and the token where the cluster asks for one."""
         headers = _written_headers()
         if not self.has_token or any(name.lower() == "authorization" for name in headers):
@@ -217,9 +217,15 @@ class JobCluster:
 
 
 class _Client(JobSubmissionClient):
-    """Every request has a time-out, and what goes wrong is an error of this package."""
+    """Every request has a time-out and these headers only: Ray adds its token also where the
+    cluster asks for none. What goes wrong is an error of this package."""
+
+    def __init__(self, address: str, headers: dict[str, str]) -> None:
+        self._own_headers = headers
+        super().__init__(address)  # it asks for the version
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        self._headers = self._own_headers
         try:
             answer: requests.Response = super()._do_request(
                 method, endpoint, timeout=TIMEOUT_S, **options

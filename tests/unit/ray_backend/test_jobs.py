@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,14 +110,36 @@ def test_a_server_that_is_no_head(head: Head) -> None:
         JobCluster(head.url)
 
 
-def test_the_token_is_found_where_ray_finds_it(
-    head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def opened(head: Head, **environment: str) -> str:
+    """What opening it prints, in a process of its own: Ray reads its token once a process, and
+    other tests may have had it read here."""
+    command = (
+        "from raytune_ft.errors import ClusterError\n"
+        "from raytune_ft.ray_backend.jobs import JobCluster\n"
+        "try:\n"
+        f"    print(JobCluster({head.url!r}).jobs())\n"
+        "except ClusterError as error:\n"
+        "    print(error)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", command],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return process.stdout.strip()
+
+
+def test_the_token_is_found_where_ray_finds_it(head: Head, tmp_path: Path) -> None:
     head.token = TOKEN
-    with pytest.raises(ClusterError, match=r"asks for a token.*RAY_AUTH_TOKEN"):
-        JobCluster(head.url)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    assert JobCluster(head.url).has_token
+    assert "asks for a token, and there is none here; export RAY_AUTH_TOKEN" in opened(head)
+    assert opened(head, RAY_AUTH_TOKEN=TOKEN) == "[]"
+    file = tmp_path / ".ray/auth_token"
+    file.parent.mkdir()
+    file.write_text(TOKEN)
+    assert opened(head) == "[]"
+    assert set(head.seen) == {f"Bearer {TOKEN}"}
 
 
 def test_another_token_is_refused_without_being_shown(
@@ -128,9 +153,8 @@ def test_another_token_is_refused_without_being_shown(
     assert "\n" not in str(caught.value)
 
 
-def test_an_open_cluster_gets_no_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    JobCluster(head.url).jobs()
+def test_an_open_cluster_gets_no_token(head: Head) -> None:
+    assert opened(head, RAY_AUTH_TOKEN=TOKEN, RAY_AUTH_MODE="token") == "[]"
     assert set(head.seen) == {None}
 
 
