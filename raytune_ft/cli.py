@@ -60,9 +60,9 @@ Resume = Annotated[
 
 
 def _duration(text: str) -> float:
-    from raytune_ft.locks import duration
+    from raytune_ft.config.search_space import duration_s
 
-    return duration(text)
+    return duration_s(text, "--wait-lock")
 
 
 WaitLock = Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +12,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from raytune_ft.errors import ConfigError, LockHeld, StorageError
+from raytune_ft.errors import LockHeld, StorageError
 from raytune_ft.records import Tell
 
 LOOK_EVERY_S = 0.5
 TELL_EVERY_S = 30.0
 DRIVEN = "is driven by another process"
+PROMOTING = "is being promoted by another process"
 WAIT = "wait for it to end (--wait-lock 3m)"
 _WITHOUT = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smh])")
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def duration(text: str) -> float:
-    """The seconds of `90s`, `3m` or `1h`, as `--wait-lock` takes them."""
-    found = _DURATION.fullmatch(text.strip())
-    if found is None:
-        raise ConfigError(
-            f"--wait-lock={text}", "is not a duration", "write one such as 90s, 3m or 1h"
-        )
-    return float(found[1]) * _UNITS[found[2]]
 
 
 @dataclass(frozen=True)

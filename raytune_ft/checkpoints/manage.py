@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,17 @@ from raytune_ft.config.load import load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
 from raytune_ft.files import read_json
-from raytune_ft.layout import CHECKPOINTS, CONFIG, LOCK, PROMOTED, RESULT, STEP_NAME, TRIALS
-from raytune_ft.locks import DRIVEN, locked
+from raytune_ft.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    PROMOTED,
+    PROMOTION_LOCK,
+    RESULT,
+    STEP_NAME,
+    TRIALS,
+)
+from raytune_ft.locks import DRIVEN, PROMOTING, locked
 from raytune_ft.records import CheckpointManifest, Tell
 
 
@@ -187,18 +197,18 @@ def verified(where: str, tell: Tell) -> list[Row]:
     """Read every byte of every checkpoint; damaged ones are moved aside and named.
 
     Raises:
-        StorageError: a run is being driven, and may be replacing a checkpoint at this moment.
+        StorageError: a run is being driven or promoted, which replaces or reads checkpoints.
     """
-    _require_idle(where)
     found = []
-    for place in places(where):
-        for row in place.rows():
-            try:
-                place.verify(row.name)
-                found.append(row)
-            except CheckpointError as error:
-                tell(f"{error}; moved to {place.quarantine(row.name)}")
-                found.append(Row(row.run, row.name, row.manifest, row.referred, str(error)))
+    with _idle(where):
+        for place in places(where):
+            for row in place.rows():
+                try:
+                    place.verify(row.name)
+                    found.append(row)
+                except CheckpointError as error:
+                    tell(f"{error}; moved to {place.quarantine(row.name)}")
+                    found.append(Row(row.run, row.name, row.manifest, row.referred, str(error)))
     return found
 
 
@@ -211,36 +221,36 @@ def pruned(
     promotion names are always kept. Damaged ones are moved aside.
 
     Raises:
-        StorageError: a run is being driven, or the directory is a URL.
+        StorageError: a run is being driven or promoted, or the directory is a URL.
     """
     if where.startswith(OBJECT_STORE):
         raise StorageError(
             where, "is a copy of a run's local directory", "prune that directory and resume the run"
         )
-    _require_idle(where)
     deleted = []
-    for run in run_folders(Path(where).absolute()):
-        if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
-            continue
-        config = load_config(run / CONFIG)
-        above = sweep_of(run)
-        search = (load_config(above / CONFIG) if above != run else config).search
-        store = CheckpointStore(run / CHECKPOINTS)
-        for row in _Local(run, run.name, frozenset()).rows():
-            if row.error and not dry_run:
-                tell(f"{row.error}; moved to {store.quarantine(run / CHECKPOINTS / row.name)}")
-        settings = config.checkpoint
-        chosen = store.to_delete(
-            keep_last or settings.keep_last,
-            keep_best or settings.keep_best,
-            search.modes[0] if search else "min",
-            [path.name for path in _kept(run)],
-            search.metrics[0] if search else "eval_loss",
-            settings.keep_every_examples,
-        )
-        if not dry_run:
-            store.delete(chosen)
-        deleted += [str(path) for path in chosen]
+    with _idle(where):
+        for run in run_folders(Path(where).absolute()):
+            if not (run / CHECKPOINTS).is_dir() or not (run / CONFIG).is_file():
+                continue
+            config = load_config(run / CONFIG)
+            above = sweep_of(run)
+            search = (load_config(above / CONFIG) if above != run else config).search
+            store = CheckpointStore(run / CHECKPOINTS)
+            for row in _Local(run, run.name, frozenset()).rows():
+                if row.error and not dry_run:
+                    tell(f"{row.error}; moved to {store.quarantine(run / CHECKPOINTS / row.name)}")
+            settings = config.checkpoint
+            chosen = store.to_delete(
+                keep_last or settings.keep_last,
+                keep_best or settings.keep_best,
+                search.modes[0] if search else "min",
+                [path.name for path in _kept(run)],
+                search.metrics[0] if search else "eval_loss",
+                settings.keep_every_examples,
+            )
+            if not dry_run:
+                store.delete(chosen)
+            deleted += [str(path) for path in chosen]
     return deleted
 
 
@@ -257,10 +267,13 @@ def _label(run: Path, directory: Path) -> str:
     )
 
 
-def _require_idle(where: str) -> None:
-    if where.startswith(OBJECT_STORE):
-        return
-    for run in {sweep_of(run) for run in run_folders(Path(where).absolute())}:
-        if (run / LOCK).exists():
-            with locked(run / LOCK, DRIVEN, "wait for it to end"):
-                pass
+@contextmanager
+def _idle(where: str) -> Iterator[None]:
+    """Nobody else drives or promotes the runs there, until it is left."""
+    with ExitStack() as held:
+        if not where.startswith(OBJECT_STORE):
+            for run in sorted({sweep_of(run) for run in run_folders(Path(where).absolute())}):
+                for name, rule in ((LOCK, DRIVEN), (PROMOTION_LOCK, PROMOTING)):
+                    if (run / name).exists():
+                        held.enter_context(locked(run / name, rule, "wait for it to end"))
+        yield

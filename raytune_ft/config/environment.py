@@ -39,7 +39,6 @@ _TOKEN = re.compile(
 # Everything before an @, the scheme in group 1; for free text.
 _BEFORE_AT = re.compile(r"(\w+://)?[^\s'\"]*@")
 _PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # may hold blanks
-_PASSWORD_OF_URL = re.compile(r"(://[^/\s:@]*:)[^\s]+@")
 _SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 HIDDEN = "***"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -125,8 +124,9 @@ def refuse_secrets(value: Any, key: str = "") -> None:
 
 def masked(text: str) -> str:
     """The text of a config without the tokens and the passwords of URLs in it."""
-    text = _IN_QUERY.sub(lambda match: match[0].replace(match[1], HIDDEN), text)
-    return _TOKEN.sub(HIDDEN, _PASSWORD_OF_URL.sub(rf"\1{HIDDEN}@", text))
+    for pattern in (_IN_QUERY, _IN_USER_PART):
+        text = pattern.sub(lambda match: match[0].replace(match[1], HIDDEN), text)
+    return _TOKEN.sub(HIDDEN, text)
 
 
 def without_secrets(text: str, *written: str) -> str:

@@ -53,6 +53,7 @@ class Merge:
             the best checkpoint and merges nothing.
         make: loads the function (`merge.merge.MergeJob`, target directory) -> `MergeReport` that
             chooses members and writes their merge; by default all, or as many as the formula takes.
+        by_score: `make` needs the score of what it writes.
         interpolates: the members are the base and the best trial, and each of
             `promote.merging.alphas` between 0 and 1 is a candidate of its own.
         with_head: may be written under a task head, which the base does not have.
@@ -61,6 +62,7 @@ class Merge:
 
     formula: Callable[[], Any] | None
     make: Callable[[], Callable[[Any, Any], Any]] = lambda: _makers().merge_all
+    by_score: bool = False
     interpolates: bool = False
     with_head: bool = False
     auto: bool = False
@@ -70,7 +72,11 @@ MERGES: dict[str, Merge] = {
     "best": Merge(None, with_head=True),
     "uniform_soup": Merge(lambda: _formulas().LINEAR, with_head=True, auto=True),
     "greedy_soup": Merge(
-        lambda: _formulas().LINEAR, lambda: _makers().greedy_soup, with_head=True, auto=True
+        lambda: _formulas().LINEAR,
+        lambda: _makers().greedy_soup,
+        by_score=True,
+        with_head=True,
+        auto=True,
     ),
     "task_arithmetic": Merge(lambda: _formulas().TASK_ARITHMETIC, auto=True),
     "slerp": Merge(lambda: _formulas().SLERP),
@@ -78,7 +84,11 @@ MERGES: dict[str, Merge] = {
     "dare": Merge(lambda: _formulas().DARE),
     "dare_ties": Merge(lambda: _formulas().DARE_TIES),
     "wise_ft": Merge(
-        lambda: _formulas().LINEAR, lambda: _makers().best_share, interpolates=True, auto=True
+        lambda: _formulas().LINEAR,
+        lambda: _makers().best_share,
+        by_score=True,
+        interpolates=True,
+        auto=True,
     ),
 }
 AUTO = "auto"

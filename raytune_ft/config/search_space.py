@@ -242,9 +242,8 @@ def duration_s(value: float | str, key: str = "search.budget.wall_s") -> float:
     found = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
     seconds = float(found[1]) * UNITS_S[found[2]] if found else value
     if isinstance(seconds, str) or not 0 < seconds < math.inf:
-        raise ConfigError(
-            f"{key}={shown_value(value)}", "is not a duration", "write seconds, or 90m, 2h, 1d"
-        )
+        shown = f"{key}={shown_value(value)}"
+        raise ConfigError(shown, "is not a duration", "write one such as 90s, 3m, 2h or 1d")
     return float(seconds)
 
 

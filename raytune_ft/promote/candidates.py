@@ -69,12 +69,16 @@ class WriteAdapter(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A candidate, to be made in any process; `adapter` is None for what is not a merge."""
+    """A candidate, to be made in any process; `adapter` is None for what is not a merge.
+
+    `by_score`: `write` needs its `measure`.
+    """
 
     name: str
     simplicity: int
     write: Write
     adapter: WriteAdapter | None = None
+    by_score: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,4 +214,4 @@ def _merged(pantry: Pantry, name: str) -> Entry:
         assert formula is not None
         return refactor(pantry.model, taken, target, rank, formula(), pantry.merging)
 
-    return Entry(name, MERGED, write, adapter)
+    return Entry(name, MERGED, write, adapter, MERGES[name].by_score)

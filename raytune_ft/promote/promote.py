@@ -50,7 +50,7 @@ from raytune_ft.layout import (
     cache_in,
     free_path,
 )
-from raytune_ft.locks import WAIT, Wait, locked
+from raytune_ft.locks import PROMOTING, WAIT, Wait, locked
 from raytune_ft.merge.fold import held_out
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.model.heads import Head
@@ -62,7 +62,6 @@ from raytune_ft.promote.candidates import (
     BASE,
     BASE_NAME,
     BEST,
-    MERGED,
     Entry,
     Pantry,
     Written,
@@ -296,8 +295,7 @@ def promote(
     """
     target = directory / PROMOTED
     read_result(directory)  # refuses what is no run before a lock is left there
-    rule = "is being promoted by another process"
-    with locked(directory / PROMOTION_LOCK, rule, WAIT, Wait(wait_s, tell)):
+    with locked(directory / PROMOTION_LOCK, PROMOTING, WAIT, Wait(wait_s, tell)):
         if target.exists() and not again:
             raise Promoted(
                 str(target),
@@ -431,7 +429,7 @@ class _Promoter:
             entry.write,
             directory,
             tell=self._tell,
-            measure=score if entry.simplicity == MERGED else None,
+            measure=score if entry.by_score else None,
         )
         save_tokenizer(self._tokenizer, directory, self._data.report)
         if written.check is not None:

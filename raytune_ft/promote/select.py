@@ -13,7 +13,7 @@ from raytune_ft.config.load import expand_env, load_config
 from raytune_ft.config.metrics import deciding
 from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
-from raytune_ft.files import read_json
+from raytune_ft.files import below, read_json
 from raytune_ft.layout import CHECKPOINTS, CONFIG, RESULT, TRIALS
 from raytune_ft.records import CheckpointManifest
 from raytune_ft.search.results import USABLE
@@ -143,12 +143,14 @@ def _ranked_trials(
 ) -> list[Candidate]:
     """Usable trials: the best of the sweep's result first, the others by their best evaluation."""
     for trial in result["trials"]:
-        if "/" in trial["id"] or trial["id"] == "..":
+        try:
+            below(directory / TRIALS, trial["id"])
+        except ValueError:
             raise StorageError(
                 f"{directory / RESULT}",
                 f"names the trial {shown_value(trial['id'])}, which is not in {TRIALS}",
                 "find out who wrote that file",
-            )
+            ) from None
     found = [
         _candidate(directory / TRIALS / trial["id"], trial["id"], trial["params"], metric, mode)
         for trial in result["trials"]

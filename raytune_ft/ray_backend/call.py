@@ -23,6 +23,7 @@ from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.evaluate.workers import Measure
 from raytune_ft.ray_backend.capacity import room
 from raytune_ft.ray_backend.cluster import connected
+from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.registry import Ended, Note, Value, start_registry
 from raytune_ft.ray_backend.run_handle import GroupHandle
 from raytune_ft.ray_backend.worker import use_reserved
@@ -62,6 +63,7 @@ class WorkerGroups:
     def _call(self, config: Config, calls: Sequence[Any], tell: Tell) -> list[Any]:
         """As many at a time as fit. If one fails, the others are ended."""
         with connected(), room(config.parallel, tell, len(calls)) as fit:
+            check_environment(config, tell)
             at_once = min(fit, len(calls))
             registry = start_registry(at_once)
             spec = RunSpec(config, self.folder, self.folder)

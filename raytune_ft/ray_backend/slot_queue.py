@@ -202,7 +202,9 @@ class SlotQueue(Mailboxes):
         async with self._changed:
             self._engines.setdefault(engine, _Engine(0)).retired = True
             for run, trial in self._trials.items():
-                if trial.engine == engine and not trial.gone.is_set():
+                if trial.engine == engine and trial.leaving:
+                    trial.gone.set()
+                elif trial.engine == engine and not trial.gone.is_set():
                     trial.engine = None
                     task = asyncio.create_task(self._move(run, trial))
                     self._moves.add(task)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.schema import Config, PromoteConfig
-from raytune_ft.errors import DataError, ModelError
+from raytune_ft.errors import ClusterError, DataError, ModelError
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 from raytune_ft.evaluate.workers import HERE
 from raytune_ft.ray_backend.call import WorkerGroups
@@ -52,6 +52,20 @@ def test_groups_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> N
     assert_same(found, wanted)
     assert len({one.figures["eval_loss"] for one in found}) == 3
     assert sum(line.startswith("computing on 1 worker (node ") for line in said) == 3
+
+
+def test_a_key_that_workers_lack_is_missed_first(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "not set where the cluster was started")
+    config = inputs.config(model__path="somebody/model")
+    with pytest.raises(ClusterError, match=r"HF_TOKEN on node \S+ is not set for workers"):
+        groups(config, tmp_path).alone(_never, tell=lambda line: None)
+    assert_nothing_left()
+
+
+def _never(tell: Tell) -> None:
+    raise AssertionError
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import locks
-from raytune_ft.errors import ConfigError, LockHeld, StorageError
-from raytune_ft.locks import Wait, duration, locked
+from raytune_ft.errors import LockHeld, StorageError
+from raytune_ft.locks import Wait, locked
 
 RULE, REMEDY = "is driven by another process", "wait"
 
@@ -37,19 +37,6 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90.0), ("3m", 180.0), ("1h", 3600.0), ("0.5s", 0.5)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "3", "3 m", "m", "-3m", "3d", "1e3s", "3m\n4s"])
-def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a duration; write one such as 90s, 3m or 1h"):
-        duration(text)
 
 
 def test_a_held_lock_is_refused_at_once_or_waited_for(

@@ -103,13 +103,14 @@ def test_what_is_damaged_is_moved_aside_and_named(
     assert "nothing holds no checkpoints" in capsys.readouterr().err
 
 
-def test_a_run_that_is_driven_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lock", "verb"), [(".lock", "driven"), (".promoted.lock", "promoted")])
+def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path, lock: str, verb: str) -> None:
     store = make(tmp_path / "some", {1: 0.5, 2: 0.6, 3: 0.4, 4: 0.9})
-    with FileLock(tmp_path / "some" / ".lock"):
+    with FileLock(tmp_path / "some" / lock):
         for call in (
             lambda: verified(str(tmp_path / "some"), print),
             lambda: pruned(str(tmp_path / "some"), 1, 1, False, print),
         ):
-            with pytest.raises(StorageError, match="is driven by another process"):
+            with pytest.raises(StorageError, match=f"is (being )?{verb} by another process"):
                 call()
     assert names(store) == [1, 2, 3, 4]

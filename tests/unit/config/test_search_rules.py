@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.load import apply_overrides, load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
-from raytune_ft.config.search_space import parse_condition, trial_count
+from raytune_ft.config.search_space import duration_s, parse_condition, trial_count
 from raytune_ft.errors import ConfigError
 from raytune_ft.records import EvalMetrics
 
@@ -227,3 +228,19 @@ def test_halving_leaves_a_third_at_each_rung() -> None:
         shares.append((search.cost_share(900), search.cost_share(100)))
     assert shares[0] == (pytest.approx((100 + 200 / 3 + 600 / 9) / 900), 1.0)
     assert shares[1:] == [(1.0, 1.0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90.0), ("3m", 180.0), ("1.5 h", 5400.0), ("2d", 172_800.0), (0.5, 0.5)],
+)
+def test_durations(text: str | float, seconds: float) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "m", "-3m", "0s", "1e3s", "3m\n4s", "soon", math.inf, -1.0]
+)
+def test_what_is_no_duration(text: str | float) -> None:
+    with pytest.raises(ConfigError, match=r"some\.key=.* is not a duration; write one such as 90s"):
+        duration_s(text, "some.key")

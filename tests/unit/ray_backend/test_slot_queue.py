@@ -220,6 +220,20 @@ def test_trials_of_a_retired_engine_go_on_in_others() -> None:
     play(story)
 
 
+def test_a_trial_that_leaves_a_retired_engine_is_gone() -> None:
+    async def story(queue: SlotQueue) -> None:
+        await queue.begin("one", 1)
+        await enter(queue, "a")
+        leaving = asyncio.create_task(queue.leave("a", "pruned", timeout_s=5))
+        await asyncio.sleep(0)
+        await queue.retire("one")
+        assert await asyncio.wait_for(leaving, 1)
+        await queue.begin("two", 1)
+        assert await queue.commands("two", 0.01) == []
+
+    play(story)
+
+
 def test_a_trial_without_an_engine_ends_with_the_failure_of_the_last_one() -> None:
     async def story(queue: SlotQueue) -> None:
         await queue.begin("one", 1)
