@@ -94,6 +94,22 @@ class Point(EvalMetrics):
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` optimizer steps.
+
+    `unimproved` counts the evaluations in a row that did not improve on `best`.
+    """
+
+    step: int = 0
+    examples: int = 0
+    wall_s: float = 0.0
+    base: EvalMetrics | None = None
+    best: Point | None = None
+    final: Point | None = None
+    unimproved: int = 0
+
+
+@dataclass(frozen=True)
 class RunResult:
     """`result.json` of a run directory. `notes` are sentences on what was chosen by measurement."""
 

@@ -99,6 +99,12 @@ def variants(config: Config) -> list[Config]:
     return found
 
 
+def quantises(config: Config) -> bool:
+    """Whether a run of this config, or one of its trials, holds its base in 4 bits."""
+    runs = [config] if config.search is None else variants(config)
+    return any(METHODS[run.method.name].quantised for run in runs)
+
+
 MAX_SLOTS = 16
 """More slots cost memory and gain little: a forward pass is large enough by then."""
 TRIALS_PER_SLOT = 6

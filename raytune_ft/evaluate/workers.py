@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.records import Tell
-from raytune_ft.strategy import Strategy
-from raytune_ft.strategy.single import Single
+
+if TYPE_CHECKING:
+    from raytune_ft.strategy import Strategy
 
 T = TypeVar("T")
 A = TypeVar("A")
-Measure = Callable[[A, Strategy], T]
+Measure = Callable[[A, "Strategy"], T]
 """Called in all processes that measure a model together, over which it lies as the strategy says.
 The result is that of rank 0."""
 
@@ -61,4 +62,6 @@ HERE = ThisProcess()
 
 def whole() -> Strategy:
     """The strategy of one process; precision does not matter, since models keep their dtype."""
+    from raytune_ft.strategy.single import Single
+
     return Single(ParallelConfig(), "float32")

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from safetensors import SafetensorError
@@ -26,10 +26,12 @@ from raytune_ft.ray_backend.cluster import connected
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.registry import Ended, Note, Value, start_registry
 from raytune_ft.ray_backend.run_handle import GroupHandle
-from raytune_ft.ray_backend.worker import use_reserved
+from raytune_ft.ray_backend.worker import prepare_process
 from raytune_ft.records import Tell
 from raytune_ft.rundir import RunSpec
-from raytune_ft.strategy import Strategy, build_strategy
+
+if TYPE_CHECKING:
+    from raytune_ft.strategy import Strategy
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -82,7 +84,10 @@ class WorkerGroups:
 
 def _listen(spec: RunSpec, registry: Any, tell: Tell, call: Any) -> Any:
     """Start a worker group for one call, pass on what it tells, and end it. Its result."""
-    handle = GroupHandle(spec, registry, call_worker, {"call": call}, "computing")
+    # Pickled, so that only the workers load what it needs.
+    handle = GroupHandle(
+        spec, registry, call_worker, {"call": ray.cloudpickle.dumps(call)}, "computing"
+    )
     found: Value | None = None
     try:
         handle.start()
@@ -164,7 +169,10 @@ class _Together:
 def call_worker(payload: dict[str, Any]) -> str:
     """The function of each worker: make the call, and send what came of it."""
     config = payload["spec"].config
-    use_reserved(config.parallel)
+    prepare_process(config)
+
+    from raytune_ft.strategy import build_strategy
+
     strategy = build_strategy(choose_strategy(config)[0], config.parallel, "float32")
     post = partial(payload["registry"].post.remote, payload["run"])
 
@@ -174,7 +182,7 @@ def call_worker(payload: dict[str, Any]) -> str:
 
     value, failure = None, None
     try:
-        value = payload["call"](strategy, tell)
+        value = ray.cloudpickle.loads(payload["call"])(strategy, tell)
     except OURS as error:
         if strategy.world_size > 1:
             raise  # it may come from a lost peer; the controller knows

@@ -13,7 +13,7 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.errors import InputError
 from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
-from raytune_ft.ray_backend.worker import host_of, use_reserved
+from raytune_ft.ray_backend.worker import host_of, prepare_process
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Several
@@ -31,7 +31,7 @@ IDLE_S = 1.0
 def engine_worker(payload: dict[str, Any]) -> str:
     """The function of each worker of an engine; see `train_worker`."""
     spec: RunSpec = payload["spec"]
-    use_reserved(spec.config.parallel)
+    prepare_process(spec.config)
 
     from raytune_ft.data.prepare import open_prepared
     from raytune_ft.packed.engine import PackedEngine, Passes

@@ -380,7 +380,7 @@ class SweepTrial(Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this process, so that Ray and torch are loaded once."""
+        """The next trial takes over this process, so that Ray is loaded once."""
         self._trial_run.end()
         self._begin(new_config)
         return True

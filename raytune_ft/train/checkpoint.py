@@ -21,27 +21,11 @@ from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file, read_json
 from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
-from raytune_ft.records import EvalMetrics, FileRecord, Point, to_json
+from raytune_ft.records import EvalMetrics, FileRecord, Point, Progress, to_json
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy.side_channel import SideChannel, on_all_ranks
 from raytune_ft.tensors.read import TensorFiles, open_shards
 from raytune_ft.tensors.write import Part, ignore, write_parts
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands after `step` optimizer steps.
-
-    `unimproved` counts the evaluations in a row that did not improve on `best`.
-    """
-
-    step: int = 0
-    examples: int = 0
-    wall_s: float = 0.0
-    base: EvalMetrics | None = None
-    best: Point | None = None
-    final: Point | None = None
-    unimproved: int = 0
 
 
 class Holder(Protocol):

@@ -12,9 +12,8 @@ from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import InputError, RaytuneFtError, RunFailed
 from raytune_ft.files import read_json, write_json_atomic
 from raytune_ft.layout import METRICS, RESULT, checkpoint_path
-from raytune_ft.records import EvalMetrics, Point, RunResult, plain_of
+from raytune_ft.records import EvalMetrics, Point, Progress, RunResult, plain_of
 from raytune_ft.rundir import RunSpec
-from raytune_ft.train.checkpoint import Progress
 
 Outcome = Literal["completed", "early_stopped", "interrupted"]
 Ending = Literal["failed", "pruned", "interrupted"]

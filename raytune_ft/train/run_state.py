@@ -15,9 +15,9 @@ from raytune_ft.data.order import Indices, Order
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.layout import checkpoint_path
-from raytune_ft.records import EvalMetrics, Point, RunResult, StepMetrics
+from raytune_ft.records import EvalMetrics, Point, Progress, RunResult, StepMetrics
 from raytune_ft.rundir import RunSpec
-from raytune_ft.train.checkpoint import Progress, Saver
+from raytune_ft.train.checkpoint import Saver
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.optim import learning_rate, total_examples
 from raytune_ft.train.report import Reporter

@@ -44,9 +44,10 @@ from raytune_ft.model.probe import (
     same_of_one,
 )
 from raytune_ft.model.routers import balance_of, router_notes
+from raytune_ft.records import Progress
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
-from raytune_ft.train.checkpoint import Holder, Progress, Saver, load_state
+from raytune_ft.train.checkpoint import Holder, Saver, load_state
 from raytune_ft.train.distill import check_size, teacher_of
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from itertools import dropwhile
 from pathlib import Path
 
@@ -71,6 +73,17 @@ def test_imports_point_downward() -> None:
         for name in _imports(path):
             if name.startswith("raytune_ft.") and (part := name.split(".")[1]) in LAYER:
                 assert LAYER[part] <= LAYER[_part(path)], f"{path.name} imports {name}"
+
+
+def test_only_workers_load_torch() -> None:
+    """Each trial of a sweep has a process that waits for it, and each group has a controller."""
+    names = ("trial", "slot_queue", "run_handle", "worker_group", "worker", "packed_worker", "call")
+    lines = (
+        "import sys",
+        "for name in 'torch', 'transformers', 'peft', 'datasets': sys.modules[name] = None",
+        *(f"import raytune_ft.ray_backend.{name}" for name in names),
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def test_ray_is_imported_in_one_package() -> None:
