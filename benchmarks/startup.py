@@ -53,9 +53,8 @@ def main() -> None:
         seen, first_s, whole_s = watch(line, storage, settings.first_step_only)
     print(f"first step after {first_s:.1f} s" if first_s else "no step was logged")
     print(f"end after {whole_s:.1f} s\n")
-    print(
-        "| process | began (s) | ended (s) | CPU s at the first step | CPU s |\n|---|---|---|---|---|"
-    )
+    print("| process | began (s) | ended (s) | CPU s at the first step | CPU s |")
+    print("|---|---|---|---|---|")
     for one in sorted(seen, key=lambda one: one.began_s):
         at_first = one.cpu_at_first_step_s
         print(
