@@ -84,10 +84,8 @@ class WorkerGroups:
 
 def _listen(spec: RunSpec, registry: Any, tell: Tell, call: Any) -> Any:
     """Start a worker group for one call, pass on what it tells, and end it. Its result."""
-    # Pickled, so that only the workers load what it needs.
-    handle = GroupHandle(
-        spec, registry, call_worker, {"call": ray.cloudpickle.dumps(call)}, "computing"
-    )
+    packed = _Packed(ray.cloudpickle.dumps(call))
+    handle = GroupHandle(spec, registry, call_worker, {"call": packed}, "computing")
     found: Value | None = None
     try:
         handle.start()
@@ -129,6 +127,13 @@ def _laid_out(config: Config, **changes: Any) -> Config:
 
 
 @dataclass(frozen=True, repr=False)  # Ray keeps the text, as of a RunSpec
+class _Packed:
+    """A call, pickled so that the controller does not load what only workers need."""
+
+    pickled: bytes
+
+
+@dataclass(frozen=True)
 class _Alone:
     """A call of `Workers.alone`."""
 
@@ -155,7 +160,7 @@ class _Alone:
             strategy.from_rank0(())
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class _Together:
     """A call of `Workers.each`."""
 
@@ -182,7 +187,7 @@ def call_worker(payload: dict[str, Any]) -> str:
 
     value, failure = None, None
     try:
-        value = ray.cloudpickle.loads(payload["call"])(strategy, tell)
+        value = ray.cloudpickle.loads(payload["call"].pickled)(strategy, tell)
     except OURS as error:
         if strategy.world_size > 1:
             raise  # it may come from a lost peer; the controller knows
