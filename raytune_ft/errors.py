@@ -13,6 +13,7 @@ RaytuneFtError
 |   |-- Diverged          the loss or the gradient is not finite
 |   |-- LockHeld          another process drives the run, for longer than --wait-lock
 |   |-- OutOfMemory       a device or the host ran out of memory
+|   |   `-- PassTooLarge  it goes on with smaller passes
 |   |-- DefectsFound      `doctor` found something that has to be mended
 |   |-- CheckpointError   a checkpoint that is missing, damaged or of another model
 |   `-- MergeError        a fold whose logits differ from those of base + adapter
@@ -89,6 +90,10 @@ class OutOfMemory(RunFailed):
     """A device or the host ran out of memory."""
 
 
+class PassTooLarge(OutOfMemory):
+    """Memory ran out in a pass; whoever started the run starts it again, with smaller passes."""
+
+
 class DefectsFound(RunFailed):
     """`doctor` found something that has to be mended."""
 
@@ -113,6 +118,18 @@ class Interrupted(RaytuneFtError):
     """SIGINT or SIGTERM arrived; what was saved can be resumed."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch, a library of CUDA or Ray says so."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text
+        for sign in (
+            *("outofmemory", "out of memory", "(oom)", "can't allocate memory"),
+            *("cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
+        )
+    )
 
 
 def first_line(error: BaseException) -> str:

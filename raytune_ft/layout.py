@@ -12,6 +12,7 @@ STORAGE/
     result.json                   exists once the run has ended
     report.html
     hang.log                      stacks of ranks that made no progress
+    budget.json                   smaller passes, since memory ran out
     tracking.json, tensorboard/   run ids of trackers; event files
     mirror.json                   storage s3://: which copy is the newest; touched by each copy
     checkpoints/
@@ -44,12 +45,13 @@ CHECKPOINTS, PROMOTED = "checkpoints", "promoted"
 LOCK, HANG_LOG, REPORT = ".lock", "hang.log", "report.html"
 TRACKING_IDS, TENSORBOARD = "tracking.json", "tensorboard"
 MIRROR_OWNER = "mirror.json"
+BUDGET = "budget.json"
 
 # A sweep.
 STUDY, TRIALS, ENGINES = "study.db", "trials", "engines"
 
 NOT_BEGUN = frozenset(
-    {CONFIG, DATA, LOCK, HANG_LOG, TRACKING_IDS, TENSORBOARD, MIRROR_OWNER, CHECKPOINTS}
+    {CONFIG, DATA, LOCK, HANG_LOG, BUDGET, TRACKING_IDS, TENSORBOARD, MIRROR_OWNER, CHECKPOINTS}
     | {STUDY, TRIALS, ENGINES}
 )
 """What a driver leaves that was killed before anything was measured."""

@@ -36,6 +36,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     from raytune_ft.data.prepare import open_prepared
     from raytune_ft.packed.engine import PackedEngine, Passes
     from raytune_ft.strategy import build_strategy
+    from raytune_ft.train.budget import lowered, lowered_slots, lowers
 
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]
@@ -44,13 +45,16 @@ def engine_worker(payload: dict[str, Any]) -> str:
     host = host_of(payload["run"], payload["registry"])
     client = _Client(payload["queue"], spec.run_dir.name, strategy)
     before = client.slots_before()
-    slots = payload["slots"] if before is None else before
-    passes = Passes(spec.config, data, slots, payload["rank"], strategy, host.heart.beat)
+    slots = lowered_slots(payload["slots"] if before is None else before, spec.run_dir)
+    config = lowered(spec.config, spec.run_dir)
+    passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat)
+    shrinking = partial(lowers, spec.run_dir, passes.runner.micro_tokens, data.extent[1])
     engine = PackedEngine(passes, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         work = _Work(engine, client)
         if before is None:
-            why = passes.settle(payload["memory"], payload["measured"])
+            with shrinking(passes.slots):
+                why = passes.settle(payload["memory"], payload["measured"])
             if strategy.rank == 0:
                 payload["registry"].post.remote(payload["run"], {"note": why})
         for held in client.begin(passes.slots):
@@ -65,7 +69,8 @@ def engine_worker(payload: dict[str, Any]) -> str:
             for command in client.commands(wait=not work.specs):
                 work.do(command)
             if work.specs:
-                work.advance()
+                with shrinking(passes.slots):
+                    work.advance()
         # Not after an exception: `close` waits for the other ranks, which may never arrive.
         engine.close()
     return "interrupted" if interrupted else "completed"

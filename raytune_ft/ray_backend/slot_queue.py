@@ -146,7 +146,8 @@ class SlotQueue(Mailboxes):
     async def begin(self, engine: str, slots: int) -> list[RunSpec]:
         """Register an engine, also one that was lost and is back; returns the trials that it holds.
 
-        One that was to leave when the engine was lost has left.
+        One that was to leave when the engine was lost has left. Those for which an engine that came
+        back has no slot any more go on in the next that is free.
         """
         async with self._changed:
             retired = engine in self._engines and self._engines[engine].retired
@@ -157,8 +158,18 @@ class SlotQueue(Mailboxes):
             for trial in held:
                 if trial.leaving:
                     trial.gone.set()
+            staying = [trial for trial in held if not trial.leaving]
+            for trial in staying[slots:]:
+                self._hand_over(trial)
             self._changed.notify_all()
-        return [trial.spec for trial in held if not trial.leaving]
+        return [trial.spec for trial in staying[:slots]]
+
+    def _hand_over(self, trial: _Trial) -> None:
+        """Let a trial go on in the next slot that is free."""
+        trial.engine = None
+        task = asyncio.create_task(self._move(trial.spec.run_dir.name, trial))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
 
     async def commands(self, engine: str, timeout_s: float) -> list[Command]:
         """The commands for an engine, waiting for the first."""
@@ -201,14 +212,11 @@ class SlotQueue(Mailboxes):
         """Drop an engine whose node is gone; its trials continue in others, once slots are free."""
         async with self._changed:
             self._engines.setdefault(engine, _Engine(0)).retired = True
-            for run, trial in self._trials.items():
+            for trial in self._trials.values():
                 if trial.engine == engine and trial.leaving:
                     trial.gone.set()
                 elif trial.engine == engine and not trial.gone.is_set():
-                    trial.engine = None
-                    task = asyncio.create_task(self._move(run, trial))
-                    self._moves.add(task)
-                    task.add_done_callback(self._moves.discard)
+                    self._hand_over(trial)
 
     async def _move(self, run: str, trial: _Trial) -> None:
         async with self._changed:

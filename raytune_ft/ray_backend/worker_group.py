@@ -45,7 +45,13 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.config.strategies import STRATEGIES
-from raytune_ft.errors import OutOfMemory, RaytuneFtError, RunFailed
+from raytune_ft.errors import (
+    OutOfMemory,
+    PassTooLarge,
+    RaytuneFtError,
+    RunFailed,
+    is_out_of_memory,
+)
 from raytune_ft.model.hub import trained_models
 from raytune_ft.ray_backend.cluster import most_workers
 from raytune_ft.ray_backend.fetch import fetch_for_group
@@ -316,7 +322,7 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
 
         Workers may save and leave although the run was not asked to end: Ray drains a node, a
         SIGTERM came, or an elastic group makes room for more workers. Such a restart does not
-        count towards `max_failures`.
+        count towards `max_failures`, nor does one with smaller passes after memory ran out.
 
         RuntimeError and OSError are what torch and sockets raise in a worker that has lost a peer,
         often before Ray knows. Every other exception comes from the run itself.
@@ -326,6 +332,11 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         if worker_group_status.finished and not any(errors) and self._goes_on(statuses):
             info = worker_group_status.get_preemption_info() or PreemptionInfo(None, {})
             raise PreemptionError(info)
+        for error in errors:
+            cause = getattr(error, "_base_exc", None)
+            if isinstance(cause, PassTooLarge):
+                self._note(str(cause))
+                raise PreemptionError(PreemptionInfo(None, {}))
         if any(isinstance(error, WorkerHealthCheckFailedError) for error in errors):
             return  # a worker is lost, which explains the errors of the others
         for error in errors:
@@ -420,13 +431,7 @@ def failure_of(error: BaseException) -> RaytuneFtError:
             return cause
     texts = [_one_line(cause) for cause in causes]
     for cause, text in zip(causes, texts, strict=True):
-        lower = str(cause).lower()
-        if (
-            isinstance(cause, MemoryError | ray.exceptions.OutOfMemoryError)
-            or "outofmemory" in type(cause).__name__.lower()
-            or "(oom)" in lower
-            or "out of memory" in lower
-        ):
+        if is_out_of_memory(cause):
             return OutOfMemory(text)
     return RunFailed(texts[-1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -11,7 +13,14 @@ import torch
 
 from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
-from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
+from raytune_ft.errors import (
+    Diverged,
+    OutOfMemory,
+    PassTooLarge,
+    RaytuneFtError,
+    first_line,
+    is_out_of_memory,
+)
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype, head_notes, own_dtypes
 from raytune_ft.model.meta import BaseFiles, build
@@ -19,6 +28,8 @@ from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy, build_strategy
+from raytune_ft.train.budget import lowered, lowers
+from raytune_ft.train.budget import notes as budget_notes
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
@@ -43,38 +54,51 @@ def run_training(
     alike is a result with status "failed"; one that this rank alone may have met is raised, so
     that whoever started the group ends the others, which wait for this one.
 
+    Where memory runs out in a pass, a single process starts again with smaller ones.
+
     `host` stands for the process that started this one. It may ask the run to stop, and then writes
     the result "interrupted" itself. Without a host, a single process listens to signals.
 
     Raises:
         InputError: the input turns out to be wrong only now; `result.json` says so too.
-        RunFailed: this rank failed and there are others.
+        RunFailed: this rank failed and there are others; PassTooLarge where all start again.
     """
-    strategy = build_strategy(strategy_name, spec.config.parallel, spec.config.train.precision)
-    try:
-        return _train(spec, strategy, reporter, host)
-    except (RaytuneFtError, MemoryError, RuntimeError) as error:
-        failure = _as_failure(error)
-        if failure is None:
-            raise
-        result = failed_result(spec, failure)
-        if strategy.rank == 0:
-            end_run(spec, result)
-        alone = strategy.world_size == 1 and failure.exit_code == 1
-        if alone or isinstance(failure, Diverged):
-            return result
-        raise failure from error
+    while True:
+        strategy = build_strategy(strategy_name, spec.config.parallel, spec.config.train.precision)
+        try:
+            return _train(spec, strategy, reporter, host)
+        except PassTooLarge as error:
+            if strategy.world_size > 1:
+                raise
+            logging.getLogger(__name__).warning("%s", error)
+        except (RaytuneFtError, MemoryError, RuntimeError) as error:
+            failure = _as_failure(error)
+            if failure is None:
+                raise
+            result = failed_result(spec, failure)
+            if strategy.rank == 0:
+                end_run(spec, result)
+            alone = strategy.world_size == 1 and failure.exit_code == 1
+            if alone or isinstance(failure, Diverged):
+                return result
+            raise failure from error
+        del strategy  # and with the exception goes what its frames held
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
-    config = spec.config
+    config = lowered(spec.config, spec.run_dir)
+    spec = replace(spec, config=config)
     data = open_prepared(spec.data_dir)
     head = head_of(config, data.report)
     built = build(
         config.model, config.method, config.train.precision, config.seed, strategy.takes_parts, head
     )
     frozen = BaseFiles(config.model, head) if METHODS[config.method.name].trains == "part" else None
-    built = replace(built, notes=(*built.notes, *head_notes(config.model, head)))
+    said = (*head_notes(config.model, head), *budget_notes(spec.run_dir))
+    built = replace(built, notes=(*built.notes, *said))
     own = own_dtypes(config.model) if METHODS[config.method.name].whole_model else {}
     exporter = Exporter(built.model, disk_dtype(config.model, head), frozen, own)
     optimizer_of = partial(
@@ -93,7 +117,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
             watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
         ):
-            train(runner, data, run, near.should_stop, heart)
+            longest = data.extent[1] + config.method.virtual_tokens
+            with lowers(spec.run_dir, runner.micro_tokens, longest):
+                train(runner, data, run, near.should_stop, heart)
         pool.shutdown(wait=True)  # not after a failure, where peers may be gone
         return run.finish(runner.notes, hosted=host is not None)
 
@@ -102,7 +128,4 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
     """Errors that are a result of the run; None for bugs and for a lost peer."""
     if isinstance(error, RaytuneFtError):
         return error
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or "can't allocate memory" in str(error):
-        return OutOfMemory(first_line(error))
-    return None
+    return OutOfMemory(first_line(error)) if is_out_of_memory(error) else None

@@ -1,8 +1,9 @@
-"""Functions of workers that are slow, or that hang; Ray imports them by name."""
+"""Functions of workers that are slow, hang or lack memory; Ray imports them by name."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from raytune_ft.ray_backend import worker as ray_worker
@@ -42,3 +43,40 @@ def _worker(payload: dict[str, Any], before: Any) -> str:
 
     TokenObjective.losses = losses  # type: ignore[method-assign]
     return ray_worker.train_worker(payload)
+
+
+def worker_short_of_memory(payload: dict[str, Any]) -> str:
+    """Rank 1 has memory for 60 tokens a pass."""
+    import torch.distributed as dist
+
+    from raytune_ft.train.model_runner import ModelRunner
+
+    def too_much(_: Any, batch: Any) -> bool:
+        return dist.get_rank() == 1 and batch.tokens_BS.numel() > 60
+
+    _refuse(ModelRunner, "collate", too_much)
+    return ray_worker.train_worker(payload)
+
+
+def engine_short_of_memory(payload: dict[str, Any]) -> str:
+    """An engine with memory for two slots."""
+    from raytune_ft.packed.engine import Passes
+    from raytune_ft.ray_backend import packed_worker
+
+    _refuse(Passes, "plan", lambda passes, _: passes.slots > 2)
+    return packed_worker.engine_worker(payload)
+
+
+def _refuse(owner: Any, name: str, too_much: Callable[[Any, Any], bool]) -> None:
+    """Let a method run out of memory where its object and its result are `too_much`."""
+    import torch
+
+    right = getattr(owner, name)
+
+    def method(self: Any, *arguments: Any) -> Any:
+        made = right(self, *arguments)
+        if too_much(self, made):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return made
+
+    setattr(owner, name, method)

@@ -18,6 +18,7 @@ from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import AshaConfig
 from raytune_ft.errors import Interrupted
+from raytune_ft.ray_backend import packed_worker
 from raytune_ft.ray_backend.schedulers import scheduler_for
 from raytune_ft.ray_backend.sweep import run_sweep
 from raytune_ft.rundir import RunSpec
@@ -25,6 +26,7 @@ from raytune_ft.search.results import SweepResult
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
+from tests.ray.faults import engine_short_of_memory
 from tests.support.runs import largest_difference, metrics
 
 pytestmark = pytest.mark.ray
@@ -44,9 +46,15 @@ SEARCH: dict[str, Any] = {
 
 
 def begin(
-    inputs: Inputs, sweep_dir: Path, parallel: dict[str, Any] | None = None, **search: Any
+    inputs: Inputs,
+    sweep_dir: Path,
+    parallel: dict[str, Any] | None = None,
+    micro_tokens: int | None = None,
+    **search: Any,
 ) -> Config:
-    config = inputs.config(search=SEARCH | search, parallel=parallel or {})
+    config = inputs.config(
+        search=SEARCH | search, parallel=parallel or {}, train__micro_tokens=micro_tokens or "auto"
+    )
     sweep_dir.mkdir()
     (sweep_dir / "config.yaml").write_text(dump_yaml(config))
     return config
@@ -90,6 +98,27 @@ def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path
     assert_nothing_left()
     assert_sound(result, sweep_dir)
     assert any("3 at a time in 2 engines" in line for line in lines)
+    for row in result.trials:
+        assert_as_alone(inputs, sweep_dir, row.id, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_an_engine_that_lacks_memory_gives_slots_back_and_loses_no_trial(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_worker, "engine_worker", engine_short_of_memory)
+    sweep_dir = tmp_path / "sweep"
+    parallel = {"resources_per_worker": {"CPU": 2}, "max_failures": 0}
+    config = begin(inputs, sweep_dir, parallel, 50, max_concurrent=4)
+    lines: list[str] = []
+    result = run_sweep(config, sweep_dir, inputs.data_dir, lines.append)
+    assert_nothing_left()
+    assert_sound(result, sweep_dir)
+    assert any("4 at a time in 1 engine " in line for line in lines)
+    assert any(
+        line.endswith("CUDA out of memory. Tried to allocate 2.00 GiB; going on with 2 slots")
+        for line in lines
+    )
     for row in result.trials:
         assert_as_alone(inputs, sweep_dir, row.id, tmp_path / "alone")
 

@@ -17,7 +17,7 @@ from raytune_ft.records import EvalMetrics
 from raytune_ft.rundir import RunSpec
 from raytune_ft.train.result import load_result
 from tests.ray.conftest import Inputs, assert_nothing_left, workers
-from tests.ray.faults import HUNG, slow_worker, worker_that_hangs_once
+from tests.ray.faults import HUNG, slow_worker, worker_short_of_memory, worker_that_hangs_once
 from tests.support.runs import largest_difference, losses
 
 pytestmark = pytest.mark.ray
@@ -53,6 +53,23 @@ def test_a_hang_is_found_told_and_survived(
     assert "in stand_still" in text[first:second]
     assert "in stand_still" not in text[second:]
     assert ", in backward" in text[second:]
+    assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
+    assert_nothing_left()
+
+
+def test_workers_that_lack_memory_go_on_with_smaller_passes(
+    inputs: Inputs, tmp_path: Path, undisturbed: Path
+) -> None:
+    spec = spec_of(inputs, tmp_path / "run", parallel__max_failures=0, train__micro_tokens=200)
+    lines: list[str] = []
+    result = fit(spec, tell=lines.append, worker=worker_short_of_memory)
+    assert result.status == "completed"
+    told = [line for line in lines if "CUDA out of memory" in line]
+    assert [line.rpartition("; ")[2] for line in told] == [
+        "going on with passes of at most 100 tokens",
+        "going on with passes of at most 50 tokens",
+    ]
+    assert result.notes[-1] == "train.micro_tokens was lowered to 50: memory ran out with more"
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
     assert_nothing_left()
 

@@ -106,6 +106,23 @@ def test_an_engine_that_starts_again_finds_its_trials() -> None:
     play(story)
 
 
+def test_an_engine_that_comes_back_with_fewer_slots_gives_trials_back() -> None:
+    async def story(queue: SlotQueue) -> None:
+        await queue.begin("one", 3)
+        await enter(queue, "a", "b", "c")
+        assert await queue.begin("one", 1) == [spec("a")]
+        assert await queue.slots_of("one") == 1
+        await queue.begin("two", 1)
+        await asyncio.sleep(0.01)
+        assert await queue.commands("two", 0.01) == [Enter(spec("b"))]
+        assert await queue.open_runs() == ["a", "b", "c"]
+        await queue.gone("a")
+        await asyncio.sleep(0.01)
+        assert (await queue.commands("one", 0.01))[-1] == Enter(spec("c"))
+
+    play(story)
+
+
 def test_messages_reach_their_trial_in_order() -> None:
     async def story(queue: SlotQueue) -> None:
         await queue.begin("one", 2)

@@ -1,0 +1,98 @@
+"""Memory that runs out in a pass: the run goes on with smaller ones, and learns the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_ft.data.batch import MicroBatch
+from raytune_ft.errors import PassTooLarge, is_out_of_memory
+from raytune_ft.train.budget import lowered_slots, lowers
+from raytune_ft.train.model_runner import ModelRunner
+from tests.support.runs import Recorder, largest_difference, make_config, run
+
+MICRO_TOKENS = 400
+
+
+@pytest.fixture
+def device_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """A device that has memory for so many tokens a pass; returns the sizes that were too much."""
+
+    def shrink(tokens: int) -> list[int]:
+        right, refused = ModelRunner.collate, list[int]()
+
+        def collate(self: ModelRunner, *arguments: Any) -> MicroBatch:
+            batch = right(self, *arguments)
+            if batch.tokens_BS.numel() > tokens:
+                refused.append(batch.tokens_BS.numel())
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return batch
+
+        monkeypatch.setattr(ModelRunner, "collate", collate)
+        return refused
+
+    return shrink
+
+
+def test_a_run_goes_on_with_smaller_passes(
+    tmp_path: Path, inputs: tuple[Path, Path], device_of: Callable[[int], list[int]]
+) -> None:
+    config = make_config(*inputs, {"train.micro_tokens": MICRO_TOKENS})
+    run(config, tmp_path / "undisturbed")
+    refused = device_of(130)
+    heard = Recorder()
+    result = run(config, tmp_path / "run", reporter=heard)
+    assert refused
+    assert result.status == "completed"
+    assert max(largest_difference(tmp_path / "run", tmp_path / "undisturbed")) < 1e-5
+    assert result.notes[-1] == "train.micro_tokens was lowered to 100: memory ran out with more"
+    assert json.loads((tmp_path / "run/budget.json").read_text()) == {"micro_tokens": 100}
+
+
+def test_a_row_that_is_too_large_ends_the_run(
+    tmp_path: Path, inputs: tuple[Path, Path], device_of: Callable[[int], list[int]]
+) -> None:
+    refused = device_of(10)
+    config = make_config(*inputs, {"train.micro_tokens": MICRO_TOKENS})
+    result = run(config, tmp_path / "run")
+    assert result.status == "failed"
+    assert result.error is not None
+    assert result.error.startswith("OutOfMemory: CUDA out of memory")
+    assert len(refused) > 2
+
+
+def test_after_tokens_slots_are_halved(tmp_path: Path) -> None:
+    def once(micro_tokens: int, slots: int) -> str:
+        with pytest.raises(PassTooLarge) as caught, lowers(tmp_path, micro_tokens, 60, slots):
+            raise MemoryError
+        return str(caught.value)
+
+    assert once(100, 4) == "MemoryError; going on with passes of at most 60 tokens"
+    assert once(60, 4) == "MemoryError; going on with 2 slots"
+    assert lowered_slots(4, tmp_path) == 2
+    assert once(60, 2) == "MemoryError; going on with 1 slot"
+    with pytest.raises(MemoryError), lowers(tmp_path, 60, 60, 1):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="shape"), lowers(tmp_path, 100, 60, 4):
+        raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize(
+    ("error", "yes"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("No space left on device"), False),
+    ],
+)
+def test_names_of_a_full_memory(error: BaseException, yes: bool) -> None:
+    assert is_out_of_memory(error) is yes
