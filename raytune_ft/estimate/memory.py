@@ -214,8 +214,7 @@ class MemoryModel:
         logits = self._head(work.labels, self._casts_on_gathering(parallel))
         away = parallel.offload if device == "cuda" else "none"
         gradients = held.gradients if away == "none" else 0
-        stepping = held.stepping_cpu if device == "cpu" else held.stepping_cuda
-        stepping = stepping if away == "none" else 0
+        stepping = held.stepping if away == "none" else 0
         resident = held.buffers + (held.optimizer if away == "none" else 0)
         resident += held.parameters if away != "all" else 0
         teacher = self._teaching.held if self._teaching is not None else 0

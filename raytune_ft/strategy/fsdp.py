@@ -30,7 +30,6 @@ from raytune_ft.strategy.base import (
     Traffic,
     WeightShape,
     held_bytes,
-    largest,
 )
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
@@ -142,8 +141,7 @@ class Fsdp(Grouped):
             optimizer=len(MOMENTS) * trained,
             buffers=0,
             gathered=whole + gradients * (shape.compute + shape.master),
-            stepping_cpu=2 * largest(shape, shards),
-            stepping_cuda=trained,
+            stepping=0,
             stepped=trained,
             snapshot=(1 + len(MOMENTS)) * trained,
         )

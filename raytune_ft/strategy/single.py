@@ -19,7 +19,6 @@ from raytune_ft.strategy.base import (
     T,
     Traffic,
     held_bytes,
-    largest,
 )
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
@@ -86,7 +85,7 @@ class Single:
             taken = float(max(0, step - group.get("waits", 0)))
             for parameter in group["params"]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(taken),
+                    "step": torch.tensor(taken, device=parameter.device),
                     **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
                 }
 
@@ -128,8 +127,7 @@ class Single:
             optimizer=len(MOMENTS) * trained,
             buffers=0,
             gathered=0,
-            stepping_cpu=2 * largest(shape, 1),
-            stepping_cuda=trained,
+            stepping=0,
             stepped=trained,
             snapshot=(1 + len(MOMENTS)) * trained // parallel.max_workers,
         )
