@@ -94,7 +94,8 @@ class Held:
     @property
     def resident(self) -> int:
         """Bytes between steps."""
-        return self.parameters + self.optimizer + self.buffers
+        kept = self.gradients if self.keeps_gradients else 0
+        return self.parameters + self.optimizer + self.buffers + kept
 
 
 @dataclass(frozen=True)

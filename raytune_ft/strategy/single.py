@@ -38,6 +38,8 @@ class Single:
     world_size = 1
     takes_parts = False
     casts_on_gathering = False
+    keeps_gradients = False
+    """Whether a step zeroes gradients in place; else their memory is freed."""
     optimizer: torch.optim.Optimizer
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
@@ -75,7 +77,7 @@ class Single:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if math.isfinite(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         self.steps += 1
         return float(norm)
 

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.train import TrainConfig
+from raytune_ft.strategy.ddp import Ddp
+from raytune_ft.train.optim import build_optimizer
 from tests.support.distributed import run_distributed
-from tests.support.models import true_float64
+from tests.support.models import FAMILIES, true_float64
 from tests.support.runs import largest_difference, make_config, run
 
 METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
@@ -131,3 +137,26 @@ def test_several_processes(
             assert max(measured[:2]) < 2 * bfloat16_spread[method]
         else:
             assert max(measured) < BOUNDS[precision], differences
+
+
+def _gradients_stay_in_buckets() -> None:
+    strategy = Ddp(ParallelConfig(strategy="ddp", workers=2), "float32")
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]())
+    wrapped = strategy.prepare(model, lambda found: build_optimizer(found, TrainConfig()))
+    tokens = torch.arange(8).unsqueeze(0)
+    places, held = [], {}
+    for _ in range(3):
+        for last in (False, True):
+            with strategy.accumulate(last):
+                strategy.backward(wrapped(input_ids=tokens).logits.square().mean())
+            places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
+            storages = [parameter.grad.untyped_storage() for parameter in model.parameters()]
+            held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        strategy.step(1e-3, 1.0)
+    assert places[2] == places[3] == places[4] == places[5]  # torch arranges buckets once, by use
+    assert sum(held.values()) == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.distributed
+def test_ddp_has_one_copy_of_gradients() -> None:
+    run_distributed(_gradients_stay_in_buckets, 2)
