@@ -14,7 +14,7 @@ from raytune_ft.data.split import TokenIds, TokenizedSplit
 from raytune_ft.model.load import Precision
 
 Logits = Callable[[MicroBatch, Tensor], Tensor]
-"""From a batch and the positions `keep_BS` to their logits `[N, V]`, in row order."""
+"""From a batch and positions `keep_N` of its rows end to end to their logits `[N, V]`."""
 
 # Largest difference between packed and single documents, relative to the spread of the logits. A
 # leak of attention or a wrong position changes logits by tenths; rounding is far below the bounds.
@@ -111,11 +111,13 @@ class Probe:
             [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
         )
         batch = collate(split, range(len(documents)), layout, 0, self.device, self.virtual)
-        keep_BS = torch.zeros(batch.tokens_BS.shape, dtype=torch.bool)
-        for span in batch.spans:
-            start = max(span.start + self.virtual, span.stop - READ)
-            keep_BS[span.row, start : span.stop] = True
-        return self.logits(batch, keep_BS.to(self.device))
+        width = batch.tokens_BS.shape[1]
+        keep_N = [
+            span.row * width + place
+            for span in batch.spans
+            for place in range(max(span.start + self.virtual, span.stop - READ), span.stop)
+        ]
+        return self.logits(batch, torch.tensor(keep_N, device=self.device))
 
 
 @torch.no_grad()

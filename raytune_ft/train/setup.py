@@ -332,7 +332,7 @@ def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
 def _probe(runner: ModelRunner, vocabulary: int) -> Probe:
     """A probe of the logits of tokens, or of examples where the objective reads these."""
 
-    def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
+    def of_examples(batch: MicroBatch, keep_N: torch.Tensor) -> torch.Tensor:
         return runner.example_logits(batch)
 
     logits = runner.logits if runner.objective.of_tokens else of_examples

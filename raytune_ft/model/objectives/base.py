@@ -23,7 +23,7 @@ TeacherOf = Callable[[], Teacher]
 class Forward(Protocol):
     """A model that computes the outputs that an objective asks for."""
 
-    def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
+    def logits(self, batch: MicroBatch, keep_N: Tensor | None = None) -> Tensor:
         """`logits_NV` of tokens, by default of those that predict a label token."""
 
     def example_logits(self, batch: MicroBatch) -> Tensor:

@@ -60,7 +60,7 @@ class Classification:
             return (outputs - target_EL).square().mean(1)
         if self.problem == "multi_label":
             each_EL = F.binary_cross_entropy_with_logits(outputs, target_EL, reduction="none")
-            return (each_EL * each_EL.new_tensor(self.class_weights)).mean(1)
+            return (each_EL * _beside(each_EL, self.class_weights)).mean(1)
         classes_E = target_EL.argmax(1)
         return F.cross_entropy(outputs, classes_E, reduction="none", label_smoothing=smoothing)
 
@@ -76,7 +76,7 @@ class Classification:
         if self.problem != "single_label" or set(self.class_weights) == {1.0}:
             return weights_E
         own = np.array(self.class_weights, np.float32)
-        classes_L = target_EL.new_tensor(own) if isinstance(target_EL, Tensor) else own
+        classes_L = _beside(target_EL, own) if isinstance(target_EL, Tensor) else own
         return weights_E * (target_EL * classes_L).sum(1)
 
     def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
@@ -122,6 +122,11 @@ class Classification:
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Every example counts once, except in the loss."""
         return {"examples": np.ones(len(indices))}
+
+
+def _beside(tensor: Tensor, numbers: Any) -> Tensor:
+    """Numbers in the dtype of a tensor and on its device, without waiting for the copy."""
+    return torch.as_tensor(numbers, dtype=tensor.dtype).to(tensor.device, non_blocking=True)
 
 
 def guessed(outputs: Tensor, problem: str) -> Tensor:

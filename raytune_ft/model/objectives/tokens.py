@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import NO_TARGET, MicroBatch
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
@@ -29,17 +29,20 @@ from raytune_ft.model.objectives.base import (
 
 
 def label_logits(
-    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_BS: Tensor
+    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_N: Tensor
 ) -> Tensor:
-    """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
+    """`logits_NV` at the positions `keep_N` of all rows end to end, float32 or wider.
 
     The head is applied to those positions alone. `head` is the output embedding inside `model`,
     found before a strategy wrapped it. A model that has none, or does not call it, gives logits for
-    all positions, and those of `keep_BS` are selected.
+    all positions, and those of `keep_N` are selected.
     """
 
+    def kept(values_BSX: Tensor) -> Tensor:
+        return values_BSX.flatten(0, 1).index_select(0, keep_N)
+
     def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][keep_BS], *arguments[1:])
+        return (kept(arguments[0]), *arguments[1:])
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
@@ -47,19 +50,14 @@ def label_logits(
     finally:
         if handle is not None:
             handle.remove()
-    logits_NV = logits[keep_BS] if logits.ndim == 3 else logits
+    logits_NV = kept(logits) if logits.ndim == 3 else logits
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 
 def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
     """Cross entropy `[N]` of every label token."""
-    targets_N = batch.targets_BS[label_positions(batch)]
+    targets_N = batch.targets_N
     return F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=smoothing)
-
-
-def label_positions(batch: MicroBatch) -> Tensor:
-    """`keep_BS`: the positions that predict a label token."""
-    return batch.targets_BS != NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class TokenObjective:
         weights_E = self._weights(batch.columns)
         if weights_E is None:
             return losses_N
-        return losses_N * batch.by_token(weights_E)[label_positions(batch)].to(losses_N.dtype)
+        return losses_N * weights_E.index_select(0, batch.owners_N).to(losses_N.dtype)
 
     def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
         """Weighted cross entropy and whether a label token is the likeliest; of an example whether
@@ -100,14 +98,12 @@ class TokenObjective:
         decoding reproduces the completion.
         """
         once = batch if groups == 1 else batch.part(groups)
-        owners_N = once.owners_BS()[label_positions(once)]
-        examples = [span.example for span in once.spans]
         losses_GN = self.weighted(token_losses(outputs, batch), batch).view(groups, -1)
-        right_GN = (outputs.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
-        wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
-        wrong_GE.index_add_(1, owners_N, (~right_GN).long())
+        right_GN = (outputs.argmax(-1) == batch.targets_N).view(groups, -1)
+        wrong_GE = right_GN.new_zeros(groups, len(once.spans), dtype=torch.int64)
+        wrong_GE.index_add_(1, once.owners_N, (~right_GN).long())
         rows = {"loss": losses_GN, "right": right_GN}
-        return Columns(rows, {"exact": wrong_GE[:, examples] == 0})
+        return Columns(rows, {"exact": wrong_GE == 0})
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Label tokens, and what the loss counts of them."""
