@@ -200,6 +200,10 @@ class MicroBatch:
         """The label tokens."""
         return self.targets_BS.view(-1).index_select(0, self.labels_N)
 
+    def labelled(self, chosen: slice) -> MicroBatch:
+        """The same with some of its label tokens alone."""
+        return replace(self, labels_N=self.labels_N[chosen], owners_N=self.owners_N[chosen])
+
     def moved(self, move: Move) -> MicroBatch:
         """The same, with each of its tensors given to `move`."""
         positions_BS, attention_BS = self.positions_BS, self.attention_BS

@@ -30,7 +30,7 @@ def columns_of(
     """`[n]` or `[n, L]` each, in the order of the split; all ranks share the work and get all."""
     found = _Filled(len(split))
     for indices, batch in batches(runner, split):
-        found.add(indices, batch, objective.columns(objective.outputs(runner, batch), batch, 1))
+        found.add(indices, batch, objective.columns(runner, batch, 1))
     return found.whole(runner.strategy) | objective.known(split, np.arange(len(split)))
 
 

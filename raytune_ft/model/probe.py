@@ -121,6 +121,22 @@ class Probe:
 
 
 @torch.no_grad()
+def returns_its_head(
+    by_label: Callable[[MicroBatch, Callable[[Tensor, MicroBatch], Tensor]], Tensor],
+    vocabulary: int,
+    device: torch.device,
+    virtual: int = 0,
+) -> bool:
+    """Whether a model returns what its head returns, without scaling or capping it."""
+    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
+    split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
+    batch = collate(split, [0], ((0,),), 0, device, virtual)
+    # Numbers that no cap or scale leaves as they are.
+    found = by_label(batch, lambda _, part: 100.0 * part.labels_N.unsqueeze(1) + 1)
+    return torch.equal(found.double(), 100.0 * batch.labels_N.unsqueeze(1).double() + 1)
+
+
+@torch.no_grad()
 def same_of_one(
     one: Callable[[MicroBatch], Tensor],
     other: Callable[[MicroBatch], Tensor],

@@ -233,8 +233,7 @@ def accumulate_packed(
     shares_E = [1 / step_examples[span.row // height] for span in batch.spans]
     with stack.applied(active):
         with runner.watched():
-            outputs = objective.outputs(runner, batch)
-        losses_N = objective.losses(outputs, batch)
+            losses_N = objective.losses(runner, batch)
         shares_N = (1 / counts_G).index_select(0, owners_N).to(losses_N.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
         ((losses_N * shares_N).sum() + runner.balance_loss(batch, shares_E)).backward()

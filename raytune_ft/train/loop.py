@@ -85,8 +85,7 @@ def accumulate_gradients(
         batch = on_host.to(strategy.device)
         with strategy.accumulate(last=number == len(batches)):
             with noisy_embeddings(runner.model, batch, runner.noise), runner.watched():
-                outputs = objective.outputs(runner, batch)
-            loss = objective.losses(outputs, batch).sum()
+                loss = objective.losses(runner, batch).sum()
             beat(number - 0.5, len(batches))
             shares_E = [1 / len(indices)] * len(batch.spans)
             strategy.backward(loss / count + runner.balance_loss(batch, shares_E))

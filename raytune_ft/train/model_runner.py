@@ -20,7 +20,7 @@ from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
-from raytune_ft.model.objectives.tokens import label_logits
+from raytune_ft.model.objectives.tokens import OfLogits, label_blocks, label_logits
 from raytune_ft.model.routers import Balance
 from raytune_ft.strategy import Strategy
 
@@ -64,7 +64,8 @@ class ModelRunner:
     `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
     evaluation. `reading` is how a task head reads its examples, None where the model predicts
     tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
-    `balance` is the router loss of a mixture of experts.
+    `balance` is the router loss of a mixture of experts. Logits of at most `block` label tokens are
+    there at a time; None: of all of a batch.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class ModelRunner:
     noise: float | None = None
     apart: Apart = FREELY
     balance: Balance | None = None
+    block: int | None = None
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -96,6 +98,15 @@ class ModelRunner:
         keep_N = batch.labels_N if keep_N is None else keep_N
         with self.autocast(), seeing(self.model, batch):
             return label_logits(self.wrapped, self.head, self.inputs(batch), keep_N)
+
+    def by_label(self, batch: MicroBatch, of: OfLogits) -> Tensor:
+        """See `Forward.by_label`."""
+        if self.block is None or len(batch.labels_N) <= self.block:
+            return of(self.logits(batch), batch)
+        assert self.head is not None
+        with self.autocast(), seeing(self.model, batch):
+            inputs = self.inputs(batch)
+            return label_blocks(self.wrapped, self.head, inputs, batch, of, self.block)
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""

@@ -44,12 +44,9 @@ class Classification:
         """The sum of the examples' weights, times those of their classes for a single label."""
         return float(self.weights(columns_at(split, indices), np.ones_like).sum())
 
-    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
-        """`logits_EL`."""
-        return forward.example_logits(batch)
-
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[E]`, weighted."""
+        outputs = forward.example_logits(batch)
         target_EL = batch.columns[TARGET].to(outputs.dtype)
         losses_E = self.unweighted(outputs, target_EL, self.label_smoothing)
         return losses_E * self.weights(batch.columns, torch.ones_like).to(losses_E.dtype)
@@ -79,10 +76,10 @@ class Classification:
         classes_L = _beside(target_EL, own) if isinstance(target_EL, Tensor) else own
         return weights_E * (target_EL * classes_L).sum(1)
 
-    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+    def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """See `columns_of`."""
         assert groups == 1, "every model has a head of its own"
-        found = self.columns_of(outputs, batch.columns)
+        found = self.columns_of(forward.example_logits(batch), batch.columns)
         return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
 
     def columns_of(self, outputs: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
