@@ -1,14 +1,14 @@
 """One forward pass: tokens, what they predict, and where each example stands.
 
-Shapes: B rows, S tokens of the longest row, E examples, T tokens of all examples.
+Shapes: B rows, S tokens of the longest row, E examples, T tokens of all examples, N label tokens.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -152,28 +152,76 @@ class Span:
     example: int
 
 
+Move = Callable[[Tensor], Tensor]
+
+
+class Movable(Protocol):
+    """What a model asks for beside a batch, made of its tensors."""
+
+    def moved(self, move: Move) -> Self:
+        """The same, with each of its tensors given to `move`."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """The rows of one forward pass.
 
+    It is made on the host and then moved: nothing in a pass asks the device where labels are.
+
     Every span begins with `virtual` positions for virtual tokens of a method, which have no target.
 
     `targets_BS[b, s]` is the token after `tokens_BS[b, s]` in its own example, or NO_TARGET.
+    `labels_N` are the positions b * S + s that have a target, in this order, and `owners_N` are the
+    numbers of their spans.
 
     `positions_BS` restarts at every example of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
     `columns` are the split's `[E, width]`, and `indices` are the examples' positions in the split,
-    both in the order of `spans`, which is that of rows.
+    both in the order of `spans`, which is that of rows. `prompts` are the numbers of tokens before
+    the first label of each example, of all its tokens where it has none. `examples` is for
+    attention by example.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
+    labels_N: Tensor
+    owners_N: Tensor
     positions_BS: Tensor | None
     attention_BS: Tensor | None
     spans: tuple[Span, ...]
     virtual: int = 0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     indices: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+    examples: Movable | None = None
+
+    @property
+    def targets_N(self) -> Tensor:
+        """The label tokens."""
+        return self.targets_BS.view(-1).index_select(0, self.labels_N)
+
+    def labelled(self, chosen: slice) -> MicroBatch:
+        """The same with some of its label tokens alone."""
+        return replace(self, labels_N=self.labels_N[chosen], owners_N=self.owners_N[chosen])
+
+    def moved(self, move: Move) -> MicroBatch:
+        """The same, with each of its tensors given to `move`."""
+        positions_BS, attention_BS = self.positions_BS, self.attention_BS
+        return replace(
+            self,
+            tokens_BS=move(self.tokens_BS),
+            targets_BS=move(self.targets_BS),
+            labels_N=move(self.labels_N),
+            owners_N=move(self.owners_N),
+            positions_BS=None if positions_BS is None else move(positions_BS),
+            attention_BS=None if attention_BS is None else move(attention_BS),
+            columns={name: move(values) for name, values in self.columns.items()},
+            examples=None if self.examples is None else self.examples.moved(move),
+        )
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device, without waiting for the copies."""
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def model_inputs(self) -> dict[str, Tensor | bool]:
         """Keyword arguments of a Hugging Face model's forward."""
@@ -186,7 +234,7 @@ class MicroBatch:
 
     def repeated(self, times: int) -> MicroBatch:
         """All rows `times` times, with the same examples."""
-        rows = len(self.tokens_BS)
+        rows, steps_T = len(self.tokens_BS), range(times)
 
         def again(rows: Tensor | None) -> Any:
             return None if rows is None else rows.repeat(times, 1)
@@ -194,21 +242,23 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS.repeat(times, 1),
             self.targets_BS.repeat(times, 1),
+            torch.cat([self.labels_N + time * self.tokens_BS.numel() for time in steps_T]),
+            torch.cat([self.owners_N + time * len(self.spans) for time in steps_T]),
             again(self.positions_BS),
             again(self.attention_BS),
             tuple(
-                replace(span, row=span.row + time * rows)
-                for time in range(times)
-                for span in self.spans
+                replace(span, row=span.row + time * rows) for time in steps_T for span in self.spans
             ),
             self.virtual,
             {name: again(values) for name, values in self.columns.items()},
             self.indices * times,
+            self.prompts * times,
         )
 
     def part(self, times: int) -> MicroBatch:
         """The batch before `repeated(times)`."""
         rows, examples = len(self.tokens_BS) // times, len(self.spans) // times
+        labels = len(self.labels_N) // times
 
         def first(rows_BS: Tensor | None) -> Tensor | None:
             return None if rows_BS is None else rows_BS[:rows]
@@ -216,12 +266,15 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS[:rows],
             self.targets_BS[:rows],
+            self.labels_N[:labels],
+            self.owners_N[:labels],
             first(self.positions_BS),
             first(self.attention_BS),
             self.spans[:examples],
             self.virtual,
             {name: values[:examples] for name, values in self.columns.items()},
             self.indices[:examples],
+            self.prompts[:examples],
         )
 
     def unpacked(self, pad_token: int) -> MicroBatch:
@@ -241,10 +294,17 @@ class MicroBatch:
             Span(row, 0, length, span.example)
             for row, (span, length) in enumerate(zip(self.spans, lengths, strict=True))
         )
+        width = self.tokens_BS.shape[1]
+        shifts_E = [
+            row * shape[1] - (span.row * width + span.start) for row, span in enumerate(self.spans)
+        ]
+        moved_E = torch.tensor(shifts_E).to(self.labels_N.device, non_blocking=True)
         return replace(
             self,
             tokens_BS=tokens_ES,
             targets_BS=targets_ES,
+            labels_N=self.labels_N + moved_E.index_select(0, self.owners_N),
+            examples=None,
             positions_BS=None,
             attention_BS=attention_ES,
             spans=spans,
@@ -305,9 +365,10 @@ def collate(
     # None is longer than the longest example, by which some models choose their frequencies.
     positions_BS = (columns_S - used_B[:, None]) % max(lengths_E.max(initial=1), 1)
     tokens_BS.flat[places_T[real_T]] = split.input_ids[sources_T[real_T]]
-    targets_BS.flat[places_T[followed_T]] = np.where(
-        split.label_mask[nexts_T], split.input_ids[nexts_T], NO_TARGET
-    )
+    labelled_T = split.label_mask[nexts_T]
+    labels_N = places_T[followed_T][labelled_T]
+    targets_BS.flat[labels_N] = split.input_ids[nexts_T[labelled_T]]
+    owners_T = np.repeat(np.arange(len(lengths_E)), lengths_E)
     positions_BS.flat[places_T] = offsets_T
     # A row without examples still attends to one token: attention over no token gives NaN.
     attention_BS = (columns_S < np.maximum(used_B, 1)[:, None]).astype(np.int64)
@@ -317,16 +378,23 @@ def collate(
         map(Span, rows_E.tolist(), starts_E.tolist(), (starts_E + lengths_E).tolist(), ordered)
     )
 
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    label_owners_N = owners_T[followed_T][labelled_T]
+    prompts_E = lengths_E.copy()
+    # The target at a position is the token after it.
+    np.minimum.at(prompts_E, label_owners_N, offsets_T[followed_T][labelled_T] + 1)
 
-    return MicroBatch(
+    tensor = torch.from_numpy
+    batch = MicroBatch(
         tensor(tokens_BS),
         tensor(targets_BS),
+        tensor(labels_N),
+        tensor(label_owners_N),
         tensor(positions_BS) if packed else None,
         tensor(attention_BS) if padded and not packed else None,
         spans,
         virtual,
         {name: tensor(values[chosen_E]) for name, values in split.columns.items()},
         tuple(chosen_E.tolist()),
+        tuple(prompts_E.tolist()),
     )
+    return batch.to(device)

@@ -16,6 +16,7 @@ from raytune_ft.estimate.parameters import Shell, build_shell
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import dtype_of
 from raytune_ft.model.meta import build_shapes
+from raytune_ft.model.objectives.tokens import block_rows
 from raytune_ft.strategy import strategy_class
 from raytune_ft.strategy.base import Held
 from raytune_ft.train.model_runner import MICRO_TOKENS
@@ -214,8 +215,7 @@ class MemoryModel:
         logits = self._head(work.labels, self._casts_on_gathering(parallel))
         away = parallel.offload if device == "cuda" else "none"
         gradients = held.gradients if away == "none" else 0
-        stepping = held.stepping_cpu if device == "cpu" else held.stepping_cuda
-        stepping = stepping if away == "none" else 0
+        stepping = held.stepping if away == "none" else 0
         resident = held.buffers + (held.optimizer if away == "none" else 0)
         resident += held.parameters if away != "all" else 0
         teacher = self._teaching.held if self._teaching is not None else 0
@@ -244,9 +244,11 @@ class MemoryModel:
         )
 
     def _head(self, labels: int, gathered: bool) -> int:
+        kd = self._teaching.settings if self._teaching is not None else None
+        if kd is None:
+            labels = min(labels, block_rows(self.shell.vocabulary))
         key = (max(1, labels), gathered)
         if key not in self._heads:
-            kd = self._teaching.settings if self._teaching is not None else None
             self._heads[key] = trace_head(self.shell, *key, kd)
         return self._heads[key]
 

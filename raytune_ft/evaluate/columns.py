@@ -17,7 +17,7 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective
-from raytune_ft.model.objectives.tokens import label_positions, token_losses
+from raytune_ft.model.objectives.tokens import token_losses
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
 from raytune_ft.train.model_runner import ModelRunner
@@ -30,7 +30,7 @@ def columns_of(
     """`[n]` or `[n, L]` each, in the order of the split; all ranks share the work and get all."""
     found = _Filled(len(split))
     for indices, batch in batches(runner, split):
-        found.add(indices, batch, objective.columns(objective.outputs(runner, batch), batch, 1))
+        found.add(indices, batch, objective.columns(runner, batch, 1))
     return found.whole(runner.strategy) | objective.known(split, np.arange(len(split)))
 
 
@@ -88,11 +88,11 @@ class _Filled:
 
     def add(self, indices: Indices, batch: MicroBatch, made: Columns) -> None:
         """Sum the values of label tokens into their examples, and put those of examples there."""
-        owners_N = batch.owners_BS()[label_positions(batch)].cpu().numpy()
+        own = indices[[span.example for span in batch.spans]]
+        owners_N = batch.owners_N.cpu().numpy()
         for name, values_GN in made.rows.items():
             column = self._columns.setdefault(name, np.zeros(self._n))
-            np.add.at(column, indices[owners_N], values_GN[0].double().cpu().numpy())
-        own = indices[[span.example for span in batch.spans]]
+            np.add.at(column, own[owners_N], values_GN[0].double().cpu().numpy())
         for name, values_GE in made.examples.items():
             values = values_GE[0].cpu().numpy()
             empty = np.zeros((self._n, *values.shape[1:]), values.dtype)

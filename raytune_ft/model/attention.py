@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.batch import MicroBatch, Move
 from raytune_ft.model.methods.hooks import attached
 
 NAME = "by_example"
@@ -49,6 +49,15 @@ class Examples:
     tokens_EL: tuple[Tensor, ...]
     places_BS: Tensor | None
     owners_BS: Tensor
+
+    def moved(self, move: Move) -> Examples:
+        """The same, with each of its tensors given to `move`."""
+        places_BS = self.places_BS
+        return Examples(
+            tuple(map(move, self.tokens_EL)),
+            None if places_BS is None else move(places_BS),
+            move(self.owners_BS),
+        )
 
     @staticmethod
     def of(batch: MicroBatch) -> Examples:
@@ -118,8 +127,20 @@ def _both(same_B1SS: Tensor, mask: Tensor | None) -> Tensor:
     return same_B1SS & mask
 
 
+def all_seen(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`[B, S]`: a mask that hides nothing, whose elements are one and the same."""
+    return torch.ones((), dtype=torch.bool, device=device).expand(shape)
+
+
+def _mask(*arguments: Any, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
+    """transformers' `sdpa_mask`, which asks the device whether a mask hides anything."""
+    if attention_mask is not None and not any(attention_mask.stride()):
+        attention_mask = None
+    return sdpa_mask(*arguments, attention_mask=attention_mask, **named)
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def attend_by_example(model: nn.Module, wanted: bool) -> bool:

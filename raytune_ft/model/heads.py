@@ -135,11 +135,10 @@ def example_logits(
         logits = model(**inputs).logits[: len(batch.spans)]
         return logits if logits.dtype == torch.float64 else logits.float()
     spans = [(span.row, span.start, span.stop) for span in batch.spans] or [(0, 0, 1)]
-    rows_E = torch.tensor([row for row, _, _ in spans], device=batch.tokens_BS.device)
-    places_E = torch.tensor(
-        [start if how.place == "first" else stop - 1 for _, start, stop in spans],
-        device=batch.tokens_BS.device,
-    )
+    device = batch.tokens_BS.device
+    rows_E, places_E = torch.tensor(
+        [(row, start if how.place == "first" else stop - 1) for row, start, stop in spans]
+    ).T.to(device, non_blocking=True)
 
     def taken(hidden: Tensor) -> Tensor:
         return hidden[rows_E, places_E].unsqueeze(1) if hidden.ndim == 3 else hidden
@@ -178,6 +177,11 @@ def _segments(how: Reading, batch: MicroBatch) -> dict[str, Tensor]:
     if not how.segments or SECOND not in batch.columns:
         return {}
     segments_BS = torch.zeros_like(batch.tokens_BS)
-    for span, second in zip(batch.spans, batch.columns[SECOND][:, 0].long().tolist(), strict=True):
-        segments_BS[span.row, span.start + second : span.stop] = 1
+    places = [(span.row, span.start, span.stop) for span in batch.spans]
+    places_E3 = torch.tensor(places, dtype=torch.int64).view(-1, 3)
+    rows_E, starts_E, stops_E = places_E3.T.to(segments_BS.device, non_blocking=True)
+    begins_E = starts_E + batch.columns[SECOND][:, 0].long()
+    steps_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
+    second_ES = (steps_S >= begins_E[:, None]) & (steps_S < stops_E[:, None])
+    segments_BS.index_add_(0, rows_E, second_ES.long())
     return {"token_type_ids": segments_BS}

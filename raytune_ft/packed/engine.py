@@ -32,7 +32,6 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
-from raytune_ft.model.objectives.tokens import label_positions
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -180,8 +179,8 @@ class Passes:
         counts = [step.count for step in steps]
         sizes = [step.examples for step in steps]
         sums = accumulate_packed(runner, self.stack, active, batch, counts, sizes)
-        for step, loss_sum in zip(steps, sums, strict=True):
-            step.loss_sum += loss_sum
+        for step, loss_sum in zip(steps, sums.unbind(), strict=True):
+            step.loss_sum = step.loss_sum + loss_sum
 
     def active_adapters(self, first: int, adapters: Sequence[AdapterInit]) -> ActiveAdapters:
         """The adapters of the slots from `first` on, with their gradients."""
@@ -220,30 +219,26 @@ def accumulate_packed(
     batch: MicroBatch,
     step_counts: Sequence[float],
     step_examples: Sequence[int],
-) -> list[float]:
+) -> Tensor:
     """Add to each slot the gradient of its own token losses over the count of its own step.
 
-    A router loss is divided by the examples of the slot's step. Returns the sums of the losses by
-    slot. No value of one slot enters a sum of another, so that
-    NaN in one slot stays there.
+    A router loss is divided by the examples of the slot's step. Returns the sums `[G]` of the
+    losses by slot. No value of one slot enters a sum of another, so that NaN in one slot stays
+    there. The host does not wait for the device.
     """
     objective, groups, device = runner.objective, active.groups, runner.strategy.device
-    counts_G = label_positions(batch).view(groups, -1).sum(1)
-    owners_N = torch.arange(groups, device=device).repeat_interleave(counts_G)
-    shares_G = 1 / torch.tensor(step_counts, dtype=torch.float64, device=device)
-    height = len(batch.tokens_BS) // groups
+    height, width = len(batch.tokens_BS) // groups, batch.tokens_BS.shape[1]
+    owners_N = batch.labels_N // (height * width)
+    counts_G = torch.tensor(step_counts, dtype=torch.float64).to(device, non_blocking=True)
     shares_E = [1 / step_examples[span.row // height] for span in batch.spans]
     with stack.applied(active):
         with runner.watched():
-            outputs = objective.outputs(runner, batch)
-        losses_N = objective.losses(outputs, batch)
-        shares_N = shares_G[owners_N].to(losses_N.dtype)
+            losses_N = objective.losses(runner, batch)
+        shares_N = (1 / counts_G).index_select(0, owners_N).to(losses_N.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
         ((losses_N * shares_N).sum() + runner.balance_loss(batch, shares_E)).backward()
     sums_G = torch.zeros(groups, dtype=torch.float64, device=device)
-    sums_G.index_add_(0, owners_N, losses_N.detach().double())
-    found: list[float] = sums_G.tolist()
-    return found
+    return sums_G.index_add_(0, owners_N, losses_N.detach().double())
 
 
 class PackedEngine:
@@ -401,8 +396,8 @@ class PackedEngine:
 
     def _step(self, done: Sequence[Slot]) -> None:
         norms = self.passes.optimizer.step([slot.optimizer_step() for slot in done])
-        shares = torch.tensor([slot.open.loss_sum for slot in done], dtype=torch.float64)
-        loss_sums = self._strategy.sum(shares.to(self._strategy.device)).tolist()
+        shares = torch.stack([torch.as_tensor(slot.open.loss_sum) for slot in done])
+        loss_sums = self._strategy.sum(shares).tolist()
         going, due = [], []
         for slot, norm, loss_sum in zip(done, norms, loss_sums, strict=True):
             with self._failing(slot):

@@ -22,7 +22,7 @@ class OpenStep:
     """An optimizer step of one slot: its examples that no pass has taken yet, longest first.
 
     `examples` and `tokens` count those of the whole step, `count` divides its losses, and
-    `loss_sum` is the sum of the losses that this rank has computed so far.
+    `loss_sum` is the sum of the losses that this rank has computed so far, on its device.
     """
 
     def __init__(self, data: TokenizedSplit, indices: Indices, count: float) -> None:
@@ -30,7 +30,8 @@ class OpenStep:
         lengths = data.lengths[indices]
         self._waiting = indices[np.argsort(-lengths, kind="stable")]
         self.waiting_lengths: list[int] = data.lengths[self._waiting].tolist()
-        self.examples, self.tokens, self.loss_sum = len(indices), int(lengths.sum()), 0.0
+        self.examples, self.tokens = len(indices), int(lengths.sum())
+        self.loss_sum: Tensor | float = 0.0
 
     def take(self, rows: Sequence[Row]) -> list[list[int]]:
         """Remove the examples at these positions of `waiting_lengths`; their indices, by row."""

@@ -75,7 +75,7 @@ class Held:
     gradients: when the optimizer steps. between_passes: between two passes of a step.
     keeps_gradients: the memory of gradients is not freed after a step.
     gathered: weights of other workers and gradients of a block, during a pass.
-    stepping_cpu, stepping_cuda: temporary tensors of the optimizer's step.
+    stepping: temporary tensors of the optimizer's step; a fused one makes none.
     stepped: the master weights that this worker's optimizer updates.
     snapshot: the copy that a checkpoint is written from.
     """
@@ -86,8 +86,7 @@ class Held:
     optimizer: int
     buffers: int
     gathered: int
-    stepping_cpu: int
-    stepping_cuda: int
+    stepping: int
     stepped: int
     snapshot: int
     keeps_gradients: bool = False
@@ -95,7 +94,8 @@ class Held:
     @property
     def resident(self) -> int:
         """Bytes between steps."""
-        return self.parameters + self.optimizer + self.buffers
+        kept = self.gradients if self.keeps_gradients else 0
+        return self.parameters + self.optimizer + self.buffers + kept
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,6 @@ class Traffic:
 def held_bytes(shape: Shape, weights: Iterable[WeightShape]) -> int:
     """Bytes of some weights as they are held between steps."""
     return round(sum(weight.size * shape.held(weight) for weight in weights))
-
-
-def largest(shape: Shape, shards: int) -> int:
-    """Bytes of the largest trained weight, when each is dealt to `shards`."""
-    return max((w.share(shards) for w in shape.weights if w.trained), default=0) * shape.master
 
 
 T = TypeVar("T")

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,13 +28,25 @@ class Ddp(Grouped):
         To look for unused parameters costs a walk over the graph of every step; it is on only for
         models with weights that text does not reach, such as a vision tower. A frozen model has no
         gradients to reduce, and torch refuses to wrap it.
+
+        Gradients are views of the buckets in which they are reduced, from the beginning and between
+        steps: one that is dropped would be made beside its bucket in the next step. Where some
+        weights may get none in a step, they are dropped all the same, since AdamW skips a weight
+        without a gradient and not one whose gradient is zero.
         """
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            return model.to(self.device)
+        model.to(self.device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            return model
+        idle = unreached(model, self.device, self.precision)
+        self.keeps_gradients = not idle
+        for parameter in trained if self.keeps_gradients else ():
+            parameter.grad = torch.zeros_like(parameter)
         self.wrapped = DistributedDataParallel(
-            model.to(self.device),
+            model,
             forward_sync_buffers=False,
-            find_unused_parameters=bool(unreached(model, self.device, self.precision)),
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(idle),
         )
         return self.wrapped
 
@@ -63,9 +76,8 @@ class Ddp(Grouped):
 
     @staticmethod
     def memory(shape: Shape, parallel: ParallelConfig) -> Held:
-        """A whole copy, and the buckets in which copies of gradients are reduced."""
-        held = Grouped.memory(shape, parallel)
-        return replace(held, buffers=held.gradients)
+        """A whole copy, and gradients between steps too."""
+        return replace(Grouped.memory(shape, parallel), keeps_gradients=True)
 
     @staticmethod
     def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:

@@ -203,7 +203,7 @@ class DeepSpeed(Grouped):
     def start_from(self, step: int) -> None:
         for flat in self.zero.flats():
             self.optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=flat.device),
                 **{moment: torch.zeros_like(flat.detach()) for moment in MOMENTS},
             }
 
@@ -238,8 +238,7 @@ class DeepSpeed(Grouped):
             optimizer=(1 + len(MOMENTS)) * part,
             buffers=min(shape.trained, BUCKET) * shape.master,
             gathered=gathered,
-            stepping_cpu=2 * part,
-            stepping_cuda=part,
+            stepping=part,
             stepped=-(-shape.trained // workers) * shape.master,
             snapshot=(1 + len(MOMENTS)) * part,
             keeps_gradients=stage == 3,

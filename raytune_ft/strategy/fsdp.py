@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -30,7 +31,6 @@ from raytune_ft.strategy.base import (
     Traffic,
     WeightShape,
     held_bytes,
-    largest,
 )
 from raytune_ft.strategy.single import Grouped
 from raytune_ft.tensors.write import Part
@@ -75,6 +75,16 @@ class Fsdp(Grouped):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are scattered in every pass, and all-reduced between replicas after the last
+        one. Until then they would wait on the device, so that with weights in host memory they are
+        all-reduced in every pass.
+        """
+        if self.parallel.replicas > 1 and self.parallel.offload != "all":
+            assert isinstance(self.model, FSDPModule)
+            self.model.set_requires_all_reduce(last)
+        return nullcontext()
 
     def loaded(self) -> None:
         """Drop gathered weights of the probe or an evaluation, which would hide what was loaded."""
@@ -142,16 +152,18 @@ class Fsdp(Grouped):
             optimizer=len(MOMENTS) * trained,
             buffers=0,
             gathered=whole + gradients * (shape.compute + shape.master),
-            stepping_cpu=2 * largest(shape, shards),
-            stepping_cuda=trained,
+            stepping=0,
             stepped=trained,
             snapshot=(1 + len(MOMENTS)) * trained,
         )
 
     @staticmethod
     def traffic(shape: Shape, parallel: ParallelConfig, micro_batches: int) -> Traffic:
-        """Weights are gathered for forward and backward, and gradients scattered, in every pass."""
+        """Weights are gathered for forward and backward, and gradients scattered, in every pass;
+        replicas sum gradients as `accumulate` says.
+        """
         found = []
+        across = micro_batches if parallel.offload == "all" else 1
         passes = 2 if parallel.reshard_after_forward else 1
         for number, group in enumerate((shape.root, *shape.blocks)):
             times = micro_batches * (2 if number == 0 else passes)
@@ -161,7 +173,7 @@ class Fsdp(Grouped):
                 found.append(Message("reduce-scatter", gradients, micro_batches))
                 if parallel.replicas > 1:
                     part = gradients // (parallel.max_workers // parallel.replicas)
-                    found.append(Message("all-reduce", part, micro_batches, across=True))
+                    found.append(Message("all-reduce", part, across, across=True))
         return Traffic(tuple(found), gathers=passes)
 
 

@@ -19,7 +19,6 @@ from raytune_ft.strategy.base import (
     T,
     Traffic,
     held_bytes,
-    largest,
 )
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
@@ -39,6 +38,8 @@ class Single:
     world_size = 1
     takes_parts = False
     casts_on_gathering = False
+    keeps_gradients = False
+    """Whether a step zeroes gradients in place; else their memory is freed."""
     optimizer: torch.optim.Optimizer
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
@@ -76,7 +77,7 @@ class Single:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if math.isfinite(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         self.steps += 1
         return float(norm)
 
@@ -86,7 +87,7 @@ class Single:
             taken = float(max(0, step - group.get("waits", 0)))
             for parameter in group["params"]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(taken),
+                    "step": torch.tensor(taken, device=parameter.device),
                     **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
                 }
 
@@ -128,8 +129,7 @@ class Single:
             optimizer=len(MOMENTS) * trained,
             buffers=0,
             gathered=0,
-            stepping_cpu=2 * largest(shape, 1),
-            stepping_cuda=trained,
+            stepping=0,
             stepped=trained,
             snapshot=(1 + len(MOMENTS)) * trained // parallel.max_workers,
         )

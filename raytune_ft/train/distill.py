@@ -169,4 +169,6 @@ class Kept:
         """`logits_NV` at the label positions of the batch, in its order."""
         first = self.first_rows
         rows = [self.logits_NV[first[i] : first[i + 1]] for i in batch.indices]
-        return tensor_of(np.concatenate([self.logits_NV[:0], *rows])).to(self.device)
+        return tensor_of(np.concatenate([self.logits_NV[:0], *rows])).to(
+            self.device, non_blocking=True
+        )

@@ -93,7 +93,7 @@ def _sums(
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
             batch = runner.collate(split, indices, rows).repeated(groups)
-            columns = objective.columns(objective.outputs(runner, batch), batch, groups)
+            columns = objective.columns(runner, batch, groups)
             sums = {name: values.double().sum(1) for name, values in columns.all.items()}
             shapes = {name: values.shape[1:] for name, values in sums.items()}
             batch_GK = torch.cat([values.reshape(groups, -1) for values in sums.values()], 1)

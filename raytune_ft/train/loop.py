@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
@@ -32,7 +35,8 @@ def train(
         CheckpointError: a checkpoint could not be written.
     """
     strategy, config, stopped = runner.strategy, run.spec.config, False
-    with run.reporting():
+    steps = runner.steps(data.train, run.upcoming())
+    with closing(steps), run.reporting():
         if run.progress.base is None:
             heart.enter("evaluation before training")
             with without_method(runner.model):
@@ -40,10 +44,11 @@ def train(
         while not (run.over or stopped):
             step = run.step
             heart.enter(f"step {step}")
-            indices = run.next_batch()
+            indices, batches = next(steps)
+            run.start_step(indices)
             _seed_noise(config.seed, step, strategy.rank)
 
-            loss_sum, count = accumulate_gradients(runner, data.train, indices, heart.beat)
+            loss_sum, count = accumulate_gradients(runner, data.train, indices, batches, heart.beat)
             loss, (stopped, saving) = _sum_and_vote(
                 strategy, loss_sum, (should_stop(), run.saver.busy)
             )
@@ -59,42 +64,45 @@ def train(
 
 
 def accumulate_gradients(
-    runner: ModelRunner, split: TokenizedSplit, indices: Indices, beat: Beat = no_beat
-) -> tuple[float, float]:
+    runner: ModelRunner,
+    split: TokenizedSplit,
+    indices: Indices,
+    batches: Sequence[MicroBatch],
+    beat: Beat = no_beat,
+) -> tuple[Tensor, float]:
     """Add the gradient of the objective's mean loss over `indices`, whatever the layout.
 
-    The losses are divided once, by the objective's count over the whole step on all ranks, which
-    every rank knows beforehand. Returns this rank's sum of losses and that count. A router loss is
-    added to the gradient alone.
+    `batches` are this rank's part of the step, in host memory. The losses are divided once, by the
+    objective's count over the whole step on all ranks, which every rank knows beforehand. Returns
+    this rank's sum of losses and that count. A router loss is added to the gradient alone. The host
+    does not wait for the device.
     """
     strategy, objective = runner.strategy, runner.objective
     count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
-    layout = runner.layout(split.lengths[indices].tolist())
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    beat(0, len(layout))
-    for number, rows in enumerate(layout, start=1):
-        batch = runner.collate(split, indices, rows)
-        with strategy.accumulate(last=number == len(layout)):
+    loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
+    beat(0, len(batches))
+    for number, on_host in enumerate(batches, start=1):
+        batch = on_host.to(strategy.device)
+        with strategy.accumulate(last=number == len(batches)):
             with noisy_embeddings(runner.model, batch, runner.noise), runner.watched():
-                outputs = objective.outputs(runner, batch)
-            loss = objective.losses(outputs, batch).sum()
-            beat(number - 0.5, len(layout))
+                loss = objective.losses(runner, batch).sum()
+            beat(number - 0.5, len(batches))
             shares_E = [1 / len(indices)] * len(batch.spans)
             strategy.backward(loss / count + runner.balance_loss(batch, shares_E))
-        loss_sum += loss.detach().double().cpu()
-        beat(number, len(layout))
-    return loss_sum.item(), count
+        loss_sum += loss.detach().double()
+        beat(number, len(batches))
+    return loss_sum, count
 
 
 def _sum_and_vote(
-    strategy: Strategy, loss_sum: float, votes: tuple[bool, ...]
+    strategy: Strategy, loss_sum: Tensor, votes: tuple[bool, ...]
 ) -> tuple[float, tuple[bool, ...]]:
     """The loss of all ranks and, for each vote, whether any rank says yes: one all-reduce a step.
 
     Ranks must stop, and report, after the same step; a signal or a slow disk reaches one of them.
     """
-    mine = torch.tensor([loss_sum, *map(float, votes)], dtype=torch.float64)
-    total, *yes = strategy.sum(mine.to(strategy.device)).tolist()
+    mine = torch.cat([loss_sum.view(1), loss_sum.new_tensor(votes)])
+    total, *yes = strategy.sum(mine).tolist()
     return total, tuple(count > 0 for count in yes)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from raytune_ft.config.objectives import Figure, figures
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.attention import Examples
+from raytune_ft.model.attention import Examples, all_seen
 from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
 from raytune_ft.model.objectives import Objective, TokenObjective
-from raytune_ft.model.objectives.tokens import label_logits, label_positions
+from raytune_ft.model.objectives.tokens import OfLogits, label_blocks, label_logits
 from raytune_ft.model.routers import Balance
 from raytune_ft.strategy import Strategy
 
@@ -35,7 +36,8 @@ def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -
         yield
         return
     lengths_E = torch.tensor([float(span.stop - span.start) for span in batch.spans])
-    size_BS = batch.by_token(alpha / lengths_E.sqrt()).to(batch.tokens_BS.device)
+    size_BS = batch.by_token(alpha / lengths_E.sqrt())
+    size_BS = size_BS.to(batch.tokens_BS.device, non_blocking=True)
 
     def add(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
         noise = torch.empty_like(embedded).uniform_(-1, 1) / embedded.shape[-1] ** 0.5
@@ -48,6 +50,8 @@ def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -
         handle.remove()
 
 
+T = TypeVar("T")
+HOST = torch.device("cpu")
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """`train.micro_tokens: auto`: enough tokens to fill the device, with small activations."""
 
@@ -60,7 +64,8 @@ class ModelRunner:
     `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
     evaluation. `reading` is how a task head reads its examples, None where the model predicts
     tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
-    `balance` is the router loss of a mixture of experts.
+    `balance` is the router loss of a mixture of experts. Logits of at most `block` label tokens are
+    there at a time; None: of all of a batch.
     """
 
     model: nn.Module
@@ -80,6 +85,7 @@ class ModelRunner:
     noise: float | None = None
     apart: Apart = FREELY
     balance: Balance | None = None
+    block: int | None = None
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -87,11 +93,20 @@ class ModelRunner:
         with self.autocast():
             return example_logits(self.wrapped, self.reading, self.inputs(batch), batch)
 
-    def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
-        """`logits_NV` at `keep_BS`, by default at the label positions of the batch."""
-        keep_BS = label_positions(batch) if keep_BS is None else keep_BS
+    def logits(self, batch: MicroBatch, keep_N: Tensor | None = None) -> Tensor:
+        """`logits_NV` at the positions `keep_N`, by default those of the batch's labels."""
+        keep_N = batch.labels_N if keep_N is None else keep_N
         with self.autocast(), seeing(self.model, batch):
-            return label_logits(self.wrapped, self.head, self.inputs(batch), keep_BS)
+            return label_logits(self.wrapped, self.head, self.inputs(batch), keep_N)
+
+    def by_label(self, batch: MicroBatch, of: OfLogits) -> Tensor:
+        """See `Forward.by_label`."""
+        if self.block is None or len(batch.labels_N) <= self.block:
+            return of(self.logits(batch), batch)
+        assert self.head is not None
+        with self.autocast(), seeing(self.model, batch):
+            inputs = self.inputs(batch)
+            return label_blocks(self.wrapped, self.head, inputs, batch, of, self.block)
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
@@ -99,8 +114,9 @@ class ModelRunner:
         if not self.by_example:
             return inputs
         # With a mask that hides nothing, transformers does not look for examples by itself.
-        inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
-        return inputs | {"examples": Examples.of(batch)}
+        shape, device = tuple(batch.tokens_BS.shape), batch.tokens_BS.device
+        inputs["attention_mask"] = all_seen(shape, device)
+        return inputs | {"examples": batch.examples or Examples.of(batch)}
 
     def watched(self) -> AbstractContextManager[Any]:
         """Inside, `balance` sees the router logits of a forward pass."""
@@ -126,10 +142,39 @@ class ModelRunner:
 
     def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
         """See `data.batch.collate`."""
+        return self.collate_on_host(split, indices, layout).to(self.strategy.device)
+
+    def collate_on_host(
+        self, split: TokenizedSplit, indices: Indices, rows: MicroLayout
+    ) -> MicroBatch:
+        """The same in host memory, from which it moves in the background."""
         virtual = virtual_tokens(self.model)
-        return collate(split, indices, layout, self.pad_token, self.strategy.device, virtual)
+        batch = collate(split, indices, rows, self.pad_token, HOST, virtual)
+        if self.by_example:
+            batch = replace(batch, examples=Examples.of(batch))
+        return batch if self.strategy.device.type == "cpu" else batch.moved(Tensor.pin_memory)
+
+    def micro_batches(self, split: TokenizedSplit, indices: Indices) -> list[MicroBatch]:
+        """This rank's micro-batches of a step over `indices`, in host memory."""
+        layout = self.layout(split.lengths[indices].tolist())
+        return [self.collate_on_host(split, indices, rows) for rows in layout]
+
+    def steps(
+        self, split: TokenizedSplit, steps: Iterable[Indices]
+    ) -> Generator[tuple[Indices, list[MicroBatch]]]:
+        """Examples and micro-batches of each of `steps`, made while the step before is computed."""
+        return ahead((indices, self.micro_batches(split, indices)) for indices in steps)
 
 
 def choose_micro_tokens(configured: int | str, device: torch.device) -> int:
     """The token budget of one forward pass."""
     return configured if isinstance(configured, int) else MICRO_TOKENS.get(device.type, 2048)
+
+
+def ahead(items: Iterator[T]) -> Generator[T]:
+    """The same items; a thread makes each of them while the one before is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

@@ -41,6 +41,7 @@ def build_optimizer(
         lr=train.lr,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
+        fused=True,  # one pass through memory, and no temporary copies of the weights
     )
 
 

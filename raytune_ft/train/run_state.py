@@ -100,7 +100,7 @@ class RunState:
 
         run.begin(scores of the base)
         while not run.over:
-            indices = run.next_batch()
+            indices = run.next_batch()            # or `upcoming` ahead of time, and `start_step`
             ...                                   # forward, backward, optimizer step at `run.lr`
             if run.after_step(loss, grad_norm):   # an evaluation is due
                 scores = ...
@@ -162,11 +162,22 @@ class RunState:
             self._log.evaluation(evaluation, None)
         self._reporter.evaluation(evaluation, None)
 
-    def next_batch(self) -> Indices:
-        """The training examples of the next step, whose clock starts here."""
-        self._step_started = time.perf_counter()
+    def upcoming(self) -> Iterator[Indices]:
+        """The training examples of each step from the next one to the end of the budget."""
         seen = self.progress.examples
-        self._batch = self._order.indices(seen, self._schedule.examples_after(self.step) - seen)
+        for step in range(self.step, self._schedule.total_steps + 1):
+            after = self._schedule.examples_after(step)
+            yield self._order.indices(seen, after - seen)
+            seen = after
+
+    def start_step(self, indices: Indices) -> None:
+        """Note the examples of the next step, whose clock starts here."""
+        self._step_started = time.perf_counter()
+        self._batch = indices
+
+    def next_batch(self) -> Indices:
+        """The training examples of the next step, which starts."""
+        self.start_step(next(self.upcoming()))
         return self._batch
 
     def after_step(self, loss: float, grad_norm: float) -> bool:

@@ -39,10 +39,8 @@ from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
-from raytune_ft.model.probe import (
-    Probe,
-    same_of_one,
-)
+from raytune_ft.model.objectives.tokens import block_rows
+from raytune_ft.model.probe import LENGTHS, Probe, returns_its_head, same_of_one
 from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.records import Progress
 from raytune_ft.rundir import RunSpec
@@ -290,6 +288,7 @@ def build_runner(
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)
+        runner = in_blocks(runner, vocabulary)
     else:
         runner = _reading_examples(runner, vocabulary)
     if runner.by_example and not _attends_as_plain(runner, vocabulary):
@@ -333,7 +332,7 @@ def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
 def _probe(runner: ModelRunner, vocabulary: int) -> Probe:
     """A probe of the logits of tokens, or of examples where the objective reads these."""
 
-    def of_examples(batch: MicroBatch, keep_BS: torch.Tensor) -> torch.Tensor:
+    def of_examples(batch: MicroBatch, keep_N: torch.Tensor) -> torch.Tensor:
         return runner.example_logits(batch)
 
     logits = runner.logits if runner.objective.of_tokens else of_examples
@@ -375,6 +374,16 @@ def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:
             "is not causal: a token sees the tokens that it has to predict",
             'use a decoder; a BERT becomes one by "is_decoder": true in its config.json',
         )
+
+
+def in_blocks(runner: ModelRunner, vocabulary: int) -> ModelRunner:
+    """The same with the logits of a few label tokens at a time, where the model allows it."""
+    if runner.head is None:
+        return runner
+    strategy, tried = runner.strategy, replace(runner, block=LENGTHS[0] // 2)
+    asked = (vocabulary, strategy.device, virtual_tokens(runner.model))
+    able = strategy.from_rank0(returns_its_head(tried.by_label, *asked))
+    return replace(runner, block=block_rows(vocabulary) if able else None)
 
 
 def _reading_examples(runner: ModelRunner, vocabulary: int) -> ModelRunner:

@@ -9,11 +9,19 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests.support.distributed import run_distributed
-from tests.support.models import true_float64
+from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.config.train import TrainConfig
+from raytune_ft.model.objectives import tokens
+from raytune_ft.strategy.ddp import Ddp
+from raytune_ft.train.optim import build_optimizer
+from tests.support.distributed import run_distributed, run_in_new_processes
+from tests.support.models import FAMILIES, VOCABULARY, true_float64
 from tests.support.runs import largest_difference, make_config, run
 
 METHODS = {"lora": {}, "full": {"method": {"name": "full"}}, "dora": {"method.dora": True}}
@@ -131,3 +139,46 @@ def test_several_processes(
             assert max(measured[:2]) < 2 * bfloat16_spread[method]
         else:
             assert max(measured) < BOUNDS[precision], differences
+
+
+def _gradients_stay_in_buckets() -> None:
+    strategy = Ddp(ParallelConfig(strategy="ddp", workers=2), "float32")
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]())
+    wrapped = strategy.prepare(model, lambda found: build_optimizer(found, TrainConfig()))
+    tokens = torch.arange(8).unsqueeze(0)
+    places, held = [], {}
+    for _ in range(3):
+        for last in (False, True):
+            with strategy.accumulate(last):
+                strategy.backward(wrapped(input_ids=tokens).logits.square().mean())
+            places.append([parameter.grad.data_ptr() for parameter in model.parameters()])
+            storages = [parameter.grad.untyped_storage() for parameter in model.parameters()]
+            held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        strategy.step(1e-3, 1.0)
+    assert places[2] == places[3] == places[4] == places[5]  # torch arranges buckets once, by use
+    assert sum(held.values()) == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.distributed
+def test_ddp_has_one_copy_of_gradients() -> None:
+    run_distributed(_gradients_stay_in_buckets, 2)
+
+
+def _run_in_blocks(inputs: tuple[Path, Path], root: Path, strategy: str) -> None:
+    """As `_run_all`, with the logits of five label tokens at a time."""
+    with mock.patch.object(tokens, "BLOCK_LOGITS", 5 * VOCABULARY):
+        for method in ("lora", "full"):
+            layout = {"data.packing": True, "train.micro_tokens": 96, "train.max_examples": 70}
+            _run(inputs, root / method, method, "float32", layout, strategy)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_logits_in_blocks(tmp_path: Path, inputs: tuple[Path, Path], strategy: str) -> None:
+    start = run_in_new_processes if strategy == "deepspeed" else run_distributed
+    start(_run_in_blocks, 2, inputs, tmp_path / strategy, strategy)
+    for method in ("lora", "full"):
+        layout = {"data.packing": False, "train.micro_tokens": 1, "train.max_examples": 70}
+        _run(inputs, tmp_path / method, method, "float32", layout, "single")
+        differences = largest_difference(tmp_path / strategy / method, tmp_path / method)
+        assert max(differences) < 1e-5, differences

@@ -25,7 +25,7 @@ SHORT = {
     "checkpoint.asynchronous": False,
 }
 LAYOUTS: list[dict[str, Any]] = [
-    {"parallel.workers": 4, "parallel.replicas": 2},
+    {"parallel.workers": 4, "parallel.replicas": 2, "train.micro_tokens": 48},
     {"parallel.workers": 2, "parallel.reshard_after_forward": False},
     {"parallel.workers": 2, "parallel.offload": "all"},
 ]

@@ -20,7 +20,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.load import load_tokenizer
-from raytune_ft.model.objectives import Columns, TeacherOf, TokenObjective
+from raytune_ft.model.objectives import TeacherOf, TokenObjective
 from raytune_ft.model.objectives.tokens import token_losses
 from raytune_ft.promote.promote import promote
 from raytune_ft.rundir import RunSpec
@@ -40,13 +40,11 @@ def entropies(logits_NV: Tensor) -> Tensor:
 class ConfidencePenalty(TokenObjective):
     """Cross entropy minus a tenth of the entropy (arXiv 1701.06548)."""
 
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
-        return self.weighted(token_losses(outputs, batch) - 0.1 * entropies(outputs), batch)
+    def losses_of(self, logits_NV: Tensor, batch: MicroBatch) -> Tensor:
+        return self.weighted(token_losses(logits_NV, batch) - 0.1 * entropies(logits_NV), batch)
 
-    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
-        found = super().columns(outputs, batch, groups)
-        entropy_GN = entropies(outputs).view(groups, -1)
-        return Columns({**found.rows, "entropy": entropy_GN}, found.examples)
+    def values_of(self, logits_NV: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        return {**super().values_of(logits_NV, batch), "entropy": entropies(logits_NV)}
 
 
 def build(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> ConfidencePenalty:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raytune_ft.config.methods import LoreftMethod, Positions
-from raytune_ft.data.batch import NO_TARGET, MicroBatch
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.base import Implementation
 from raytune_ft.model.methods.hooks import (
@@ -134,7 +134,8 @@ class Loreft(Attached):
             found = _places_under(inputs.get("attention_mask"), ids, positions)
         else:
             found = _flat([]), _flat([])
-        self._places = (found[0].to(ids.device), found[1].to(ids.device))
+        first, last = (places.to(ids.device, non_blocking=True) for places in found)
+        self._places = first, last
 
     def _intervene(self, block: nn.Module, arguments: Any, output: Any) -> Any:
         if not self.enabled or self._places is None:
@@ -177,14 +178,8 @@ class Loreft(Attached):
 def _places_in(batch: MicroBatch, positions: Positions) -> Places:
     """A prompt is all tokens before the first label of an example."""
     width = batch.tokens_BS.shape[1]
-    labelled_BS = (batch.targets_BS != NO_TARGET).cpu().numpy()
-    starts, lengths = [], []
-    for span in batch.spans:
-        row = labelled_BS[span.row, span.start : span.stop]
-        starts.append(span.row * width + span.start)
-        # The target at a position is the token after it.
-        lengths.append(int(row.argmax()) + 1 if row.any() else len(row))
-    return _ends_of(starts, lengths, positions)
+    starts = [span.row * width + span.start for span in batch.spans]
+    return _ends_of(starts, list(batch.prompts), positions)
 
 
 def _places_under(mask_BS: Tensor | None, ids_BS: Tensor, positions: Positions) -> Places:

@@ -108,7 +108,7 @@ class Virtual(Attached):
             return output
         encoder: Any = self._model.get_submodule(ENCODER)
         table_VH = encoder(torch.arange(self._tokens, device=output.device).unsqueeze(0))[0]
-        places_K, which_K = (index.to(output.device) for index in self._places)
+        places_K, which_K = (index.to(output.device, non_blocking=True) for index in self._places)
         virtual_KH = table_VH.index_select(0, which_K).to(output.dtype)
         return output.flatten(0, 1).index_copy(0, places_K, virtual_KH).view_as(output)
 

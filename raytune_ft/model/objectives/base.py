@@ -23,8 +23,11 @@ TeacherOf = Callable[[], Teacher]
 class Forward(Protocol):
     """A model that computes the outputs that an objective asks for."""
 
-    def logits(self, batch: MicroBatch, keep_BS: Tensor | None = None) -> Tensor:
+    def logits(self, batch: MicroBatch, keep_N: Tensor | None = None) -> Tensor:
         """`logits_NV` of tokens, by default of those that predict a label token."""
+
+    def by_label(self, batch: MicroBatch, of: Callable[[Tensor, MicroBatch], Tensor]) -> Tensor:
+        """`of` the logits of all label tokens, `[N, K]`; it may be called with some at a time."""
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """`logits_EL` of a task head, one row for each span of the batch."""
@@ -35,7 +38,7 @@ class Columns:
     """What figures are computed from, by the names that `config.objectives.Figure` uses.
 
     Attributes:
-        rows: `[G, N]`, a value for each label token of each of G models, in the order of outputs.
+        rows: `[G, N]`, a value for each label token of each of G models, in the order of the batch.
         examples: `[G, E]` or `[G, E, L]`, for each example, in the order of the batch's spans.
     """
 
@@ -49,12 +52,12 @@ class Columns:
 
 
 class Objective(Protocol):
-    """Outputs of a batch become losses, and examples become the number that divides their sum.
+    """A batch becomes losses, and examples become the number that divides their sum.
 
     The gradient of a step is that of the summed `losses` of its examples over their `count`, on
     any number of ranks and in any layout of rows.
 
-    `of_tokens`: outputs are logits of tokens; otherwise those of a head, one row an example.
+    `of_tokens`: losses are of tokens; otherwise of examples, from the logits of a head.
     """
 
     of_tokens: ClassVar[bool]
@@ -62,13 +65,10 @@ class Objective(Protocol):
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """What the losses of these examples are divided by; every rank knows it beforehand."""
 
-    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
-        """The outputs of the model that losses and figures are computed from."""
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
+        """One weighted training loss for each label token or example, from one forward pass."""
 
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
-        """One weighted training loss for each row of `outputs`."""
-
-    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+    def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """The columns of evaluations that depend on the model, without smoothing.
 
         The batch holds the same examples `groups` times, once for each of as many models.

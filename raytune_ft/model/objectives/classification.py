@@ -44,12 +44,9 @@ class Classification:
         """The sum of the examples' weights, times those of their classes for a single label."""
         return float(self.weights(columns_at(split, indices), np.ones_like).sum())
 
-    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
-        """`logits_EL`."""
-        return forward.example_logits(batch)
-
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[E]`, weighted."""
+        outputs = forward.example_logits(batch)
         target_EL = batch.columns[TARGET].to(outputs.dtype)
         losses_E = self.unweighted(outputs, target_EL, self.label_smoothing)
         return losses_E * self.weights(batch.columns, torch.ones_like).to(losses_E.dtype)
@@ -60,7 +57,7 @@ class Classification:
             return (outputs - target_EL).square().mean(1)
         if self.problem == "multi_label":
             each_EL = F.binary_cross_entropy_with_logits(outputs, target_EL, reduction="none")
-            return (each_EL * each_EL.new_tensor(self.class_weights)).mean(1)
+            return (each_EL * _beside(each_EL, self.class_weights)).mean(1)
         classes_E = target_EL.argmax(1)
         return F.cross_entropy(outputs, classes_E, reduction="none", label_smoothing=smoothing)
 
@@ -76,13 +73,13 @@ class Classification:
         if self.problem != "single_label" or set(self.class_weights) == {1.0}:
             return weights_E
         own = np.array(self.class_weights, np.float32)
-        classes_L = target_EL.new_tensor(own) if isinstance(target_EL, Tensor) else own
+        classes_L = _beside(target_EL, own) if isinstance(target_EL, Tensor) else own
         return weights_E * (target_EL * classes_L).sum(1)
 
-    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+    def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """See `columns_of`."""
         assert groups == 1, "every model has a head of its own"
-        found = self.columns_of(outputs, batch.columns)
+        found = self.columns_of(forward.example_logits(batch), batch.columns)
         return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
 
     def columns_of(self, outputs: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,6 +119,11 @@ class Classification:
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Every example counts once, except in the loss."""
         return {"examples": np.ones(len(indices))}
+
+
+def _beside(tensor: Tensor, numbers: Any) -> Tensor:
+    """Numbers in the dtype of a tensor and on its device, without waiting for the copy."""
+    return torch.as_tensor(numbers, dtype=tensor.dtype).to(tensor.device, non_blocking=True)
 
 
 def guessed(outputs: Tensor, problem: str) -> Tensor:

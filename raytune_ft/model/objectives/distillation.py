@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from raytune_ft.config.train import KdConfig, TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
-from raytune_ft.model.objectives.base import Teacher, TeacherOf
+from raytune_ft.model.objectives.base import Forward, Teacher, TeacherOf
 from raytune_ft.model.objectives.tokens import TokenObjective, token_losses
 
 
@@ -27,9 +27,9 @@ class Distillation(TokenObjective):
     settings: KdConfig
     teacher: Teacher
 
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
-        """`[N]`, one for each label token."""
-        share = self.settings.weight
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
+        """`[N]`, one for each label token. All logits of both models are there at a time."""
+        outputs, share = forward.logits(batch), self.settings.weight
         labels_N = token_losses(outputs, batch, self.label_smoothing)
         kl_N = divergence(outputs, self.teacher(batch).to(outputs.dtype), self.settings)
         return self.weighted((1 - share) * labels_N + share * kl_N, batch)

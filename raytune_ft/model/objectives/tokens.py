@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import NO_TARGET, MicroBatch
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
@@ -27,19 +28,24 @@ from raytune_ft.model.objectives.base import (
     example_weights,
 )
 
+OfLogits = Callable[[Tensor, MicroBatch], Tensor]
+"""From `logits_bV` and a batch with these label tokens alone to `[b, K]`, each row by itself."""
+BLOCK_LOGITS = 2**28
+"""Logits that are there at the same time; 1 GiB in float32, of which a loss needs three."""
+
 
 def label_logits(
-    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_BS: Tensor
+    model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any], keep_N: Tensor
 ) -> Tensor:
-    """`logits_NV` at the positions in `keep_BS`, in row order, float32 or wider.
+    """`logits_NV` at the positions `keep_N` of all rows end to end, float32 or wider.
 
     The head is applied to those positions alone. `head` is the output embedding inside `model`,
     found before a strategy wrapped it. A model that has none, or does not call it, gives logits for
-    all positions, and those of `keep_BS` are selected.
+    all positions, and those of `keep_N` are selected.
     """
 
     def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][keep_BS], *arguments[1:])
+        return (_at(keep_N, arguments[0]), *arguments[1:])
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
@@ -47,19 +53,69 @@ def label_logits(
     finally:
         if handle is not None:
             handle.remove()
-    logits_NV = logits[keep_BS] if logits.ndim == 3 else logits
-    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return _wide(_at(keep_N, logits) if logits.ndim == 3 else logits)
+
+
+def label_blocks(
+    model: nn.Module,
+    head: nn.Module,
+    inputs: Mapping[str, Any],
+    batch: MicroBatch,
+    of: OfLogits,
+    rows: int,
+) -> Tensor:
+    """`of` the logits of all label tokens `[N, K]`, which are never there at the same time.
+
+    The head's own forward computes `of` for blocks of `rows` label tokens, where a strategy has
+    gathered its weights, and a backward computes each block's logits again. The model must return
+    what its head returns, see `Returns`.
+    """
+    plain, replaced = head.forward, "forward" in vars(head)
+
+    def block(hidden_bH: Tensor, part: MicroBatch) -> Tensor:
+        logits_bV = _wide(plain(hidden_bH))
+        with torch.autocast(hidden_bH.device.type, enabled=False):
+            return of(logits_bV, part)
+
+    def forward(hidden_BSH: Tensor) -> Tensor:
+        hidden_NH = _at(batch.labels_N, hidden_BSH)
+        starts = range(0, len(hidden_NH), rows)
+        parts = [slice(start, start + rows) for start in starts] or [slice(0, 0)]
+        return torch.cat(
+            [
+                checkpoint(block, hidden_NH[part], batch.labelled(part), use_reentrant=False)
+                for part in parts
+            ]
+        )
+
+    head.forward = forward
+    try:
+        found: Tensor = model(**inputs).logits
+    finally:
+        if replaced:
+            head.forward = plain
+        else:
+            del head.forward
+    return found
+
+
+def block_rows(vocabulary: int) -> int:
+    """Label tokens whose logits are computed together."""
+    return max(1, BLOCK_LOGITS // vocabulary)
+
+
+def _at(places_N: Tensor, values_BSX: Tensor) -> Tensor:
+    return values_BSX.flatten(0, 1).index_select(0, places_N)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
     """Cross entropy `[N]` of every label token."""
-    targets_N = batch.targets_BS[label_positions(batch)]
+    targets_N = batch.targets_N
     return F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=smoothing)
-
-
-def label_positions(batch: MicroBatch) -> Tensor:
-    """`keep_BS`: the positions that predict a label token."""
-    return batch.targets_BS != NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -77,22 +133,29 @@ class TokenObjective:
         """Label tokens times the weights of their examples."""
         return float(self.known(split, indices)["counted"].sum())
 
-    def outputs(self, forward: Forward, batch: MicroBatch) -> Tensor:
-        """`logits_NV` at the label positions."""
-        return forward.logits(batch)
-
-    def losses(self, outputs: Tensor, batch: MicroBatch) -> Tensor:
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each label token."""
-        return self.weighted(token_losses(outputs, batch, self.label_smoothing), batch)
+        return forward.by_label(
+            batch, lambda logits_bV, part: self.losses_of(logits_bV, part).unsqueeze(1)
+        )[:, 0]
+
+    def losses_of(self, logits_NV: Tensor, batch: MicroBatch) -> Tensor:
+        """`[N]`, the training losses of label tokens from their logits; of each from its own."""
+        return self.weighted(token_losses(logits_NV, batch, self.label_smoothing), batch)
+
+    def values_of(self, logits_NV: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        """`[N]` each: the columns of evaluations with a value for each label token."""
+        losses_N = self.weighted(token_losses(logits_NV, batch), batch)
+        return {"loss": losses_N, "right": logits_NV.argmax(-1) == batch.targets_N}
 
     def weighted(self, losses_N: Tensor, batch: MicroBatch) -> Tensor:
         """Each times the weight of its example."""
         weights_E = self._weights(batch.columns)
         if weights_E is None:
             return losses_N
-        return losses_N * batch.by_token(weights_E)[label_positions(batch)].to(losses_N.dtype)
+        return losses_N * weights_E.index_select(0, batch.owners_N).to(losses_N.dtype)
 
-    def columns(self, outputs: Tensor, batch: MicroBatch, groups: int) -> Columns:
+    def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """Weighted cross entropy and whether a label token is the likeliest; of an example whether
         all of its label tokens are.
 
@@ -100,14 +163,19 @@ class TokenObjective:
         decoding reproduces the completion.
         """
         once = batch if groups == 1 else batch.part(groups)
-        owners_N = once.owners_BS()[label_positions(once)]
-        examples = [span.example for span in once.spans]
-        losses_GN = self.weighted(token_losses(outputs, batch), batch).view(groups, -1)
-        right_GN = (outputs.argmax(-1) == batch.targets_BS[label_positions(batch)]).view(groups, -1)
-        wrong_GE = right_GN.new_zeros(groups, max(examples, default=0) + 1, dtype=torch.int64)
-        wrong_GE.index_add_(1, owners_N, (~right_GN).long())
-        rows = {"loss": losses_GN, "right": right_GN}
-        return Columns(rows, {"exact": wrong_GE[:, examples] == 0})
+        names: list[str] = []
+
+        def stacked(logits_bV: Tensor, part: MicroBatch) -> Tensor:
+            values = self.values_of(logits_bV, part)
+            names[:] = values
+            return torch.stack([value.to(logits_bV.dtype) for value in values.values()], 1)
+
+        values_KN = forward.by_label(batch, stacked).T
+        rows = {name: row.reshape(groups, -1) for name, row in zip(names, values_KN, strict=True)}
+        right_GN = rows["right"] = rows["right"] > 0
+        wrong_GE = right_GN.new_zeros(groups, len(once.spans), dtype=torch.int64)
+        wrong_GE.index_add_(1, once.owners_N, (~right_GN).long())
+        return Columns(rows, {"exact": wrong_GE == 0})
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Label tokens, and what the loss counts of them."""

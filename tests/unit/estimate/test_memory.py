@@ -38,10 +38,11 @@ def test_one_worker_holds_weights_gradients_and_two_moments() -> None:
     assert (held.buffers, held.gathered, held.snapshot) == (0, 0, 3 * 480)
 
 
-def test_ddp_adds_its_buckets_and_shares_the_writing_of_checkpoints() -> None:
+def test_ddp_keeps_gradients_in_its_buckets_and_shares_the_writing_of_checkpoints() -> None:
     held = held_by(shell(), parallel("ddp", 2))
     assert (held.parameters, held.gradients, held.optimizer) == (480, 480, 960)
-    assert (held.buffers, held.snapshot) == (480, 3 * 480 // 2)
+    assert (held.buffers, held.snapshot) == (0, 3 * 480 // 2)
+    assert held.resident == 480 + 480 + 960
 
 
 def test_fsdp_deals_rows_and_the_first_worker_has_the_largest_part() -> None:
@@ -66,7 +67,7 @@ def test_blocks_that_are_not_resharded_stay_whole() -> None:
 def test_adapters_alone_have_gradients_and_moments() -> None:
     held = held_by(shell(trained=False, precision="bfloat16"), parallel("ddp", 2))
     assert held.parameters == 120 * 2 + 16 * 4
-    assert (held.gradients, held.optimizer, held.buffers) == (64, 128, 64)
+    assert (held.gradients, held.optimizer, held.buffers) == (64, 128, 0)
 
 
 def test_bfloat16_travels_under_fsdp() -> None:

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfi
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.model.load import UNSUPPORTED
+from raytune_ft.model.load import UNSUPPORTED, Precision
 from raytune_ft.model.meta import build
-from raytune_ft.model.probe import Probe
+from raytune_ft.model.probe import Logits, Probe
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
@@ -92,6 +92,47 @@ def test_attention_that_packs_single_rows_only_is_found(tmp_path: Path) -> None:
     reason = Probe(logits, VOCABULARY, "float32", device).against_packing()
     assert reason is not None
     assert "attend across examples" in reason
+
+
+class Noisy:
+    """Logits with the noise of kernels that sum in another order for every shape of a batch."""
+
+    def __init__(self, logits: Logits, size: float) -> None:
+        self._logits, self._size = logits, size
+        self._spread: Tensor | None = None  # of the first call
+
+    def __call__(self, batch: MicroBatch, keep_N: Tensor) -> Tensor:
+        logits_NV = self._logits(batch, keep_N)
+        rows, width = batch.tokens_BS.shape
+        rng = torch.Generator().manual_seed(1000 * rows + width)
+        noise_NV = torch.randn(logits_NV.shape, generator=rng)
+        self._spread = logits_NV.std() if self._spread is None else self._spread
+        return logits_NV + self._size * self._spread * noise_NV
+
+
+def test_noise_of_kernels_is_no_reason_against_packing(tmp_path: Path) -> None:
+    """At its largest it is above the bound of bfloat16."""
+    engine = _engine(make_config(*make_inputs(tmp_path), {"train.precision": "bfloat16"}))
+    device = torch.device("cpu")
+
+    def against(logits: Logits, precision: Precision = "bfloat16") -> str | None:
+        return Probe(logits, VOCABULARY, precision, device).against_packing()
+
+    def leaking(batch: MicroBatch, keep_N: Tensor) -> Tensor:
+        """One row, and so one document: attention and positions go on in the next one."""
+        packed = batch.positions_BS is not None
+        return engine.logits(replace(batch, positions_BS=None) if packed else batch, keep_N)
+
+    def shifted(batch: MicroBatch, keep_N: Tensor) -> Tensor:
+        """Logits of other words where rows are packed."""
+        logits_NV = engine.logits(batch, keep_N)
+        return logits_NV if batch.positions_BS is None else logits_NV + 0.2 * logits_NV.roll(1, 1)
+
+    assert against(Noisy(engine.logits, 0.02)) is None
+    assert "positions in a packed row differ" in str(against(Noisy(engine.logits, 0.02), "float32"))
+    assert "attend across examples" in str(against(Noisy(leaking, 0.02)))
+    assert "positions in a packed row differ" in str(against(Noisy(shifted, 0.02)))
+    assert "positions in a packed row differ" in str(against(Noisy(engine.logits, 0.2)))
 
 
 def test_packing_true_refuses(tmp_path: Path, data: Path) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.strategy.single import Single
 from raytune_ft.train.optim import build_optimizer, learning_rate, total_examples
 from raytune_ft.train.run_state import Schedule
 
@@ -66,3 +69,39 @@ def test_norms_and_biases_do_not_decay() -> None:
     ).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(layer.weight): 0.1, id(layer.bias): 0.0}
+
+
+def test_a_resumed_optimizer_steps_on_the_device_of_its_weights() -> None:
+    """A fused step wants the count of steps there."""
+    strategy = Single(ParallelConfig(), "float32")
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.zeros(3, 2, device="cuda"))
+        strategy.optimizer = build_optimizer({"weight": parameter}, TrainConfig())
+        strategy.start_from(5)
+        parameter.grad = torch.ones_like(parameter)
+        strategy.optimizer.step()
+    state = strategy.optimizer.state[parameter]
+    assert {key: each.device.type for key, each in state.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "cuda"
+    )
+
+
+def test_the_fused_step_is_that_of_plain_adamw() -> None:
+    drawn = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    train = TrainConfig(weight_decay=0.1, adam_beta2=0.99)
+    ours, plain = torch.nn.Parameter(drawn.clone()), torch.nn.Parameter(drawn.clone())
+    fused = build_optimizer({"weight": ours}, train)
+    loop = torch.optim.AdamW(
+        [plain],
+        train.lr,
+        (train.adam_beta1, train.adam_beta2),
+        train.adam_epsilon,
+        weight_decay=0.1,
+        foreach=False,
+    )
+    for _ in range(20):
+        ours.grad, plain.grad = ours.detach().sin(), plain.detach().sin()
+        fused.step()
+        loop.step()
+    assert fused.defaults["fused"]
+    assert (ours - plain).abs().max() < 1e-12

@@ -50,9 +50,15 @@ def _losses(root: Path, objective: str, changes: dict[str, Any], model: str = "d
     """Our loss of some examples, the engine and the data."""
     full = {"method": {"name": "full"}, "data.packing": "auto"}
     engine, data = _built(root, config_of(root, objective, {**full, **changes}, model))
-    loss_sum, count = accumulate_gradients(engine, data.train, SOME)
+    loss_sum, count = _accumulate(engine, data.train, SOME)
     loss = loss_sum / count
     return loss, engine, data
+
+
+def _accumulate(engine: Any, split: Any, indices: Any) -> tuple[float, float]:
+    batches = engine.micro_batches(split, indices)
+    loss_sum, count = accumulate_gradients(engine, split, indices, batches)
+    return loss_sum.item(), count
 
 
 CLASSES: dict[str, dict[str, Any]] = {
@@ -173,13 +179,13 @@ def test_weights_are_those_of_the_rows(root: Path) -> None:
         count += weight * int(keep.sum())
     assert loss == pytest.approx(total / count, abs=1e-6)
     nothing = np.flatnonzero(data.train.columns["weight"][:, 0] == 0)
-    assert accumulate_gradients(engine, data.train, nothing)[0] == 0
+    assert _accumulate(engine, data.train, nothing)[0] == 0
 
 
 def test_rationales_weigh_as_published(root: Path) -> None:
     """(L_label + 0.3 L_rationale) / 1.3, each the mean over its own tokens, of the whole split."""
     _, engine, data = _losses(root, "rationale", {})
-    loss_sum, count = accumulate_gradients(engine, data.train, np.arange(len(data.train)))
+    loss_sum, count = _accumulate(engine, data.train, np.arange(len(data.train)))
     loss = loss_sum / count
     theirs = AutoModelForCausalLM.from_pretrained(root / "decoder").eval()
     sums, counts = np.zeros(2), np.zeros(2)
