@@ -35,7 +35,7 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
 from raytune_ft.files import read_json
 from raytune_ft.layout import MODEL_INDEX
-from raytune_ft.model import hub
+from raytune_ft.model import experts, hub
 from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
 from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
@@ -49,20 +49,27 @@ def set_up(base: nn.Module, precision: str) -> None:
     if precision == "float64":  # fused products of experts have no float64 kernel
         base.set_experts_implementation("eager")  # type: ignore[operator]
     if precision == "bfloat16":
-        _embed_in_bfloat16(base)
+        experts.multiply_in_autocast()
+        _stay_in_bfloat16(base)
 
 
-def _embed_in_bfloat16(model: nn.Module) -> None:
-    """Cast the output of embeddings, which autocast leaves in float32, so that the residual stream
-    has one dtype under every strategy.
+def _stay_in_bfloat16(model: nn.Module) -> None:
+    """Cast what autocast leaves in float32 because weights are: the output of embeddings, and of
+    RMS norms of bfloat16, so that the residual stream has one dtype under every strategy.
     """
 
     def narrow(module: nn.Module, arguments: Any, output: Any) -> Any:
         return output.to(torch.bfloat16) if isinstance(output, torch.Tensor) else output
 
+    def narrow_again(module: nn.Module, arguments: Any, output: Any) -> Any:
+        given = arguments[0].dtype if arguments else None
+        return narrow(module, arguments, output) if given == torch.bfloat16 else output
+
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(narrow)
+        elif type(module).__name__.endswith("RMSNorm"):
+            module.register_forward_hook(narrow_again)
 
 
 def check_backend(method: MethodConfig) -> None:

@@ -97,6 +97,7 @@ def make_plan(
     from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import evaluation_flops, step_flops
     from raytune_ft.estimate.parameters import build_shell
+    from raytune_ft.model.experts import expert_notes
     from raytune_ft.model.lengths import notes_of
     from raytune_ft.model.load import head_notes, load_tokenizer
     from raytune_ft.model.routers import router_notes
@@ -160,6 +161,7 @@ def make_plan(
             *_notes(config, data, shell, planner.exact),
             *notes_of(shell.module.config, data.extent),
             *router_notes(shell.module),
+            *expert_notes(shell.module),
             *head_notes(expanded.model, head),
         ),
     )

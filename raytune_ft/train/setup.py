@@ -30,6 +30,7 @@ from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFaile
 from raytune_ft.layout import CHECKPOINTS
 from raytune_ft.model.attention import attend_by_example
 from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.experts import expert_notes
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
 from raytune_ft.model.hub import teacher_model
@@ -279,7 +280,12 @@ def build_runner(
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
-        notes=(*built.notes, *notes_of(model.config, extent), *router_notes(model)),
+        notes=(
+            *built.notes,
+            *notes_of(model.config, extent),
+            *router_notes(model),
+            *expert_notes(model),
+        ),
         objective=objective or TokenObjective(),
         figures=figures(config.train.objective, config.data.problem, trained=True),
         noise=config.train.neftune_alpha,

@@ -68,6 +68,9 @@ NAMES: dict[str, str] = {
         "module query key value attention_mask dropout scaling is_causal"
     ),
     "transformers.integrations.sdpa_attention.repeat_kv": "hidden_states n_rep",
+    "transformers.integrations.moe.grouped_mm_experts_forward": (
+        "self hidden_states top_k_index top_k_weights"
+    ),
     "transformers.masking_utils.sdpa_mask": "batch_size q_length kv_length",
     "transformers.PreTrainedConfig._attn_implementation": "",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
