@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.estimate.hardware import require_gpu
 from raytune_ft.layout import RESULT
 from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
@@ -111,15 +112,19 @@ def train_worker(payload: dict[str, Any]) -> str:
 
 
 def use_reserved(parallel: ParallelConfig) -> None:
-    """Use the threads and the device that Ray reserved for this worker; loads torch."""
-    resources = parallel.resources_per_worker
-    if not resources.get("GPU", 0):
+    """Use the threads and the device that Ray reserved for this worker; loads torch.
+
+    Raises:
+        ClusterError: a GPU is reserved that torch cannot use.
+    """
+    if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
     import torch
 
     # Ray may set OMP_NUM_THREADS too late: it starts processes before it leases them to a worker.
-    torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
-    if torch.cuda.is_available():
+    torch.set_num_threads(max(1, int(parallel.resources["CPU"])))
+    if parallel.device == "cuda":
+        require_gpu(parallel, f"node {ray.util.get_node_ip_address()}")
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())

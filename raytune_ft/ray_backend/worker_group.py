@@ -103,8 +103,8 @@ def train_group(
     if parallel.elastic:
         size = parallel.min_workers, parallel.max_workers
         os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
-    resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
-    gpu = resources.get("GPU", 0) > 0
+    resources = {key: amount for key, amount in parallel.resources.items() if amount}
+    gpu = parallel.device == "cuda"
     # Ray's own files about the run, which are not read afterwards.
     storage = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
