@@ -21,6 +21,7 @@ from raytune_ft.strategy.base import (
     held_bytes,
     largest,
 )
+from raytune_ft.strategy.numerics import settle
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
 
@@ -47,6 +48,7 @@ class Single:
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
         self.parallel, self.precision = parallel, precision
+        settle()
         self.device = local_device(parallel)
         self.parameters: dict[str, nn.Parameter] = {}
         self.steps = 0

@@ -11,7 +11,7 @@ import torch
 
 from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
-from raytune_ft.errors import Diverged, OutOfMemory, RaytuneFtError, first_line
+from raytune_ft.errors import ConfigError, Diverged, OutOfMemory, RaytuneFtError, first_line
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype, head_notes, own_dtypes
 from raytune_ft.model.meta import BaseFiles, build
@@ -19,6 +19,7 @@ from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy, build_strategy
+from raytune_ft.strategy.numerics import without_algorithm
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
@@ -50,7 +51,10 @@ def run_training(
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others.
     """
-    strategy = build_strategy(strategy_name, spec.config.parallel, spec.config.train.precision)
+    settings = spec.config.train
+    strategy = build_strategy(
+        strategy_name, spec.config.parallel, settings.precision, settings.deterministic
+    )
     try:
         return _train(spec, strategy, reporter, host)
     except (RaytuneFtError, MemoryError, RuntimeError) as error:
@@ -102,6 +106,12 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
     """Errors that are a result of the run; None for bugs and for a lost peer."""
     if isinstance(error, RaytuneFtError):
         return error
+    if (operation := without_algorithm(error)) is not None:
+        return ConfigError(
+            "train.deterministic=true",
+            f"forbids {operation}, which this model uses and which has no deterministic algorithm here",
+            "write train.deterministic: false",
+        )
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if out_of_memory or "can't allocate memory" in str(error):
         return OutOfMemory(first_line(error))
