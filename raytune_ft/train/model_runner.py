@@ -14,7 +14,7 @@ from raytune_ft.config.objectives import Figure, figures
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.attention import Examples
+from raytune_ft.model.attention import Examples, Varlen, segment_inputs
 from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
@@ -57,10 +57,11 @@ class ModelRunner:
     """`wrapped` is `model` as the strategy calls it.
 
     `names` are those of the trained weights in a single process. `by_example`: see
-    `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
-    evaluation. `reading` is how a task head reads its examples, None where the model predicts
-    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
-    `balance` is the router loss of a mixture of experts.
+    `model.attention`; else a mask over the row keeps examples apart. `varlen`: how `by_example` is
+    computed on a GPU. `flash`: transformers' flash attention keeps examples apart. `figures` are
+    those of an evaluation. `reading` is how a task head reads its examples, None where the model
+    predicts tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward
+    pass, and `balance` is the router loss of a mixture of experts.
     """
 
     model: nn.Module
@@ -73,6 +74,8 @@ class ModelRunner:
     micro_tokens: int
     packing: bool
     by_example: bool = False
+    varlen: Varlen | None = None
+    flash: bool = False
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = figures("sft", trained=True)
@@ -96,11 +99,13 @@ class ModelRunner:
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
         inputs: dict[str, Any] = batch.model_inputs()
+        if self.flash:
+            return inputs | segment_inputs(batch)
         if not self.by_example:
             return inputs
         # With a mask that hides nothing, transformers does not look for examples by itself.
         inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
-        return inputs | {"examples": Examples.of(batch)}
+        return inputs | {"examples": Examples.of(batch, self.varlen)}
 
     def watched(self) -> AbstractContextManager[Any]:
         """Inside, `balance` sees the router logits of a forward pass."""

@@ -109,7 +109,7 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
     if (operation := without_algorithm(error)) is not None:
         return ConfigError(
             "train.deterministic=true",
-            f"forbids {operation}, which this model uses and which has no deterministic algorithm here",
+            f"forbids {operation}, which has no deterministic algorithm on this device",
             "write train.deterministic: false",
         )
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)

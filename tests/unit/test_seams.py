@@ -69,6 +69,11 @@ NAMES: dict[str, str] = {
     ),
     "transformers.integrations.sdpa_attention.repeat_kv": "hidden_states n_rep",
     "transformers.masking_utils.sdpa_mask": "batch_size q_length kv_length",
+    "transformers.masking_utils.causal_mask_function": "batch_idx head_idx q_idx kv_idx",
+    "torch.nn.attention.varlen._varlen_attn": "",
+    "torch.nn.attention.varlen.varlen_attn": (
+        "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
+    ),
     "transformers.PreTrainedConfig._attn_implementation": "",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k"
