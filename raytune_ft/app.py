@@ -89,7 +89,7 @@ class Backend:
             from raytune_ft.model.hub import fetch_here
             from raytune_ft.train.run import run_training
 
-            require_gpu(spec.config.parallel, "this machine")
+            require_gpu(spec.config.parallel.resources["GPU"], "this machine")
             fetch_here(spec.config, tell)
             return run_training(spec, choose_strategy(spec.config)[0], reporter)
         from raytune_ft.ray_backend.run_handle import fit

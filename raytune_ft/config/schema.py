@@ -138,10 +138,11 @@ class ParallelConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="restarts from the last checkpoint after a lost worker"
     )
-    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        1800.0,
+    hang_timeout_s: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
         description="a group of workers without progress for this long is restarted, and the log "
-        "says what each worker was doing",
+        "says what each worker was doing; auto is 1800, and from the third step or evaluation 20 "
+        "times the longest silence in those seen, of 300 to 1800",
     )
     wait_for_nodes: Literal["auto"] | Annotated[float, Field(ge=0)] | str = Field(
         "auto",

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError
 
 GIB = 2**30
@@ -134,13 +133,13 @@ def visible_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def require_gpu(parallel: ParallelConfig, where: str) -> None:
-    """Refuses to compute on the CPU where a GPU is asked for. Raises ClusterError."""
+def require_gpu(gpus: float, where: str) -> None:
+    """Refuses to compute on the CPU where a worker has `gpus` GPUs. Raises ClusterError."""
     import torch
 
-    if parallel.device == "cuda" and not torch.cuda.is_available():
+    if gpus > 0 and not torch.cuda.is_available():
         raise ClusterError(
-            f"parallel.resources_per_worker.GPU={parallel.resources['GPU']:g}",
+            f"parallel.resources_per_worker.GPU={gpus:g}",
             f"and torch {torch.__version__} sees no GPU on {where}",
             "install the build of torch for its driver, or write GPU: 0",
         )
