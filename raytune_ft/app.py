@@ -85,9 +85,11 @@ class Backend:
     def train(self, spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
         """Trains one run: in this process, or on a worker group of Ray. `reason`: why so."""
         if not needs_ray(spec.config):
+            from raytune_ft.estimate.hardware import require_gpu
             from raytune_ft.model.hub import fetch_here
             from raytune_ft.train.run import run_training
 
+            require_gpu(spec.config.parallel.resources["GPU"], "this machine")
             fetch_here(spec.config, tell)
             return run_training(spec, choose_strategy(spec.config)[0], reporter)
         from raytune_ft.ray_backend.run_handle import fit
@@ -132,7 +134,7 @@ def train(
     backend = backend or Backend()
     written = load_config(file, overrides, tell, ignore_search=True)
     with (
-        placed(written, usable) as (config, reason),
+        placed(written, usable, tell) as (config, reason),
         open_run(config, resume, Wait(wait_s, tell), partial(_mirrored, config, tell)) as run,
     ):
         config = _with_saved_strategy(written, config, run)
@@ -174,7 +176,7 @@ def sweep(
             str(file), "has no search section", "write one, or use `raytune-ft train`"
         )
     with (
-        placed(written, usable) as (config, _),
+        placed(written, usable, tell) as (config, _),
         open_run(config, resume, Wait(wait_s, tell), partial(_mirrored, config, tell)) as run,
     ):
         config = _with_saved_strategy(written, config, run)
@@ -234,7 +236,7 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
 
     Raises InputError, RunFailed or Interrupted.
     """
-    with placed(load_config(file, overrides, tell)) as (config, _):
+    with placed(load_config(file, overrides, tell), None, tell) as (config, _):
         config, storage = expand_env(config), run_path(config).parent
         probe_storage(storage)
         from raytune_ft.evaluate.evaluate import evaluate_directory
@@ -254,9 +256,9 @@ def _workers(folder: Path, tell: Tell, config: Config) -> Workers:
         from raytune_ft.ray_backend.call import WorkerGroups
 
         return WorkerGroups(config, folder, tell)
-    from raytune_ft.evaluate.workers import HERE
+    from raytune_ft.evaluate.workers import ThisProcess
 
-    return HERE
+    return ThisProcess(config.parallel)
 
 
 def _with_saved_strategy(written: Config, config: Config, run: OpenRun) -> Config:

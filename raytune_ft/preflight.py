@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
-from raytune_ft.config.load import choose_strategy, expand_env, memory_decides
+from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config, str]]:
-    """The resolved config, and the reason for its strategy.
+def placed(
+    written: Config, usable: int | None = None, tell: Tell = lambda line: None
+) -> Iterator[tuple[Config, str]]:
+    """The resolved config, and the reason for its strategy. Tells first where workers compute.
 
     Where there is a cluster, this process joins it for as long as the context lasts: the
-    cluster decides whether there are several nodes and how much memory a worker has. `usable`
-    (bytes) replaces the measured memory of a worker.
+    cluster decides whether workers have GPUs, whether there are several nodes and how much memory
+    a worker has. `usable` (bytes) replaces the measured memory of a worker.
     """
     with ExitStack() as stack:
         several = False
@@ -35,9 +37,42 @@ def placed(written: Config, usable: int | None = None) -> Iterator[tuple[Config,
 
             stack.enter_context(connected())
             several = node_count() > 1 or autoscaler_runs()
+        written, devices = on_devices(written, joined)
+        tell(devices)
         shortage = _shortage(written, joined, usable)
         config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
         yield config, choose_strategy(written, shortage)[1]
+
+
+def on_devices(written: Config, joined: bool) -> tuple[Config, str]:
+    """The config with concrete `resources_per_worker`, and a line that says where workers compute.
+
+    `joined`: this process is part of a cluster, whose nodes count, and not this machine.
+    """
+    asked = written.parallel.resources_per_worker
+    if isinstance(asked, dict) and "GPU" in asked:
+        why, gpu = f"parallel.resources_per_worker.GPU={asked['GPU']:g}", False
+    elif written.parallel.accelerator is not None:
+        why, gpu = f"parallel.accelerator={written.parallel.accelerator}", True
+    else:
+        found = _gpus(written, joined)
+        where = "the nodes that suit have" if joined else "this machine has"
+        why, gpu = f"{where} {found or 'none'}", found > 0
+    config = with_resources(written, gpu)
+    gpus = config.parallel.resources["GPU"]
+    if not gpus:
+        return config, f"workers compute on CPUs: {why}"
+    return config, f"each worker computes on {'a' if gpus == 1 else f'{gpus:g} of a'} GPU: {why}"
+
+
+def _gpus(written: Config, joined: bool) -> int:
+    if joined:
+        from raytune_ft.ray_backend.cluster import gpu_count
+
+        return gpu_count(written.parallel)
+    from raytune_ft.estimate.hardware import visible_gpus
+
+    return visible_gpus()
 
 
 def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
@@ -55,7 +90,7 @@ def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
 
         usable = cluster_worker_memory(parallel)
     elif usable is None:
-        usable = worker_memory(parallel.max_workers, parallel.resources_per_worker.get("GPU", 0.0))
+        usable = worker_memory(parallel.max_workers, parallel.resources["GPU"])
     return shortage(expand_env(written), usable)
 
 

@@ -21,6 +21,7 @@ OF_THE_ENGINE = (
     "model",
     "data",
     "train.precision",
+    "train.deterministic",
     "train.micro_tokens",
     "train.objective",
     *(f"train.{key}" for key in SHARED_KEYS),

@@ -22,6 +22,7 @@ FREE = (
     "parallel",
     "checkpoint",
     "data.packing",
+    "train.deterministic",
     "train.micro_tokens",
     "train.kd.cache",
     "train.kd.cache_limit_gib",

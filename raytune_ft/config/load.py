@@ -112,6 +112,16 @@ def choose_strategy(config: Config, shortage: str | None = None) -> tuple[str, s
     return REPLICATED, f"the base is frozen: {workers} workers each hold it and share gradients"
 
 
+def with_resources(config: Config, gpu: bool) -> Config:
+    """A copy in which what a worker reserves is concrete; raises ConfigError where a rule forbids
+    it. `gpu`: the cluster, or else this machine, has a GPU.
+    """
+    gpu = gpu or config.parallel.accelerator is not None
+    written = config.parallel.resources_per_worker
+    found = {"CPU": 1.0, "GPU": float(gpu)} | (written if isinstance(written, dict) else {})
+    return apply_overrides(config, {"parallel.resources_per_worker": found})
+
+
 def memory_decides(config: Config) -> bool:
     """Whether `auto` depends on whether the base fits on a worker."""
     parallel, method = config.parallel, METHODS[config.method.name]

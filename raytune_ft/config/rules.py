@@ -136,6 +136,7 @@ def _refuse_both(sources: list[MixedSource]) -> None:
 
 
 MAX_SEED = 2**32 - 1
+_RESOURCES = "parallel.resources_per_worker"
 
 
 def check(config: Config) -> None:
@@ -176,16 +177,7 @@ def _check_layout(config: Config) -> None:
     if isinstance(parallel.wait_for_nodes, str) and parallel.wait_for_nodes != "auto":
         duration_s(parallel.wait_for_nodes, "parallel.wait_for_nodes")
     _check_precision(config)
-    for name, amount in parallel.resources_per_worker.items():
-        key = f"parallel.resources_per_worker.{name}"
-        if amount < 0:
-            raise ConfigError(f"{key}={amount:g}", "is below 0", "write 0 or more")
-    if parallel.resources_per_worker.get("CPU", 0) <= 0:
-        raise ConfigError(
-            f"parallel.resources_per_worker={shown_value(parallel.resources_per_worker)}",
-            "gives a worker no CPU",
-            "write for example {CPU: 1, GPU: 0}",
-        )
+    _check_resources(parallel)
     for label, value in parallel.label_selector.items():
         if not _SELECTED.fullmatch(value):
             raise ConfigError(
@@ -193,6 +185,27 @@ def _check_layout(config: Config) -> None:
                 "holds a value that no label has",
                 "write a text such as spot, !spot, in(spot, on-demand) or !in(spot, on-demand)",
             )
+
+
+def _check_resources(parallel: ParallelConfig) -> None:
+    for name, amount in parallel.resources.items():
+        if amount < 0:
+            raise ConfigError(f"{_RESOURCES}.{name}={amount:g}", "is below 0", "write 0 or more")
+    cpus, gpus = parallel.resources["CPU"], parallel.resources["GPU"]
+    if cpus == 0:
+        raise ConfigError(f"{_RESOURCES}.CPU=0", "gives a worker no CPU", "write 1 or more")
+    if gpus > 1:
+        raise ConfigError(
+            f"{_RESOURCES}.GPU={gpus:g}",
+            "is more than a worker uses: each computes on one GPU",
+            "write GPU: 1, and as many parallel.workers as a run is to have GPUs",
+        )
+    if 0 < gpus < 1 and parallel.max_workers > 1:
+        raise ConfigError(
+            f"{_RESOURCES}.GPU={gpus:g}",
+            f"puts several of parallel.workers={parallel.workers} on one GPU, which NCCL refuses",
+            "write GPU: 1, or parallel.workers: 1",
+        )
 
 
 def _check_strategy(parallel: ParallelConfig) -> None:

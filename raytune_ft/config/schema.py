@@ -85,9 +85,11 @@ class ParallelConfig(Section):
         description="Ray Train workers of one run or trial; [min, max] goes on with the workers "
         "that are left when a node is lost",
     )
-    resources_per_worker: dict[str, float] = Field(
-        default_factory=lambda: {"CPU": 1.0, "GPU": 0.0},
-        description="what Ray reserves for each worker; CPU is also its number of threads",
+    resources_per_worker: Literal["auto"] | dict[str, float] = Field(
+        "auto",
+        description="what Ray reserves for each worker; CPU is also its number of threads. auto, "
+        "and what a mapping leaves out: CPU 1, and GPU 1 where the cluster or this machine has "
+        "any or accelerator is written, else 0",
     )
     accelerator: str | None = Field(
         None,
@@ -136,10 +138,11 @@ class ParallelConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="restarts from the last checkpoint after a lost worker"
     )
-    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        1800.0,
+    hang_timeout_s: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
         description="a group of workers without progress for this long is restarted, and the log "
-        "says what each worker was doing",
+        "says what each worker was doing; auto is 1800, and from the third step or evaluation 20 "
+        "times the longest silence in those seen, of 300 to 1800",
     )
     wait_for_nodes: Literal["auto"] | Annotated[float, Field(ge=0)] | str = Field(
         "auto",
@@ -157,6 +160,17 @@ class ParallelConfig(Section):
     def max_workers(self) -> int:
         """The workers that a run asks for."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker; without a GPU where `auto` is not resolved yet."""
+        written = self.resources_per_worker
+        return {"CPU": 1.0, "GPU": 0.0} | (written if isinstance(written, dict) else {})
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where workers compute."""
+        return "cuda" if self.resources["GPU"] > 0 else "cpu"
 
     @property
     def elastic(self) -> bool:

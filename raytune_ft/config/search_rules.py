@@ -97,7 +97,9 @@ def check_budget(config: Config) -> None:
         return
     if budget.wall_s is not None:
         duration_s(budget.wall_s)
-    if budget.gpu_hours is not None and not config.parallel.resources_per_worker.get("GPU"):
+    written = config.parallel.resources_per_worker
+    none = isinstance(written, dict) and written.get("GPU") == 0
+    if budget.gpu_hours is not None and none:
         raise ConfigError(
             f"search.budget.gpu_hours={budget.gpu_hours:g}",
             "counts GPUs, and parallel.resources_per_worker has none",

@@ -76,6 +76,11 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "float64"] = Field(
         "bfloat16", description="compute precision; float64 is for verification"
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, the same layout gives the same bits: algorithms that do so alone, "
+        "which are slower; a CPU does so without it",
+    )
     micro_tokens: Literal["auto"] | Positive = Field(
         "auto", description="tokens of one forward pass on one worker, padding included"
     )

@@ -21,6 +21,7 @@ from raytune_ft.doctor.checks import CHECKS, Check, Subject
 from raytune_ft.doctor.findings import ALL, NO_ANSWER, Row
 from raytune_ft.errors import DefectsFound, first_line
 from raytune_ft.format import seconds
+from raytune_ft.preflight import on_devices
 from raytune_ft.records import Tell
 
 HERE = "this machine"
@@ -82,7 +83,11 @@ def doctor(
         # As a run resolves it, which refuses a directory that the other nodes do not see.
         several = len(site.nodes) + len(site.lost) > 1
         disposable = several or in_ray_job()
-        config = resolve(written, disposable_cwd=disposable) if written else None
+        config = None
+        if written is not None:
+            written, devices = on_devices(written, joined=address is not None)
+            tell(devices)
+            config = resolve(written, disposable_cwd=disposable)
         subject = Subject(site, config, insecure, stack.enter_context(ExitStack()))
         return examine(subject, tell)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raytune_ft.errors import ConfigError
+from raytune_ft.errors import ClusterError, ConfigError
 
 GIB = 2**30
 USABLE = 0.94
@@ -27,6 +27,8 @@ ACHIEVED = 0.4
 """Share of the peak rate: Llama 3 was trained at 38 to 43 % (arXiv 2407.21783, table 4)."""
 BESIDE_PRODUCTS = 0.6
 """Share of the rate of a matrix product, since norms, activations and masks take time too."""
+DRIVER_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
+"""Files in /dev of the drivers of NVIDIA, of AMD, and of both under Windows."""
 PROCESS = {"cpu": int(0.6 * GIB), "cuda": 0}
 """A worker's host memory before it holds a model: Python, torch, transformers."""
 
@@ -84,19 +86,13 @@ class Hardware:
 
     def shared(self, gpus: float) -> Hardware:
         """The hardware of workers that share an accelerator, as with `GPU: 0.5`."""
-        part = gpu_part(gpus)
         return replace(
             self,
-            memory=None if self.memory is None else int(self.memory * part),
-            usable=None if self.usable is None else int(self.usable * part),
-            tflops=self.tflops * part,
-            bandwidth=self.bandwidth * part,
+            memory=None if self.memory is None else int(self.memory * gpus),
+            usable=None if self.usable is None else int(self.usable * gpus),
+            tflops=self.tflops * gpus,
+            bandwidth=self.bandwidth * gpus,
         )
-
-
-def gpu_part(gpus: float) -> float:
-    """The share of an accelerator that a worker uses, which is at most one."""
-    return min(1.0, gpus)
 
 
 def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
@@ -126,6 +122,27 @@ def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
         network=one.network,
         source=f"{one.source}; {ACHIEVED:.0%} of its peak",
     )
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine that torch can use. Torch is loaded only where a driver has devices."""
+    if not any(found for kind in DRIVER_DEVICES for found in Path("/dev").glob(kind)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def require_gpu(gpus: float, where: str) -> None:
+    """Refuses to compute on the CPU where a worker has `gpus` GPUs. Raises ClusterError."""
+    import torch
+
+    if gpus > 0 and not torch.cuda.is_available():
+        raise ClusterError(
+            f"parallel.resources_per_worker.GPU={gpus:g}",
+            f"and torch {torch.__version__} sees no GPU on {where}",
+            "install the build of torch for its driver, or write GPU: 0",
+        )
 
 
 def machine(workers: int, resources_per_worker: Mapping[str, float], precision: str) -> Hardware:
@@ -191,7 +208,7 @@ def worker_memory(workers: int, gpus: float) -> int | None:
 
     if not torch.cuda.is_available():
         return None
-    return int(torch.cuda.get_device_properties(0).total_memory * USABLE * gpu_part(gpus))
+    return int(torch.cuda.get_device_properties(0).total_memory * USABLE * gpus)
 
 
 def machine_memory() -> int:

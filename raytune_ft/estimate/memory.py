@@ -58,8 +58,7 @@ def micro_tokens(config: Config, device: str) -> int:
 def steps_in_a_pass(config: Config, length: float) -> int:
     """How many steps on examples of this mean length fill one pass of all workers; at least 1."""
     parallel = config.parallel
-    device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
-    room = micro_tokens(config, device) * parallel.max_workers
+    room = micro_tokens(config, parallel.device) * parallel.max_workers
     return max(1, int(room // (length * config.train.batch_size)))
 
 
@@ -141,7 +140,7 @@ def shortage(config: Config, usable: int | None) -> str | None:
     if usable is None:
         return None
     parallel = config.parallel
-    device = "cuda" if parallel.resources_per_worker.get("GPU", 0) > 0 else "cpu"
+    device = parallel.device
     shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
     work = work_at_most(config, parallel.max_workers, device)
     plain = parallel.model_copy(update={"strategy": REPLICATED})

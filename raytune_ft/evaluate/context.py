@@ -95,7 +95,8 @@ class Subject:
         # Other backends cannot run methods that work on activations, nor a model in parts. All
         # ranks that hold one continue the same prompts, and so call it equally often.
         own = unfoldable(Path(self.model.path)) is not None or self.strategy.world_size > 1
-        generate = BACKENDS["transformers" if own else choose_backend(wanted)]
+        off = wanted == "auto" and self.strategy.device.type == "cpu"
+        generate = BACKENDS["transformers" if own or off else choose_backend(wanted)]
         eos = self.tokenizer.eos_token_id
         ends = self.ends if self.ends is not None else [eos] if isinstance(eos, int) else []
         ids = [prompt.ids for prompt in prompts]

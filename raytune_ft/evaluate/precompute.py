@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.data.report import DataReport
@@ -112,7 +112,7 @@ def taught(
 def _write_logits(config: Config, data_dir: Path, path: Path, width: int, tell: Tell) -> bool:
     """Let the teacher run over these data. Whether no logit was rounded. Raises OutOfMemory."""
     precision, train = config.train.precision, open_prepared(data_dir).train
-    runner = teacher_runner(config, Single(ParallelConfig(), precision))
+    runner = teacher_runner(config, Single(config.parallel, precision))
     try:
         return write_logits(path, train, width, precision, _parts(runner, train, tell))
     except torch.OutOfMemoryError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raytune_ft.config.schema import ParallelConfig
@@ -39,8 +40,11 @@ class Workers(Protocol):
         """The results of `measure` for the arguments, in order."""
 
 
+@dataclass(frozen=True)
 class ThisProcess:
-    """One call after another, here."""
+    """One call after another, here, on the device that `parallel` allows."""
+
+    parallel: ParallelConfig
 
     def alone(
         self,
@@ -51,17 +55,18 @@ class ThisProcess:
     ) -> T:
         if measure is None:
             return function(*arguments, tell=tell)
-        return function(*arguments, tell=tell, measure=lambda one: measure(one, whole()))
+        strategy = whole(self.parallel)
+        return function(*arguments, tell=tell, measure=lambda one: measure(one, strategy))
 
     def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
-        return [measure(argument, whole()) for argument in arguments]
+        return [measure(argument, whole(self.parallel)) for argument in arguments]
 
 
-HERE = ThisProcess()
+HERE = ThisProcess(ParallelConfig())
 
 
-def whole() -> Strategy:
+def whole(parallel: ParallelConfig | None = None) -> Strategy:
     """The strategy of one process; precision does not matter, since models keep their dtype."""
     from raytune_ft.strategy.single import Single
 
-    return Single(ParallelConfig(), "float32")
+    return Single(parallel or ParallelConfig(), "float32")

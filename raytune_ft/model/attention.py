@@ -1,8 +1,10 @@
 """Attention inside each example of a packed row.
 
 With a mask over a packed row, scores would be computed for the whole row and most of them dropped.
-Here the tokens of each example are gathered from their row, attend, and are put back. transformers
-passes `examples` to the attention of every layer (its `AttentionInterface`).
+Here the tokens of each example are gathered from their row, attend, and are put back; or, on a GPU
+in bfloat16, torch's kernel for sequences of different lengths takes the rows as they are, which
+needs no gathers and no plan for each new shape. transformers passes `examples` to the attention of
+every layer (its `AttentionInterface`).
 
 Shapes: B rows of S tokens, H heads of D numbers, E examples of at most L tokens, T tokens of all
 of them with their padding, N = E * H.
@@ -11,27 +13,60 @@ of them with their padding, N = E * H.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from raytune_ft.data.batch import MicroBatch, Move
 from raytune_ft.model.methods.hooks import attached
 
-NAME = "by_example"
+NAME, FLASH = "by_example", "flash_attention_2"
 MIN_LENGTH = 32
 """Examples up to this length form one group; longer ones are grouped by powers of two."""
 MAX_HEAD, MAX_LENGTH = 32, 1024
 """Head size and length up to which `CausalBlocks` is faster on a CPU than torch's kernel, and needs
 little memory."""
 BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Segments:
+    """All tokens of the rows, cut into examples and the padding between them.
+
+    starts_M: where each segment begins among the B * S tokens, and at last B * S; int32.
+    longest: tokens of the longest one.
+    """
+
+    starts_M: Tensor
+    longest: int
+
+    def moved(self, move: Move) -> Segments:
+        """The same, with its tensor given to `move`."""
+        return replace(self, starts_M=move(self.starts_M))
+
+    @staticmethod
+    def of(batch: MicroBatch) -> Segments:
+        """The segments of `batch`, on its device."""
+        rows, width = batch.tokens_BS.shape
+        own = {span.row * width + at for span in batch.spans for at in (span.start, span.stop)}
+        starts = np.array(sorted(own | set(range(0, rows * width + 1, width))), np.int32)
+        longest = int(np.diff(starts).max())
+        return Segments(torch.from_numpy(starts).to(batch.tokens_BS.device), longest)
+
+
+@dataclass
+class Varlen:
+    """That attention goes through `varlen_attn`; `refused` says why a layer did not, if one did."""
+
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,26 +79,34 @@ class Examples:
     places_BS: the index among the T gathered tokens of each token, T for padding; None where every
         row is one example.
     owners_BS: the number of each token's example.
+    segments: where given, the two above are not, and layers that cannot take them note that in
+        `varlen` and use a mask.
     """
 
     tokens_EL: tuple[Tensor, ...]
     places_BS: Tensor | None
     owners_BS: Tensor
+    segments: Segments | None = None
+    varlen: Varlen | None = None
 
     def moved(self, move: Move) -> Examples:
         """The same, with each of its tensors given to `move`."""
-        places_BS = self.places_BS
-        return Examples(
-            tuple(map(move, self.tokens_EL)),
-            None if places_BS is None else move(places_BS),
-            move(self.owners_BS),
+        places_BS, segments = self.places_BS, self.segments
+        return replace(
+            self,
+            tokens_EL=tuple(map(move, self.tokens_EL)),
+            places_BS=None if places_BS is None else move(places_BS),
+            owners_BS=move(self.owners_BS),
+            segments=None if segments is None else segments.moved(move),
         )
 
     @staticmethod
-    def of(batch: MicroBatch) -> Examples:
-        """The examples of `batch`, on its device."""
+    def of(batch: MicroBatch, varlen: Varlen | None = None) -> Examples:
+        """The examples of `batch`, on its device; with `varlen` as segments."""
         rows, width = batch.tokens_BS.shape
         owners_BS = batch.owners_BS()
+        if varlen is not None:
+            return Examples((), None, owners_BS, Segments.of(batch), varlen)
         if batch.positions_BS is None:
             return Examples((), None, owners_BS)
         device = batch.tokens_BS.device
@@ -104,13 +147,28 @@ def attention(
     Without `examples` this is transformers' `sdpa`.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if examples is not None and causal and attention_mask is None:
-        heads = query, key, value
+    heads = query, key, value
+    if examples is not None and examples.segments is not None:
+        assert examples.varlen is not None
+        window = getattr(attention_mask, WINDOW, None)
+        masked = not causal or (attention_mask is not None and window is None)
+        reason = _not_for_varlen(heads, dropout)
+        if reason is None and not masked:
+            return _in_segments(module, heads, examples.segments, scaling, window), None
+        examples.varlen.refused = reason or examples.varlen.refused
+        if causal and attention_mask is None:
+            length = query.shape[2]
+            ones_SS = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            attention_mask = ones_SS.tril()[None, None]
+    elif examples is not None and causal and attention_mask is None:
         if examples.places_BS is not None:
             return _in_groups(module, heads, examples, dropout, scaling), None
         # Every row is one example, and no token attends to the padding after it.
         return _causal(module, heads, dropout, scaling).transpose(1, 2), None
-    if examples is not None and (examples.places_BS is not None or not causal):
+    packed = examples is not None and (
+        examples.places_BS is not None or examples.segments is not None
+    )
+    if examples is not None and (packed or not causal):
         owners_BS = examples.owners_BS
         same_B1SS = (owners_BS[:, :, None] == owners_BS[:, None, :]).unsqueeze(1)
         attention_mask = _both(same_B1SS, attention_mask)
@@ -132,15 +190,41 @@ def all_seen(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.ones((), dtype=torch.bool, device=device).expand(shape)
 
 
-def _mask(*arguments: Any, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
-    """transformers' `sdpa_mask`, which asks the device whether a mask hides anything."""
+WINDOW = "window_tokens"
+"""The attribute of a mask that shows each token this many tokens, itself the last of them."""
+
+
+def mask(
+    mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **named: Any
+) -> Tensor | None:
+    """transformers' mask for `sdpa`, which would ask the device whether that of `all_seen` hides
+    anything; that of a sliding window says how wide this is.
+    """
     if attention_mask is not None and not any(attention_mask.stride()):
         attention_mask = None
-    return sdpa_mask(*arguments, attention_mask=attention_mask, **named)
+    found = sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **named)
+    size = named.get("local_size")
+    if found is not None and size is not None and _is_window(mask_function, size):
+        setattr(found, WINDOW, size)
+    return found
+
+
+def _is_window(mask_function: Any, size: int) -> bool:
+    """Whether each token attends to itself and the `size - 1` tokens before it; tried around the
+    first edges of the window. A function of more than the indices, such as one for chunks, is none.
+    """
+    query_Q1 = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size, 3 * size + 1])[:, None]
+    key_K = torch.arange(3 * size + 2)
+    none = torch.zeros((), dtype=torch.int64)
+    try:
+        found_QK = mask_function(none, none, query_Q1, key_K)
+    except (RuntimeError, IndexError, TypeError):
+        return False
+    return torch.equal(found_QK, (key_K <= query_Q1) & (key_K > query_Q1 - size))
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, mask)
 
 
 def attend_by_example(model: nn.Module, wanted: bool) -> bool:
@@ -154,17 +238,38 @@ def attend_by_example(model: nn.Module, wanted: bool) -> bool:
     if not wanted:
         base.set_attn_implementation("sdpa")
         return False
-    named = inspect.signature(type(base).forward).parameters.values()
-    method = attached(model)
-    can = (
-        (method is None or method.by_example)
-        and base.config._attn_implementation == "sdpa"
-        and not getattr(base.config.get_text_config(), "output_router_logits", False)
-        and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in named)
-    )
+    can = _passes_on(model, base) and base.config._attn_implementation == "sdpa"
     if can:
         base.set_attn_implementation(NAME)
     return can
+
+
+def takes_segments(model: nn.Module) -> bool:
+    """Whether transformers' flash attention can be given the segments of packed rows."""
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return _passes_on(model, base) and base.config._attn_implementation == FLASH
+
+
+def segment_inputs(batch: MicroBatch) -> dict[str, Any]:
+    """The keyword arguments by which transformers' flash attention keeps examples apart, in any
+    number of rows; from positions it would do so in a single row only.
+    """
+    segments = Segments.of(batch)
+    starts_M, longest = segments.starts_M, segments.longest
+    starts = {"cu_seq_lens_q": starts_M, "cu_seq_lens_k": starts_M}
+    return {"attention_mask": None, **starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def _passes_on(model: nn.Module, base: Any) -> bool:
+    """Whether further arguments of the forward reach attention and are all that it needs."""
+    named = inspect.signature(type(base).forward).parameters.values()
+    method = attached(model)
+    return (
+        (method is None or method.by_example)
+        and not getattr(base.config.get_text_config(), "output_router_logits", False)
+        and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in named)
+    )
 
 
 def _in_groups(
@@ -187,6 +292,58 @@ def _in_groups(
     out_THD = torch.cat([*attended, attended[0].new_zeros(1, *attended[0].shape[1:])])
     out_PHD = out_THD.index_select(0, examples.places_BS.view(-1))
     return out_PHD.unflatten(0, examples.places_BS.shape)
+
+
+MAX_VARLEN_HEAD = 256
+"""Head size up to which flash attention has a backward."""
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Whether `varlen_attn` has a kernel on this device."""
+    ours = device.type == "cuda" and torch.version.hip is None
+    return ours and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _not_for_varlen(heads: tuple[Tensor, Tensor, Tensor], dropout: float) -> str | None:
+    """Why the kernel does not take these heads, None where it does."""
+    size, dtype = heads[0].shape[-1], _computed_in(heads[0])
+    if dtype != torch.bfloat16:
+        return f"heads are in {dtype}"
+    if any(each.shape[-1] != size for each in heads) or size % 8 or size > MAX_VARLEN_HEAD:
+        return f"heads have {', '.join(str(each.shape[-1]) for each in heads)} numbers"
+    return "attention has dropout" if dropout else None
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """What autocast, which does not know `varlen_attn`, would make of it before attention."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def _in_segments(
+    module: nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """`[B, S, H, D]`; padding attends to padding. `window`: as of `mask`."""
+    dtype = _computed_in(heads[0])
+    query, key, value = (each.transpose(1, 2).flatten(0, 1).to(dtype) for each in heads)
+    out_THD = varlen_attn(
+        query,
+        key,
+        value,
+        segments.starts_M,
+        segments.starts_M,
+        segments.longest,
+        segments.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=getattr(module, "num_key_value_groups", 1) > 1,
+    )
+    assert isinstance(out_THD, Tensor)
+    return out_THD.unflatten(0, (heads[0].shape[0], heads[0].shape[2]))
 
 
 def _causal(

@@ -57,7 +57,7 @@ def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManag
 def _is_expensive(operator: Any) -> bool:
     """Whether it is a matrix product or attention."""
     name = operator.name().removeprefix("aten::").partition(".")[0]
-    return name in _PRODUCTS or "scaled_dot_product" in name
+    return name in _PRODUCTS or "scaled_dot_product" in name or name == "torch_attn::_varlen_attn"
 
 
 class _Keep(TorchDispatchMode):

@@ -160,9 +160,10 @@ def same_of_one(
     precision: Precision,
     device: torch.device,
     virtual: int = 0,
+    length: int = LENGTHS[0],
 ) -> bool:
-    """Whether two ways to call a model give the same output for one document."""
-    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
+    """Whether two ways to call a model give the same output for one document of that length."""
+    document = np.random.default_rng(0).integers(0, vocabulary, length).astype(np.int32)
     split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
     batch = collate(split, [0], ((0,),), 0, device, virtual)
     a, b = one(batch), other(batch)

@@ -88,7 +88,7 @@ def make_plan(
     per_node = _per_node(loaded, asked)
     written = on_hardware(loaded, asked)
     usable = _usable(written, asked)
-    with placed(written, usable) as (config, reason):
+    with placed(written, usable, tell) as (config, reason):
         probe_storage(run_path(config).parent)
         room = _room(config, asked)
     expanded = expand_env(config)
@@ -171,7 +171,7 @@ def on_hardware(config: Config, asked: Asked) -> Config:
     """The config with the workers that the command line names."""
     changes: dict[str, object] = {}
     if asked.accelerator is not None:
-        resources = {**config.parallel.resources_per_worker, "GPU": 1.0}
+        resources = {**config.parallel.resources, "GPU": 1.0}
         changes["parallel.resources_per_worker"] = resources
     if asked.nodes is not None or asked.per_node is not None:
         changes["parallel.workers"] = (asked.nodes or 1) * _per_node(config, asked)
@@ -211,7 +211,7 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
     """
     from raytune_ft.estimate.hardware import machine, named
 
-    resources, precision = config.parallel.resources_per_worker, config.train.precision
+    resources, precision = config.parallel.resources, config.train.precision
     nodes = asked.nodes or -(-config.parallel.max_workers // per_node)
     if room is not None and asked.nodes is None and asked.per_node is None:
         nodes, per_node = room.nodes, room.per_node

@@ -66,7 +66,7 @@ class Demand:
     def __init__(
         self, parallel: ParallelConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        need = {name: amount for name, amount in parallel.resources_per_worker.items() if amount}
+        need = {name: amount for name, amount in parallel.resources.items() if amount}
         if parallel.accelerator is not None:
             need[TYPE + parallel.accelerator] = 0.001  # as Ray marks it
         self._group = [need] * parallel.max_workers

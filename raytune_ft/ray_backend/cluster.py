@@ -18,7 +18,7 @@ from ray._private import ray_constants
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError, first_line
-from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE, gpu_part
+from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE
 from raytune_ft.ray_backend.placement import TYPE, Node, alive_nodes, suitable_nodes
 
 
@@ -35,10 +35,10 @@ class Room:
 def cluster_room(parallel: ParallelConfig) -> Room:
     """What the workers of a run get, as Ray would place them; raises as `suitable_nodes` does."""
     nodes = [node.resources for node in suitable_nodes(parallel)]
-    resources_per_worker, workers = parallel.resources_per_worker, parallel.max_workers
+    resources_per_worker, workers = parallel.resources, parallel.max_workers
     usable = least_memory(nodes, resources_per_worker)
     accelerator = None
-    if resources_per_worker.get("GPU", 0.0) > 0:
+    if parallel.device == "cuda":
         accelerator = _least_accelerator(nodes, resources_per_worker)
     if parallel.placement.endswith("SPREAD"):
         taken = min(workers, len(worker_nodes(parallel))) or 1
@@ -62,13 +62,18 @@ def packed(
     return taken, -(-workers // taken)
 
 
+def gpu_count(parallel: ParallelConfig) -> int:
+    """The GPUs of the suitable nodes; raises as `suitable_nodes` does."""
+    return int(sum(node.resources.get("GPU", 0.0) for node in suitable_nodes(parallel)))
+
+
 def cluster_worker_memory(parallel: ParallelConfig) -> int | None:
     """The least bytes that a worker has on a node that can hold one; None where unknown.
 
     Raises as `suitable_nodes` does.
     """
     nodes = [node.resources for node in suitable_nodes(parallel)]
-    return least_memory(nodes, parallel.resources_per_worker)
+    return least_memory(nodes, parallel.resources)
 
 
 def least_memory(
@@ -103,7 +108,7 @@ def _least_accelerator(
 
 def _accelerator_memory(node: Mapping[str, float], gpus: float) -> int | None:
     name = _accelerator(node)
-    return None if name is None else int(ACCELERATORS[name].memory * GIB * USABLE * gpu_part(gpus))
+    return None if name is None else int(ACCELERATORS[name].memory * GIB * USABLE * gpus)
 
 
 def _accelerator(node: Mapping[str, float]) -> str | None:
@@ -372,7 +377,7 @@ def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> in
             `suitable_nodes`.
     """
     nodes = [node.resources for node in suitable_nodes(parallel)] if nodes is None else nodes
-    resources, workers = parallel.resources_per_worker, parallel.min_workers
+    resources, workers = parallel.resources, parallel.min_workers
     groups = whole_groups(nodes, resources, parallel.max_workers, parallel.placement)
     if groups > 0:
         return groups
@@ -407,7 +412,7 @@ def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> in
 def worker_nodes(parallel: ParallelConfig) -> list[Node]:
     """The suitable nodes that can hold a worker; raises as `suitable_nodes` does."""
     nodes = suitable_nodes(parallel)
-    fits = _singles([node.resources for node in nodes], parallel.resources_per_worker)
+    fits = _singles([node.resources for node in nodes], parallel.resources)
     return [node for node, count in zip(nodes, fits, strict=True) if count]
 
 

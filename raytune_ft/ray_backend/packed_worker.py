@@ -40,7 +40,8 @@ def engine_worker(payload: dict[str, Any]) -> str:
 
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]
-    strategy = build_strategy(name, parallel, spec.config.train.precision)
+    train = spec.config.train
+    strategy = build_strategy(name, parallel, train.precision, train.deterministic)
     data = open_prepared(spec.data_dir)
     host = host_of(payload["run"], payload["registry"])
     client = _Client(payload["queue"], spec.run_dir.name, strategy)

@@ -192,7 +192,7 @@ class GroupHandle:
         replies, _ = self._ask(workers, standing)
         answers = {each.rank: each for each in replies if each is not None}
         standings = list({**answers, first.rank: first}.values())
-        timeout_s = self.spec.config.parallel.hang_timeout_s
+        timeout_s = first.limit_s
         append_hang_log(self.spec.run_dir, log_text(standings, len(workers), timeout_s))
         return summary(standings, len(workers), timeout_s)
 

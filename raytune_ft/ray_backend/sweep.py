@@ -493,7 +493,7 @@ class _Sweep:
     def _gpus(self) -> float:
         """GPUs of one trial; a packed trial has the share of one slot."""
         parallel = self._config.parallel
-        gpus = parallel.max_workers * parallel.resources_per_worker.get("GPU", 0.0)
+        gpus = parallel.max_workers * parallel.resources["GPU"]
         if self._execution != "packed":
             return gpus
         trials = trial_count(self._search)
@@ -548,7 +548,7 @@ class Growth:
             nodes = self._nodes(parallel)
         except ClusterError:  # the last node with the labels has left
             return 0
-        resources, workers = parallel.resources_per_worker, parallel.max_workers
+        resources, workers = parallel.resources, parallel.max_workers
         return whole_groups(nodes, resources, workers, parallel.placement)
 
 

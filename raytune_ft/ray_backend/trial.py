@@ -223,8 +223,7 @@ def _engine_spec(config: Config, sweep_dir: Path, data_dir: Path, number: int) -
 def _memory(parallel: ParallelConfig) -> int | None:
     """Bytes for the weights and activations of a worker; None where unknown."""
     usable = cluster_worker_memory(parallel)
-    device = "cuda" if parallel.resources_per_worker.get("GPU", 0.0) > 0 else "cpu"
-    return None if usable is None else usable - PROCESS[device]
+    return None if usable is None else usable - PROCESS[parallel.device]
 
 
 class _Engine:

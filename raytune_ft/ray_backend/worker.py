@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,6 +23,8 @@ from ray.train.v2._internal.execution.context import get_train_context
 from raytune_ft.config.execution import quantises
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
+from raytune_ft.errors import RunFailed, first_line
+from raytune_ft.estimate.hardware import require_gpu
 from raytune_ft.layout import RESULT
 from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
@@ -31,6 +34,9 @@ from raytune_ft.train.stopping import Host
 from raytune_ft.train.watchdog import Heartbeat, Standing
 
 LOOPBACK = "127.0.0.1"
+JOIN_S = 60.0
+"""How long the ranks may take to reach each other, once all are there."""
+NETWORK = "look at GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, and its log with NCCL_DEBUG=INFO"
 LAST_WORDS_S = 5.0
 """Between the report of a hang and the end of the process: the driver asks the other ranks."""
 
@@ -116,17 +122,21 @@ def prepare_process(config: Config) -> None:
 
     Without a base in 4 bits, bitsandbytes cannot be imported afterwards: PEFT would, wherever it is
     installed, which takes 1.7 s of CPU time.
+
+    Raises:
+        ClusterError: a GPU is reserved that torch cannot use.
     """
     if not quantises(config):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    resources = config.parallel.resources_per_worker
-    if not resources.get("GPU", 0):
+    parallel = config.parallel
+    if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
     import torch
 
     # Ray may set OMP_NUM_THREADS too late: it starts processes before it leases them to a worker.
-    torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
-    if torch.cuda.is_available():
+    torch.set_num_threads(max(1, int(parallel.resources["CPU"])))
+    if parallel.device == "cuda":
+        require_gpu(parallel.resources["GPU"], _node())
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
@@ -145,8 +155,13 @@ class ProcessGroupConfig(BackendConfig):
     the start of the workers. With this class only the workers load it.
     """
 
-    backend: str = "gloo"
+    gpus: float = 0.0
     timeout_s: int = 1800
+
+    @property
+    def backend(self) -> str:
+        """By the kind of device that a tensor is on."""
+        return "cpu:gloo,cuda:nccl" if self.gpus else "gloo"
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -199,10 +214,23 @@ def _meet(one_node: bool) -> Meeting:
     return Meeting(address, listener.getsockname()[1], listener.detach(), one_node)
 
 
+def _node() -> str:
+    return f"node {ray.util.get_node_ip_address()}"
+
+
 def _join_process_group(meeting: Meeting, rank: int, size: int, config: ProcessGroupConfig) -> None:
+    """Join, and try the way to the other ranks at once, on every kind of device.
+
+    Raises:
+        ClusterError: a GPU is reserved that torch cannot use.
+        RunFailed: the other ranks are not reached within `JOIN_S` after all have loaded torch.
+    """
+    import torch
     import torch.distributed as dist
+    from ray.train.torch import get_device
     from ray.train.torch.config import _set_torch_distributed_env_vars
 
+    require_gpu(config.gpus, _node())
     if meeting.one_node:
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", _loopback_interface())
@@ -217,9 +245,45 @@ def _join_process_group(meeting: Meeting, rank: int, size: int, config: ProcessG
         wait_for_workers=False,
         master_listen_fd=meeting.socket if rank == 0 else None,
     )
-    dist.init_process_group(
-        config.backend, store=store, rank=rank, world_size=size, timeout=timeout
-    )
+    # A rank that is slow to load is waited for; from then on only the network can be slow.
+    store.set(f"loaded/{rank}", "")
+    store.wait([f"loaded/{each}" for each in range(size)], timeout)
+    device = get_device() if config.gpus else None
+
+    def join() -> None:
+        dist.init_process_group(
+            config.backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device,  # NCCL connects now, and not in the first step
+        )
+        for each in {"cpu", device or "cpu"}:
+            dist.all_reduce(ones := torch.ones(1, device=each))
+            assert ones.item() == size
+
+    whole = f"the {size} workers over {config.backend}"
+    _within(JOIN_S, join, f"rank {rank} on {_node()} does not reach {whole}")
+
+
+def _within(limit_s: float, act: Callable[[], None], failure: str) -> None:
+    """Call `act`, which may hang in native code; raises RunFailed where it does, or fails."""
+    raised: list[BaseException] = []
+    ended = threading.Event()
+
+    def call() -> None:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - told below
+            raised.append(error)
+        ended.set()
+
+    threading.Thread(target=call, name="join", daemon=True).start()
+    if not ended.wait(limit_s):
+        raise RunFailed(f"{failure} within {limit_s:g} s; {NETWORK}")
+    if raised:
+        raise RunFailed(f"{failure}: {first_line(raised[0])}; {NETWORK}") from raised[0]
 
 
 def _loopback_interface() -> str:

@@ -59,6 +59,7 @@ from raytune_ft.ray_backend.placement import for_ray, matches, staying_nodes
 from raytune_ft.ray_backend.registry import Group
 from raytune_ft.ray_backend.worker import ProcessGroupConfig, ask_to_stop, heed_sigterm
 from raytune_ft.rundir import RunSpec
+from raytune_ft.train.watchdog import AUTO_S
 
 START_FAILURES = 10
 """Starts in a row that may fail, for example because a node is gone: about ten minutes."""
@@ -109,15 +110,15 @@ def train_group(
     if parallel.elastic:
         size = parallel.min_workers, parallel.max_workers
         os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
-    resources = {key: amount for key, amount in parallel.resources_per_worker.items() if amount}
-    gpu = resources.get("GPU", 0) > 0
+    resources = {key: amount for key, amount in parallel.resources.items() if amount}
+    gpu = parallel.device == "cuda"
     # Ray's own files about the run, which are not read afterwards.
     storage = tempfile.mkdtemp(prefix="raytune-ft-")
     try:
         _LeanTrainer(
             worker,
             train_loop_config={"spec": spec, "run": name, "registry": registry, **more},
-            backend_config=_process_group(spec.config, gpu),
+            backend_config=_process_group(spec.config),
             scaling_config=ScalingConfig(
                 num_workers=size,
                 use_gpu=gpu,
@@ -141,13 +142,14 @@ def train_group(
         shutil.rmtree(storage, ignore_errors=True)
 
 
-def _process_group(config: Config, gpu: bool) -> BackendConfig:
+def _process_group(config: Config) -> BackendConfig:
     """None for a strategy of one process; every other needs a group, also for one worker."""
     if STRATEGIES[choose_strategy(config)[0]].one_process:
         return BackendConfig()
     # Longer than the watchdog's time-out, so that a hang is reported before a collective fails.
-    timeout_s = max(1800, int(2 * config.parallel.hang_timeout_s))
-    return ProcessGroupConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s)
+    written = config.parallel.hang_timeout_s
+    timeout_s = max(1800, int(2 * (AUTO_S if written == "auto" else written)))
+    return ProcessGroupConfig(config.parallel.resources["GPU"], timeout_s)
 
 
 WAIT_S = 600.0

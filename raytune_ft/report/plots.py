@@ -564,7 +564,7 @@ def _spent(facts: Facts) -> str:
     makespan = facts.result.get("makespan_s")
     if makespan:
         text += f", {seconds(makespan)} from start to end ({facts.result.get('execution')})"
-    gpus = facts.config.parallel.resources_per_worker.get("GPU", 0.0)
+    gpus = facts.config.parallel.resources["GPU"]
     if gpus and facts.result.get("execution") != "packed":
         hours = total * gpus * facts.config.parallel.max_workers / 3600
         text += f", {hours:,.2f} GPU hours"

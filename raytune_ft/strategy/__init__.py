@@ -6,6 +6,7 @@ from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.model.load import Precision
 from raytune_ft.strategy.base import MOMENTS, OptimizerOf, Strategy
+from raytune_ft.strategy.numerics import be_deterministic
 
 __all__ = ["MOMENTS", "OptimizerOf", "Strategy", "build_strategy", "strategy_class"]
 
@@ -16,6 +17,12 @@ def strategy_class(name: str) -> type[Strategy]:
     return found
 
 
-def build_strategy(name: str, parallel: ParallelConfig, precision: Precision) -> Strategy:
-    """This process's part of a strategy; those of several processes need a process group."""
+def build_strategy(
+    name: str, parallel: ParallelConfig, precision: Precision, deterministic: bool = False
+) -> Strategy:
+    """This process's part of a strategy; those of several processes need a process group.
+
+    `deterministic`: see `numerics.be_deterministic`.
+    """
+    be_deterministic(deterministic)
     return strategy_class(name)(parallel, precision)

@@ -20,13 +20,18 @@ from raytune_ft.strategy.base import (
     Traffic,
     held_bytes,
 )
+from raytune_ft.strategy.numerics import settle
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
 
 
-def local_device() -> torch.device:
-    """The accelerator that this process was given, else the CPU."""
-    if torch.cuda.is_available():
+def local_device(parallel: ParallelConfig) -> torch.device:
+    """The accelerator that this process was given, else the CPU, also where the config keeps
+    workers off GPUs. Where `auto` is not resolved, the accelerator is taken.
+    """
+    written = parallel.resources_per_worker
+    kept_off = isinstance(written, dict) and parallel.device == "cpu"
+    if torch.cuda.is_available() and not kept_off:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -44,7 +49,8 @@ class Single:
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:
         self.parallel, self.precision = parallel, precision
-        self.device = local_device()
+        settle()
+        self.device = local_device(parallel)
         self.parameters: dict[str, nn.Parameter] = {}
         self.steps = 0
 

@@ -15,7 +15,7 @@ from raytune_ft.config.objectives import Figure, figures
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.attention import Examples, all_seen
+from raytune_ft.model.attention import Examples, Varlen, all_seen, segment_inputs
 from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
@@ -61,11 +61,12 @@ class ModelRunner:
     """`wrapped` is `model` as the strategy calls it.
 
     `names` are those of the trained weights in a single process. `by_example`: see
-    `model.attention`; else a mask over the row keeps examples apart. `figures` are those of an
-    evaluation. `reading` is how a task head reads its examples, None where the model predicts
-    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
-    `balance` is the router loss of a mixture of experts. Logits of at most `block` label tokens are
-    there at a time; None: of all of a batch.
+    `model.attention`; else a mask over the row keeps examples apart. `varlen`: how `by_example` is
+    computed on a GPU. `flash`: transformers' flash attention keeps examples apart. `figures` are
+    those of an evaluation. `reading` is how a task head reads its examples, None where the model
+    predicts tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward
+    pass, and `balance` is the router loss of a mixture of experts. Logits of at most `block` label
+    tokens are there at a time; None: of all of a batch.
     """
 
     model: nn.Module
@@ -78,6 +79,8 @@ class ModelRunner:
     micro_tokens: int
     packing: bool
     by_example: bool = False
+    varlen: Varlen | None = None
+    flash: bool = False
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = figures("sft", trained=True)
@@ -111,12 +114,14 @@ class ModelRunner:
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
         inputs: dict[str, Any] = batch.model_inputs()
+        if self.flash:
+            return inputs | segment_inputs(batch)
         if not self.by_example:
             return inputs
         # With a mask that hides nothing, transformers does not look for examples by itself.
         shape, device = tuple(batch.tokens_BS.shape), batch.tokens_BS.device
         inputs["attention_mask"] = all_seen(shape, device)
-        return inputs | {"examples": batch.examples or Examples.of(batch)}
+        return inputs | {"examples": batch.examples or Examples.of(batch, self.varlen)}
 
     def watched(self) -> AbstractContextManager[Any]:
         """Inside, `balance` sees the router logits of a forward pass."""
@@ -151,7 +156,7 @@ class ModelRunner:
         virtual = virtual_tokens(self.model)
         batch = collate(split, indices, rows, self.pad_token, HOST, virtual)
         if self.by_example:
-            batch = replace(batch, examples=Examples.of(batch))
+            batch = replace(batch, examples=Examples.of(batch, self.varlen))
         return batch if self.strategy.device.type == "cpu" else batch.moved(Tensor.pin_memory)
 
     def micro_batches(self, split: TokenizedSplit, indices: Indices) -> list[MicroBatch]:

@@ -14,6 +14,7 @@ import torch
 from raytune_ft.config.methods import METHODS
 from raytune_ft.data.prepare import open_prepared
 from raytune_ft.errors import (
+    ConfigError,
     Diverged,
     OutOfMemory,
     PassTooLarge,
@@ -28,6 +29,7 @@ from raytune_ft.model.methods import param_groups
 from raytune_ft.records import RunResult
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy, build_strategy
+from raytune_ft.strategy.numerics import without_algorithm
 from raytune_ft.train.budget import lowered, lowers
 from raytune_ft.train.budget import notes as budget_notes
 from raytune_ft.train.loop import train
@@ -63,8 +65,11 @@ def run_training(
         InputError: the input turns out to be wrong only now; `result.json` says so too.
         RunFailed: this rank failed and there are others; PassTooLarge where all start again.
     """
+    settings = spec.config.train
     while True:
-        strategy = build_strategy(strategy_name, spec.config.parallel, spec.config.train.precision)
+        strategy = build_strategy(
+            strategy_name, spec.config.parallel, settings.precision, settings.deterministic
+        )
         try:
             return _train(spec, strategy, reporter, host)
         except PassTooLarge as error:
@@ -128,4 +133,10 @@ def _as_failure(error: BaseException) -> RaytuneFtError | None:
     """Errors that are a result of the run; None for bugs and for a lost peer."""
     if isinstance(error, RaytuneFtError):
         return error
+    if (operation := without_algorithm(error)) is not None:
+        return ConfigError(
+            "train.deterministic=true",
+            f"forbids {operation}, which has no deterministic algorithm on this device",
+            "write train.deterministic: false",
+        )
     return OutOfMemory(first_line(error)) if is_out_of_memory(error) else None

@@ -28,7 +28,7 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
 from raytune_ft.layout import CHECKPOINTS
-from raytune_ft.model.attention import attend_by_example
+from raytune_ft.model.attention import Varlen, attend_by_example, has_varlen, takes_segments
 from raytune_ft.model.checkpointing import checkpoint_activations
 from raytune_ft.model.experts import expert_notes
 from raytune_ft.model.export import Exporter
@@ -280,6 +280,7 @@ def build_runner(
         micro_tokens=choose_micro_tokens(config.train.micro_tokens, strategy.device),
         packing=False,
         by_example=config.model.attention == "auto" and attend_by_example(model, True),
+        flash=takes_segments(model),
         notes=(
             *built.notes,
             *notes_of(model.config, extent),
@@ -299,12 +300,19 @@ def build_runner(
         runner = _reading_examples(runner, vocabulary)
     if runner.by_example and not _attends_as_plain(runner, vocabulary):
         runner = replace(runner, by_example=attend_by_example(model, False))
+    if runner.flash and not _attends_as_plain(runner, vocabulary):
+        runner = replace(runner, flash=False)
+    if runner.by_example and has_varlen(strategy.device) and runner.precision == "bfloat16":
+        runner = _with_varlen(runner, vocabulary, extent[1])
     runner = _kept_apart(runner, vocabulary, extent[1])
     if config.data.packing is False:
         return runner
     reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is not None and runner.by_example:
-        runner = replace(runner, by_example=attend_by_example(model, False))
+        runner = replace(runner, by_example=attend_by_example(model, False), varlen=None)
+        reason = _against_packing(runner, vocabulary, extent[1], widest)
+    if reason is not None and runner.flash:
+        runner = replace(runner, flash=False)
         reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is None:
         return replace(runner, packing=True)
@@ -324,11 +332,32 @@ def _apart(config: Config, model: nn.Module) -> Apart:
     )
 
 
+def _with_varlen(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRunner:
+    """The same with attention through `varlen_attn`, where every layer takes it and computes what
+    it does otherwise, also in a row that is longer than the model's windows.
+    """
+    strategy, found = runner.strategy, replace(runner, varlen=Varlen())
+    assert found.varlen is not None
+    config = runner.model.config.get_text_config()  # type: ignore[operator,union-attr]
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = {LENGTHS[0], min(window + LENGTHS[0], longest)} if window < longest else {LENGTHS[0]}
+    of_tokens, virtual = runner.objective.of_tokens, virtual_tokens(runner.model)
+    one, other = (each.logits if of_tokens else each.example_logits for each in (found, runner))
+    asked = (vocabulary, runner.precision, strategy.device, virtual)
+    same = [same_of_one(one, other, *asked, length) for length in sorted(lengths)]
+    reason = found.varlen.refused or (None if all(same) else "it computes something else")
+    reason = strategy.from_rank0(reason)
+    if reason is None:
+        return found
+    note = f"attention gathers the tokens of each example, since torch's varlen kernel: {reason}"
+    return replace(runner, notes=(*runner.notes, note))
+
+
 def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
     """Whether attention by example computes for one example what transformers' attention does,
     which may add a bias of the model to the scores.
     """
-    strategy, plain = runner.strategy, replace(runner, by_example=False)
+    strategy, plain = runner.strategy, replace(runner, by_example=False, flash=False)
     of_tokens, virtual = runner.objective.of_tokens, virtual_tokens(runner.model)
     one, other = (each.logits if of_tokens else each.example_logits for each in (runner, plain))
     asked = (vocabulary, runner.precision, strategy.device, virtual)

@@ -95,7 +95,7 @@ def own_host(spec: RunSpec, heart: Heartbeat) -> Iterator[Host]:
 
     def fail(standing: Standing) -> None:
         seen = heart.at
-        timeout_s = spec.config.parallel.hang_timeout_s
+        timeout_s = standing.limit_s
         line = summary([standing], 1, timeout_s)
         text = log_text([standing], 1, timeout_s)
         print(text, file=sys.stderr, flush=True)

@@ -96,13 +96,14 @@ def start_head(
     dashboard: int | None = None,
     token: str | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
+    gpus: int = 0,
 ) -> Head:
     """Returns once it answers; end it with `Head.kill`. `dashboard` is a port; None leaves the
     dashboard out, without which there are no jobs. With a `token`, it asks for that. It and its
-    workers have the variables of `environment`.
+    workers have the variables of `environment`. It says that it has `gpus` GPUs.
     """
     for _ in range(STARTS):
-        head = _start(dashboard, token, environment)
+        head = _start(dashboard, token, environment, gpus)
         deadline = time.monotonic() + 120
         while head.process.poll() is None and time.monotonic() < deadline:
             if _answers(head):
@@ -112,7 +113,9 @@ def start_head(
     raise AssertionError(f"ray start does not answer, tried {STARTS} times")
 
 
-def _start(dashboard: int | None, token: str | None, environment: Mapping[str, str]) -> Head:
+def _start(
+    dashboard: int | None, token: str | None, environment: Mapping[str, str], gpus: int
+) -> Head:
     port = free_port()
     folder = Path("/tmp") / f"rtft-{os.getpid()}-{port}"  # the path of a socket has to be short
     shown = ["--include-dashboard=false"]
@@ -122,7 +125,7 @@ def _start(dashboard: int | None, token: str | None, environment: Mapping[str, s
         shown += [f"--dashboard-agent-listen-port={free_port()}"]
     process = subprocess.Popen(
         [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2", *shown),
+            *(RAY, "start", "--head", "--block", "--num-cpus=2", f"--num-gpus={gpus}", *shown),
             *("--node-ip-address=127.0.0.1", f"--port={port}", "--disable-usage-stats"),
             f"--temp-dir={folder}",
         ],

@@ -72,6 +72,12 @@ NAMES: dict[str, str] = {
         "self hidden_states top_k_index top_k_weights"
     ),
     "transformers.masking_utils.sdpa_mask": "batch_size q_length kv_length",
+    "transformers.masking_utils.causal_mask_function": "batch_idx head_idx q_idx kv_idx",
+    "torch.nn.attention.varlen._varlen_attn": "",
+    "torch._C._distributed_c10d._dump_fr_trace_json": "",
+    "torch.nn.attention.varlen.varlen_attn": (
+        "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
+    ),
     "transformers.PreTrainedConfig._attn_implementation": "",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k"

@@ -72,7 +72,7 @@ def test_numbers_are_yaml_1_2(write: Write) -> None:
         ("data.validation.path=v.jsonl", lambda c: c.data.validation, SourceConfig(path="v.jsonl")),
         (
             "parallel.resources_per_worker.GPU=1",
-            lambda c: c.parallel.resources_per_worker,
+            lambda c: c.parallel.resources,
             {"CPU": 1.0, "GPU": 1.0},
         ),
     ],
@@ -170,7 +170,16 @@ def test_the_method_has_a_default_name(write: Write) -> None:
             "parallel: {strategy: single, workers: 2}",
             "parallel.strategy=single runs in one process",
         ),
-        ("parallel: {resources_per_worker: {GPU: 1}}", "gives a worker no CPU; write for example"),
+        ("parallel: {resources_per_worker: {CPU: 0}}", "CPU=0 gives a worker no CPU; write 1 or"),
+        (
+            "parallel: {resources_per_worker: {GPU: 2}}",
+            "GPU=2 is more than a worker uses: each computes on one GPU; write GPU: 1, and as many",
+        ),
+        (
+            "parallel: {workers: 2, resources_per_worker: {GPU: 0.5}}",
+            "GPU=0.5 puts several of parallel.workers=2 on one GPU, which NCCL refuses; write GPU",
+        ),
+        ("parallel: {resources_per_worker: all}", "parallel.resources_per_worker=all is not "),
         ("method: {targets: []}", "method.targets=[] adapts nothing; write all-linear"),
         ("promote: {merge: tie}", "promote.merge=tie is not best, uniform_soup, greedy_soup, task"),
         (

@@ -104,7 +104,6 @@ def with_search(**search: Any) -> Config:
         ({"scheduler": {"graze": 3}}, "search.scheduler.graze is not a key of scheduler asha;"),
         ({"budget": {"wall_s": "2 weeks"}}, "search.budget.wall_s=2 weeks is not a duration;"),
         ({"budget": {"wall_s": 0}}, "search.budget.wall_s=0 is not a number above 0 or text"),
-        ({"budget": {"gpu_hours": 1.0}}, "counts GPUs, and parallel.resources_per_worker has none"),
         (
             {"constraints": ["train.lr > 1"]},
             "search.constraints: train.lr > 1 is met by none of 10,000 draws; widen search.space",

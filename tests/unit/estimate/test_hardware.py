@@ -14,7 +14,6 @@ def test_workers_may_share_an_accelerator() -> None:
     half = whole.shared(0.5)
     assert (half.memory, half.tflops) == (40 * GIB, whole.tflops / 2)
     assert half.usable == pytest.approx(40 * GIB * USABLE, abs=1)
-    assert whole.shared(2.0) == whole
 
 
 def test_accelerators_are_known_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,35 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import (
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from raytune_ft.data.batch import collate
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.model.attention import (
     BLOCK,
+    FLASH,
+    WINDOW,
     CausalBlocks,
     Examples,
+    Segments,
+    Varlen,
     attend_by_example,
     attention,
+    mask,
 )
 from tests.support.models import VOCABULARY, save_tiny
 from tests.support.runs import make_config, make_inputs, run
@@ -70,13 +89,15 @@ def _split() -> TokenizedSplit:
     return TokenizedSplit.from_examples([(ids, np.ones(len(ids), bool)) for ids in rows])
 
 
-def _gradients(model: PreTrainedModel, split: TokenizedSplit, layout: Any) -> list[Tensor]:
+def _gradients(
+    model: PreTrainedModel, split: TokenizedSplit, layout: Any, varlen: Varlen | None = None
+) -> list[Tensor]:
     """Of all weights."""
     batch = collate(split, range(len(split)), layout, 0, torch.device("cpu"))
     inputs: dict[str, Any] = batch.model_inputs()
     if model.config._attn_implementation != "sdpa":
         inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
-        inputs["examples"] = Examples.of(batch)
+        inputs["examples"] = Examples.of(batch, varlen)
     logits = model(**inputs).logits
     keep_BS = batch.targets_BS >= 0
     loss = F.cross_entropy(logits[keep_BS], batch.targets_BS[keep_BS], reduction="sum")
@@ -164,3 +185,242 @@ def test_a_mask_of_the_model_is_kept(added: bool) -> None:
         alone = [tensor[:, :, start : start + 3] for tensor in heads]
         expected = F.scaled_dot_product_attention(*alone, attn_mask=window_SS[:3, :3])
         torch.testing.assert_close(found[:, start : start + 3], expected.transpose(1, 2))
+
+
+class Kernel:
+    """What `varlen_attn` computes, one segment after another, on any device in any dtype."""
+
+    def __init__(self, scaled_by: float = 1.0) -> None:
+        self.windows: set[tuple[int, int]] = set()
+        self._scaled_by = scaled_by
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: Tensor,
+        same: Tensor,
+        longest: int,
+        _: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> Tensor:
+        assert starts.dtype == torch.int32
+        assert torch.equal(starts, same)
+        assert longest == int(starts.diff().max())
+        assert (starts[0], starts[-1]) == (0, len(query))
+        assert enable_gqa or query.shape == key.shape
+        self.windows.add(window_size)
+        found = []
+        for start, stop in itertools.pairwise(starts.tolist()):
+            heads = [tensor[start:stop].transpose(0, 1) for tensor in (query, key, value)]
+            at = torch.arange(stop - start)
+            seen = at <= at[:, None]
+            if window_size[0] >= 0:
+                seen &= at >= at[:, None] - window_size[0]
+            options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            out = F.scaled_dot_product_attention(*heads, attn_mask=seen, **options)
+            found.append(out.transpose(0, 1))
+        return torch.cat(found) * self._scaled_by
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Takes every head, in place of torch's, which takes those on a GPU in bfloat16."""
+    monkeypatch.setattr("raytune_ft.model.attention._not_for_varlen", lambda *heads: None)
+    kernel = Kernel()
+    monkeypatch.setattr("raytune_ft.model.attention.varlen_attn", kernel)
+    return kernel
+
+
+@pytest.mark.parametrize("layout", [ROWS, tuple((index,) for index in range(len(LENGTHS)))])
+def test_segments_are_what_gathered_examples_are(layout: Any, kernel: Kernel) -> None:
+    torch.manual_seed(0)
+    split = _split()
+    batch = collate(split, range(len(split)), layout, 0, torch.device("cpu"))
+    own_BS = batch.owners_BS() >= 0
+    shape = own_BS.shape
+    heads = [torch.randn(shape[0], count, shape[1], 8).double() for count in (4, 2, 2)]
+    heads = [head.requires_grad_() for head in heads]
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 2
+    weights = torch.randn(*shape, 4, 8).double() * own_BS[..., None, None]
+
+    def of(examples: Examples) -> list[Tensor]:
+        out, _ = attention(module, *heads, None, scaling=0.3, examples=examples)
+        return [out * own_BS[..., None, None], *torch.autograd.grad((out * weights).sum(), heads)]
+
+    varlen = Varlen()
+    for one, other in zip(of(Examples.of(batch, varlen)), of(Examples.of(batch)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert kernel.windows == {(-1, 0)}
+    assert varlen.refused is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "mistral, window 4"])
+def test_segments_have_the_gradient_of_examples_alone(
+    tmp_path: Path, family: str, kernel: Kernel
+) -> None:
+    """Windows too, whose mask the kernel does not need."""
+    model, split, varlen = _model(family, tmp_path), _split(), Varlen()
+    alone = [_gradients(model, split, ((index,),)) for index in range(len(split))]
+    expected = [torch.stack(parts).sum(0) for parts in zip(*alone, strict=True)]
+    assert attend_by_example(model, True)
+    for one, other in zip(_gradients(model, split, ROWS, varlen), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert varlen.refused is None
+    if "window" in family:
+        assert kernel.windows == {(3, 0)}
+
+
+def test_what_is_no_window_keeps_its_mask(kernel: Kernel) -> None:
+    """Chunks look like windows to transformers' `local_size`."""
+    options: dict[str, Any] = {"batch_size": 1, "q_length": 12, "kv_length": 12, "local_size": 4}
+    window = sliding_window_causal_mask_function(4)
+    chunks = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+    assert getattr(mask(window, **options), WINDOW) == 4
+    assert not hasattr(mask(chunks, **options), WINDOW)
+
+    torch.manual_seed(0)
+    heads = [torch.randn(1, 2, 12, 8) for _ in range(3)]
+    split = TokenizedSplit.from_examples(
+        [(np.zeros(6, np.int32), np.ones(6, bool)) for _ in range(2)]
+    )
+    batch = collate(split, range(2), ((0, 1),), 0, torch.device("cpu"))
+    own = mask(chunks, **options)
+    found, _ = attention(
+        torch.nn.Module(), *heads, own, examples=Examples.of(batch, Varlen()), is_causal=True
+    )
+    together, _ = attention(
+        torch.nn.Module(), *heads, own, examples=Examples.of(batch), is_causal=True
+    )
+    torch.testing.assert_close(found, together)
+    assert not kernel.windows
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_head_that_the_kernel_does_not_take_has_a_mask(size: int) -> None:
+    """It notes why, so that the run gathers instead; float32 is one reason, 12 numbers another."""
+    torch.manual_seed(0)
+    split, varlen = _split(), Varlen()
+    batch = collate(split, range(len(split)), ROWS, 0, torch.device("cpu"))
+    own_BS = batch.owners_BS() >= 0
+    heads = [torch.randn(own_BS.shape[0], 2, own_BS.shape[1], size) for _ in range(3)]
+    found, _ = attention(torch.nn.Module(), *heads, None, examples=Examples.of(batch, varlen))
+    plain, _ = attention(torch.nn.Module(), *heads, None, examples=Examples.of(batch))
+    torch.testing.assert_close(found[own_BS], plain[own_BS])
+    assert varlen.refused == "heads are in torch.float32"
+    if size % 8:
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(torch.nn.Module(), *heads, None, examples=Examples.of(batch, varlen))
+        assert varlen.refused == "heads have 12, 12, 12 numbers"
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kernel_takes_what_it_is_given(device: str, window: int | None) -> None:
+    """Fake tensors run torch's own operator without a GPU; only those of a CPU have gradients."""
+    split = _split()
+    batch = collate(split, range(len(split)), ROWS, 0, torch.device("cpu"))
+    rows, width = batch.tokens_BS.shape
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 2
+    trained, varlen = device == "cpu", Varlen()
+    real = Segments.of(batch)
+    with FakeTensorMode(), Operators() as seen, torch.set_grad_enabled(trained):
+        starts_M = torch.empty(real.starts_M.shape, dtype=torch.int32, device=device)
+        owners_BS = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        examples = Examples((), None, owners_BS, Segments(starts_M, real.longest), varlen)
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+        heads = [
+            torch.empty(rows, count, width, 64, requires_grad=trained, **options)
+            for count in (4, 2, 2)
+        ]
+        own = None
+        if window is not None:
+            own = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device)
+            setattr(own, WINDOW, window)
+        out, _ = attention(module, *heads, own, examples=examples)
+        assert (out.shape, out.device.type) == ((rows, width, 4, 64), device)
+        if trained:
+            gradients = torch.autograd.grad(out.sum(), heads)
+            assert [g.shape for g in gradients] == [h.shape for h in heads]
+            assert "torch_attn::_varlen_attn_backward" in seen.names
+    assert "torch_attn::_varlen_attn" in seen.names
+    assert not any("index_select" in name or "scaled_dot" in name for name in seen.names)
+    assert varlen.refused is None
+
+
+class Operators(TorchDispatchMode):
+    """Which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["right", "wrong", "refused"])
+def test_a_run_uses_the_kernel_where_it_computes_the_same(
+    way: str, tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.train.setup.has_varlen", lambda device: True)
+    if way == "wrong":
+        kernel._scaled_by = 1.5
+    if way == "refused":
+        monkeypatch.setattr("raytune_ft.model.attention._not_for_varlen", lambda *heads: "no")
+    notes: list[tuple[str, ...]] = []
+
+    def train(runner: Any, *arguments: Any) -> None:
+        notes.append(runner.notes)
+        assert (runner.varlen is not None) == (way == "right")
+        raise RunFailed("enough")
+
+    monkeypatch.setattr("raytune_ft.train.run.train", train)
+    config = make_config(*make_inputs(tmp_path), {"train.precision": "bfloat16"})
+    run(config, tmp_path / "run")
+    told = [note for note in notes[0] if "varlen kernel" in note]
+    assert len(told) == (way != "right")
+
+
+def test_flash_attention_of_transformers_packs_several_rows(
+    tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it tells examples apart in a single row only, so that packing would be refused."""
+
+    def flash(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, given: Any, **named: Any
+    ) -> tuple[Tensor, None]:
+        rows, _, width, _ = query.shape
+        starts, longest = named.get("cu_seq_lens_q"), named.get("max_length_q", width)
+        if starts is None:
+            starts = torch.arange(0, rows * width + 1, width, dtype=torch.int32)
+        flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+        options: dict[str, Any] = {"scale": named["scaling"], "enable_gqa": True}
+        out = kernel(*flat, starts, starts, longest, longest, window_size=(-1, 0), **options)
+        return out.unflatten(0, (rows, width)), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, FLASH, flash)
+    allowed = staticmethod(lambda *arguments, **named: FLASH)
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", allowed)
+    packed: list[bool] = []
+
+    def train(runner: Any, *arguments: Any) -> None:
+        assert runner.model.get_base_model().config._attn_implementation == FLASH
+        packed.append(runner.packing and runner.flash)
+        raise RunFailed("enough")
+
+    monkeypatch.setattr("raytune_ft.train.run.train", train)
+    changes = {"model.attention": FLASH, "data.packing": True}
+    config = make_config(*make_inputs(tmp_path), changes)
+    run(config, tmp_path / "run")
+    assert packed == [True]
+    monkeypatch.setattr("raytune_ft.train.setup.takes_segments", lambda model: False)
+    with pytest.raises(ConfigError, match=r"data\.packing=true would change the numbers"):
+        run(config, tmp_path / "again")

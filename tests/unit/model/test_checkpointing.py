@@ -9,6 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -145,3 +147,35 @@ def test_a_product_that_is_changed_outside_of_its_block_is_refused(
     y += 1
     with pytest.raises(RuntimeError, match="outside of its block; write full"):
         (y.sum() + sine.sum()).backward()
+
+
+def test_selective_keeps_the_attention_of_gpus() -> None:
+    """Fake tensors run torch's own operator; the second forward takes what the first made."""
+    calls: list[str] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Block(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            found = varlen_attn(hidden, hidden, hidden, starts, starts, 5, 5, window_size=(-1, 0))
+            assert isinstance(found, Tensor)
+            return found.tanh()
+
+    for policy, times in {"selective": 1, "full": 2}.items():
+        block = Block()
+        calls.clear()
+        blocks = pytest.MonkeyPatch()
+        blocks.setattr(checkpointing, "find_blocks", lambda model: {"0": model})
+        checkpoint_activations(block, policy)  # type: ignore[arg-type]
+        blocks.undo()
+        with FakeTensorMode(), Counted():
+            starts = torch.empty(3, dtype=torch.int32)
+            hidden = torch.empty(10, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+            block(hidden).sum().backward()
+        assert calls.count("torch_attn::_varlen_attn") == times
+        assert calls.count("torch_attn::_varlen_attn_backward") == 1

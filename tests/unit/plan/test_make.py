@@ -62,6 +62,7 @@ def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
     monkeypatch.delenv("RAYTUNE_FT_STORAGE", raising=False)
     monkeypatch.setattr("raytune_ft.ray_backend.cluster.connected", nullcontext)
     monkeypatch.setattr("raytune_ft.ray_backend.cluster.node_count", lambda: 2)
+    monkeypatch.setattr("raytune_ft.ray_backend.cluster.gpu_count", lambda parallel: 0)
     memory = "raytune_ft.ray_backend.cluster.cluster_worker_memory"
     monkeypatch.setattr(memory, lambda resources: None)
     with pytest.raises(StorageError, match=r"storage=runs is relative, .*on several nodes"):
@@ -85,9 +86,16 @@ def test_a_cluster_that_is_joined_says_nodes_and_memory(
     assert [choice.workers for choice in plan.node_choices] == [2, 4]
 
     resources |= {"GPU": 1.0, "accelerator_type:L4": 1.0}
-    shared = [*overrides, "parallel.resources_per_worker={CPU: 1, GPU: 0.5}"]
+    told: list[str] = []
+    plan = make_plan(QUICKSTART, [*overrides, "parallel.workers=3"], told.append)
+    assert told[0] == "each worker computes on a GPU: the nodes that suit have 3"
+    assert plan.config.parallel.resources == {"CPU": 1.0, "GPU": 1.0}
+    assert (plan.hardware.name, plan.hardware.nodes, plan.hardware.per_node) == ("L4", 3, 1)
+    assert plan.hardware.memory == 22.5 * 2**30
+
+    shared = [f"storage={tmp_path}", "parallel.resources_per_worker.GPU=0.5"]
     plan = make_plan(QUICKSTART, shared, lambda line: None)
-    assert (plan.hardware.name, plan.hardware.nodes, plan.hardware.per_node) == ("L4", 2, 2)
+    assert (plan.hardware.name, plan.hardware.nodes, plan.hardware.per_node) == ("L4", 1, 1)
     assert plan.hardware.memory == 11.25 * 2**30
     assert plan.hardware.usable == int(22.5 * 2**30 * USABLE * 0.5)
 

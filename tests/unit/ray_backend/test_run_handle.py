@@ -101,7 +101,7 @@ def test_only_workers_that_have_nothing_to_save_are_not_waited_for(
 def test_a_hang_is_forgotten_when_all_that_hung_are_awake(
     awake: int, handle: GroupHandle, group: Group
 ) -> None:
-    hangs = [{"hang": Standing(rank, 1, "step 1", 0, 1, 9.0, "")} for rank in range(2)]
+    hangs = [{"hang": Standing(rank, 1, "step 1", 0, 1, 9.0, 9.0, "")} for rank in range(2)]
     group.events += [*hangs, *({"awake": rank} for rank in range(awake))]
     assert isinstance(handle.next(), Note)
     for _ in range(1 + awake):

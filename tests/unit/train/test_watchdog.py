@@ -7,19 +7,31 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from raytune_ft.train import watchdog as heartbeat
-from raytune_ft.train.watchdog import Heartbeat, Standing, log_text, summary, watched
+from raytune_ft.train.watchdog import (
+    Heartbeat,
+    Standing,
+    collectives,
+    log_text,
+    summary,
+    watched,
+)
 from tests.support.commands import ROOT
+from tests.support.distributed import run_distributed
 from tests.support.runs import losses, make_config, make_inputs, run
 
 
 def standing(rank: int, phases: int, done: float, of: int) -> Standing:
-    return Standing(rank, phases, f"step {phases}", done, of, 9.0, f"stack of {rank}")
+    return Standing(rank, phases, f"step {phases}", done, of, 9.0, 9.0, f"stack of {rank}")
 
 
 def test_the_summary_names_who_is_behind_and_who_is_silent() -> None:
@@ -48,6 +60,72 @@ def test_places_in_a_step_are_ordered() -> None:
     assert len(set(orders)) == len(orders)
     assert heart.standing().place() == "step 2, after its 2 micro-batches"
     assert "test_places_in_a_step" not in heart.standing().stacks  # only other threads
+
+
+def test_auto_follows_the_steps_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading and the first steps may be slow; then 20 times the longest silence, within bounds."""
+    now = 0.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    heart = Heartbeat()
+
+    def step(seconds: float) -> None:
+        nonlocal now
+        heart.enter("step")
+        heart.beat(0, 2)
+        for done in (1, 2):
+            now += seconds
+            heart.beat(done, 2)
+
+    heart.enter("start")
+    now += 900
+    for _ in range(3):
+        step(2.0)
+        assert heart.limit_s == 1800
+    heart.enter("checkpoint")
+    now += 200
+    heart.enter("step")
+    assert heart.limit_s == 300  # and not 20 * 200: nothing is said of steps by a checkpoint
+    step(25.0)
+    assert heart.limit_s == 500
+    step(1000.0)
+    assert heart.limit_s == 1800
+    heart.timeout_s = 60.0
+    assert heart.limit_s == 60
+
+
+def _wait_for_the_other(folder: Path) -> None:
+    """Rank 0 is in a collective that rank 1 comes to late."""
+    told = folder / "told"
+    dist.all_reduce(torch.zeros(3))
+    if dist.get_rank() == 1:
+        while not told.exists():
+            time.sleep(0.01)
+        dist.all_reduce(torch.zeros(5))
+        return
+    thread = threading.Thread(target=lambda: dist.all_reduce(torch.zeros(5)))
+    thread.start()
+    time.sleep(0.3)
+    found = Heartbeat().standing().stacks
+    told.touch()
+    thread.join()
+    tail = found[found.index("collectives that have not ended: 1, ") :].splitlines()
+    assert tail[1].endswith(" gloo:all_reduce Float [[5]] of default_pg, scheduled"), found
+    assert " gloo:all_reduce Float [[3]] of default_pg" in tail[2], found
+    assert "collectives that have not ended: 0" in collectives()
+
+
+def test_a_report_names_the_collectives_that_have_not_ended(tmp_path: Path) -> None:
+    run_distributed(_wait_for_the_other, 2, tmp_path)
+
+
+def test_a_flight_recorder_that_hangs_delays_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait for the driver of a GPU, as the run does."""
+    over = threading.Event()
+    monkeypatch.setattr(heartbeat, "RECORDER_S", 0.1)
+    stuck = SimpleNamespace(_dump_nccl_trace_json=lambda *arguments: over.wait(30) and "{}")
+    monkeypatch.setitem(sys.modules, "torch._C._distributed_c10d", stuck)
+    assert collectives() == "collectives: the flight recorder does not answer"
+    over.set()
 
 
 def test_a_process_that_beats_is_left_alone() -> None:
@@ -173,6 +251,6 @@ def test_native_code_that_holds_the_interpreter_is_ended_too() -> None:
 
 @pytest.mark.parametrize("done", [0, 1])
 def test_what_has_no_micro_batches_is_named_by_its_phase(done: int) -> None:
-    assert Standing(0, 1, "checkpoint of step 4", done, 0, 1.0, "").place() == (
+    assert Standing(0, 1, "checkpoint of step 4", done, 0, 1.0, 9.0, "").place() == (
         "checkpoint of step 4"
     )
