@@ -25,6 +25,7 @@ from raytune_ft.config.train import KdConfig
 from raytune_ft.estimate.parameters import Shell
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.checkpointing import Activations, checkpoint_activations
+from raytune_ft.model.load import stay_in_bfloat16
 from raytune_ft.model.methods import leave_casts_to_autocast
 from raytune_ft.model.objectives.distillation import divergence
 
@@ -175,6 +176,7 @@ def _run(
     checkpoint_activations(module, checkpointing)
     if shell.precision == "bfloat16":
         leave_casts_to_autocast(module)
+        stay_in_bfloat16(module)
     _set_dtypes(module, shell, gathered)
     with _fake():
         _fill(module)

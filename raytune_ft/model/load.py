@@ -50,10 +50,10 @@ def set_up(base: nn.Module, precision: str) -> None:
         base.set_experts_implementation("eager")  # type: ignore[operator]
     if precision == "bfloat16":
         experts.multiply_in_autocast()
-        _stay_in_bfloat16(base)
+        stay_in_bfloat16(base)
 
 
-def _stay_in_bfloat16(model: nn.Module) -> None:
+def stay_in_bfloat16(model: nn.Module) -> None:
     """Cast what autocast leaves in float32 because weights are: the output of embeddings, and of
     RMS norms of bfloat16, so that the residual stream has one dtype under every strategy.
     """

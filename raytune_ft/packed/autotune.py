@@ -62,9 +62,7 @@ def seconds_a_token(
     for tried in range(1, MOST_TRIES + 1):
         for count in counts:  # interleaved: a busy moment slows all counts
             if count not in found:
-                one_pass(
-                    count
-                )  # the first of its shape takes longer: kernels are loaded and chosen
+                one_pass(count)  # the first of a shape loads and chooses kernels
             at = clock()
             tokens = one_pass(count)
             found.setdefault(count, []).append((clock() - at) / tokens)
