@@ -60,9 +60,16 @@ class Nodes:
 
 
 def nodes_in_use() -> set[str]:
-    """Ids of the nodes on which a worker group has a place."""
+    """Ids of the nodes on which a worker group has a place. That of a trial's own process, on the
+    driver's node, has no CPU.
+    """
     groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
-    return {node for each in groups for node in each["bundles_to_node_id"].values()}
+    return {
+        node
+        for each in groups
+        for bundle, node in each["bundles_to_node_id"].items()
+        if each["bundles"][bundle].get("CPU")
+    }
 
 
 def write_config(
