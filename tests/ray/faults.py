@@ -51,10 +51,10 @@ def worker_short_of_memory(payload: dict[str, Any]) -> str:
 
     from raytune_ft.train.model_runner import ModelRunner
 
-    def too_much(_: Any, batch: Any) -> bool:
-        return dist.get_rank() == 1 and batch.tokens_BS.numel() > 60
+    def too_much(_: Any, inputs: Any) -> bool:
+        return dist.get_rank() == 1 and inputs["input_ids"].numel() > 60
 
-    _refuse(ModelRunner, "collate", too_much)
+    _refuse(ModelRunner, "inputs", too_much)
     return ray_worker.train_worker(payload)
 
 

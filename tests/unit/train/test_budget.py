@@ -24,16 +24,15 @@ def device_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """A device that has memory for so many tokens a pass; returns the sizes that were too much."""
 
     def shrink(tokens: int) -> list[int]:
-        right, refused = ModelRunner.collate, list[int]()
+        right, refused = ModelRunner.inputs, list[int]()
 
-        def collate(self: ModelRunner, *arguments: Any) -> MicroBatch:
-            batch = right(self, *arguments)
+        def inputs(self: ModelRunner, batch: MicroBatch) -> dict[str, Any]:
             if batch.tokens_BS.numel() > tokens:
                 refused.append(batch.tokens_BS.numel())
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return batch
+            return right(self, batch)
 
-        monkeypatch.setattr(ModelRunner, "collate", collate)
+        monkeypatch.setattr(ModelRunner, "inputs", inputs)
         return refused
 
     return shrink
