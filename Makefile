@@ -8,7 +8,7 @@ TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm methods-table doctor-table image-locks lint types audit bench clean
+.PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm test-gpu methods-table doctor-table image-locks lint types audit bench clean
 
 install: $(STAMP)
 
@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 # thread each, the processes wait for each other's threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder \
-		-m "not slow and not stress and not multihost and not matrix and not families and not slurm"
+		-m "not slow and not stress and not multihost and not matrix and not families and not slurm and not gpu"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "(slow or stress) and not multihost"
@@ -42,6 +42,10 @@ test-cluster-files: $(STAMP)
 	-$(TOOLS)/bin/python -m pip install -q skypilot==0.14.1
 	-command -v promtool || (cd $(TOOLS) && apt-get download -q prometheus && dpkg -x prometheus_*.deb .)
 	$(PYTEST) tests/cluster_files
+
+# On a machine with a GPU; skipped with the reason otherwise.
+test-gpu: $(STAMP)
+	$(PYTEST) -m gpu -s tests/gpu
 
 # A real Slurm of two nodes. Needs root, iproute2 and Debian's package archive.
 test-slurm: $(STAMP)
