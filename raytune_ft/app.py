@@ -236,7 +236,7 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
 
     Raises InputError, RunFailed or Interrupted.
     """
-    with placed(load_config(file, overrides, tell), None, tell) as (config, _):
+    with placed(load_config(file, overrides, tell)) as (config, _):
         config, storage = expand_env(config), run_path(config).parent
         probe_storage(storage)
         from raytune_ft.evaluate.evaluate import evaluate_directory

@@ -76,7 +76,7 @@ def test_a_name_that_is_no_name(
     overrides = [f"storage={tmp_path}/runs", f"name={name}", "search=null"]
     assert run_command(["train", str(ROOT / "jobs/quickstart.yaml"), *overrides]) == 2
     said = capsys.readouterr()
-    assert said.out == ""
+    assert said.out.count("\n") <= 1  # where workers compute
     assert said.err.startswith("error: name=" if len(name) < 255 else "error: ")
     assert said.err.count("\n") == 1
     assert len(said.err) < 1100

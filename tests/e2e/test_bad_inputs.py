@@ -49,7 +49,7 @@ COMMAND_LINE: list[Case] = [
     ("raytune-ft evaluate runs/first/promoted/model", "--config", "raytune-ft evaluate --help"),
     ("train train.lr", "train.lr", "section.key=value"),
     ("train --resume=maybe", "--resume", "maybe", "auto"),
-    ("train --wait-lock 3", "--wait-lock=3", "90s", "3m", "2h"),
+    ("train --wait-lock 3", "--wait-lock='3'", "90s", "3m", "2h"),
     ("raytune-ft promote runs/first --again --resume auto", "--again", "--resume"),
 ]
 FILES: list[Case] = [

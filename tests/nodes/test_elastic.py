@@ -30,6 +30,7 @@ def sizes(lines: list[str]) -> list[str]:
     return [line.partition(" (")[0] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_workers_that_are_left(
     nodes: Nodes, inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_hang_is_found_told_and_survived(
     assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_workers_that_lack_memory_go_on_with_smaller_passes(
     inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
