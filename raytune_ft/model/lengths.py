@@ -76,10 +76,11 @@ def usable_positions(model: Any) -> int | None:
         return None
     found = [written]
     for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if padding is not None and "position" in name.rpartition(".")[2]:
+        # A table that is computed, as XGLM's, grows with the row.
+        learnt = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if learnt and module.padding_idx is not None:
             # As in RoBERTa, where positions begin after that of padding.
-            found.append(len(module.weight) - padding - 1)
+            found.append(len(module.weight) - module.padding_idx - 1)
     factors = [each["factor"] for kind, each, _ in _rotations(model.config) if "dynamic" in kind]
     return int(min(found) * min(factors, default=1))
 

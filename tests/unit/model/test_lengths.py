@@ -213,6 +213,14 @@ def test_usable_positions_are_those_that_a_forward_takes(family: str) -> None:
             model(input_ids=ids)
 
 
+def test_a_table_of_positions_that_is_computed_limits_no_row() -> None:
+    config = transformers.XGLMConfig(
+        vocab_size=96, d_model=32, ffn_dim=48, num_layers=1, attention_heads=4, pad_token_id=2
+    )
+    model = transformers.XGLMForCausalLM(config).eval()
+    assert usable_positions(model) == config.max_position_embeddings
+
+
 def test_positions_of_an_image_tower_limit_no_row() -> None:
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
