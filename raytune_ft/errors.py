@@ -91,7 +91,7 @@ class OutOfMemory(RunFailed):
 
 
 class PassTooLarge(OutOfMemory):
-    """Memory ran out in a pass; whoever started the run starts it again, with smaller passes."""
+    """Memory ran out in a pass. The run is started again with smaller passes."""
 
 
 class DefectsFound(RunFailed):

@@ -234,7 +234,7 @@ class MicroBatch:
 
     def repeated(self, times: int) -> MicroBatch:
         """All rows `times` times, with the same examples."""
-        rows, steps_T = len(self.tokens_BS), range(times)
+        rows, copies = len(self.tokens_BS), range(times)
 
         def again(rows: Tensor | None) -> Any:
             return None if rows is None else rows.repeat(times, 1)
@@ -242,12 +242,12 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS.repeat(times, 1),
             self.targets_BS.repeat(times, 1),
-            torch.cat([self.labels_N + time * self.tokens_BS.numel() for time in steps_T]),
-            torch.cat([self.owners_N + time * len(self.spans) for time in steps_T]),
+            torch.cat([self.labels_N + time * self.tokens_BS.numel() for time in copies]),
+            torch.cat([self.owners_N + time * len(self.spans) for time in copies]),
             again(self.positions_BS),
             again(self.attention_BS),
             tuple(
-                replace(span, row=span.row + time * rows) for time in steps_T for span in self.spans
+                replace(span, row=span.row + time * rows) for time in copies for span in self.spans
             ),
             self.virtual,
             {name: again(values) for name, values in self.columns.items()},

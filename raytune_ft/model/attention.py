@@ -233,8 +233,7 @@ def attend_by_example(model: nn.Module, wanted: bool) -> bool:
     It needs a model that uses transformers' `sdpa` and passes further arguments of its forward on
     to attention, and a method that allows it.
     """
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base = _base_of(model)
     if not wanted:
         base.set_attn_implementation("sdpa")
         return False
@@ -244,10 +243,14 @@ def attend_by_example(model: nn.Module, wanted: bool) -> bool:
     return can
 
 
+def _base_of(model: Any) -> Any:
+    """The model of transformers inside one of PEFT, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def takes_segments(model: nn.Module) -> bool:
     """Whether transformers' flash attention can be given the segments of packed rows."""
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base = _base_of(model)
     return _passes_on(model, base) and base.config._attn_implementation == FLASH
 
 

@@ -295,7 +295,7 @@ def build_runner(
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)
-        runner = in_blocks(runner, vocabulary)
+        runner = _in_blocks(runner, vocabulary)
     else:
         runner = _reading_examples(runner, vocabulary)
     if runner.by_example and not _attends_as_plain(runner, vocabulary):
@@ -411,7 +411,7 @@ def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:
         )
 
 
-def in_blocks(runner: ModelRunner, vocabulary: int) -> ModelRunner:
+def _in_blocks(runner: ModelRunner, vocabulary: int) -> ModelRunner:
     """The same with the logits of a few label tokens at a time, where the model allows it."""
     if runner.head is None:
         return runner

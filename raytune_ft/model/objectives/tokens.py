@@ -68,7 +68,7 @@ def label_blocks(
 
     The head's own forward computes `of` for blocks of `rows` label tokens, where a strategy has
     gathered its weights, and a backward computes each block's logits again. The model must return
-    what its head returns, see `Returns`.
+    what its head returns, see `probe.returns_its_head`.
     """
     plain, replaced = head.forward, "forward" in vars(head)
 

@@ -21,7 +21,7 @@ MICRO_TOKENS = 400
 
 @pytest.fixture
 def device_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """A device that has memory for so many tokens a pass; returns the sizes that were too much."""
+    """A function that limits the tokens of a pass. It returns the sizes of passes that failed."""
 
     def shrink(tokens: int) -> list[int]:
         right, refused = ModelRunner.inputs, list[int]()
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_smaller_passes(
 def test_a_row_that_is_too_large_ends_the_run(
     tmp_path: Path, inputs: tuple[Path, Path], device_of: Callable[[int], list[int]]
 ) -> None:
-    refused = device_of(10)
+    refused = device_of(40)  # the probe of packing fits, and the longest row does not
     config = make_config(*inputs, {"train.micro_tokens": MICRO_TOKENS})
     result = run(config, tmp_path / "run")
     assert result.status == "failed"
