@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
+from urllib.request import Request, urlopen
 
 UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -91,7 +92,7 @@ class Proxy:
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, int]]:
-    """A server of its own with the bucket `models`; its address."""
+    """A server of its own with the empty bucket `models`; its address."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -99,6 +100,8 @@ def s3_server() -> Iterator[tuple[str, int]]:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        # The servers of a process share what they hold.
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         client = boto3.client(
             "s3",
             endpoint_url=f"http://{host}:{port}",
