@@ -245,7 +245,7 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
             raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
         directory = Path(paths.model(model, Path.cwd()))
         workers = _workers(storage, tell, config)
-        found = evaluate_directory(directory, config, cache_path(config), workers)
+        found = evaluate_directory(directory, config, cache_path(config), workers, tell)
     split, examples, metrics = found
     return {"split": split, "examples": examples, **metrics}
 
@@ -285,12 +285,14 @@ def _mirrored(config: Config, tell: Tell, resume: bool) -> AbstractContextManage
 
 
 def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
-    from raytune_ft.evaluate.precompute import rated, taught
+    from raytune_ft.evaluate.precompute import rated, referenced, taught
 
     expanded = expand_env(config)
     workers = _workers(run.path, tell, expanded)
     rows = rated(expanded, prepare(expanded, tell), tell, workers)
-    data = taught(expanded, rows, tell, partial(_is_begun, run), workers)
+    accept = partial(_is_begun, run)
+    data = taught(expanded, rows, tell, accept, workers)
+    data = referenced(expanded, data, tell, accept, workers)
     _keep_or_compare(run, data.report)
     if needs_ray(expanded):
         from raytune_ft.model.meta import build_shapes

@@ -3,7 +3,8 @@
 STORAGE/
   .cache/tokens/                  token cache, shared by runs, trials and workers
     <key>/                        train.arrow, validation.arrow, test.arrow, report.json,
-                                  base_loss.npy, teacher_logits.npy
+                                  base_loss.npy, teacher_logits.npy, reference_<split>.npy
+    .reference-<key>/, .lock      blocks of a reference pass that is not done
   NAME/                           a run
     .lock                         held by the process that drives the run
     config.yaml                   the resolved config
@@ -81,6 +82,11 @@ JOURNAL = ".journal.json"
 # An entry of the token cache.
 DATA_REPORT = "report.json"
 BASE_LOSS, TEACHER_LOGITS = "base_loss.npy", "teacher_logits.npy"
+
+
+def reference_file(split: str) -> str:
+    """The log-probabilities of a split's label tokens under the reference."""
+    return f"reference_{split}.npy"
 
 
 def step_name(step: int) -> str:

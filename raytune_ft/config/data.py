@@ -23,6 +23,8 @@ class Format:
         chat_template: the tokenizer's chat template writes the text of a row.
         documents: a row over `data.max_length` may be cut into chunks.
         labels: rows have labels, which become the targets of a classifier.
+        pairs: a row is two answers to one prompt. Validation is drawn by prompt, and rows over
+            `data.max_length` are dropped where nothing else is written.
     """
 
     implementation: Callable[[], Any]
@@ -30,6 +32,7 @@ class Format:
     chat_template: bool = False
     documents: bool = False
     labels: bool = False
+    pairs: bool = False
 
 
 def _prompt_completion() -> Any:
@@ -66,6 +69,12 @@ def _rationale() -> Any:
     return ANSWER_WITH_RATIONALE
 
 
+def _preference() -> Any:
+    from raytune_ft.data.formats.preference import PREFERENCE
+
+    return PREFERENCE
+
+
 CHAT_TEMPLATES = ("chatml", "zephyr", "alpaca", "vicuna")
 """Chat templates of this package."""
 CHAT_KEYS = ("tools", "train_on", "turns", "chat_template")
@@ -79,6 +88,7 @@ FORMATS: dict[str, Format] = {
     "text": Format(_text, documents=True),
     "classification": Format(_classification, keys=("text_pair",), labels=True),
     "rationale": Format(_rationale, keys=("rationale_until",)),
+    "preference": Format(_preference, keys=("tools", "chat_template", "margin"), pairs=True),
 }
 
 
@@ -95,7 +105,8 @@ class SourceConfig(Section):
         description="how rows are read; auto finds it in the columns",
     )
     prompt: str = Field(
-        "prompt", description="column of the prompt, for prompt_completion and rationale"
+        "prompt",
+        description="column of the prompt, for prompt_completion, rationale and preference",
     )
     completion: str = Field(
         "completion", description="column of the completion, for prompt_completion and rationale"
@@ -105,6 +116,13 @@ class SourceConfig(Section):
         None,
         description="for rationale, a regular expression instead of that column: in the "
         "completion, the text before its last match is the rationale, the text after it the answer",
+    )
+    chosen: str = Field("chosen", description="for preference, column of the better answer")
+    rejected: str = Field("rejected", description="for preference, column of the other answer")
+    margin: str | None = Field(
+        None,
+        description="for preference, column of how much better the chosen answer is, a number that "
+        "a reward model's margin has to exceed",
     )
     messages: str = Field(
         "messages",

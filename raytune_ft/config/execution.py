@@ -11,11 +11,13 @@ from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES, SHARED_KEYS
 from raytune_ft.config.reference import is_under, method_keys
 from raytune_ft.config.schema import Config
+from raytune_ft.config.search import Distribution
 from raytune_ft.config.search_rules import is_share
 from raytune_ft.config.search_space import METHOD
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import ConfigError
 
+OBJECTIVE = "train.objective"
 # Keys with one value for all slots of an engine, since slots share its base and its passes.
 OF_THE_ENGINE = (
     "model",
@@ -23,7 +25,8 @@ OF_THE_ENGINE = (
     "train.precision",
     "train.deterministic",
     "train.micro_tokens",
-    "train.objective",
+    OBJECTIVE,
+    "train.dpo.reference",
     *(f"train.{key}" for key in SHARED_KEYS),
 )
 # Each slot has its own order over the examples that all share.
@@ -53,11 +56,16 @@ def reason_against(config: Config) -> str | None:
     strategy = choose_strategy(config)[0]
     if (why := STRATEGIES[strategy].unpackable) is not None:
         return f"parallel.strategy={strategy} {why}"
-    for key in config.search.space:
-        own = is_under(key, OF_A_SLOT) or is_share(key)
+    for key, line in config.search.space.items():
+        own = is_under(key, OF_A_SLOT) or is_share(key) or _of_pairs(key, line)
         if is_under(key, OF_THE_ENGINE) and not own:
             return f"search.space.{key} varies what trials of one engine share"
     return next(filter(None, map(packable, variants(config))), None)
+
+
+def _of_pairs(key: str, line: Distribution) -> bool:
+    """Whether a line searches over objectives that read the same outputs for the same pairs."""
+    return key == OBJECTIVE and all(OBJECTIVES[str(name)].pairs for name in line.values)
 
 
 def choose_execution(config: Config) -> tuple[str, str]:
@@ -98,6 +106,12 @@ def variants(config: Config) -> list[Config]:
             params = {k: v for k, v in zip(own, values, strict=True) if v is not None}
             found.append(apply_overrides(alone, {METHOD: name, **params}))
     return found
+
+
+def objectives_of(config: Config) -> list[str]:
+    """The objectives of a run, or of the trials of its search."""
+    line = config.search.space.get(OBJECTIVE) if config.search is not None else None
+    return [config.train.objective] if line is None else [str(name) for name in line.values]
 
 
 def quantises(config: Config) -> bool:

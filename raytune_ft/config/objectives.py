@@ -140,6 +140,16 @@ MSE = Figure(
 R2 = Figure("eval_r2", "max", MOMENTS, r2, "R2", problems=("regression",))
 PEARSON = Figure("eval_pearson", "max", MOMENTS, pearson, "Pearson's r", problems=("regression",))
 
+REWARD_ACCURACY = Figure("eval_reward_accuracy", "max", ("preferred", "examples"))
+REWARD_MARGIN = Figure("eval_reward_margin", "max", ("margin", "examples"))
+PAIR_FIGURES = (
+    LOSS,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    Figure("eval_chosen_logps", "max", ("chosen_logps", "examples")),
+    Figure("eval_rejected_logps", "min", ("rejected_logps", "examples")),
+)
+
 TOKEN_FIGURES = (
     LOSS,
     replace(PERPLEXITY, trained=False),
@@ -165,6 +175,12 @@ class ObjectiveFacts:
         teacher: it needs `train.kd`.
         chunked: documents are cut into chunks also where `data.chunk` is not written.
         smooth: `train.label_smoothing` has a distribution to smooth.
+        pairs: examples are pairs of answers. Each trial of a packed engine has keys of its own.
+        reference: it needs the log-probabilities of another model, measured before training.
+        scales: keys of `train` that change the scale of `eval_loss`, so that the losses of trials
+            that differ in them do not compare.
+        lr: `train.lr` where it is not written, for all weights and for adapters; None is the
+            default of the key.
     """
 
     formats: tuple[str, ...]
@@ -175,6 +191,10 @@ class ObjectiveFacts:
     teacher: bool = False
     chunked: bool = False
     smooth: bool = True
+    pairs: bool = False
+    reference: bool = False
+    scales: tuple[str, ...] = ()
+    lr: tuple[float, float] | None = None
 
 
 def _tokens() -> Callable[..., Any]:
@@ -201,6 +221,17 @@ def _distillation() -> Callable[..., Any]:
     return distillation
 
 
+def _pairs(name: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from raytune_ft.model.objectives import preference
+
+        built: Callable[..., Any] = getattr(preference, name)
+        return built
+
+    return load
+
+
+PAIRS = ("preference",)
 OBJECTIVES: dict[str, ObjectiveFacts] = {
     "sft": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _tokens),
     "clm": ObjectiveFacts(
@@ -217,11 +248,42 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         ("rationale",), TOKEN_FIGURES, _rationale, keys=("rationale_weight",)
     ),
     "kd": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _distillation, keys=("kd",), teacher=True),
+    "dpo": ObjectiveFacts(
+        PAIRS,
+        PAIR_FIGURES,
+        _pairs("dpo"),
+        keys=("dpo",),
+        smooth=False,
+        pairs=True,
+        reference=True,
+        scales=("dpo",),
+        lr=(1e-6, 2e-5),
+    ),
+    "orpo": ObjectiveFacts(
+        PAIRS,
+        PAIR_FIGURES,
+        _pairs("orpo"),
+        keys=("orpo",),
+        smooth=False,
+        pairs=True,
+        scales=("orpo",),
+        lr=(8e-6, 8e-5),
+    ),
+    "simpo": ObjectiveFacts(
+        PAIRS,
+        PAIR_FIGURES,
+        _pairs("simpo"),
+        keys=("simpo",),
+        smooth=False,
+        pairs=True,
+        scales=("simpo",),
+        lr=(1e-6, 2e-5),
+    ),
 }
 SHARED_KEYS = (
     "label_smoothing",
     "neftune_alpha",
-    *(key for entry in OBJECTIVES.values() for key in entry.keys),
+    *(key for entry in OBJECTIVES.values() if not entry.pairs for key in entry.keys),
 )
 """Keys of `train` that all trials of one packed engine have in common."""
 

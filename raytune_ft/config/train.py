@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.preference import DpoConfig, OrpoConfig, SimpoConfig
 from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
@@ -49,7 +50,11 @@ class TrainConfig(Section):
         "sft", description="what is optimised; see docs/objectives.md"
     )
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
-    lr: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="peak learning rate")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        2.0e-4,
+        description="peak learning rate; where it is not written, preferences have a smaller one, "
+        "see docs/preferences.md",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_fraction: Fraction = Field(
         0.0, description="share of the steps that raise lr linearly from 0"
@@ -100,3 +105,6 @@ class TrainConfig(Section):
         1.0, description="rationale: of the loss on rationales; the loss on answers has 1"
     )
     kd: KdConfig | None = Field(None, description="objective: kd; its teacher")
+    dpo: DpoConfig = Field(DpoConfig(), description="objective: dpo")
+    orpo: OrpoConfig = Field(OrpoConfig(), description="objective: orpo")
+    simpo: SimpoConfig = Field(SimpoConfig(), description="objective: simpo")

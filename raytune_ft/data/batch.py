@@ -1,6 +1,7 @@
 """One forward pass: tokens, what they predict, and where each example stands.
 
-Shapes: B rows, S tokens of the longest row, E examples, T tokens of all examples, N label tokens.
+Shapes: B rows, S tokens of the longest row, E examples, Q sequences, each a span of a row (one for
+each example, two for a pair of answers), T tokens of all of them, N label tokens.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.order import Indices
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit, parts_of
 
 Row = tuple[int, ...]
-"""Positions (in the step's list of examples) of the examples of one row, in order."""
+"""The sequences of one row, in order: their positions among those of the step's examples."""
 MicroLayout = tuple[Row, ...]
 """The rows of one forward pass. Empty for a rank that has no examples left in the step."""
 
@@ -55,22 +57,22 @@ def lay_out(
     micro_tokens: int,
     packing: bool,
     apart: Apart = FREELY,
+    parts: int = 1,
 ) -> list[list[MicroLayout]]:
     """Per rank, the micro-batches of one step; all ranks have the same number of them.
 
-    A micro-batch holds at most `micro_tokens` tokens, padding included, but always one row.
+    `lengths` are those of sequences, of which each example has `parts`. A micro-batch holds at most
+    `micro_tokens` tokens, padding included, but always one row, and all sequences of an example.
     """
+    examples = [lengths[first : first + parts] for first in range(0, len(lengths), parts)]
+    whole, longest = list(map(sum, examples)), list(map(max, examples))
     ranks = [
         [
             batch
-            for own in _groups(mine, lengths, apart)
-            for batch in _micro_batches(
-                fill_rows(own, lengths, _longest(own, lengths) if packing else 0),
-                lengths,
-                micro_tokens,
-            )
+            for own in _groups(mine, longest, apart)
+            for batch in _micro_batches(_blocks(own, whole, packing, parts), lengths, micro_tokens)
         ]
-        for mine in _split_over_ranks(lengths, world_size)
+        for mine in _split_over_ranks(whole, world_size)
     ]
     most = max(len(rank) for rank in ranks)
     # Collectives dead-lock when ranks differ in the number of passes: the others get empty ones.
@@ -123,19 +125,36 @@ def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> l
     return [tuple(row) for row in rows]
 
 
-def _micro_batches(
-    rows: Sequence[Row], lengths: Sequence[int], micro_tokens: int
+def _blocks(
+    positions: Sequence[int], lengths: Sequence[int], packing: bool, parts: int
 ) -> list[MicroLayout]:
-    """Consecutive rows, longest first, as many as the budget of padded tokens allows."""
-    widths = {row: sum(lengths[position] for position in row) for row in rows}
+    """Rows that a micro-batch takes all or none of. Packed, the sequences of an example are
+    neighbours in a row; else each has a row of its own.
+    """
+    if packing:
+        rows = fill_rows(positions, lengths, _longest(positions, lengths))
+        return [(tuple(parts_of(row, parts).tolist()),) for row in rows]
+    return [
+        tuple((number,) for number in parts_of([position], parts).tolist())
+        for position in _longest_first(positions, lengths)
+    ]
+
+
+def _micro_batches(
+    blocks: Sequence[MicroLayout], lengths: Sequence[int], micro_tokens: int
+) -> list[MicroLayout]:
+    """Consecutive blocks, widest first, as many as the budget of padded tokens allows."""
+    widths = {
+        block: max(sum(lengths[number] for number in row) for row in block) for block in blocks
+    }
     batches: list[list[Row]] = []
     width = 0
-    for row in sorted(rows, key=lambda row: -widths[row]):
-        if batches and (len(batches[-1]) + 1) * width <= micro_tokens:
-            batches[-1].append(row)
+    for block in sorted(blocks, key=lambda block: -widths[block]):
+        if batches and (len(batches[-1]) + len(block)) * width <= micro_tokens:
+            batches[-1] += block
         else:
-            batches.append([row])
-            width = widths[row]
+            batches.append([*block])
+            width = widths[block]
     return [tuple(batch) for batch in batches]
 
 
@@ -144,12 +163,12 @@ NO_TARGET = -100
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start .. stop - 1` of `row` are the example at `example` in the step's list."""
+    """Tokens `start .. stop - 1` of `row` are this sequence of those of the step's examples."""
 
     row: int
     start: int
     stop: int
-    example: int
+    sequence: int
 
 
 Move = Callable[[Tensor], Tensor]
@@ -174,12 +193,16 @@ class MicroBatch:
     `labels_N` are the positions b * S + s that have a target, in this order, and `owners_N` are the
     numbers of their spans.
 
-    `positions_BS` restarts at every example of a packed row and is None elsewhere;
+    `positions_BS` restarts at every span of a packed row and is None elsewhere;
     `attention_BS` marks the tokens that are not padding, and is None where the model needs none.
-    `columns` are the split's `[E, width]`, and `indices` are the examples' positions in the split,
-    both in the order of `spans`, which is that of rows. `prompts` are the numbers of tokens before
-    the first label of each example, of all its tokens where it has none. `examples` is for
+    For each span, `prompts` are the tokens before its first label, all of them where it has none,
+    and `labels` its label tokens. `label_columns` are the split's `[N]`. `examples` is for
     attention by example.
+
+    Where each example is one sequence, `members_PE` is None and examples are in the order of
+    `spans`, which is that of rows. Else it has the numbers of the spans of each example, which are
+    in the order of the step's list. In that order, `columns` are the split's `[E, width]`,
+    `places` are the examples' positions in the step's list and `indices` those in the split.
     """
 
     tokens_BS: Tensor
@@ -193,7 +216,16 @@ class MicroBatch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     indices: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    label_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    members_PE: Tensor | None = None
     examples: Movable | None = None
+
+    @property
+    def parts(self) -> int:
+        """Sequences of each example."""
+        return 1 if self.members_PE is None else len(self.members_PE)
 
     @property
     def targets_N(self) -> Tensor:
@@ -202,7 +234,12 @@ class MicroBatch:
 
     def labelled(self, chosen: slice) -> MicroBatch:
         """The same with some of its label tokens alone."""
-        return replace(self, labels_N=self.labels_N[chosen], owners_N=self.owners_N[chosen])
+        return replace(
+            self,
+            labels_N=self.labels_N[chosen],
+            owners_N=self.owners_N[chosen],
+            label_columns={name: values[chosen] for name, values in self.label_columns.items()},
+        )
 
     def moved(self, move: Move) -> MicroBatch:
         """The same, with each of its tensors given to `move`."""
@@ -216,6 +253,8 @@ class MicroBatch:
             positions_BS=None if positions_BS is None else move(positions_BS),
             attention_BS=None if attention_BS is None else move(attention_BS),
             columns={name: move(values) for name, values in self.columns.items()},
+            label_columns={name: move(values) for name, values in self.label_columns.items()},
+            members_PE=None if self.members_PE is None else move(self.members_PE),
             examples=None if self.examples is None else self.examples.moved(move),
         )
 
@@ -239,11 +278,14 @@ class MicroBatch:
         def again(rows: Tensor | None) -> Any:
             return None if rows is None else rows.repeat(times, 1)
 
+        def shifted(numbers: Tensor, by: int) -> Tensor:
+            return torch.cat([numbers + time * by for time in copies], -1)
+
         return MicroBatch(
             self.tokens_BS.repeat(times, 1),
             self.targets_BS.repeat(times, 1),
-            torch.cat([self.labels_N + time * self.tokens_BS.numel() for time in copies]),
-            torch.cat([self.owners_N + time * len(self.spans) for time in copies]),
+            shifted(self.labels_N, self.tokens_BS.numel()),
+            shifted(self.owners_N, len(self.spans)),
             again(self.positions_BS),
             again(self.attention_BS),
             tuple(
@@ -253,32 +295,47 @@ class MicroBatch:
             {name: again(values) for name, values in self.columns.items()},
             self.indices * times,
             self.prompts * times,
+            self.labels * times,
+            self.places * times,
+            {name: values.repeat(times) for name, values in self.label_columns.items()},
+            None if self.members_PE is None else shifted(self.members_PE, len(self.spans)),
         )
 
-    def part(self, times: int) -> MicroBatch:
-        """The batch before `repeated(times)`."""
-        rows, examples = len(self.tokens_BS) // times, len(self.spans) // times
-        labels = len(self.labels_N) // times
+    def group(self, number: int, groups: int) -> MicroBatch:
+        """One of `groups` equal numbers of rows, whose examples have no sequence in another."""
+        height, width = len(self.tokens_BS) // groups, self.tokens_BS.shape[1]
+        rows = slice(number * height, (number + 1) * height)
+        ends = [
+            bisect_left(self.spans, row, key=attrgetter("row")) for row in (rows.start, rows.stop)
+        ]
+        spans = slice(*ends)
+        labels = slice(*(sum(self.labels[:end]) for end in ends))
+        examples = slice(*(end // self.parts for end in ends))
+        members_PE = self.members_PE
 
-        def first(rows_BS: Tensor | None) -> Tensor | None:
-            return None if rows_BS is None else rows_BS[:rows]
+        def own(rows_BS: Tensor | None) -> Tensor | None:
+            return None if rows_BS is None else rows_BS[rows]
 
         return MicroBatch(
-            self.tokens_BS[:rows],
-            self.targets_BS[:rows],
-            self.labels_N[:labels],
-            self.owners_N[:labels],
-            first(self.positions_BS),
-            first(self.attention_BS),
-            self.spans[:examples],
+            self.tokens_BS[rows],
+            self.targets_BS[rows],
+            self.labels_N[labels] - rows.start * width,
+            self.owners_N[labels] - spans.start,
+            own(self.positions_BS),
+            own(self.attention_BS),
+            tuple(replace(span, row=span.row - rows.start) for span in self.spans[spans]),
             self.virtual,
-            {name: values[:examples] for name, values in self.columns.items()},
-            self.indices[:examples],
-            self.prompts[:examples],
+            {name: values[examples] for name, values in self.columns.items()},
+            self.indices[examples],
+            self.prompts[spans],
+            self.labels[spans],
+            self.places[examples],
+            {name: values[labels] for name, values in self.label_columns.items()},
+            None if members_PE is None else members_PE[:, examples] - spans.start,
         )
 
     def unpacked(self, pad_token: int) -> MicroBatch:
-        """The same examples in the same order, one per row."""
+        """The same sequences in the same order, one per row."""
         if self.positions_BS is None:
             return self
         lengths = [span.stop - span.start for span in self.spans]
@@ -291,7 +348,7 @@ class MicroBatch:
             targets_ES[row, :length] = self.targets_BS[span.row, span.start : span.stop]
             attention_ES[row, :length] = 1
         spans = tuple(
-            Span(row, 0, length, span.example)
+            Span(row, 0, length, span.sequence)
             for row, (span, length) in enumerate(zip(self.spans, lengths, strict=True))
         )
         width = self.tokens_BS.shape[1]
@@ -311,17 +368,17 @@ class MicroBatch:
         )
 
     def by_token(self, values_E: Tensor) -> Tensor:
-        """`[B, S]`: for every token the value of its example, 0 for padding."""
+        """`[B, S]`: for every token the value of its span, 0 for padding."""
         values_BS = values_E.new_zeros(tuple(self.tokens_BS.shape))
         for span, value in zip(self.spans, values_E, strict=True):
             values_BS[span.row, span.start : span.stop] = value
         return values_BS
 
     def owners_BS(self) -> Tensor:
-        """For every token, the position of its example in the step's list; -1 for padding."""
+        """For every token, the sequence that it belongs to; -1 for padding."""
         owners_BS = torch.full(self.tokens_BS.shape, -1, dtype=torch.int64)
         for span in self.spans:
-            owners_BS[span.row, span.start : span.stop] = span.example
+            owners_BS[span.row, span.start : span.stop] = span.sequence
         return owners_BS.to(self.tokens_BS.device)
 
 
@@ -333,55 +390,69 @@ def collate(
     device: torch.device,
     virtual: int = 0,
 ) -> MicroBatch:
-    """Write the examples `indices` of `split` into the rows of `layout`, with room for `virtual`
-    tokens before each of them.
+    """Write the sequences of the examples `indices` of `split` into the rows of `layout`, with room
+    for `virtual` tokens before each of them.
 
     An empty layout gives one token without a target: a forward pass of weight zero, for ranks that
     have no examples left while others still communicate. An empty row holds only padding.
     """
     counts_B = np.array([len(row) for row in layout] or [0])
-    ordered = [position for row in layout for position in row]
-    chosen_E = np.asarray(indices, np.int64)[ordered]
-    lengths_E = split.lengths[chosen_E] + virtual
-    rows_E = np.repeat(np.arange(len(counts_B)), counts_B)
-    used_B = np.bincount(rows_E, lengths_E, minlength=len(counts_B)).astype(np.int64)
-    begins_E = np.cumsum(lengths_E) - lengths_E
-    starts_E = begins_E - (np.cumsum(used_B) - used_B)[rows_E]
+    ordered = [number for row in layout for number in row]
+    chosen_Q = parts_of(indices, split.parts)[ordered]
+    begins = split.part_offsets
+    lengths_Q = begins[chosen_Q + 1] - begins[chosen_Q] + virtual
+    rows_Q = np.repeat(np.arange(len(counts_B)), counts_B)
+    used_B = np.bincount(rows_Q, lengths_Q, minlength=len(counts_B)).astype(np.int64)
+    begins_Q = np.cumsum(lengths_Q) - lengths_Q
+    starts_Q = begins_Q - (np.cumsum(used_B) - used_B)[rows_Q]
     width = max(int(used_B.max()), 1)
 
-    # For each token (T of them): its place in its example, in its row and in the split.
-    offsets_T = np.arange(lengths_E.sum()) - np.repeat(begins_E, lengths_E)
-    places_T = np.repeat(rows_E * width + starts_E, lengths_E) + offsets_T
-    sources_T = np.repeat(split.offsets[chosen_E], lengths_E) + offsets_T - virtual
+    # For each token (T of them): its place in its sequence, in its row and in the split.
+    offsets_T = np.arange(lengths_Q.sum()) - np.repeat(begins_Q, lengths_Q)
+    places_T = np.repeat(rows_Q * width + starts_Q, lengths_Q) + offsets_T
+    sources_T = np.repeat(begins[chosen_Q], lengths_Q) + offsets_T - virtual
     real_T = offsets_T >= virtual
-    followed_T = real_T & (offsets_T + 1 < np.repeat(lengths_E, lengths_E))
+    followed_T = real_T & (offsets_T + 1 < np.repeat(lengths_Q, lengths_Q))
     nexts_T = sources_T[followed_T] + 1
 
     shape = (len(counts_B), width)
     columns_S = np.arange(width)
     tokens_BS = np.full(shape, pad_token, np.int64)
     targets_BS = np.full(shape, NO_TARGET, np.int64)
-    # Padding is documents of its own: under a mask made from positions no example attends to it.
-    # None is longer than the longest example, by which some models choose their frequencies.
-    positions_BS = (columns_S - used_B[:, None]) % max(lengths_E.max(initial=1), 1)
+    # Padding is documents of its own: under a mask made from positions no sequence attends to it.
+    # None is longer than the longest sequence, by which some models choose their frequencies.
+    positions_BS = (columns_S - used_B[:, None]) % max(lengths_Q.max(initial=1), 1)
     tokens_BS.flat[places_T[real_T]] = split.input_ids[sources_T[real_T]]
     labelled_T = split.label_mask[nexts_T]
     labels_N = places_T[followed_T][labelled_T]
     targets_BS.flat[labels_N] = split.input_ids[nexts_T[labelled_T]]
-    owners_T = np.repeat(np.arange(len(lengths_E)), lengths_E)
+    owners_T = np.repeat(np.arange(len(lengths_Q)), lengths_Q)
     positions_BS.flat[places_T] = offsets_T
-    # A row without examples still attends to one token: attention over no token gives NaN.
+    # An empty row still attends to one token: attention over no token gives NaN.
     attention_BS = (columns_S < np.maximum(used_B, 1)[:, None]).astype(np.int64)
     packed = bool((counts_B > 1).any())
     padded = bool((attention_BS == 0).any())
     spans = tuple(
-        map(Span, rows_E.tolist(), starts_E.tolist(), (starts_E + lengths_E).tolist(), ordered)
+        map(Span, rows_Q.tolist(), starts_Q.tolist(), (starts_Q + lengths_Q).tolist(), ordered)
     )
 
     label_owners_N = owners_T[followed_T][labelled_T]
-    prompts_E = lengths_E.copy()
+    prompts_Q = lengths_Q.copy()
     # The target at a position is the token after it.
-    np.minimum.at(prompts_E, label_owners_N, offsets_T[followed_T][labelled_T] + 1)
+    np.minimum.at(prompts_Q, label_owners_N, offsets_T[followed_T][labelled_T] + 1)
+
+    places, members_PE = ordered, None
+    if split.parts > 1:
+        members_PE = np.argsort(ordered, kind="stable").reshape(-1, split.parts).T
+        places = (np.array(sorted(ordered)[:: split.parts], np.int64) // split.parts).tolist()
+    own_E = np.asarray(indices, np.int64)[places]
+    label_columns = {}
+    if split.label_columns:
+        numbers_N = np.arange(len(label_owners_N)) + (
+            split.part_labels[chosen_Q][label_owners_N]
+            - np.searchsorted(label_owners_N, label_owners_N)
+        )
+        label_columns = {name: values[numbers_N] for name, values in split.label_columns.items()}
 
     tensor = torch.from_numpy
     batch = MicroBatch(
@@ -393,8 +464,12 @@ def collate(
         tensor(attention_BS) if padded and not packed else None,
         spans,
         virtual,
-        {name: tensor(values[chosen_E]) for name, values in split.columns.items()},
-        tuple(chosen_E.tolist()),
-        tuple(prompts_E.tolist()),
+        {name: tensor(values[own_E]) for name, values in split.columns.items()},
+        tuple(own_E.tolist()),
+        tuple(prompts_Q.tolist()),
+        tuple(np.bincount(label_owners_N, minlength=len(chosen_Q)).tolist()),
+        tuple(places),
+        {name: tensor(values) for name, values in label_columns.items()},
+        None if members_PE is None else tensor(np.ascontiguousarray(members_PE)),
     )
     return batch.to(device)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig, MixedSource
 from raytune_ft.data.formats import Example
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
 
 
@@ -122,12 +121,16 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Train and validation examples; every source gives the fraction, so that each is measured.
 
-    Examples of one row stay together.
+    Examples of one row stay together, and so do pairs of answers to one prompt.
     """
     kept, held = list[Example](), list[Example]()
     for number in sorted({one.source for one in rows}):
-        own = [one for one in rows if one.source == number]
-        groups = [list(group) for _, group in groupby(own, lambda one: one.origin)]
+        found: dict[str | bytes, list[Example]] = {}
+        for one in rows:
+            if one.source == number:
+                key = one.prompt if PARTS in one.columns else one.origin
+                found.setdefault(key, []).append(one)
+        groups = list(found.values())
         if len(groups) == 1:  # an only row, such as a file that is one document
             groups = [[one] for one in groups[0]]
         label = f"train.{names[number]}" if names else "train"

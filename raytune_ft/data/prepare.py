@@ -38,6 +38,7 @@ from raytune_ft.data.report import (
     SourceReport,
     count_duplicates,
     count_overlaps,
+    describe_pairs,
     describe_split,
 )
 from raytune_ft.data.sources import Source, open_source
@@ -45,10 +46,13 @@ from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import DataError, RunFailed, StorageError, first_line
 from raytune_ft.files import sha256_of
-from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS
+from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS, reference_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REFERENCE = "reference"
+"""The label column of the log-probabilities under the reference."""
 
 CACHE_FORMAT = 3
 """To be raised when the same rows and keys give other tokens or other files."""
@@ -137,9 +141,19 @@ class PreparedData:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The lengths of the shortest and of the longest example."""
-        lengths = np.concatenate([split.lengths for split in self.splits])
+        """The lengths of the shortest and of the longest sequence."""
+        lengths = np.concatenate([np.diff(split.part_offsets) for split in self.splits])
         return int(lengths.min()), int(lengths.max())
+
+    @property
+    def widest(self) -> int:
+        """The tokens of the longest example, whose sequences share a row where rows are packed."""
+        return max(int(split.lengths.max(initial=0)) for split in self.splits)
+
+    def named(self, split: str) -> TokenizedSplit:
+        """A split by its name in the report."""
+        found: TokenizedSplit = getattr(self, split)
+        return found
 
 
 def prepare_data(
@@ -204,6 +218,11 @@ def prepare_data(
     report = DataReport(
         sources=reports,
         splits={name: describe_split(split) for name, split in splits.items()},
+        pairs={
+            name: describe_pairs(split, [one.prompt for one in examples[name]])
+            for name, split in splits.items()
+            if split.parts > 1
+        },
         duplicates=count_duplicates(splits),
         overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
         notes=_notes(encoder, configs.values(), reports.values()),
@@ -211,6 +230,9 @@ def prepare_data(
         labels=labels,
         problem=data.problem if labels else None,
     )
+
+    for name, pairs in report.pairs.items():
+        tell(f"data.{name}: {pairs}")
 
     def fill(folder: Path) -> None:
         for name, split in splits.items():
@@ -235,6 +257,8 @@ def open_prepared(path: Path) -> PreparedData:
         name: replace(TokenizedSplit.open(path / f"{name}.arrow"), sources=report.names)
         for name in report.splits
     }
+    if report.reference is not None:
+        splits = {name: with_reference(path, name, split) for name, split in splits.items()}
     for name, split in splits.items():
         written = report.splits[name]
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
@@ -252,6 +276,12 @@ def open_prepared(path: Path) -> PreparedData:
         if report.teacher_logits is None
         else _mapped(path / TEACHER_LOGITS, int(splits["train"].label_counts.sum())),
     )
+
+
+def with_reference(path: Path, name: str, split: TokenizedSplit) -> TokenizedSplit:
+    """The split with the log-probabilities of its label tokens under the reference."""
+    logps_N = _mapped(path / reference_file(name), int(split.part_labels[-1]))
+    return replace(split, label_columns={REFERENCE: logps_N})
 
 
 def _mapped(path: Path, rows: int) -> npt.NDArray[Any]:
@@ -280,6 +310,9 @@ def sound_at(path: Path) -> PreparedData | None:
     losses = prepared.base_loss
     if losses is not None and sha256_of_numbers(losses) != prepared.report.base_loss:
         return None
+    for name, sha256 in (prepared.report.reference_files or {}).items():
+        if sha256_of(path / reference_file(name)) != sha256:
+            return None
     written = prepared.report.teacher_logits
     if written is not None and sha256_of(path / TEACHER_LOGITS) != written:
         return None

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,12 @@ def check_same(saved: Path, now: DataReport) -> None:
             f"is not what the run began with, {before.base_loss[:12]}, and other losses give "
             "another order of examples",
             "bring back the token cache that it had, or train under another name",
+        )
+    if before.reference and now.reference and before.reference != now.reference:
+        raise DataError(
+            f"a reference with files of sha256 {now.reference[:12]}",
+            f"is not what the run began with, {before.reference[:12]}",
+            "bring back the weights that it had, or train under another name",
         )
     if before.teacher and now.teacher and before.teacher != now.teacher:
         raise DataError(
@@ -183,6 +189,32 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
+class PairsReport:
+    """What a split of pairs of answers is like.
+
+    Attributes:
+        prompts: different ones.
+        chosen_tokens, rejected_tokens: mean lengths of the answers.
+        longer_chosen: share of pairs whose chosen answer is the longer one; where both are equally
+            long, half a pair. Far from 0.5, a model learns to write at that length.
+        contradictory: pairs whose answers stand in another pair the other way round.
+    """
+
+    prompts: int
+    chosen_tokens: float
+    rejected_tokens: float
+    longer_chosen: float
+    contradictory: int
+
+    def __str__(self) -> str:
+        found = (
+            f"{self.prompts:,} prompts; the longer answer is chosen in {self.longer_chosen:.0%} of "
+            f"pairs (mean {self.chosen_tokens:.0f} tokens against {self.rejected_tokens:.0f})"
+        )
+        return found + (f"; {self.contradictory:,} contradict others" if self.contradictory else "")
+
+
+@dataclass(frozen=True)
 class DataReport:
     """The report on all sources and splits.
 
@@ -202,6 +234,9 @@ class DataReport:
         teacher_logits: sha256 of the file that holds them.
         labels: of a classification, in class order.
         problem: `data.problem` of a classification, else None.
+        pairs: of the splits whose examples are pairs of answers.
+        reference: sha256 of what the reference's log-probabilities depend on beside the data.
+        reference_files: split -> sha256 of the file that holds them.
     """
 
     sources: dict[str, SourceReport]
@@ -215,6 +250,9 @@ class DataReport:
     teacher_logits: str | None = None
     labels: tuple[str, ...] = ()
     problem: str | None = None
+    pairs: dict[str, PairsReport] = field(default_factory=dict)
+    reference: str | None = None
+    reference_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def turn_ends(self) -> list[str]:
@@ -245,6 +283,9 @@ class DataReport:
             teacher_logits=content.get("teacher_logits"),
             labels=tuple(content.get("labels", ())),
             problem=content.get("problem"),
+            pairs={name: PairsReport(**item) for name, item in content.get("pairs", {}).items()},
+            reference=content.get("reference"),
+            reference_files=dict(content.get("reference_files", {})),
         )
 
 
@@ -258,6 +299,25 @@ def describe_split(split: TokenizedSplit) -> SplitReport:
         label_tokens=int(split.label_counts.sum()),
         sha256=split.sha256,
         sources={name: n for name, n in zip(split.sources, counts, strict=False) if n},
+    )
+
+
+def describe_pairs(split: TokenizedSplit, prompts: Sequence[bytes]) -> PairsReport:
+    """The figures of a split of pairs; `prompts` has the hash of each example's."""
+    chosen_n, rejected_n = np.diff(split.part_labels).reshape(-1, 2).T
+    begins = split.part_offsets
+    prints = [
+        hashlib.blake2b(split.input_ids[start:stop].tobytes(), digest_size=16).digest()
+        for start, stop in pairwise(begins.tolist())
+    ]
+    pairs = list(zip(prints[::2], prints[1::2], strict=True))
+    known = set(pairs)
+    return PairsReport(
+        prompts=len(set(prompts)),
+        chosen_tokens=float(chosen_n.mean()),
+        rejected_tokens=float(rejected_n.mean()),
+        longer_chosen=float((1 + np.sign(chosen_n - rejected_n)).mean() / 2),
+        contradictory=sum((rejected, chosen) in known for chosen, rejected in pairs),
     )
 
 

@@ -21,6 +21,9 @@ TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Column = npt.NDArray[np.float32]
 
+PARTS = "parts"
+"""The column of a split that holds the lengths of the sequences of its examples."""
+
 SCHEMA = pa.schema(
     [("input_ids", pa.large_list(pa.int32())), ("label_mask", pa.large_list(pa.uint8()))]
 )
@@ -35,7 +38,12 @@ class TokenizedSplit:
         label_mask: [tokens], True where the token is a label, that is, where predicting it
             carries loss. It sits on the predicted token and not on the one before it.
         offsets: [n + 1], example `i` is `input_ids[offsets[i]:offsets[i + 1]]`.
-        columns: name -> [n, width], other numbers of an example, such as its weight.
+        columns: name -> [n, width], other numbers of an example, such as its weight. Where
+            examples are of several sequences, such as a pair of answers, `parts` has the tokens of
+            each: the model sees them one by one, and a micro-batch takes all or none. The first
+            token of a sequence is no label.
+        label_columns: name -> [label tokens], a number for each label token, such as its
+            log-probability under another model; not saved in the file.
         sources: source names behind the numbers of the column `source`; not saved in the file.
     """
 
@@ -44,6 +52,7 @@ class TokenizedSplit:
     offsets: npt.NDArray[np.int64]
     columns: Mapping[str, Column] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    label_columns: Mapping[str, Column] = field(default_factory=dict)
 
     @classmethod
     def from_examples(
@@ -128,6 +137,42 @@ class TokenizedSplit:
         counts[filled] -= self.label_mask[self.offsets[:-1][filled]]
         return counts
 
+    @property
+    def parts(self) -> int:
+        """Sequences of each example."""
+        lengths_nP = self.columns.get(PARTS)
+        return 1 if lengths_nP is None else lengths_nP.shape[1]
+
+    @cached_property
+    def part_offsets(self) -> npt.NDArray[np.int64]:
+        """[n * parts + 1], sequence `p` of example `i` begins at `[i * parts + p]`."""
+        lengths_nP = self.columns.get(PARTS)
+        if lengths_nP is None:
+            return self.offsets
+        ends = np.cumsum(lengths_nP.astype(np.int64).reshape(-1))
+        return np.concatenate([np.zeros(1, np.int64), ends])
+
+    @cached_property
+    def part_labels(self) -> npt.NDArray[np.int64]:
+        """[n * parts + 1], the label tokens before each sequence."""
+        if self.parts == 1:
+            return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_counts)])
+        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_mask)])
+        return running[self.part_offsets]
+
+    @cached_property
+    def longest_parts(self) -> npt.NDArray[np.int64]:
+        """[n], tokens of the longest sequence of each example."""
+        longest_n: npt.NDArray[np.int64] = np.diff(self.part_offsets).reshape(-1, self.parts).max(1)
+        return longest_n
+
+    def part_lengths(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[int]:
+        """Tokens of each sequence of these examples, one example after another."""
+        offsets, parts = self.part_offsets, self.parts
+        numbers = parts_of(indices, parts)
+        lengths: list[int] = (offsets[numbers + 1] - offsets[numbers]).tolist()
+        return lengths
+
     @cached_property
     def source_numbers(self) -> npt.NDArray[np.int64] | None:
         """[n], the number of each example's source; None without a column `source`."""
@@ -151,3 +196,9 @@ class TokenizedSplit:
             hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=16).digest()
             for ids, mask in map(self.example, range(len(self)))
         ]
+
+
+def parts_of(indices: Sequence[int] | npt.NDArray[np.int64], parts: int) -> npt.NDArray[np.int64]:
+    """The numbers of all sequences of these examples, where each example has `parts` of them."""
+    chosen = np.asarray(indices, np.int64)
+    return (chosen[:, None] * parts + np.arange(parts)).reshape(-1)

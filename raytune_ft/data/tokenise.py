@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from raytune_ft.config.data import FORMATS, DataConfig, SourceConfig, difficulty_column
 from raytune_ft.data.formats import (
     WEIGHT,
@@ -23,6 +25,7 @@ from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import SourceReport, facts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import BATCH_ROWS, Source
+from raytune_ft.data.split import PARTS
 from raytune_ft.errors import DataError
 
 PROGRESS_ROWS = 20_000
@@ -156,7 +159,8 @@ def _fitted(
     if isinstance(result, BadRow):
         return result
     all_of_it = [replace(result, others=()), *result.others]
-    longest, limit = max(len(one.ids) for one in all_of_it), data.max_length
+    longest = max(len(ids) for one in all_of_it for ids, _ in one.sequences)
+    limit = data.max_length
     tally.longest = max(tally.longest, longest)
     if longest > limit:
         if data.chunk is not None and FORMATS[source.format].documents:
@@ -176,10 +180,10 @@ def _fitted(
             return read
         all_of_it = [read]
     else:
-        learnt = [one for one in all_of_it if one.mask[:limit].any()]
+        learnt = [one for one in all_of_it if all(mask[:limit].any() for _, mask in one.sequences)]
         # An answer and its rationale belong together; of a conversation some turns may be too far.
         if not learnt or (RATIONALE in result.columns and len(learnt) < len(all_of_it)):
-            if not all(one.mask.any() for one in all_of_it):
+            if not all(mask.any() for one in all_of_it for _, mask in one.sequences):
                 return BadRow(result.origin, "no_label_token", "no token carries loss")
             tally.lacking = max(tally.lacking, longest)
             where = f"within data.max_length={limit}, and the row has {longest}"
@@ -187,13 +191,31 @@ def _fitted(
         tally.notes["turns_too_far"] += len(learnt) < len(all_of_it)
         all_of_it = learnt
     tally.truncated += longest > limit
-    return [_cut(one, limit) for one in all_of_it]
+    fitted = [_cut(one, limit) for one in all_of_it]
+    if PARTS in result.columns and _alike(fitted[0]):
+        return BadRow(result.origin, "same_answers", "both answers have the same tokens")
+    return fitted
+
+
+def _alike(pair: Example) -> bool:
+    (one, _), (other, _) = pair.sequences
+    return np.array_equal(one, other)
 
 
 def _cut(example: Example, limit: int) -> Example:
-    """Cuts the end off, except for the `kept` last tokens."""
+    """Cuts the end off each sequence, except for the `kept` last tokens."""
     if len(example.ids) <= limit:
         return example
+    if PARTS in example.columns:
+        cut = [(ids[:limit], mask[:limit]) for ids, mask in example.sequences]
+        ids, masks = zip(*cut, strict=True)
+        lengths = {PARTS: tuple(float(len(one)) for one in ids)}
+        return replace(
+            example,
+            ids=np.concatenate(ids),
+            mask=np.concatenate(masks),
+            columns={**example.columns, **lengths},
+        )
     kept = min(example.kept, limit)
     places = [*range(limit - kept), *range(len(example.ids) - kept, len(example.ids))]
     return replace(example, ids=example.ids[places], mask=example.mask[places])

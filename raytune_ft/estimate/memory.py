@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
 from raytune_ft.data.batch import FREELY, Apart, lay_out
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.estimate.activations import Traced, trace, trace_head
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.parameters import Shell, build_shell
@@ -78,15 +80,15 @@ def work_of(
     steps = min(SAMPLED_STEPS, max(1, whole))
     for step in range(steps):
         indices = order.indices(step * batch, batch)
-        lengths = (split.lengths[indices] + virtual).tolist()
-        counts = split.label_counts[indices]
-        for rank in lay_out(lengths, workers, budget, packing, apart):
+        lengths = [length + virtual for length in split.part_lengths(indices)]
+        counts = np.diff(split.part_labels)[parts_of(indices, split.parts)]
+        for rank in lay_out(lengths, workers, budget, packing, apart, split.parts):
             passes = max(passes, len(rank))
             for micro in rank:
                 if not micro:
                     continue
-                wide = max(sum(lengths[position] for position in row) for row in micro)
-                found = sum(int(counts[position]) for row in micro for position in row)
+                wide = max(sum(lengths[number] for number in row) for row in micro)
+                found = sum(int(counts[number]) for row in micro for number in row)
                 tokens, labels = tokens + wide * len(micro), labels + found
                 most_labels = max(most_labels, found)
                 if wide * len(micro) > most:

@@ -14,9 +14,10 @@ from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.objectives import LOSS, Figure
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective
+from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.objectives.tokens import token_losses
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES
@@ -28,7 +29,7 @@ def columns_of(
     runner: ModelRunner, objective: Objective, split: TokenizedSplit
 ) -> dict[str, Column]:
     """`[n]` or `[n, L]` each, in the order of the split; all ranks share the work and get all."""
-    found = _Filled(len(split))
+    found, objective = _Filled(len(split)), objective.over(split, np.arange(len(split)))
     for indices, batch in batches(runner, split):
         found.add(indices, batch, objective.columns(runner, batch, 1))
     return found.whole(runner.strategy) | objective.known(split, np.arange(len(split)))
@@ -68,6 +69,31 @@ def retention(runner: ModelRunner, base: ModelRunner, split: TokenizedSplit) -> 
     return {name: Scores((columns[name], tokens), each.mode) for name, each in RETENTION.items()}
 
 
+@torch.no_grad()
+def label_columns_of(
+    runner: ModelRunner, split: TokenizedSplit, examples: Indices
+) -> npt.NDArray[np.float64]:
+    """`[label tokens]`, the log-probability of each label token of these examples, in the order of
+    the split; all ranks share the work and get all.
+    """
+    numbers = parts_of(examples, split.parts)
+    counts_Q = np.diff(split.part_labels)[numbers]
+    firsts = dict(zip(numbers.tolist(), (np.cumsum(counts_Q) - counts_Q).tolist(), strict=True))
+    found_N = np.zeros(int(counts_Q.sum()))
+    for start in range(0, len(examples), BLOCK_EXAMPLES):
+        indices = examples[start : start + BLOCK_EXAMPLES]
+        own = parts_of(indices, split.parts)
+        for rows in runner.layout(split, indices):
+            batch = runner.collate(split, indices, rows)
+            logps = label_logps(runner, batch).double().cpu().numpy()
+            at = 0
+            for span, count in zip(batch.spans, batch.labels, strict=True):
+                first = firsts[int(own[span.sequence])]
+                found_N[first : first + count] = logps[at : at + count]
+                at += count
+    return _summed(found_N, runner.strategy)
+
+
 def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:
     """This rank's examples of the split once: the block that each was laid out with, and a batch.
 
@@ -75,7 +101,7 @@ def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indice
     """
     for start in range(0, len(split), BLOCK_EXAMPLES):
         indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)), dtype=np.int64)
-        for rows in runner.layout(split.lengths[indices].tolist()):
+        for rows in runner.layout(split, indices):
             yield indices, runner.collate(split, indices, rows)
 
 
@@ -88,11 +114,12 @@ class _Filled:
 
     def add(self, indices: Indices, batch: MicroBatch, made: Columns) -> None:
         """Sum the values of label tokens into their examples, and put those of examples there."""
-        own = indices[[span.example for span in batch.spans]]
+        own = indices[list(batch.places)]
+        spans = indices[[span.sequence // batch.parts for span in batch.spans]]
         owners_N = batch.owners_N.cpu().numpy()
         for name, values_GN in made.rows.items():
             column = self._columns.setdefault(name, np.zeros(self._n))
-            np.add.at(column, own[owners_N], values_GN[0].double().cpu().numpy())
+            np.add.at(column, spans[owners_N], values_GN[0].double().cpu().numpy())
         for name, values_GE in made.examples.items():
             values = values_GE[0].cpu().numpy()
             empty = np.zeros((self._n, *values.shape[1:]), values.dtype)

@@ -22,11 +22,13 @@ from raytune_ft.evaluate.columns import columns_of, figures_of, retention
 from raytune_ft.evaluate.context import Continuation, Subject, runner_of
 from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.metrics import check_functions, metric_named
+from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import check_files, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.records import Tell
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
@@ -119,7 +121,11 @@ def measure(subject: Subject) -> dict[str, Scores]:
 
 
 def evaluate_directory(
-    directory: Path, config: Config, cache_dir: Path, workers: Workers = HERE
+    directory: Path,
+    config: Config,
+    cache_dir: Path,
+    workers: Workers = HERE,
+    tell: Tell = lambda line: None,
 ) -> tuple[str, int, dict[str, float]]:
     """(split, examples, figures) of any model directory on the test data of `config`.
 
@@ -140,6 +146,7 @@ def evaluate_directory(
         check_files(model)
     tokenizer = _tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
+    data = referenced(config, data, tell, workers=workers)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
     head = head_of(config, data.report)

@@ -6,26 +6,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from raytune_ft.config.execution import objectives_of
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import PreparedData, open_prepared
+from raytune_ft.data.prepare import PreparedData, derived, open_prepared
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
-from raytune_ft.evaluate.columns import batches, columns_of
+from raytune_ft.evaluate.columns import batches, columns_of, label_columns_of
 from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.workers import HERE, Workers
-from raytune_ft.model.hub import teacher_model
+from raytune_ft.files import sha256_of
+from raytune_ft.layout import reference_file
+from raytune_ft.locks import WAIT, Wait, locked
+from raytune_ft.model.hub import reference_model, teacher_model
 from raytune_ft.model.load import (
+    Precision,
     base_file_hashes,
     load_model_config,
     load_tokenizer,
@@ -68,6 +76,78 @@ def _base_losses(base_on: tuple[ModelConfig, Path], strategy: Strategy) -> Numbe
     runner = runner_of(model, load_tokenizer(model), strategy=strategy)
     columns = columns_of(runner, TokenObjective(), split)
     return columns["loss"] / columns["tokens"]
+
+
+REFERENCE_BLOCK = 4096
+"""Examples whose log-probabilities are computed before they are written, so that a pass which was
+interrupted goes on behind them."""
+
+
+def referenced(
+    config: Config,
+    data: PreparedData,
+    tell: Tell,
+    accept: Callable[[DataReport], object] = lambda report: None,
+    workers: Workers = HERE,
+) -> PreparedData:
+    """The data with the log-probabilities of all label tokens under the reference, where the
+    objective, or that of a trial, needs one.
+
+    They are computed once for all runs over these data and this reference. `accept` may refuse the
+    data by raising, before anything is computed.
+
+    Raises:
+        ModelError: the reference cannot be loaded.
+        StorageError: they cannot be written.
+    """
+    if not any(OBJECTIVES[name].reference for name in objectives_of(config)):
+        return data
+    model, precision = reference_model(config), config.train.precision
+    sha256 = _sha256(model, precision)
+    accept(replace(data.report, reference=sha256))
+    blocks = data.path.with_name(f".reference-{sha256[:16]}-{data.path.name[:16]}")
+
+    def add(folder: Path) -> dict[str, object]:
+        tell(f"the reference {model.path} computes the log-probabilities of every answer once")
+        blocks.mkdir(parents=True, exist_ok=True)
+        workers.each(_reference_logps, [(model, precision, data.path, blocks)])
+        files = {}
+        for name in data.report.splits:
+            parts = [np.load(path) for path in sorted(blocks.glob(f"{name}-*.npy"))]
+            np.save(folder / reference_file(name), np.concatenate(parts))
+            files[name] = sha256_of(folder / reference_file(name))
+        return {"reference": sha256, "reference_files": files}
+
+    waits = "has a reference pass of another process"
+    with locked(blocks.with_suffix(".lock"), waits, WAIT, Wait(math.inf, tell)):
+        kept = derived(data, sha256, add)
+        shutil.rmtree(blocks, ignore_errors=True)
+    return kept
+
+
+def _reference_logps(job: tuple[ModelConfig, Precision, Path, Path], strategy: Strategy) -> None:
+    """Write the log-probabilities of each block of each split that is not there yet."""
+    model, precision, data_dir, folder = job
+    data = open_prepared(data_dir)
+    todo = [
+        (name, np.arange(start, min(start + REFERENCE_BLOCK, len(data.named(name)))))
+        for name in data.report.splits
+        for start in range(0, len(data.named(name)), REFERENCE_BLOCK)
+    ]
+    paths = [folder / f"{name}-{indices[0]:012d}.npy" for name, indices in todo]
+    left = strategy.from_rank0([not path.is_file() for path in paths])
+    if not any(left):
+        return
+    runner = runner_of(model, load_tokenizer(model), strategy=strategy, precision=precision)
+    for path, (name, indices), needed in zip(paths, todo, left, strict=True):
+        if not needed:
+            continue
+        logps_N = label_columns_of(runner, data.named(name), indices)
+        if strategy.rank == 0:
+            unfinished = path.with_suffix(".new")
+            with unfinished.open("wb") as file:
+                np.save(file, logps_N.astype(np.float32))
+            unfinished.rename(path)
 
 
 TELL_EVERY_S = 10.0
@@ -130,7 +210,7 @@ def _sha256(model: ModelConfig, precision: str) -> str:
     local = Path(resolve_model_path(model.path)).is_dir()
     commit = getattr(load_model_config(model), "_commit_hash", None)
     content = {
-        "teacher": base_file_hashes(model) if local else [model.path, commit],
+        "model": base_file_hashes(model) if local else [model.path, commit],
         "computes": [precision, model.dtype, model.attention],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

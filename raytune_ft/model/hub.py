@@ -60,6 +60,11 @@ def teacher_model(config: Config) -> ModelConfig:
     return at_path(config.model, config.train.kd.teacher)
 
 
+def reference_model(config: Config) -> ModelConfig:
+    """The `model` section of the model that a run on preferences is held to."""
+    return at_path(config.model, config.train.dpo.reference or config.model.path)
+
+
 def at_path(model: ModelConfig, path: str) -> ModelConfig:
     """The `model` section of another model. A revision belongs to the path beside it."""
     return (

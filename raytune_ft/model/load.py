@@ -509,10 +509,11 @@ def _is_of_head(base: Any, name: str) -> bool:
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
     """The dtype that weights of the base are read in; those that train are not rounded first."""
-    return _master(precision) if METHODS[method.name].whole_model else _frozen(model, precision)
+    return _master(precision) if METHODS[method.name].whole_model else base_dtype(model, precision)
 
 
-def _frozen(model: ModelConfig, precision: Precision) -> torch.dtype:
+def base_dtype(model: ModelConfig, precision: Precision) -> torch.dtype:
+    """The dtype of a frozen base in a run of this precision."""
     dtype: torch.dtype = getattr(torch, precision if model.dtype == "auto" else model.dtype)
     return dtype
 
@@ -521,7 +522,7 @@ def frozen_dtype(
     model: ModelConfig, method: MethodConfig, precision: Precision
 ) -> torch.dtype | None:
     """The dtype that frozen weights are held in; None where they are read in that dtype."""
-    return _frozen(model, precision) if METHODS[method.name].trains == "part" else None
+    return base_dtype(model, precision) if METHODS[method.name].trains == "part" else None
 
 
 def _master(precision: Precision) -> torch.dtype:

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import LoraMethod
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch, Row
 from raytune_ft.data.order import Indices
@@ -32,6 +34,7 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
+from raytune_ft.model.objectives import Objective
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -42,7 +45,7 @@ from raytune_ft.packed.autotune import (
 from raytune_ft.packed.layout import PackedPass, plan_pass
 from raytune_ft.packed.lora import ActiveAdapters, AdapterInit, MultiLora, init_adapter
 from raytune_ft.packed.optim import PackedAdamW, Step
-from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder
+from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder, together
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
@@ -90,7 +93,8 @@ class Passes:
         self.shapes = shapes_of(base)
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
-        widest = choose_micro_tokens(config.train.micro_tokens, strategy.device)
+        room = choose_micro_tokens(config.train.micro_tokens, strategy.device)
+        widest = max(room, data.widest)
         self.runner = build_runner(
             built, config, strategy, _no_optimizer, objective, data.extent, widest
         )
@@ -144,24 +148,30 @@ class Passes:
         """Run a pass with `count` slots and its optimizer step; the number of its tokens."""
         settings, data, optimizer = self.config.train, self.data.train, self.optimizer
         batch, order = settings.batch_size, plain_order(self.config, data)
-        steps = [self.open(order.indices(number * batch, batch)) for number in range(count)]
+        objective = self.runner.objective
+        steps = [
+            self.open(objective, order.indices(number * batch, batch)) for number in range(count)
+        ]
         plan = self.plan(steps, 0)
         steps = steps[: len(plan.rows)]
+        tokens = sum(step.waiting_tokens for step in steps)
         self.accumulate(plan, steps, self.active_adapters(0, [adapter] * len(steps)))
         optimizer.step([Step(slot, 0.0, settings) for slot in range(len(steps))])
-        return sum(step.tokens - sum(step.waiting_lengths) for step in steps)
+        return tokens - sum(step.waiting_tokens for step in steps)
 
-    def open(self, indices: Indices) -> OpenStep:
+    def open(self, objective: Objective, indices: Indices) -> OpenStep:
         """Open an optimizer step over these training examples."""
         data = self.data.train
-        return OpenStep(data, indices, self.runner.objective.count(data, indices) or 1)
+        widths_n = data.lengths if self.runner.packing else data.longest_parts
+        return OpenStep(data, indices, widths_n, objective.over(data, indices))
 
     def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
         """The pass that begins with slot `first`; see `plan_pass`."""
-        waiting = [step.waiting_lengths for step in steps]
-        runner = self.runner
-        ranks = runner.strategy.world_size
-        return plan_pass(waiting, first, runner.micro_tokens, runner.packing, ranks, runner.apart)
+        waiting = [step.waiting_widths for step in steps]
+        runner, ranks = self.runner, self.runner.strategy.world_size
+        # Without packing, each sequence of an example has a row, and a planned row stands for all.
+        room = runner.micro_tokens // (1 if runner.packing else self.data.train.parts)
+        return plan_pass(waiting, first, room, runner.packing, ranks, runner.apart)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters
@@ -169,16 +179,19 @@ class Passes:
         """Run a pass: add each slot's gradient and loss to that slot."""
         runner = self.runner
         rank, ranks = runner.strategy.rank, runner.strategy.world_size
+        parts = self.data.train.parts
         examples: list[int] = []
         layout: list[Row] = []
         for step, rows in zip(steps, plan.rows, strict=True):
             for row in step.take(rows)[rank::ranks]:
-                layout.append(tuple(range(len(examples), len(examples) + len(row))))
+                numbers = range(len(examples) * parts, (len(examples) + len(row)) * parts)
+                if runner.packing:
+                    layout.append(tuple(numbers))
+                else:
+                    layout += [tuple(numbers[part : part + 1]) for part in range(parts)]
                 examples += row
-        batch = runner.collate(self.data.train, np.array(examples), tuple(layout))
-        counts = [step.count for step in steps]
-        sizes = [step.examples for step in steps]
-        sums = accumulate_packed(runner, self.stack, active, batch, counts, sizes)
+        batch = runner.collate(self.data.train, np.array(examples, np.int64), tuple(layout))
+        sums = accumulate_packed(runner, self.stack, active, batch, steps)
         for step, loss_sum in zip(steps, sums.unbind(), strict=True):
             step.loss_sum = step.loss_sum + loss_sum
 
@@ -188,15 +201,23 @@ class Passes:
         optimizer = self.optimizer
         return self._over(optimizer.numbers_KN[slots], optimizer.gradients_KN[slots], adapters)
 
-    def scores(self, slots: Sequence[int], adapters: Sequence[AdapterInit]) -> list[Scores]:
-        """Evaluate these adapters in these slots in the same passes."""
-        numbers_GN = self.optimizer.numbers_KN[list(slots)]
-        with self.stack.applied(self._over(numbers_GN, None, adapters)):
-            return evaluate_groups(self.runner, self.data.validation, len(slots), self._beat)
+    def scores(self, slots: Sequence[Slot]) -> list[Scores]:
+        """Evaluate the runs in these slots in the same passes."""
+        numbers_GN = self.optimizer.numbers_KN[[slot.holder.slot for slot in slots]]
+        runner = replace(self.runner, objective=together([slot.objective for slot in slots]))
+        with self.stack.applied(self._over(numbers_GN, None, [slot.adapter for slot in slots])):
+            return evaluate_groups(runner, self.data.validation, len(slots), self._beat)
 
-    def base_scores(self) -> Scores:
+    def base_scores(self, objective: Objective) -> Scores:
         """Evaluate the base without any adapter."""
-        return evaluate(self.runner, self.data.validation, self._beat)
+        runner = replace(self.runner, objective=objective)
+        return evaluate(runner, self.data.validation, self._beat)
+
+    def objective_of(self, config: Config) -> Objective:
+        """That of a run: its own, where its losses are of pairs, else the one of all runs."""
+        if not OBJECTIVES[config.train.objective].pairs:
+            return self.runner.objective
+        return build_objective(config, self.data, self.runner.strategy)
 
     def _over(
         self, numbers_GN: Tensor, gradients_GN: Tensor | None, adapters: Sequence[AdapterInit]
@@ -217,28 +238,33 @@ def accumulate_packed(
     stack: MultiLora,
     active: ActiveAdapters,
     batch: MicroBatch,
-    step_counts: Sequence[float],
-    step_examples: Sequence[int],
+    steps: Sequence[OpenStep],
 ) -> Tensor:
-    """Add to each slot the gradient of its own token losses over the count of its own step.
+    """Add to each slot the gradient of its own losses over the count of its own step.
 
-    A router loss is divided by the examples of the slot's step. Returns the sums `[G]` of the
+    A router loss is divided by the sequences of the slot's step. Returns the sums `[G]` of the
     losses by slot. No value of one slot enters a sum of another, so that NaN in one slot stays
     there. The host does not wait for the device.
     """
-    objective, groups, device = runner.objective, active.groups, runner.strategy.device
+    objective, groups = together([step.objective for step in steps]), active.groups
+    device, parts = runner.strategy.device, batch.parts
     height, width = len(batch.tokens_BS) // groups, batch.tokens_BS.shape[1]
-    owners_N = batch.labels_N // (height * width)
-    counts_G = torch.tensor(step_counts, dtype=torch.float64).to(device, non_blocking=True)
-    shares_E = [1 / step_examples[span.row // height] for span in batch.spans]
+    slots_Q = [span.row // height for span in batch.spans]
+    if parts == 1:
+        owners_L = batch.labels_N // (height * width)
+    else:  # a loss for each example, and examples are in the order of slots
+        owners_L = torch.tensor(slots_Q[::parts], dtype=torch.int64).to(device, non_blocking=True)
+    counts = torch.tensor([step.count for step in steps], dtype=torch.float64)
+    counts_G = counts.to(device, non_blocking=True)
+    shares_Q = [1 / (steps[slot].examples * parts) for slot in slots_Q]
     with stack.applied(active):
         with runner.watched():
-            losses_N = objective.losses(runner, batch)
-        shares_N = (1 / counts_G).index_select(0, owners_N).to(losses_N.dtype)
+            losses_L = objective.losses(runner, batch)
+        shares_L = (1 / counts_G).index_select(0, owners_L).to(losses_L.dtype)
         # Not `strategy.backward`: the optimizer sums these gradients over ranks, once a step.
-        ((losses_N * shares_N).sum() + runner.balance_loss(batch, shares_E)).backward()
+        ((losses_L * shares_L).sum() + runner.balance_loss(batch, shares_Q)).backward()
     sums_G = torch.zeros(groups, dtype=torch.float64, device=device)
-    return sums_G.index_add_(0, owners_N, losses_N.detach().double())
+    return sums_G.index_add_(0, owners_L, losses_L.detach().double())
 
 
 class PackedEngine:
@@ -259,6 +285,7 @@ class PackedEngine:
         self._ended: list[Path] = []
         self._next = 0
         self._active: dict[tuple[int, int], ActiveAdapters] = {}
+        self._base: list[tuple[Objective, Scores]] = []
 
     @property
     def free(self) -> int:
@@ -282,6 +309,7 @@ class PackedEngine:
         self._active.clear()
         holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._channel)
         exporter = Exporter(adapter.model, torch.float32)
+        objective = self.passes.objective_of(spec.config)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             run = build_run_state(
@@ -296,13 +324,13 @@ class PackedEngine:
                 self._pool,
             )
             if run.progress.base is None:
-                run.begin(self._base)
+                run.begin(self._base_scores(objective))
         except RunFailed as error:
             if self._strategy.rank == 0:
                 end_run(spec, failed_result(spec, error))
             self._ended.append(spec.run_dir)
             return
-        slot = Slot(run, adapter, holder, self.passes.open)
+        slot = Slot(run, adapter, holder, objective, self.passes.open)
         (self._closing if run.over else self._slots).append(slot)
 
     def leave(self, run_dir: Path, status: Literal["pruned", "interrupted"]) -> None:
@@ -367,10 +395,13 @@ class PackedEngine:
             )
         return init_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
 
-    @cached_property
-    def _base(self) -> Scores:
-        """The base's own scores, which are the same for every run."""
-        return self.passes.base_scores()
+    def _base_scores(self, objective: Objective) -> Scores:
+        """The base's own scores, which are the same for every run with this objective."""
+        for known, scores in self._base:
+            if known == objective:
+                return scores
+        self._base.append((objective, self.passes.base_scores(objective)))
+        return self._base[-1][1]
 
     def _settled(self) -> set[Slot]:
         """Slots without a checkpoint being written on any rank: waiting for it takes no time."""
@@ -390,7 +421,7 @@ class PackedEngine:
         self.passes.accumulate(
             plan, [slot.open for slot in slots], self._active_adapters(first, slots)
         )
-        done = [slot for slot in slots if not slot.open.waiting_lengths]
+        done = [slot for slot in slots if not slot.open.waiting_widths]
         if done:
             self._step(done)
 
@@ -419,9 +450,7 @@ class PackedEngine:
             return []
         names = ", ".join(slot.run.spec.run_dir.name for slot in slots)
         self._heart.enter(f"evaluation of {names}")
-        return self.passes.scores(
-            [slot.holder.slot for slot in slots], [slot.adapter for slot in slots]
-        )
+        return self.passes.scores(slots)
 
     def _active_adapters(self, first: int, slots: Sequence[Slot]) -> ActiveAdapters:
         """Cached as long as the same runs are in the same slots."""

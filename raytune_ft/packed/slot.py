@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytune_ft.data.batch import Row
+from raytune_ft.data.batch import MicroBatch, Row
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.objectives import Columns, Forward, Objective
+from raytune_ft.model.objectives.preference import PairObjective, label_logps
 from raytune_ft.packed.lora import AdapterInit, MultiLora
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.strategy.side_channel import SideChannel
@@ -19,28 +24,92 @@ from raytune_ft.train.run_state import RunState
 
 
 class OpenStep:
-    """An optimizer step of one slot: its examples that no pass has taken yet, longest first.
+    """An optimizer step of one slot: its examples that no pass has taken yet, widest first.
 
-    `examples` and `tokens` count those of the whole step, `count` divides its losses, and
-    `loss_sum` is the sum of the losses that this rank has computed so far, on its device.
+    `widths_n` has the tokens of a row that each example of the split takes, `examples` counts those
+    of the whole step, `count` divides its losses, and `loss_sum` is the sum of the losses that this
+    rank has computed so far, on its device.
     """
 
-    def __init__(self, data: TokenizedSplit, indices: Indices, count: float) -> None:
-        self._data, self.count = data, count
-        lengths = data.lengths[indices]
-        self._waiting = indices[np.argsort(-lengths, kind="stable")]
-        self.waiting_lengths: list[int] = data.lengths[self._waiting].tolist()
-        self.examples, self.tokens = len(indices), int(lengths.sum())
+    def __init__(
+        self,
+        data: TokenizedSplit,
+        indices: Indices,
+        widths_n: npt.NDArray[np.int64],
+        objective: Objective,
+    ) -> None:
+        self._data, self._widths_n = data, widths_n
+        self._waiting = indices[np.argsort(-widths_n[indices], kind="stable")]
+        self.waiting_widths: list[int] = widths_n[self._waiting].tolist()
+        self.examples, self.objective = len(indices), objective
+        self.count = objective.count(data, indices) or 1
         self.loss_sum: Tensor | float = 0.0
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Those of the examples that wait."""
+        return int(self._data.lengths[self._waiting].sum())
+
     def take(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Remove the examples at these positions of `waiting_lengths`; their indices, by row."""
+        """Remove the examples at these positions of `waiting_widths`; their indices, by row."""
         taken = [self._waiting[list(row)].tolist() if row else [] for row in rows]
         left = np.ones(len(self._waiting), bool)
         left[[position for row in rows for position in row]] = False
         self._waiting = self._waiting[left]
-        self.waiting_lengths = self._data.lengths[self._waiting].tolist()
+        self.waiting_widths = self._widths_n[self._waiting].tolist()
         return taken
+
+
+def together(objectives: Sequence[Objective]) -> Objective:
+    """The objective of a batch that has equally many rows for each of these, in their order."""
+    first = objectives[0]
+    if all(each == first for each in objectives):
+        return first
+    return EachItsOwn(tuple(each for each in objectives if isinstance(each, PairObjective)))
+
+
+@dataclass(frozen=True)
+class EachItsOwn(Objective):
+    """Losses and columns of each slot by its own objective, from one pass through the model.
+
+    The objectives read the same outputs of the model.
+    """
+
+    of_tokens: ClassVar[bool] = True
+    objectives: tuple[PairObjective, ...]
+
+    def over(self, split: TokenizedSplit, indices: Indices) -> Objective:
+        return EachItsOwn(tuple(each.over(split, indices) for each in self.objectives))
+
+    def count(self, split: TokenizedSplit, indices: Indices) -> float:
+        return self.objectives[0].count(split, indices)
+
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
+        """`[E]`, in the order of the slots."""
+        return torch.cat(
+            [own.losses_of(logps_N, part) for own, logps_N, part in self._parts(forward, batch)]
+        )
+
+    def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
+        """`[G, E]` each."""
+        found = [
+            own.columns_of(logps_N, part) for own, logps_N, part in self._parts(forward, batch)
+        ]
+        return Columns(
+            examples={name: torch.stack([each[name] for each in found]) for name in found[0]}
+        )
+
+    def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+        return self.objectives[0].known(split, indices)
+
+    def _parts(
+        self, forward: Forward, batch: MicroBatch
+    ) -> list[tuple[PairObjective, Tensor, MicroBatch]]:
+        """Each objective with the log-probabilities and the part of the batch that are its own."""
+        logps_N, slots = label_logps(forward, batch), len(self.objectives)
+        parts = [batch.group(number, slots) for number in range(slots)]
+        own = logps_N.split([len(part.labels_N) for part in parts])
+        return list(zip(self.objectives, own, parts, strict=True))
 
 
 class SlotHolder:
@@ -122,16 +191,17 @@ class Slot:
         run: RunState,
         adapter: AdapterInit,
         holder: SlotHolder,
-        open_step: Callable[[Indices], OpenStep],
+        objective: Objective,
+        open_step: Callable[[Objective, Indices], OpenStep],
     ) -> None:
-        self.run, self.adapter, self.holder = run, adapter, holder
+        self.run, self.adapter, self.holder, self.objective = run, adapter, holder, objective
         self._open_step = open_step
         self.begin_step()
 
     def begin_step(self) -> None:
         """Open the next step of the run, where it has one."""
         if not self.run.over:
-            self.open = self._open_step(self.run.next_batch())
+            self.open = self._open_step(self.objective, self.run.next_batch())
 
     def optimizer_step(self) -> Step:
         """What the optimizer does with this slot once no example of the step waits."""

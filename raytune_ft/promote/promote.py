@@ -34,6 +34,7 @@ from raytune_ft.evaluate.evaluate import (
 )
 from raytune_ft.evaluate.generate import check_generation, end_tokens
 from raytune_ft.evaluate.metrics import check_functions
+from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
@@ -351,8 +352,11 @@ class _Promoter:
         self._model: ModelConfig = at_path(config.model, base) if base else config.model
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
-        self._data: PreparedData = prepare_data(
-            data, self._tokenizer, selection.data_seed, cache_dir, tell
+        self._data: PreparedData = referenced(
+            self._config,
+            prepare_data(data, self._tokenizer, selection.data_seed, cache_dir, tell),
+            tell,
+            workers=workers,
         )
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)

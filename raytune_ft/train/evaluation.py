@@ -52,16 +52,21 @@ def evaluate_groups(
 
     Every batch holds the rows `groups` times, and the g-th copy is the g-th model's.
     """
-    runner = replace(runner, micro_tokens=max(1, runner.micro_tokens // groups))
+    everything = np.arange(len(split))
+    runner = replace(
+        runner,
+        micro_tokens=max(1, runner.micro_tokens // groups),
+        objective=runner.objective.over(split, everything),
+    )
     sources = _sources(split)
     found = [_sums(runner, split, own, groups, beat) for own in sources.values()]
     shapes = found[0][1]
     summed_SGK = runner.strategy.sum(torch.stack([sums for sums, _ in found])).cpu().numpy()
-    everything = _known(runner, split, np.arange(len(split)))
+    known_of_all = _known(runner, split, everything)
     of_sources = [_known(runner, split, own) for own in sources.values()]
     scores = []
     for sums_SK in summed_SGK.swapaxes(0, 1):
-        sums = _named(shapes, sums_SK.sum(0)) | everything
+        sums = _named(shapes, sums_SK.sum(0)) | known_of_all
         losses = {
             name: LOSS.of(_named(shapes, sums_K) | known)
             for name, sums_K, known in zip(sources, sums_SK, of_sources, strict=True)
@@ -89,7 +94,7 @@ def _sums(
     objective, sums_GK, shapes = runner.objective, None, Shapes()
     for start in range(0, len(examples), BLOCK_EXAMPLES):
         indices = examples[start : start + BLOCK_EXAMPLES]
-        layout = runner.layout(split.lengths[indices].tolist())
+        layout = runner.layout(split, indices)
         beat(0, len(layout))
         for number, rows in enumerate(layout, start=1):
             batch = runner.collate(split, indices, rows).repeated(groups)

@@ -77,7 +77,7 @@ def accumulate_gradients(
     this rank's sum of losses and that count. A router loss is added to the gradient alone. The host
     does not wait for the device.
     """
-    strategy, objective = runner.strategy, runner.objective
+    strategy, objective = runner.strategy, runner.objective.over(split, indices)
     count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
     loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
     beat(0, len(batches))
@@ -87,8 +87,8 @@ def accumulate_gradients(
             with noisy_embeddings(runner.model, batch, runner.noise), runner.watched():
                 loss = objective.losses(runner, batch).sum()
             beat(number - 0.5, len(batches))
-            shares_E = [1 / len(indices)] * len(batch.spans)
-            strategy.backward(loss / count + runner.balance_loss(batch, shares_E))
+            shares_Q = [1 / (len(indices) * split.parts)] * len(batch.spans)
+            strategy.backward(loss / count + runner.balance_loss(batch, shares_Q))
         loss_sum += loss.detach().double()
         beat(number, len(batches))
     return loss_sum, count

@@ -137,12 +137,17 @@ class ModelRunner:
             return nullcontext()
         return torch.autocast(self.strategy.device.type, torch.bfloat16)
 
-    def layout(self, lengths: Sequence[int]) -> list[MicroLayout]:
-        """This rank's micro-batches of a step with examples of these lengths."""
-        virtual = virtual_tokens(self.model)
-        lengths = [length + virtual for length in lengths] if virtual else lengths
-        strategy = self.strategy
-        ranks = lay_out(lengths, strategy.world_size, self.micro_tokens, self.packing, self.apart)
+    def layout(self, split: TokenizedSplit, indices: Indices) -> list[MicroLayout]:
+        """This rank's micro-batches of a step over these examples."""
+        virtual, strategy = virtual_tokens(self.model), self.strategy
+        ranks = lay_out(
+            [length + virtual for length in split.part_lengths(indices)],
+            strategy.world_size,
+            self.micro_tokens,
+            self.packing,
+            self.apart,
+            split.parts,
+        )
         return ranks[strategy.rank]
 
     def collate(self, split: TokenizedSplit, indices: Indices, layout: MicroLayout) -> MicroBatch:
@@ -161,7 +166,7 @@ class ModelRunner:
 
     def micro_batches(self, split: TokenizedSplit, indices: Indices) -> list[MicroBatch]:
         """This rank's micro-batches of a step over `indices`, in host memory."""
-        layout = self.layout(split.lengths[indices].tolist())
+        layout = self.layout(split, indices)
         return [self.collate_on_host(split, indices, rows) for rows in layout]
 
     def steps(

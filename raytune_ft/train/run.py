@@ -110,7 +110,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
-    runner = build_runner(built, config, strategy, optimizer_of, objective, data.extent)
+    runner = build_runner(
+        built, config, strategy, optimizer_of, objective, data.extent, data.widest
+    )
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     run = build_run_state(
@@ -122,7 +124,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
             watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
         ):
-            longest = data.extent[1] + config.method.virtual_tokens
+            longest = data.widest + config.method.virtual_tokens * data.train.parts
             with lowers(spec.run_dir, runner.micro_tokens, longest):
                 train(runner, data, run, near.should_stop, heart)
         pool.shutdown(wait=True)  # not after a failure, where peers may be gone

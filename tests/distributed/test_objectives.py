@@ -98,15 +98,21 @@ def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str
     assert max(largest_difference(tmp_path / name, references / name)) < BOUND
 
 
-@pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT])
+@pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT, "dpo", "orpo", "simpo"])
 def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
-    """Trials that share one base: the one of before, beside another."""
+    """Trials that share one base: the one of before, beside another; on pairs, one with another
+    objective.
+    """
     changes = {"train.precision": "float64", "checkpoint.asynchronous": False}
     changes |= {"train.kd.cache": "disk"} if name == KEPT else {}
     objective, *_ = RUNS[name]
     configs = {
         name: config_of(inputs, objective, changes),
-        "other": config_of(inputs, objective, {**changes, "train.lr": 1e-2, "method.rank": 2}),
+        "other": config_of(
+            inputs,
+            {"dpo": "simpo", "orpo": "simpo", "simpo": "orpo"}.get(objective, objective),
+            {**changes, "train.lr": 1e-2, "method.rank": 2},
+        ),
     }
     with true_float64():
         run_packed(configs, tmp_path)

@@ -19,6 +19,18 @@ CASES: dict[str, dict[str, Any]] = {
     "classification": {"data.train.format": "classification", "train.class_weights": "balanced"},
     "rationale": {"data.train.format": "rationale", "train.rationale_weight": 0.3},
     "kd": {"train.kd": {"divergence": "reverse", "temperature": 2.0, "weight": 0.7}},
+    "dpo": {
+        "data.train.format": "preference",
+        "data.train.example_weight": "weight",
+        "train.dpo": {
+            "loss_type": ["sigmoid", "ipo", "sft"],
+            "loss_weights": [1.0, 0.01, 0.3],
+            "beta": 0.3,
+            "ld_alpha": 0.5,
+        },
+    },
+    "orpo": {"data.train.format": "preference", "train.orpo": {"beta": 0.5}},
+    "simpo": {"data.train.format": "preference", "train.simpo": {"cpo_alpha": 0.2}},
 }
 
 
@@ -39,6 +51,8 @@ def save_inputs(root: Path, count: int = 40) -> Path:
             "prompt": text(1, 20),
             "completion": text(1, 20),
             "rationale": text(1, 20),
+            "chosen": text(1, 20),
+            "rejected": text(1, 20),
             "text": text(1, 30),
             "other": text(1, 12),
             "label": "abc"[number % 3],

@@ -10,7 +10,7 @@ import torch
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.evaluate.precompute import taught
+from raytune_ft.evaluate.precompute import referenced, taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.packed.engine import PackedEngine, Passes
 from raytune_ft.rundir import RunSpec
@@ -59,7 +59,8 @@ class Packed:
         self.root = root
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
-        self.data = taught(config, data, lambda line: None)
+        data = taught(config, data, lambda line: None)
+        self.data = referenced(config, data, lambda line: None)
         laid_out = build_strategy(strategy, config.parallel, config.train.precision)
         self.engine = PackedEngine(Passes(config, self.data, slots, rank, laid_out))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.evaluate.precompute import taught
+from raytune_ft.evaluate.precompute import referenced, taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
 from raytune_ft.rundir import RunSpec
@@ -85,6 +85,7 @@ def run(
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, run_dir.parent / "cache")
     prepared = taught(config, prepared, lambda line: None)
+    prepared = referenced(config, prepared, lambda line: None)
     spec = RunSpec(config, run_dir, prepared.path)
     if not resumes:
         return run_training(spec, strategy, reporter or Silent())

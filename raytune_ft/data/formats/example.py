@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
-from raytune_ft.data.split import Mask, TokenIds
+from raytune_ft.data.split import PARTS, Mask, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,12 @@ class Example:
     ends: tuple[int, ...] = ()
     lost: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def sequences(self) -> list[tuple[TokenIds, Mask]]:
+        """(ids, mask) of each of its sequences; most formats have one."""
+        ends = np.cumsum(self.columns.get(PARTS, (len(self.ids),))).astype(np.int64)[:-1]
+        return list(zip(np.split(self.ids, ends), np.split(self.mask, ends), strict=True))
 
 
 Piece = tuple[TokenIds, npt.NDArray[np.int64], npt.NDArray[np.int64]]

@@ -57,10 +57,14 @@ class Objective(Protocol):
     The gradient of a step is that of the summed `losses` of its examples over their `count`, on
     any number of ranks and in any layout of rows.
 
-    `of_tokens`: losses are of tokens; otherwise of examples, from the logits of a head.
+    `of_tokens`: it reads what the model predicts of tokens; otherwise the logits of a head.
     """
 
     of_tokens: ClassVar[bool]
+
+    def over(self, split: TokenizedSplit, indices: Indices) -> Objective:
+        """The same for the losses of these examples together, of a step or of an evaluation."""
+        return self
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """What the losses of these examples are divided by; every rank knows it beforehand."""

@@ -22,6 +22,7 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.model.objectives.base import (
     Columns,
     Forward,
+    Objective,
     TeacherOf,
     columns_at,
     example_weights,
@@ -32,7 +33,7 @@ BINS = 10
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """One loss for each example. `class_weights` has one number for each label, by default 1."""
 
     of_tokens: ClassVar[bool] = False

@@ -23,6 +23,7 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.model.objectives.base import (
     Columns,
     Forward,
+    Objective,
     TeacherOf,
     columns_at,
     example_weights,
@@ -119,7 +120,7 @@ def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -
 
 
 @dataclass(frozen=True)
-class TokenObjective:
+class TokenObjective(Objective):
     """Cross entropy of label tokens, each with the weight of its example.
 
     `rationale_weight` is the weight of a token of a rationale, where examples are of two tasks.
@@ -162,7 +163,7 @@ class TokenObjective:
         Each of them is predicted from the reference before it, so `exact` is 1 where greedy
         decoding reproduces the completion.
         """
-        once = batch if groups == 1 else batch.part(groups)
+        once = batch if groups == 1 else batch.group(0, groups)
         names: list[str] = []
 
         def stacked(logits_bV: Tensor, part: MicroBatch) -> Tensor:

@@ -255,13 +255,13 @@ def test_messages_that_are_no_turns_are_bad(
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "auto"])
 def test_no_format_labels_the_first_token(tiny: PreTrainedTokenizerBase, format: str) -> None:
     row = {"prompt": "x", "completion": "y", "text": "z", "messages": CHAT, "label": "l"}
-    row |= {"rationale": "r", "instruction": "x", "output": "y"}
+    row |= {"rationale": "r", "instruction": "x", "output": "y", "chosen": "c", "rejected": "d"}
     row["conversations"] = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
     example = encode_one(tiny, format, row)
     assert example.ids.dtype == np.int32
     assert example.mask.dtype == np.bool_
     assert len(example.ids) == len(example.mask)
-    assert not example.mask[0]
+    assert not any(mask[0] for _, mask in example.sequences)
     assert example.mask.any() or example.labels == ("l",)
 
 

@@ -1,0 +1,226 @@
+"""Pairs of answers to one prompt, of which one is better.
+
+Files write them in four ways, which are told apart row by row:
+
+- texts: `prompt`, `chosen` and `rejected`;
+- turns: `chosen` and `rejected` are lists of turns behind the turns of `prompt`;
+- whole conversations in `chosen` and `rejected`, whose common beginning is the prompt;
+- LLaMA-Factory's: `conversations`, or `instruction` and `input`, with the answers in `chosen` and
+  `rejected`, each a turn or a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from raytune_ft.config.data import SourceConfig
+from raytune_ft.data.formats.chat import CHAT
+from raytune_ft.data.formats.conversation import SPEAKERS, parsed
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text, example_of
+from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.split import PARTS
+
+MARGIN = "margin"
+"""Column of examples: how much better the chosen answer is."""
+BESIDE = ("conversations", "instruction", "input", "system")
+"""Columns of LLaMA-Factory's files that hold the prompt."""
+_ANSWER = "completion"
+
+
+def _columns(source: SourceConfig) -> dict[str, str]:
+    margin = {} if source.margin is None else {"margin": source.margin}
+    return {"chosen": source.chosen, "rejected": source.rejected, **margin}
+
+
+def _optional(source: SourceConfig) -> tuple[str, ...]:
+    tools = () if source.tools is None else (source.tools,)
+    return (source.prompt, *BESIDE, *tools)
+
+
+def _prompt(source: SourceConfig, row: Row) -> str:
+    asked, _, _ = _parts(source, row)
+    if not isinstance(asked, list):
+        return str(asked)
+    return "\n".join(str(turn.get("content") or "") for turn in asked if isinstance(turn, dict))
+
+
+def _check(source: SourceConfig, row: Row) -> BadRow | None:
+    asked, chosen, rejected = _parts(source, row)
+    if chosen == rejected:
+        return BadRow(row.origin, "same_answers", f"{source.chosen!r} is {source.rejected!r}")
+    if source.margin is not None and _margin(row.values[source.margin]) is None:
+        shown = repr(row.values[source.margin])[:40]
+        return BadRow(row.origin, "bad_margin", f"{shown} is not a number")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        detail = f"one of {source.chosen!r} and {source.rejected!r} is a list of turns"
+        return BadRow(row.origin, "wrong_type", detail)
+    if isinstance(chosen, list):
+        for name, turns in ((source.chosen, chosen), (source.rejected, rejected)):
+            if not turns:
+                return BadRow(row.origin, "empty", f"{name!r} has no turn behind the prompt")
+        return None
+    if asked is None:
+        return BadRow(row.origin, "empty", f"{source.prompt!r} has no value")
+    texts = Row(row.origin, {**row.values, source.prompt: asked})
+    found = (bad_text(texts, name) for name in (source.prompt, source.chosen, source.rejected))
+    return next(filter(None, found), None)
+
+
+def _parts(source: SourceConfig, row: Row) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected answer: texts, or lists of turns."""
+    values = row.values
+    asked = _turns(values.get(source.prompt))
+    chosen, rejected = (_turns(values[name]) for name in (source.chosen, source.rejected))
+    if asked is None:
+        asked = _prompt_beside(values)
+        if isinstance(asked, list):
+            return asked, _as_turns(chosen), _as_turns(rejected)
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return (
+            (asked, _as_turns(chosen), _as_turns(rejected))
+            if isinstance(asked, list)
+            else (
+                asked,
+                chosen,
+                rejected,
+            )
+        )
+    if isinstance(asked, list) and chosen[: len(asked)] != asked:
+        return asked, chosen, rejected
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if common == 0:
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else []
+        return turns, chosen, rejected
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _prompt_beside(values: dict[str, Any]) -> Any:
+    """The prompt of LLaMA-Factory's files as turns; None where there is none."""
+    system = values.get("system")
+    first = [{"role": "system", "content": system}] if system else []
+    turns = _turns(values.get("conversations"))
+    if isinstance(turns, list) and turns:
+        return [*first, *turns]
+    parts = [values.get("instruction"), values.get("input")]
+    if not all(part is None or isinstance(part, str) for part in parts) or not parts[0]:
+        return None
+    return [*first, {"role": "user", "content": "\n".join(filter(None, parts))}]
+
+
+def _turns(value: Any) -> Any:
+    """A value with turns in OpenAI's form; a single turn is a list of one. Others stay."""
+    value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] in "[{" else value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return value
+    return [
+        {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if "from" in turn
+        else {key: each for key, each in turn.items() if each is not None}
+        for turn in value
+    ]
+
+
+def _as_turns(answer: Any) -> Any:
+    """An answer behind turns; a text is a turn of the assistant."""
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def _margin(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _encode(
+    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
+) -> list[Example | BadRow]:
+    """An example of two sequences for each row, prompt and chosen, prompt and rejected."""
+    parts = [_parts(source, row) for row in rows]
+    answers = [
+        _answered(encoder, source, separator, rows, [(one[0], one[number]) for one in parts])
+        for number in (1, 2)
+    ]
+    return [
+        _paired(source, row, chosen, rejected)
+        for row, chosen, rejected in zip(rows, *answers, strict=True)
+    ]
+
+
+def _answered(
+    encoder: Encoder,
+    source: SourceConfig,
+    separator: str,
+    rows: Sequence[Row],
+    asked: Sequence[tuple[Any, Any]],
+) -> list[Example | BadRow]:
+    """Prompt and answer of each row, with loss on the answer."""
+    chats, texts = {}, {}
+    for number, (row, (prompt, answer)) in enumerate(zip(rows, asked, strict=True)):
+        if not isinstance(answer, list):
+            texts[number] = (prompt + separator, answer)
+            continue
+        tools = {} if source.tools is None else {"tools": row.values.get(source.tools)}
+        chats[number] = Row(row.origin, {"prompt": prompt, _ANSWER: answer, **tools})
+    # Of an answer of several turns all are learnt as the whole conversation has them.
+    made: dict[int, Example | BadRow] = {}
+    for turns in ("last", "all"):
+        own = [n for n, row in chats.items() if (_trained(row) > 1) == (turns == "all")]
+        chat = source.model_copy(
+            update={
+                "format": "prompt_completion",
+                "prompt": "prompt",
+                "completion": _ANSWER,
+                "tools": "tools",
+                "turns": turns,
+            }
+        )
+        made |= zip(
+            own, CHAT.encode(encoder, chat, separator, [chats[n] for n in own]), strict=True
+        )
+    spelled = source.special_tokens
+    prompts = encoder.encode([prompt for prompt, _ in texts.values()], spelled)
+    answers = encoder.encode([answer for _, answer in texts.values()], spelled)
+    for number, prompt, answer in zip(texts, prompts, answers, strict=True):
+        one = example_of(rows[number], [*encoder.prefix, *prompt], [*answer, *encoder.suffix])
+        made[number] = replace(one, notes=encoder.notes(source, *texts[number]))
+    return [made[number] for number in range(len(rows))]
+
+
+def _trained(row: Row) -> int:
+    return sum(turn.get("role") == "assistant" for turn in row.values[_ANSWER])
+
+
+def _paired(
+    source: SourceConfig, row: Row, chosen: Example | BadRow, rejected: Example | BadRow
+) -> Example | BadRow:
+    if isinstance(chosen, BadRow) or isinstance(rejected, BadRow):
+        return chosen if isinstance(chosen, BadRow) else rejected
+    margin = None if source.margin is None else _margin(row.values[source.margin])
+    return Example(
+        row.origin,
+        np.concatenate([chosen.ids, rejected.ids]),
+        np.concatenate([chosen.mask, rejected.mask]),
+        columns={
+            PARTS: (float(len(chosen.ids)), float(len(rejected.ids))),
+            **({} if margin is None else {MARGIN: (margin,)}),
+        },
+        ends=(*chosen.ends, *rejected.ends),
+        lost=tuple(sorted({*chosen.lost, *rejected.lost})),
+        notes=tuple(sorted({*chosen.notes, *rejected.notes} - {"untrained_turn"})),
+    )
+
+
+PREFERENCE = RowReader(
+    columns=_columns, check=_check, prompt=_prompt, encode=_encode, optional=_optional
+)
