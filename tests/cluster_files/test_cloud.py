@@ -115,6 +115,7 @@ def bootstrapped(ec2: Any, config: dict[str, Any]) -> tuple[dict[str, Any], list
     return made, rules
 
 
+@pytest.mark.slow
 def test_ray_up_on_aws_opens_nothing(aws: Any) -> None:
     (vpc,) = aws.vpcs.all()
     group = aws.create_security_group(GroupName="ours", Description="ours", VpcId=vpc.id).id
@@ -130,6 +131,7 @@ def test_ray_up_on_aws_opens_nothing(aws: Any) -> None:
     assert rules == []
 
 
+@pytest.mark.slow
 def test_the_group_that_ray_makes_is_found_to_be_open(aws: Any) -> None:
     config = read(CLOUD / "aws.yaml")
     for each in config["available_node_types"].values():

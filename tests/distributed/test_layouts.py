@@ -173,7 +173,9 @@ def _run_in_blocks(inputs: tuple[Path, Path], root: Path, strategy: str) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)]
+)
 def test_logits_in_blocks(tmp_path: Path, inputs: tuple[Path, Path], strategy: str) -> None:
     start = run_in_new_processes if strategy == "deepspeed" else run_distributed
     start(_run_in_blocks, 2, inputs, tmp_path / strategy, strategy)

@@ -53,6 +53,7 @@ def _run_all(inputs: tuple[Path, Path], root: Path, layout: dict[str, Any]) -> N
         run(config, root / method, "fsdp", resumes=True)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_ways_to_shard(

@@ -48,6 +48,7 @@ def _check(tmp_path: Path, layout: list[str], tolerance: float) -> None:
         assert max(abs(a - b) for a, b in pairs) <= tolerance
 
 
+@pytest.mark.slow
 def test_one_process(tmp_path: Path) -> None:
     _check(tmp_path, [], 0.0)
 

@@ -61,6 +61,7 @@ def _begun(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run_dir) if line["step"] <= kept]
 
 
+@pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
     run_dir = tmp_path / "quickstart"
     arguments = _arguments("train", str(tmp_path), 768)

@@ -44,6 +44,7 @@ def assert_same(found: list[Measured], wanted: list[Job]) -> None:
         assert one.continuations == alone.continuations
 
 
+@pytest.mark.slow
 def test_groups_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> None:
     wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4))
     said: list[str] = []
@@ -118,6 +119,7 @@ def _read(path: Path, tell: Tell) -> str:
     return path.read_text()
 
 
+@pytest.mark.slow
 def test_lines_of_a_worker_are_told(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("found")
     said: list[str] = []

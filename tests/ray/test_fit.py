@@ -71,6 +71,7 @@ def test_workers_and_cluster_listen_on_loopback_alone(watched: Watched) -> None:
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_wrong_input_is_raised_as_such_and_not_tried_again(
     assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_for_good_fails_the_run(inputs: Inputs, tmp_path: Path) -> None:
     one_of_fsdp = {"parallel__strategy": "fsdp", "parallel__max_failures": 0}
     spec = spec_of(inputs, tmp_path / "run", **one_of_fsdp)

@@ -81,6 +81,7 @@ def assert_sound(result: SweepResult, sweep_dir: Path) -> None:
         assert PeftConfig.from_pretrained(str(best)).r == row.params["method.rank"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_comes_back_with_its_trials(inputs: Inputs, tmp_path: Path) -> None:
     sweep_dir = tmp_path / "sweep"
     config = begin(inputs, sweep_dir)

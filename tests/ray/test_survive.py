@@ -28,6 +28,7 @@ def spec_of(inputs: Inputs, run_dir: Path, **changes: object) -> RunSpec:
     return RunSpec(inputs.config(parallel__workers=2, **changes), run_dir, inputs.data_dir)
 
 
+@pytest.mark.slow
 def test_a_hang_is_found_told_and_survived(
     inputs: Inputs, tmp_path: Path, undisturbed: Path
 ) -> None:

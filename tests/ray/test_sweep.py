@@ -75,6 +75,7 @@ def most_workers() -> Iterator[list[int]]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
     inputs: Inputs, tmp_path: Path, most_workers: list[int]
 ) -> None:
@@ -117,6 +118,7 @@ def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
     assert "search.max_concurrent=2 is lowered to 1: no more trials fit at a time" in lines
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_without_losing_or_repeating_a_trial(
     inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -114,6 +114,7 @@ def _wait_for_the_other(folder: Path) -> None:
     assert "collectives that have not ended: 0" in collectives()
 
 
+@pytest.mark.slow
 def test_a_report_names_the_collectives_that_have_not_ended(tmp_path: Path) -> None:
     run_distributed(_wait_for_the_other, 2, tmp_path)
 
@@ -175,6 +176,7 @@ run(make_config(model, rows, {"parallel.hang_timeout_s": 6.0}), run_dir)
 """
 
 
+@pytest.mark.slow
 def test_a_single_process_that_hangs_fails_and_can_be_resumed(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
     run_dir = tmp_path / "run"
