@@ -10,6 +10,7 @@ from raytune_ft.config.load import apply_overrides, choose_strategy
 from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES, SHARED_KEYS
 from raytune_ft.config.reference import is_under, method_keys
+from raytune_ft.config.rules import OBJECTIVE
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import Distribution
 from raytune_ft.config.search_rules import is_share
@@ -17,7 +18,6 @@ from raytune_ft.config.search_space import METHOD
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import ConfigError
 
-OBJECTIVE = "train.objective"
 # Keys with one value for all slots of an engine, since slots share its base and its passes.
 OF_THE_ENGINE = (
     "model",
@@ -65,7 +65,9 @@ def reason_against(config: Config) -> str | None:
 
 def _of_pairs(key: str, line: Distribution) -> bool:
     """Whether a line searches over objectives that read the same outputs for the same pairs."""
-    return key == OBJECTIVE and all(OBJECTIVES[str(name)].pairs for name in line.values)
+    return key == OBJECTIVE and all(
+        name in OBJECTIVES and OBJECTIVES[name].pairs for name in map(str, line.values)
+    )
 
 
 def choose_execution(config: Config) -> tuple[str, str]:
@@ -106,12 +108,6 @@ def variants(config: Config) -> list[Config]:
             params = {k: v for k, v in zip(own, values, strict=True) if v is not None}
             found.append(apply_overrides(alone, {METHOD: name, **params}))
     return found
-
-
-def objectives_of(config: Config) -> list[str]:
-    """The objectives of a run, or of the trials of its search."""
-    line = config.search.space.get(OBJECTIVE) if config.search is not None else None
-    return [config.train.objective] if line is None else [str(name) for name in line.values]
 
 
 def quantises(config: Config) -> bool:

@@ -139,7 +139,8 @@ def _check_pattern(pattern: str) -> None:
 def _check_head(promote: PromoteConfig, objective: str, problem: str) -> None:
     """A head labels whole examples and predicts no tokens."""
     head = f"train.objective={objective}"
-    foreign = next((n for n in promote.metrics if n not in (OWN, "classification")), None)
+    able = (OWN,) if OBJECTIVES[objective].pairs else (OWN, "classification")
+    foreign = next((n for n in promote.metrics if n not in able), None)
     if foreign is not None:
         raise ConfigError(
             f"promote.metrics={shown_value(foreign)}",
@@ -165,10 +166,11 @@ def _check_head(promote: PromoteConfig, objective: str, problem: str) -> None:
             "leave it out",
         )
     names = [figure.promoted for figure in figures(objective, problem)]
+    where = head if OBJECTIVES[objective].pairs else f"data.problem={problem}"
     if promote.metric not in (None, *names):
         raise ConfigError(
             f"promote.metric={shown_value(promote.metric)}",
-            f"is not a figure of data.problem={problem}",
+            f"is not a figure of {where}",
             f"write one of {', '.join(names)}",
         )
 

@@ -170,8 +170,8 @@ class ObjectiveFacts:
             `model.objectives.base`, where `train` is the config section, `data` the prepared data
             and `teacher_of()` loads the teacher.
         keys: keys of `train` that belong to it alone.
-        head: its models have a task head, which reads whole examples; `data.problem` and
-            `data.labels` are its keys.
+        head: its models have a task head, which reads whole sequences. Unless examples are pairs,
+            `data.problem` and `data.labels` are its keys.
         teacher: it needs `train.kd`.
         chunked: documents are cut into chunks also where `data.chunk` is not written.
         smooth: `train.label_smoothing` has a distribution to smooth.
@@ -231,6 +231,12 @@ def _pairs(name: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
+def _reward() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.reward import reward
+
+    return reward
+
+
 PAIRS = ("preference",)
 OBJECTIVES: dict[str, ObjectiveFacts] = {
     "sft": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _tokens),
@@ -278,6 +284,17 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         pairs=True,
         scales=("simpo",),
         lr=(1e-6, 2e-5),
+    ),
+    "reward": ObjectiveFacts(
+        PAIRS,
+        (LOSS, REWARD_ACCURACY, REWARD_MARGIN),
+        _reward,
+        keys=("reward",),
+        head=True,
+        smooth=False,
+        pairs=True,
+        scales=("reward",),
+        lr=(1e-5, 1e-4),
     ),
 }
 SHARED_KEYS = (

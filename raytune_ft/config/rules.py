@@ -17,13 +17,14 @@ from raytune_ft.config.data import (
 )
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import METHODS, MethodConfig
-from raytune_ft.config.objectives import OBJECTIVES, ObjectiveFacts, figures
+from raytune_ft.config.objectives import LOSS, OBJECTIVES, ObjectiveFacts, figures
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.search_space import duration_s
 from raytune_ft.config.section import parse_size
 from raytune_ft.config.strategies import STRATEGIES, candidates
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -287,6 +288,16 @@ def methods_of(config: Config) -> list[str]:
     return [name for name in names if name in METHODS]  # others are refused with the search space
 
 
+OBJECTIVE = "train.objective"
+
+
+def objectives_of(config: Config) -> list[str]:
+    """The objectives of a run, or of the trials of its search."""
+    line = config.search.space.get(OBJECTIVE) if config.search is not None else None
+    names = [config.train.objective] if line is None else list(map(str, line.values))
+    return [name for name in names if name in OBJECTIVES] or [config.train.objective]
+
+
 def _check_method(config: Config) -> None:
     method, tried = config.method, methods_of(config)
     method.check()
@@ -376,6 +387,7 @@ def check_objective(config: Config) -> None:
             "write the same in all of them",
         )
     _check_keys(config, facts)
+    _check_dpo(config.train)
     problem = config.data.problem
     if train.label_smoothing > 0 and not (facts.smooth and problem == "single_label"):
         under = f"data.problem={problem}"
@@ -422,13 +434,38 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
             f"cuts documents, and data.train.format={formats[0]} has none",
             f"write format: {one_of(documents)}, or leave the key out",
         )
-    if not facts.head and (config.data.labels is not None or config.data.problem != "single_label"):
+    labelled = facts.head and not facts.pairs
+    if not labelled and (config.data.labels is not None or config.data.problem != "single_label"):
         key = "labels" if config.data.labels is not None else "problem"
-        heads = one_of(name for name, one in OBJECTIVES.items() if one.head)
+        heads = one_of(name for name, one in OBJECTIVES.items() if one.head and not one.pairs)
         raise ConfigError(
             f"data.{key}={shown_value(getattr(config.data, key))}",
             f"is for train.objective={heads}, and this is {train.objective}",
             f"write train.objective: {heads}, or leave the key out",
+        )
+
+
+def _check_dpo(train: TrainConfig) -> None:
+    dpo = train.dpo
+    if dpo.loss_weights is not None and len(dpo.loss_weights) != len(dpo.losses):
+        raise ConfigError(
+            f"train.dpo.loss_weights={shown_value(dpo.loss_weights)}",
+            f"has {len(dpo.loss_weights)} numbers, and train.dpo.loss_type names {len(dpo.losses)} "
+            f"loss{'es' * (len(dpo.losses) > 1)}",
+            f"write {len(dpo.losses)}",
+        )
+    if "exo_pair" in dpo.losses and dpo.label_smoothing == 0:
+        raise ConfigError(
+            "train.dpo.label_smoothing=0",
+            "makes the loss of train.dpo.loss_type=exo_pair infinite",
+            "write for example 0.001",
+        )
+    smoothed = {"robust", "exo_pair"} & set(dpo.losses)
+    if dpo.label_smoothing and not smoothed:
+        raise ConfigError(
+            f"train.dpo.label_smoothing={dpo.label_smoothing:g}",
+            f"is of no use to train.dpo.loss_type={shown_value(dpo.loss_type)}",
+            "leave it out, or write loss_type: robust or exo_pair",
         )
 
 
@@ -473,6 +510,7 @@ def _check_kept_teacher(config: Config) -> None:
 
 def _check_metrics(config: Config) -> None:
     assert config.search is not None
+    _check_scale(config)
     if "train.objective" in config.search.space:
         return
     data, objective = config.data, config.train.objective
@@ -487,3 +525,25 @@ def _check_metrics(config: Config) -> None:
                 f"is not a figure of train.objective={objective}",
                 f"write {one_of((*given, *of_sources))}",
             )
+
+
+def _check_scale(config: Config) -> None:
+    """The losses of trials compare: the objective and what scales it are the same for all."""
+    search = config.search
+    assert search is not None
+    if LOSS.name not in search.metrics:
+        return
+    names = objectives_of(config)
+    scaled = [f"train.{key}" for name in names for key in OBJECTIVES[name].scales]
+    if any(OBJECTIVES[name].pairs for name in names):
+        scaled.append(OBJECTIVE)
+    key = next((key for key in search.space if is_under(key, scaled)), None)
+    if key is None:
+        return
+    shared = set.intersection(*({one.name for one in figures(name)} for name in names))
+    others = [one.name for one in figures(names[0], trained=True) if one.name in shared]
+    raise ConfigError(
+        f"search.metric={LOSS.name}",
+        f"is on another scale for each {key}",
+        f"write search.metric: {one_of([name for name in others if name != LOSS.name])}",
+    )

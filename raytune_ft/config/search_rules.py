@@ -45,6 +45,7 @@ NOT_SEARCHED = (
     "data.curriculum.column",
     "train.kd.cache",
     "train.kd.cache_limit_gib",
+    "train.dpo.reference",
     "parallel",
     "checkpoint",
     "search",

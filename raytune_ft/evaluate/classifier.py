@@ -1,8 +1,9 @@
-"""The constant answer that classifiers are compared with, and the heads of model directories."""
+"""Rules that models with a head are compared with, and the heads of model directories."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from raytune_ft.model.heads import Head
 from raytune_ft.model.load import load_model_config, written_head
 from raytune_ft.model.objectives.base import example_weights
 from raytune_ft.model.objectives.classification import Classification
+from raytune_ft.model.objectives.reward import Reward
 
 
 def constant_scores(
@@ -46,6 +48,31 @@ def constant_scores(
         share_L = (sum_L + 1) / (total + 2)
         answer_L = np.log(share_L / (1 - share_L))
     return scores_of(torch.from_numpy(answer_L).repeat(len(split), 1), split, objective, figures)
+
+
+def longer_scores(
+    train: TokenizedSplit, split: TokenizedSplit, objective: Reward, figures: tuple[Figure, ...]
+) -> dict[str, Scores]:
+    """Scores of the rule that the longer answer of a pair is the better one.
+
+    Its margin is the same for all pairs: the logit of the share of training pairs, with one more
+    each way, in which the longer answer was chosen. Of answers of one length it prefers none.
+    """
+    sign_N, sign_E = (np.sign(_longer(one)) for one in (train, split))
+    right, wrong = int((sign_N > 0).sum()) + 1, int((sign_N < 0).sum()) + 1
+    half_E = torch.from_numpy(sign_E * np.log(right / wrong) / 2)
+    data = {name: torch.from_numpy(np.array(values)) for name, values in split.columns.items()}
+    made = objective.columns_of(half_E, -half_E, data)
+    columns = {name: values.numpy() for name, values in made.items()}
+    known = objective.known(split, np.arange(len(split)))
+    return figures_of(columns | known, figures, split)
+
+
+def _longer(split: TokenizedSplit) -> npt.NDArray[np.int64]:
+    """`[n]`, by how many tokens the chosen answer is the longer one."""
+    chosen_n, rejected_n = np.diff(split.part_labels).reshape(-1, 2).T
+    longer_n: npt.NDArray[np.int64] = chosen_n - rejected_n
+    return longer_n
 
 
 def scores_of(

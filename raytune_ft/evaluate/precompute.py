@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raytune_ft.config.execution import objectives_of
 from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.rules import objectives_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData, derived, open_prepared

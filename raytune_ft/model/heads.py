@@ -109,12 +109,16 @@ def train_head(built: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a head reads an example: its first or last token, or, for "row", a whole row."""
+    """How a head reads an example: its first or last token, or, for "row", a whole row. The last
+    token is never `pad`, since transformers looks for it in a padded row; where a tokenizer pads
+    with EOS, it is the one before EOS.
+    """
 
     backbone: nn.Module
     pooler: nn.Module | None
     place: Place
     segments: bool
+    pad: int | None
 
 
 def reading(model: nn.Module, place: Place) -> Reading:
@@ -123,7 +127,8 @@ def reading(model: nn.Module, place: Place) -> Reading:
     base = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
     pooler = getattr(base.base_model, "pooler", None)
     segments = getattr(base.config, "type_vocab_size", 0) > 1
-    return Reading(base.base_model, pooler, place, segments)
+    pad = base.config.get_text_config().pad_token_id
+    return Reading(base.base_model, pooler, place, segments, pad)
 
 
 def example_logits(
@@ -139,6 +144,9 @@ def example_logits(
     rows_E, places_E = torch.tensor(
         [(row, start if how.place == "first" else stop - 1) for row, start, stop in spans]
     ).T.to(device, non_blocking=True)
+    if how.place == "last" and how.pad is not None:
+        ends_E = batch.tokens_BS[rows_E, places_E] == how.pad
+        places_E = (places_E - ends_E.long()).clamp_min(0)
 
     def taken(hidden: Tensor) -> Tensor:
         return hidden[rows_E, places_E].unsqueeze(1) if hidden.ndim == 3 else hidden

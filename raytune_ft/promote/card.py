@@ -16,6 +16,7 @@ import raytune_ft
 from raytune_ft.config.data import source_configs
 from raytune_ft.config.methods import METHODS
 from raytune_ft.config.metrics import RETENTION, label
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.merge.verify import FoldCheck
@@ -100,11 +101,13 @@ def model_card(
     """
     config = lineage.config
     known = licenses(config)
-    classifies = lineage.data.problem is not None
+    facts = OBJECTIVES[config.train.objective]
+    classifies = facts.head
     task = "text-classification" if classifies else "text-generation"
     is_hub_id = base_name(config.model) == config.model.path and ":" not in config.model.path
     record = as_json(evaluation)
-    label = partial(_metric_name, reference=evaluation.reference)
+    unit = "pair" if facts.pairs else "example" if facts.head else "label token"
+    label = partial(_metric_name, unit=unit)
     data = ModelCardData(
         model_name=lineage.name,
         license=known.get("base"),
@@ -135,7 +138,11 @@ def model_card(
             f"**Verdict: {evaluation.verdict}.**",
             _evaluation_section(record, label),
             _candidates_section(record, label),
-            _labels_section(lineage.data) if classifies else _samples_section(samples),
+            _samples_section(samples)
+            if not classifies
+            else REWARD_SECTION
+            if facts.pairs
+            else _labels_section(lineage.data),
             _loading_section(classifies)
             if unfolded is None
             else _adapter_section(unfolded, config.model),
@@ -178,6 +185,13 @@ def _samples_section(samples: Sequence[Sample]) -> str:
         shown.append("\n".join(f"{name}: {' '.join(text.split())}" for name, text in parts.items()))
     fence = "~~~~~~~~"
     return f"## Samples\n\nGreedy decoding.\n\n{fence}text\n" + "\n\n".join(shown) + f"\n{fence}"
+
+
+REWARD_SECTION = (
+    "## Reward\n\nOne number for a prompt with an answer, with the EOS token at the end. Of two "
+    "answers to one prompt the one with the larger number is better; numbers for different prompts "
+    "do not compare."
+)
 
 
 def _labels_section(data: DataReport) -> str:
@@ -261,7 +275,7 @@ def _fold_section(check: FoldCheck, lineage: Lineage) -> str:
         reference = "the merge in float32"
     elif METHODS[lineage.config.method.name].whole_model:
         reference = "the trained checkpoint"
-    unit = "tokens" if lineage.data.problem is None else "examples"
+    unit = "examples" if OBJECTIVES[lineage.config.train.objective].head else "tokens"
     text = (
         f"## Fold\n\nWeights are added in float32 and written in {check.dtype}. On "
         f"{check.tokens} held-out {unit} the logits differ from those of {reference} by at most "
@@ -288,10 +302,8 @@ def _is_of(name: str, split: str = "train") -> bool:
     return name.partition(".")[0] == split
 
 
-def _metric_name(figure: str, reference: str) -> str:
-    if figure == "eval_loss":
-        return "loss per label token" if reference == "base" else "loss per example"
-    return label(figure)
+def _metric_name(figure: str, unit: str) -> str:
+    return f"loss per {unit}" if figure == "eval_loss" else label(figure)
 
 
 def _pairs(columns: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

@@ -55,8 +55,8 @@ class Evaluation:
     Attributes:
         split, examples: what `base`, `promoted` and `differences` were measured on.
         base, promoted: figure -> value.
-        reference: the model whose figures `base` holds: "base", or "constant" for a classifier,
-            whose base has no head and is replaced by a constant answer.
+        reference: what `base` has the figures of: "base", or where the base has no head a rule,
+            "constant" for a classifier and "longer" for a reward model.
         looks: how often the split has been measured for this run or sweep.
         metric, mode: the figure that decided, and which way is better.
         winner: the promoted candidate; `tied` where a less simple one has a better value, and the

@@ -23,7 +23,7 @@ from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
-from raytune_ft.evaluate.classifier import constant_scores
+from raytune_ft.evaluate.classifier import constant_scores, longer_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
     Measured,
@@ -59,6 +59,7 @@ from raytune_ft.model.hub import at_path
 from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
+from raytune_ft.model.objectives.reward import Reward
 from raytune_ft.promote.candidates import (
     BASE,
     BASE_NAME,
@@ -83,7 +84,7 @@ from raytune_ft.records import Tell, to_json
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
-CONSTANT = "constant"
+CONSTANT, LONGER = "constant", "longer"
 """The reference of classifiers: a constant answer, the one with the smallest training loss."""
 
 
@@ -154,10 +155,12 @@ class Measurer:
 
     @property
     def reference(self) -> str:
-        """The name of what a promoted model is compared with: the base, or without a trained head a
-        constant answer.
+        """The name of what a promoted model is compared with: the base, or where that has no
+        trained head a rule that needs no model.
         """
-        return BASE_NAME if self.head is None else CONSTANT
+        if self.head is None:
+            return BASE_NAME
+        return LONGER if self.data.report.pairs else CONSTANT
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
@@ -168,8 +171,8 @@ class Measurer:
         ]
         if self.head is None:
             return contenders
-        constant = self._constant("validation", self.head)
-        return [Contender(CONSTANT, BASE, constant, is_model=False), *contenders]
+        rule = self._by_rule("validation", self.head)
+        return [Contender(self.reference, BASE, rule, is_model=False), *contenders]
 
     def held_out(self, split: str, promoted: Path | None) -> tuple[Measured, Measured]:
         """Scores of the reference and of the promoted model; `promoted` is None where the base was
@@ -178,7 +181,7 @@ class Measurer:
         directories = [Path(self.jobs.base.path)] if self.head is None else []
         directories += [] if promoted is None else [promoted]
         measured = self._measured(directories, split, self.samples)
-        reference = measured[0] if self.head is None else self._constant(split, self.head)
+        reference = measured[0] if self.head is None else self._by_rule(split, self.head)
         return reference, measured[-1]
 
     def _measured(
@@ -187,12 +190,14 @@ class Measurer:
         jobs = [self.jobs.of(directory, split, samples) for directory in directories]
         return self.workers.each(run_job, jobs)
 
-    def _constant(self, split: str, head: Head) -> Measured:
-        train = self.data.train
+    def _by_rule(self, split: str, head: Head) -> Measured:
+        train, measured = self.data.train, split_named(self.data, split)
         objective = evaluation_objective(self.jobs.train, self.data)
-        assert isinstance(objective, Classification)
         own = figures(self.jobs.train.objective, head.problem)
-        return Measured(constant_scores(train, split_named(self.data, split), objective, own))
+        if isinstance(objective, Reward):
+            return Measured(longer_scores(train, measured, objective, own))
+        assert isinstance(objective, Classification)
+        return Measured(constant_scores(train, measured, objective, own))
 
 
 def same_scores(a: Measured, b: Measured) -> bool:

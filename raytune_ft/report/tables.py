@@ -164,14 +164,20 @@ def measured_on(evaluation: Record) -> str:
     )
 
 
+RULES = {
+    "constant": "The constant gives every example the one answer that suits the training set best",
+    "longer": "Under the rule `longer`, the longer answer of a pair wins, as surely as it does in "
+    "the training set",
+}
+"""What stands in for a base that has no head."""
+
+
 def caveats(evaluation: Record) -> list[str]:
     """What a reader of the figures must know, one sentence each."""
     found = []
-    if evaluation["reference"] != "base":
-        found.append(
-            f"The {evaluation['reference']} gives every example the one answer that suits the "
-            "training set best: the base has no head to compare with."
-        )
+    if evaluation["reference"] in RULES:
+        rule = RULES[evaluation["reference"]]
+        found.append(f"{rule}: the base has no head to compare with.")
     if evaluation["split"] != "test":
         found.append(
             "There was no test data: these examples also selected the model, so the scores are "

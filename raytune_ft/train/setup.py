@@ -105,16 +105,20 @@ def _difficulty(settings: CurriculumConfig, data: PreparedData) -> Numbers:
 
 def head_of(config: Config, report: DataReport) -> Head | None:
     """The task head that the model is built with, None where it predicts tokens."""
-    if not OBJECTIVES[config.train.objective].head:
-        return None
-    assert report.problem is not None
+    if report.problem is None:
+        return head_before(config)
     return Head(report.problem, report.labels, config.seed)
 
 
 def head_before(config: Config) -> Head | None:
-    """The task head before the data are read, with two labels where none are written."""
-    if not OBJECTIVES[config.train.objective].head:
+    """The task head before the data are read, with two labels where none are written. That of a
+    reward model does not depend on the data.
+    """
+    facts = OBJECTIVES[config.train.objective]
+    if not facts.head:
         return None
+    if facts.pairs:
+        return Head("regression", ("reward",), config.seed)
     return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
 
 

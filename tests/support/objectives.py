@@ -30,6 +30,11 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "orpo": {"data.train.format": "preference", "train.orpo": {"beta": 0.5}},
+    "reward": {
+        "data.train.format": "preference",
+        "data.train.margin": "weight",
+        "train.reward": {"center_rewards_coefficient": 0.1},
+    },
     "simpo": {"data.train.format": "preference", "train.simpo": {"cpo_alpha": 0.2}},
 }
 

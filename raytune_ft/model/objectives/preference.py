@@ -90,6 +90,21 @@ class Answers:
         return cls(*sums(wide_N), *sums(ratio_N), *tokens_Q[members_PE])
 
 
+def half_right(chosen_E: Tensor, rejected_E: Tensor) -> Tensor:
+    """`[E]`, 1 where the chosen answer has the higher reward. Equal rewards are half right, so that
+    a model that is still its reference is right in half of the pairs.
+    """
+    return (1 + (chosen_E - rejected_E).sign()) / 2
+
+
+def weighted_pairs(split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+    """`[E]` each: pairs, and what the loss counts of them."""
+    ones_E = np.ones(len(indices))
+    weights_n1 = split.columns.get(WEIGHT)
+    counted_E = ones_E if weights_n1 is None else weights_n1[indices, 0].astype(np.float64)
+    return {"examples": ones_E, "counted": counted_E}
+
+
 PairLoss = Callable[[Answers, DpoConfig], Tensor]
 """Losses `[E]` of pairs."""
 
@@ -267,25 +282,20 @@ class PairObjective(Objective):
         return Columns(examples={name: each.view(groups, -1) for name, each in found.items()})
 
     def columns_of(self, logps_N: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        """`[E]` each. A pair with equal rewards is half right, so that a model that is still its
-        reference is right in half of them.
-        """
+        """`[E]` each, by the rewards that the model implies."""
         answers = self.answers(logps_N, batch)
         chosen, rejected = self.rewards(answers)
         return {
             "loss": self.losses_of(logps_N, batch),
-            "preferred": (1 + (chosen - rejected).sign()) / 2,
+            "preferred": half_right(chosen, rejected),
             "margin": chosen - rejected,
             "chosen_logps": answers.chosen,
             "rejected_logps": answers.rejected,
         }
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
-        """Pairs, and what the loss counts of them."""
-        ones_E = np.ones(len(indices))
-        weights_n1 = split.columns.get(WEIGHT)
-        counted_E = ones_E if weights_n1 is None else weights_n1[indices, 0].astype(np.float64)
-        return {"examples": ones_E, "counted": counted_E}
+        """See `weighted_pairs`."""
+        return weighted_pairs(split, indices)
 
 
 @dataclass(frozen=True, kw_only=True)

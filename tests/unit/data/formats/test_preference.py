@@ -1,0 +1,162 @@
+"""Pairs of answers as files write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ft.config.data import DataConfig
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import DataError
+from raytune_ft.model.load import load_tokenizer
+
+ASKED = [{"role": "user", "content": "2 + 2?"}]
+FOUR, FIVE = ({"role": "assistant", "content": text} for text in ("four", "it is five"))
+TURNS = {"prompt": ASKED, "chosen": [FOUR], "rejected": [FIVE]}
+FORMS: dict[str, dict[str, Any]] = {
+    "turns behind a prompt": TURNS,
+    "an answer as a turn": {"prompt": ASKED, "chosen": FOUR, "rejected": FIVE},
+    "answers as texts": {"prompt": ASKED, "chosen": "four", "rejected": "it is five"},
+    "whole conversations": {"chosen": [*ASKED, FOUR], "rejected": [*ASKED, FIVE]},
+    "whole conversations beside a text": {
+        "prompt": "2 + 2?",
+        "chosen": [*ASKED, FOUR],
+        "rejected": [*ASKED, FIVE],
+    },
+    "a text before turns": {"prompt": "2 + 2?", "chosen": [FOUR], "rejected": [FIVE]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "four"},
+        "rejected": {"from": "gpt", "value": "it is five"},
+    },
+    "alpaca": {"instruction": "2 + 2?", "input": "", "chosen": "four", "rejected": "it is five"},
+    "JSON as text": {name: json.dumps(value) for name, value in TURNS.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(ModelConfig(path="builtin:tiny"))
+
+
+def prepared(
+    tokenizer: PreTrainedTokenizerBase, root: Path, rows: list[dict[str, Any]], **changes: Any
+) -> PreparedData:
+    path = root / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(path), "format": "preference", **changes.pop("source", {})}
+    data = {"train": source, "validation": 0.5, "max_length": 64, "max_bad_fraction": 0.9}
+    config = DataConfig.model_validate({**data, **changes})
+    return prepare_data(config, tokenizer, 0, root / "cache")
+
+
+def answers(tokenizer: PreTrainedTokenizerBase, split: TokenizedSplit, i: int) -> list[str]:
+    """What carries loss in each sequence of an example, after the whole text of the first."""
+    found = []
+    for start, stop in zip(
+        split.part_offsets[2 * i :], split.part_offsets[2 * i + 1 :], strict=False
+    ):
+        ids, mask = split.input_ids[start:stop], split.label_mask[start:stop]
+        assert not mask[0]
+        found.append(tokenizer.decode(ids[mask].tolist()))
+    return found[:2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_of_files(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, form: str) -> None:
+    others = [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(3)]
+    data = prepared(tokenizer, tmp_path, [FORMS[form], *others])
+    reference = prepared(tokenizer, tmp_path, [TURNS, *others])
+    assert data.train.sha256 == reference.train.sha256
+    assert data.validation.sha256 == reference.validation.sha256
+    splits = [data.train, data.validation]
+    said = [answers(tokenizer, split, i) for split in splits for i in range(len(split))]
+    (ours,) = [pair for pair in said if "four" in pair[0]]
+    assert "five" in ours[1]
+    assert "2 + 2" not in ours[0]
+
+
+def test_texts_end_with_eos_and_share_a_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"p{n}", "chosen": "good", "rejected": "worse"} for n in range(4)]
+    split = prepared(tokenizer, tmp_path, rows).train
+    assert split.parts == 2
+    assert answers(tokenizer, split, 0) == [
+        f"good{tokenizer.eos_token}",
+        f"worse{tokenizer.eos_token}",
+    ]
+    assert split.part_lengths([0]) == np.diff(split.part_offsets[:3]).tolist()
+    assert split.lengths.tolist() == [sum(split.part_lengths([i])) for i in range(len(split))]
+    assert np.diff(split.part_labels).sum() == split.label_mask.sum() == split.label_counts.sum()
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "same_answers"),
+        ({"prompt": "p", "chosen": "a", "rejected": ""}, "empty"),
+        ({"prompt": "p", "chosen": None, "rejected": "a"}, "empty"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "empty"),
+        ({"prompt": "p", "chosen": 3, "rejected": "a"}, "wrong_type"),
+        ({"prompt": ASKED, "chosen": [FOUR], "rejected": 3}, "wrong_type"),
+        ({"chosen": ASKED, "rejected": [*ASKED, FIVE]}, "empty"),
+        ({"prompt": ASKED, "chosen": ASKED, "rejected": [FIVE]}, "no_trained_turn"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "by": "much"}, "bad_margin"),
+    ],
+)
+def test_bad_pairs(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], cause: str
+) -> None:
+    good = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "by": 1} for n in range(4)]
+    source = {"margin": "by"} if "by" in row else {}
+    report = prepared(tokenizer, tmp_path, [row, *good], source=source).report
+    assert report.sources["train"].bad == {cause: 1}
+
+
+def test_too_long_pairs(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A limit is one of a sequence, not of both."""
+    long = {"prompt": "p", "chosen": "a", "rejected": "b" * 200}
+    rows = [{"prompt": f"p{n}", "chosen": "a" * 20, "rejected": "b" * 20} for n in range(4)]
+    dropped = prepared(tokenizer, tmp_path, [*rows, long], too_long="drop", max_length=32)
+    assert dropped.report.sources["train"].dropped == 1
+    assert max(dropped.train.lengths) == 40
+    cut = prepared(tokenizer, tmp_path, [*rows, long], too_long="truncate", max_length=50)
+    assert cut.report.sources["train"].truncated == 1
+    assert cut.extent[1] == 50
+    alike = {"prompt": "p", "chosen": "b" * 100, "rejected": "b" * 101}
+    same = prepared(tokenizer, tmp_path, [*rows, alike], too_long="truncate", max_length=50)
+    assert same.report.sources["train"].bad == {"same_answers": 1}
+    with pytest.raises(DataError, match=r"202|203|over data\.max_length=50"):
+        prepared(tokenizer, tmp_path, [*rows, long], too_long="error", max_length=50)
+
+
+def test_validation_is_drawn_by_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n % 10}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(60)]
+    data = prepared(tokenizer, tmp_path, rows, validation=0.3)
+    assert data.report.overlaps == {"train/validation": 0}
+    assert (len(data.train), len(data.validation)) == (42, 18)
+    assert data.report.pairs["train"].prompts == 7
+
+
+def test_what_the_report_says(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    pairs = [("a" * 9, "b"), ("b", "a" * 9), ("c" * 9, "d"), ("e", "f")]
+    rows = [{"prompt": "p", "chosen": one, "rejected": other} for one, other in pairs]
+    held = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in held))
+    other = {"path": str(file), "format": "preference"}
+    report = prepared(tokenizer, tmp_path, rows, validation=other).report
+    train = report.pairs["train"]
+    assert (train.prompts, train.longer_chosen, train.contradictory) == (1, 0.625, 2)
+    assert (train.chosen_tokens, train.rejected_tokens) == (6, 4)
+    assert "the longer answer is chosen in 62% of pairs" in str(train)
+    assert "2 contradict others" in str(train)
+    assert report.pairs["validation"].contradictory == 0
