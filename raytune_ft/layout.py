@@ -3,6 +3,7 @@
 STORAGE/
   .cache/tokens/                  token cache, shared by runs, trials and workers
     <key>/                        train.arrow, validation.arrow, test.arrow, report.json,
+                                  <split>_partners.arrow,
                                   base_loss.npy, teacher_logits.npy, reference_<split>.npy
     .reference-<key>/, .lock      blocks of a reference pass that is not done
   NAME/                           a run
@@ -82,6 +83,11 @@ JOURNAL = ".journal.json"
 # An entry of the token cache.
 DATA_REPORT = "report.json"
 BASE_LOSS, TEACHER_LOGITS = "base_loss.npy", "teacher_logits.npy"
+
+
+def partners_name(split: str) -> str:
+    """The file of a split's partners, without its suffix."""
+    return f"{split}_partners"
 
 
 def reference_file(split: str) -> str:

@@ -118,10 +118,11 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
         load_tokenizer,
     )
     from raytune_ft.model.meta import build_shapes
-    from raytune_ft.train.distill import check_teacher
+    from raytune_ft.train.distill import check_others
     from raytune_ft.train.setup import (
         check_lengths,
         check_objective,
+        check_pairs,
         check_vocabulary,
         head_before,
         head_of,
@@ -133,7 +134,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_files(config.model)
     load_model_config(config.model, head_before(config))
     check_backend(config.method)
-    check_teacher(config)
+    check_others(config)
     check_functions(config.promote.metrics)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
@@ -144,4 +145,5 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_lengths(config, shapes, data)
     check_vocabulary(config, shapes, data, tokenizer)
     check_objective(config, data)
+    check_pairs(config, data)
     return data

@@ -23,8 +23,7 @@ class Format:
         chat_template: the tokenizer's chat template writes the text of a row.
         documents: a row over `data.max_length` may be cut into chunks.
         labels: rows have labels, which become the targets of a classifier.
-        pairs: a row is two answers to one prompt. Validation is drawn by prompt, and rows over
-            `data.max_length` are dropped where nothing else is written.
+        partners: each example has a partner, its prompt with another answer.
     """
 
     implementation: Callable[[], Any]
@@ -32,7 +31,7 @@ class Format:
     chat_template: bool = False
     documents: bool = False
     labels: bool = False
-    pairs: bool = False
+    partners: bool = False
 
 
 def _prompt_completion() -> Any:
@@ -69,6 +68,12 @@ def _rationale() -> Any:
     return ANSWER_WITH_RATIONALE
 
 
+def _unpaired() -> Any:
+    from raytune_ft.data.formats.unpaired import UNPAIRED
+
+    return UNPAIRED
+
+
 def _preference() -> Any:
     from raytune_ft.data.formats.preference import PREFERENCE
 
@@ -88,7 +93,8 @@ FORMATS: dict[str, Format] = {
     "text": Format(_text, documents=True),
     "classification": Format(_classification, keys=("text_pair",), labels=True),
     "rationale": Format(_rationale, keys=("rationale_until",)),
-    "preference": Format(_preference, keys=("tools", "chat_template", "margin"), pairs=True),
+    "preference": Format(_preference, keys=("tools", "chat_template", "margin")),
+    "unpaired": Format(_unpaired, keys=("tools", "turns", "chat_template"), partners=True),
 }
 
 
@@ -106,10 +112,12 @@ class SourceConfig(Section):
     )
     prompt: str = Field(
         "prompt",
-        description="column of the prompt, for prompt_completion, rationale and preference",
+        description="column of the prompt, for prompt_completion, rationale, preference and "
+        "unpaired",
     )
     completion: str = Field(
-        "completion", description="column of the completion, for prompt_completion and rationale"
+        "completion",
+        description="column of the completion, for prompt_completion, rationale and unpaired",
     )
     rationale: str = Field("rationale", description="column of the rationale, for rationale")
     rationale_until: str | None = Field(
@@ -155,7 +163,8 @@ class SourceConfig(Section):
     )
     label: str = Field(
         "label",
-        description="for classification, column of the label, of a list of labels, or of numbers",
+        description="for classification, column of the label, of a list of labels, or of numbers; "
+        "for unpaired, of true or false",
     )
     rows: Literal["lines", "file"] = Field(
         "lines", description="of a .txt file: each line is a row, or the whole file is one"

@@ -42,6 +42,8 @@ def packable(config: Config) -> str | None:
         return f"method.name={name} trains the weights that packed runs share"
     if not facts.packable:
         return f"method.name={name} cannot be stacked as plain LoRA can"
+    if (why := OBJECTIVES[config.train.objective].unpackable) is not None:
+        return f"train.objective={config.train.objective} {why}"
     if OBJECTIVES[config.train.objective].head:
         return f"train.objective={config.train.objective} trains a head, which packed runs lack"
     if config.train.neftune_alpha is not None:

@@ -30,6 +30,11 @@ def exponential(top: Any, bottom: Any) -> float:
     return math.exp(min(ratio(top, bottom), LARGEST_EXPONENT))
 
 
+def mean_gap(one: Any, ones: Any, other: Any, others: Any) -> float:
+    """The difference of two means."""
+    return ratio(one, ones) - ratio(other, others)
+
+
 def macro_f1(hits_L: Any, guesses_L: Any, wanted_L: Any) -> float:
     """Mean F1 of the labels that occur in guesses or references."""
     occurs_L = guesses_L + wanted_L > 0
@@ -179,6 +184,7 @@ class ObjectiveFacts:
         reference: it needs the log-probabilities of another model, measured before training.
         scales: keys of `train` that change the scale of `eval_loss`, so that the losses of trials
             that differ in them do not compare.
+        unpackable: why trials cannot share one process; None where they can.
         lr: `train.lr` where it is not written, for all weights and for adapters; None is the
             default of the key.
     """
@@ -194,6 +200,7 @@ class ObjectiveFacts:
     pairs: bool = False
     reference: bool = False
     scales: tuple[str, ...] = ()
+    unpackable: str | None = None
     lr: tuple[float, float] | None = None
 
 
@@ -229,6 +236,12 @@ def _pairs(name: str) -> Callable[[], Callable[..., Any]]:
         return built
 
     return load
+
+
+def _kto() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.unpaired import kto
+
+    return kto
 
 
 def _reward() -> Callable[..., Any]:
@@ -284,6 +297,24 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         pairs=True,
         scales=("simpo",),
         lr=(1e-6, 2e-5),
+    ),
+    "kto": ObjectiveFacts(
+        ("unpaired",),
+        (
+            LOSS,
+            REWARD_ACCURACY,
+            Figure(
+                REWARD_MARGIN.name, "max", ("good_reward", "good", "bad_reward", "bad"), mean_gap
+            ),
+            Figure("eval_kl", "min", ("kl", "examples"), label="KL from the reference"),
+        ),
+        _kto,
+        keys=("kto",),
+        smooth=False,
+        reference=True,
+        scales=("kto",),
+        lr=(1e-6, 2e-5),
+        unpackable="measures the KL of a whole step before its losses",
     ),
     "reward": ObjectiveFacts(
         PAIRS,

@@ -87,6 +87,17 @@ class SimpoConfig(Section):
     )
 
 
+class KtoConfig(Section):
+    """Kahneman-Tversky optimisation, from answers that are desirable or not."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="apo_zero_unpaired needs no KL"
+    )
+    beta: Above0 = Field(0.1, description="how strongly the model is held to its reference")
+    desirable_weight: Above0 = Field(1.0, description="of the losses of desirable answers")
+    undesirable_weight: Above0 = Field(1.0, description="of the losses of the others")
+
+
 class RewardConfig(Section):
     """A reward model: one number for an answer, by Bradley and Terry."""
 

@@ -81,5 +81,5 @@ def _set_defaults(config: Config, data: dict[str, Any]) -> None:
     if "lr" not in config.train.model_fields_set and facts.lr is not None:
         whole = METHODS[config.method.name].whole_model
         data["train"]["lr"] = facts.lr[0] if whole else facts.lr[1]
-    if "too_long" not in config.data.model_fields_set and facts.pairs:
+    if "too_long" not in config.data.model_fields_set and (facts.pairs or facts.reference):
         data["data"]["too_long"] = "drop"

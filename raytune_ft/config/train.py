@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardConfig, SimpoConfig
+from raytune_ft.config.preference import DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
 from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
@@ -108,4 +108,5 @@ class TrainConfig(Section):
     dpo: DpoConfig = Field(DpoConfig(), description="objective: dpo")
     orpo: OrpoConfig = Field(OrpoConfig(), description="objective: orpo")
     simpo: SimpoConfig = Field(SimpoConfig(), description="objective: simpo")
+    kto: KtoConfig = Field(KtoConfig(), description="objective: kto")
     reward: RewardConfig = Field(RewardConfig(), description="objective: reward")

@@ -32,6 +32,7 @@ from raytune_ft.config.reference import one_of
 from raytune_ft.data.formats import WEIGHT, Encoder, Example, found_format
 from raytune_ft.data.formats.classification import label_names, with_targets
 from raytune_ft.data.formats.rationale import RATIONALE
+from raytune_ft.data.formats.unpaired import partners_of
 from raytune_ft.data.order import hold_out
 from raytune_ft.data.report import (
     DataReport,
@@ -46,7 +47,13 @@ from raytune_ft.data.split import Column, TokenizedSplit
 from raytune_ft.data.tokenise import Progress, tokenise
 from raytune_ft.errors import DataError, RunFailed, StorageError, first_line
 from raytune_ft.files import sha256_of
-from raytune_ft.layout import BASE_LOSS, DATA_REPORT, TEACHER_LOGITS, reference_file
+from raytune_ft.layout import (
+    BASE_LOSS,
+    DATA_REPORT,
+    TEACHER_LOGITS,
+    partners_name,
+    reference_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,18 +149,20 @@ class PreparedData:
     @property
     def extent(self) -> tuple[int, int]:
         """The lengths of the shortest and of the longest sequence."""
-        lengths = np.concatenate([np.diff(split.part_offsets) for split in self.splits])
-        return int(lengths.min()), int(lengths.max())
+        lengths = [np.diff(split.part_offsets) for split in self.all_splits.values()]
+        return int(min(map(np.min, lengths))), int(max(map(np.max, lengths)))
 
     @property
     def widest(self) -> int:
         """The tokens of the longest example, whose sequences share a row where rows are packed."""
-        return max(int(split.lengths.max(initial=0)) for split in self.splits)
+        return max(int(split.lengths.max(initial=0)) for split in self.all_splits.values())
 
-    def named(self, split: str) -> TokenizedSplit:
-        """A split by its name in the report."""
-        found: TokenizedSplit = getattr(self, split)
-        return found
+    @property
+    def all_splits(self) -> dict[str, TokenizedSplit]:
+        """All splits by name, and the partners of each."""
+        own = {name: getattr(self, name) for name in self.report.splits}
+        beside = {partners_name(name): split.partners for name, split in own.items()}
+        return own | {name: split for name, split in beside.items() if split is not None}
 
 
 def prepare_data(
@@ -215,6 +224,10 @@ def prepare_data(
         for name in ("train", "validation", "test")
         if name in examples
     }
+    if any(FORMATS[source.format].partners for source in configs.values()):
+        for name, split in splits.items():
+            partners = partners_of(split, seed, data.max_length)
+            splits[name] = replace(split, partners=partners)
     report = DataReport(
         sources=reports,
         splits={name: describe_split(split) for name, split in splits.items()},
@@ -237,6 +250,8 @@ def prepare_data(
     def fill(folder: Path) -> None:
         for name, split in splits.items():
             split.write(folder / f"{name}.arrow")
+            if split.partners is not None:
+                split.partners.write(folder / f"{partners_name(name)}.arrow")
         (folder / DATA_REPORT).write_text(report.to_json())
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
@@ -257,8 +272,12 @@ def open_prepared(path: Path) -> PreparedData:
         name: replace(TokenizedSplit.open(path / f"{name}.arrow"), sources=report.names)
         for name in report.splits
     }
-    if report.reference is not None:
-        splits = {name: with_reference(path, name, split) for name, split in splits.items()}
+    for name in splits:
+        own = path / f"{partners_name(name)}.arrow"
+        if own.is_file():
+            partners = with_reference(path, partners_name(name), TokenizedSplit.open(own), report)
+            splits[name] = replace(splits[name], partners=partners)
+        splits[name] = with_reference(path, name, splits[name], report)
     for name, split in splits.items():
         written = report.splits[name]
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
@@ -278,8 +297,12 @@ def open_prepared(path: Path) -> PreparedData:
     )
 
 
-def with_reference(path: Path, name: str, split: TokenizedSplit) -> TokenizedSplit:
-    """The split with the log-probabilities of its label tokens under the reference."""
+def with_reference(
+    path: Path, name: str, split: TokenizedSplit, report: DataReport
+) -> TokenizedSplit:
+    """The split with the log-probabilities of its label tokens under the reference, where known."""
+    if name not in report.reference_files:
+        return split
     logps_N = _mapped(path / reference_file(name), int(split.part_labels[-1]))
     return replace(split, label_columns={REFERENCE: logps_N})
 
@@ -409,11 +432,12 @@ def cache_key(
     The directories of a source are left out: a moved data set is the same data set.
     """
     drawn = isinstance(data.validation, float)
+    partnered = any(FORMATS[source.format].partners for source in configs.values())
     content = {
         "format": CACHE_FORMAT,
         "versions": [version("transformers"), version("tokenizers")],
         "tokenizer": tokenizer_sha256(encoder),
-        "seed": seed if drawn else None,
+        "seed": seed if drawn or partnered else None,
         "validation": data.validation if drawn else None,
         "limits": [data.max_length, data.too_long, data.max_bad_fraction, data.separator],
         "chunk": data.chunk.overlap if data.chunk is not None else None,

@@ -44,6 +44,8 @@ class TokenizedSplit:
             token of a sequence is no label.
         label_columns: name -> [label tokens], a number for each label token, such as its
             log-probability under another model; not saved in the file.
+        partners: another split of as many examples, for objectives that need one beside each of
+            these; not saved in the file.
         sources: source names behind the numbers of the column `source`; not saved in the file.
     """
 
@@ -53,6 +55,7 @@ class TokenizedSplit:
     columns: Mapping[str, Column] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     label_columns: Mapping[str, Column] = field(default_factory=dict)
+    partners: TokenizedSplit | None = None
 
     @classmethod
     def from_examples(

@@ -29,7 +29,8 @@ def columns_of(
     runner: ModelRunner, objective: Objective, split: TokenizedSplit
 ) -> dict[str, Column]:
     """`[n]` or `[n, L]` each, in the order of the split; all ranks share the work and get all."""
-    found, objective = _Filled(len(split)), objective.over(split, np.arange(len(split)))
+    objective = objective.over(split, np.arange(len(split)), runner)
+    found = _Filled(len(split))
     for indices, batch in batches(runner, split):
         found.add(indices, batch, objective.columns(runner, batch, 1))
     return found.whole(runner.strategy) | objective.known(split, np.arange(len(split)))

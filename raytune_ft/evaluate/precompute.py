@@ -112,7 +112,7 @@ def referenced(
         blocks.mkdir(parents=True, exist_ok=True)
         workers.each(_reference_logps, [(model, precision, data.path, blocks)])
         files = {}
-        for name in data.report.splits:
+        for name in data.all_splits:
             parts = [np.load(path) for path in sorted(blocks.glob(f"{name}-*.npy"))]
             np.save(folder / reference_file(name), np.concatenate(parts))
             files[name] = sha256_of(folder / reference_file(name))
@@ -130,9 +130,9 @@ def _reference_logps(job: tuple[ModelConfig, Precision, Path, Path], strategy: S
     model, precision, data_dir, folder = job
     data = open_prepared(data_dir)
     todo = [
-        (name, np.arange(start, min(start + REFERENCE_BLOCK, len(data.named(name)))))
-        for name in data.report.splits
-        for start in range(0, len(data.named(name)), REFERENCE_BLOCK)
+        (name, np.arange(start, min(start + REFERENCE_BLOCK, len(split))))
+        for name, split in data.all_splits.items()
+        for start in range(0, len(split), REFERENCE_BLOCK)
     ]
     paths = [folder / f"{name}-{indices[0]:012d}.npy" for name, indices in todo]
     left = strategy.from_rank0([not path.is_file() for path in paths])
@@ -142,7 +142,7 @@ def _reference_logps(job: tuple[ModelConfig, Precision, Path, Path], strategy: S
     for path, (name, indices), needed in zip(paths, todo, left, strict=True):
         if not needed:
             continue
-        logps_N = label_columns_of(runner, data.named(name), indices)
+        logps_N = label_columns_of(runner, data.all_splits[name], indices)
         if strategy.rank == 0:
             unfinished = path.with_suffix(".new")
             with unfinished.open("wb") as file:

@@ -28,7 +28,7 @@ from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
-from raytune_ft.data.batch import MicroBatch, Row
+from raytune_ft.data.batch import FREELY, MicroBatch, Row
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
@@ -98,6 +98,9 @@ class Passes:
         self.runner = build_runner(
             built, config, strategy, _no_optimizer, objective, data.extent, widest
         )
+        if data.train.parts > 1 and self.runner.apart != FREELY:
+            # A row of several pairs does not show the lengths that are kept apart.
+            self.runner = replace(self.runner, packing=False)
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
@@ -163,7 +166,7 @@ class Passes:
         """Open an optimizer step over these training examples."""
         data = self.data.train
         widths_n = data.lengths if self.runner.packing else data.longest_parts
-        return OpenStep(data, indices, widths_n, objective.over(data, indices))
+        return OpenStep(data, indices, widths_n, objective.over(data, indices, self.runner))
 
     def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
         """The pass that begins with slot `first`; see `plan_pass`."""

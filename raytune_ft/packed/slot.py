@@ -78,8 +78,8 @@ class EachItsOwn(Objective):
     of_tokens: ClassVar[bool] = True
     objectives: tuple[PairObjective, ...]
 
-    def over(self, split: TokenizedSplit, indices: Indices) -> Objective:
-        return EachItsOwn(tuple(each.over(split, indices) for each in self.objectives))
+    def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> Objective:
+        return EachItsOwn(tuple(each.over(split, indices, forward) for each in self.objectives))
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         return self.objectives[0].count(split, indices)

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytune_ft.config.schema import Config
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
-from raytune_ft.model.hub import teacher_model
+from raytune_ft.model.hub import reference_model, teacher_model
 from raytune_ft.model.lengths import apart_of
 from raytune_ft.model.load import (
     build_frozen,
@@ -68,11 +68,17 @@ def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:
     )
 
 
-def check_teacher(config: Config) -> None:
-    """Raises ModelError where the teacher cannot be loaded or has another vocabulary."""
-    if config.train.kd is None:
-        return
-    model = teacher_model(config)
+def check_others(config: Config) -> None:
+    """Raises ModelError where a teacher or a reference does not load or has another vocabulary."""
+    if config.train.kd is not None:
+        why = "so that their distributions cannot be compared"
+        _check_beside(config, teacher_model(config), "train.kd.teacher", why)
+    if config.train.dpo.reference is not None:
+        why = "so that it cannot say how likely an answer is"
+        _check_beside(config, reference_model(config), "train.dpo.reference", why)
+
+
+def _check_beside(config: Config, model: ModelConfig, key: str, why: str) -> None:
     sizes = [load_model_config(config.model).get_text_config().vocab_size]
     words = [load_tokenizer(config.model).get_vocab()]
     try:
@@ -80,14 +86,13 @@ def check_teacher(config: Config) -> None:
         sizes.append(load_model_config(model).get_text_config().vocab_size)
         words.append(load_tokenizer(model).get_vocab())
     except ModelError as error:
-        value = error.value.replace("model.path", "train.kd.teacher", 1)
+        value = error.value.replace("model.path", key, 1)
         raise ModelError(value, error.rule, error.remedy) from error
     if sizes[0] != sizes[1] or words[0] != words[1]:
         raise ModelError(
-            f"train.kd.teacher={model.path}",
-            f"has another vocabulary ({sizes[1]:,} tokens) than model.path ({sizes[0]:,}), so that "
-            "their distributions cannot be compared",
-            "write a teacher with the student's tokenizer",
+            f"{key}={model.path}",
+            f"has another vocabulary ({sizes[1]:,} tokens) than model.path ({sizes[0]:,}), {why}",
+            "write a model with the tokenizer of model.path",
         )
 
 

@@ -56,7 +56,7 @@ def evaluate_groups(
     runner = replace(
         runner,
         micro_tokens=max(1, runner.micro_tokens // groups),
-        objective=runner.objective.over(split, everything),
+        objective=runner.objective.over(split, everything, runner),
     )
     sources = _sources(split)
     found = [_sums(runner, split, own, groups, beat) for own in sources.values()]

@@ -77,7 +77,7 @@ def accumulate_gradients(
     this rank's sum of losses and that count. A router loss is added to the gradient alone. The host
     does not wait for the device.
     """
-    strategy, objective = runner.strategy, runner.objective.over(split, indices)
+    strategy, objective = runner.strategy, runner.objective.over(split, indices, runner)
     count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
     loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)
     beat(0, len(batches))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -52,6 +52,8 @@ def noisy_embeddings(model: nn.Module, batch: MicroBatch, alpha: float | None) -
 
 T = TypeVar("T")
 HOST = torch.device("cpu")
+SUMMED_EXAMPLES = 1024
+"""Laid out together, since the time of packing grows faster than its input."""
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """`train.micro_tokens: auto`: enough tokens to fill the device, with small activations."""
 
@@ -110,6 +112,17 @@ class ModelRunner:
         with self.autocast(), seeing(self.model, batch):
             inputs = self.inputs(batch)
             return label_blocks(self.wrapped, self.head, inputs, batch, of, self.block)
+
+    @torch.no_grad()
+    def summed(
+        self, split: TokenizedSplit, indices: Indices, of: Callable[[MicroBatch], Tensor]
+    ) -> Tensor:
+        """See `Forward.summed`; a float64 number."""
+        total = torch.zeros((), dtype=torch.float64, device=self.strategy.device)
+        for start in range(0, len(indices), SUMMED_EXAMPLES):
+            for batch in self.micro_batches(split, indices[start : start + SUMMED_EXAMPLES]):
+                total += of(batch.to(self.strategy.device)).double()
+        return self.strategy.sum(total)
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""

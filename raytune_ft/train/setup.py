@@ -21,7 +21,7 @@ from raytune_ft.config.execution import variants
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import Apart, MicroBatch
+from raytune_ft.data.batch import FREELY, Apart, MicroBatch
 from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
@@ -188,6 +188,23 @@ def check_lengths(config: Config, shapes: nn.Module, data: PreparedData) -> None
         f"allows rows of {longest} tokens, but the model has {positions} positions",
         f"write at most {max(1, positions - virtual)}",
     )
+
+
+def check_pairs(config: Config, data: PreparedData) -> None:
+    """Raises ConfigError where the answers of a pair have lengths that the model keeps apart, since
+    both are needed in one forward pass.
+    """
+    apart = apart_of(load_model_config(config.model))
+    for split in data.splits if apart != FREELY and data.train.parts > 1 else ():
+        for lengths in np.diff(split.part_offsets).reshape(-1, split.parts).tolist():
+            if len({apart.group(length) for length in lengths}) > 1:
+                bound = max(each for each in (*apart.thresholds, apart.each_above) if each)
+                raise ConfigError(
+                    f"data.max_length={config.data.max_length}",
+                    f"allows answers of {lengths[0]} and {lengths[1]} tokens in a pair, and the "
+                    f"model computes rows of up to {bound} tokens otherwise beside longer ones",
+                    f"write data.max_length: {bound}",
+                )
 
 
 def where_to_resume(store: CheckpointStore, schedule: Schedule, strategy: Strategy) -> Path | None:

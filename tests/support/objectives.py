@@ -30,6 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "orpo": {"data.train.format": "preference", "train.orpo": {"beta": 0.5}},
+    "kto": {
+        "data.train.format": "unpaired",
+        "data.train.label": "liked",
+        "data.train.example_weight": "weight",
+        "train.kto": {"undesirable_weight": 0.7, "beta": 0.3},
+    },
     "reward": {
         "data.train.format": "preference",
         "data.train.margin": "weight",
@@ -60,6 +66,7 @@ def save_inputs(root: Path, count: int = 40) -> Path:
             "rejected": text(1, 20),
             "text": text(1, 30),
             "other": text(1, 12),
+            "liked": number % 3 > 0,
             "label": "abc"[number % 3],
             "labels": ["a", "b", "c"][: number % 4],
             "numbers": [float(rng.normal()), float(rng.normal())],

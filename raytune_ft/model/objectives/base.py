@@ -32,6 +32,11 @@ class Forward(Protocol):
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """`logits_EL` of a task head, one row for each span of the batch."""
 
+    def summed(
+        self, split: TokenizedSplit, indices: Indices, of: Callable[[MicroBatch], Tensor]
+    ) -> Tensor:
+        """The sum of `of` over batches of these examples on all ranks, without gradients."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -62,7 +67,7 @@ class Objective(Protocol):
 
     of_tokens: ClassVar[bool]
 
-    def over(self, split: TokenizedSplit, indices: Indices) -> Objective:
+    def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> Objective:
         """The same for the losses of these examples together, of a step or of an evaluation."""
         return self
 

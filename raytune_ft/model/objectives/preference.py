@@ -97,8 +97,8 @@ def half_right(chosen_E: Tensor, rejected_E: Tensor) -> Tensor:
     return (1 + (chosen_E - rejected_E).sign()) / 2
 
 
-def weighted_pairs(split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
-    """`[E]` each: pairs, and what the loss counts of them."""
+def weighted_examples(split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+    """`[E]` each: examples, and what the loss counts of them."""
     ones_E = np.ones(len(indices))
     weights_n1 = split.columns.get(WEIGHT)
     counted_E = ones_E if weights_n1 is None else weights_n1[indices, 0].astype(np.float64)
@@ -257,7 +257,7 @@ class PairObjective(Objective):
         """`[E]`, the share of each pair in the mean loss of the tokens of chosen answers."""
         return -answers.chosen * self.pairs_per_token
 
-    def over(self, split: TokenizedSplit, indices: Indices) -> PairObjective:
+    def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> PairObjective:
         chosen_E = np.diff(split.part_labels)[np.asarray(indices) * split.parts]
         return replace(self, pairs_per_token=len(indices) / max(1, int(chosen_E.sum())))
 
@@ -294,8 +294,8 @@ class PairObjective(Objective):
         }
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
-        """See `weighted_pairs`."""
-        return weighted_pairs(split, indices)
+        """See `weighted_examples`."""
+        return weighted_examples(split, indices)
 
 
 @dataclass(frozen=True, kw_only=True)

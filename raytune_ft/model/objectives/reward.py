@@ -24,7 +24,7 @@ from raytune_ft.model.objectives.base import (
     TeacherOf,
     example_weights,
 )
-from raytune_ft.model.objectives.preference import half_right, weighted_pairs
+from raytune_ft.model.objectives.preference import half_right, weighted_examples
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Reward(Objective):
         }
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
-        """See `weighted_pairs`."""
-        return weighted_pairs(split, indices)
+        """See `weighted_examples`."""
+        return weighted_examples(split, indices)
 
     def _weighted(
         self, chosen_E: Tensor, rejected_E: Tensor, columns: Mapping[str, Tensor]

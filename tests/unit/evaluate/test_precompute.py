@@ -26,7 +26,7 @@ from raytune_ft.preflight import prepare
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.distill import (
     InMemory,
-    check_teacher,
+    check_others,
     logits_file,
     teacher_of,
     teacher_runner,
@@ -197,10 +197,10 @@ def test_a_resume_refuses_another_teacher(root: Path, monkeypatch: pytest.Monkey
 def test_a_teacher_that_is_none_is_named(root: Path) -> None:
     config = _config(root, {"train.kd.teacher": str(root / "nobody")})
     with pytest.raises(ModelError, match=r"^train\.kd\.teacher=.*nobody does not exist"):
-        check_teacher(config)
+        check_others(config)
     other = _config(root).model_copy(update={"model": ModelConfig(path="builtin:tiny")})
     with pytest.raises(ModelError, match="has another vocabulary"):
-        check_teacher(other)
+        check_others(other)
 
 
 def test_from_the_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

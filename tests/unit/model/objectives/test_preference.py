@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardConfig, SimpoConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.preference import MARGIN
 from raytune_ft.data.order import Order
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.objectives.preference import PAIR_LOSSES, Answers, Dpo, Orpo, Simpo
-from raytune_ft.model.objectives.reward import Reward
+from raytune_ft.model.objectives.preference import PAIR_LOSSES
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import final_weights, losses, run
 
