@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardConfig, SimpoConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.preference import MARGIN
+from raytune_ft.data.formats.unpaired import DESIRABLE
 from raytune_ft.data.order import Order
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.objectives.preference import PAIR_LOSSES
+from raytune_ft.model.objectives.preference import PAIR_LOSSES, Answers, Dpo, Orpo, Simpo
+from raytune_ft.model.objectives.reward import Reward
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import final_weights, losses, run
 
@@ -260,3 +265,166 @@ def test_reward_is_trl(
     print(f"| reward {settings} | {worst:.1e} | {apart:.1e} |")
     assert worst < 1e-5
     assert apart < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.6},
+        {"loss_type": "apo_zero_unpaired", "beta": 0.2},
+    ],
+)
+def test_kto_is_trl(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Where a batch is one micro-batch and TRL is given the partners of ours."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = config_of(inputs, "kto", {**TRAIN, "train.kto": settings})
+    assert run(config, tmp_path / "run").status == "completed"
+    split, order = pairs_in_order(config, tmp_path / "run")
+    assert split.partners is not None
+    rows = []
+    for i in order:
+        (ids, mask), (beside, own) = split.example(i), split.partners.example(i)
+        prompt = int(mask.argmax())
+        assert beside[:prompt].tolist() == ids[:prompt].tolist()
+        assert own[prompt:].all()
+        rows.append(
+            {
+                "prompt_ids": ids[:prompt].tolist(),
+                "completion_ids": ids[prompt:].tolist(),
+                "KL_completion_ids": beside[prompt:].tolist(),
+                "label": bool(split.columns[DESIRABLE][i, 0]),
+            }
+        )
+    monkeypatch.setattr(trl.KTOTrainer, "_prepare_dataset", lambda self, rows, *others: rows)
+    load = partial(AutoModelForCausalLM.from_pretrained, inputs / "decoder", dtype=torch.float32)
+    trainer = trl.KTOTrainer(
+        model=load(),
+        ref_model=load(),
+        args=trl.KTOConfig(output_dir=str(tmp_path / "trl"), **ARGUMENTS, **settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
+    )
+    theirs, ours = trl_losses(trainer), losses(tmp_path / "run")
+    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
+    apart = far(final_weights(tmp_path / "run"), trainer.model)
+    print(f"| kto {settings} | {worst:.1e} | {apart:.1e} |")
+    assert worst < 1e-5
+    assert apart < 1e-5
+
+
+def answers(chosen: Tensor, rejected: Tensor, tokens: float = 1.0) -> Answers:
+    """Of log-probabilities, with a reference that gives every answer the same."""
+    ones = torch.full_like(chosen, tokens)
+    return Answers(chosen, rejected, chosen, rejected, ones, ones)
+
+
+def minimised(of: Any, count: int) -> Tensor:
+    """The numbers `[count]` with the smallest value of a convex function."""
+    numbers = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [numbers], lr=1.0, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value: Tensor = of(numbers)
+        value.backward()
+        return value
+
+    search.step(closure)
+    return numbers.detach()
+
+
+TRUE = torch.tensor([0.0, 0.4, -1.1, 2.0], dtype=torch.float64)
+"""Rewards by which pairs are preferred, as Bradley and Terry have it."""
+ONE, OTHER = torch.combinations(torch.arange(4)).T
+WINS = torch.sigmoid(TRUE[ONE] - TRUE[OTHER])
+
+
+def expected(loss: Any, numbers: Tensor) -> Tensor:
+    """The mean loss over all pairs, each preferred as often as `WINS` says."""
+    one, other = numbers[ONE], numbers[OTHER]
+    return (WINS * loss(one, other) + (1 - WINS) * loss(other, one)).mean()
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_dpo_finds_the_differences_of_rewards(beta: float) -> None:
+    dpo = DpoConfig(beta=beta)
+    found = minimised(
+        lambda x: expected(lambda a, b: PAIR_LOSSES["sigmoid"](answers(a, b), dpo), x), 4
+    )
+    assert (beta * (found - found[0]) - (TRUE - TRUE[0])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_ipo_stops_at_its_margin(beta: float) -> None:
+    dpo, wins = DpoConfig(beta=beta), 0.8
+    found = minimised(
+        lambda x: (
+            wins * PAIR_LOSSES["ipo"](answers(x, -x), dpo).sum()
+            + (1 - wins) * PAIR_LOSSES["ipo"](answers(-x, x), dpo).sum()
+        ),
+        1,
+    )
+    assert (2 * found - (2 * wins - 1) / (2 * beta)).abs() < 1e-6
+
+
+@pytest.mark.parametrize("center", [0.0, 1e-4])
+def test_a_reward_model_is_known_up_to_a_constant(center: float) -> None:
+    objective = Reward(RewardConfig(center_rewards_coefficient=center))
+    found = minimised(
+        lambda x: expected(lambda a, b: objective.columns_of(a, b, {})["loss"], x + 0.7), 4
+    )
+    assert (found - found[0] - (TRUE - TRUE[0])).abs().max() < (1e-2 if center else 1e-4)
+    if center:
+        assert (found + 0.7).mean().abs() < 0.05
+
+
+def test_simpo_aims_at_its_margin() -> None:
+    objective = Simpo(settings=SimpoConfig(beta=2.0, simpo_gamma=0.5))
+    wins = 0.8
+    found = minimised(
+        lambda x: (
+            wins * objective.of(answers(x, -x)).sum()
+            + (1 - wins) * objective.of(answers(-x, x)).sum()
+        ),
+        1,
+    )
+    # Above the margin, where the pull of both kinds of pairs is the same.
+    margin = 2 * 2.0 * found
+    pull = wins * (0.5 - margin).sigmoid() - (1 - wins) * (0.5 + margin).sigmoid()
+    assert pull.abs() < 1e-4
+    assert margin > math.log(wins / (1 - wins))
+
+
+OBJECTIVES = {
+    **{name: Dpo(settings=DpoConfig.model_validate(each)) for name, each in DPO.items()},
+    "orpo": Orpo(settings=OrpoConfig(beta=0.3)),
+    "simpo": Simpo(settings=SimpoConfig(cpo_alpha=0.2)),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_are_those_of_the_loss(name: str) -> None:
+    objective = replace(OBJECTIVES[name], pairs_per_token=0.2)
+    rng = torch.Generator().manual_seed(0)
+    logps = -torch.rand(4, 5, generator=rng, dtype=torch.float64) * 3 - 0.1
+    ratios = torch.randn(2, 5, generator=rng, dtype=torch.float64)
+    lengths = torch.tensor([3.0, 2.0, 7.0, 1.0, 4.0], dtype=torch.float64)
+
+    def loss(chosen: Tensor, rejected: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+        return objective.of(Answers(chosen, rejected, better, worse, lengths, lengths.flip(0)))
+
+    inputs = [each.clone().requires_grad_() for each in (logps[0], logps[1], *ratios)]
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+def test_equal_rewards_are_half_right() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    columns = Reward(RewardConfig()).columns_of(x, torch.tensor([1.0, 1.0, 4.0]), {})
+    assert columns["preferred"].tolist() == [0.5, 1.0, 0.0]
