@@ -23,6 +23,7 @@ from ray.tune.stopper import CombinedStopper
 from raytune_ft.config.environment import names_in
 from raytune_ft.config.execution import arrange, choose_execution
 from raytune_ft.config.load import dump_yaml, load_config, to_plain
+from raytune_ft.config.objectives import SEARCHABLE
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
@@ -215,7 +216,9 @@ class ProgressCallback(OfThisProcess, tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "eval_loss" in result:
-            self._progress.reported(trial.config["trial"], result["examples"], result["eval_loss"])
+            self._progress.reported(
+                trial.config["trial"], result["examples"], result[self._search.metrics[0]]
+            )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._finished(trial)
@@ -238,7 +241,7 @@ class ProgressCallback(OfThisProcess, tune.Callback):
         self._gauges.ended(name, row.status)
         if row.status != "interrupted":
             self._after_trial()
-            self._progress.finished(name, row.status, row.eval_loss, row.error)
+            self._progress.finished(name, row.status, row.value, row.error)
 
 
 def _last_line(path: str | None) -> str:
@@ -350,7 +353,7 @@ class _Sweep:
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
             return
-        progress = progress_for(tell, left)
+        progress = progress_for(tell, left, SEARCHABLE[self._config.search.metrics[0]])
         if kept:
             progress.note(f"{kept} trials are kept")
         try:

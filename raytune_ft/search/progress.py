@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raytune_ft.config.objectives import Figure
 from raytune_ft.format import number, params_text, seconds
 from raytune_ft.records import Tell
 
@@ -25,10 +26,10 @@ class Progress(Protocol):
     def started(self, trial: str, params: Mapping[str, Any]) -> None:
         """A trial has started or resumed."""
 
-    def reported(self, trial: str, examples: int, eval_loss: float) -> None:
-        """An evaluation of a trial; at 0 examples it is that of the base."""
+    def reported(self, trial: str, examples: int, value: float) -> None:
+        """The deciding figure of an evaluation; at 0 examples it is that of the base."""
 
-    def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
+    def finished(self, trial: str, status: str, value: float | None, error: str | None) -> None:
         """A trial has ended."""
 
     def note(self, line: str) -> None:
@@ -39,17 +40,18 @@ STOPPED = ("pruned", "early_stopped")
 
 
 class _Tally:
-    """Counts of trials by state, the lowest loss, and the time that the remaining trials need.
+    """Counts of trials by state, the best value, and the time that the remaining trials need.
 
     Work is counted in examples: `_first` and `_at` are those at a trial's first report, which a
     resumed trial does not begin at 0, and at its last; `_lengths` those of the trials that ended.
     """
 
-    def __init__(self, total: int, now: Callable[[], float]) -> None:
+    def __init__(self, total: int, figure: Figure, now: Callable[[], float]) -> None:
         self._total, self._now = total, now
+        self._better = min if figure.mode == "min" else max
         self._running: set[str] = set()
         self._stopped = self._completed = self._failed = 0
-        self._lowest: dict[str, float] = {}
+        self._best: dict[str, float] = {}
         self._first: dict[str, int] = {}
         self._at: dict[str, int] = {}
         self._lengths: list[int] = []
@@ -64,29 +66,29 @@ class _Tally:
         if self._begun is None:
             self._begun = self._now()
 
-    def reported(self, trial: str, examples: int, eval_loss: float) -> None:
+    def reported(self, trial: str, examples: int, value: float) -> None:
         self._first.setdefault(trial, examples)
         self._at[trial] = examples
         if examples:
-            self._lowest[trial] = min(eval_loss, self._lowest.get(trial, eval_loss))
+            self._best[trial] = self._better(value, self._best.get(trial, value))
 
     def finished(self, trial: str, status: str) -> None:
         self._running.discard(trial)
         self._lengths.append(self._at.get(trial, 0))
         if status == "failed":
             self._failed += 1
-            self._lowest.pop(trial, None)
+            self._best.pop(trial, None)
         elif status in STOPPED:
             self._stopped += 1
         else:
             self._completed += 1
 
     def best(self) -> str:
-        """`; lowest so far 1.2500 (trial-000)`; empty before the first evaluation."""
-        if not self._lowest:
+        """`; best so far 1.2500 (trial-000)`; empty before the first evaluation."""
+        if not self._best:
             return ""
-        name = min(self._lowest, key=lambda each: self._lowest[each])
-        return f"; lowest so far {number(self._lowest[name])} ({name})"
+        name = self._better(self._best, key=lambda each: self._best[each])
+        return f"; best so far {number(self._best[name])} ({name})"
 
     def left(self) -> str:
         """`; about 12 min left`, at the examples a second of all trials so far; empty before the
@@ -124,9 +126,15 @@ class _Tally:
 class Lines:
     """One line per event."""
 
-    def __init__(self, tell: Tell, total: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._tell, self._total = tell, total
-        self._tally = _Tally(total, now)
+    def __init__(
+        self,
+        tell: Tell,
+        total: int,
+        figure: Figure,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tell, self._total, self._name = tell, total, figure.name
+        self._tally = _Tally(total, figure, now)
 
     def live(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -135,18 +143,18 @@ class Lines:
         self._tally.started(trial)
         self._tell(f"{trial} started: {params_text(params)}")
 
-    def reported(self, trial: str, examples: int, eval_loss: float) -> None:
-        self._tally.reported(trial, examples, eval_loss)
+    def reported(self, trial: str, examples: int, value: float) -> None:
+        self._tally.reported(trial, examples, value)
         if examples:
-            self._tell(f"{trial}: eval_loss {number(eval_loss)} after {examples:,} examples")
+            self._tell(f"{trial}: {self._name} {number(value)} after {examples:,} examples")
 
-    def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
+    def finished(self, trial: str, status: str, value: float | None, error: str | None) -> None:
         tally = self._tally
         tally.finished(trial, status)
-        loss = "" if eval_loss is None else f", eval_loss {number(eval_loss)}"
+        best = "" if value is None else f", {self._name} {number(value)}"
         why = f": {error}" if error else ""
         state = f"{tally.done}/{self._total} trials{tally.best()}{tally.left()}"
-        self._tell(f"{trial} {status}{loss}{why} [{state}]")
+        self._tell(f"{trial} {status}{best}{why} [{state}]")
 
     def note(self, line: str) -> None:
         self._tell(line)
@@ -157,7 +165,7 @@ class _Row:
     params: str
     status: str = "starting"
     examples: int = 0
-    eval_loss: float | None = None
+    value: float | None = None
     over: bool = False
 
 
@@ -165,11 +173,15 @@ class LiveTable:
     """A table of trials that redraws itself; it disappears when the sweep ends."""
 
     def __init__(
-        self, console: Console, total: int, now: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        total: int,
+        figure: Figure,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console
+        self._console, self._name = console, figure.name
         self._rows: dict[str, _Row] = {}
-        self._tally = _Tally(total, now)
+        self._tally = _Tally(total, figure, now)
 
     def live(self) -> AbstractContextManager[Any]:
         return Live(
@@ -183,34 +195,38 @@ class LiveTable:
         self._tally.started(trial)
         self._rows[trial] = _Row(params_text(params))
 
-    def reported(self, trial: str, examples: int, eval_loss: float) -> None:
+    def reported(self, trial: str, examples: int, value: float) -> None:
         row = self._rows[trial]
-        row.status, row.examples, row.eval_loss = "training", examples, eval_loss
-        self._tally.reported(trial, examples, eval_loss)
+        row.status, row.examples, row.value = "training", examples, value
+        self._tally.reported(trial, examples, value)
 
-    def finished(self, trial: str, status: str, eval_loss: float | None, error: str | None) -> None:
+    def finished(self, trial: str, status: str, value: float | None, error: str | None) -> None:
         self._tally.finished(trial, status)
         row = self._rows.setdefault(trial, _Row(""))
         row.status = f"{status}: {error}" if error else status
-        row.eval_loss, row.over = eval_loss, True
+        row.value, row.over = value, True
 
     def note(self, line: str) -> None:
         self._console.print(line)
 
     def table(self) -> Table:
         """As many trials as fit the terminal: ended ones, the latest last, then running ones."""
-        table = Table("trial", "params", "status", "examples", "eval loss")
+        table = Table("trial", "params", "status", "examples", self._name.replace("_", " "))
         rows = sorted(self._rows.items(), key=lambda item: not item[1].over)
         room = max(4, self._console.height - 6)
         for trial, row in rows[-room:]:
-            loss = "" if row.eval_loss is None else number(row.eval_loss)
-            table.add_row(trial, row.params, row.status, f"{row.examples:,}", loss)
+            value = "" if row.value is None else number(row.value)
+            table.add_row(trial, row.params, row.status, f"{row.examples:,}", value)
         tally = self._tally
         table.caption = f"{tally.counts()}{tally.best()}{tally.left()}"
         return table
 
 
-def progress_for(tell: Tell, total: int, console: Console | None = None) -> Progress:
-    """A live table on a terminal, otherwise lines through `tell`."""
+def progress_for(
+    tell: Tell, total: int, figure: Figure, console: Console | None = None
+) -> Progress:
+    """A live table on a terminal, otherwise lines through `tell`; `figure` decides between trials."""
     console = console or Console(highlight=False, markup=False, emoji=False)
-    return LiveTable(console, total) if console.is_terminal else Lines(tell, total)
+    if console.is_terminal:
+        return LiveTable(console, total, figure)
+    return Lines(tell, total, figure)

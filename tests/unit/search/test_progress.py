@@ -7,13 +7,14 @@ from itertools import chain, repeat
 
 from rich.console import Console
 
+from raytune_ft.config.objectives import LOSS, SEARCHABLE
 from raytune_ft.search.progress import Lines, LiveTable, progress_for
 
 
 def test_a_log_gets_a_line_for_everything() -> None:
     lines: list[str] = []
-    assert isinstance(progress_for(print, 3, Console(file=io.StringIO())), Lines)
-    progress = Lines(lines.append, 3, iter([0.0, 120.0, 150.0]).__next__)
+    assert isinstance(progress_for(print, 3, LOSS, Console(file=io.StringIO())), Lines)
+    progress = Lines(lines.append, 3, LOSS, iter([0.0, 120.0, 150.0]).__next__)
     progress.started("trial-000", {"train.lr": 0.000123456, "method.rank": 8})
     progress.reported("trial-000", 0, 9.0)
     progress.reported("trial-000", 1000, 1.25)
@@ -25,11 +26,11 @@ def test_a_log_gets_a_line_for_everything() -> None:
     assert lines == [
         "trial-000 started: train.lr=0.000123 method.rank=8",
         "trial-000: eval_loss 1.2500 after 1,000 examples",
-        "trial-000 pruned, eval_loss 1.2500 [1/3 trials; lowest so far 1.2500 (trial-000); about "
+        "trial-000 pruned, eval_loss 1.2500 [1/3 trials; best so far 1.2500 (trial-000); about "
         "4 min left]",
         "trial-001 started: train.lr=1.0000",
         "trial-001: eval_loss 0.5000 after 1,000 examples",
-        "trial-001 failed: Diverged: step 3 [2/3 trials; lowest so far 1.2500 (trial-000); about "
+        "trial-001 failed: Diverged: step 3 [2/3 trials; best so far 1.2500 (trial-000); about "
         "75 s left]",
     ]
 
@@ -37,8 +38,8 @@ def test_a_log_gets_a_line_for_everything() -> None:
 def test_a_terminal_gets_a_table_that_fits_it() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, height=20)
-    assert isinstance(progress_for(print, 30, console), LiveTable)
-    progress = LiveTable(console, 30, chain([0.0], repeat(60.0)).__next__)
+    assert isinstance(progress_for(print, 30, LOSS, console), LiveTable)
+    progress = LiveTable(console, 30, LOSS, chain([0.0], repeat(60.0)).__next__)
     with progress.live():
         assert progress.table().caption == "none begun of 30 trials"
         for number in range(25):
@@ -48,7 +49,7 @@ def test_a_terminal_gets_a_table_that_fits_it() -> None:
         progress.finished("trial-024", "completed", 1.4, None)
     table = progress.table()
     assert table.row_count == 14
-    begun = "24 running, 1 completed of 30 trials; lowest so far 1.5000 (trial-024)"
+    begun = "24 running, 1 completed of 30 trials; best so far 1.5000 (trial-024)"
     assert table.caption == f"{begun}; about 29 min left"
 
 
@@ -59,7 +60,7 @@ def caption(progress: LiveTable) -> str:
 def test_time_left_is_that_of_the_work_which_is_left() -> None:
     """Of 20 trials, 16 train at the same time; the first one to end says little by itself."""
     clock = [0.0]
-    progress = LiveTable(Console(file=io.StringIO()), 20, lambda: clock[0])
+    progress = LiveTable(Console(file=io.StringIO()), 20, LOSS, lambda: clock[0])
     names = [f"trial-{number:03d}" for number in range(20)]
     for name in names[:16]:
         progress.started(name, {})
@@ -77,7 +78,7 @@ def test_time_left_is_that_of_the_work_which_is_left() -> None:
 
 def test_time_left_counts_what_pruned_and_resumed_trials_really_trained() -> None:
     clock = [0.0]
-    progress = LiveTable(Console(file=io.StringIO()), 6, lambda: clock[0])
+    progress = LiveTable(Console(file=io.StringIO()), 6, LOSS, lambda: clock[0])
     progress.started("resumed", {})
     progress.reported("resumed", 800, 2.0)  # of an earlier driver
     clock[0] = 20.0
@@ -99,7 +100,19 @@ def test_time_left_counts_what_pruned_and_resumed_trials_really_trained() -> Non
 
 
 def test_trials_that_fail_before_they_train_tell_no_time() -> None:
-    progress = LiveTable(Console(file=io.StringIO()), 2, lambda: 1.0)
+    progress = LiveTable(Console(file=io.StringIO()), 2, LOSS, lambda: 1.0)
     progress.started("a", {})
     progress.finished("a", "failed", None, "OutOfMemory")
     assert "left" not in caption(progress)
+
+
+def test_the_best_is_by_the_figure_that_decides() -> None:
+    lines: list[str] = []
+    figure = SEARCHABLE["eval_reward_accuracy"]
+    progress = Lines(lines.append, 2, figure, repeat(1.0).__next__)
+    for name, value in (("trial-000", 0.7), ("trial-001", 0.6)):
+        progress.started(name, {})
+        progress.reported(name, 10, value)
+    progress.finished("trial-001", "completed", 0.6, None)
+    assert lines[-1].startswith("trial-001 completed, eval_reward_accuracy 0.6000 [1/2 trials; ")
+    assert "best so far 0.7000 (trial-000)" in lines[-1]
