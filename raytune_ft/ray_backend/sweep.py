@@ -216,9 +216,8 @@ class ProgressCallback(OfThisProcess, tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "eval_loss" in result:
-            self._progress.reported(
-                trial.config["trial"], result["examples"], result[self._search.metrics[0]]
-            )
+            value = result[self._search.metrics[0]]
+            self._progress.reported(trial.config["trial"], result["examples"], value)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._finished(trial)
@@ -353,7 +352,7 @@ class _Sweep:
         left = trial_count(self._search) - kept
         if left <= 0 or self._spending.over():
             return
-        progress = progress_for(tell, left, SEARCHABLE[self._config.search.metrics[0]])
+        progress = progress_for(tell, left, SEARCHABLE[self._search.metrics[0]])
         if kept:
             progress.note(f"{kept} trials are kept")
         try:

@@ -225,7 +225,7 @@ class LiveTable:
 def progress_for(
     tell: Tell, total: int, figure: Figure, console: Console | None = None
 ) -> Progress:
-    """A live table on a terminal, otherwise lines through `tell`; `figure` decides between trials."""
+    """A live table on a terminal, otherwise lines through `tell`. `figure` is what is searched."""
     console = console or Console(highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         return LiveTable(console, total, figure)
