@@ -249,6 +249,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
         inner = [part for item in args[1:] for part in getattr(item, "metadata", [item])]
         return _words(args[0], inner)
     if origin in (typing.Union, types.UnionType):
+        if _is_one_or_several(args):
+            return f"{_words(args[0], ())}, or a list of those"
         return " or ".join(dict.fromkeys(_words(item, ()) for item in args))
     if origin is typing.Literal:
         return one_of(str(item) for item in args)
@@ -263,6 +265,16 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     if annotation in _BASIC:
         return " and ".join([_BASIC[annotation], *map(_bound, metadata)]).replace(" and ", " ", 1)
     return "a section" if sections_of(annotation) else "a value"
+
+
+def _is_one_or_several(kinds: Sequence[Any]) -> bool:
+    """Whether these are a choice of words and a list of words of that choice."""
+    word, *others = kinds
+    if typing.get_origin(word) is not typing.Literal or len(others) != 1:
+        return False
+    args = typing.get_args(others[0])
+    several = args[0] if typing.get_origin(others[0]) is typing.Annotated else others[0]
+    return bool(several == list[word])
 
 
 _BASIC: dict[Any, str] = {

@@ -22,7 +22,7 @@ from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
 from raytune_ft.config.search_space import duration_s
-from raytune_ft.config.section import parse_size
+from raytune_ft.config.section import Section, parse_size
 from raytune_ft.config.strategies import STRATEGIES, candidates
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
@@ -414,9 +414,12 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
     train, defaults = config.train, type(config.train).model_fields
     for name, other in OBJECTIVES.items():
         for key in other.keys:
-            if key not in facts.keys and getattr(train, key) != defaults[key].default:
+            written = getattr(train, key)
+            if key not in facts.keys and written != defaults[key].default:
+                if isinstance(written, Section):
+                    written = written.model_dump(exclude_defaults=True)
                 raise ConfigError(
-                    f"train.{key}={shown_value(getattr(train, key))}",
+                    f"train.{key}={shown_value(written)}",
                     f"is for train.objective={name}, and this is {train.objective}",
                     f"write train.objective: {name}, or leave the key out",
                 )

@@ -437,6 +437,93 @@ OBJECTIVES_AND_SOURCES: list[Case] = [
         "base_loss",
     ),
 ]
+DPO = "raytune-ft train jobs/dpo.yaml search=null"
+PREFERENCES: list[Case] = [
+    (
+        "train train.objective=dpo",
+        "data.train.format=prompt_completion",
+        "train.objective=dpo",
+        "write format: preference",
+        "sft",
+    ),
+    (f"{DPO} train.objective=sft", "data.train.format=preference", "sft", "dpo"),
+    (f"{DPO} train.dpo.beta=0", "train.dpo.beta=0", "above 0"),
+    (f"{DPO} train.dpo.loss_type=sigmiod", "train.dpo.loss_type=sigmiod", "sigmoid"),
+    (
+        f"{DPO} train.dpo.loss_type=robust train.dpo.label_smoothing=0.5",
+        "train.dpo.label_smoothing=0.5",
+        "below 0.5",
+    ),
+    (
+        f"{DPO} train.dpo.loss_type=exo_pair",
+        "train.dpo.label_smoothing=0",
+        "exo_pair",
+        "0.001",
+    ),
+    (f"{DPO} train.dpo.label_smoothing=0.1", "label_smoothing=0.1", "sigmoid", "robust"),
+    (
+        f"{DPO} train.dpo.loss_type=[sigmoid,sft] train.dpo.loss_weights=[1.0]",
+        "train.dpo.loss_weights=[1.0]",
+        "1 number",
+        "2 losses",
+        "write 2",
+    ),
+    (f"{DPO} train.orpo.beta=0.5", "train.orpo=", "train.objective=orpo", "this is dpo"),
+    (f"{DPO} train.label_smoothing=0.1", "train.label_smoothing=0.1", "dpo", "write 0"),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.metric=eval_loss",
+        "search.metric=eval_loss",
+        "another scale for each train.dpo.beta",
+        "eval_reward_accuracy",
+    ),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.metric=eval_loss "
+        "search.space.train.dpo.beta=null search.space.train.objective.choice=[dpo,orpo]",
+        "search.metric=eval_loss",
+        "another scale for each train.objective",
+        "eval_reward_margin",
+    ),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.space.train.dpo.reference.choice=[a,b]",
+        "search.space.train.dpo.reference",
+        "not be comparable",
+        "train.dpo.reference once",
+    ),
+    (f"{DPO} train.dpo.reference=./wider", "train.dpo.reference=", "vocabulary", "model.path"),
+    (f"{DPO} train.dpo.reference=/nowhere/model", "train.dpo.reference=/nowhere/model", "hub id"),
+    (
+        f"{DPO} data.train.path=equal.jsonl",
+        "data.train.path=equal.jsonl",
+        "same_answers 4",
+        "'chosen' is 'rejected'",
+        "data.max_bad_fraction=0.01",
+    ),
+    (
+        f"{DPO} data.train.margin=by",
+        "data.train.margin=by",
+        "prompt, chosen, rejected",
+    ),
+    (
+        f"{DPO} train.objective=kto data.test=null data.train.path=good.jsonl "
+        "data.train.format=unpaired",
+        "train.objective=kto",
+        "no undesirable one of",
+        "train.objective: sft",
+    ),
+    (
+        f"{DPO} train.objective=reward promote.metrics=[loss,rouge]",
+        "promote.metrics=rouge",
+        "train.objective=reward",
+    ),
+    (f"{DPO} train.objective=reward data.labels=[a,b]", "data.labels=[a, b]", "classification"),
+    (f"{DPO} train.objective=reward 'method={{name: loreft}}'", "method.name=loreft", "lora"),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.execution=packed train.objective=reward "
+        "search.space.train.dpo.beta=null",
+        "search.execution=packed",
+        "train.objective=reward trains a head",
+    ),
+]
 TRUST: list[Case] = [
     (
         "train model.path=org/name model.trust_remote_code=true",
@@ -560,7 +647,7 @@ DOCTOR: list[Case] = [
 ]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + TRUST + PROMOTION + RUNS + JOBS + DOCTOR),
+    *(OBJECTIVES_AND_SOURCES + PREFERENCES + TRUST + PROMOTION + RUNS + JOBS + DOCTOR),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",
@@ -598,6 +685,9 @@ def write_bad_models(folder: Path) -> None:
         shutil.copytree(TINY, folder / name)
         config = json.loads((TINY / "config.json").read_text()) | {"max_position_embeddings": 16}
         (folder / name / file).write_text(content or json.dumps(config))
+    shutil.copytree(TINY, folder / "wider")
+    config = json.loads((TINY / "config.json").read_text()) | {"vocab_size": 2048}
+    (folder / "wider" / "config.json").write_text(json.dumps(config))
 
 
 def write_bad_files(folder: Path) -> None:
@@ -621,6 +711,9 @@ def write_bad_files(folder: Path) -> None:
     told = [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]
     files = {"bad": bad, "monologue": alone, "classes": classes, "chats": chats}
     files["speakers"] = [{"conversations": told}] * 8
+    pair = {"prompt": "Name a colour.", "chosen": "black", "rejected": "black"}
+    files["equal"] = [pair] * 4
+    files["good"] = [{"prompt": f"{n}?", "completion": "x", "label": True} for n in range(9)]
     (folder / "broken.jinja").write_text("{{ raise_exception('no such thing') }}")
     (folder / "silent.jinja").write_text("{% for m in messages %}<{{ m.role }}>{% endfor %}")
     for name, content in files.items():
