@@ -67,9 +67,8 @@ def reason_against(config: Config) -> str | None:
 
 def _of_pairs(key: str, line: Distribution) -> bool:
     """Whether a line searches over objectives that read the same outputs for the same pairs."""
-    return key == OBJECTIVE and all(
-        name in OBJECTIVES and OBJECTIVES[name].pairs for name in map(str, line.values)
-    )
+    facts = [OBJECTIVES[name] for name in map(str, line.values) if name in OBJECTIVES]
+    return key == OBJECTIVE and all(each.pairs and not each.head for each in facts)
 
 
 def choose_execution(config: Config) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from raytune_ft.config import environment, reference, rules, search_rules, yaml_
 from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.methods import DEFAULT_METHOD, METHODS
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.config.strategies import ALONE, REPLICATED, SHARDED, candidates
@@ -41,7 +42,23 @@ def load_config(
     if ignore_search and data.pop("search", None) is not None and notify is not None:
         notify("the search section is ignored: this is one run, not a sweep")
     environment.refuse_secrets(data)  # before any message may show a value
-    return _checked(data)
+    return _with_defaults(_checked(data), notify)
+
+
+def _with_defaults(config: Config, notify: Notify | None) -> Config:
+    """The config with the defaults that depend on its objective, where it has no such key."""
+    facts = OBJECTIVES[rules.objectives_of(config)[0]]
+    found: dict[str, Any] = {}
+    if "lr" not in config.train.model_fields_set and facts.lr is not None:
+        found["train.lr"] = facts.lr[0 if METHODS[config.method.name].whole_model else 1]
+    if "too_long" not in config.data.model_fields_set and (facts.pairs or facts.reference):
+        found["data.too_long"] = "drop"
+    if not found:
+        return config
+    if notify is not None:
+        shown = " and ".join(f"{key}={value}" for key, value in found.items())
+        notify(f"{shown}: not written, and the default of train.objective={config.train.objective}")
+    return apply_overrides(config, found)
 
 
 def apply_overrides(config: Config, values: Mapping[str, Any]) -> Config:

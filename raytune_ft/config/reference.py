@@ -274,7 +274,7 @@ def _is_one_or_several(kinds: Sequence[Any]) -> bool:
         return False
     args = typing.get_args(others[0])
     several = args[0] if typing.get_origin(others[0]) is typing.Annotated else others[0]
-    return bool(several == list[word])
+    return typing.get_origin(several) is list and typing.get_args(several) == (word,)
 
 
 _BASIC: dict[Any, str] = {

@@ -1,17 +1,15 @@
-"""From a checked Config to a resolved one: the one place where values are derived."""
+"""From a checked Config to a resolved one: the one place where values are derived from places and
+machines. Defaults that depend on the objective are written as the file is read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from raytune_ft.config import deepspeed_json, environment, metrics, paths
 from raytune_ft.config.data import CHAT_TEMPLATES, NamedSource, listed
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, to_plain, validated
-from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.rules import objectives_of
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_space import trial_count
 
@@ -58,7 +56,6 @@ def resolve(
         data["train"]["kd"]["teacher"] = paths.model(config.train.kd.teacher, here)
     if config.train.dpo.reference is not None:
         data["train"]["dpo"]["reference"] = paths.model(config.train.dpo.reference, here)
-    _set_defaults(config, data)
     data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:
@@ -73,13 +70,3 @@ def resolve(
         data["search"]["mode"] = modes[0] if isinstance(config.search.metric, str) else modes
         data["search"]["storage"] = paths.study(config.search.storage, here)
     return validated(data)
-
-
-def _set_defaults(config: Config, data: dict[str, Any]) -> None:
-    """Write what depends on the objective and the format, where the config has no such key."""
-    facts = OBJECTIVES[objectives_of(config)[0]]
-    if "lr" not in config.train.model_fields_set and facts.lr is not None:
-        whole = METHODS[config.method.name].whole_model
-        data["train"]["lr"] = facts.lr[0] if whole else facts.lr[1]
-    if "too_long" not in config.data.model_fields_set and (facts.pairs or facts.reference):
-        data["data"]["too_long"] = "drop"
