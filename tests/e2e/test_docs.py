@@ -131,7 +131,7 @@ def test_configs_load_and_command_lines_parse(page: Path, session: Path) -> None
         command, arguments, _ = found
         overrides = [word for word in arguments[1:] if "=" in word]
         if command in ("plan", "train", "sweep", "submit"):
-            load_config(Path(arguments[0]), [*overrides, *HERE])
+            load_config(Path(arguments[0]), [*overrides, *_with(HERE, arguments)])
 
 
 @pytest.mark.parametrize("page", CLUSTER_PAGES, ids=lambda page: page.name)
@@ -209,16 +209,24 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         return
     command, arguments, in_a_job = found
     if command in ("plan", "sweep") or (in_a_job and command == "train"):
-        _succeed("plan", *[word for word in arguments if word != "--resume"], *HERE)
+        rest = [word for word in arguments if word != "--resume"]
+        _succeed("plan", *rest, *_with(HERE, arguments))
     if in_a_job or command in ("plan", *JOBS) or "--address" in arguments:
         return
     if command == "doctor":
         _examine(arguments, capsys)
         return
-    small = SHRUNK if command in ("train", "sweep", "evaluate") else []
+    small = _with(SHRUNK, arguments) if command in ("train", "sweep", "evaluate") else []
     # The grace period of a scheduler is longer than a run of 60 rows.
     _succeed(command, *arguments, *small, *["search.scheduler=null"] * (command == "sweep"))
     assert capsys.readouterr().err == "", line
+
+
+def _with(overrides: list[str], arguments: list[str]) -> list[str]:
+    """Without other rows, where a config reads pairs."""
+    files = [Path(word) for word in arguments if word.endswith(".yaml")]
+    pairs = any("format: preference" in file.read_text() for file in files)
+    return [word for word in overrides if not (pairs and word.startswith("data."))]
 
 
 def _examine(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
