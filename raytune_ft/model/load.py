@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -410,17 +413,18 @@ def load_base(
         text_config.pad_token_id = pad_token(load_tokenizer(model))
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
-        base, loading = auto_class(head).from_pretrained(
-            resolve_model_path(model.path),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=head is not None,
-            **attention,
-            **(quantisation or {}),
-            **_hub_options(model),
-        )
+        with _without_report():
+            base, loading = auto_class(head).from_pretrained(
+                resolve_model_path(model.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=head is not None,
+                **attention,
+                **(quantisation or {}),
+                **_hub_options(model),
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.path={model.path}",
@@ -442,6 +446,20 @@ def load_base(
             "write a model directory with all of them",
         )
     return base
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers prints a table of the weights that files lack; what it says is checked here, or
+    is a head that is drawn.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @torch.no_grad()
