@@ -302,7 +302,6 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         ("unpaired",),
         (
             LOSS,
-            REWARD_ACCURACY,
             Figure(
                 REWARD_MARGIN.name, "max", ("good_reward", "good", "bad_reward", "bad"), mean_gap
             ),

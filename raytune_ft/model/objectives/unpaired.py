@@ -68,15 +68,13 @@ class Kto(Objective):
         return losses_E if weights_E is None else losses_E * weights_E
 
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
-        """`[1, E]` each. An answer is told apart where its reward lies on its side of the KL."""
+        """`[1, E]` each."""
         assert groups == 1, "the KL is that of one model"
         ratios_E = ratios(forward, batch)
         good_E = batch.columns[DESIRABLE][:, 0].double()
         rewards_E = self.settings.beta * ratios_E
-        sides_E = (ratios_E - self.kl).sign() * (2 * good_E - 1)
         found = {
             "loss": self._losses(ratios_E, batch),
-            "preferred": (1 + sides_E) / 2,
             "good_reward": rewards_E * good_E,
             "bad_reward": rewards_E * (1 - good_E),
             "kl": torch.zeros_like(ratios_E) + self.kl,
