@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from raytune_ft.config.environment import grow_segments
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
 from raytune_ft.records import as_json
 from raytune_ft.report import tables
@@ -584,6 +585,7 @@ def main(*command: str) -> NoReturn:
         warnings.simplefilter("ignore")
     for library in ("HF_HUB", "TRANSFORMERS"):  # nor on retries: a failure ends in one line
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    grow_segments()
     sys.exit(run_command([*command, *sys.argv[1:]]))
 
 
