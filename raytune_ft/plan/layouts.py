@@ -12,9 +12,8 @@ from raytune_ft.estimate.cost import StepCost, step_cost
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
 from raytune_ft.estimate.memory import Memory, MemoryModel, Work, teaching_of, work_of
 from raytune_ft.estimate.parameters import Shell
+from raytune_ft.model.checkpointing import POLICIES
 from raytune_ft.model.lengths import apart_of
-
-POLICIES = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def _summary(plan: Plan) -> list[str]:
     staying = ", ".join(f"{name} {size(count)}" for name, count in held.items())
     lines = [
         f"strategy: {plan.config.parallel.strategy} ({plan.reason})",
+        *plan.passes,
         f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} are trained "
         f"({share:.2%})",
         f"memory of a worker: {size(memory.peak)} at most, has {has}",

@@ -22,7 +22,8 @@ MICRO_TOKENS, SLOTS = "micro_tokens", "slots"
 def lowered(config: Config, run_dir: Path) -> Config:
     """The config of a run, with the `train.micro_tokens` to which memory has lowered it."""
     found = _read(run_dir).get(MICRO_TOKENS)
-    if found is None:
+    written = config.train.micro_tokens
+    if found is None or (isinstance(written, int) and written <= found):
         return config
     return config.model_copy(
         update={"train": config.train.model_copy(update={"micro_tokens": found})}

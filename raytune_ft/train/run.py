@@ -91,6 +91,7 @@ def run_training(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:

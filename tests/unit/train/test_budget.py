@@ -12,7 +12,7 @@ import torch
 
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import PassTooLarge, is_out_of_memory
-from raytune_ft.train.budget import lowered_slots, lowers
+from raytune_ft.train.budget import lowered, lowered_slots, lowers
 from raytune_ft.train.model_runner import ModelRunner
 from tests.support.runs import Recorder, largest_difference, make_config, run
 
@@ -95,3 +95,12 @@ def test_after_tokens_slots_are_halved(tmp_path: Path) -> None:
 )
 def test_names_of_a_full_memory(error: BaseException, yes: bool) -> None:
     assert is_out_of_memory(error) is yes
+
+
+def test_passes_that_are_smaller_anyway_stay_so(tmp_path: Path) -> None:
+    """As chosen for a smaller device than the one that ran out of memory."""
+    (tmp_path / "budget.json").write_text('{"micro_tokens": 300}')
+    for written, then in ((1000, 300), (200, 200), ("auto", 300)):
+        changes = {"train.micro_tokens": written}
+        config = make_config(tmp_path, tmp_path / "rows.jsonl", changes)
+        assert lowered(config, tmp_path).train.micro_tokens == then

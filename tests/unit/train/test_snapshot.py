@@ -1,4 +1,4 @@
-"""The copy that a checkpoint is written from lies in one piece of memory, and the same each time."""
+"""The copy that a checkpoint is written from lies in one piece of memory, each time the same."""
 
 from __future__ import annotations
 
