@@ -338,6 +338,8 @@ def report(
         show.print_table(tables.figures(facts.promoted))
     if facts.is_sweep:
         show.print_table(tables.trials(facts.result["trials"], facts.best, facts.metric))
+    if (used := tables.usage(facts.trials)) is not None:
+        show.print_table(used)
     show.tell(f"report: {path}")
 
 
