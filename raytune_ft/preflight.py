@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
@@ -121,6 +122,7 @@ def worker_of(config: Config) -> tuple[int | None, Hardware | None]:
             room = cluster_room(parallel)
             name = room.accelerator
             found = None if name is None else named(name, room.nodes, room.per_node, precision)
+            found = found and replace(found, host=room.host)
     except ClusterError:  # of a node that is missing: the start says so where it stays missing
         return None, None
     return usable, None if found is None else found.shared(parallel.resources["GPU"])
@@ -143,6 +145,7 @@ def lay_out(
     Raises:
         ModelError: the model cannot take the method.
     """
+    from raytune_ft.estimate.memory import misfit
     from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.estimate.passes import choose_passes, forecast_of, heaviest
     from raytune_ft.model.lengths import apart_of
@@ -168,6 +171,9 @@ def lay_out(
             forecast = forecast_of(each, shell, data.train, passes, hardware, packed)
         found[name] = Layout(passes.micro_tokens, passes.checkpointing, forecast)
         tell(f"{name}: {passes}" if len(by_method) > 1 else f"{passes}")
+        reason = hardware and misfit(passes.memory, each.parallel, hardware)
+        if passes.fits and reason:
+            tell(f"{name}: {reason}")
     return found
 
 

@@ -31,7 +31,9 @@ BESIDE_PRODUCTS = 0.6
 DRIVER_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 """Files in /dev of the drivers of NVIDIA, of AMD, and of both under Windows."""
 PROCESS = {"cpu": int(0.6 * GIB), "cuda": 0}
-"""A worker's host memory before it holds a model: Python, torch, transformers."""
+"""A worker's memory on its device before it holds a model: Python, torch, transformers."""
+GPU_PROCESS = 2 * GIB
+"""The host memory of a worker on a GPU, before it holds a model; the driver's libraries too."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def accelerator_here(workers: int, precision: str) -> Hardware | None:
     import torch
 
     key = key_of(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
-    return None if key is None else named(key, 1, workers, precision)
+    found = None if key is None else named(key, 1, workers, precision)
+    return None if found is None else replace(found, host=usable_host())
 
 
 def usable_host() -> int:

@@ -17,7 +17,7 @@ from raytune_ft.estimate.activations import (
     trace,
     trace_head,
 )
-from raytune_ft.estimate.hardware import GIB, PROCESS
+from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, PROCESS, Hardware
 from raytune_ft.estimate.parameters import Shell, build_shell
 from raytune_ft.model.checkpointing import Activations, choose_checkpointing
 from raytune_ft.model.hub import teacher_model
@@ -189,6 +189,28 @@ class Memory:
     snapshot: int
     teacher: int
     peak: int
+
+
+def on_hosts(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> int:
+    """Bytes of a node's host memory that its workers on GPUs need.
+
+    Pages of model files are not counted: the system gives them up where memory is short.
+    """
+    workers = min(hardware.per_node, parallel.max_workers)
+    return workers * (GPU_PROCESS + memory.snapshot + memory.offloaded)
+
+
+def misfit(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> str | None:
+    """Why a layout does not fit on this hardware; None where it does."""
+    if not hardware.fits(memory.peak):
+        assert hardware.usable is not None
+        needed = (memory.peak + PROCESS[hardware.device]) / GIB
+        return f"does not fit: needs {needed:,.1f} GiB, has {hardware.usable / GIB:,.1f} GiB"
+    if hardware.device == "cuda" and hardware.host is not None:
+        needed, host = on_hosts(memory, parallel, hardware) / GIB, hardware.host / GIB
+        if needed > host:
+            return f"does not fit: needs {needed:,.1f} GiB of a node's host memory, has {host:,.1f}"
+    return None
 
 
 class MemoryModel:

@@ -229,7 +229,7 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
     if room is None:
         return found
     whole = found.memory if accelerator is not None and room.usable is not None else room.usable
-    return replace(found, memory=whole, usable=room.usable)
+    return replace(found, memory=whole, usable=room.usable, host=room.host)
 
 
 def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tuple[str, ...]:
