@@ -12,7 +12,7 @@ STORAGE/
     result.json                   exists once the run has ended
     report.html
     hang.log                      stacks of ranks that made no progress
-    budget.json                   smaller passes, since memory ran out
+    budget.json                   smaller passes or recomputation, since memory ran out
     forecast.json                 on GPUs: the memory and speed that were expected
     tracking.json, tensorboard/   run ids of trackers; event files
     mirror.json                   storage s3://: which copy is the newest; touched by each copy

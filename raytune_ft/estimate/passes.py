@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from raytune_ft.config.execution import variants
+from raytune_ft.config.execution import MAX_SLOTS, variants
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.search import Distribution
 from raytune_ft.data.batch import FREELY, Apart
@@ -30,7 +30,7 @@ from raytune_ft.estimate.memory import (
 from raytune_ft.estimate.parameters import BYTES, Shell
 from raytune_ft.format import size
 from raytune_ft.model.checkpointing import POLICIES, Activations, choose_checkpointing
-from raytune_ft.packed.autotune import SHARE
+from raytune_ft.packed.autotune import COPIES, SHARE
 from raytune_ft.records import Forecast
 
 ENOUGH = 2048
@@ -84,8 +84,8 @@ def choose_passes(
 
     The strategy is concrete. What is written is kept. Passes of `ENOUGH` tokens come before less
     checkpointing. Where nothing fits, the choice is what needs least. An elastic run must fit with
-    the fewest of its workers. `packed`: an engine's, which keeps `SHARE` of the memory beside the
-    base for adapters.
+    the fewest of its workers. `packed`: an engine's, whose adapters take at most `SHARE` of the
+    memory beside the base.
     """
     parallel, device = config.parallel, config.parallel.device
     workers = parallel.min_workers
@@ -100,9 +100,10 @@ def choose_passes(
         layout = parallel.model_copy(update={"activation_checkpointing": policy})
         memory = model.estimate(layout, work(budget), device)
         needed = memory.peak + PROCESS[device]
-        if packed:
-            moving = memory.peak - memory.parameters
-            needed += round(moving / (1 - SHARE)) - moving
+        if packed and usable is not None:
+            adapters = MAX_SLOTS * COPIES[device] * shell.trained * shell.master
+            room = max(0, usable - memory.parameters - PROCESS[device])
+            needed += min(adapters, round(SHARE * room))
         return Passes(budget, policy, work(budget), memory, needed, usable)
 
     largest = micro_tokens(config, device)

@@ -124,7 +124,8 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
         ):
             longest = data.extent[1] + config.method.virtual_tokens
-            with lowers(spec.run_dir, runner.micro_tokens, longest):
+            policy = config.parallel.activation_checkpointing
+            with lowers(spec.run_dir, runner.micro_tokens, longest, policy):
                 train(runner, data, run, near.should_stop, heart)
         pool.shutdown(wait=True)  # not after a failure, where peers may be gone
         return run.finish(runner.notes, hosted=host is not None)

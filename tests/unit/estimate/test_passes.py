@@ -155,14 +155,18 @@ def test_a_long_row_that_no_sampled_step_has_must_fit(model: Path, shell: Shell)
     assert plain.work.tokens <= 16384
 
 
-def test_an_engine_keeps_half_of_what_the_base_leaves(model: Path, shell: Shell) -> None:
+def test_an_engine_keeps_room_for_its_adapters(model: Path, shell: Shell) -> None:
+    """16 slots of six times their weights, or half of what the base leaves."""
+    adapters = 16 * 6 * 4 * shell.trained
     alone, packed = (
         choose_passes(config_of(model), shell, SPLIT, 900 * GIB, packed=packed)
         for packed in (False, True)
     )
-    base = alone.memory.parameters
-    assert packed.needed - base == pytest.approx(2 * (alone.needed - base))
+    assert packed.needed - alone.needed == adapters
     assert choose_passes(config_of(model), shell, SPLIT, alone.needed, packed=True) != alone
+    base = alone.memory.parameters
+    tight = choose_passes(config_of(model), shell, SPLIT, base + adapters, packed=True)
+    assert tight.needed - tight.memory.peak == round(adapters / 2)
 
 
 def test_an_elastic_run_must_fit_with_its_fewest_workers(model: Path) -> None:
