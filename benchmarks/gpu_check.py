@@ -403,6 +403,7 @@ def snapshot(bench: Bench) -> Rows:
             "seconds, first": round(seconds[0], 2),
             "seconds, again": round(seconds[1], 2),
             "holds": digest(parts) == hashes[0] == hashes[1],
+            "page-locked": all(values.is_pinned() for values in parts),
         }
     ]
 

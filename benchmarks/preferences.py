@@ -5,12 +5,12 @@
 
 Pairs are made of GSM8K: the answer of the row is chosen, that of the next row is rejected.
 
-`step` (24M Llama with random weights, LoRA of rank 16, 2 threads): non-pad tokens of both answers per
-second of training alone, and the peak of the process's memory. TRL computes its reference
+`step` (24M Llama with random weights, LoRA of rank 16, 2 threads): non-pad tokens of both answers
+per second of training alone, and the peak of the process's memory. TRL computes its reference
 beforehand, as ours does; `sft` is our supervised run over the same tokens, each answer an example.
 `sweep` (stories260k): seconds of 12 trials over beta, lr and rank; ours is the command `raytune-ft
 sweep` from start to end, with Ray, promotion and report; TRL trains them one after another in one
-process, on one reference. Arms take turns, each in a process of its own. It needs the extra `bench`.
+process, on one reference. Arms take turns, each in a process of its own. It needs `bench`.
 """
 
 from __future__ import annotations

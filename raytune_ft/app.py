@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, Ru
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, RESULT
 from raytune_ft.locks import Wait
-from raytune_ft.preflight import needs_ray, placed, prepare
+from raytune_ft.preflight import lay_out, needs_ray, placed, prepare, worker_of
 from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
@@ -104,7 +104,7 @@ class Backend:
         """Runs the trials of a sweep on Ray."""
         from raytune_ft.ray_backend.sweep import run_sweep
 
-        run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume)
+        run_sweep(spec.config, spec.run_dir, spec.data_dir, tell, resume, spec.layouts)
 
     def promote(
         self, path: Path, tell: Tell, code: Code, wait_s: float | None, again: bool = False
@@ -141,7 +141,7 @@ def train(
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
-        spec, data = _prepare(config, run, tell)
+        spec, data = _prepare(config, run, tell, usable)
         with run.begun(config):
             result = backend.train(spec, reason, reporter(_examples(config, data)), tell)
         try_report(run.path, tell)
@@ -182,7 +182,7 @@ def sweep(
         config = _with_saved_strategy(written, config, run)
         if not _has_ended(run, config):
             _check_studies(config, begun=run.saved is not None)
-            spec, data = _prepare(config, run, tell)
+            spec, data = _prepare(config, run, tell, usable)
             assert spec.config.search is not None
             check_examples(spec.config.search, _examples(config, data))
             with run.begun(config):
@@ -284,8 +284,11 @@ def _mirrored(config: Config, tell: Tell, resume: bool) -> AbstractContextManage
     return mirrored(remote_url(config), run_path(config), resume, tell)
 
 
-def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, PreparedData]:
+def _prepare(
+    config: Config, run: OpenRun, tell: Tell, usable: int | None
+) -> tuple[RunSpec, PreparedData]:
     from raytune_ft.evaluate.precompute import rated, referenced, taught
+    from raytune_ft.rundir import RunSpec
 
     expanded = expand_env(config)
     workers = _workers(run.path, tell, expanded)
@@ -294,15 +297,13 @@ def _prepare(config: Config, run: OpenRun, tell: Tell) -> tuple[RunSpec, Prepare
     data = taught(expanded, rows, tell, accept, workers)
     data = referenced(expanded, data, tell, accept, workers)
     _keep_or_compare(run, data.report)
-    if needs_ray(expanded):
-        from raytune_ft.model.meta import build_shapes
-        from raytune_ft.train.setup import head_of
-
-        # Raises ModelError where the model cannot take the method, before workers start.
-        build_shapes(expanded.model, expanded.method, head_of(expanded, data.report))
-    from raytune_ft.rundir import RunSpec
-
-    return RunSpec(config=expanded, run_dir=run.path, data_dir=data.path), data
+    found, hardware = worker_of(expanded)
+    layouts = lay_out(expanded, data, found if usable is None else usable, hardware, tell)
+    spec = RunSpec(expanded, run.path, data.path, layouts=layouts)
+    if expanded.search is not None:
+        return spec, data
+    (layout,) = layouts.values()
+    return replace(spec, config=layout.of(expanded), forecast=layout.forecast), data
 
 
 def _keep_or_compare(run: OpenRun, report: DataReport) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from raytune_ft.config.environment import grow_segments
 from raytune_ft.errors import CheckpointError, Interrupted, RaytuneFtError
 from raytune_ft.records import as_json
 from raytune_ft.report import tables
@@ -337,6 +338,8 @@ def report(
         show.print_table(tables.figures(facts.promoted))
     if facts.is_sweep:
         show.print_table(tables.trials(facts.result["trials"], facts.best, facts.metric))
+    if (used := tables.usage(facts.trials)) is not None:
+        show.print_table(used)
     show.tell(f"report: {path}")
 
 
@@ -584,6 +587,7 @@ def main(*command: str) -> NoReturn:
         warnings.simplefilter("ignore")
     for library in ("HF_HUB", "TRANSFORMERS"):  # nor on retries: a failure ends in one line
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    grow_segments()
     sys.exit(run_command([*command, *sys.argv[1:]]))
 
 

@@ -14,7 +14,8 @@ STORAGE/
     result.json                   exists once the run has ended
     report.html
     hang.log                      stacks of ranks that made no progress
-    budget.json                   smaller passes, since memory ran out
+    budget.json                   smaller passes or recomputation, since memory ran out
+    forecast.json                 on GPUs: the memory and speed that were expected
     tracking.json, tensorboard/   run ids of trackers; event files
     mirror.json                   storage s3://: which copy is the newest; touched by each copy
     checkpoints/
@@ -47,17 +48,17 @@ CHECKPOINTS, PROMOTED = "checkpoints", "promoted"
 LOCK, HANG_LOG, REPORT = ".lock", "hang.log", "report.html"
 TRACKING_IDS, TENSORBOARD = "tracking.json", "tensorboard"
 MIRROR_OWNER = "mirror.json"
-BUDGET = "budget.json"
+BUDGET, FORECAST = "budget.json", "forecast.json"
 
 # A sweep.
 STUDY, TRIALS, ENGINES = "study.db", "trials", "engines"
 
 NOT_BEGUN = frozenset(
-    {CONFIG, DATA, LOCK, HANG_LOG, BUDGET, TRACKING_IDS, TENSORBOARD, MIRROR_OWNER, CHECKPOINTS}
-    | {STUDY, TRIALS, ENGINES}
+    {CONFIG, DATA, LOCK, HANG_LOG, BUDGET, FORECAST, TRACKING_IDS, TENSORBOARD, MIRROR_OWNER}
+    | {CHECKPOINTS, STUDY, TRIALS, ENGINES}
 )
 """What a driver leaves that was killed before anything was measured."""
-UNFINISHED = (f".{CONFIG}.", f".{DATA}.", f".{MIRROR_OWNER}.", f"{STUDY}-")
+UNFINISHED = (f".{CONFIG}.", f".{DATA}.", f".{FORECAST}.", f".{MIRROR_OWNER}.", f"{STUDY}-")
 """Names of files that were being written begin so."""
 
 # A checkpoint.

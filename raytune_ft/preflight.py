@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
+from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
+from raytune_ft.errors import ClusterError
 from raytune_ft.records import Tell
-from raytune_ft.rundir import cache_path
+from raytune_ft.rundir import Layout, cache_path
 
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.estimate.hardware import Hardware
+    from raytune_ft.estimate.parameters import Shell
 
 
 @contextmanager
@@ -39,7 +44,7 @@ def placed(
             several = node_count() > 1 or autoscaler_runs()
         written, devices = on_devices(written, joined)
         tell(devices)
-        shortage = _shortage(written, joined, usable)
+        shortage = _shortage(written, usable)
         config = resolve(written, disposable_cwd=several or in_ray_job(), shortage=shortage)
         yield config, choose_strategy(written, shortage)[1]
 
@@ -75,23 +80,101 @@ def _gpus(written: Config, joined: bool) -> int:
     return visible_gpus()
 
 
-def _shortage(written: Config, joined: bool, usable: int | None) -> str | None:
+def _shortage(written: Config, usable: int | None) -> str | None:
     """Why a whole copy of the model does not fit on a worker; None where it fits, or where the
     strategy does not depend on that.
     """
     if not memory_decides(written) or written.parallel.replicas > 1:
         return None
-    from raytune_ft.estimate.hardware import worker_memory
     from raytune_ft.estimate.memory import shortage
 
-    parallel = written.parallel
-    if usable is None and joined:
+    return shortage(expand_env(written), usable_memory(written) if usable is None else usable)
+
+
+def usable_memory(config: Config) -> int | None:
+    """Bytes of a worker on the joined cluster, or on this machine; None where unknown."""
+    parallel = config.parallel
+    if joins_cluster():
         from raytune_ft.ray_backend.cluster import cluster_worker_memory
 
-        usable = cluster_worker_memory(parallel)
-    elif usable is None:
-        usable = worker_memory(parallel.max_workers, parallel.resources["GPU"])
-    return shortage(expand_env(written), usable)
+        return cluster_worker_memory(parallel)
+    from raytune_ft.estimate.hardware import worker_memory
+
+    return worker_memory(parallel.max_workers, parallel.resources["GPU"])
+
+
+def worker_of(config: Config) -> tuple[int | None, Hardware | None]:
+    """Usable bytes of a worker, and its accelerator as the table has it; None where unknown, as on
+    nodes that an autoscaler has yet to add.
+    """
+    from raytune_ft.estimate.hardware import accelerator_here, named
+
+    parallel, precision = config.parallel, config.train.precision
+    try:
+        usable = usable_memory(config)
+        if parallel.device == "cpu":
+            return usable, None
+        if not joins_cluster():
+            found = accelerator_here(parallel.max_workers, precision)
+        else:
+            from raytune_ft.ray_backend.cluster import cluster_room
+
+            room = cluster_room(parallel)
+            name = room.accelerator
+            found = None if name is None else named(name, room.nodes, room.per_node, precision)
+            found = found and replace(found, host=room.host)
+    except ClusterError:  # of a node that is missing: the start says so where it stays missing
+        return None, None
+    return usable, None if found is None else found.shared(parallel.resources["GPU"])
+
+
+def lay_out(
+    config: Config,
+    data: PreparedData,
+    usable: int | None,
+    hardware: Hardware | None,
+    tell: Tell,
+) -> dict[str, Layout]:
+    """The layout of a run by the name of its method, of a sweep for each method of its space.
+
+    `config` is resolved and expanded; `usable` (bytes) and `hardware` are a worker's. A sweep
+    decides here, once, and not in each trial: trials of a method differ little, the driver of a
+    trial loads no torch, and all trials of an engine share its passes. The trial with the most
+    trained weights decides.
+
+    Raises:
+        ModelError: the model cannot take the method.
+    """
+    from raytune_ft.estimate.memory import misfit
+    from raytune_ft.estimate.parameters import build_shell
+    from raytune_ft.estimate.passes import choose_passes, forecast_of, heaviest
+    from raytune_ft.model.lengths import apart_of
+    from raytune_ft.train.setup import head_of
+
+    packed = config.search is not None and choose_execution(config)[0] == "packed"
+    head = head_of(config, data.report)
+    shells = [
+        (each, build_shell(each.model, each.method, each.train.precision, head))
+        for each in heaviest(config)
+    ]
+    by_method: dict[str, tuple[Config, Shell]] = {}
+    for each, shell in sorted(shells, key=lambda pair: pair[1].trained):
+        by_method[each.method.name] = each, shell
+    if packed:
+        by_method = dict.fromkeys(by_method, max(by_method.values(), key=lambda p: p[1].trained))
+    found: dict[str, Layout] = {}
+    for name, (each, shell) in by_method.items():
+        apart = apart_of(shell.module.config)
+        passes = choose_passes(each, shell, data.train, usable, apart, packed)
+        forecast = None
+        if each.parallel.device == "cuda":
+            forecast = forecast_of(each, shell, data.train, passes, hardware, packed)
+        found[name] = Layout(passes.micro_tokens, passes.checkpointing, forecast)
+        tell(f"{name}: {passes}" if len(by_method) > 1 else f"{passes}")
+        reason = hardware and misfit(passes.memory, each.parallel, hardware)
+        if passes.fits and reason:
+            tell(f"{name}: {reason}")
+    return found
 
 
 def needs_ray(config: Config) -> bool:

@@ -21,7 +21,11 @@ TrialStatus = Literal["completed", "early_stopped", "pruned", "failed", "interru
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step over the whole job. `tokens` counts every token that is not padding."""
+    """One optimizer step over the whole job. `tokens` counts every token that is not padding.
+
+    On a GPU `peak_gib` is the most memory that tensors took so far on the first worker's, and `mfu`
+    the share of the peak rate of all GPUs, where that is known. A file has no key for None.
+    """
 
     step: int
     examples: int
@@ -32,6 +36,29 @@ class StepMetrics:
     grad_norm: float
     tokens_per_s: float
     wall_s: float
+    peak_gib: float | None = None
+    mfu: float | None = None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Its keys and values in a file."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        absent = [key for key in ("peak_gib", "mfu") if found[key] is None]
+        return {key: value for key, value in found.items() if key not in absent}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a driver expects of a run on GPUs; None where it cannot know.
+
+    flops_a_token: FLOPs of training on a token that is no padding. peak_flops: FLOP/s of the data
+    sheet, of a worker. peak_gib: the most memory of a worker's GPU. tokens_per_s: of the whole job.
+    """
+
+    flops_a_token: float
+    peak_flops: float | None = None
+    peak_gib: float | None = None
+    tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +195,7 @@ class CheckpointManifest:
 
 def plain_of(record: Any) -> Any:
     """A record, or records inside mappings and lists, as plain values."""
-    if isinstance(record, EvalMetrics):
+    if isinstance(record, EvalMetrics | StepMetrics):
         return plain_of(record.plain)
     if is_dataclass(record):
         return {each.name: plain_of(getattr(record, each.name)) for each in fields(record)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,29 @@ from raytune_ft.layout import (
     cache_in,
 )
 from raytune_ft.locks import AT_ONCE, DRIVEN, WAIT, Wait, locked
+from raytune_ft.records import Forecast
 
 Resume = bool | Literal["auto"]
 """`auto` begins a run, or continues what its name began."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out on its workers, chosen from an estimate of their memory."""
+
+    micro_tokens: int
+    activation_checkpointing: Literal["none", "selective", "full"]
+    forecast: Forecast | None = None
+
+    def of(self, config: Config) -> Config:
+        """The config with these in place of `auto`."""
+        train, parallel = config.train, config.parallel
+        if train.micro_tokens == "auto":
+            train = train.model_copy(update={"micro_tokens": self.micro_tokens})
+        if parallel.activation_checkpointing == "auto":
+            policy = self.activation_checkpointing
+            parallel = parallel.model_copy(update={"activation_checkpointing": policy})
+        return config.model_copy(update={"train": train, "parallel": parallel})
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,8 @@ class RunSpec:
     """A run as its processes get it. Paths are absolute.
 
     The config is left out of its text, since Ray keeps that text, and every `${ENV_NAME}` is
-    expanded in the config.
+    expanded in the config. `layouts` are those of a sweep's trials, by the name of their method;
+    the config of a run has its own.
     """
 
     config: Config = field(repr=False)
@@ -47,6 +68,8 @@ class RunSpec:
     data_dir: Path
     metric: str = "eval_loss"
     mode: str = "min"
+    forecast: Forecast | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 _REMEDY = "write a storage directory that this user can write to"

@@ -12,6 +12,8 @@ from urllib.parse import quote, quote_plus, unquote
 from raytune_ft.errors import ConfigError
 
 STORAGE_VARIABLE = "RAYTUNE_FT_STORAGE"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The names by which torch reads the settings of its allocator, the newest first."""
 VERSION = "raytune_ft_version"
 """Key of a job's metadata: the version of this package that checked the config and submitted it."""
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -42,6 +44,16 @@ _PASSWORD = re.compile(r"://[^/\s:@]*:(.+)@")  # may hold blanks
 _SECRET = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 HIDDEN = "***"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def grow_segments() -> None:
+    """Let torch's allocator on a GPU grow its segments, unless the user has set it up.
+
+    Passes differ in shape, and segments of fixed size break up until gigabytes are reserved that no
+    tensor fits into. Called before torch first uses a GPU, which is when it reads the variable.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def in_ray_job() -> bool:

@@ -130,10 +130,11 @@ class ParallelConfig(Section):
         description="keep in host memory: the optimizer's state (deepspeed), or weights too "
         "(fsdp, and deepspeed with zero_stage 3)",
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
         description="recompute blocks in the backward: selective keeps the results of matrix "
-        "products and attention, full keeps a block's input alone",
+        "products and attention, full keeps a block's input alone; auto: as little as fits into "
+        "memory, by the estimate of plan",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         2, description="restarts from the last checkpoint after a lost worker"

@@ -87,7 +87,9 @@ class TrainConfig(Section):
         "which are slower; a CPU does so without it",
     )
     micro_tokens: Literal["auto"] | Positive = Field(
-        "auto", description="tokens of one forward pass on one worker, padding included"
+        "auto",
+        description="tokens of one forward pass on one worker, padding included; auto: as many as "
+        "are of use and fit into memory, by the estimate of plan",
     )
     label_smoothing: Fraction = Field(
         0.0, description="in the loss on tokens and single labels; evaluations have none"

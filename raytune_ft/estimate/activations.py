@@ -91,14 +91,14 @@ def trace(
                 at = (count, blocks)
                 kept[at], peak[at] = _run(module, shell, count, width, checkpointing, gathered)
     except _CANNOT:
-        return _by_formula(shell, ends, width, checkpointing)
+        return by_formula(shell, ends, width, checkpointing)
     for found in (kept, peak):
         for count in ends:
             found.setdefault((count, 2), 2 * found[count, 1])
     return Traced(width, Plane(kept), Plane(peak))
 
 
-def _by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activations) -> Traced:
+def by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activations) -> Traced:
     """34 bytes per token and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198)."""
     unit = width * shell.hidden * shell.compute
     each = {"none": 17, "selective": 11, "full": 1}[checkpointing] * unit
@@ -220,7 +220,12 @@ def trace_head(
     try:
         return _run_head(head, shell, labels, kd)
     except _CANNOT:
-        return (12 if kd is None else 32) * labels * shell.vocabulary
+        return head_by_formula(shell, labels, kd)
+
+
+def head_by_formula(shell: Shell, labels: int, kd: KdConfig | None) -> int:
+    """Three copies of logits in float32; eight with those of a teacher."""
+    return (12 if kd is None else 32) * labels * shell.vocabulary
 
 
 def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -> int:

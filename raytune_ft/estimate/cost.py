@@ -8,6 +8,10 @@ of a node share.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.estimate.hardware import Hardware
@@ -16,6 +20,7 @@ from raytune_ft.estimate.parameters import Shell
 from raytune_ft.strategy import strategy_class
 from raytune_ft.strategy.base import Held, Message, Traffic
 
+Lengths = npt.NDArray[np.integer[Any]]
 LATENCY_S = {"cpu": (50e-6, 100e-6), "cuda": (5e-6, 15e-6)}  # inside a node, between nodes
 OVERLAP = {"cpu": 0.0, "cuda": 0.8}
 """The share of arithmetic during which messages can be sent; on a CPU the same cores do both."""
@@ -86,6 +91,16 @@ def step_flops(shell: Shell, parallel: ParallelConfig, work: Work) -> float:
     head = 2.0 * shell.vocabulary * shell.hidden * (3 if trained_head else 2)
     per_token = forward + backward + 3 * scores + again
     return work.step_tokens * per_token + work.step_labels * head
+
+
+def flops_a_token(shell: Shell, lengths: Lengths, label_counts: Lengths) -> float:
+    """FLOPs of a step for each of its tokens that is no padding, on average over examples of these
+    lengths: what has to be computed under any layout, so nothing twice.
+    """
+    tokens, labels = int(lengths.sum()), int(label_counts.sum())
+    seen = round(float(np.square(lengths, dtype=np.float64).sum()) / tokens)
+    work = Work(1, seen, labels, 1, step_tokens=tokens, step_labels=labels)
+    return step_flops(shell, ParallelConfig(activation_checkpointing="none"), work) / tokens
 
 
 def evaluation_flops(shell: Shell, tokens: int, labels: int) -> float:

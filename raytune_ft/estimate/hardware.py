@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ BESIDE_PRODUCTS = 0.6
 DRIVER_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 """Files in /dev of the drivers of NVIDIA, of AMD, and of both under Windows."""
 PROCESS = {"cpu": int(0.6 * GIB), "cuda": 0}
-"""A worker's host memory before it holds a model: Python, torch, transformers."""
+"""A worker's memory on its device before it holds a model: Python, torch, transformers."""
+GPU_PROCESS = 2 * GIB
+"""The host memory of a worker on a GPU, before it holds a model; the driver's libraries too."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ RAY_NAMES = {"A100": "A100-40G", "AMD-Instinct-MI300X-OAM": "MI300X"}
 @dataclass(frozen=True)
 class Hardware:
     """`memory` and `usable` are bytes of one worker, None if unknown. `tflops` is the rate that one
-    worker achieves. GB/s: `bandwidth` of memory, `link` of each worker inside a node, `network` of
-    all workers of a node together.
+    worker achieves, `peak_tflops` that of an accelerator's data sheet. GB/s: `bandwidth` of memory,
+    `link` of each worker inside a node, `network` of all workers of a node together. `host`: usable
+    bytes of a node's host memory, where that is not the workers' own; None if unknown.
     """
 
     name: str
@@ -79,6 +83,8 @@ class Hardware:
     link: float
     network: float
     source: str
+    peak_tflops: float | None = None
+    host: int | None = None
 
     def fits(self, needed: int) -> bool:
         """Whether a worker has room for `needed` bytes; true if its memory is unknown."""
@@ -92,6 +98,7 @@ class Hardware:
             usable=None if self.usable is None else int(self.usable * gpus),
             tflops=self.tflops * gpus,
             bandwidth=self.bandwidth * gpus,
+            peak_tflops=None if self.peak_tflops is None else self.peak_tflops * gpus,
         )
 
 
@@ -121,7 +128,32 @@ def named(name: str, nodes: int, per_node: int, precision: str) -> Hardware:
         link=one.link,
         network=one.network,
         source=f"{one.source}; {ACHIEVED:.0%} of its peak",
+        peak_tflops=peak,
     )
+
+
+def key_of(name: str) -> str | None:
+    """The accelerator of the table that a driver or torch calls `name`, such as "NVIDIA H100 80GB
+    HBM3"; None where it has none. The PCIe and NVL cards of a name are slower, and not in it.
+    """
+    words = set(re.split("[ -]", name))
+    if words & {"PCIe", "NVL"}:
+        return None
+    return next((key for key in ACCELERATORS if key.split("-")[0] in words), None)
+
+
+def accelerator_here(workers: int, precision: str) -> Hardware | None:
+    """Like this machine's accelerator, from the table and not measured; None where unknown."""
+    import torch
+
+    key = key_of(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    found = None if key is None else named(key, 1, workers, precision)
+    return None if found is None else replace(found, host=usable_host())
+
+
+def usable_host() -> int:
+    """Bytes of this machine's memory that the workers on it may use together."""
+    return int(machine_memory() * USABLE_RAM)
 
 
 def visible_gpus() -> int:
@@ -153,14 +185,12 @@ def machine(workers: int, resources_per_worker: Mapping[str, float], precision: 
     if gpus <= 0:
         return _cpu(workers, resources_per_worker.get("CPU", 1.0), precision)
     if not torch.cuda.is_available():
-        like = named("A10G", 1, workers, precision)
         source = "no GPU is visible here, so times are an A10G's; write --accelerator"
-        return replace(like, name="GPU", memory=None, usable=None, source=source).shared(gpus)
+        like = replace(named("A10G", 1, workers, precision), name="GPU", source=source)
+        return replace(like, memory=None, usable=None, peak_tflops=None).shared(gpus)
     tflops, bandwidth = measure("cuda", precision)
     properties = torch.cuda.get_device_properties(0)
-    known = ACCELERATORS[
-        next((k for k in ACCELERATORS if k.split("-")[0] in properties.name), "A10G")
-    ]
+    known = ACCELERATORS[key_of(properties.name) or "A10G"]
     memory = int(properties.total_memory)
     whole = Hardware(
         name=properties.name,
@@ -174,6 +204,7 @@ def machine(workers: int, resources_per_worker: Mapping[str, float], precision: 
         link=known.link,
         network=known.network,
         source="measured here",
+        host=usable_host(),
     )
     return whole.shared(gpus)
 

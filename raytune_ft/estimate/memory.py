@@ -12,9 +12,16 @@ from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
 from raytune_ft.data.batch import FREELY, Apart, lay_out
 from raytune_ft.data.split import TokenizedSplit, parts_of
-from raytune_ft.estimate.activations import Traced, trace, trace_head
-from raytune_ft.estimate.hardware import GIB, PROCESS
+from raytune_ft.estimate.activations import (
+    Traced,
+    by_formula,
+    head_by_formula,
+    trace,
+    trace_head,
+)
+from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, PROCESS, Hardware
 from raytune_ft.estimate.parameters import Shell, build_shell
+from raytune_ft.model.checkpointing import Activations, choose_checkpointing
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import dtype_of
 from raytune_ft.model.meta import build_shapes
@@ -68,7 +75,7 @@ def work_of(
     config: Config, split: TokenizedSplit, workers: int, device: str, apart: Apart = FREELY
 ) -> Work:
     """The work of a run, from the layout of its first steps without a curriculum, whose first steps
-    would not be typical.
+    would not be typical; and a pass holds at least the longest row of all.
     """
     batch, budget = config.train.batch_size, micro_tokens(config, device)
     virtual = config.method.virtual_tokens
@@ -93,6 +100,9 @@ def work_of(
                 most_labels = max(most_labels, found)
                 if wide * len(micro) > most:
                     most, rows, width = wide * len(micro), len(micro), wide
+    longest = int(split.lengths.max()) + virtual
+    if longest > most:
+        rows, width = 1, longest
     share = steps * workers
     return Work(rows, width, most_labels, passes, round(tokens / share), round(labels / share))
 
@@ -183,22 +193,55 @@ class Memory:
     peak: int
 
 
+def on_hosts(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> int:
+    """Bytes of a node's host memory that its workers on GPUs need.
+
+    Pages of model files are not counted: the system gives them up where memory is short.
+    """
+    workers = min(hardware.per_node, parallel.max_workers)
+    return workers * (GPU_PROCESS + memory.snapshot + memory.offloaded)
+
+
+def misfit(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> str | None:
+    """Why a layout does not fit on this hardware; None where it does."""
+    if not hardware.fits(memory.peak):
+        assert hardware.usable is not None
+        needed = (memory.peak + PROCESS[hardware.device]) / GIB
+        return f"does not fit: needs {needed:,.1f} GiB, has {hardware.usable / GIB:,.1f} GiB"
+    if hardware.device == "cuda" and hardware.host is not None:
+        needed, host = on_hosts(memory, parallel, hardware) / GIB, hardware.host / GIB
+        if needed > host:
+            return f"does not fit: needs {needed:,.1f} GiB of a node's host memory, has {host:,.1f}"
+    return None
+
+
 class MemoryModel:
     """Estimates for one model and its teacher; each trace is made once."""
 
     def __init__(
-        self, shell: Shell, rows: tuple[int, ...], width: int, teaching: Teaching | None = None
+        self,
+        shell: Shell,
+        rows: tuple[int, ...],
+        width: int,
+        teaching: Teaching | None = None,
+        by_formula: bool = False,
     ) -> None:
+        """`by_formula`: nothing is traced, which takes no time and may be wrong by a factor."""
         self.shell, self.width, self._teaching = shell, width, teaching
-        self._rows = rows
-        self._traced: dict[tuple[str, bool], Traced] = {}
+        self._rows, self._by_formula = rows, by_formula
+        self._traced: dict[tuple[Activations, bool], Traced] = {}
         self._heads: dict[tuple[int, bool], int] = {}
 
     def traced(self, parallel: ParallelConfig) -> Traced:
         """Activations of the blocks under the layout's checkpointing."""
-        key = (parallel.activation_checkpointing, self._casts_on_gathering(parallel))
+        policy = choose_checkpointing(parallel.activation_checkpointing)
+        key = (policy, self._casts_on_gathering(parallel))
         if key not in self._traced:
-            self._traced[key] = trace(self.shell, self._rows, self.width, *key)
+            self._traced[key] = (
+                by_formula(self.shell, set(self._rows), self.width, policy)
+                if self._by_formula
+                else trace(self.shell, self._rows, self.width, *key)
+            )
         return self._traced[key]
 
     def estimate(
@@ -250,7 +293,11 @@ class MemoryModel:
             labels = min(labels, block_rows(self.shell.vocabulary))
         key = (max(1, labels), gathered)
         if key not in self._heads:
-            self._heads[key] = trace_head(self.shell, *key, kd)
+            self._heads[key] = (
+                head_by_formula(self.shell, key[0], kd)
+                if self._by_formula
+                else trace_head(self.shell, *key, kd)
+            )
         return self._heads[key]
 
     def _casts_on_gathering(self, parallel: ParallelConfig) -> bool:

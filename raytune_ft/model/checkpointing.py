@@ -17,8 +17,15 @@ from raytune_ft.model.blocks import find_blocks
 
 Activations = Literal["none", "selective", "full"]
 
+POLICIES: tuple[Activations, ...] = ("none", "selective", "full")
+"""From the fastest to the one that needs least memory."""
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"})
 _Kept = dict[Any, deque[Any]]
+
+
+def choose_checkpointing(configured: str) -> Activations:
+    """The written policy; none for an `auto` that was not resolved from an estimate of memory."""
+    return next((policy for policy in POLICIES if policy == configured), POLICIES[0])
 
 
 def checkpoint_activations(model: nn.Module, activations: Activations) -> None:

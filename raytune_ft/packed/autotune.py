@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import linear_regression
 from typing import Any
 
 import torch
@@ -83,6 +84,22 @@ def fewest_near_best(seconds: Mapping[int, float]) -> int:
     """The fewest slots whose time a token is within `NEAR` of the least."""
     best = min(seconds.values())
     return min(count for count, each in seconds.items() if each <= NEAR * best)
+
+
+def fixed_tokens(passes: Mapping[float, float], most: int) -> int | None:
+    """What a pass costs beside its tokens, in tokens: a line through the seconds of `passes`, by
+    the number of their tokens. None from passes of one size.
+
+    Time per token stops falling, to within `NEAR`, at 1 / (`NEAR` - 1) times as many. Where larger
+    passes take no longer, or nearly so, it is `most`.
+    """
+    if len(passes) < 2:
+        return None
+    tokens, taken = list(passes), list(passes.values())
+    slope, intercept = linear_regression(tokens, taken)
+    if intercept <= 0:
+        return 0
+    return most if intercept >= most * slope else round(intercept / slope)
 
 
 def describe(seconds: Mapping[int, float]) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +37,12 @@ from raytune_ft.model.objectives import Objective
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
+    fixed_tokens,
     seconds_a_token,
     slots_in,
     worth_trying,
 )
-from raytune_ft.packed.layout import PackedPass, plan_pass
+from raytune_ft.packed.layout import PASS_TOKENS, PackedPass, plan_pass
 from raytune_ft.packed.lora import ActiveAdapters, AdapterInit, MultiLora, init_adapter
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder, together
@@ -87,7 +87,7 @@ class Passes:
     ) -> None:
         """`config` has what all runs share: the model, its precision, the layout of passes."""
         self.config, self.data, self._beat = config, data, beat
-        self.slots = slots
+        self.slots, self.fixed = slots, PASS_TOKENS
         built = build_base(config.model, config.train.precision, strategy.takes_parts)
         base = built.model
         self.shapes = shapes_of(base)
@@ -110,7 +110,9 @@ class Passes:
         """Choose the number of slots, before the first run; returns the choice and its reason.
 
         At most as many as `memory` bytes hold (None: unknown, no limit). If `measured`, the fewest
-        with which a token costs about the least time. The engine's config stands for the runs'.
+        with which a token costs about the least time; what a pass costs beside its tokens is found
+        from the same passes, and decides which rows share one. The engine's config stands for the
+        runs'.
         """
         config, strategy, optimizer = self.config, self.runner.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
@@ -132,11 +134,22 @@ class Passes:
             step_tokens = round(self.data.train.lengths.mean() * config.train.batch_size)
             pass_tokens = self.runner.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
-            seconds = seconds_a_token(partial(self._try, adapter), counts, strategy.from_rank0)
+            tokens: dict[int, int] = {}
+
+            def one_pass(count: int) -> int:
+                tokens[count] = self._try(adapter, count)
+                return tokens[count]
+
+            seconds = seconds_a_token(one_pass, counts, strategy.from_rank0)
             if seconds is None:
                 why = "as planned: the machine is too busy to measure whether fewer are as fast"
             else:
                 self.slots, why = fewest_near_best(seconds), describe(seconds)
+                ranks, most = strategy.world_size, self.runner.micro_tokens
+                passes = {tokens[count] / ranks: tokens[count] * s for count, s in seconds.items()}
+                found = fixed_tokens(passes, most)
+                if found is not None:
+                    self.fixed, why = found, f"{why}; a pass costs {found:,} more"
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
 
@@ -172,9 +185,10 @@ class Passes:
         """The pass that begins with slot `first`; see `plan_pass`."""
         waiting = [step.waiting_widths for step in steps]
         runner, ranks = self.runner, self.runner.strategy.world_size
+        packing, apart = runner.packing, runner.apart
         # Without packing, each sequence of an example has a row, and a planned row stands for all.
-        room = runner.micro_tokens // (1 if runner.packing else self.data.train.parts)
-        return plan_pass(waiting, first, room, runner.packing, ranks, runner.apart)
+        most = runner.micro_tokens // (1 if packing else self.data.train.parts)
+        return plan_pass(waiting, first, most, packing, ranks, apart, self.fixed)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters

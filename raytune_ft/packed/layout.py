@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from raytune_ft.data.batch import FREELY, Apart, Row, fill_rows
 
 PASS_TOKENS = 512
-"""The fixed cost of a pass (launching its operators), in tokens."""
+"""The fixed cost of a pass (launching its operators), in tokens, where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ def plan_pass(
     packing: bool,
     ranks: int = 1,
     apart: Apart = FREELY,
+    fixed: int = PASS_TOKENS,
 ) -> PackedPass:
     """The pass that begins with slot `first`.
 
     `waiting` has, for each slot, the lengths of the examples that its step still lacks, at least
     one, longest first. A pass has at most `micro_tokens` tokens a rank, padding included, but
     always one row of one slot. Of the numbers of rows that fit, the one with the most tokens for a
-    rank's cost is taken. Of examples that are kept apart, a pass takes those which may share it
-    with the longest of slot `first`.
+    rank's cost is taken, to which `fixed` tokens are added. Of examples that are kept apart, a pass
+    takes those which may share it with the longest of slot `first`.
     """
     group = apart.group(waiting[first][0])
     places = [
@@ -55,7 +56,7 @@ def plan_pass(
     ]
     count, longest = _participants(able, micro_tokens)
     slots = able[:count]
-    width = _width(slots, longest, micro_tokens // count, ranks) if packing else longest
+    width = _width(slots, longest, micro_tokens // count, ranks, fixed) if packing else longest
     rows = [_fullest_first(lengths, width, packing) for lengths in slots]
     filled = [
         [sum(lengths[position] for position in row) for row in own]
@@ -63,7 +64,7 @@ def plan_pass(
     ]
     width = max(own[0] for own in filled if own)
     room = max(1, micro_tokens // (count * width))
-    height = ranks if packing else ranks * _height(filled, width, room, ranks)
+    height = ranks if packing else ranks * _height(filled, width, room, ranks, fixed)
     taken = [
         [tuple(own[index] for index in row) for row in (of_slot + [()] * height)[:height]]
         for of_slot, own in zip(rows, places, strict=False)
@@ -92,7 +93,7 @@ def _fullest_first(lengths: Sequence[int], width: int, packing: bool) -> list[Ro
     return sorted(rows, key=lambda row: -sum(lengths[position] for position in row))
 
 
-def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) -> int:
+def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int, fixed: int) -> int:
     """The width of the one row that each slot has on each rank: what waits in one of the slots.
 
     At most `room`, unless an example is longer.
@@ -100,13 +101,13 @@ def _width(slots: Sequence[Sequence[int]], longest: int, room: int, ranks: int) 
     waiting = [-(-sum(lengths) // ranks) for lengths in slots]
 
     def worth(width: int) -> float:
-        return sum(min(tokens, width) for tokens in waiting) / (PASS_TOKENS + len(slots) * width)
+        return sum(min(tokens, width) for tokens in waiting) / (fixed + len(slots) * width)
 
     widths = sorted({max(longest, min(tokens, room)) for tokens in waiting})
     return max(widths, key=worth)
 
 
-def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int) -> int:
+def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int, fixed: int) -> int:
     """The number of rows a rank, at most `room`; `filled` has the tokens of every slot's rows,
     fullest first.
     """
@@ -115,7 +116,7 @@ def _height(filled: Sequence[Sequence[int]], width: int, room: int, ranks: int) 
     best, best_worth, tokens = 1, 0.0, 0
     for height in range(1, even + 1):
         tokens += sum(sum(own[(height - 1) * ranks : height * ranks]) for own in filled)
-        worth = tokens / (PASS_TOKENS + len(filled) * height * width)
+        worth = tokens / (fixed + len(filled) * height * width)
         if worth >= best_worth:
             best, best_worth = height, worth
     return best

@@ -9,12 +9,18 @@ from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.cost import StepCost, step_cost
-from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
-from raytune_ft.estimate.memory import Memory, MemoryModel, Work, teaching_of, work_of
+from raytune_ft.estimate.hardware import Hardware
+from raytune_ft.estimate.memory import (
+    Memory,
+    MemoryModel,
+    Work,
+    misfit,
+    teaching_of,
+    work_of,
+)
 from raytune_ft.estimate.parameters import Shell
+from raytune_ft.model.checkpointing import POLICIES
 from raytune_ft.model.lengths import apart_of
-
-POLICIES = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Planner:
         work = self.work(parallel)
         memory = self._model.estimate(parallel, work, hardware.device, self.saves_midway)
         cost = step_cost(self.shell, parallel, work, hardware)
-        return Option(parallel, memory, cost, _too_large(memory, hardware))
+        return Option(parallel, memory, cost, misfit(memory, parallel, hardware))
 
     def options(self, workers: int, hardware: Hardware) -> list[Option]:
         """Layouts from the simplest to the one that needs least memory, each with the checkpointing
@@ -176,11 +182,3 @@ def fastest(options: Sequence[Option]) -> Option | None:
     fitting = [option for option in options if option.rejected is None]
     least = min((option.cost.step_s for option in fitting), default=0.0)
     return next((option for option in fitting if option.cost.step_s <= 1.05 * least), None)
-
-
-def _too_large(memory: Memory, hardware: Hardware) -> str | None:
-    if hardware.fits(memory.peak):
-        return None
-    assert hardware.usable is not None
-    needed = (memory.peak + PROCESS[hardware.device]) / GIB
-    return f"does not fit: needs {needed:,.1f} GiB, has {hardware.usable / GIB:,.1f} GiB"

@@ -11,7 +11,7 @@ from raytune_ft.config.environment import joins_cluster
 from raytune_ft.config.load import apply_overrides, expand_env, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
-from raytune_ft.preflight import placed, prepare
+from raytune_ft.preflight import lay_out, placed, prepare
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Plan:
     """Everything that `plan` prints."""
 
     config: Config
+    passes: tuple[str, ...]
     reason: str
     total_parameters: int
     trained_parameters: int
@@ -120,6 +121,10 @@ def make_plan(
     head = head_of(expanded, data.report)
     shell = build_shell(expanded.model, expanded.method, expanded.train.precision, head)
     hardware = _hardware(config, asked, per_node, room)
+    passes: list[str] = []
+    layouts = lay_out(expanded, data, hardware.usable, hardware, passes.append)
+    asked_for = config
+    config = layouts.get(config.method.name, next(iter(layouts.values()))).of(config)
     planner = Planner(config, shell, data.train, hardware, midway)
     own = planner.weigh(config.parallel)
     options = planner.options(config.parallel.max_workers, hardware)
@@ -139,7 +144,8 @@ def make_plan(
     shown = [f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if loss else text for text, loss in pieces]
     flops = step_flops(shell, config.parallel, work) * config.parallel.max_workers * steps
     return Plan(
-        config=config,
+        config=asked_for,
+        passes=tuple(passes),
         reason=reason,
         total_parameters=shell.total,
         trained_parameters=shell.trained,
@@ -223,7 +229,7 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
     if room is None:
         return found
     whole = found.memory if accelerator is not None and room.usable is not None else room.usable
-    return replace(found, memory=whole, usable=room.usable)
+    return replace(found, memory=whole, usable=room.usable, host=room.host)
 
 
 def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tuple[str, ...]:

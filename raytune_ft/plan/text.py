@@ -6,6 +6,7 @@ from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import dump_yaml
 from raytune_ft.config.search_space import trial_count
 from raytune_ft.data.report import facts
+from raytune_ft.estimate.memory import on_hosts
 from raytune_ft.format import seconds, size
 from raytune_ft.plan.layouts import NodeChoice, Option, fastest
 from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
@@ -57,6 +58,7 @@ def _summary(plan: Plan) -> list[str]:
     staying = ", ".join(f"{name} {size(count)}" for name, count in held.items())
     lines = [
         f"strategy: {plan.config.parallel.strategy} ({plan.reason})",
+        *plan.passes,
         f"parameters: {plan.total_parameters:,}, of which {plan.trained_parameters:,} are trained "
         f"({share:.2%})",
         f"memory of a worker: {size(memory.peak)} at most, has {has}",
@@ -64,6 +66,10 @@ def _summary(plan: Plan) -> list[str]:
         f"  at the peak of a step: {passing}",
         f"  in host memory: {', '.join(host)}",
     ]
+    if hardware.device == "cuda":
+        of_node = size(on_hosts(memory, plan.own.parallel, hardware))
+        has = f", has {size(hardware.host)}" if hardware.host is not None else ""
+        lines.append(f"host memory of a node: {of_node}{has}")
     if plan.own.rejected:
         lines.append(f"  {plan.own.rejected}")
     if plan.config.search is not None:

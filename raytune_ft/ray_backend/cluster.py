@@ -24,12 +24,15 @@ from raytune_ft.ray_backend.placement import TYPE, Node, alive_nodes, suitable_n
 
 @dataclass(frozen=True)
 class Room:
-    """A worker's memory (`usable`, bytes) and accelerator are None where they are unknown."""
+    """A worker's memory (`usable`, bytes), its accelerator and the least memory of a node (`host`,
+    bytes) are None where they are unknown.
+    """
 
     nodes: int
     per_node: int
     usable: int | None
     accelerator: str | None
+    host: int | None
 
 
 def cluster_room(parallel: ParallelConfig) -> Room:
@@ -38,12 +41,14 @@ def cluster_room(parallel: ParallelConfig) -> Room:
     resources_per_worker, workers = parallel.resources, parallel.max_workers
     usable = least_memory(nodes, resources_per_worker)
     accelerator = None
+    memories = [int(node["memory"]) for node in nodes if "memory" in node]
+    host = min(memories) if memories and len(memories) == len(nodes) else None
     if parallel.device == "cuda":
         accelerator = _least_accelerator(nodes, resources_per_worker)
     if parallel.placement.endswith("SPREAD"):
         taken = min(workers, len(worker_nodes(parallel))) or 1
-        return Room(taken, -(-workers // taken), usable, accelerator)
-    return Room(*packed(nodes, resources_per_worker, workers), usable, accelerator)
+        return Room(taken, -(-workers // taken), usable, accelerator, host)
+    return Room(*packed(nodes, resources_per_worker, workers), usable, accelerator, host)
 
 
 def packed(

@@ -49,7 +49,9 @@ def engine_worker(payload: dict[str, Any]) -> str:
     slots = lowered_slots(payload["slots"] if before is None else before, spec.run_dir)
     config = lowered(spec.config, spec.run_dir)
     passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat)
-    shrinking = partial(lowers, spec.run_dir, passes.runner.micro_tokens, data.extent[1])
+    policy = config.parallel.activation_checkpointing
+    largest = passes.runner.micro_tokens
+    shrinking = partial(lowers, spec.run_dir, largest, data.extent[1], policy)
     engine = PackedEngine(passes, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         work = _Work(engine, client)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,7 @@ from raytune_ft.ray_backend.trial import (
     spec_of,
 )
 from raytune_ft.records import RunResult, TrialRecord
+from raytune_ft.rundir import Layout
 from raytune_ft.search.initial_trials import first_points
 from raytune_ft.search.progress import Progress, progress_for
 from raytune_ft.search.results import Spending, SweepResult, apply_params, sweep_result, trial_name
@@ -259,6 +260,7 @@ def run_sweep(
     data_dir: Path,
     tell: Callable[[str], None],
     resume: bool = False,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> SweepResult:
     """Run the trials of `config.search`; leave `study.db`, `trials/` and `result.json`.
 
@@ -269,6 +271,7 @@ def run_sweep(
         data_dir: the directory of `PreparedData`, on every node.
         tell: gets the progress lines where there is no terminal.
         resume: keep the trials that have ended, continue the others, draw the rest.
+        layouts: of trials, by the name of their method.
 
     Raises:
         ClusterError: the cluster cannot hold one trial, also after it was waited for nodes.
@@ -283,7 +286,7 @@ def run_sweep(
         awaited(config.parallel, tell) as (fit, demand),
         interruptible() as interrupted,
     ):
-        sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume)
+        sweep = _Sweep(config, sweep_dir, data_dir, fit, demand, resume, layouts or {})
         check_environment(config, tell)
         result = sweep.run(tell, interrupted)
     if result.status == "interrupted":
@@ -304,11 +307,14 @@ class _Sweep:
         fit: int,
         demand: Demand,
         resume: bool,
+        layouts: Mapping[str, Layout],
     ) -> None:
         assert config.search is not None
         self._begun = time.monotonic()
         saved = sweep_dir / CONFIG
-        self._config, self._written = config, load_config(saved) if saved.is_file() else config
+        self._written = load_config(saved) if saved.is_file() else config
+        # An engine has one layout for the trials of every method.
+        self._config = next(iter(layouts.values())).of(config) if layouts else config
         assert self._written.search is not None
         # As written: parameters go to the study, to Ray and into files.
         self._search: SearchConfig = self._written.search
@@ -331,6 +337,7 @@ class _Sweep:
                 for name in names_in(to_plain(self._written))
                 if name in os.environ
             },
+            layouts,
         )
         self._spending = Spending(
             self._search.budget,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from raytune_ft.ray_backend.registry import (
 )
 from raytune_ft.ray_backend.slot_queue import SlotHandle, start_slot_queue
 from raytune_ft.records import RunResult, Tell, plain_of
-from raytune_ft.rundir import RunSpec
+from raytune_ft.rundir import Layout, RunSpec
 from raytune_ft.search.results import apply_params
 from raytune_ft.train.result import end_run, left_by_workers
 
@@ -289,7 +289,7 @@ def driver_place() -> PlacementGroupFactory:
 @dataclass(frozen=True)
 class Shared:
     """What all trials of a sweep share. `config` is resolved; `references` are the values of each
-    `${ENV_NAME}` in it, which the environment of another process may lack.
+    `${ENV_NAME}` in it, which the environment of another process may lack. `layouts`: by method.
     """
 
     config: Config
@@ -299,6 +299,7 @@ class Shared:
     mode: str
     environment: dict[str, str]
     references: dict[str, str] = field(repr=False)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 class TrialRun:
@@ -401,8 +402,11 @@ def spec_of(shared: Shared, trial: str, params: dict[str, Any]) -> RunSpec:
     """The run of a trial. Raises ConfigError where the values do not go together."""
     trials = shared.sweep_dir / TRIALS
     config = apply_params(shared.config, params, trial, str(trials))
-    expanded = expand_env(config, shared.references)
-    return RunSpec(expanded, trials / trial, shared.data_dir, shared.metric, shared.mode)
+    expanded, forecast = expand_env(config, shared.references), None
+    if (layout := shared.layouts.get(config.method.name)) is not None:
+        expanded, forecast = layout.of(expanded), layout.forecast
+    run_dir = trials / trial
+    return RunSpec(expanded, run_dir, shared.data_dir, shared.metric, shared.mode, forecast)
 
 
 def outcome_of(result: RunResult, metrics: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
+from raytune_ft.config.environment import grow_segments
 from raytune_ft.config.execution import quantises
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
@@ -131,6 +132,7 @@ def prepare_process(config: Config) -> None:
     parallel = config.parallel
     if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some
+    grow_segments()
     import torch
 
     # Ray may set OMP_NUM_THREADS too late: it starts processes before it leases them to a worker.

@@ -11,7 +11,7 @@ from typing import Any
 from raytune_ft.config.load import load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import StorageError
-from raytune_ft.layout import CONFIG, DATA, EVALUATION, METRICS, PROMOTED, RESULT, TRIALS
+from raytune_ft.layout import CONFIG, DATA, EVALUATION, FORECAST, METRICS, PROMOTED, RESULT, TRIALS
 
 Record = dict[str, Any]
 RUNNING: Record = {
@@ -29,6 +29,7 @@ class Trial:
         value: the best value of the metric that ranks trials.
         steps, evaluations: lines of metrics.jsonl.
         values: of a search for several metrics, all of them at the best checkpoint.
+        forecast: what was expected of it, None where nothing was.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Trial:
     steps: Sequence[Record]
     evaluations: Sequence[Record]
     values: Mapping[str, float] | None = None
+    forecast: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def _run(directory: Path, name: str, result: Record, metric: str) -> Trial:
         result.get("error"),
         steps,
         evaluations,
+        forecast=read_json(directory / FORECAST),
     )
 
 
@@ -153,6 +156,7 @@ def _trial(directory: Path, row: Record) -> Trial:
         steps,
         evaluations,
         row.get("values"),
+        read_json(directory / FORECAST),
     )
 
 

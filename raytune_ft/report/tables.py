@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.format import NONE, cell, interval, number, seconds, size
@@ -14,6 +15,7 @@ from raytune_ft.format import NONE, cell, interval, number, seconds, size
 if TYPE_CHECKING:
     from raytune_ft.checkpoints.manage import Row
     from raytune_ft.model.hub import Download
+    from raytune_ft.report.collect import Trial
 
 Record = Mapping[str, Any]
 Label = Callable[[str], str]
@@ -66,6 +68,34 @@ def trials(
         next((i for i, row in enumerate(rows) if row["id"] == best), None),
         words=2,
     )
+
+
+def usage(runs: Sequence[Trial]) -> Table | None:
+    """One row per run on GPUs: the median of its steps beside what was expected of them, and the
+    peak of its memory; None without such a run.
+    """
+    rows = []
+    for run in runs:
+        expected = run.forecast or {}
+        if not run.steps or "peak_gib" not in run.steps[-1]:
+            continue
+        shares = [step["mfu"] for step in run.steps if "mfu" in step]
+        rows.append(
+            (
+                run.id,
+                f"{median(step['tokens_per_s'] for step in run.steps):,.0f}",
+                _rounded(expected.get("tokens_per_s"), 0),
+                f"{median(shares):.1%}" if shares else NONE,
+                f"{max(step['peak_gib'] for step in run.steps):,.1f}",
+                _rounded(expected.get("peak_gib"), 1),
+            )
+        )
+    columns = ("run", "tokens/s", "expected", "of peak FLOP/s", "peak GiB", "expected")
+    return Table(columns, tuple(rows), "GPUs") if rows else None
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def candidates(evaluation: Record, label: Label = str) -> Table:

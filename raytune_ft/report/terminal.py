@@ -103,8 +103,11 @@ def _progress(metrics: StepMetrics | EvalMetrics, total: int) -> str:
 
 
 def _training(metrics: StepMetrics) -> str:
-    speed = f"{metrics.tokens_per_s:,.0f} tokens/s"
-    return f"loss {number(metrics.loss)}  lr {number(metrics.lr)}  {speed}"
+    shown = f"loss {number(metrics.loss)}  lr {number(metrics.lr)}"
+    shown += f"  {metrics.tokens_per_s:,.0f} tokens/s"
+    if metrics.mfu is not None:
+        shown += f"  {metrics.mfu:.0%} of peak"
+    return shown if metrics.peak_gib is None else f"{shown}  {metrics.peak_gib:,.1f} GiB"
 
 
 def print_table(table: Table) -> None:

@@ -77,6 +77,7 @@ def render(facts: Facts) -> str:
         trials=tables.trials(facts.result["trials"], facts.best, facts.metric, detailed=True)
         if facts.is_sweep
         else None,
+        usage=tables.usage(facts.trials),
         commands=_commands(facts),
         lineage=tables.Table(("", ""), tuple(_lineage(facts)), words=2),
         config_text=facts.config_text,

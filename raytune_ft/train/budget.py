@@ -16,17 +16,20 @@ from raytune_ft.errors import PassTooLarge, first_line, is_out_of_memory
 from raytune_ft.files import read_json, write_json_atomic
 from raytune_ft.layout import BUDGET
 
-MICRO_TOKENS, SLOTS = "micro_tokens", "slots"
+MICRO_TOKENS, SLOTS, CHECKPOINTING = "micro_tokens", "slots", "activation_checkpointing"
 
 
 def lowered(config: Config, run_dir: Path) -> Config:
-    """The config of a run, with the `train.micro_tokens` to which memory has lowered it."""
-    found = _read(run_dir).get(MICRO_TOKENS)
-    if found is None:
-        return config
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"micro_tokens": found})}
-    )
+    """The config of a run, with the `train.micro_tokens` to which memory has lowered it, and with
+    full activation checkpointing where that was not enough.
+    """
+    found, train, parallel = _read(run_dir), config.train, config.parallel
+    most, written = found.get(MICRO_TOKENS), train.micro_tokens
+    if most is not None and (written == "auto" or most < written):
+        train = train.model_copy(update={"micro_tokens": most})
+    if CHECKPOINTING in found:
+        parallel = parallel.model_copy(update={CHECKPOINTING: found[CHECKPOINTING]})
+    return config.model_copy(update={"train": train, "parallel": parallel})
 
 
 def lowered_slots(slots: int, run_dir: Path) -> int:
@@ -36,18 +39,25 @@ def lowered_slots(slots: int, run_dir: Path) -> int:
 
 def notes(run_dir: Path) -> tuple[str, ...]:
     """What the result says about it; empty where memory was enough."""
-    found = _read(run_dir).get(MICRO_TOKENS)
-    if found is None:
-        return ()
-    return (f"train.micro_tokens was lowered to {found:,}: memory ran out with more",)
+    found, said = _read(run_dir), []
+    if MICRO_TOKENS in found:
+        tokens = f"train.micro_tokens was lowered to {found[MICRO_TOKENS]:,}"
+        said.append(f"{tokens}: memory ran out with more")
+    if CHECKPOINTING in found:
+        policy = f"parallel.activation_checkpointing became {found[CHECKPOINTING]}"
+        said.append(f"{policy}: memory ran out with less")
+    return tuple(said)
 
 
 @contextmanager
-def lowers(run_dir: Path, micro_tokens: int, longest: int, slots: int = 1) -> Iterator[None]:
+def lowers(
+    run_dir: Path, micro_tokens: int, longest: int, checkpointing: str, slots: int = 1
+) -> Iterator[None]:
     """While it lasts, memory may run out: what is used then is halved for the next start.
 
     First the tokens of a pass, of which a single row of `longest` tokens is the least; then the
-    slots of an engine. Any rank may do so, and all that do write the same.
+    slots of an engine; last, blocks are recomputed in full, where they are not. Any rank may do so,
+    and all that do write the same.
 
     Raises:
         PassTooLarge: memory ran out, and the next start needs less.
@@ -64,6 +74,9 @@ def lowers(run_dir: Path, micro_tokens: int, longest: int, slots: int = 1) -> It
         elif slots > 1:
             smaller[SLOTS] = slots // 2
             what = f"{smaller[SLOTS]} slot{'s' * (smaller[SLOTS] > 1)}"
+        elif checkpointing != "full":
+            smaller[CHECKPOINTING] = "full"
+            what = "activation checkpointing full"
         else:
             raise
         write_json_atomic(run_dir / BUDGET, smaller)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol
 
@@ -56,37 +58,63 @@ class Snapshot:
     progress: Progress
 
 
+ALIGNED = 64
+"""Bytes: where a part begins in the memory of a snapshot."""
+
+
 class SnapshotTaker:
     """Copies into the same memory each time: the first touch of new pages costs more than a copy.
 
-    A snapshot must be written before the next one is taken.
+    All parts lie in one piece of memory. A snapshot must be written before the next one is taken.
     """
 
     def __init__(self, holder: Holder, names: list[str]) -> None:
         self._holder, self._names = holder, names
-        self._memory: dict[str, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, progress: Progress) -> Snapshot:
         """Copy this rank's parts. No rank waits for another."""
+        found = [
+            (name, moment, part)
+            for name in self._names
+            for moment, part in self._holder.parts(name).items()
+            if part.writes
+        ]
+        sizes = [part.values.nbytes for *_, part in found]
+        starts = list(accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0))
+        if starts[-1] > len(self._memory):
+            self._memory = host_memory(starts[-1], self._holder.device)
         weights: dict[str, Part] = {}
         moments: dict[str, Part] = {}
-        for name in self._names:
-            for moment, part in self._holder.parts(name).items():
-                if part.writes:
-                    key = f"{name}.{moment}" if moment else name
-                    kept = moments if moment else weights
-                    kept[key] = replace(part, values=self._copy(key, part.values))
+        for (name, moment, part), start, size in zip(found, starts, sizes, strict=False):
+            copy = self._memory[start : start + size].view(part.values.dtype)
+            copy.copy_(part.values, non_blocking=True)
+            kept = moments if moment else weights
+            kept[f"{name}.{moment}" if moment else name] = replace(part, values=copy)
         if self._holder.device.type == "cuda":
             torch.cuda.synchronize()
         return Snapshot(weights, moments, progress)
 
-    def _copy(self, key: str, values: Tensor) -> Tensor:
-        memory = self._memory.get(key)
-        if memory is None or memory.shape != values.shape:
-            pinned = self._holder.device.type == "cuda"
-            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
-            self._memory[key] = memory
-        return memory.copy_(values, non_blocking=True)
+
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """`[size]` bytes of host memory; page-locked where `device` is a GPU, which copies into such
+    memory without waiting.
+
+    Not by `pin_memory`, which takes the next power of two and never gives memory back.
+    """
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8)
+    page = mmap.PAGESIZE
+    whole = torch.empty(size + 2 * page, dtype=torch.uint8)
+    start = -whole.data_ptr() % page  # whole pages, since a page is locked once
+    memory = whole[start : start + -(-size // page) * page]
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0))
+    # Before the memory is freed: the storage is, once nothing refers to it any more.
+    storage, at = memory.untyped_storage(), memory.data_ptr()
+    unlocked = weakref.finalize(storage, runtime.cudaHostUnregister, at)
+    unlocked.atexit = False  # the process gives all of it back
+    return memory
 
 
 def write_state(

@@ -91,6 +91,7 @@ def run_training(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
@@ -125,7 +126,8 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
             watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
         ):
             longest = data.widest + config.method.virtual_tokens * data.train.parts
-            with lowers(spec.run_dir, runner.micro_tokens, longest):
+            policy = config.parallel.activation_checkpointing
+            with lowers(spec.run_dir, runner.micro_tokens, longest, policy):
                 train(runner, data, run, near.should_stop, heart)
         pool.shutdown(wait=True)  # not after a failure, where peers may be gone
         return run.finish(runner.notes, hosted=host is not None)

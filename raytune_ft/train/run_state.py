@@ -23,6 +23,7 @@ from raytune_ft.train.optim import learning_rate, total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import Outcome, end_run, failed_result, run_result
 from raytune_ft.train.trackers import Log
+from raytune_ft.train.usage import Usage
 from raytune_ft.train.watchdog import Heartbeat
 
 
@@ -124,13 +125,14 @@ class RunState:
         log: Log | None,
         reporter: Reporter,
         heart: Heartbeat,
+        usage: Usage,
     ) -> None:
         """`data` is the training split; `heart` gets the name of every phase."""
         self.spec, self.progress, self.saver = spec, progress, saver
         self._settings = spec.config.train
         self._data, self._order, self._schedule = data, order, schedule
         self._goal = Goal(spec.metric, spec.mode)
-        self._log, self._reporter, self._heart = log, reporter, heart
+        self._log, self._reporter, self._heart, self._usage = log, reporter, heart, usage
         self._started = time.perf_counter() - progress.wall_s
         self._evaluation: EvalMetrics | None = None  # of the last step
         self._held: list[tuple[EvalMetrics, str | None]] = []
@@ -198,6 +200,7 @@ class RunState:
             wall_s=now - self._started,
         )
         tokens = int(self._data.lengths[self._batch].sum())
+        tokens_per_s = tokens / (now - self._step_started)
         metrics = StepMetrics(
             step=step,
             examples=self.progress.examples,
@@ -206,8 +209,10 @@ class RunState:
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_s=tokens / (now - self._step_started),
+            tokens_per_s=tokens_per_s,
             wall_s=self.progress.wall_s,
+            peak_gib=self._usage.peak_gib,
+            mfu=self._usage.mfu(tokens_per_s),
         )
         if self._log:
             self._log.step(metrics)

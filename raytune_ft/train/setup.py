@@ -27,9 +27,10 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
-from raytune_ft.layout import CHECKPOINTS
+from raytune_ft.files import write_json_atomic
+from raytune_ft.layout import CHECKPOINTS, FORECAST
 from raytune_ft.model.attention import Varlen, attend_by_example, has_varlen, takes_segments
-from raytune_ft.model.checkpointing import checkpoint_activations
+from raytune_ft.model.checkpointing import checkpoint_activations, choose_checkpointing
 from raytune_ft.model.experts import expert_notes
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
@@ -53,6 +54,7 @@ from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.run_state import RunState, Schedule
 from raytune_ft.train.trackers import Log
+from raytune_ft.train.usage import Usage
 from raytune_ft.train.watchdog import Heartbeat
 
 
@@ -261,7 +263,10 @@ def build_run_state(
     saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive)
     resume_step = progress.step if checkpoint else None
     log = Log(spec, resume_step) if strategy.rank == 0 else None
-    return RunState(spec, data.train, order, schedule, progress, saver, log, reporter, heart)
+    if log and spec.forecast is not None:
+        write_json_atomic(spec.run_dir / FORECAST, spec.forecast)
+    usage = Usage(strategy.device, strategy.world_size, spec.forecast)
+    return RunState(spec, data.train, order, schedule, progress, saver, log, reporter, heart, usage)
 
 
 def build_runner(
@@ -286,7 +291,7 @@ def build_runner(
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     names = list(trained_parameters(model))
-    checkpoint_activations(model, config.parallel.activation_checkpointing)
+    checkpoint_activations(model, choose_checkpointing(config.parallel.activation_checkpointing))
     wrapped = strategy.prepare(model, optimizer_of)
     if built.weights is not None:
         built.weights.fill({n: strategy.part(n, p.detach()) for n, p in model.named_parameters()})

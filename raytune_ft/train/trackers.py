@@ -89,7 +89,7 @@ MLFLOW_PATIENCE = {
 }
 """MLflow's defaults are 7 retries and 120 s, for which the end of a run would wait."""
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
-STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
+STEP = ("loss", "lr", "grad_norm", "tokens_per_s", "peak_gib", "mfu")
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,8 @@ class Tracked:
 
     def step(self, metrics: StepMetrics) -> None:
         if metrics.step % self._every == 0:
-            figures = {f"train/{name}": float(getattr(metrics, name)) for name in STEP}
+            own = metrics.plain
+            figures = {f"train/{name}": float(own[name]) for name in STEP if name in own}
             self._put({**figures, "train/examples": float(metrics.examples)}, metrics.step)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:

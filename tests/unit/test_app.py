@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 from raytune_ft import app
+from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.load import load_config
 from raytune_ft.config.trust import Code
 from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
+from raytune_ft.estimate.hardware import PROCESS, USABLE_RAM
 from raytune_ft.files import write_json_atomic
+from raytune_ft.plan.make import make_plan
+from raytune_ft.plan.text import describe
 from raytune_ft.preflight import Tell
 from raytune_ft.records import Point, RunResult
-from raytune_ft.rundir import Resume, RunSpec
+from raytune_ft.rundir import Layout, Resume, RunSpec
 from raytune_ft.train.report import Silent
 from tests.support.runs import write_rows
 
@@ -31,6 +35,7 @@ class Work(app.Backend):
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.done: list[int | None] = []
+        self.specs: list[RunSpec] = []
 
     def train(self, spec: RunSpec, *_: object) -> RunResult:
         self._work(spec, spec.config.train.max_examples)
@@ -52,6 +57,7 @@ class Work(app.Backend):
         self.code = code
 
     def _work(self, spec: RunSpec, amount: int | None) -> None:
+        self.specs.append(spec)
         if self.error is not None:
             raise self.error
         with (spec.run_dir / "metrics.jsonl").open("a") as file:
@@ -93,7 +99,7 @@ def command(inputs: Path, work: Work) -> Command:
         *overrides: str,
         resume: Resume = False,
         tell: Tell = lambda line: None,
-        usable: int = ROOMY,
+        usable: int | None = ROOMY,
         backend: app.Backend = work,
     ) -> None:
         if name == "train":
@@ -272,3 +278,54 @@ def test_a_sweep_runs_the_code_that_its_command_names(
     command("sweep", resume=True)  # nothing is left to train, and the saved config is promoted
     assert "/saved.py:" in (run_dir / "config.yaml").read_text()
     assert work.code == []
+
+
+def test_the_passes_of_a_run_are_chosen_before_it_starts(
+    command: Command, work: Work, run_dir: Path
+) -> None:
+    """`config.yaml` keeps `auto`, so that a resume elsewhere chooses again."""
+    said: list[str] = []
+    command("train", tell=said.append)
+    assert any(
+        line.startswith("passes of at most 2,048 tokens, activation checkpointing none: needs")
+        for line in said
+    )
+    config = work.specs[-1].config
+    assert (config.train.micro_tokens, config.parallel.activation_checkpointing) == (2048, "none")
+    saved = load_config(run_dir / "config.yaml")
+    assert (saved.train.micro_tokens, saved.parallel.activation_checkpointing) == ("auto", "auto")
+    assert config_sha256(saved) == config_sha256(config)
+    command("train", "train.max_examples=160", resume=True, usable=TIGHT, tell=said.append)
+    assert "does not fit by the estimate" in said[-1]
+    config = work.specs[-1].config
+    assert (config.train.micro_tokens, config.parallel.activation_checkpointing) == (256, "full")
+
+
+def test_those_of_a_sweep_are_chosen_once_for_each_method(command: Command, work: Work) -> None:
+    command("sweep")
+    assert work.specs[-1].layouts == {"lora": Layout(2048, "none")}
+    space = '{"method.name": {"choice": ["lora", "full", "ia3"]}}'
+    command("sweep", "name=b", f"search.space={space}", usable=TIGHT)
+    layouts = work.specs[-1].layouts
+    assert list(layouts) == ["ia3", "lora", "full"]  # by their trained weights
+    assert set(layouts.values()) == {Layout(256, "full")}
+
+
+def test_plan_and_the_run_choose_alike(
+    command: Command, work: Work, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = int((PROCESS["cpu"] + 14 * 2**20) / USABLE_RAM)
+    monkeypatch.setattr("raytune_ft.estimate.hardware.machine_memory", lambda: memory)
+    said: list[str] = []
+    command("train", "train.batch_size=64", usable=None, tell=said.append)
+    overrides = ["name=b", "search=null", "train.batch_size=64"]
+    plan = make_plan(inputs / "config.yaml", overrides, lambda line: None)
+    (line,) = plan.passes
+    assert line in said
+    assert line in describe(plan)
+    config = work.specs[-1].config
+    chosen = (config.train.micro_tokens, config.parallel.activation_checkpointing)
+    assert chosen != (2048, "none")
+    assert plan.own.parallel.activation_checkpointing == chosen[1]
+    assert plan.own.rejected is None
+    assert plan.config.train.micro_tokens == "auto"

@@ -1,12 +1,19 @@
-"""What a job says about who has submitted it."""
+"""What a job says about who has submitted it, and what torch reads."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from raytune_ft.config.environment import VERSION, check_submitter, names_in
+from raytune_ft.config.environment import (
+    ALLOCATOR,
+    VERSION,
+    check_submitter,
+    grow_segments,
+    names_in,
+)
 from raytune_ft.errors import ConfigError
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -26,3 +33,20 @@ def test_another_version_than_the_submitter_s_is_refused(monkeypatch: pytest.Mon
 def test_names_of_variables_are_found_in_all_texts() -> None:
     plain = {"a": "${ONE}/x", "b": [{"c": "pw ${TWO} ${ONE}"}, 3, None], "d": "$THREE"}
     assert names_in(plain) == {"ONE", "TWO"}
+
+
+def test_segments_grow_unless_the_user_has_set_the_allocator_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        grow_segments()
+        assert {each: os.environ.get(each) for each in ALLOCATOR} == {
+            each: "max_split_size_mb:128" if each == name else None for each in ALLOCATOR
+        }
+        monkeypatch.delenv(name)
+    grow_segments()
+    assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from raytune_ft.config.schema import ParallelConfig
@@ -10,6 +11,7 @@ from raytune_ft.estimate.cost import (
     HOST_LINK,
     LINK_ACHIEVED,
     evaluation_flops,
+    flops_a_token,
     step_cost,
     step_flops,
 )
@@ -116,3 +118,13 @@ def test_recomputation_is_another_forward() -> None:
     again = parallel("single", 1, activation_checkpointing="full")
     extra = step_flops(shell(), again, WORK) - step_flops(shell(), parallel("single", 1), WORK)
     assert extra == 16 * (2 * 80 + 4 * 4 * 8 / 2 * 2)
+
+
+def test_what_a_token_costs_depends_on_no_layout() -> None:
+    lengths, labels = np.array([4, 8], np.int32), np.array([2, 2], np.int32)
+    # 80 weights in two blocks, and scores of the (16 + 64) / 12 tokens that one sees of both sides.
+    of_blocks = 6 * 80 + 3 * 4 * 4 * 7 / 2 * 2
+    of_head = 4 * 6 * 40
+    assert flops_a_token(shell(), lengths, labels) == (12 * of_blocks + of_head) / 12
+    many = np.full(100_000, 30_000, np.int32)  # whose sum is above 2^31
+    assert flops_a_token(shell(), many, many) > 0

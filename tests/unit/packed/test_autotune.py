@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from raytune_ft.packed import autotune as packed_fit
-from raytune_ft.packed.autotune import MOST_TRIES, fewest_near_best, seconds_a_token, worth_trying
+from raytune_ft.packed.autotune import (
+    MOST_TRIES,
+    fewest_near_best,
+    fixed_tokens,
+    seconds_a_token,
+    worth_trying,
+)
 from tests.support.packed import Packed
 from tests.support.runs import largest_difference, make_config, make_inputs, run
 
@@ -159,3 +165,52 @@ def test_an_adapter_that_some_trials_cannot_have_stops_nobody(tmp_path: Path) ->
     assert packed.engine.free == 3
     packed.enter("a", config)
     assert packed.finish(1) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("launches_s", "a_token_s", "expected"),
+    [
+        (0.04, 80e-6, 500),  # a model of 8B on an H100
+        (0.04, 5e-6, 8000),  # of 0.5B
+        (0.0, 80e-6, 0),
+        (0.04, 1e-9, 16384),  # the device is never full
+        (0.04, 0.0, 16384),
+    ],
+)
+def test_the_cost_of_a_pass_is_that_of_so_many_tokens(
+    launches_s: float, a_token_s: float, expected: int
+) -> None:
+    passes = {float(n): launches_s + n * a_token_s for n in (300, 640, 1200, 2500)}
+    found = fixed_tokens(passes, 16384)
+    assert found == pytest.approx(expected, abs=1)
+    noisy = {n: taken * (1 + 0.01 * (-1) ** i) for i, (n, taken) in enumerate(passes.items())}
+    assert fixed_tokens(noisy, 16384) == pytest.approx(expected, rel=0.5, abs=60)
+    assert fixed_tokens({300.0: launches_s}, 16384) is None
+
+
+def test_an_engine_lays_passes_out_by_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow launch is shared by many tokens; the numbers stay those of a run alone."""
+    config = make_config(*make_inputs(tmp_path / "inputs"), SHORT | {"data.packing": False})
+    used = []
+    for launch in (0.0, 1000.0):
+        monkeypatch.setattr(
+            "raytune_ft.packed.engine.seconds_a_token",
+            lambda one_pass, counts, _, launch=launch: {
+                count: (launch + tokens) / tokens
+                for count in counts[:2]
+                for tokens in [one_pass(count)]
+            },
+        )
+        packed = Packed(config, tmp_path / f"{launch}", slots=2)
+        told = packed.engine.passes.settle(None, measured=True)
+        fixed = packed.engine.passes.fixed
+        assert told.endswith(f"; a pass costs {fixed:,} more)")
+        used.append(fixed)
+        packed.enter("a", config)
+        packed.finish(1)
+    assert used == [0, 1000]
+    run(config, tmp_path / "alone")
+    for launch in (0.0, 1000.0):
+        assert max(largest_difference(tmp_path / f"{launch}" / "a", tmp_path / "alone")) < 1e-5

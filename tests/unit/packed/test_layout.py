@@ -77,3 +77,14 @@ def test_slots_take_turns_where_not_all_fit() -> None:
     passes = _passes([[30, 30]] * 5, 100, False)
     assert [first for first, _ in passes[:3]] == [0, 3, 0]
     assert [len(rows) for _, rows in passes[:2]] == [3, 2]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_is_worth_it_where_a_pass_costs_much(packing: bool) -> None:
+    """Of two slots one has less to do: its part of a larger pass is padding."""
+    waiting = [[10] * 12, [10] * 2]
+    sizes = []
+    for fixed in (0, 100_000):
+        plan = plan_pass(waiting, 0, 2000, packing, fixed=fixed)
+        sizes.append(sum(len(row) for own in plan.rows for row in own))
+    assert sizes == [4, 14]

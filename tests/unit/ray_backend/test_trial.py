@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.train.v2._internal.state.schema import _to_json_serializable_value
 
+from raytune_ft.config.identity import config_sha256
 from raytune_ft.ray_backend.registry import Ended, Report
 from raytune_ft.ray_backend.trial import Shared, TrialRun, spec_of
-from raytune_ft.records import EvalMetrics
-from raytune_ft.rundir import RunSpec
+from raytune_ft.records import EvalMetrics, Forecast
+from raytune_ft.rundir import Layout, RunSpec
 from raytune_ft.train.result import load_result
 from tests.support.runs import make_config
 
@@ -93,3 +95,25 @@ def test_a_trial_has_the_values_of_its_secrets_and_ray_only_their_names(
     told = [repr(shared), repr(spec), _to_json_serializable_value({"spec": spec, "n": 1})]
     assert "swordfish" not in repr(told)
     assert "trial-000" in repr(told[2])  # what Ray Train keeps is the text of the spec
+
+
+def test_a_trial_gets_the_layout_of_its_method(tmp_path: Path) -> None:
+    """Not where its own config says otherwise; and it remains the same experiment."""
+    forecast = Forecast(1e9)
+    layouts = {"lora": Layout(4096, "full", forecast), "full": Layout(1024, "selective")}
+    rows = tmp_path / "rows.jsonl"
+    space = {"train.lr": {"choice": [1e-3, 1e-4]}}
+    config = make_config(tmp_path, rows, {"search": {"space": space}})
+    shared = Shared(config, tmp_path, tmp_path, "eval_loss", "min", {}, {}, layouts)
+    spec = spec_of(shared, "trial-000", {"train.lr": 1e-4})
+    found = (spec.config.train.micro_tokens, spec.config.parallel.activation_checkpointing)
+    assert found == (4096, "full")
+    assert spec.forecast is forecast
+    plain = spec_of(replace(shared, layouts={}), "trial-000", {"train.lr": 1e-4})
+    assert plain.config.train.micro_tokens == "auto"
+    assert config_sha256(plain.config) == config_sha256(spec.config)
+    own = spec_of(shared, "trial-001", {"train.micro_tokens": 99})
+    assert (own.config.train.micro_tokens, own.forecast) == (99, forecast)
+    other = spec_of(shared, "trial-002", {"method.name": "full"})
+    assert other.config.train.micro_tokens == 1024
+    assert other.config.parallel.activation_checkpointing == "selective"

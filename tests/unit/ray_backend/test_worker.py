@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from raytune_ft.config.environment import ALLOCATOR
 from raytune_ft.errors import ClusterError, RunFailed
 from raytune_ft.ray_backend import worker
-from raytune_ft.ray_backend.worker import Meeting, ProcessGroupConfig, _join_process_group, _meet
+from raytune_ft.ray_backend.worker import (
+    Meeting,
+    ProcessGroupConfig,
+    _join_process_group,
+    _meet,
+    prepare_process,
+)
+from tests.support.runs import make_config
 
 
 @pytest.fixture
@@ -80,3 +91,17 @@ def test_what_the_library_says_is_told(meeting: Meeting, monkeypatch: pytest.Mon
 def test_a_gpu_that_torch_does_not_see_is_refused_first(meeting: Meeting) -> None:
     with pytest.raises(ClusterError, match=r"GPU=1 and torch .* sees no GPU on node 10\.0\.0\.1"):
         join(meeting, gpus=1.0)
+
+
+def test_the_allocator_of_a_worker_is_set_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives a worker nothing of the driver's environment."""
+    for name in (*ALLOCATOR, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    prepare_process(make_config(tmp_path, tmp_path / "rows.jsonl"))
+    assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.errors import PassTooLarge, is_out_of_memory
-from raytune_ft.train.budget import lowered_slots, lowers
+from raytune_ft.model.checkpointing import Activations, checkpoint_activations
+from raytune_ft.train.budget import lowered, lowered_slots, lowers
 from raytune_ft.train.model_runner import ModelRunner
 from tests.support.runs import Recorder, largest_difference, make_config, run
 
@@ -65,9 +67,40 @@ def test_a_row_that_is_too_large_ends_the_run(
     assert len(refused) > 2
 
 
-def test_after_tokens_slots_are_halved(tmp_path: Path) -> None:
-    def once(micro_tokens: int, slots: int) -> str:
-        with pytest.raises(PassTooLarge) as caught, lowers(tmp_path, micro_tokens, 60, slots):
+def test_a_row_that_is_too_large_is_computed_twice(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the estimate that chose no recomputation was wrong."""
+    config = make_config(*inputs, {"train.micro_tokens": 50, "train.max_examples": 70})
+    run(config, tmp_path / "undisturbed")
+    right, kept = ModelRunner.inputs, list[str]()
+
+    def short(model: nn.Module, policy: Activations) -> None:
+        kept.append(policy)
+        checkpoint_activations(model, policy)
+
+    def inputs_of(self: ModelRunner, batch: MicroBatch) -> dict[str, Any]:
+        if kept[-1] != "full" and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return right(self, batch)
+
+    monkeypatch.setattr("raytune_ft.train.setup.checkpoint_activations", short)
+    monkeypatch.setattr(ModelRunner, "inputs", inputs_of)
+    result = run(config, tmp_path / "run")
+    assert result.status == "completed"
+    assert kept[0] == "none"
+    assert kept[-1] == "full"
+    note = "parallel.activation_checkpointing became full: memory ran out with less"
+    assert result.notes[-1] == note
+    assert max(largest_difference(tmp_path / "run", tmp_path / "undisturbed")) < 1e-5
+
+
+def test_after_tokens_slots_are_halved_and_then_blocks_recomputed(tmp_path: Path) -> None:
+    def once(micro_tokens: int, slots: int, policy: str = "none") -> str:
+        with (
+            pytest.raises(PassTooLarge) as caught,
+            lowers(tmp_path, micro_tokens, 60, policy, slots),
+        ):
             raise MemoryError
         return str(caught.value)
 
@@ -75,9 +108,10 @@ def test_after_tokens_slots_are_halved(tmp_path: Path) -> None:
     assert once(60, 4) == "MemoryError; going on with 2 slots"
     assert lowered_slots(4, tmp_path) == 2
     assert once(60, 2) == "MemoryError; going on with 1 slot"
-    with pytest.raises(MemoryError), lowers(tmp_path, 60, 60, 1):
+    assert once(60, 1) == "MemoryError; going on with activation checkpointing full"
+    with pytest.raises(MemoryError), lowers(tmp_path, 60, 60, "full", 1):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="shape"), lowers(tmp_path, 100, 60, 4):
+    with pytest.raises(RuntimeError, match="shape"), lowers(tmp_path, 100, 60, "none", 4):
         raise RuntimeError("shape mismatch")
 
 
@@ -95,3 +129,12 @@ def test_after_tokens_slots_are_halved(tmp_path: Path) -> None:
 )
 def test_names_of_a_full_memory(error: BaseException, yes: bool) -> None:
     assert is_out_of_memory(error) is yes
+
+
+def test_passes_that_are_smaller_anyway_stay_so(tmp_path: Path) -> None:
+    """As chosen for a smaller device than the one that ran out of memory."""
+    (tmp_path / "budget.json").write_text('{"micro_tokens": 300}')
+    for written, then in ((1000, 300), (200, 200), ("auto", 300)):
+        changes = {"train.micro_tokens": written}
+        config = make_config(tmp_path, tmp_path / "rows.jsonl", changes)
+        assert lowered(config, tmp_path).train.micro_tokens == then
