@@ -196,8 +196,10 @@ def check_pairs(config: Config, data: PreparedData) -> None:
     """Raises ConfigError where the answers of a pair have lengths that the model keeps apart, since
     both are needed in one forward pass.
     """
-    apart = apart_of(load_model_config(config.model))
-    for split in data.splits if apart != FREELY and data.train.parts > 1 else ():
+    if data.train.parts == 1:
+        return
+    apart = apart_of(load_model_config(config.model, head_of(config, data.report)))
+    for split in data.splits if apart != FREELY else ():
         for lengths in np.diff(split.part_offsets).reshape(-1, split.parts).tolist():
             if len({apart.group(length) for length in lengths}) > 1:
                 bound = max(each for each in (*apart.thresholds, apart.each_above) if each)

@@ -26,6 +26,7 @@ from raytune_ft.model.meta import shapes_of
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.packed.engine import accumulate_packed
 from raytune_ft.packed.lora import ActiveAdapters, MultiLora, init_adapter
+from raytune_ft.packed.slot import OpenStep
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.loop import accumulate_gradients
 from raytune_ft.train.model_runner import ModelRunner, ahead
@@ -143,8 +144,11 @@ def test_a_pass_over_slots(model: Path, pinned: list[Tensor]) -> None:
     numbers_GN, gradients_GN = (torch.zeros(2, stack.numbers, device=DEVICE) for _ in range(2))
     scales_G = torch.ones(2, device=DEVICE)
     active = ActiveAdapters(stack.slices, numbers_GN, gradients_GN, scales_G, 2, torch.float32)
+    split, objective = _split(), TokenObjective()
+    parts = (np.array(own, np.int64) for own in ([1], [0, 2, 3]))
+    steps = [OpenStep(split, own, split.lengths, objective) for own in parts]
     with NeverWaits():
-        sums_G = accumulate_packed(runner, stack, active, batch.to(DEVICE), [9.0, 4.0], [1, 3])
+        sums_G = accumulate_packed(runner, stack, active, batch.to(DEVICE), steps)
     assert (sums_G.device.type, sums_G.shape) == ("meta", (2,))
 
 
