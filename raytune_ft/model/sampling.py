@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.data.batch import FREELY, Apart
@@ -238,6 +238,8 @@ class _Rows:
         if "position_ids" in named:
             places_BS = mask_BS.cumsum(-1) - 1
             self._more["position_ids"] = places_BS.masked_fill(mask_BS == 0, 0)
+        if bool(mask_BS.all()):  # as in `generate`; models then make none
+            self._more.pop("attention_mask")
         if "logits_to_keep" in named:
             self._more["logits_to_keep"] = 1
         cache = "cache_params" if "cache_params" in named else "past_key_values"
@@ -268,14 +270,14 @@ class _Rows:
 
     @property
     def may_leave(self) -> bool:
-        """Whether rows can be taken out: transformers' caches of recurrent states cannot be
-        indexed, and other states of a model are its own matter.
+        """Whether rows can be taken out: of transformers' caches only those of keys and values can
+        be indexed, and other states of a model are its own matter.
         """
         known = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
         states = [value for key, value in self._more.items() if key not in known]
         return all(
             isinstance(state, Cache)
-            and not any(isinstance(one, LinearAttentionCacheLayerMixin) for one in state.layers)
+            and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in state.layers)
             for state in states
         )
 
