@@ -2,10 +2,10 @@
 
     python benchmarks/sampling.py --shared ../shared
 
-128 prompts of 8 to 15 tokens and up to 48 new tokens at temperature 1, on stories260k. Both arms
-run in this process and take turns; the figure is the median of three rounds, in tokens that are
-kept a second. In the first table no row ends early; in the second a row ends with its sentence, so
-that rows have different lengths.
+128 rows of up to 48 new tokens at temperature 1, on stories260k. Both arms run in this process and
+take turns; the figure is the median of three rounds, in tokens that are kept a second. Prompts have
+8 to 15 tokens and no row ends early; then a row ends with its sentence, so that rows have different
+lengths; then there are 16 prompts of 140 tokens with 8 samples each.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ def main() -> None:
     compare(model, prompts, [])
     print(f"{ROWS} rows that end with their sentence, after {NEW} tokens at most")
     compare(model, prompts, [stop])
+    longer = (ids * 8)[:140]
+    groups = [[*longer[:-1], 300 + row // 8] for row in range(ROWS)]
+    print(f"{ROWS} rows of {NEW} tokens, 8 for each of {ROWS // 8} prompts of {len(longer)} tokens")
+    compare(model, groups, [])
 
 
 if __name__ == "__main__":

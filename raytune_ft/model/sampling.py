@@ -129,9 +129,9 @@ def sample(
     """Up to `limit` tokens after each prompt, in the order of the requests.
 
     Prompts of similar length share a batch, so that little of it is padding; those of equal length,
-    where the model keeps rows of such lengths apart. Rows that have ended leave their batch, and
-    the next one begins when all have. The model is in eval mode; a row that reaches its last
-    position is cut there.
+    where the model keeps rows of such lengths apart. The passes over one prompt are one pass. Rows
+    that have ended leave their batch, and the next one begins when all have. The model is in eval
+    mode; a row that reaches its last position is cut there.
 
     Args:
         ends: tokens that end a continuation.
@@ -172,7 +172,13 @@ def _decode(
 ) -> list[Said]:
     """One batch of requests, padded on the left; each row has a limit of its own."""
     device, limit = next(model.parameters()).device, max(limits)
-    ids_BS, mask_BS = _padded([request.prompt for request in requests], pad, device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    indexed = _is_indexed(base)
+    prompts = [tuple(request.prompt) for request in requests]
+    # Samples of one prompt share its pass, where the cache can be copied from row to row.
+    read = list(dict.fromkeys(prompts)) if indexed else prompts
+    place_of = {prompt: row for row, prompt in enumerate(read)}
+    ids_BS, mask_BS = _padded(read, pad, device)
     numbers_BL = torch.zeros(len(requests), limit, dtype=torch.float64)
     if settings.temperature > 0:
         drawn = [numbers_of(seed, request, limit) for request in requests]
@@ -182,14 +188,19 @@ def _decode(
     method = attached(model)
     plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
     with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
-        rows = _Rows(model, inputs)
+        rows = _Rows(base, inputs)
         lengths_B = torch.tensor(limits, device=device)
         ended_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
         tokens_BL = torch.full((len(requests), limit), pad, device=device)
         near_BL = torch.zeros(len(requests), limit, dtype=torch.bool, device=device)
         asked_R = torch.arange(len(requests), device=device)  # the requests of the rows
+        logits_RV = rows.logits()
+        if len(read) < len(prompts):
+            copied_R = torch.tensor([place_of[prompt] for prompt in prompts], device=device)
+            rows.take(copied_R)
+            logits_RV = logits_RV[copied_R]
         for step in range(limit):
-            tokens_R, near_R = choose(rows.logits(), numbers_BL[asked_R, step], settings)
+            tokens_R, near_R = choose(logits_RV, numbers_BL[asked_R, step], settings)
             tokens_BL[asked_R, step], near_BL[asked_R, step] = tokens_R, near_R
             running_R = step < lengths_B[asked_R]
             ending = asked_R[running_R & torch.isin(tokens_R, ends_E)]
@@ -198,9 +209,10 @@ def _decode(
             if len(kept) == 0:
                 break
             rows.append(tokens_R)
-            if len(kept) < len(asked_R) and rows.may_leave:
-                rows.keep(kept)
+            if len(kept) < len(asked_R) and indexed:
+                rows.take(kept)
                 asked_R = asked_R[kept]
+            logits_RV = rows.logits()
     within_BL = torch.arange(limit, device=device) < lengths_B[:, None]
     near_B = (near_BL & within_BL).sum(-1).tolist()
     return [
@@ -222,14 +234,26 @@ def _padded(prompts: Sequence[Ids], pad: int, device: torch.device) -> tuple[Ten
     return ids_BS.to(device), mask_BS.to(device)
 
 
+def _is_indexed(base: Any) -> bool:
+    """Whether rows of the model's cache can be chosen: of transformers' caches only those of keys
+    and values alone can be indexed, and other states of a model are its own matter.
+    """
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return base._supports_default_dynamic_cache() and all(
+        type(layer) in kinds for layer in _cache_of(base).layers
+    )
+
+
+def _cache_of(base: Any) -> DynamicCache:
+    return DynamicCache(config=base.config.get_text_config(decoder=True))
+
+
 class _Rows:
     """Rows of one length and the model's cache of them, by the functions that transformers'
     `generate` uses, so that each model gets the arguments and the cache that it needs.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
-        self._model = model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, base: Any, inputs: dict[str, Any]) -> None:
         self._base = base
         self._ids_BS: Tensor = inputs.pop("input_ids")
         named = inspect.signature(base.forward).parameters
@@ -247,7 +271,7 @@ class _Rows:
         if cache in inputs:  # a method has begun it
             self._fresh = self._ids_BS.shape[1] - inputs[cache].get_seq_length()
         elif base._supports_default_dynamic_cache():
-            self._more[cache] = DynamicCache(config=base.config.get_text_config(decoder=True))
+            self._more[cache] = _cache_of(base)
         self._first = True
 
     def logits(self) -> Tensor:
@@ -268,24 +292,11 @@ class _Rows:
         """Add a token to every row."""
         self._ids_BS = torch.cat([self._ids_BS, tokens_B[:, None]], -1)
 
-    @property
-    def may_leave(self) -> bool:
-        """Whether rows can be taken out: of transformers' caches only those of keys and values can
-        be indexed, and other states of a model are its own matter.
-        """
-        known = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
-        states = [value for key, value in self._more.items() if key not in known]
-        return all(
-            isinstance(state, Cache)
-            and all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in state.layers)
-            for state in states
-        )
-
-    def keep(self, kept_B: Tensor) -> None:
-        """Take out all rows but these."""
-        self._ids_BS = self._ids_BS[kept_B]
+    def take(self, rows_R: Tensor) -> None:
+        """Go on with these rows, of which one may be there several times."""
+        self._ids_BS = self._ids_BS[rows_R]
         for key, value in self._more.items():
             if isinstance(value, Tensor):
-                self._more[key] = value[kept_B]
+                self._more[key] = value[rows_R]
             elif isinstance(value, Cache):
-                value.batch_select_indices(kept_B)
+                value.batch_select_indices(rows_R)

@@ -120,6 +120,28 @@ def test_in_float32_rows_differ_after_near_ties_alone(llama: Any) -> None:
         assert alone.ids == together[i].ids or together[i].near_ties + alone.near_ties > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_samples_that_share_a_pass_are_those_of_passes_of_their_own(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with true_float64():
+        model = _loaded(save_tiny(family, tmp_path), torch.float64)
+        requests = [
+            Request(ids, place, number)
+            for place, ids in enumerate(_prompts(5))
+            for number in range(4)
+        ]
+        read = []
+        model.register_forward_pre_hook(
+            lambda module, arguments, options: read.append(options["input_ids"].shape),
+            with_kwargs=True,
+        )
+        shared = _wave(model, requests)
+        assert read[0][0] == 5
+        monkeypatch.setattr(sampling, "_is_indexed", lambda base: False)
+        assert _wave(model, requests) == shared
+
+
 def test_samples_of_a_prompt_differ_and_come_again(llama: Any) -> None:
     requests = [Request([5, 6, 7], 3, number) for number in range(8)]
     first, again = _wave(llama, requests), _wave(llama, requests)
