@@ -329,7 +329,10 @@ def sample(
     from raytune_ft import app as run
 
     changes = [*(overrides or ()), *([] if n is None else [f"sampling.n={n}"])]
-    done = run.sample(model, config, changes, out, pairs, prompts, split, show.tell)
+    try:
+        done = run.sample(model, config, changes, out, pairs, prompts, split, show.tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{out} was interrupted; the same command continues it") from None
     facts: dict[str, Any] = {"prompts": done.prompts, "samples": done.samples}
     if done.kept:
         facts["of an earlier command"] = done.kept
