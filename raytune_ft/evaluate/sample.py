@@ -265,6 +265,7 @@ def _fill(
                 for place, part in zip(numbers, parts, strict=True)
             ]
             scores = rewards.score(groups)
+            _check_scored(rewards)
             for place, part, group, scored in zip(numbers, parts, groups, scores, strict=True):
                 for row in _rows(place, prompts[place], part, group, scored, rewards):
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -276,7 +277,6 @@ def _fill(
                     f"{numbers[-1] + 1:,} of {len(prompts):,} prompts, "
                     f"{tokens / max(spent, 1e-9):,.0f} tokens/s with scoring"
                 )
-            _check_scored(rewards)
 
 
 def _check_room(model: Any, prompts: Sequence[Prompt], new: int) -> None:
@@ -293,13 +293,12 @@ def _check_room(model: Any, prompts: Sequence[Prompt], new: int) -> None:
 
 
 def _check_scored(rewards: Rewards) -> None:
-    """Raises RunFailed where a reward has scored none of many completions."""
+    """Raises RunFailed where a reward fails on every completion; one that says None does not."""
     for one in rewards.processes:
         tally = one.tally
-        missing = sum(tally.missing.values())
-        if not tally.scored and missing:
+        if not tally.scored and tally.missing.keys() - {"None"}:
             raise RunFailed(
-                f"{one.config.name} scored none of {missing} completions; "
+                f"{one.config.name} scored none of {tally.missing.total()} completions; "
                 f"the first: {tally.first_missing}"
             )
 
@@ -309,7 +308,7 @@ def _group(prompt: Prompt, said: Sequence[Said], tokenizer: PreTrainedTokenizerB
         prompt.origin,
         decode(tokenizer, prompt.ids),
         decode(tokenizer, prompt.reference),
-        [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for one in said],
+        [str(tokenizer.decode(one.answer, skip_special_tokens=True)) for one in said],
         [one.ids for one in said],
         prompt.columns,
         prompt.turns,

@@ -165,6 +165,21 @@ def test_trl_functions_and_missing_scores(
     assert {row["scores"]["trl"] for row in rows_of() if row["place"] % 2 == 0} == {None}
 
 
+def test_a_reward_that_always_fails_ends_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("own.py").open("a") as file:
+        file.write("def broken(prompt, reference, generated):\n    return 1 / 0\n")
+        file.write("def none(prompt, reference, generated):\n    return None\n")
+    assert sampled(f"rewards=['{tmp_path}/own.py:broken']") == 1
+    error = capsys.readouterr().err
+    assert "broken scored none of 15 completions; the first: rows.jsonl:1: ZeroDivision" in error
+    assert error.count("\n") == 1
+    assert rows_of() == []
+    assert sampled(f"rewards=['{tmp_path}/own.py:none']") == 0
+    assert len(rows_of()) == 15
+
+
 def test_prompts_of_a_file_and_greedy(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.jsonl").write_text('{"prompt": "Say 3."}\n{"prompt": "Say 1."}\n')
     greedy = ["sampling.temperature=0", "--n", "1", "rewards=[]"]
