@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -175,15 +176,22 @@ def test_refused_before_anything_starts(text: str, function: str, message: str, 
         pass
 
 
-def test_a_thousand_scores_take_a_third_of_a_second(own: Path) -> None:
+def test_a_thousand_scores_of_a_tenth_of_a_millisecond_take_a_third_of_a_second(own: Path) -> None:
+    """Of the 0.3 s the calls themselves are 0.1 s. Other work on the machine slows down both, so
+    that the best of several rounds is compared with the same calls in this process.
+    """
     groups = [group(*["a"] * 8) for _ in range(125)]
+    quick = runpy.run_path(str(own))["quick"]
+    ratios = []
     with rewards_of(own, "quick") as rewards:
-        times = []
-        for _ in range(5):
+        for _ in range(10):
             start = time.perf_counter()
             values(rewards, *groups)
-            times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
+            middle = time.perf_counter()
+            for _ in range(1000):
+                quick("", "", "a")
+            ratios.append((middle - start) / (time.perf_counter() - middle))
+    assert min(ratios) < 3
 
 
 def test_processes_end_with_a_driver_that_was_killed(own: Path, tmp_path: Path) -> None:
