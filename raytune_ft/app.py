@@ -6,6 +6,7 @@ Heavy modules are imported inside, so that `raytune-ft --help` and config errors
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from raytune_ft.config.load import (
     memory_decides,
     to_plain,
 )
+from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.resolve import resolve
+from raytune_ft.config.rewards import with_answers
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
@@ -33,7 +37,7 @@ from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, Ru
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, RESULT
 from raytune_ft.locks import Wait
-from raytune_ft.preflight import lay_out, needs_ray, placed, prepare, worker_of
+from raytune_ft.preflight import lay_out, needs_ray, on_devices, placed, prepare, worker_of
 from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
@@ -50,6 +54,7 @@ from raytune_ft.rundir import (
 if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.report import DataReport
+    from raytune_ft.evaluate.sample import Sampled
     from raytune_ft.evaluate.workers import Workers
     from raytune_ft.promote.promote import Promotion
     from raytune_ft.rundir import RunSpec
@@ -241,13 +246,75 @@ def evaluate(model: str, file: Path, overrides: Sequence[str], tell: Tell) -> di
         probe_storage(storage)
         from raytune_ft.evaluate.evaluate import evaluate_directory
 
-        if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
-            raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
-        directory = Path(paths.model(model, Path.cwd()))
+        directory = _model_directory(model)
         workers = _workers(storage, tell, config)
         found = evaluate_directory(directory, config, cache_path(config), workers, tell)
     split, examples, metrics = found
     return {"split": split, "examples": examples, **metrics}
+
+
+def sample(
+    model: str,
+    file: Path,
+    overrides: Sequence[str],
+    out: Path,
+    pairs: Path | None,
+    prompts: Path | None,
+    split: str | None,
+    tell: Tell,
+) -> Sampled:
+    """Completions of a config's prompts, scored by its rewards; preferences from them in `pairs`.
+
+    All of it is done in this process and in those of rewards. Raises InputError or RunFailed.
+    """
+    if joins_cluster():
+        raise ConfigError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}",
+            "names a cluster, and `sample` works on one machine",
+            "unset RAY_ADDRESS",
+        )
+    written, devices = on_devices(load_config(file, overrides, tell), joined=False)
+    config = expand_env(resolve(written))
+    _check_sampling(config, pairs)
+    tell(devices)
+    folder = run_path(config).parent
+    probe_storage(folder)
+    rewards = with_answers(config.rewards, folder / ".cache" / "judges")
+    config = config.model_copy(update={"rewards": rewards})
+    from raytune_ft.evaluate.sample import Asked, run_sample
+
+    directory = _model_directory(model)
+    # A directory may name the code of the config's model on the hub, which its revision pins.
+    pinned = config.model.revision if directory.is_dir() else None
+    asked = config.model.model_copy(update={"path": str(directory), "revision": pinned})
+    return run_sample(Asked(asked, out, pairs, prompts, split), config, cache_path(config), tell)
+
+
+def _check_sampling(config: Config, pairs: Path | None) -> None:
+    objective, sampling = config.train.objective, config.sampling
+    if OBJECTIVES[objective].head:
+        raise ConfigError(
+            f"train.objective={objective}",
+            "is of models that label examples and say nothing",
+            "write the config of a model that predicts tokens",
+        )
+    if sampling.temperature == 0 and sampling.n > 1:
+        raise ConfigError(
+            "sampling.temperature=0",
+            f"gives {sampling.n} times the same completion",
+            "write --n 1, or a temperature above 0",
+        )
+    if pairs is not None and (not config.rewards or sampling.n < 2):
+        rule = "needs two completions of a prompt" if config.rewards else "needs scores"
+        remedy = "write --n 2 or more" if config.rewards else "write rewards: [...] in the config"
+        raise ConfigError(f"--pairs {pairs}", rule, remedy)
+
+
+def _model_directory(model: str) -> Path:
+    """MODEL_DIR of the command line. Raises ModelError for a path that does not exist."""
+    if not Path(model).exists() and Path(model).parent.is_dir() and "/" in model:
+        raise ModelError(f"MODEL_DIR={model}", "does not exist", "write an existing directory")
+    return Path(paths.model(model, Path.cwd()))
 
 
 def _workers(folder: Path, tell: Tell, config: Config) -> Workers:

@@ -294,6 +294,62 @@ def evaluate(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR")],
+    config: Annotated[Path, typer.Option("--config", metavar="CONFIG", help="A YAML file.")],
+    overrides: Overrides = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=1, help="Completions of each prompt; default: sampling.n."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The samples, one object a line.")
+    ] = Path("samples.jsonl"),
+    pairs: Annotated[
+        Path | None,
+        typer.Option("--pairs", metavar="FILE", help="Also write preferences, best against worst."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Answer these, not the config's data."),
+    ] = None,
+    split: Annotated[
+        Literal["test", "validation"] | None,
+        typer.Option("--split", help="Of the config's data; default: test where there is one."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Let a model answer prompts, score the answers, and make preferences of them.
+
+    The rewards of the config score. A command that was interrupted goes on where it stopped.
+
+    Example: raytune-ft sample runs/quickstart/promoted/model --config jobs/quickstart.yaml --n 4
+
+    Example: raytune-ft sample builtin:tiny --config c.yaml --pairs pairs.jsonl rewards=[gsm8k]
+    """
+    from raytune_ft import app as run
+
+    changes = [*(overrides or ()), *([] if n is None else [f"sampling.n={n}"])]
+    try:
+        done = run.sample(model, config, changes, out, pairs, prompts, split, show.tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{out} was interrupted; the same command continues it") from None
+    facts: dict[str, Any] = {"prompts": done.prompts, "samples": done.samples}
+    if done.kept:
+        facts["of an earlier command"] = done.kept
+    facts["ended"] = f"{done.ended / max(1, done.samples):.1%}"
+    for name, mean in done.means.items():
+        facts[f"mean {name}"] = mean
+        if name in done.missing:
+            facts[f"without {name}"] = done.missing[name]
+    if done.pairs is not None:
+        facts |= {"pairs": done.pairs, "ties": done.ties, "prompts without scores": done.unscored}
+    for note in done.notes:
+        show.tell(note)
+    show.print_facts({**facts, "written": out, **({} if pairs is None else {"and": pairs})})
+
+
+@app.command()
 def fetch(
     file: File,
     overrides: Overrides = None,

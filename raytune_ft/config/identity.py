@@ -32,6 +32,8 @@ FREE = (
     "search.budget",
     "promote",
     "tracking",
+    "sampling",
+    "rewards",
 )
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()

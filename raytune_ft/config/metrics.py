@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from raytune_ft.config import paths
+from raytune_ft.config import paths, rewards
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.merging import merges_with_head
 from raytune_ft.config.objectives import (
@@ -21,6 +21,7 @@ from raytune_ft.config.objectives import (
     figures,
 )
 from raytune_ft.config.reference import closest, one_of
+from raytune_ft.config.rewards import function_of
 from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
@@ -46,7 +47,6 @@ RETENTION: dict[str, Figure] = {
 }
 """The figures that `promote.retention` gives, over a set of its own."""
 HARNESS = "lm_eval:"
-_FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 
 
 def known_figures() -> dict[str, Figure]:
@@ -68,12 +68,6 @@ def direction(name: str) -> Mode | None:
     """Which way a figure is better; None where that is not declared, as for `arc_easy/acc`."""
     figure = known_figures().get(name)
     return None if figure is None else figure.mode
-
-
-def function_of(name: str) -> tuple[str, str] | None:
-    """File and function of a metric of the user's own; None for any other."""
-    found = _FUNCTION.fullmatch(name)
-    return (found[1], found[2]) if found else None
 
 
 def check(promote: PromoteConfig, objective: str, problem: str) -> None:
@@ -110,9 +104,8 @@ def deciding(promote: PromoteConfig, search: SearchConfig | None) -> str:
 
 def located(name: str, cwd: Path) -> str:
     """A metric's name, with the path of a file in it made absolute."""
-    found = function_of(name)
-    if found:
-        return f"{paths.absolute(found[0], cwd, 'promote.metrics')}:{found[1]}"
+    if function_of(name):
+        return rewards.located(name, cwd, "promote.metrics")
     task = name.removeprefix(HARNESS)
     if task != name and task.endswith((".yaml", ".yml")):
         return HARNESS + paths.absolute(os.path.expanduser(task), cwd, "promote.metrics")

@@ -143,10 +143,12 @@ def _keys(parts: tuple[str, ...], sections: list[type[Section]]) -> Iterator[Key
                 default = None if field.is_required() else shown_default(field)
                 yield Key(".".join(path), words(field), default, field.description or "")
             yield from _keys(path, inner)
+            seen = set[Key]()  # several sections of a list may share keys
             for item in listed_sections(field.annotation):
                 own = item.model_fields.keys() - _fields(inner, None).keys()
                 for key in _keys((*path, NAMED), [item]):
-                    if key.dotted.rpartition(".")[2] in own:
+                    if key.dotted.rpartition(".")[2] in own and key not in seen:
+                        seen.add(key)
                         yield key
             if typing.get_origin(field.annotation) is dict:
                 made_up = sections_of(typing.get_args(field.annotation)[1])

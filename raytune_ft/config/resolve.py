@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytune_ft.config import deepspeed_json, environment, metrics, paths
+from raytune_ft.config import deepspeed_json, environment, metrics, paths, rewards
 from raytune_ft.config.data import CHAT_TEMPLATES, NamedSource, listed
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, to_plain, validated
@@ -57,6 +57,10 @@ def resolve(
     if config.train.dpo.reference is not None:
         data["train"]["dpo"]["reference"] = paths.model(config.train.dpo.reference, here)
     data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
+    for written, reward in zip(data["rewards"], config.rewards, strict=True):
+        written["name"] = rewards.located(reward.name, here)
+        if isinstance(reward, rewards.Judge) and reward.answers is not None:
+            written["answers"] = paths.absolute(reward.answers, here, "rewards.judge.answers")
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]
     if config.parallel.deepspeed is not None:
         file = paths.absolute(config.parallel.deepspeed, here, deepspeed_json.KEY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from raytune_ft.config import metrics, paths
+from raytune_ft.config import metrics, paths, rewards
 from raytune_ft.config.data import (
     FORMATS,
     DataConfig,
@@ -146,6 +146,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_method(config)
     metrics.check(config.promote, config.train.objective, config.data.problem)
+    rewards.check(config.rewards)
     check_objective(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)

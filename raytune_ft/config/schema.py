@@ -13,6 +13,8 @@ from pydantic import Field
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.merging import MergeName, MergingConfig
 from raytune_ft.config.methods import DEFAULT_METHOD, METHODS, LoraMethod, MethodConfig
+from raytune_ft.config.rewards import REWARDS, RewardConfig, RewardOf
+from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.section import NameIn, Positive, Section, SectionOf
 from raytune_ft.config.strategies import STRATEGIES
@@ -257,3 +259,9 @@ class Config(Section):
     search: SearchConfig | None = None
     promote: PromoteConfig = PromoteConfig()
     tracking: TrackingConfig = TrackingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: list[Annotated[RewardConfig, RewardOf(REWARDS, "")]] = Field(
+        default_factory=list,
+        description="what scores completions of `raytune-ft sample`: names of "
+        f"{', '.join(REWARDS)}, or FILE.py:FUNCTION, or sections with such a name",
+    )

@@ -51,6 +51,8 @@ NOT_SEARCHED = (
     "search",
     "promote",
     "tracking",
+    "sampling",
+    "rewards",
 )
 MIN_DRAWS, MAX_DRAWS = 100, 10_000
 

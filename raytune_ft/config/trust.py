@@ -13,7 +13,8 @@ from pathlib import Path
 
 from raytune_ft.config.environment import names_in
 from raytune_ft.config.load import to_plain
-from raytune_ft.config.metrics import HARNESS, function_of
+from raytune_ft.config.metrics import HARNESS
+from raytune_ft.config.rewards import function_of
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 
@@ -21,7 +22,7 @@ Code = Collection[str] | None
 """What `named_code` gives for the config of this command; None allows all."""
 
 
-_UNUSED = ("search", "tracking")  # sections that a promotion does not read
+_UNUSED = ("search", "tracking", "sampling", "rewards")  # sections that a promotion does not read
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.I)
 
 

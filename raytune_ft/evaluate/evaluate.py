@@ -83,7 +83,7 @@ def run_job(job: Job, strategy: Strategy) -> Measured:
         ConfigError, DataError, RunFailed: a metric cannot be computed.
     """
     data = open_prepared(job.data_dir)
-    tokenizer, split = _tokenizer_of(job.model, job.base), split_named(data, job.split)
+    tokenizer, split = tokenizer_of(job.model, job.base), split_named(data, job.split)
     objective = evaluation_objective(job.train, data)
     own = figures(job.train.objective, data.report.problem or "single_label")
     if job.head is not None:  # which generates no text, so that no other metric applies
@@ -144,7 +144,7 @@ def evaluate_directory(
     model = config.model.model_copy(update={"path": str(directory), "revision": pinned})
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
-    tokenizer = _tokenizer_of(model, config.model)
+    tokenizer = tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
     data = referenced(config, data, tell, workers=workers)
     check_overlap(config.data, data.report, config.promote.max_overlap)
@@ -166,7 +166,7 @@ def evaluate_directory(
     return name, len(split_named(data, name)), workers.each(run_job, [job])[0].figures
 
 
-def _tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or its base's: where it has none, and for an adapter that cannot be
     folded.
     """

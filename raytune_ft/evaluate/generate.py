@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
@@ -14,17 +13,13 @@ from transformers import GenerationConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.report import DataReport
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import resolve_model_path
-from raytune_ft.model.methods.hooks import attached, virtual_tokens
+from raytune_ft.model.sampling import Request, sample
 from raytune_ft.records import Tell
 from raytune_ft.train.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOKENS = {"cpu": 32768, "cuda": 131072}
-"""Of one batch, prompts, padding and continuations."""
 
 Ids = Sequence[int]
 Backend = Callable[[ModelRunner, ModelConfig, Sequence[Ids], int, Ids], list[list[int]]]
@@ -55,51 +50,12 @@ def check_generation(written: str, tell: Tell) -> None:
 def with_transformers(
     runner: ModelRunner, model: ModelConfig, prompts: Sequence[Ids], limit: int, ends: Ids
 ) -> list[list[int]]:
-    """Up to `limit` tokens after each prompt, without the end token; in the order of the prompts.
-
-    Prompts of similar length share a batch, so that little of it is padding; those of equal length,
-    where the model keeps rows of such lengths apart.
-    """
-    built: Any = runner.model
-    positions = usable_positions(built)
-    device = runner.strategy.device
-    found: list[list[int]] = [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    while waiting:
-        longest = max(1, len(prompts[waiting[0]])) + virtual_tokens(built)
-        new = limit if positions is None else min(limit, positions - longest)
-        batch = waiting[: max(1, TOKENS.get(device.type, 32768) // (longest + max(new, 1)))]
-        last = len(prompts[batch[-1]])
-        if runner.apart.group(last) != runner.apart.group(longest + new):
-            batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
-        del waiting[: len(batch)]
-        if new > 0:
-            texts = _generate(built, [prompts[i] for i in batch], new, ends, runner.pad_token)
-            for i, ids in zip(batch, texts, strict=True):
-                found[i] = ids
-    return found
-
-
-@torch.no_grad()
-def _generate(model: Any, prompts: Sequence[Ids], new: int, ends: Ids, pad: int) -> list[list[int]]:
-    """One batch, padded on the left."""
-    longest = max(map(len, prompts))
-    ids_BS = torch.full((len(prompts), longest), pad, device=model.device)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, prompt in enumerate(prompts):
-        ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt, device=model.device)
-        mask_BS[row, longest - len(prompt) :] = 1
-    # The model's own generation config may ask for sampling.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=new, eos_token_id=[*ends] or None, pad_token_id=pad
+    """Up to `limit` tokens after each prompt, without the end token; in their order."""
+    requests = [Request(prompt) for prompt in prompts]
+    said = sample(
+        runner.model, requests, limit, ends=ends, pad=runner.pad_token, apart=runner.apart
     )
-    method = attached(model)
-    if method:  # it tells the prompt from continuations by an empty cache
-        model.generation_config.use_cache = True
-    plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
-    with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
-        made_BS = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-    return [until(ids, ends) for ids in made_BS.tolist()]
+    return [list(one.answer) for one in said]
 
 
 def with_vllm(

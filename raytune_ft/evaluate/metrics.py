@@ -4,12 +4,10 @@ its figures are declared in `config.metrics`.
 
 from __future__ import annotations
 
-import ast
 import logging
 import math
 import os
 import re
-import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -20,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_ft.config.metrics import FIGURES, HARNESS, OWN, function_of
+from raytune_ft.config.metrics import FIGURES, HARNESS, OWN
 from raytune_ft.config.objectives import Mode
+from raytune_ft.config.rewards import function_of
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
@@ -31,6 +30,7 @@ from raytune_ft.evaluate.context import Subject
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.model.objectives.classification import Classification
+from raytune_ft.rewards.functions import check_function, load_function
 
 BATCH = 16
 FEWSHOT_SEED = 1234  # the harness' own default
@@ -128,49 +128,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-Score = Callable[[str, str, str], float]
-"""prompt, reference, generated -> a number; more is better."""
-
-
 def check_functions(metrics: Sequence[str]) -> None:
-    """Check that each file of `promote.metrics` defines its function, without running the file.
-
-    Raises:
-        ConfigError: the file cannot be read, is not Python, or has no such function.
-    """
+    """See `check_function`, for each entry of `promote.metrics` that is a function of a file."""
     for name in metrics:
-        found = function_of(name)
-        if found is None:
-            continue
-        path, function = Path(found[0]), found[1]
-        value = f"promote.metrics={name}"
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not Python"
-            raise ConfigError(
-                value, f"names a file that cannot be read ({reason})", "write FILE.py:FUNCTION"
-            ) from None
-        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        if function not in names:
-            raise ConfigError(
-                value,
-                f"names no function of {path.name}, which has {', '.join(names) or 'none'}",
-                "write one of them, or def it there",
-            )
-
-
-def load_function(name: str) -> Score:
-    """Run the file and return the function.
-
-    Raises:
-        ConfigError: the file has no such function.
-    """
-    check_functions([name])
-    found = function_of(name)
-    assert found is not None
-    score: Score = runpy.run_path(found[0])[found[1]]
-    return score
+        if function_of(name):
+            check_function(name, "promote.metrics")
 
 
 MAX_LABELS = 100
@@ -265,7 +227,7 @@ def custom(name: str, subject: Subject) -> dict[str, Scores]:
     Raises:
         RunFailed: it raised, or gave something that is not a finite number.
     """
-    function = load_function(name)
+    function = load_function(name, "promote.metrics")
     key = name.rpartition(":")[2]
     values = []
     for text in subject.continuations:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from raytune_ft.config import paths
 from raytune_ft.config.data import CHAT_TEMPLATES, source_configs
-from raytune_ft.config.metrics import HARNESS, function_of
+from raytune_ft.config.metrics import HARNESS
+from raytune_ft.config.rewards import function_of
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 from raytune_ft.format import size
@@ -113,6 +114,9 @@ def named_paths(config: Config) -> Iterator[Named]:
             yield Named("promote.metrics", found[0])
         elif task != metric and task.endswith((".yaml", ".yml")):
             yield Named("promote.metrics", task)
+    for reward in config.rewards:
+        if found := function_of(reward.name):
+            yield Named("rewards", found[0])
     warm = config.search.warm_start if config.search else None
     for folder in [warm] if isinstance(warm, str) else warm or []:
         yield Named("search.warm_start", folder)

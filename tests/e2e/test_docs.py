@@ -53,7 +53,7 @@ JOBS = ("submit", "status", "logs", "stop")
 tests/multihost/test_doctor.py run them."""
 BATCH = "cluster/slurm/raytune.sbatch "
 """Runs the command that follows it."""
-STARTS = ("train", "sweep", "evaluate", "promote", "export")
+STARTS = ("train", "sweep", "evaluate", "promote", "export", "sample")
 """Commands that compute for seconds."""
 BASE: dict[str, Any] = {"name": "fragment", "data": {"train": {"path": "train.jsonl"}}}
 SPACE = {"train.lr": {"log_uniform": [1e-5, 1e-3]}}
@@ -216,7 +216,8 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if command == "doctor":
         _examine(arguments, capsys)
         return
-    small = _with(SHRUNK, arguments) if command in ("train", "sweep", "evaluate") else []
+    starts = command in ("train", "sweep", "evaluate", "sample")
+    small = _with(SHRUNK, arguments) if starts else []
     # The grace period of a scheduler is longer than a run of 60 rows.
     _succeed(command, *arguments, *small, *["search.scheduler=null"] * (command == "sweep"))
     assert capsys.readouterr().err == "", line

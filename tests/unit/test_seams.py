@@ -63,6 +63,11 @@ NAMES: dict[str, str] = {
         "source_key weight_renamings weight_converters base_model_prefix meta_state_dict"
     ),
     f"{LOADING}.revert_weight_conversion": "model state_dict",
+    "transformers.GenerationMixin._supports_default_dynamic_cache": "",
+    "transformers.GenerationMixin._update_model_kwargs_for_generation": "self outputs model_kwargs",
+    "transformers.GenerationMixin.prepare_inputs_for_generation": (
+        "self input_ids next_sequence_length past_key_values attention_mask is_first_iteration"
+    ),
     "transformers.dynamic_module_utils.custom_object_save": "obj folder config",
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": (
         "module query key value attention_mask dropout scaling is_causal"

@@ -1,0 +1,274 @@
+"""Rewards in processes of their own: one that hangs or dies costs a score, and begins again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from raytune_ft.config.rewards import RewardConfig, function_of
+from raytune_ft.errors import ConfigError, RunFailed
+from raytune_ft.rewards.base import Group, Score
+from raytune_ft.rewards.functions import check_function
+
+START_S = 300.0
+"""How long a reward may take to load, such as a file that imports torch."""
+GRACE_S = 10.0
+"""A judge pauses between attempts, for this long at most."""
+DEATHS = 3
+"""So many deaths without a score between them end the run."""
+SHOWN = 60
+
+
+@dataclass
+class Tally:
+    """What a reward gave: sums of scores, why others are missing, and numbers of its own."""
+
+    scored: int = 0
+    total: float = 0.0
+    missing: Counter[str] = field(default_factory=Counter)
+    first_missing: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def mean(self) -> float | None:
+        """Of the scores; None where there is none."""
+        return self.total / self.scored if self.scored else None
+
+    def add(self, score: Score, group: Group) -> None:
+        """Count a score; a missing one by the first words of its reason."""
+        if score.value is not None:
+            self.scored += 1
+            self.total += score.value
+            return
+        self.missing[score.why.partition(":")[0]] += 1
+        self.first_missing = self.first_missing or f"{group.origin}: {score.why}"
+
+
+class RewardProcess:
+    """One reward. `start` before anything is spent, then `scores` for each prompt."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config, self.tally = config, Tally()
+        self.columns: tuple[str, ...] = ()
+        self._together = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection | None = None
+        self._deaths, self._abandoned = 0, False
+        self._limit_s = config.timeout_s + (GRACE_S if config.name == "judge" else 0.0)
+
+    def start(self) -> None:
+        """Start the process and load the reward.
+
+        Raises:
+            ConfigError: it cannot be loaded, lacks a package, or does not answer.
+        """
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "raytune_ft.rewards.process"]
+        self._process = subprocess.Popen(
+            [*command, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a function prints is no output of this program
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+        self._channel = Connection(ours.detach())
+        try:
+            self._send(self.config.model_dump())
+            answer = self._receive(START_S)
+        except (EOFError, OSError):
+            answer = None
+        if answer is None:
+            self.close()
+            raise ConfigError(
+                f"rewards.{self.config.called}",
+                f"is not ready within {START_S:g} s, or its process died",
+                "correct its file",
+            )
+        if "refused" in answer:
+            self.close()
+            value, rule, remedy = answer["refused"]
+            raise ConfigError(value or f"rewards.{self.config.called}", rule, remedy)
+        self.columns = tuple(answer["ready"]["columns"])
+        self._together = answer["ready"]["together"]
+
+    def scores(self, group: Group) -> list[Score]:
+        """[n], in the order of the completions.
+
+        Raises:
+            RunFailed: it died `DEATHS` times in a row, or gave another number of scores.
+        """
+        found: list[Score] = []
+        while len(found) < len(group.completions):
+            try:
+                self._score(group.after(len(found)), found)
+            except (EOFError, OSError) as error:
+                self._died(group, found, error)
+        for score in found:
+            self.tally.add(score, group)
+        return found
+
+    def all_scores(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """See `scores`, for one group after another."""
+        return [self.scores(group) for group in groups]
+
+    def _score(self, group: Group, found: list[Score]) -> None:
+        self._send(group.plain)
+        expected = len(found) + len(group.completions)
+        while True:
+            message = self._receive(self._limit_s)
+            if message is None:
+                raise TimeoutError(f"took longer than {self._limit_s:g} s")
+            if "score" in message:
+                found.append(Score(message["score"], message.get("why", "")))
+                self._deaths = 0
+            elif "counts" in message:
+                self.tally.counts.update(message["counts"])
+            elif "broken" in message or "done" in message:
+                if "broken" in message or len(found) != expected:
+                    given = message.get("broken") or f"gave {len(found)} of {expected} scores"
+                    raise RunFailed(f"{self.config.name} {given}, on {group.origin}")
+                return
+
+    def _died(self, group: Group, found: list[Score], error: BaseException) -> None:
+        """What was being scored has no score; the process begins again."""
+        if self._abandoned:
+            raise RunFailed(f"{self.config.name} was ended with the run") from error
+        self._deaths += 1
+        code = self.close()
+        slow = isinstance(error, TimeoutError)
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        why = f"time limit: {error}" if slow else f"its process died: {ended}"
+        lost = len(group.completions) - len(found) if self._together else 1
+        found += [Score(None, why)] * lost
+        if self._deaths >= DEATHS:
+            shown = group.prompt if len(group.prompt) <= SHOWN else f"{group.prompt[:SHOWN]}..."
+            raise RunFailed(
+                f"{self.config.name} died {DEATHS} times in a row ({why}), "
+                f"last on {group.origin}: {shown!r}"
+            )
+        try:
+            self.start()
+        except ConfigError as refused:
+            raise RunFailed(f"{refused}, after it had died on {group.origin}") from refused
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._channel is not None
+        self._channel.send_bytes(json.dumps(message, default=str).encode())
+
+    def _receive(self, limit_s: float) -> dict[str, Any] | None:
+        """The next message; None where none comes in time."""
+        assert self._channel is not None
+        if not self._channel.poll(limit_s):
+            return None
+        message: dict[str, Any] = json.loads(self._channel.recv_bytes())
+        return message
+
+    def abandon(self) -> None:
+        """End the process from another thread than the one that waits for scores, for good."""
+        self._abandoned = True
+        if (process := self._process) is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self) -> int:
+        """End the process and what it has started, and return its exit code."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is None:
+            return 0
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)  # one that has died by itself says how
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._process = None
+        return code
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """All rewards of a config, each in its process."""
+
+    processes: Sequence[RewardProcess]
+
+    @property
+    def names(self) -> list[str]:
+        """What they are called in results."""
+        return [one.config.called for one in self.processes]
+
+    def score(self, groups: Sequence[Group]) -> list[list[dict[str, float | None]]]:
+        """For each group and completion the scores by name. The rewards work at the same time."""
+        if not self.processes:
+            return [[{} for _ in group.completions] for group in groups]
+        with ThreadPoolExecutor(len(self.processes)) as threads:
+            waiting = [
+                threads.submit(RewardProcess.all_scores, one, groups) for one in self.processes
+            ]
+            try:
+                by_reward = [each.result() for each in waiting]
+            except BaseException:  # Ctrl-C, or a reward that ends the run
+                for one in self.processes:
+                    one.abandon()
+                raise
+        return [
+            [
+                {name: each[g][i].value for name, each in zip(self.names, by_reward, strict=True)}
+                for i in range(len(group.completions))
+            ]
+            for g, group in enumerate(groups)
+        ]
+
+    def total(self, scores: Mapping[str, float | None]) -> float | None:
+        """The weighted sum; None where a score is missing."""
+        values = [scores[name] for name in self.names]
+        weights = [one.config.weight for one in self.processes]
+        known = [value for value in values if value is not None]
+        if not values or len(known) < len(values):
+            return None
+        return sum(weight * value for weight, value in zip(weights, known, strict=True))
+
+
+@contextmanager
+def started(rewards: Sequence[RewardConfig]) -> Iterator[Rewards]:
+    """The rewards, loaded and ready; their processes end with the context. The configs hold
+    their secrets, not the names of these.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    for reward in rewards:
+        if function_of(reward.name):
+            check_function(reward.name, "rewards")
+    processes = [RewardProcess(reward) for reward in rewards]
+    try:
+        with ThreadPoolExecutor(max(1, len(processes))) as threads:
+            list(threads.map(RewardProcess.start, processes))
+        yield Rewards(processes)
+    finally:
+        for one in processes:
+            one.close()
+
+
+def check_columns(rewards: Rewards, columns: Sequence[str], name: str) -> None:
+    """Raises ConfigError where a reward needs a column that the rows of `name` lack."""
+    for one in rewards.processes:
+        missing = next((column for column in one.columns if column not in columns), None)
+        if missing is not None:
+            raise ConfigError(
+                f"rewards.{one.config.called}",
+                f"takes {missing!r}, which is no column of {name} ({', '.join(columns)})",
+                "write it in the rows, or name another column",
+            )

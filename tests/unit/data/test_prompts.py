@@ -1,0 +1,109 @@
+"""Prompts are those of training, with the columns of their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.config.data import DataConfig
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prompts import of_file, of_split
+from raytune_ft.errors import DataError
+from raytune_ft.model.load import load_tokenizer
+
+ASKED = [{"role": "user", "content": "a</s>b"}]
+SAID = [{"role": "assistant", "content": "cd"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i}", "completion": f"c{i}", "n": i} for i in range(count)]
+
+
+@pytest.fixture
+def tokenizer(inputs: tuple[Path, Path]) -> Any:
+    return load_tokenizer(ModelConfig(path=str(inputs[0])))
+
+
+def data_of(train: Path, source: dict[str, Any] | None = None, **keys: Any) -> DataConfig:
+    given = {"train": {"path": str(train), **(source or {})}, "validation": 0.5, **keys}
+    return DataConfig.model_validate(given)
+
+
+def test_of_a_split_they_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    data = data_of(write(tmp_path / "rows.jsonl", texts(20)))
+    prepared = prepare_data(data, tokenizer, 3, tmp_path / "cache")
+    found = of_split(data, "validation", tokenizer, 3)
+    assert len(found) == len(prepared.validation)
+    for i, one in enumerate(found):
+        ids, mask = prepared.validation.example(i)
+        assert one.ids == tuple(ids[~mask].tolist())
+        assert one.reference == tuple(ids[mask].tolist())
+        assert one.text == one.written == f"p{one.columns['n']}"
+        assert one.origin == f"rows.jsonl:{one.columns['n'] + 1}"
+
+
+def test_several_sources(tokenizer: Any, tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{name}.jsonl", texts(4)) for name in "ab"]
+    data = data_of(paths[0], test=[{"path": str(path)} for path in paths])
+    found = of_split(data, "test", tokenizer, 0)
+    assert [one.origin for one in found] == [f"{a}.jsonl:{i}" for a in "ab" for i in range(1, 5)]
+
+
+def test_a_conversation_ends_before_the_answer(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [*ASKED, *SAID], "key": 7}, {"messages": [*ASKED, *SAID]}]
+    source = {"format": "messages", "chat_template": "chatml"}
+    path = write(tmp_path / "chat.jsonl", rows)
+    data = data_of(path, source)
+    one = of_split(data, "validation", tokenizer, 0)[0]
+    assert one.written == ASKED
+    # The same prompt in a file of its own, with and without the answer, gives the same tokens.
+    alone = write(tmp_path / "asked.jsonl", [{"messages": ASKED}, {"prompt": ASKED}, rows[0]])
+    found = of_file(alone, data, tokenizer)
+    assert [other.ids for other in found] == [one.ids] * 3
+    assert [other.written for other in found] == [ASKED] * 3
+    assert [tokenizer.decode(other.reference) for other in found] == ["", "", "cd"]
+    assert found[2].columns["key"] == 7
+
+
+def test_of_a_file_of_texts(tokenizer: Any, tmp_path: Path) -> None:
+    train = write(tmp_path / "rows.jsonl", texts(20))
+    data = data_of(train)
+    by_split = of_split(data, "validation", tokenizer, 0)
+    rows = [{"prompt": one.text} for one in by_split]
+    found = of_file(write(tmp_path / "p.jsonl", rows), data, tokenizer)
+    assert [one.ids for one in found] == [one.ids for one in by_split]
+    assert {one.reference for one in found} == {()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no rows"),
+        ([{"question": "a"}], r"has 1 unusable rows of 1 \(the first is p.jsonl:1: no 'prompt'\)"),
+        ([{"prompt": "a"}, {"prompt": ASKED}], "p.jsonl:2: the model's tokenizer has no chat"),
+        ([{"prompt": 5}], "p.jsonl:1"),
+    ],
+)
+def test_unusable_files(
+    rows: list[dict[str, Any]], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    data = data_of(write(tmp_path / "rows.jsonl", texts(4)))
+    file = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        of_file(file, data, tokenizer)
+
+
+def test_documents_have_no_prompts(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "abc"}] * 4)
+    data = data_of(path, {"format": "text"})
+    with pytest.raises(DataError, match="has no prompts to answer"):
+        of_split(data, "validation", tokenizer, 0)

@@ -1,0 +1,178 @@
+"""A judge over real HTTP, with failures in the middle."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.config.rewards import Judge
+from raytune_ft.errors import ConfigError
+from raytune_ft.rewards import judge
+from raytune_ft.rewards.base import Group
+from raytune_ft.rewards.pool import Rewards, started
+
+KEY = "a-key-that-nobody-may-see"
+
+
+class Server(ThreadingHTTPServer):
+    """Prefers the longer answer; one that says `first` wherever it stands first."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.questions: list[str] = []
+        self.statuses: list[int] = []  # of the next replies
+        self.location = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"]
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            self.send_error(401)
+            return
+        if self.path != "/v1/chat/completions" or body["model"] != "m":
+            self.send_error(404)
+            return
+        if question != "Reply with 1.":
+            status = self.server.statuses.pop(0) if self.server.statuses else 200
+            if status != 200:
+                self.send_response(status)
+                self.send_header("Location", self.server.location)
+                self.end_headers()
+                return
+            self.server.questions.append(question)
+        reply = {"choices": [{"message": {"content": _reply(question)}}]}
+        content = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def _reply(question: str) -> str:
+    answers = re.findall(r"\[Answer.*?\]\n(.*?)\n\[End", question, re.S)
+    if len(answers) == 2:
+        if "first" in answers[0]:
+            return "A"
+        return "A" if len(answers[0]) > len(answers[1]) else "The better one is B."
+    if answers and answers[0] == "mumble":
+        return "hard to say"
+    return f"I give it 0.{len(answers[0])}" if answers else "1"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever, daemon=True)
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def configured(server: Server, folder: Path, **keys: Any) -> Judge:
+    given = {"name": "judge", "url": server.url, "model": "m", "api_key": KEY}
+    return Judge.model_validate({**given, "answers": str(folder), "timeout_s": 5.0, **keys})
+
+
+def values(rewards: Rewards, *completions: str) -> list[float | None]:
+    group = Group("r:1", "why?", "", completions, [[1]] * len(completions))
+    return [one["judge"] for one in rewards.score([group])[0]]
+
+
+def test_grades_with_failures_in_the_middle(server: Server, tmp_path: Path) -> None:
+    config = configured(server, tmp_path / "answers")
+    with started([config]) as rewards:
+        server.statuses = [200, 503, 429, 200]
+        assert values(rewards, "a", "bbb", "mumble", "cc") == [0.1, 0.3, None, 0.2]
+        tally = rewards.processes[0].tally
+    assert tally.counts == {"questions": 4, "questions asked again": 2}
+    assert tally.missing == {"NoAnswer": 1}
+    assert len(server.questions) == 4
+    kept = "".join(file.read_text() for file in (tmp_path / "answers").iterdir())
+    assert KEY not in kept
+    # Another run asks only what is new, and reads past a line that was cut short.
+    file = next((tmp_path / "answers").iterdir())
+    file.write_text(kept + '{"question": "')
+    with started([config]) as rewards:
+        assert values(rewards, "a", "dddd") == [0.1, 0.4]
+    assert len(server.questions) == 5
+
+
+def test_pairs_are_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
+    config = configured(server, tmp_path, mode="pairs")
+    with started([config]) as rewards:
+        # ccc beats a and bb, bb beats a; equal texts are a tie that nobody is asked about.
+        assert values(rewards, "a", "bb", "ccc") == [0, 0.5, 1]
+        assert len(server.questions) == 6
+        assert values(rewards, "a", "a") == [0.5, 0.5]
+        assert len(server.questions) == 6
+        assert values(rewards, "first", "first one") == [0.5, 0.5]
+        counts = rewards.processes[0].tally.counts
+        assert counts["comparisons"] == 4
+        assert counts["comparisons whose two orders disagree"] == 1
+        assert values(rewards, "alone") == [None]
+
+
+def test_a_question_without_an_answer_has_no_score(server: Server, tmp_path: Path) -> None:
+    with started([configured(server, tmp_path, retries=1)]) as rewards:
+        server.statuses = [500, 500]
+        assert values(rewards, "a", "b") == [None, 0.1]
+        assert "HTTP 500" in rewards.processes[0].tally.first_missing
+
+
+def test_a_redirect_does_not_get_the_key(server: Server, tmp_path: Path) -> None:
+    with Server() as other, started([configured(server, tmp_path, retries=0)]) as rewards:
+        server.statuses, server.location = [307], f"{other.url}/chat/completions"
+        assert values(rewards, "a") == [None]
+        assert not other.questions
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"url": "http://127.0.0.1:9/v1"}, "refused"),
+        ({"api_key": "another-key"}, "HTTP 401"),
+        ({"model": "other"}, "HTTP 404"),
+    ],
+)
+def test_refused_at_the_start(
+    keys: dict[str, str], reason: str, server: Server, tmp_path: Path
+) -> None:
+    config = configured(server, tmp_path, **keys)
+    refused = pytest.raises(ConfigError, match=f"does not answer .*{reason}")
+    with refused as raised, started([config]):
+        pass
+    assert KEY not in str(raised.value)
+    assert "another-key" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [("0.75", 0.75), ("Grade: 1", 1), ("0", 0), ("from 0 to 1: .5", 0.5), ("1.0.", 1)],
+)
+def test_grades_are_read(reply: str, grade: float) -> None:
+    assert judge._grade(reply) == grade
+
+
+@pytest.mark.parametrize("reply", ["10", "good", "7/10", "1.5"])
+def test_replies_that_are_no_grade(reply: str) -> None:
+    with pytest.raises(judge.NoAnswer):
+        judge._grade(reply)
