@@ -274,7 +274,7 @@ def sample(
             "unset RAY_ADDRESS",
         )
     written, devices = on_devices(load_config(file, overrides, tell), joined=False)
-    config = expand_env(resolve(written))
+    config = expand_env(resolve(written), rewards=True)
     _check_sampling(config, pairs)
     tell(devices)
     folder = run_path(config).parent

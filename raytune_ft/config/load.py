@@ -82,9 +82,17 @@ def dump_yaml(config: Config) -> str:
     return yaml_text.dump(to_plain(config))
 
 
-def expand_env(config: Config, environ: Mapping[str, str] | None = None) -> Config:
-    """A copy with every `${ENV_NAME}` replaced; ConfigError where one is not set."""
-    return validated(environment.expand(to_plain(config), environ=environ))
+def expand_env(
+    config: Config, environ: Mapping[str, str] | None = None, rewards: bool = False
+) -> Config:
+    """A copy with every `${ENV_NAME}` replaced; ConfigError where one is not set.
+
+    Those of `rewards` stay as they are unless asked for: the key of a judge is for the process that
+    asks it, and runs go to other machines with their config.
+    """
+    plain = to_plain(config)
+    kept = {} if rewards else {"rewards": plain.pop("rewards")}
+    return validated(environment.expand(plain, environ=environ) | kept)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -14,6 +14,8 @@ from raytune_ft.config.environment import (
     grow_segments,
     names_in,
 )
+from raytune_ft.config.load import dump_yaml, expand_env
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -50,3 +52,26 @@ def test_segments_grow_unless_the_user_has_set_the_allocator_up(
         monkeypatch.delenv(name)
     grow_segments()
     assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"
+
+
+def test_the_key_of_a_judge_is_read_only_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    judge = {
+        "name": "judge",
+        "url": "http://127.0.0.1:9/v1",
+        "model": "m",
+        "api_key": "${JUDGE_KEY}",
+    }
+    config = Config.model_validate(
+        {
+            "name": "a",
+            "model": {"path": "x"},
+            "method": {"name": "lora"},
+            "data": {"train": {"path": "rows.jsonl"}},
+            "rewards": [judge],
+        }
+    )
+    assert "${JUDGE_KEY}" in dump_yaml(expand_env(config))
+    with pytest.raises(ConfigError, match="JUDGE_KEY"):
+        expand_env(config, rewards=True)
+    assert "swordfish" in dump_yaml(expand_env(config, {"JUDGE_KEY": "swordfish"}, rewards=True))
