@@ -66,12 +66,18 @@ def lay_out(
     """
     examples = [lengths[first : first + parts] for first in range(0, len(lengths), parts)]
     whole, longest = list(map(sum, examples)), list(map(max, examples))
+
+    def micro_batches(own: list[int]) -> list[MicroLayout]:
+        if packing and parts > 1:
+            return _packed_parts(own, examples, micro_tokens)
+        rows = fill_rows(own, whole, _longest(own, whole) if packing else 0)
+        blocks: list[MicroLayout] = [(row,) for row in rows]
+        if parts > 1:
+            blocks = [tuple((n,) for n in parts_of(row, parts).tolist()) for row in rows]
+        return _micro_batches(blocks, lengths, micro_tokens)
+
     ranks = [
-        [
-            batch
-            for own in _groups(mine, longest, apart)
-            for batch in _micro_batches(_blocks(own, whole, packing, parts), lengths, micro_tokens)
-        ]
+        [batch for own in _groups(mine, longest, apart) for batch in micro_batches(own)]
         for mine in _split_over_ranks(whole, world_size)
     ]
     most = max(len(rank) for rank in ranks)
@@ -125,19 +131,42 @@ def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> l
     return [tuple(row) for row in rows]
 
 
-def _blocks(
-    positions: Sequence[int], lengths: Sequence[int], packing: bool, parts: int
+def _packed_parts(
+    positions: Sequence[int], examples: Sequence[Sequence[int]], micro_tokens: int
 ) -> list[MicroLayout]:
-    """Rows that a micro-batch takes all or none of. Packed, the sequences of an example are
-    neighbours in a row; else each has a row of its own.
+    """Sequences packed into rows as long as the longest of their micro-batch. Those of an example
+    may be in different rows, which leaves less padding than rows of whole examples would.
     """
-    if packing:
-        rows = fill_rows(positions, lengths, _longest(positions, lengths))
-        return [(tuple(parts_of(row, parts).tolist()),) for row in rows]
-    return [
-        tuple((number,) for number in parts_of([position], parts).tolist())
-        for position in _longest_first(positions, lengths)
-    ]
+    batches: list[list[list[int]]] = []
+    free: list[int] = []
+    width = 0
+    for position in sorted(positions, key=lambda position: (-max(examples[position]), position)):
+        own = examples[position]
+        places = _first_fit(own, free, width)
+        rows = max(len(free), *(place + 1 for place in places))
+        if not batches or rows * width > micro_tokens:
+            batches.append([])
+            free, width = [], max(own)
+            places = _first_fit(own, free, width)
+        for part, (place, length) in enumerate(zip(places, own, strict=True)):
+            if place == len(free):
+                batches[-1].append([])
+                free.append(width)
+            batches[-1][place].append(position * len(own) + part)
+            free[place] -= length
+    return [tuple(map(tuple, rows)) for rows in batches]
+
+
+def _first_fit(lengths: Sequence[int], free: Sequence[int], width: int) -> list[int]:
+    """The row of each sequence: the first with room for it, or a new one behind the others."""
+    room, places = list(free), []
+    for length in lengths:
+        place = next((row for row, left in enumerate(room) if length <= left), len(room))
+        if place == len(room):
+            room.append(width)
+        room[place] -= length
+        places.append(place)
+    return places
 
 
 def _micro_batches(

@@ -46,3 +46,30 @@ def test_work_is_balanced_over_ranks() -> None:
         for rank in lay_out(lengths, 4, 500, True)
     ]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sequences_of_an_example_share_a_micro_batch(packing: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 100, 2 * 40).tolist()
+    ranks = lay_out(lengths, 3, 400, packing, parts=2)
+    seen: list[int] = []
+    for rank in ranks:
+        for micro in rank:
+            numbers = [number for row in micro for number in row]
+            assert sorted(numbers) == sorted(
+                {2 * (number // 2) + part for number in numbers for part in (0, 1)}
+            )
+            width = max((sum(lengths[number] for number in row) for row in micro), default=0)
+            assert width <= max((lengths[number] for number in numbers), default=0)
+            assert width * len(micro) <= 400
+            assert packing or all(len(row) == 1 for row in micro)
+            seen += numbers
+    assert sorted(seen) == list(range(80))
+    padded = sum(
+        len(micro) * max(sum(lengths[number] for number in row) for row in micro)
+        for rank in ranks
+        for micro in rank
+        if micro
+    )
+    assert padded < (1.2 if packing else 1.8) * sum(lengths)
