@@ -191,6 +191,7 @@ def _data(plan: Plan) -> list[str]:
         *([f"  a pass of {sum(plan.quotas.values()):,} examples: {mix}"] if held else []),
         f"  splits: {splits}",
         f"  examples in two splits: {twice or 'none'}",
+        *(f"  {name}: {pairs}" for name, pairs in report.pairs.items()),
     ]
 
 

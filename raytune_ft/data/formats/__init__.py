@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import Source
-from raytune_ft.data.split import TokenIds, TokenizedSplit
+from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit
 from raytune_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -145,12 +146,22 @@ def _weight(value: Any) -> float | None:
 def describe_example(
     split: TokenizedSplit, i: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
-    """Example `i` decoded in pieces, each with whether it carries loss.
+    """Example `i` decoded in pieces, each with whether it carries loss; a line ends each sequence.
 
-    The pieces joined are the whole example decoded: a piece is what its tokens add to the text
+    The pieces joined are a whole sequence decoded: a piece is what its tokens add to the text
     before them, because a tokenizer may decode a token differently at the start of a text.
     """
-    ids, mask = split.example(i)
+    offsets = split.part_offsets[i * split.parts : (i + 1) * split.parts + 1].tolist()
+    found: list[tuple[str, bool]] = []
+    for start, stop in pairwise(offsets):
+        found += [("\n", False)] if found else []
+        found += _pieces(split.input_ids[start:stop], split.label_mask[start:stop], tokenizer)
+    return found
+
+
+def _pieces(
+    ids: TokenIds, mask: Mask, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, bool]]:
     ends = [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
     pieces, text, start = [], "", 0
     for end in ends:

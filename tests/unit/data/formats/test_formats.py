@@ -254,9 +254,12 @@ def test_messages_that_are_no_turns_are_bad(
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "auto"])
 def test_no_format_labels_the_first_token(tiny: PreTrainedTokenizerBase, format: str) -> None:
-    row = {"prompt": "x", "completion": "y", "text": "z", "messages": CHAT, "label": "l"}
+    row: dict[str, Any] = {"prompt": "x", "completion": "y", "text": "z", "label": "l"}
+    row["messages"] = CHAT
     row |= {"rationale": "r", "instruction": "x", "output": "y", "chosen": "c", "rejected": "d"}
     row["conversations"] = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    if format == "unpaired":
+        row["label"] = True
     example = encode_one(tiny, format, row)
     assert example.ids.dtype == np.int32
     assert example.mask.dtype == np.bool_
