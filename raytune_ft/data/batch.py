@@ -58,22 +58,23 @@ def lay_out(
     packing: bool,
     apart: Apart = FREELY,
     parts: int = 1,
+    wide: int = 0,
 ) -> list[list[MicroLayout]]:
     """Per rank, the micro-batches of one step; all ranks have the same number of them.
 
     `lengths` are those of sequences, of which each example has `parts`. A micro-batch holds at most
     `micro_tokens` tokens, padding included, but always one row, and all sequences of an example.
+
+    Packed rows are as long as the longest example, since attention over a row costs the square of
+    its length; or up to `wide` tokens, where it does not.
     """
     examples = [lengths[first : first + parts] for first in range(0, len(lengths), parts)]
     whole, longest = list(map(sum, examples)), list(map(max, examples))
 
     def micro_batches(own: list[int]) -> list[MicroLayout]:
-        if packing and parts > 1:
-            return _packed_parts(own, examples, micro_tokens)
-        rows = fill_rows(own, whole, _longest(own, whole) if packing else 0)
-        blocks: list[MicroLayout] = [(row,) for row in rows]
-        if parts > 1:
-            blocks = [tuple((n,) for n in parts_of(row, parts).tolist()) for row in rows]
+        width = max(_longest(own, whole), wide) if packing else 0
+        rows = [tuple(parts_of(row, parts).tolist()) for row in fill_rows(own, whole, width)]
+        blocks = [(row,) if packing else tuple((number,) for number in row) for row in rows]
         return _micro_batches(blocks, lengths, micro_tokens)
 
     ranks = [
@@ -113,11 +114,7 @@ def _split_over_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]
 
 
 def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> list[Row]:
-    """First-fit decreasing into rows of `width`; one example a row where two do not fit.
-
-    Rows as long as the longest example are a good choice: attention over a row costs the square
-    of its length.
-    """
+    """First-fit decreasing into rows of `width`; one example a row where two do not fit."""
     rows: list[list[int]] = []
     free: list[int] = []
     for position in _longest_first(positions, lengths):
@@ -129,44 +126,6 @@ def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> l
         rows[index].append(position)
         free[index] -= lengths[position]
     return [tuple(row) for row in rows]
-
-
-def _packed_parts(
-    positions: Sequence[int], examples: Sequence[Sequence[int]], micro_tokens: int
-) -> list[MicroLayout]:
-    """Sequences packed into rows as long as the longest of their micro-batch. Those of an example
-    may be in different rows, which leaves less padding than rows of whole examples would.
-    """
-    batches: list[list[list[int]]] = []
-    free: list[int] = []
-    width = 0
-    for position in sorted(positions, key=lambda position: (-max(examples[position]), position)):
-        own = examples[position]
-        places = _first_fit(own, free, width)
-        rows = max(len(free), *(place + 1 for place in places))
-        if not batches or rows * width > micro_tokens:
-            batches.append([])
-            free, width = [], max(own)
-            places = _first_fit(own, free, width)
-        for part, (place, length) in enumerate(zip(places, own, strict=True)):
-            if place == len(free):
-                batches[-1].append([])
-                free.append(width)
-            batches[-1][place].append(position * len(own) + part)
-            free[place] -= length
-    return [tuple(map(tuple, rows)) for rows in batches]
-
-
-def _first_fit(lengths: Sequence[int], free: Sequence[int], width: int) -> list[int]:
-    """The row of each sequence: the first with room for it, or a new one behind the others."""
-    room, places = list(free), []
-    for length in lengths:
-        place = next((row for row, left in enumerate(room) if length <= left), len(room))
-        if place == len(room):
-            room.append(width)
-        room[place] -= length
-        places.append(place)
-    return places
 
 
 def _micro_batches(

@@ -150,6 +150,11 @@ class ModelRunner:
             return nullcontext()
         return torch.autocast(self.strategy.device.type, torch.bfloat16)
 
+    @property
+    def wide(self) -> int:
+        """How long packed rows may be where attention is computed by example, as fits a pass."""
+        return self.micro_tokens if self.by_example or self.flash else 0
+
     def layout(self, split: TokenizedSplit, indices: Indices) -> list[MicroLayout]:
         """This rank's micro-batches of a step over these examples."""
         virtual, strategy = virtual_tokens(self.model), self.strategy
@@ -160,6 +165,7 @@ class ModelRunner:
             self.packing,
             self.apart,
             split.parts,
+            self.wide,
         )
         return ranks[strategy.rank]
 

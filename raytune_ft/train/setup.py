@@ -425,7 +425,8 @@ def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest:
     if method is not None and method.unpackable:
         return method.unpackable
     probe = _probe(runner, vocabulary)
-    thresholds = thresholds_of(runner.model.config, max(longest, widest) + probe.virtual)
+    widest = max(longest, widest, runner.wide)
+    thresholds = thresholds_of(runner.model.config, widest + probe.virtual)
     inner = [each - probe.virtual for each in thresholds if each - probe.virtual > 1]
     return strategy.from_rank0(probe.against_packing(longest, inner))
 

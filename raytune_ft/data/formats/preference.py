@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -74,30 +75,20 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
 def _parts(source: SourceConfig, row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected answer: texts, or lists of turns."""
     values = row.values
-    asked = _turns(values.get(source.prompt))
     chosen, rejected = (_turns(values[name]) for name in (source.chosen, source.rejected))
+    asked = _turns(values.get(source.prompt))
     if asked is None:
         asked = _prompt_beside(values)
-        if isinstance(asked, list):
-            return asked, _as_turns(chosen), _as_turns(rejected)
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        return (
-            (asked, _as_turns(chosen), _as_turns(rejected))
-            if isinstance(asked, list)
-            else (
-                asked,
-                chosen,
-                rejected,
-            )
-        )
-    if isinstance(asked, list) and chosen[: len(asked)] != asked:
+    whole = isinstance(chosen, list) and isinstance(rejected, list)
+    if isinstance(asked, list) and not (whole and chosen[: len(asked)] == asked):
+        return asked, _as_turns(chosen), _as_turns(rejected)
+    if not whole:
         return asked, chosen, rejected
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    if common == 0:
-        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else []
-        return turns, chosen, rejected
+    common = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    )
+    if common == 0 and isinstance(asked, str):
+        return [{"role": "user", "content": asked}], chosen, rejected
     return chosen[:common], chosen[common:], rejected[common:]
 
 
@@ -115,18 +106,21 @@ def _prompt_beside(values: dict[str, Any]) -> Any:
 
 
 def _turns(value: Any) -> Any:
-    """A value with turns in OpenAI's form; a single turn is a list of one. Others stay."""
-    value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] in "[{" else value
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    """Turns in OpenAI's form, of which one alone is a list of one; anything else as it is."""
+    found = parsed(value)
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list) or not all(map(_is_turn, found)):
         return value
     return [
         {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
         if "from" in turn
         else {key: each for key, each in turn.items() if each is not None}
-        for turn in value
+        for turn in found
     ]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def _as_turns(answer: Any) -> Any:

@@ -98,6 +98,15 @@ def test_texts_end_with_eos_and_share_a_prompt(
     assert np.diff(split.part_labels).sum() == split.label_mask.sum() == split.label_counts.sum()
 
 
+def test_answers_that_are_json_are_texts(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}", "chosen": '{"a": 1}', "rejected": "[1, 2]"} for n in range(4)]
+    split = prepared(tokenizer, tmp_path, rows).train
+    eos = tokenizer.eos_token
+    assert answers(tokenizer, split, 0) == [f'{{"a": 1}}{eos}', f"[1, 2]{eos}"]
+
+
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
