@@ -22,7 +22,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.order import Numbers
 from raytune_ft.data.prepare import PreparedData, derived, open_prepared
 from raytune_ft.data.report import DataReport
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of, label_columns_of
@@ -72,7 +72,8 @@ def rated(config: Config, data: PreparedData, tell: Tell, workers: Workers = HER
 def _base_losses(base_on: tuple[ModelConfig, Path], strategy: Strategy) -> Numbers:
     """The mean loss of each training example of these data."""
     model, data_dir = base_on
-    split = replace(open_prepared(data_dir).train, columns={})  # no weights
+    train = open_prepared(data_dir).train
+    split = replace(train, columns={k: v for k, v in train.columns.items() if k == PARTS})
     runner = runner_of(model, load_tokenizer(model), strategy=strategy)
     columns = columns_of(runner, TokenObjective(), split)
     return columns["loss"] / columns["tokens"]

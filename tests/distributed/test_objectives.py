@@ -100,8 +100,8 @@ def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str
 
 @pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT, "dpo", "orpo", "simpo"])
 def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
-    """Trials that share one base: the one of before, beside another; on pairs, one with another
-    objective.
+    """Trials that share one base: the one of before, beside another; on pairs, beside one with
+    another objective, then beside one with the same.
     """
     changes = {"train.precision": "float64", "checkpoint.asynchronous": False}
     changes |= {"train.kd.cache": "disk"} if name == KEPT else {}
@@ -117,3 +117,8 @@ def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) 
     with true_float64():
         run_packed(configs, tmp_path)
     assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+    if OBJECTIVES[objective].pairs:
+        configs["other"] = config_of(inputs, objective, {**changes, "train.lr": 1e-2})
+        with true_float64():
+            run_packed(configs, tmp_path / "alike")
+        assert max(largest_difference(tmp_path / "alike" / name, references / name)) < BOUND

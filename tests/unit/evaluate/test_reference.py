@@ -65,7 +65,7 @@ def test_they_are_those_of_transformers(root: Path, objective: str) -> None:
 
 
 def test_another_model_may_be_the_reference(root: Path) -> None:
-    settings = config(root, **{"train.dpo.reference": str(root / "teacher")})
+    settings = config(root, **{"train.dpo": {"reference": str(root / "teacher")}})
     found = referenced(settings, data_of(root, settings), silent)
     theirs = np.array(list(by_transformers(root, found.train, "teacher")))
     assert np.abs(found.train.label_columns[REFERENCE] - theirs).max() < 1e-5
@@ -117,7 +117,7 @@ def test_damage_is_found_and_a_resume_keeps_its_reference(root: Path) -> None:
     found = referenced(settings, data_of(root, settings), silent)
     saved = root / "data.json"
     saved.write_text(found.report.to_json())
-    other = config(root, **{"train.dpo.reference": str(root / "teacher")})
+    other = config(root, **{"train.dpo": {"reference": str(root / "teacher")}})
     with pytest.raises(DataError, match="a reference with files of sha256"):
         referenced(other, data_of(root, other), silent, lambda report: check_same(saved, report))
     file = found.path / "reference_train.npy"
