@@ -20,6 +20,7 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.config.strategies import ALONE, REPLICATED, SHARDED, candidates
+from raytune_ft.config.train import TrainConfig
 from raytune_ft.errors import ConfigError
 
 Notify = Callable[[str], None]
@@ -47,10 +48,24 @@ def load_config(
 
 def _with_defaults(config: Config, notify: Notify | None) -> Config:
     """The config with the defaults that depend on its objective, where it has no such key."""
-    facts = OBJECTIVES[rules.objectives_of(config)[0]]
+    names, methods = rules.objectives_of(config), rules.methods_of(config)
+    facts = OBJECTIVES[names[0]]
     found: dict[str, Any] = {}
-    if "lr" not in config.train.model_fields_set and facts.lr is not None:
-        found["train.lr"] = facts.lr[0 if METHODS[config.method.name].whole_model else 1]
+    searched = config.search is not None and "train.lr" in config.search.space
+    if "lr" not in config.train.model_fields_set and not searched:
+        whole = [METHODS[method].whole_model for method in methods]
+        own = TrainConfig.model_fields["lr"].default
+        every = [OBJECTIVES[name].lr or (own, own) for name in names]
+        rates = {lr[0 if each else 1] for lr in every for each in whole}
+        if len(rates) > 1:
+            raise ConfigError(
+                "train.lr",
+                "is not written, and its default differs between the objectives or methods of "
+                f"search.space ({', '.join(f'{rate:g}' for rate in sorted(rates))})",
+                "write it, or search it",
+            )
+        if facts.lr is not None:
+            found["train.lr"] = rates.pop()
     if "too_long" not in config.data.model_fields_set and (facts.pairs or facts.reference):
         found["data.too_long"] = "drop"
     if not found:

@@ -380,6 +380,12 @@ def check_objective(config: Config) -> None:
                 f"write format: {one_of(facts.formats)}, or train.objective: {one_of(fits)}",
             )
         _check_source(label, source)
+        if source.margin is not None and train.objective != "reward":
+            raise ConfigError(
+                f"{label}.margin={source.margin}",
+                f"is of no use to train.objective={train.objective}",
+                "leave it out, or write train.objective: reward",
+            )
     named = {source.chat_template for source in source_configs(config.data).values()} - {None}
     if len(named) > 1:
         raise ConfigError(
@@ -409,6 +415,7 @@ def check_objective(config: Config) -> None:
     if config.search is not None:
         _check_metrics(config)
         _check_kept_teacher(config)
+        _check_kept_reference(config)
 
 
 def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
@@ -449,8 +456,18 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
         )
 
 
+NO_DIVERGENCE = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sft")
+"""Losses of `dpo` that do not go by the scores of an f-divergence."""
+
+
 def _check_dpo(train: TrainConfig) -> None:
     dpo = train.dpo
+    if dpo.f_divergence_type != "reverse_kl" and set(dpo.losses) <= set(NO_DIVERGENCE):
+        raise ConfigError(
+            f"train.dpo.f_divergence_type={dpo.f_divergence_type}",
+            f"is of no use to train.dpo.loss_type={shown_value(dpo.loss_type)}",
+            "leave it out, or write another loss_type such as sigmoid",
+        )
     if dpo.loss_weights is not None and len(dpo.loss_weights) != len(dpo.losses):
         raise ConfigError(
             f"train.dpo.loss_weights={shown_value(dpo.loss_weights)}",
@@ -512,13 +529,29 @@ def _check_kept_teacher(config: Config) -> None:
             )
 
 
+def _check_kept_reference(config: Config) -> None:
+    """One reference serves all trials, in the precision in which they compute."""
+    assert config.search is not None
+    needed = any(OBJECTIVES[name].reference for name in objectives_of(config))
+    key = next((key for key in config.search.space if key in OF_THE_REFERENCE), None)
+    if needed and key is not None:
+        raise ConfigError(
+            f"search.space.{key}",
+            "changes the numbers of the reference, which is computed once for all trials",
+            f"delete the line and set {key} once",
+        )
+
+
+OF_THE_REFERENCE = ("train.precision", "model.dtype", "model.attention")
+
+
 def _check_metrics(config: Config) -> None:
     assert config.search is not None
     _check_scale(config)
-    if "train.objective" in config.search.space:
-        return
-    data, objective = config.data, config.train.objective
-    given = [figure.name for figure in figures(objective, data.problem, trained=True)]
+    data, names = config.data, objectives_of(config)
+    objective = one_of(names)
+    of_each = [[each.name for each in figures(n, data.problem, trained=True)] for n in names]
+    given = [name for name in of_each[0] if all(name in each for each in of_each)]
     several = data.train if isinstance(data.validation, float) else data.validation
     named = several if isinstance(several, list) else []
     of_sources = [f"eval_loss:{source.called}" for source in named]

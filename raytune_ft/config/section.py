@@ -25,7 +25,8 @@ def parse_size(text: str, key: str = "--max-shard-size") -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ConfigError(f"{key}={text}", "is not a size", "write for example 5GB or 500MB")
+        shown = text if len(text) < 60 else f"{text[:57]}..."
+        raise ConfigError(f"{key}={shown}", "is not a size", "write for example 5GB or 500MB")
     return size
 
 

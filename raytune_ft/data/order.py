@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig, MixedSource
 from raytune_ft.data.formats import Example
+from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
 
@@ -121,23 +122,37 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Train and validation examples; every source gives the fraction, so that each is measured.
 
-    Examples of one row stay together, and so do pairs of answers to one prompt.
+    Examples of one row stay together, and so do rated answers to one prompt, of all sources.
     """
     kept, held = list[Example](), list[Example]()
     for number in sorted({one.source for one in rows}):
         found: dict[str | bytes, list[Example]] = {}
         for one in rows:
             if one.source == number:
-                key = one.prompt if PARTS in one.columns else one.origin
+                key = one.prompt if _is_rated(one) else one.origin
                 found.setdefault(key, []).append(one)
         groups = list(found.values())
+        if len(groups) == 1 and _is_rated(groups[0][0]):
+            raise DataError(
+                f"data.validation={fraction:g}",
+                "draws prompts, and all answers are to one prompt",
+                "write a source as data.validation",
+            )
         if len(groups) == 1:  # an only row, such as a file that is one document
             groups = [[one] for one in groups[0]]
         label = f"train.{names[number]}" if names else "train"
         train, validation = draw_validation(len(groups), fraction, seed, number, label)
         kept += [one for i in train for one in groups[i]]
         held += [one for i in validation for one in groups[i]]
-    return kept, held
+    asked = {one.prompt for one in held if _is_rated(one)}  # another source may ask the same
+    return [one for one in kept if one.prompt not in asked], held + [
+        one for one in kept if one.prompt in asked
+    ]
+
+
+def _is_rated(example: Example) -> bool:
+    """Whether it has answers that are compared with others to the same prompt."""
+    return PARTS in example.columns or DESIRABLE in example.columns
 
 
 Indices = npt.NDArray[np.int64]

@@ -50,10 +50,11 @@ def constant_scores(
     return scores_of(torch.from_numpy(answer_L).repeat(len(split), 1), split, objective, figures)
 
 
-def longer_scores(
+def length_scores(
     train: TokenizedSplit, split: TokenizedSplit, objective: Reward, figures: tuple[Figure, ...]
 ) -> dict[str, Scores]:
-    """Scores of the rule that the longer answer of a pair is the better one.
+    """Scores of the rule that the longer answer of a pair is the better one, or the shorter one,
+    whichever was chosen more often in training pairs.
 
     Its margin is the same for all pairs: the logit of the share of training pairs, with one more
     each way, in which the longer answer was chosen. Of answers of one length it prefers none.

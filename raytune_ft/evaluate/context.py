@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.objectives import TOKEN_FIGURES, Figure
@@ -19,7 +20,7 @@ from raytune_ft.evaluate.generate import BACKENDS, choose_backend
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.model.heads import Head, reading
 from raytune_ft.model.lengths import apart_of
-from raytune_ft.model.load import Precision, base_dtype, disk_dtype, pad_token
+from raytune_ft.model.load import Precision, disk_dtype, pad_token
 from raytune_ft.model.meta import build_measured
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.model.objectives import Objective, TokenObjective
@@ -130,13 +131,13 @@ def runner_of(
     base: ModelConfig | None = None,
     head: Head | None = None,
     strategy: Strategy | None = None,
-    precision: Precision | None = None,
+    computes: tuple[torch.dtype, Precision] | None = None,
 ) -> ModelRunner:
     """A model as it is measured: no autocast, no packing, the dtype that it has on disk.
 
     An adapter that cannot be folded works in `base`. `head` is the task head that the model has.
-    `strategy` lays it over several processes; None is this one alone. With a `precision` it
-    computes as the frozen base of a run in that precision does.
+    `strategy` lays it over several processes; None is this one alone. `computes` replaces the dtype
+    of its weights and the precision of its passes.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -146,7 +147,7 @@ def runner_of(
     adapter = Path(model.path) if base is not None and unfoldable(Path(model.path)) else None
     under = base if adapter is not None and base is not None else model
     in_parts = strategy.takes_parts and adapter is None
-    dtype = disk_dtype(under, head) if precision is None else base_dtype(under, precision)
+    dtype, precision = computes or (disk_dtype(under, head), strategy.precision)
     made = build_measured(under, dtype, in_parts, head)
     built: Any = made.model
     if adapter is not None:
@@ -163,7 +164,7 @@ def runner_of(
         head=output,
         names=[],
         strategy=strategy,
-        precision=precision or strategy.precision,
+        precision=precision,
         pad_token=pad_token(tokenizer) if head is None else own_pad,
         micro_tokens=choose_micro_tokens("auto", strategy.device),
         packing=False,

@@ -146,7 +146,7 @@ def evaluate_directory(
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
-    data = referenced(config, data, tell, workers=workers)
+    data = referenced(config, data, tell, workers=workers, measured=True)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
     head = head_of(config, data.report)

@@ -27,7 +27,7 @@ from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_lo
 from raytune_ft.errors import OutOfMemory, StorageError, first_line
 from raytune_ft.evaluate.columns import batches, columns_of, label_columns_of
 from raytune_ft.evaluate.context import runner_of
-from raytune_ft.evaluate.workers import HERE, Workers
+from raytune_ft.evaluate.workers import HERE, Workers, whole
 from raytune_ft.files import sha256_of
 from raytune_ft.layout import reference_file
 from raytune_ft.locks import WAIT, Wait, locked
@@ -35,6 +35,8 @@ from raytune_ft.model.hub import reference_model, teacher_model
 from raytune_ft.model.load import (
     Precision,
     base_file_hashes,
+    disk_dtype,
+    dtype_of,
     load_model_config,
     load_tokenizer,
     resolve_model_path,
@@ -90,12 +92,14 @@ def referenced(
     tell: Tell,
     accept: Callable[[DataReport], object] = lambda report: None,
     workers: Workers = HERE,
+    measured: bool = False,
 ) -> PreparedData:
     """The data with the log-probabilities of all label tokens under the reference, where the
     objective, or that of a trial, needs one.
 
-    They are computed once for all runs over these data and this reference. `accept` may refuse the
-    data by raising, before anything is computed.
+    The reference computes as a run of this config does at its start, or, `measured`, as models do
+    that promotion measures: rounding would otherwise count as a preference. They are computed once
+    for all that compute alike. `accept` may refuse the data by raising, before that.
 
     Raises:
         ModelError: the reference cannot be loaded.
@@ -104,14 +108,19 @@ def referenced(
     if not any(OBJECTIVES[name].reference for name in objectives_of(config)):
         return data
     model, precision = reference_model(config), config.train.precision
-    sha256 = _sha256(model, precision)
+    sha256 = _sha256(model, "reference")
     accept(replace(data.report, reference=sha256))
-    blocks = data.path.with_name(f".reference-{sha256[:16]}-{data.path.name[:16]}")
+    computes = disk_dtype(model), whole().precision
+    if not measured:
+        computes = dtype_of(model, config.method, precision), precision
+    key = f"{sha256} {computes[0]} {'autocast' if computes[1] == 'bfloat16' else 'plain'}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    blocks = data.path.with_name(f".reference-{digest[:16]}-{data.path.name[:16]}")
 
     def add(folder: Path) -> dict[str, object]:
         tell(f"the reference {model.path} computes the log-probabilities of every answer once")
         blocks.mkdir(parents=True, exist_ok=True)
-        workers.each(_reference_logps, [(model, precision, data.path, blocks)])
+        workers.each(_reference_logps, [(model, computes, data.path, blocks)])
         files = {}
         for name in data.all_splits:
             parts = [np.load(path) for path in sorted(blocks.glob(f"{name}-*.npy"))]
@@ -121,14 +130,16 @@ def referenced(
 
     waits = "has a reference pass of another process"
     with locked(blocks.with_suffix(".lock"), waits, WAIT, Wait(math.inf, tell)):
-        kept = derived(data, sha256, add)
+        kept = derived(data, digest, add)
         shutil.rmtree(blocks, ignore_errors=True)
     return kept
 
 
-def _reference_logps(job: tuple[ModelConfig, Precision, Path, Path], strategy: Strategy) -> None:
+def _reference_logps(
+    job: tuple[ModelConfig, tuple[torch.dtype, Precision], Path, Path], strategy: Strategy
+) -> None:
     """Write the log-probabilities of each block of each split that is not there yet."""
-    model, precision, data_dir, folder = job
+    model, computes, data_dir, folder = job
     data = open_prepared(data_dir)
     todo = [
         (name, np.arange(start, min(start + REFERENCE_BLOCK, len(split))))
@@ -139,7 +150,7 @@ def _reference_logps(job: tuple[ModelConfig, Precision, Path, Path], strategy: S
     left = strategy.from_rank0([not path.is_file() for path in paths])
     if not any(left):
         return
-    runner = runner_of(model, load_tokenizer(model), strategy=strategy, precision=precision)
+    runner = runner_of(model, load_tokenizer(model), strategy=strategy, computes=computes)
     for path, (name, indices), needed in zip(paths, todo, left, strict=True):
         if not needed:
             continue

@@ -56,7 +56,7 @@ class Evaluation:
         split, examples: what `base`, `promoted` and `differences` were measured on.
         base, promoted: figure -> value.
         reference: what `base` has the figures of: "base", or where the base has no head a rule,
-            "constant" for a classifier and "longer" for a reward model.
+            "constant" for a classifier and "length" for a reward model.
         looks: how often the split has been measured for this run or sweep.
         metric, mode: the figure that decided, and which way is better.
         winner: the promoted candidate; `tied` where a less simple one has a better value, and the

@@ -23,7 +23,7 @@ from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
-from raytune_ft.evaluate.classifier import constant_scores, longer_scores
+from raytune_ft.evaluate.classifier import constant_scores, length_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
     Measured,
@@ -84,7 +84,7 @@ from raytune_ft.records import Tell, to_json
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of
 
-CONSTANT, LONGER = "constant", "longer"
+CONSTANT, LENGTH = "constant", "length"
 """The reference of classifiers: a constant answer, the one with the smallest training loss."""
 
 
@@ -160,7 +160,7 @@ class Measurer:
         """
         if self.head is None:
             return BASE_NAME
-        return LONGER if self.data.report.pairs else CONSTANT
+        return LENGTH if self.data.report.pairs else CONSTANT
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
@@ -195,7 +195,7 @@ class Measurer:
         objective = evaluation_objective(self.jobs.train, self.data)
         own = figures(self.jobs.train.objective, head.problem)
         if isinstance(objective, Reward):
-            return Measured(longer_scores(train, measured, objective, own))
+            return Measured(length_scores(train, measured, objective, own))
         assert isinstance(objective, Classification)
         return Measured(constant_scores(train, measured, objective, own))
 
@@ -362,6 +362,7 @@ class _Promoter:
             prepare_data(data, self._tokenizer, selection.data_seed, cache_dir, tell),
             tell,
             workers=workers,
+            measured=True,
         )
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)

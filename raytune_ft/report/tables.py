@@ -196,8 +196,8 @@ def measured_on(evaluation: Record) -> str:
 
 RULES = {
     "constant": "The constant gives every example the one answer that suits the training set best",
-    "longer": "Under the rule `longer`, the longer answer of a pair wins, as surely as it does in "
-    "the training set",
+    "length": "Under the rule `length`, the longer answer of a pair wins, or the shorter one, "
+    "whichever does more often in the training set",
 }
 """What stands in for a base that has no head."""
 

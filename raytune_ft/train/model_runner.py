@@ -68,7 +68,8 @@ class ModelRunner:
     those of an evaluation. `reading` is how a task head reads its examples, None where the model
     predicts tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward
     pass, and `balance` is the router loss of a mixture of experts. Logits of at most `block` label
-    tokens are there at a time; None: of all of a batch.
+    tokens are there at a time; None: of all of a batch. Packed rows are at most `row_limit` long,
+    unless an example is longer.
     """
 
     model: nn.Module
@@ -91,6 +92,7 @@ class ModelRunner:
     apart: Apart = FREELY
     balance: Balance | None = None
     block: int | None = None
+    row_limit: int = 0
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""
@@ -153,7 +155,7 @@ class ModelRunner:
     @property
     def wide(self) -> int:
         """How long packed rows may be where attention is computed by example, as fits a pass."""
-        return self.micro_tokens if self.by_example or self.flash else 0
+        return min(self.micro_tokens, self.row_limit) if self.by_example or self.flash else 0
 
     def layout(self, split: TokenizedSplit, indices: Indices) -> list[MicroLayout]:
         """This rank's micro-batches of a step over these examples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -320,6 +321,7 @@ def build_runner(
         noise=config.train.neftune_alpha,
         apart=_apart(config, model),
         balance=balance_of(model),
+        row_limit=_row_limit(model, max(extent[1], widest)),
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)
@@ -348,6 +350,15 @@ def build_runner(
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
     without = f"data.packing: auto does not pack, because {reason}"
     return replace(runner, notes=(*runner.notes, without))
+
+
+def _row_limit(model: nn.Module, longest: int) -> int:
+    """The longest row that is on the same side of every length that the model's configuration names
+    as the longest example, so that packing need not be tried beyond it.
+    """
+    longest += virtual_tokens(model)
+    above = [each for each in thresholds_of(model.config, sys.maxsize) if each >= longest]
+    return min(above, default=sys.maxsize)
 
 
 def _apart(config: Config, model: nn.Module) -> Apart:
@@ -425,8 +436,7 @@ def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest:
     if method is not None and method.unpackable:
         return method.unpackable
     probe = _probe(runner, vocabulary)
-    widest = max(longest, widest, runner.wide)
-    thresholds = thresholds_of(runner.model.config, widest + probe.virtual)
+    thresholds = thresholds_of(runner.model.config, max(longest, widest) + probe.virtual)
     inner = [each - probe.virtual for each in thresholds if each - probe.virtual > 1]
     return strategy.from_rank0(probe.against_packing(longest, inner))
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+DESIRABLE = "desirable"
+"""Column of examples: 1 where an answer is desirable, 0 where it is not."""
+
+
 @dataclass(frozen=True)
 class Example:
     """Token ids and the label mask of one row; the first token is never a label.

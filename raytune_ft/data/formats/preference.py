@@ -60,36 +60,59 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
     if isinstance(chosen, list) != isinstance(rejected, list):
         detail = f"one of {source.chosen!r} and {source.rejected!r} is a list of turns"
         return BadRow(row.origin, "wrong_type", detail)
-    if isinstance(chosen, list):
-        for name, turns in ((source.chosen, chosen), (source.rejected, rejected)):
-            if not turns:
-                return BadRow(row.origin, "empty", f"{name!r} has no turn behind the prompt")
-        return None
-    if asked is None:
-        return BadRow(row.origin, "empty", f"{source.prompt!r} has no value")
-    texts = Row(row.origin, {**row.values, source.prompt: asked})
-    found = (bad_text(texts, name) for name in (source.prompt, source.chosen, source.rejected))
-    return next(filter(None, found), None)
+    if not isinstance(chosen, list):
+        if asked is None:
+            detail = f"{source.prompt!r} has no value, and answers that are texts need it"
+            return BadRow(row.origin, "empty", detail)
+        texts = Row(row.origin, {**row.values, source.prompt: asked})
+        found = (bad_text(texts, name) for name in (source.prompt, source.chosen, source.rejected))
+        return next(filter(None, found), None)
+    if not asked:
+        detail = f"{source.prompt!r} has no value, and the answers have no common beginning"
+        return BadRow(row.origin, "empty", detail)
+    for name, turns in ((source.chosen, chosen), (source.rejected, rejected)):
+        if not turns:
+            return BadRow(row.origin, "empty", f"{name!r} has no turn behind the prompt")
+        if isinstance(turns[0], dict) and turns[0].get("role") in ASKING:
+            detail = f"{name!r} begins with a turn of the {turns[0]['role']} behind the prompt"
+            return BadRow(row.origin, "prompts_differ", detail)
+    return None
+
+
+ASKING = ("system", "developer", "user")
+"""Roles of turns that belong to a prompt."""
 
 
 def _parts(source: SourceConfig, row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected answer: texts, or lists of turns."""
     values = row.values
-    chosen, rejected = (_turns(values[name]) for name in (source.chosen, source.rejected))
+    chosen, rejected = _answers(values[source.chosen], values[source.rejected])
     asked = _turns(values.get(source.prompt))
     if asked is None:
         asked = _prompt_beside(values)
+    elif isinstance(values.get("system"), str) and values["system"].strip():
+        asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        if asked[0]["role"] != "system":
+            asked = [{"role": "system", "content": values["system"]}, *asked]
     whole = isinstance(chosen, list) and isinstance(rejected, list)
     if isinstance(asked, list) and not (whole and chosen[: len(asked)] == asked):
         return asked, _as_turns(chosen), _as_turns(rejected)
     if not whole:
         return asked, chosen, rejected
-    common = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    )
-    if common == 0 and isinstance(asked, str):
+    pairs = zip(chosen, rejected, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if isinstance(asked, str) and not any(turn.get("role") == "user" for turn in chosen[:common]):
         return [{"role": "user", "content": asked}], chosen, rejected
     return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _answers(chosen: Any, rejected: Any) -> tuple[Any, Any]:
+    """As turns where they are turns; texts that are JSON only where both hold turns."""
+    found = _turns(chosen), _turns(rejected)
+    texts = isinstance(chosen, str), isinstance(rejected, str)
+    if all(texts) and not all(isinstance(each, list) for each in found):
+        return chosen, rejected
+    return found
 
 
 def _prompt_beside(values: dict[str, Any]) -> Any:
@@ -109,7 +132,7 @@ def _turns(value: Any) -> Any:
     """Turns in OpenAI's form, of which one alone is a list of one; anything else as it is."""
     found = parsed(value)
     found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(map(_is_turn, found)):
+    if not isinstance(found, list) or not found or not all(map(_is_turn, found)):
         return value
     return [
         {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
@@ -120,7 +143,11 @@ def _turns(value: Any) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and ("role" in value or "from" in value)
+    if not isinstance(value, dict):
+        return False
+    named = value.get("role", value.get("from"))
+    said = any(key in value for key in ("content", "value", "tool_calls"))
+    return isinstance(named, str) and said
 
 
 def _as_turns(answer: Any) -> Any:

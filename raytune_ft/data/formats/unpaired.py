@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats.example import Encoder, Example, RowReader
+from raytune_ft.data.formats.example import DESIRABLE, Encoder, Example, RowReader
 from raytune_ft.data.formats.prompt_completion import PROMPT_COMPLETION
 from raytune_ft.data.order import permutation
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.split import TokenizedSplit
 
-DESIRABLE = "desirable"
-"""Column of examples: 1 where the answer is desirable, 0 where it is not."""
 LABELS: dict[Any, float] = {
     **dict.fromkeys((True, 1, "true", "True", "1"), 1.0),
     **dict.fromkeys((False, 0, "false", "False", "0"), 0.0),
@@ -30,7 +28,7 @@ def _columns(source: SourceConfig) -> dict[str, str]:
 
 def _check(source: SourceConfig, row: Row) -> BadRow | None:
     value = row.values[source.label]
-    if not isinstance(value, bool | int | str) or value not in LABELS:
+    if not isinstance(value, bool | int | float | str) or value not in LABELS:
         detail = f"{source.label!r} is {value!r:.40}, and may be true, false, 1 or 0"
         return BadRow(row.origin, "bad_label", detail)
     return PROMPT_COMPLETION.check(source, row)
@@ -39,13 +37,17 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
 def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    made = PROMPT_COMPLETION.encode(encoder, source, separator, rows)
+    plain = source.model_copy(update={"format": "prompt_completion"})
+    made = PROMPT_COMPLETION.encode(encoder, plain, separator, rows)
     return [
-        one
-        if isinstance(one, BadRow)
-        else replace(one, columns={DESIRABLE: (LABELS[row.values[source.label]],)})
+        one if isinstance(one, BadRow) else _labelled(one, LABELS[row.values[source.label]])
         for row, one in zip(rows, made, strict=True)
     ]
+
+
+def _labelled(example: Example, label: float) -> Example:
+    others = tuple(_labelled(other, label) for other in example.others)
+    return replace(example, columns={**example.columns, DESIRABLE: (label,)}, others=others)
 
 
 UNPAIRED = RowReader(

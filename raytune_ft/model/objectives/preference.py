@@ -114,7 +114,7 @@ def _scores(answers: Answers, dpo: DpoConfig) -> tuple[Tensor, Tensor]:
 
     def score(log_ratio: Tensor) -> Tensor:
         if dpo.f_divergence_type == "forward_kl":
-            return 1 - torch.exp(-log_ratio)
+            return 1 - torch.exp((-log_ratio).clamp_max(LARGEST_EXPONENT))
         if dpo.f_divergence_type == "js_divergence":
             return math.log(2) + F.logsigmoid(log_ratio)
         power = dpo.f_alpha_divergence_coef - 1
@@ -126,7 +126,7 @@ def _scores(answers: Answers, dpo: DpoConfig) -> tuple[Tensor, Tensor]:
 
 
 LARGEST_EXPONENT = 80.0
-"""Keeps the exponential of an alpha divergence finite in float32, as TRL does."""
+"""Keeps exponentials finite in float32, as TRL does in the alpha divergence."""
 
 
 def _delta(answers: Answers, dpo: DpoConfig) -> Tensor:
@@ -204,7 +204,8 @@ def discopop(answers: Answers, dpo: DpoConfig) -> Tensor:
     """DiscoPOP (arXiv 2406.08414, eq. 5)."""
     delta = _delta(answers, dpo)
     share = (delta / dpo.discopop_tau).sigmoid()
-    return -F.logsigmoid(delta) * (1 - share) + torch.exp(-delta) * share
+    exponential = torch.exp((-delta).clamp_max(LARGEST_EXPONENT))
+    return -F.logsigmoid(delta) * (1 - share) + exponential * share
 
 
 def sigmoid_norm(answers: Answers, dpo: DpoConfig) -> Tensor:
@@ -235,7 +236,7 @@ class PairObjective(Objective):
 
     A term on the likelihood of chosen answers is a mean over the tokens of the whole step, as in a
     supervised run, and so does not depend on how a step is cut into micro-batches.
-    `pairs_per_token` are the step's pairs over the tokens of their chosen answers.
+    `pairs_per_token` are the step's pairs over the tokens of their chosen answers, both weighted.
     """
 
     of_tokens: ClassVar[bool] = True
@@ -259,7 +260,9 @@ class PairObjective(Objective):
 
     def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> PairObjective:
         chosen_E = np.diff(split.part_labels)[np.asarray(indices) * split.parts]
-        return replace(self, pairs_per_token=len(indices) / max(1, int(chosen_E.sum())))
+        weights_E = self.known(split, indices)["counted"]
+        tokens = float((weights_E * chosen_E).sum())
+        return replace(self, pairs_per_token=float(weights_E.sum()) / (tokens or 1.0))
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Pairs, each with its weight."""

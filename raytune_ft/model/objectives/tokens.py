@@ -174,8 +174,10 @@ class TokenObjective(Objective):
         values_KN = forward.by_label(batch, stacked).T
         rows = {name: row.reshape(groups, -1) for name, row in zip(names, values_KN, strict=True)}
         right_GN = rows["right"] = rows["right"] > 0
-        wrong_GE = right_GN.new_zeros(groups, len(once.spans), dtype=torch.int64)
-        wrong_GE.index_add_(1, once.owners_N, (~right_GN).long())
+        wrong_GQ = right_GN.new_zeros(groups, len(once.spans), dtype=torch.int64)
+        wrong_GQ.index_add_(1, once.owners_N, (~right_GN).long())
+        members_PE = once.members_PE
+        wrong_GE = wrong_GQ if members_PE is None else wrong_GQ[:, members_PE].sum(1)
         return Columns(rows, {"exact": wrong_GE == 0})
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:

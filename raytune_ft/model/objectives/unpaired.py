@@ -13,7 +13,7 @@ from torch import Tensor
 from raytune_ft.config.preference import KtoConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.formats.unpaired import DESIRABLE
+from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit

@@ -117,7 +117,7 @@ def test_answers_that_are_json_are_texts(
         ({"prompt": "p", "chosen": 3, "rejected": "a"}, "wrong_type"),
         ({"prompt": ASKED, "chosen": [FOUR], "rejected": 3}, "wrong_type"),
         ({"chosen": ASKED, "rejected": [*ASKED, FIVE]}, "empty"),
-        ({"prompt": ASKED, "chosen": ASKED, "rejected": [FIVE]}, "no_trained_turn"),
+        ({"prompt": ASKED, "chosen": ASKED, "rejected": [FIVE]}, "prompts_differ"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "by": "much"}, "bad_margin"),
     ],
 )
@@ -169,3 +169,67 @@ def test_what_the_report_says(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     assert "the longer answer is chosen in 62% of pairs" in str(train)
     assert "2 contradict others" in str(train)
     assert report.pairs["validation"].contradictory == 0
+
+
+def test_a_system_turn_beside_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    row = {"system": "Be brief.", "prompt": "2 + 2?", "chosen": "four", "rejected": "it is five"}
+    turns = [{"role": "system", "content": "Be brief."}, *ASKED]
+    others = [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(3)]
+    one = prepared(tokenizer, tmp_path, [row, *others])
+    other = prepared(tokenizer, tmp_path, [{**TURNS, "prompt": turns}, *others])
+    assert (one.train.sha256, one.validation.sha256) == (
+        other.train.sha256,
+        other.validation.sha256,
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "chosen": [FOUR], "rejected": [*ASKED, FIVE]},
+        {"chosen": [*ASKED, FOUR], "rejected": [{"role": "user", "content": "3?"}, FIVE]},
+        {"prompt": None, "chosen": [FOUR], "rejected": [FIVE]},
+    ],
+)
+def test_answers_to_other_prompts_are_bad(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any]
+) -> None:
+    good = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
+    (cause,) = prepared(tokenizer, tmp_path, [row, *good]).report.sources["train"].bad
+    assert cause in ("prompts_differ", "empty")
+
+
+def test_sources_that_ask_the_same_share_no_prompt_with_validation(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    files = []
+    for name in ("one", "two"):
+        rows = [{"prompt": f"p{n}", "chosen": f"a{name}", "rejected": "b"} for n in range(40)]
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(file), "format": "preference"} for file in files]
+    config = DataConfig.model_validate({"train": sources, "validation": 0.2, "max_length": 64})
+    report = prepare_data(config, tokenizer, 0, tmp_path / "cache").report
+    assert report.overlaps == {"train/validation": 0}
+    alike = [{"prompt": "p", "chosen": f"a{n}", "rejected": "b"} for n in range(9)]
+    with pytest.raises(DataError, match="all answers are to one prompt"):
+        prepared(tokenizer, tmp_path, alike)
+
+
+def test_rated_chats_and_their_prompts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{n % 10}?"}],
+            "completion": [answer],
+            "label": good,
+        }
+        for n in range(20)
+        for answer, good in ((FOUR, True), (FIVE, False))
+    ]
+    data = prepared(tokenizer, tmp_path, rows, source={"format": "unpaired"}, validation=0.3)
+    assert data.report.overlaps == {"train/validation": 0}
+    assert data.train.partners is not None
+    assert len(data.train.partners) == len(data.train) == 28
+    assert data.train.columns["desirable"].mean() == 0.5

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardConfig, SimpoConfig
 from raytune_ft.config.schema import Config
+from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.formats.preference import MARGIN
-from raytune_ft.data.formats.unpaired import DESIRABLE
 from raytune_ft.data.order import Order
 from raytune_ft.data.prepare import PreparedData, open_prepared
 from raytune_ft.data.split import TokenizedSplit
@@ -160,7 +160,7 @@ def one_token_prompts(inputs: Path) -> Path:
     path = inputs / "short.jsonl"
     if not path.is_file():
         rows = [json.loads(line) for line in (inputs / "rows.jsonl").read_text().splitlines()]
-        kept = [{**row, "prompt": "x"} for row in rows]
+        kept = [{**row, "prompt": "abcdefghij"[n % 10]} for n, row in enumerate(rows)]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return path
 
