@@ -499,9 +499,27 @@ PREFERENCES: list[Case] = [
         "data.max_bad_fraction=0.01",
     ),
     (
-        f"{DPO} data.train.margin=by",
+        "raytune-ft train jobs/reward.yaml data.train.margin=by",
         "data.train.margin=by",
         "prompt, chosen, rejected",
+    ),
+    (f"{DPO} data.train.margin=by", "data.train.margin=by", "dpo", "train.objective: reward"),
+    (
+        f"{DPO} train.dpo.loss_type=apo_zero train.dpo.f_divergence_type=forward_kl",
+        "train.dpo.f_divergence_type=forward_kl",
+        "apo_zero",
+    ),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.space.train.precision.choice=[float32,bfloat16]",
+        "search.space.train.precision",
+        "the reference",
+    ),
+    (
+        "raytune-ft sweep jobs/dpo.yaml search.metric=eval_kl "
+        "search.space.train.objective.choice=[dpo,orpo]",
+        "search.metric=eval_kl",
+        "dpo or orpo",
+        "eval_reward_accuracy",
     ),
     (
         f"{DPO} train.objective=kto data.test=null data.train.path=good.jsonl "

@@ -87,7 +87,7 @@ def test_the_config_knows_it_while_it_is_there(config: Config) -> None:
     with pytest.raises(ConfigError, match=rf"label_smoothing=0\.1 .*train\.objective={NAME}"):
         apply_overrides(config, {"train.label_smoothing": 0.1})
     del OBJECTIVES[NAME]
-    with pytest.raises(ConfigError, match=rf"objective={NAME} is not sft, clm, .* or kd"):
+    with pytest.raises(ConfigError, match=rf"objective={NAME} is not sft, clm, .* or reward"):
         apply_overrides(config, {"train.lr": 0.1})
     OBJECTIVES[NAME] = ENTRY
 

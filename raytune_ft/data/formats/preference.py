@@ -95,7 +95,8 @@ def _parts(source: SourceConfig, row: Row) -> tuple[Any, Any, Any]:
         if asked[0]["role"] != "system":
             asked = [{"role": "system", "content": values["system"]}, *asked]
     whole = isinstance(chosen, list) and isinstance(rejected, list)
-    if isinstance(asked, list) and not (whole and chosen[: len(asked)] == asked):
+    repeated = whole and all(each[: len(asked or ())] == asked for each in (chosen, rejected))
+    if isinstance(asked, list) and not repeated:
         return asked, _as_turns(chosen), _as_turns(rejected)
     if not whole:
         return asked, chosen, rejected
