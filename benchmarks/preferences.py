@@ -109,9 +109,9 @@ def trl_trainer(base: Path, rows: Path, flags: dict[str, Any], **settings: Any) 
 
     torch.set_num_threads(THREADS)
     rank = settings.pop("rank", RANK)
-    dataset = settings.pop("dataset", None) or load_dataset(
-        "json", data_files=str(rows), split="train"
-    ).map(lambda row: {"prompt": row["prompt"] + "\n"})
+    dataset = load_dataset("json", data_files=str(rows), split="train").map(
+        lambda row: {"prompt": row["prompt"] + "\n"}
+    )
     return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=DPOConfig(
@@ -232,8 +232,8 @@ def sweep_ours(base: Path) -> dict[str, float]:
 
 
 def sweep_trl(base: Path) -> dict[str, float]:
-    """One trainer after another in one process; the reference is computed for the first alone."""
-    begun, dataset = time.perf_counter(), None
+    """One trainer after another in one process; TRL keeps the reference of the first."""
+    begun = time.perf_counter()
     for beta, lr, rank in points():
         trainer = trl_trainer(
             base,
@@ -246,9 +246,7 @@ def sweep_trl(base: Path) -> dict[str, float]:
             per_device_train_batch_size=SWEEP_BATCH,
             max_length=SWEEP_LENGTH,
             max_steps=TRIAL_PAIRS // SWEEP_BATCH,
-            dataset=dataset,
         )
-        dataset = trainer.train_dataset
         trainer.train()
     return {"seconds": time.perf_counter() - begun}
 
