@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from raytune_ft.data.formats import (
 from raytune_ft.data.formats.classification import read_labels
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import SourceReport, facts
-from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.rows import BadRow, Row, number_of
 from raytune_ft.data.sources import BATCH_ROWS, Source
 from raytune_ft.data.split import PARTS
 from raytune_ft.errors import DataError
@@ -141,12 +140,8 @@ def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example 
     """With the difficulty from `column`, a number, which some formats hold as text."""
     if isinstance(result, BadRow) or isinstance(row, BadRow):
         return result
-    value = row.values[column]
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = number_of(row.values[column])
+    if number is None:
         return BadRow(row.origin, "bad_difficulty", f"{column!r} is not a number")
     others = tuple(replace(other, difficulty=number) for other in result.others)
     return replace(result, difficulty=number, others=others)

@@ -5,7 +5,6 @@ A format is one `RowReader` and one entry of `config.data.FORMATS`, which says h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +19,7 @@ from raytune_ft.data.formats.conversation import parsed
 from raytune_ft.data.formats.example import Encoder, Example, RowReader
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.report import DataReport, prompt_key
-from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.rows import BadRow, Row, number_of
 from raytune_ft.data.sources import Source
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit
 from raytune_ft.errors import DataError
@@ -136,11 +135,8 @@ def _completed(reader: RowReader, source: SourceConfig, row: Row, example: Examp
 
 
 def _weight(value: Any) -> float | None:
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-    return weight if math.isfinite(weight) and weight >= 0 else None
+    weight = number_of(value)
+    return None if weight is None or weight < 0 else weight
 
 
 def describe_example(

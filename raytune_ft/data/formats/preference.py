@@ -11,7 +11,6 @@ Files write them in four ways, which are told apart row by row:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -23,7 +22,7 @@ from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.formats.chat import CHAT
 from raytune_ft.data.formats.conversation import SPEAKERS, parsed
 from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text, example_of
-from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.rows import BadRow, Row, number_of
 from raytune_ft.data.split import PARTS
 
 MARGIN = "margin"
@@ -54,7 +53,7 @@ def _check(source: SourceConfig, row: Row) -> BadRow | None:
     asked, chosen, rejected = _parts(source, row)
     if chosen == rejected:
         return BadRow(row.origin, "same_answers", f"{source.chosen!r} is {source.rejected!r}")
-    if source.margin is not None and _margin(row.values[source.margin]) is None:
+    if source.margin is not None and number_of(row.values[source.margin]) is None:
         shown = repr(row.values[source.margin])[:40]
         return BadRow(row.origin, "bad_margin", f"{shown} is not a number")
     if isinstance(chosen, list) != isinstance(rejected, list):
@@ -156,14 +155,6 @@ def _as_turns(answer: Any) -> Any:
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
-def _margin(value: Any) -> float | None:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
@@ -228,7 +219,7 @@ def _paired(
 ) -> Example | BadRow:
     if isinstance(chosen, BadRow) or isinstance(rejected, BadRow):
         return chosen if isinstance(chosen, BadRow) else rejected
-    margin = None if source.margin is None else _margin(row.values[source.margin])
+    margin = None if source.margin is None else number_of(row.values[source.margin])
     return Example(
         row.origin,
         np.concatenate([chosen.ids, rejected.ids]),

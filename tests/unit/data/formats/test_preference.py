@@ -119,6 +119,7 @@ def test_answers_that_are_json_are_texts(
         ({"chosen": ASKED, "rejected": [*ASKED, FIVE]}, "empty"),
         ({"prompt": ASKED, "chosen": ASKED, "rejected": [FIVE]}, "prompts_differ"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "by": "much"}, "bad_margin"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "by": 10**400}, "bad_margin"),
     ],
 )
 def test_bad_pairs(
