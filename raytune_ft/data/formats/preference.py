@@ -12,16 +12,15 @@ Files write them in four ways, which are told apart row by row:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats.chat import CHAT
 from raytune_ft.data.formats.conversation import SPEAKERS, parsed
-from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text, example_of
+from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text
+from raytune_ft.data.formats.prompt_completion import PROMPT_COMPLETION
 from raytune_ft.data.rows import BadRow, Row, number_of
 from raytune_ft.data.split import PARTS
 
@@ -29,7 +28,6 @@ MARGIN = "margin"
 """Column of examples: how much better the chosen answer is."""
 BESIDE = ("conversations", "instruction", "input", "system")
 """Columns of LLaMA-Factory's files that hold the prompt."""
-_ANSWER = "completion"
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -159,59 +157,43 @@ def _encode(
     encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
     """An example of two sequences for each row, prompt and chosen, prompt and rejected."""
-    parts = [_parts(source, row) for row in rows]
-    answers = [
-        _answered(encoder, source, separator, rows, [(one[0], one[number]) for one in parts])
-        for number in (1, 2)
-    ]
-    return [
-        _paired(source, row, chosen, rejected)
-        for row, chosen, rejected in zip(rows, *answers, strict=True)
-    ]
+    chosen, rejected = list[Row](), list[Row]()
+    for row in rows:
+        asked, *answers = _parts(source, row)
+        tools = {} if source.tools is None else {"tools": row.values.get(source.tools)}
+        for side, answer in zip((chosen, rejected), answers, strict=True):
+            side.append(Row(row.origin, {"prompt": asked, "completion": answer, **tools}))
+    sides = [_answered(encoder, source, separator, side) for side in (chosen, rejected)]
+    return [_paired(source, *one) for one in zip(rows, *sides, strict=True)]
 
 
 def _answered(
-    encoder: Encoder,
-    source: SourceConfig,
-    separator: str,
-    rows: Sequence[Row],
-    asked: Sequence[tuple[Any, Any]],
+    encoder: Encoder, source: SourceConfig, separator: str, rows: Sequence[Row]
 ) -> list[Example | BadRow]:
-    """Prompt and answer of each row, with loss on the answer."""
-    chats, texts = {}, {}
-    for number, (row, (prompt, answer)) in enumerate(zip(rows, asked, strict=True)):
-        if not isinstance(answer, list):
-            texts[number] = (prompt + separator, answer)
-            continue
-        tools = {} if source.tools is None else {"tools": row.values.get(source.tools)}
-        chats[number] = Row(row.origin, {"prompt": prompt, _ANSWER: answer, **tools})
-    # Of an answer of several turns all are learnt as the whole conversation has them.
+    """Prompt and completion of each row, with loss on the completion. Of a completion of several
+    turns all are learnt as the whole conversation has them.
+    """
     made: dict[int, Example | BadRow] = {}
     for turns in ("last", "all"):
-        own = [n for n, row in chats.items() if (_trained(row) > 1) == (turns == "all")]
-        chat = source.model_copy(
+        own = [row for row in rows if (_trained(row) > 1) == (turns == "all")]
+        one = source.model_copy(
             update={
                 "format": "prompt_completion",
                 "prompt": "prompt",
-                "completion": _ANSWER,
+                "completion": "completion",
                 "tools": "tools",
                 "turns": turns,
             }
         )
-        made |= zip(
-            own, CHAT.encode(encoder, chat, separator, [chats[n] for n in own]), strict=True
-        )
-    spelled = source.special_tokens
-    prompts = encoder.encode([prompt for prompt, _ in texts.values()], spelled)
-    answers = encoder.encode([answer for _, answer in texts.values()], spelled)
-    for number, prompt, answer in zip(texts, prompts, answers, strict=True):
-        one = example_of(rows[number], [*encoder.prefix, *prompt], [*answer, *encoder.suffix])
-        made[number] = replace(one, notes=encoder.notes(source, *texts[number]))
-    return [made[number] for number in range(len(rows))]
+        encoded = PROMPT_COMPLETION.encode(encoder, one, separator, own)
+        made |= zip(map(id, own), encoded, strict=True)
+    return [made[id(row)] for row in rows]
 
 
 def _trained(row: Row) -> int:
-    return sum(turn.get("role") == "assistant" for turn in row.values[_ANSWER])
+    answer = row.values["completion"]
+    turns = answer if isinstance(answer, list) else []
+    return sum(turn.get("role") == "assistant" for turn in turns)
 
 
 def _paired(
