@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from raytune_ft.config.data import (
     FORMATS,
     DataConfig,
@@ -26,6 +24,7 @@ from raytune_ft.data.order import hold_out
 from raytune_ft.data.prepare import use_chat_template
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
+from raytune_ft.data.split import first_answer
 from raytune_ft.data.tokenise import tokenise
 from raytune_ft.errors import DataError
 
@@ -108,13 +107,11 @@ class _Placed:
 
 
 def _prompt_of(example: Example, placed: _Placed) -> Prompt:
-    ids, mask = example.ids, example.mask
-    start = int(np.argmax(mask))
-    length = int(np.argmin(np.append(mask[start:], False)))
+    ids, answer = example.ids, first_answer(example.mask)
     prompt = Prompt(
         example.origin,
-        tuple(ids[:start].tolist()),
-        tuple(ids[start : start + length].tolist()),
+        tuple(ids[: answer.start].tolist()),
+        tuple(ids[answer].tolist()),
         placed.row.values,
     )
     return replace(prompt, **_as_written(placed.source, placed.row))

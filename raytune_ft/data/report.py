@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -305,10 +305,9 @@ def describe_split(split: TokenizedSplit) -> SplitReport:
 def describe_pairs(split: TokenizedSplit, prompts: Sequence[bytes]) -> PairsReport:
     """The figures of a split of pairs; `prompts` has the hash of each example's."""
     chosen_n, rejected_n = np.diff(split.part_labels).reshape(-1, 2).T
-    begins = split.part_offsets
     prints = [
-        hashlib.blake2b(split.input_ids[start:stop].tobytes(), digest_size=16).digest()
-        for start, stop in pairwise(begins.tolist())
+        hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+        for ids, _ in map(split.sequence, range(2 * len(split)))
     ]
     pairs = list(zip(prints[::2], prints[1::2], strict=True))
     known = set(pairs)

@@ -123,6 +123,11 @@ class TokenizedSplit:
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.input_ids[span], self.label_mask[span]
 
+    def sequence(self, number: int) -> tuple[TokenIds, Mask]:
+        """Views of the ids and the label mask of a sequence, `i * parts + p` for example `i`."""
+        span = slice(self.part_offsets[number], self.part_offsets[number + 1])
+        return self.input_ids[span], self.label_mask[span]
+
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[n], tokens of each example."""
@@ -199,6 +204,12 @@ class TokenizedSplit:
             hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=16).digest()
             for ids, mask in map(self.example, range(len(self)))
         ]
+
+
+def first_answer(mask: Mask) -> slice:
+    """The first run of label tokens, before which is the prompt."""
+    start = int(np.argmax(mask))
+    return slice(start, start + int(np.argmin(np.append(mask[start:], False))))
 
 
 def parts_of(indices: Sequence[int] | npt.NDArray[np.int64], parts: int) -> npt.NDArray[np.int64]:

@@ -9,13 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.objectives import TOKEN_FIGURES, Figure
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit, first_answer
 from raytune_ft.evaluate.generate import BACKENDS, choose_backend
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.model.heads import Head, reading
@@ -115,9 +114,8 @@ class Subject:
 def prompt_of(split: TokenizedSplit, i: int) -> Prompt:
     """Example `i` cut where its first run of labels begins, and where that ends."""
     ids, mask = split.example(i)
-    start = int(np.argmax(mask))
-    length = int(np.argmin(np.append(mask[start:], False)))
-    return Prompt(tuple(ids[:start].tolist()), tuple(ids[start : start + length].tolist()))
+    answer = first_answer(mask)
+    return Prompt(tuple(ids[: answer.start].tolist()), tuple(ids[answer].tolist()))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:

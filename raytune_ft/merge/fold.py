@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +122,8 @@ def fold(
 def held_out(split: TokenizedSplit, head: Head | None = None) -> list[Tensor]:
     """Token ids `[S]` of the first sequences of a split, cut short, to check a fold on."""
     wanted = CHECKED_EXAMPLES if head is None else CHECKED_UNDER_A_HEAD
-    offsets = split.part_offsets[: wanted + 1].tolist()
-    return [
-        torch.from_numpy(split.input_ids[start:stop][:CHECKED_TOKENS].astype(np.int64))
-        for start, stop in pairwise(offsets)
-    ]
+    sequences = map(split.sequence, range(min(wanted, len(split) * split.parts)))
+    return [torch.from_numpy(ids[:CHECKED_TOKENS].astype(np.int64)) for ids, _ in sequences]
 
 
 @contextmanager

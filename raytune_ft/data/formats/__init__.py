@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,11 +146,10 @@ def describe_example(
     The pieces joined are a whole sequence decoded: a piece is what its tokens add to the text
     before them, because a tokenizer may decode a token differently at the start of a text.
     """
-    offsets = split.part_offsets[i * split.parts : (i + 1) * split.parts + 1].tolist()
     found: list[tuple[str, bool]] = []
-    for start, stop in pairwise(offsets):
+    for number in range(i * split.parts, (i + 1) * split.parts):
         found += [("\n", False)] if found else []
-        found += _pieces(split.input_ids[start:stop], split.label_mask[start:stop], tokenizer)
+        found += _pieces(*split.sequence(number), tokenizer)
     return found
 
 

@@ -44,11 +44,11 @@ def data_of(root: Path, settings: Config) -> PreparedData:
 
 def by_transformers(root: Path, split: TokenizedSplit, model: str = "decoder") -> Iterator[float]:
     base = AutoModelForCausalLM.from_pretrained(root / model, dtype=torch.float64)
-    for start, stop in zip(split.part_offsets, split.part_offsets[1:], strict=False):
-        ids = torch.from_numpy(split.input_ids[start:stop].astype(np.int64))
+    for tokens, mask in map(split.sequence, range(len(split) * split.parts)):
+        ids = torch.from_numpy(tokens.astype(np.int64))
         with torch.no_grad():
             logps_SV = base(ids[None]).logits[0].log_softmax(-1)
-        for place in np.flatnonzero(split.label_mask[start:stop]):
+        for place in np.flatnonzero(mask):
             yield float(logps_SV[place - 1, ids[place]])
 
 

@@ -60,10 +60,7 @@ def prepared(
 def answers(tokenizer: PreTrainedTokenizerBase, split: TokenizedSplit, i: int) -> list[str]:
     """What carries loss in each sequence of an example, after the whole text of the first."""
     found = []
-    for start, stop in zip(
-        split.part_offsets[2 * i :], split.part_offsets[2 * i + 1 :], strict=False
-    ):
-        ids, mask = split.input_ids[start:stop], split.label_mask[start:stop]
+    for ids, mask in map(split.sequence, range(2 * i, 2 * len(split))):
         assert not mask[0]
         found.append(tokenizer.decode(ids[mask].tolist()))
     return found[:2]

@@ -94,11 +94,7 @@ def pairs_in_order(config: Config, run_dir: Path) -> tuple[TokenizedSplit, list[
 
 def tokens(split: TokenizedSplit, i: int) -> dict[str, list[int]]:
     """A pair as TRL's collators take it."""
-    sequences = []
-    for part in (2 * i, 2 * i + 1):
-        start, stop = split.part_offsets[part : part + 2]
-        sequences.append((split.input_ids[start:stop], split.label_mask[start:stop]))
-    (chosen, mask), (rejected, _) = sequences
+    (chosen, mask), (rejected, _) = map(split.sequence, (2 * i, 2 * i + 1))
     prompt = int(mask.argmax())
     return {
         "prompt_ids": chosen[:prompt].tolist(),
