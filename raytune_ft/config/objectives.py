@@ -182,8 +182,8 @@ class ObjectiveFacts:
         smooth: `train.label_smoothing` has a distribution to smooth.
         pairs: examples are pairs of answers. Each trial of a packed engine has keys of its own.
         reference: it needs the log-probabilities of another model, measured before training.
-        scales: keys of `train` that change the scale of `eval_loss`, so that the losses of trials
-            that differ in them do not compare.
+        scaled: its keys change the scale of `eval_loss`, so that the losses of trials that differ
+            in them do not compare.
         unpackable: why trials cannot share one process; None where they can.
         lr: `train.lr` where it is not written, for all weights and for adapters; None is the
             default of the key.
@@ -199,7 +199,7 @@ class ObjectiveFacts:
     smooth: bool = True
     pairs: bool = False
     reference: bool = False
-    scales: tuple[str, ...] = ()
+    scaled: bool = False
     unpackable: str | None = None
     lr: tuple[float, float] | None = None
 
@@ -228,16 +228,6 @@ def _distillation() -> Callable[..., Any]:
     return distillation
 
 
-def _pairs(name: str) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from raytune_ft.model.objectives import preference
-
-        built: Callable[..., Any] = getattr(preference, name)
-        return built
-
-    return load
-
-
 def _kto() -> Callable[..., Any]:
     from raytune_ft.model.objectives.unpaired import kto
 
@@ -251,6 +241,32 @@ def _reward() -> Callable[..., Any]:
 
 
 PAIRS = ("preference",)
+
+
+def _of_pairs(name: str, lr: tuple[float, float], reference: bool = False) -> ObjectiveFacts:
+    """A loss on the log-probabilities of pairs, the function `name` of
+    `model.objectives.preference`.
+    """
+
+    def load() -> Callable[..., Any]:
+        from raytune_ft.model.objectives import preference
+
+        built: Callable[..., Any] = getattr(preference, name)
+        return built
+
+    return ObjectiveFacts(
+        PAIRS,
+        PAIR_FIGURES,
+        load,
+        keys=(name,),
+        smooth=False,
+        pairs=True,
+        reference=reference,
+        scaled=True,
+        lr=lr,
+    )
+
+
 OBJECTIVES: dict[str, ObjectiveFacts] = {
     "sft": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _tokens),
     "clm": ObjectiveFacts(
@@ -267,37 +283,9 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         ("rationale",), TOKEN_FIGURES, _rationale, keys=("rationale_weight",)
     ),
     "kd": ObjectiveFacts(COMPLETIONS, TOKEN_FIGURES, _distillation, keys=("kd",), teacher=True),
-    "dpo": ObjectiveFacts(
-        PAIRS,
-        PAIR_FIGURES,
-        _pairs("dpo"),
-        keys=("dpo",),
-        smooth=False,
-        pairs=True,
-        reference=True,
-        scales=("dpo",),
-        lr=(1e-6, 2e-5),
-    ),
-    "orpo": ObjectiveFacts(
-        PAIRS,
-        PAIR_FIGURES,
-        _pairs("orpo"),
-        keys=("orpo",),
-        smooth=False,
-        pairs=True,
-        scales=("orpo",),
-        lr=(8e-6, 8e-5),
-    ),
-    "simpo": ObjectiveFacts(
-        PAIRS,
-        PAIR_FIGURES,
-        _pairs("simpo"),
-        keys=("simpo",),
-        smooth=False,
-        pairs=True,
-        scales=("simpo",),
-        lr=(1e-6, 2e-5),
-    ),
+    "dpo": _of_pairs("dpo", lr=(1e-6, 2e-5), reference=True),
+    "orpo": _of_pairs("orpo", lr=(8e-6, 8e-5)),
+    "simpo": _of_pairs("simpo", lr=(1e-6, 2e-5)),
     "kto": ObjectiveFacts(
         ("unpaired",),
         (
@@ -311,7 +299,7 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         keys=("kto",),
         smooth=False,
         reference=True,
-        scales=("kto",),
+        scaled=True,
         lr=(1e-6, 2e-5),
         unpackable="measures the KL of a whole step before its losses",
     ),
@@ -323,7 +311,7 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         head=True,
         smooth=False,
         pairs=True,
-        scales=("reward",),
+        scaled=True,
         lr=(1e-5, 1e-4),
     ),
 }

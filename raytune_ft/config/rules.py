@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from raytune_ft.config import metrics, paths, rewards
 from raytune_ft.config.data import (
@@ -547,11 +548,11 @@ OF_THE_REFERENCE = ("train.precision", "model.dtype", "model.attention")
 
 def _check_metrics(config: Config) -> None:
     assert config.search is not None
-    _check_scale(config)
     data, names = config.data, objectives_of(config)
     objective = one_of(names)
     of_each = [[each.name for each in figures(n, data.problem, trained=True)] for n in names]
     given = [name for name in of_each[0] if all(name in each for each in of_each)]
+    _check_scale(config, given)
     several = data.train if isinstance(data.validation, float) else data.validation
     named = several if isinstance(several, list) else []
     of_sources = [f"eval_loss:{source.called}" for source in named]
@@ -564,23 +565,23 @@ def _check_metrics(config: Config) -> None:
             )
 
 
-def _check_scale(config: Config) -> None:
-    """The losses of trials compare: the objective and what scales it are the same for all."""
+def _check_scale(config: Config, given: Sequence[str]) -> None:
+    """The losses of trials compare: the objective and what scales it are the same for all. `given`
+    are the figures that every trial has.
+    """
     search = config.search
     assert search is not None
     if LOSS.name not in search.metrics:
         return
-    names = objectives_of(config)
-    scaled = [f"train.{key}" for name in names for key in OBJECTIVES[name].scales]
-    if any(OBJECTIVES[name].pairs for name in names):
+    facts = [OBJECTIVES[name] for name in objectives_of(config)]
+    scaled = [f"train.{key}" for each in facts if each.scaled for key in each.keys]
+    if any(each.pairs for each in facts):
         scaled.append(OBJECTIVE)
     key = next((key for key in search.space if is_under(key, scaled)), None)
     if key is None:
         return
-    shared = set.intersection(*({one.name for one in figures(name)} for name in names))
-    others = [one.name for one in figures(names[0], trained=True) if one.name in shared]
     raise ConfigError(
         f"search.metric={LOSS.name}",
         f"is on another scale for each {key}",
-        f"write search.metric: {one_of([name for name in others if name != LOSS.name])}",
+        f"write search.metric: {one_of([name for name in given if name != LOSS.name])}",
     )
