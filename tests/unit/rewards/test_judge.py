@@ -18,7 +18,7 @@ from raytune_ft.rewards import judge
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.pool import Rewards, started
 
-KEY = "a-key-that-nobody-may-see"
+KEY = "secret-of-this-test"
 
 
 class Server(ThreadingHTTPServer):
@@ -119,9 +119,10 @@ def test_grades_with_failures_in_the_middle(server: Server, tmp_path: Path) -> N
 def test_pairs_are_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
     config = configured(server, tmp_path, mode="pairs")
     with started([config]) as rewards:
-        # ccc beats a and bb, bb beats a; equal texts are a tie that nobody is asked about.
+        # The longer answer wins each of the three comparisons.
         assert values(rewards, "a", "bb", "ccc") == [0, 0.5, 1]
         assert len(server.questions) == 6
+        # Equal answers are a tie, and the judge is not asked.
         assert values(rewards, "a", "a") == [0.5, 0.5]
         assert len(server.questions) == 6
         assert values(rewards, "first", "first one") == [0.5, 0.5]
