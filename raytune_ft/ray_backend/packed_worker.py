@@ -51,7 +51,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat)
     policy = config.parallel.activation_checkpointing
     largest = passes.runner.micro_tokens
-    shrinking = partial(lowers, spec.run_dir, largest, data.extent[1], policy)
+    shrinking = partial(lowers, spec.run_dir, largest, data.widest, policy)
     engine = PackedEngine(passes, host.heart)
     with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
         work = _Work(engine, client)
