@@ -71,7 +71,7 @@ def _message(value: Yielded) -> dict[str, Any]:
         return {"score": None, "why": score.why}
     try:
         number = float(score.value)  # bool, and numbers of numpy and torch
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return {"score": None, "why": f"{type(score.value).__name__} is not a number"}
     if not math.isfinite(number):
         return {"score": None, "why": f"{number} is not a finite number"}
