@@ -282,12 +282,10 @@ def sample(
     rewards = with_answers(config.rewards, folder / ".cache" / "judges")
     config = config.model_copy(update={"rewards": rewards})
     from raytune_ft.evaluate.sample import Asked, run_sample
+    from raytune_ft.model.hub import given_model
 
-    directory = _model_directory(model)
-    # A directory may name the code of the config's model on the hub, which its revision pins.
-    pinned = config.model.revision if directory.is_dir() else None
-    asked = config.model.model_copy(update={"path": str(directory), "revision": pinned})
-    return run_sample(Asked(asked, out, pairs, prompts, split), config, cache_path(config), tell)
+    asked = Asked(given_model(config.model, _model_directory(model)), out, pairs, prompts, split)
+    return run_sample(asked, config, cache_path(config), tell)
 
 
 def _check_sampling(config: Config, pairs: Path | None) -> None:

@@ -26,6 +26,7 @@ from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.model.heads import Head
+from raytune_ft.model.hub import given_model
 from raytune_ft.model.load import check_files, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.records import Tell
@@ -139,9 +140,7 @@ def evaluate_directory(
         DataError, ModelError: the data or the directory cannot be read, or they overlap.
     """
     check_functions(config.promote.metrics)
-    # A directory may name the code of the config's model on the hub, which its revision pins.
-    pinned = config.model.revision if directory.is_dir() else None
-    model = config.model.model_copy(update={"path": str(directory), "revision": pinned})
+    model = given_model(config.model, directory)
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)

@@ -72,6 +72,14 @@ def at_path(model: ModelConfig, path: str) -> ModelConfig:
     )
 
 
+def given_model(model: ModelConfig, path: Path) -> ModelConfig:
+    """The `model` section of MODEL_DIR, a directory or the name of a model. A directory keeps the
+    revision, since it may name the code of the config's model on the hub.
+    """
+    revision = model.revision if path.is_dir() else None
+    return model.model_copy(update={"path": str(path), "revision": revision})
+
+
 def pin(model: ModelConfig, commit: str) -> None:
     """From now on this process loads the model at this commit."""
     _pinned[model.path, model.revision or "main"] = commit
