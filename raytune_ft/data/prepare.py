@@ -275,9 +275,9 @@ def open_prepared(path: Path) -> PreparedData:
     for name in splits:
         own = path / f"{partners_name(name)}.arrow"
         if own.is_file():
-            partners = with_reference(path, partners_name(name), TokenizedSplit.open(own), report)
+            partners = _with_reference(path, partners_name(name), TokenizedSplit.open(own), report)
             splits[name] = replace(splits[name], partners=partners)
-        splits[name] = with_reference(path, name, splits[name], report)
+        splits[name] = _with_reference(path, name, splits[name], report)
     for name, split in splits.items():
         written = report.splits[name]
         if (len(split), len(split.input_ids)) != (written.examples, written.tokens):
@@ -297,7 +297,7 @@ def open_prepared(path: Path) -> PreparedData:
     )
 
 
-def with_reference(
+def _with_reference(
     path: Path, name: str, split: TokenizedSplit, report: DataReport
 ) -> TokenizedSplit:
     """The split with the log-probabilities of its label tokens under the reference, where known."""
@@ -333,7 +333,7 @@ def sound_at(path: Path) -> PreparedData | None:
     losses = prepared.base_loss
     if losses is not None and sha256_of_numbers(losses) != prepared.report.base_loss:
         return None
-    for name, sha256 in (prepared.report.reference_files or {}).items():
+    for name, sha256 in prepared.report.reference_files.items():
         if sha256_of(path / reference_file(name)) != sha256:
             return None
     written = prepared.report.teacher_logits

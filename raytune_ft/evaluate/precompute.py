@@ -110,8 +110,9 @@ def referenced(
     model, precision = reference_model(config), config.train.precision
     sha256 = _sha256(model, "reference")
     accept(replace(data.report, reference=sha256))
-    computes = disk_dtype(model), whole().precision
-    if not measured:
+    if measured:
+        computes = disk_dtype(model), whole().precision
+    else:
         computes = dtype_of(model, config.method, precision), precision
     key = f"{sha256} {computes[0]} {'autocast' if computes[1] == 'bfloat16' else 'plain'}"
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -217,13 +218,15 @@ def _write_logits(config: Config, data_dir: Path, path: Path, width: int, tell: 
             torch.cuda.empty_cache()
 
 
-def _sha256(model: ModelConfig, precision: str) -> str:
-    """Hash of the teacher's files, or of its commit on the hub, and of how it computes."""
+def _sha256(model: ModelConfig, use: str) -> str:
+    """Hash of a model's files, or of its commit on the hub, of how it computes, and of what makes
+    the same model's numbers differ: a teacher's precision, or that it is a reference.
+    """
     local = Path(resolve_model_path(model.path)).is_dir()
     commit = getattr(load_model_config(model), "_commit_hash", None)
     content = {
         "model": base_file_hashes(model) if local else [model.path, commit],
-        "computes": [precision, model.dtype, model.attention],
+        "computes": [use, model.dtype, model.attention],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
