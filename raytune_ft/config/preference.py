@@ -98,7 +98,7 @@ class KtoConfig(Section):
     undesirable_weight: Above0 = Field(1.0, description="of the losses of the others")
 
 
-class RewardConfig(Section):
+class RewardModelConfig(Section):
     """A reward model: one number for an answer, by Bradley and Terry."""
 
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(

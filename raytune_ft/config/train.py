@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.preference import DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
+from raytune_ft.config.preference import (
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    RewardModelConfig,
+    SimpoConfig,
+)
 from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
@@ -111,4 +117,4 @@ class TrainConfig(Section):
     orpo: OrpoConfig = Field(OrpoConfig(), description="objective: orpo")
     simpo: SimpoConfig = Field(SimpoConfig(), description="objective: simpo")
     kto: KtoConfig = Field(KtoConfig(), description="objective: kto")
-    reward: RewardConfig = Field(RewardConfig(), description="objective: reward")
+    reward: RewardModelConfig = Field(RewardModelConfig(), description="objective: reward")

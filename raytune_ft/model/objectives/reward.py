@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.nn import functional as F
 
-from raytune_ft.config.preference import RewardConfig
+from raytune_ft.config.preference import RewardModelConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.preference import MARGIN
@@ -37,7 +37,7 @@ class Reward(Objective):
     """
 
     of_tokens: ClassVar[bool] = False
-    settings: RewardConfig
+    settings: RewardModelConfig
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Pairs, each with its weight."""

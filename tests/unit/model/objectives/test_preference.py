@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardConfig, SimpoConfig
+from raytune_ft.config.preference import DpoConfig, OrpoConfig, RewardModelConfig, SimpoConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.formats.preference import MARGIN
@@ -103,19 +103,21 @@ def tokens(split: TokenizedSplit, i: int) -> dict[str, list[int]]:
     }
 
 
-def trl_losses(trainer: Any) -> list[float]:
+def assert_same(name: str, run_dir: Path, trainer: Any) -> None:
+    """Let TRL train: its losses and weights are those of the run."""
     trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-def far(one: dict[str, Tensor], model: Any, names: Any = None) -> float:
-    """The largest difference of weights, in units of how far they may move."""
-    own = dict(model.named_parameters())
-    return max(
-        float((one[name].double() - own[name].detach().double()).abs().max())
-        for name in one
-        if name in own
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    pairs = zip(losses(run_dir), theirs, strict=True)
+    worst = max(abs(ours - loss) / max(1.0, abs(loss)) for ours, loss in pairs)
+    own = dict(trainer.model.named_parameters())
+    apart = max(
+        float((weight.double() - own[key].detach().double()).abs().max())
+        for key, weight in final_weights(run_dir).items()
+        if key in own
     )
+    print(f"| {name} | {worst:.1e} | {apart:.1e} |")
+    assert worst < 1e-5
+    assert apart < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -141,12 +143,7 @@ def test_dpo_is_trl(
         train_dataset=datasets.Dataset.from_list([tokens(split, i) for i in order]),
         processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
     )
-    theirs, ours = trl_losses(trainer), losses(tmp_path / "run")
-    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
-    apart = far(final_weights(tmp_path / "run"), trainer.model)
-    print(f"| {name} | {worst:.1e} | {apart:.1e} |")
-    assert worst < 1e-5
-    assert apart < 1e-5
+    assert_same(name, tmp_path / "run", trainer)
 
 
 def one_token_prompts(inputs: Path) -> Path:
@@ -218,12 +215,7 @@ def test_simpo_and_orpo_are_trl(
         ),
         processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
     )
-    theirs, ours = trl_losses(trainer), losses(tmp_path / "run")
-    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
-    apart = far(final_weights(tmp_path / "run"), trainer.model)
-    print(f"| {objective} {settings} | {worst:.1e} | {apart:.1e} |")
-    assert worst < 1e-5
-    assert apart < 1e-5
+    assert_same(f"{objective} {settings}", tmp_path / "run", trainer)
 
 
 @pytest.mark.parametrize("settings", [{}, {"center_rewards_coefficient": 0.2}])
@@ -255,12 +247,7 @@ def test_reward_is_trl(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
-    theirs, ours = trl_losses(trainer), losses(tmp_path / "run")
-    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
-    apart = far(final_weights(tmp_path / "run"), trainer.model)
-    print(f"| reward {settings} | {worst:.1e} | {apart:.1e} |")
-    assert worst < 1e-5
-    assert apart < 1e-5
+    assert_same(f"reward {settings}", tmp_path / "run", trainer)
 
 
 @pytest.mark.parametrize(
@@ -305,12 +292,7 @@ def test_kto_is_trl(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
     )
-    theirs, ours = trl_losses(trainer), losses(tmp_path / "run")
-    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
-    apart = far(final_weights(tmp_path / "run"), trainer.model)
-    print(f"| kto {settings} | {worst:.1e} | {apart:.1e} |")
-    assert worst < 1e-5
-    assert apart < 1e-5
+    assert_same(f"kto {settings}", tmp_path / "run", trainer)
 
 
 def answers(chosen: Tensor, rejected: Tensor, tokens: float = 1.0) -> Answers:
@@ -372,7 +354,7 @@ def test_ipo_stops_at_its_margin(beta: float) -> None:
 
 @pytest.mark.parametrize("center", [0.0, 1e-4])
 def test_a_reward_model_is_known_up_to_a_constant(center: float) -> None:
-    objective = Reward(RewardConfig(center_rewards_coefficient=center))
+    objective = Reward(RewardModelConfig(center_rewards_coefficient=center))
     found = minimised(
         lambda x: expected(lambda a, b: objective.columns_of(a, b, {})["loss"], x + 0.7), 4
     )
@@ -422,5 +404,5 @@ def test_gradients_are_those_of_the_loss(name: str) -> None:
 
 def test_equal_rewards_are_half_right() -> None:
     x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    columns = Reward(RewardConfig()).columns_of(x, torch.tensor([1.0, 1.0, 4.0]), {})
+    columns = Reward(RewardModelConfig()).columns_of(x, torch.tensor([1.0, 1.0, 4.0]), {})
     assert columns["preferred"].tolist() == [0.5, 1.0, 0.0]
