@@ -34,7 +34,9 @@ def odd(prompt, reference, generated):
         os._exit(3)
     if generated == "raise":
         raise KeyError("no")
-    return {"nan": math.nan, "none": None, "text": "x", "true": True}.get(generated, 0.5)
+    return {"nan": math.nan, "none": None, "text": "x", "true": True, "huge": 10**400}.get(
+        generated, 0.5
+    )
 
 def trl(prompts, completions, completion_ids, answer, **kwargs):
     assert kwargs["trainer_state"] is None
@@ -141,13 +143,14 @@ def test_three_deaths_in_a_row_end_the_run(own: Path) -> None:
 
 def test_what_is_no_number_is_none_and_counted(own: Path) -> None:
     with rewards_of(own, "odd") as rewards:
-        found = values(rewards, group("nan", "none", "text", "raise", "true"))
+        found = values(rewards, group("nan", "none", "text", "raise", "huge", "true"))
         tally = rewards.processes[0].tally
-    assert found == [[[None], [None], [None], [None], [1.0]]]
+    assert found == [[[None], [None], [None], [None], [None], [1.0]]]
     assert tally.missing == {
         "nan is not a finite number": 1,
         "None": 1,
         "str is not a number": 1,
+        "int is not a number": 1,
         "KeyError": 1,
     }
 
