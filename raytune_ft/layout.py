@@ -4,13 +4,15 @@ STORAGE/
   .cache/tokens/                  token cache, shared by runs, trials and workers
     <key>/                        train.arrow, validation.arrow, test.arrow, report.json,
                                   <split>_partners.arrow,
-                                  base_loss.npy, teacher_logits.npy, reference_<split>.npy
+                                  base_loss.npy, teacher_logits.npy, reference_<split>.npy,
+                                  <split>_prompts.jsonl
     .reference-<key>/, .lock      blocks of a reference pass that is not done
   NAME/                           a run
     .lock                         held by the process that drives the run
     config.yaml                   the resolved config
     data.json                     what the data consisted of
     metrics.jsonl                 one line a step and an evaluation
+    rollouts.jsonl                what the model said, where it learns from that: some of it
     result.json                   exists once the run has ended
     report.html
     hang.log                      stacks of ranks that made no progress
@@ -24,7 +26,7 @@ STORAGE/
         adapter_config.json, adapter_model.safetensors         of an adapter, or
         config.json, model*.safetensors                        of a whole model
         state/                    state.json, and of each rank model*.safetensors and
-                                  optimizer*.safetensors
+                                  optimizer*.safetensors; rollout.safetensors inside a rollout
       step-000120.damaged-1/      moved aside
       .step-000120.<machine>.<pid>.<token>.new, .old    being written, being deleted
     promoted/                     promoted-1/ and so on are earlier promotions
@@ -45,6 +47,7 @@ from pathlib import Path
 # A run.
 CONFIG, RESULT, METRICS, DATA = "config.yaml", "result.json", "metrics.jsonl", "data.json"
 CHECKPOINTS, PROMOTED = "checkpoints", "promoted"
+ROLLOUTS = "rollouts.jsonl"
 LOCK, HANG_LOG, REPORT = ".lock", "hang.log", "report.html"
 TRACKING_IDS, TENSORBOARD = "tracking.json", "tensorboard"
 MIRROR_OWNER = "mirror.json"
@@ -65,6 +68,7 @@ UNFINISHED = (f".{CONFIG}.", f".{DATA}.", f".{FORECAST}.", f".{MIRROR_OWNER}.", 
 MANIFEST = "manifest.json"
 STATE, PROGRESS = "state", "state.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"  # stems of the files in STATE
+ROLLOUT = "rollout.safetensors"  # in STATE
 STEP_NAME = re.compile(r"step-(\d{6,})")
 HIDDEN_STEP = re.compile(
     r"\.step-\d+\.(?P<machine>.+)\.(?P<pid>\d+)\.(?P<token>\w+)\.(?P<kind>new|old)"
@@ -94,6 +98,11 @@ def partners_name(split: str) -> str:
 def reference_file(split: str) -> str:
     """The log-probabilities of a split's label tokens under the reference."""
     return f"reference_{split}.npy"
+
+
+def prompts_file(split: str) -> str:
+    """The prompts of a split with their rows: a line of JSON for each of its examples."""
+    return f"{split}_prompts.jsonl"
 
 
 def step_name(step: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.environment import in_ray_job, joins_cluster
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
@@ -190,6 +191,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     """
     from raytune_ft.data.order import pass_length
     from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.prompts import prompted
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
     from raytune_ft.model.hub import at_path
@@ -202,6 +204,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     )
     from raytune_ft.model.meta import build_shapes
     from raytune_ft.train.distill import check_others
+    from raytune_ft.train.rollouts import check_rewards
     from raytune_ft.train.setup import (
         check_lengths,
         check_objective,
@@ -223,6 +226,9 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
+    if OBJECTIVES[config.train.objective].rollouts:
+        data = prompted(data, config.data, tokenizer, config.seed)
+        check_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))
     check_lengths(config, shapes, data)

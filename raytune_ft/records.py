@@ -25,6 +25,7 @@ class StepMetrics:
 
     On a GPU `peak_gib` is the most memory that tensors took so far on the first worker's, and `mfu`
     the share of the peak rate of all GPUs, where that is known. A file has no key for None.
+    `figures` are those of the rollout that the step trains on; each is a key of its own in a file.
     """
 
     step: int
@@ -38,13 +39,15 @@ class StepMetrics:
     wall_s: float
     peak_gib: float | None = None
     mfu: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plain(self) -> dict[str, Any]:
         """Its keys and values in a file."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
+        figures = found.pop("figures")
         absent = [key for key in ("peak_gib", "mfu") if found[key] is None]
-        return {key: value for key, value in found.items() if key not in absent}
+        return {key: value for key, value in found.items() if key not in absent} | figures
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,9 @@ class EvalMetrics:
 
     def value(self, metric: str) -> float:
         """A figure by its name, or the loss on a source by `eval_loss:SOURCE`."""
-        name, _, source = metric.partition(":")
-        return self.eval_loss_by_source[source] if source else self.figures[name]
+        if metric in self.figures:
+            return self.figures[metric]
+        return self.eval_loss_by_source[metric.partition(":")[2]]
 
 
 BY_SOURCE = "eval_loss_by_source"

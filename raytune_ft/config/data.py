@@ -24,6 +24,7 @@ class Format:
         documents: a row over `data.max_length` may be cut into chunks.
         labels: rows have labels, which become the targets of a classifier.
         partners: each example has a partner, its prompt with another answer.
+        prompts: rows are prompts without an answer, and all of their columns are for rewards.
     """
 
     implementation: Callable[[], Any]
@@ -32,6 +33,7 @@ class Format:
     documents: bool = False
     labels: bool = False
     partners: bool = False
+    prompts: bool = False
 
 
 def _prompt_completion() -> Any:
@@ -80,6 +82,12 @@ def _preference() -> Any:
     return PREFERENCE
 
 
+def _prompt() -> Any:
+    from raytune_ft.data.formats.prompt import PROMPT
+
+    return PROMPT
+
+
 CHAT_TEMPLATES = ("chatml", "zephyr", "alpaca", "vicuna")
 """Chat templates of this package."""
 CHAT_KEYS = ("tools", "train_on", "turns", "chat_template")
@@ -95,6 +103,7 @@ FORMATS: dict[str, Format] = {
     "rationale": Format(_rationale, keys=("rationale_until",)),
     "preference": Format(_preference, keys=("tools", "chat_template", "margin")),
     "unpaired": Format(_unpaired, keys=("tools", "turns", "chat_template"), partners=True),
+    "prompt": Format(_prompt, keys=("tools", "chat_template"), prompts=True),
 }
 
 
@@ -112,8 +121,8 @@ class SourceConfig(Section):
     )
     prompt: str = Field(
         "prompt",
-        description="column of the prompt, for prompt_completion, rationale, preference and "
-        "unpaired",
+        description="column of the prompt, for prompt, prompt_completion, rationale, preference "
+        "and unpaired",
     )
     completion: str = Field(
         "completion",

@@ -66,7 +66,7 @@ def _with_defaults(config: Config, notify: Notify | None) -> Config:
             )
         if facts.lr is not None:
             found["train.lr"] = rates.pop()
-    if "too_long" not in config.data.model_fields_set and (facts.pairs or facts.reference):
+    if "too_long" not in config.data.model_fields_set and facts.drops:
         found["data.too_long"] = "drop"
     if not found:
         return config

@@ -182,6 +182,7 @@ class ObjectiveFacts:
         smooth: `train.label_smoothing` has a distribution to smooth.
         pairs: examples are pairs of answers. Each trial of a packed engine has keys of its own.
         reference: it needs the log-probabilities of another model, measured before training.
+        rollouts: it learns from what the model says during training, which `rewards` score.
         scaled: its keys change the scale of `eval_loss`, so that the losses of trials that differ
             in them do not compare.
         unpackable: why trials cannot share one process; None where they can.
@@ -199,9 +200,17 @@ class ObjectiveFacts:
     smooth: bool = True
     pairs: bool = False
     reference: bool = False
+    rollouts: bool = False
     scaled: bool = False
     unpackable: str | None = None
     lr: tuple[float, float] | None = None
+
+    @property
+    def drops(self) -> bool:
+        """Examples that are too long are left out by default, since the end of a prompt or of an
+        answer cannot be missing.
+        """
+        return self.pairs or self.reference or self.rollouts
 
 
 def _tokens() -> Callable[..., Any]:
@@ -240,7 +249,23 @@ def _reward() -> Callable[..., Any]:
     return reward
 
 
+def _grpo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.policy import grpo
+
+    return grpo
+
+
 PAIRS = ("preference",)
+PROMPTS = ("prompt", "prompt_completion", "messages", "sharegpt", "alpaca")
+REWARD = Figure("eval_reward", "max", ("reward", "examples"))
+SAID_FIGURES = (
+    LOSS,
+    REWARD,
+    Figure("eval_completion_tokens", "min", ("completion_tokens", "examples")),
+    Figure("eval_truncated", "min", ("truncated", "examples"), label="share that was cut"),
+    Figure("eval_kl", "min", ("kl", "examples"), label="KL from the model before training"),
+)
+"""Of what a model says to prompts. The loss is minus the mean reward."""
 
 
 def _of_pairs(name: str, lr: tuple[float, float], reference: bool = False) -> ObjectiveFacts:
@@ -302,6 +327,16 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         scaled=True,
         lr=(1e-6, 2e-5),
         unpackable="measures the KL of a whole step before its losses",
+    ),
+    "grpo": ObjectiveFacts(
+        PROMPTS,
+        SAID_FIGURES,
+        _grpo,
+        keys=("rollout", "grpo"),
+        smooth=False,
+        rollouts=True,
+        lr=(1e-6, 2e-5),
+        unpackable="trains on what each trial says itself",
     ),
     "reward": ObjectiveFacts(
         PAIRS,

@@ -396,6 +396,7 @@ def check_objective(config: Config) -> None:
         )
     _check_keys(config, facts)
     _check_dpo(config.train)
+    _check_rollouts(config, facts)
     problem = config.data.problem
     if train.label_smoothing > 0 and not (facts.smooth and problem == "single_label"):
         under = f"data.problem={problem}"
@@ -454,6 +455,38 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
             f"data.{key}={shown_value(getattr(config.data, key))}",
             f"is for train.objective={heads}, and this is {train.objective}",
             f"write train.objective: {heads}, or leave the key out",
+        )
+
+
+def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
+    """Raises ConfigError where what the model says cannot be scored or learnt from."""
+    train, named = config.train, [reward.called for reward in config.rewards]
+    if not facts.rollouts:
+        return
+    if not config.rewards:
+        raise ConfigError(
+            f"train.objective={train.objective}",
+            "needs a reward",
+            "write rewards: [FILE.py:FUNCTION], or one of " + one_of(rewards.REWARDS),
+        )
+    if all(reward.weight == 0 for reward in config.rewards):
+        raise ConfigError("rewards", "have the weight 0", "give one of them another weight")
+    grpo = train.grpo
+    if grpo.gate is not None and grpo.gate not in named:
+        raise ConfigError(
+            f"train.grpo.gate={grpo.gate}", "names no reward", f"write {one_of(named)}"
+        )
+    if grpo.loss_type == "cispo" and grpo.high <= 1:
+        raise ConfigError(
+            f"train.grpo.epsilon_high={shown_value(grpo.epsilon_high)}",
+            "is the largest ratio under train.grpo.loss_type=cispo, and every ratio begins at 1",
+            "write for example epsilon_high: 5",
+        )
+    if grpo.importance_sampling_level == "sequence" and grpo.loss_type == "cispo":
+        raise ConfigError(
+            "train.grpo.importance_sampling_level=sequence",
+            "does not go with train.grpo.loss_type=cispo, which weighs tokens",
+            "write loss_type: grpo, or importance_sampling_level: token",
         )
 
 

@@ -14,6 +14,7 @@ from raytune_ft.config.preference import (
     RewardModelConfig,
     SimpoConfig,
 )
+from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
 from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
@@ -118,3 +119,7 @@ class TrainConfig(Section):
     simpo: SimpoConfig = Field(SimpoConfig(), description="objective: simpo")
     kto: KtoConfig = Field(KtoConfig(), description="objective: kto")
     reward: RewardModelConfig = Field(RewardModelConfig(), description="objective: reward")
+    rollout: RolloutConfig = Field(
+        RolloutConfig(), description="objectives grpo and online_dpo: what is sampled"
+    )
+    grpo: GrpoConfig = Field(GrpoConfig(), description="objective: grpo")

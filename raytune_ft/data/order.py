@@ -122,7 +122,8 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Train and validation examples; every source gives the fraction, so that each is measured.
 
-    Examples of one row stay together, and so do rated answers to one prompt, of all sources.
+    Examples of one row stay together, and so do equal prompts where answers are compared, of all
+    sources.
     """
     kept, held = list[Example](), list[Example]()
     for number in sorted({one.source for one in rows}):
@@ -151,8 +152,9 @@ def hold_out(
 
 
 def _is_rated(example: Example) -> bool:
-    """Whether it has answers that are compared with others to the same prompt."""
-    return PARTS in example.columns or DESIRABLE in example.columns
+    """Whether its answers are compared with others to the same prompt, or are still to be given."""
+    rated = PARTS in example.columns or DESIRABLE in example.columns
+    return rated or (example.labels is None and not example.mask.any())
 
 
 Indices = npt.NDArray[np.int64]

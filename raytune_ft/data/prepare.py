@@ -52,6 +52,7 @@ from raytune_ft.layout import (
     DATA_REPORT,
     TEACHER_LOGITS,
     partners_name,
+    prompts_file,
     reference_file,
 )
 
@@ -333,8 +334,12 @@ def sound_at(path: Path) -> PreparedData | None:
     losses = prepared.base_loss
     if losses is not None and sha256_of_numbers(losses) != prepared.report.base_loss:
         return None
-    for name, sha256 in prepared.report.reference_files.items():
-        if sha256_of(path / reference_file(name)) != sha256:
+    written_files = {
+        **{reference_file(name): each for name, each in prepared.report.reference_files.items()},
+        **{prompts_file(name): each for name, each in prepared.report.prompt_files.items()},
+    }
+    for name, sha256 in written_files.items():
+        if not (path / name).is_file() or sha256_of(path / name) != sha256:
             return None
     written = prepared.report.teacher_logits
     if written is not None and sha256_of(path / TEACHER_LOGITS) != written:

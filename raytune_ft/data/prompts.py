@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.data import (
     FORMATS,
@@ -16,61 +20,43 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.data.formats import Encoder, Example, found_format
-from raytune_ft.data.formats.conversation import Conversation, Turn, conversation_of, turns_column
-from raytune_ft.data.formats.example import SpecialText, bad_text
+from raytune_ft.data.formats.conversation import Conversation, conversation_of
+from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.formats.template import Template, Unwritten
 from raytune_ft.data.order import hold_out
-from raytune_ft.data.prepare import use_chat_template
+from raytune_ft.data.prepare import PreparedData, derived, split_of, use_chat_template
+from raytune_ft.data.report import describe_split
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
 from raytune_ft.data.split import first_answer
 from raytune_ft.data.tokenise import tokenise
-from raytune_ft.errors import DataError
+from raytune_ft.errors import DataError, RunFailed
+from raytune_ft.files import sha256_of
+from raytune_ft.layout import prompts_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ASSISTANT = "assistant"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and its row.
-
-    Attributes:
-        ids: what the model is given, exactly as in training.
-        reference: token ids of the row's completion; empty where it has none.
-        columns: the values of the row.
-        turns: the prompt as a conversation; None where it is a text.
-        text: the prompt as the row has it; empty for conversations.
-    """
-
-    origin: str
-    ids: tuple[int, ...]
-    reference: tuple[int, ...]
-    columns: dict[str, Any]
-    turns: tuple[Turn, ...] | None = None
-    text: str = ""
-
-    @property
-    def written(self) -> Any:
-        """The prompt in a file of preferences: a text, or turns."""
-        return self.text if self.turns is None else list(self.turns)
 
 
 def of_split(
     data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[Prompt]:
-    """The prompt of each usable row of a split, `validation` or `test`: the tokens before the first
-    that carries loss. Of a row with several examples it is the first one's.
+    """The prompt of each usable row of a split: the tokens before the first that carries loss. Of a
+    row with several examples it is the first one's.
 
     Raises:
         DataError: the rows have no prompts, or cannot be read.
     """
+    return [one for one, _ in _of_split(data, name, tokenizer, seed)]
+
+
+def _of_split(
+    data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[tuple[Prompt, Example]]:
+    """Each prompt with the example that it is from."""
     use_chat_template(tokenizer, data)
     encoder, names = Encoder.of(tokenizer), source_names(data)
-    drawn = name == "validation" and isinstance(data.validation, float)
+    drawn = name in ("train", "validation") and isinstance(data.validation, float)
     split, rows, examples = "train" if drawn else name, dict[tuple[int, str], _Placed](), []
     for label, written in source_configs(data).items():
         if label.partition(".")[0] != split:
@@ -92,12 +78,13 @@ def of_split(
                 rows[number, row.origin] = _Placed(source, row)
     if drawn:
         assert isinstance(data.validation, float)
-        _, examples = hold_out(examples, data.validation, seed, names)
+        parts = hold_out(examples, data.validation, seed, names)
+        examples = parts[name == "validation"]
     first: dict[tuple[int, str], Example] = {}
     for one in examples:
         if one.columns.get(RATIONALE) != (1.0,):
             first.setdefault((one.source, one.origin), one)
-    return [_prompt_of(one, rows[key]) for key, one in first.items()]
+    return [(_prompt_of(one, rows[key], encoder), one) for key, one in first.items()]
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,11 @@ class _Placed:
     row: Row
 
 
-def _prompt_of(example: Example, placed: _Placed) -> Prompt:
+def _prompt_of(example: Example, placed: _Placed, encoder: Encoder) -> Prompt:
+    if FORMATS[placed.source.format].prompts:
+        prompt = read_prompt(placed.row, placed.source, "", encoder)
+        assert isinstance(prompt, Prompt)
+        return replace(prompt, ids=tuple(example.ids.tolist()))
     ids, answer = example.ids, first_answer(example.mask)
     prompt = Prompt(
         example.origin,
@@ -145,7 +136,7 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
     encoder = Encoder.of(tokenizer)
     opened = open_source("--prompts", source)
     rows = list(opened.read(opened.columns or ()))
-    made = [_read(row, source, data.separator, encoder) for row in rows]
+    made = [read_prompt(row, source, data.separator, encoder) for row in rows]
     bad = [one for one in made if isinstance(one, BadRow)]
     if bad:
         raise DataError(
@@ -159,50 +150,63 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
     return [one for one in made if isinstance(one, Prompt)]
 
 
-def _read(
-    row: Row | BadRow, source: SourceConfig, separator: str, encoder: Encoder
-) -> Prompt | BadRow:
-    if isinstance(row, BadRow):
-        return row
-    values = row.values
-    column = next(
-        (name for name in (source.prompt, turns_column(source)) if values.get(name)), None
-    )
-    if column is None:
-        return BadRow(row.origin, "missing_column", f"no {source.prompt!r}")
-    if not isinstance(values[column], str):
-        return _of_turns(row, column, source, encoder)
-    bad = bad_text(row, column)
-    if bad is not None:
-        return bad
-    text = values[column]
-    ids = encoder.encode([text + separator], source.special_tokens)[0]
-    reference = values.get(source.completion)
-    known = encoder.encode([reference])[0] if isinstance(reference, str) else []
-    return Prompt(row.origin, (*encoder.prefix, *ids), tuple(known), values, text=text)
+def prompted(
+    prepared: PreparedData, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreparedData:
+    """The data of a run that answers prompts: every example is a prompt without a label token, and
+    a file beside each split holds their rows, which rewards read.
+
+    Raises:
+        DataError: the rows have no prompts.
+        StorageError: the files cannot be written.
+    """
+
+    def add(folder: Path) -> dict[str, Any]:
+        splits, files = {}, {}
+        for name in prepared.report.splits:
+            found = _of_split(data, name, tokenizer, seed)
+            examples = [_without_answer(prompt, example) for prompt, example in found]
+            split = split_of(name, examples, data, prepared.report.names)
+            split.write(folder / f"{name}.arrow")
+            splits[name] = describe_split(split)
+            path = folder / prompts_file(name)
+            lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
+            path.write_text("".join(lines), encoding="utf-8")
+            files[name] = sha256_of(path)
+        return {"splits": splits, "prompt_files": files}
+
+    return derived(prepared, "prompts", add)
 
 
-def _of_turns(row: Row, column: str, source: SourceConfig, encoder: Encoder) -> Prompt | BadRow:
-    """A conversation; a last turn of the assistant is the answer that the row has."""
-    if not encoder.tokenizer.chat_template:
-        return BadRow(row.origin, "template", "the model's tokenizer has no chat template")
-    value = row.values[column]
-    asked: list[Any] = list(value) if isinstance(value, list) else []
-    said = bool(asked) and isinstance(asked[-1], dict) and asked[-1].get("role") == ASSISTANT
-    answer = asked.pop() if said else {"role": ASSISTANT, "content": "-"}
-    chat = conversation_of(
-        source.model_copy(update={"format": "messages", "messages": column}),
-        Row(row.origin, {**row.values, column: [*asked, answer]}),
-    )
-    if isinstance(chat, BadRow):
-        return chat
-    turns = chat.turns[:-1]
-    hidden = encoder.hide(turns) if source.special_tokens == "text" else turns
-    try:
-        text, _ = Template(encoder, (ASSISTANT,)).render(hidden, chat.tools, prompt=True)
-        ids = encoder.example(row.origin, text, []).ids
-    except (Unwritten, SpecialText) as error:
-        return BadRow(row.origin, "template", str(error))
-    content = answer.get("content")
-    known = encoder.encode([content])[0] if said and isinstance(content, str) else []
-    return Prompt(row.origin, tuple(ids.tolist()), tuple(known), row.values, tuple(turns))
+def _without_answer(prompt: Prompt, example: Example) -> Example:
+    ids = np.array(prompt.ids, np.int32)
+    return replace(example, ids=ids, mask=np.zeros(len(ids), np.bool_), others=())
+
+
+class Prompts:
+    """The prompts of a split, read from its file one by one."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RunFailed where the file cannot be read."""
+        try:
+            self._bytes = path.read_bytes()
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be read as prompts: {error}") from error
+        ends = np.flatnonzero(np.frombuffer(self._bytes, np.uint8) == ord("\n")) + 1
+        self._bounds: npt.NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), ends])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, number: int) -> Prompt:
+        start, stop = self._bounds[number], self._bounds[number + 1]
+        plain = json.loads(self._bytes[start:stop])
+        turns = plain["turns"]
+        return Prompt(
+            **plain
+            | {
+                "ids": tuple(plain["ids"]),
+                "reference": tuple(plain["reference"]),
+                "turns": None if turns is None else tuple(turns),
+            }
+        )

@@ -39,6 +39,13 @@ def check_same(saved: Path, now: DataReport) -> None:
                 f"is not what the run began with, {_shown(old)}",
                 "bring back the rows that it had, or train under another name",
             )
+    for name, sha256 in now.prompt_files.items():
+        if before.prompt_files.get(name) != sha256:
+            raise DataError(
+                f"data.{name}",
+                "has rows of other columns than the run began with, and rewards read them",
+                "bring back the rows that it had, or train under another name",
+            )
     if before.base_loss and now.base_loss and before.base_loss != now.base_loss:
         raise DataError(
             f"data.curriculum with losses of sha256 {now.base_loss[:12]}",
@@ -237,6 +244,8 @@ class DataReport:
         pairs: of the splits whose examples are pairs of answers.
         reference: sha256 of what the reference's log-probabilities depend on beside the data.
         reference_files: split -> sha256 of the file that holds them.
+        prompt_files: split -> sha256 of the file that holds its prompts and their rows, where
+            they are answered during training.
     """
 
     sources: dict[str, SourceReport]
@@ -253,6 +262,7 @@ class DataReport:
     pairs: dict[str, PairsReport] = field(default_factory=dict)
     reference: str | None = None
     reference_files: dict[str, str] = field(default_factory=dict)
+    prompt_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def turn_ends(self) -> list[str]:
@@ -286,6 +296,7 @@ class DataReport:
             pairs={name: PairsReport(**item) for name, item in content.get("pairs", {}).items()},
             reference=content.get("reference"),
             reference_files=dict(content.get("reference_files", {})),
+            prompt_files=dict(content.get("prompt_files", {})),
         )
 
 

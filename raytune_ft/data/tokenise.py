@@ -125,7 +125,9 @@ def tokenise(
         unread={
             name: count
             for name, count in tally.values.items()
-            if name not in needed.values() and name not in optional
+            if name not in needed.values()
+            and name not in optional
+            and not FORMATS[source.format].prompts
         },
         lost=dict(sorted(tally.lost.items())),
         first_lost=tally.first_lost,
@@ -174,7 +176,7 @@ def _fitted(
         if isinstance(read, BadRow):
             return read
         all_of_it = [read]
-    else:
+    elif not FORMATS[source.format].prompts:
         learnt = [one for one in all_of_it if all(mask[:limit].any() for _, mask in one.sequences)]
         # An answer and its rationale belong together; of a conversation some turns may be too far.
         if not learnt or (RATIONALE in result.columns and len(learnt) < len(all_of_it)):

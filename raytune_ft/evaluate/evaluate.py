@@ -20,7 +20,6 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.classifier import check_head
 from raytune_ft.evaluate.columns import columns_of, figures_of, retention
 from raytune_ft.evaluate.context import Continuation, Subject, runner_of
-from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.metrics import check_functions, metric_named
 from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.scores import Scores
@@ -29,6 +28,7 @@ from raytune_ft.model.heads import Head
 from raytune_ft.model.hub import given_model
 from raytune_ft.model.load import check_files, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
+from raytune_ft.model.sampling import stop_tokens
 from raytune_ft.records import Tell
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.setup import evaluation_objective, head_of

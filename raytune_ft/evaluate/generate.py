@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
 
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.data.report import DataReport
 from raytune_ft.errors import ConfigError
-from raytune_ft.model.load import resolve_model_path
 from raytune_ft.model.sampling import Request, sample
 from raytune_ft.records import Tell
 from raytune_ft.train.model_runner import ModelRunner
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Ids = Sequence[int]
 Backend = Callable[[ModelRunner, ModelConfig, Sequence[Ids], int, Ids], list[list[int]]]
@@ -78,29 +71,6 @@ def with_vllm(
 def until(ids: Ids, ends: Ids) -> list[int]:
     """The ids before the first end token."""
     return list(takewhile(lambda one: one not in ends, ids))
-
-
-def stop_tokens(
-    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, report: DataReport
-) -> tuple[int, ...]:
-    """What ends an answer: the tokenizer's EOS, the tokens that the model's generation config
-    names, and those that ended trained turns.
-    """
-    try:
-        written = GenerationConfig.from_pretrained(resolve_model_path(model.path)).eos_token_id
-    except OSError:  # it has none
-        written = None
-    return tuple(end_tokens(written, tokenizer, report))
-
-
-def end_tokens(
-    written: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, report: DataReport
-) -> list[int]:
-    """What a generation config names, then the tokenizer's EOS and the ends of trained turns."""
-    known = written if isinstance(written, list) else [written]
-    trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
-    named = dict.fromkeys([*known, tokenizer.eos_token_id, *trained])
-    return [end for end in named if isinstance(end, int)]
 
 
 BACKENDS: dict[str, Backend] = {"transformers": with_transformers, "vllm": with_vllm}

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft import __version__
 from raytune_ft.config.rewards import function_of
 from raytune_ft.config.schema import Config, ModelConfig
+from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.data.prompts import Prompt, of_file, of_split
+from raytune_ft.data.prompts import of_file, of_split
 from raytune_ft.errors import ConfigError, RunFailed, StorageError
 from raytune_ft.evaluate.context import decode, runner_of
 from raytune_ft.evaluate.evaluate import measured_split, tokenizer_of
-from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.locks import locked
@@ -32,7 +32,7 @@ from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import check_files, load_model_config, resolve_model_path
 from raytune_ft.model.methods.hooks import virtual_tokens
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.model.sampling import Request, Said, sample
+from raytune_ft.model.sampling import Request, Said, sample, stop_tokens
 from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.pool import Rewards, check_columns, started

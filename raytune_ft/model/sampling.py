@@ -13,7 +13,7 @@ entries of the vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from raytune_ft.config.sampling import SamplingConfig
+from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.batch import FREELY, Apart
+from raytune_ft.data.report import DataReport
 from raytune_ft.model.lengths import usable_positions
+from raytune_ft.model.load import resolve_model_path
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 
 Ids = Sequence[int]
@@ -125,6 +128,8 @@ def sample(
     pad: int = 0,
     seed: int = 0,
     apart: Apart = FREELY,
+    forward: Callable[..., Any] | None = None,
+    beat: Callable[[], object] = lambda: None,
 ) -> list[Said]:
     """Up to `limit` tokens after each prompt, in the order of the requests.
 
@@ -137,6 +142,8 @@ def sample(
         ends: tokens that end a continuation.
         pad: the token that fills rows up on the left.
         apart: see `model.lengths.apart_of`.
+        forward: computes a pass of the model, in place of the model itself.
+        beat: called after every pass.
     """
     positions, virtual = usable_positions(model), virtual_tokens(model)
     device = next(model.parameters()).device
@@ -154,7 +161,7 @@ def sample(
             batch = [i for i in batch if lengths[i] == longest]
         del waiting[: len(batch)]
         asked, limits = [requests[i] for i in batch], [room[i] for i in batch]
-        made = _decode(model, asked, limits, settings, ends, pad, seed)
+        made = _decode(model, asked, limits, settings, ends, pad, seed, forward, beat)
         for i, said in zip(batch, made, strict=True):
             found[i] = said
     return found
@@ -169,6 +176,8 @@ def _decode(
     ends: Ids,
     pad: int,
     seed: int,
+    forward: Callable[..., Any] | None,
+    beat: Callable[[], object],
 ) -> list[Said]:
     """One batch of requests, padded on the left; each row has a limit of its own."""
     device, limit = next(model.parameters()).device, max(limits)
@@ -188,7 +197,7 @@ def _decode(
     method = attached(model)
     plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
     with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
-        rows = _Rows(base, inputs)
+        rows = _Rows(base, inputs, forward or base)
         lengths_B = torch.tensor(limits, device=device)
         ended_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
         tokens_BL = torch.full((len(requests), limit), pad, device=device)
@@ -200,6 +209,7 @@ def _decode(
             rows.take(copied_R)
             logits_RV = logits_RV[copied_R]
         for step in range(limit):
+            beat()
             tokens_R, near_R = choose(logits_RV, numbers_BL[asked_R, step], settings)
             tokens_BL[asked_R, step], near_BL[asked_R, step] = tokens_R, near_R
             running_R = step < lengths_B[asked_R]
@@ -253,8 +263,8 @@ class _Rows:
     `generate` uses, so that each model gets the arguments and the cache that it needs.
     """
 
-    def __init__(self, base: Any, inputs: dict[str, Any]) -> None:
-        self._base = base
+    def __init__(self, base: Any, inputs: dict[str, Any], forward: Callable[..., Any]) -> None:
+        self._base, self._forward = base, forward
         self._ids_BS: Tensor = inputs.pop("input_ids")
         named = inspect.signature(base.forward).parameters
         mask_BS: Tensor = inputs["attention_mask"]
@@ -282,7 +292,7 @@ class _Rows:
             is_first_iteration=self._first,
             **self._more,
         )
-        outputs = self._base(**inputs, return_dict=True)
+        outputs = self._forward(**inputs, return_dict=True)
         self._more = self._base._update_model_kwargs_for_generation(outputs, self._more)
         self._first, self._fresh = False, 1
         last_BV: Tensor = outputs.logits[:, -1]
@@ -300,3 +310,26 @@ class _Rows:
                 self._more[key] = value[rows_R]
             elif isinstance(value, Cache):
                 value.batch_select_indices(rows_R)
+
+
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, report: DataReport
+) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's EOS, the tokens that the model's generation config
+    names, and those that ended trained turns.
+    """
+    try:
+        written = GenerationConfig.from_pretrained(resolve_model_path(model.path)).eos_token_id
+    except OSError:  # it has none
+        written = None
+    return tuple(end_tokens(written, tokenizer, report))
+
+
+def end_tokens(
+    written: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> list[int]:
+    """What a generation config names, then the tokenizer's EOS and the ends of trained turns."""
+    known = written if isinstance(written, list) else [written]
+    trained = tokenizer.convert_tokens_to_ids(report.turn_ends)
+    named = dict.fromkeys([*known, tokenizer.eos_token_id, *trained])
+    return [end for end in named if isinstance(end, int)]

@@ -449,7 +449,7 @@ class PackedEngine:
         going, due = [], []
         for slot, norm, loss_sum in zip(done, norms, loss_sums, strict=True):
             with self._failing(slot):
-                is_due = slot.run.after_step(loss_sum / slot.open.count, norm)
+                is_due = slot.run.after_step(slot.open.work, loss_sum / slot.open.count, norm)
                 going.append(slot)
                 due += [slot] if is_due else []
         scores = dict(zip(due, self._evaluate(due), strict=True))

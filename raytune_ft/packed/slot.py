@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from raytune_ft.packed.lora import AdapterInit, MultiLora
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.strategy.side_channel import SideChannel
 from raytune_ft.tensors.write import Part
+from raytune_ft.train.material import Work
 from raytune_ft.train.run_state import RunState
 
 
@@ -42,6 +44,7 @@ class OpenStep:
         self._waiting = indices[np.argsort(-widths_n[indices], kind="stable")]
         self.waiting_widths: list[int] = widths_n[self._waiting].tolist()
         self.examples, self.objective = len(indices), objective
+        self.work = Work(indices, data, indices, (), time.perf_counter())
         self.count = objective.count(data, indices) or 1
         self.loss_sum: Tensor | float = 0.0
 
@@ -201,7 +204,8 @@ class Slot:
     def begin_step(self) -> None:
         """Open the next step of the run, where it has one."""
         if not self.run.over:
-            self.open = self._open_step(self.objective, self.run.next_batch())
+            indices = self.run.examples(*self.run.place(self.run.step))
+            self.open = self._open_step(self.objective, indices)
 
     def optimizer_step(self) -> Step:
         """What the optimizer does with this slot once no example of the step waits."""

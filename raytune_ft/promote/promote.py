@@ -32,7 +32,7 @@ from raytune_ft.evaluate.evaluate import (
     run_job,
     split_named,
 )
-from raytune_ft.evaluate.generate import check_generation, end_tokens
+from raytune_ft.evaluate.generate import check_generation
 from raytune_ft.evaluate.metrics import check_functions
 from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.workers import HERE, Workers
@@ -60,6 +60,7 @@ from raytune_ft.model.load import base_file_hashes, load_tokenizer
 from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.model.objectives.reward import Reward
+from raytune_ft.model.sampling import end_tokens
 from raytune_ft.promote.candidates import (
     BASE,
     BASE_NAME,

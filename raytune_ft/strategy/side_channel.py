@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from raytune_ft.errors import CheckpointError
+from raytune_ft.errors import CheckpointError, RunFailed
 
 T = TypeVar("T")
 
@@ -53,21 +53,24 @@ class Group:
         return values
 
 
-def on_all_ranks(line: SideChannel, act: Callable[[], T]) -> list[T]:
+def on_all_ranks(
+    line: SideChannel, act: Callable[[], T], failed: type[RunFailed] = CheckpointError
+) -> list[T]:
     """Call `act` on every rank at once and return the results of all ranks.
 
     Raises:
-        CheckpointError: it failed on some rank; every rank raises, so that none waits for another.
+        CheckpointError, or `failed`: it failed on some rank; every rank raises, so that none waits
+            for another.
     """
     value: T | None = None
     failure: str | None = None
     try:
         value = act()
     except Exception as error:  # noqa: BLE001 - the other ranks must fail too
-        named = isinstance(error, CheckpointError | OSError)
+        named = isinstance(error, failed | OSError)
         failure = str(error) if named else f"{type(error).__name__}: {error}"
     answers = line.gather((value, failure))
     for _, text in answers:
         if text is not None:
-            raise CheckpointError(text)
+            raise failed(text)
     return [found for found, _ in answers]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, chain
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.errors import CheckpointError
 from raytune_ft.files import flush_file, read_json
-from raytune_ft.layout import OPTIMIZER, PROGRESS, STATE, WEIGHTS, shard_name
+from raytune_ft.layout import OPTIMIZER, PROGRESS, ROLLOUT, STATE, WEIGHTS, shard_name
 from raytune_ft.model.export import Exporter
 from raytune_ft.records import EvalMetrics, FileRecord, Point, Progress, to_json
 from raytune_ft.rundir import RunSpec
@@ -51,11 +52,15 @@ class Holder(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy in host memory of what this rank saves; training continues while it is written."""
+    """A copy in host memory of what this rank saves; training continues while it is written.
+
+    `rollout` is what has been sampled for steps to come; rank 0 writes it.
+    """
 
     weights: dict[str, Part]
     moments: dict[str, Part]
     progress: Progress
+    rollout: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 ALIGNED = 64
@@ -134,6 +139,10 @@ def write_state(
         path = directory / STATE / PROGRESS
         path.write_text(to_json(snapshot.progress, indent=2), encoding="utf-8")
         records.append(flush_file(path, directory))
+        if snapshot.rollout:
+            path = directory / STATE / ROLLOUT
+            save_file(dict(snapshot.rollout), path)
+            records.append(flush_file(path, directory))
     return records
 
 
@@ -211,7 +220,8 @@ class Saver:
 
     `pool` has that one thread, which may serve the savers of several runs in turn. A write that
     fails on one rank raises on all of them, in the next `save` or `wait`. `alive` is called while
-    `wait` waits, as long as bytes are written here or other ranks are waited for.
+    `wait` waits, as long as bytes are written here or other ranks are waited for. `rollout` gives
+    what a snapshot has beside weights and moments, in tensors that do not change.
     """
 
     def __init__(
@@ -224,7 +234,9 @@ class Saver:
         channel: SideChannel,
         pool: Executor,
         alive: Callable[[], None],
+        rollout: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
+        self._rollout = rollout
         self._spec, self._settings, self._store = spec, spec.config.checkpoint, store
         self._exporter, self._alive = exporter, alive
         self._channel = channel
@@ -239,7 +251,8 @@ class Saver:
         `evaluation` is that of this step, None where there was none; `keep_best` ranks by it.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, self._taker.take(progress), evaluation)
+        taken = replace(self._taker.take(progress), rollout=self._rollout())
+        self._pending = self._pool.submit(self._write, taken, evaluation)
         if not self._settings.asynchronous:
             self.wait()
 

@@ -48,12 +48,18 @@ def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teache
 
 
 def teacher_runner(config: Config, strategy: Strategy) -> ModelRunner:
-    """An runner for the teacher. It does not pack, so that packing needs no probe.
+    """A runner for the teacher. Raises ModelError, see `frozen_runner`."""
+    return frozen_runner(teacher_model(config), config, strategy)
+
+
+def frozen_runner(model: ModelConfig, config: Config, strategy: Strategy) -> ModelRunner:
+    """A runner for another model, whole on every worker, which is not trained. It does not pack, so
+    that packing needs no probe.
 
     Raises:
-        ModelError: the teacher cannot be loaded.
+        ModelError: it cannot be loaded.
     """
-    built: Any = build_frozen(teacher_model(config), config.train.precision)
+    built: Any = build_frozen(model, config.train.precision)
     return ModelRunner(
         model=built.to(strategy.device),
         wrapped=built,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
-from raytune_ft.data.prepare import PreparedData
-from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.methods import without_method
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.evaluation import evaluate
+from raytune_ft.train.material import Material, Work
 from raytune_ft.train.model_runner import ModelRunner, noisy_embeddings
 from raytune_ft.train.run_state import RunState
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
@@ -23,7 +19,7 @@ from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
 
 def train(
     runner: ModelRunner,
-    data: PreparedData,
+    material: Material,
     run: RunState,
     should_stop: Callable[[], bool],
     heart: Heartbeat,
@@ -35,20 +31,19 @@ def train(
         CheckpointError: a checkpoint could not be written.
     """
     strategy, config, stopped = runner.strategy, run.spec.config, False
-    steps = runner.steps(data.train, run.upcoming())
+    steps = material.steps(run)
     with closing(steps), run.reporting():
         if run.progress.base is None:
             heart.enter("evaluation before training")
             with without_method(runner.model):
-                run.begin(evaluate(runner, data.validation, heart.beat))
+                run.begin(material.evaluate(heart.beat))
         while not (run.over or stopped):
             step = run.step
             heart.enter(f"step {step}")
-            indices, batches = next(steps)
-            run.start_step(indices)
+            work = next(steps)
             _seed_noise(config.seed, step, strategy.rank)
 
-            loss_sum, count = accumulate_gradients(runner, data.train, indices, batches, heart.beat)
+            loss_sum, count = accumulate_gradients(runner, work, heart.beat)
             loss, (stopped, saving) = _sum_and_vote(
                 strategy, loss_sum, (should_stop(), run.saver.busy)
             )
@@ -57,26 +52,22 @@ def train(
             if not saving:
                 run.release()
             scores = None
-            if run.after_step(loss / count, grad_norm):
+            if run.after_step(work, loss / count, grad_norm):
                 heart.enter(f"evaluation after step {step}")
-                scores = evaluate(runner, data.validation, heart.beat)
+                scores = material.evaluate(heart.beat)
             run.after_evaluation(scores, stopped)
 
 
 def accumulate_gradients(
-    runner: ModelRunner,
-    split: TokenizedSplit,
-    indices: Indices,
-    batches: Sequence[MicroBatch],
-    beat: Beat = no_beat,
+    runner: ModelRunner, work: Work, beat: Beat = no_beat
 ) -> tuple[Tensor, float]:
-    """Add the gradient of the objective's mean loss over `indices`, whatever the layout.
+    """Add the gradient of the objective's mean loss over a step, whatever its layout.
 
-    `batches` are this rank's part of the step, in host memory. The losses are divided once, by the
-    objective's count over the whole step on all ranks, which every rank knows beforehand. Returns
-    this rank's sum of losses and that count. A router loss is added to the gradient alone. The host
-    does not wait for the device.
+    The losses are divided once, by the objective's count over the whole step on all ranks, which
+    every rank knows beforehand. Returns this rank's sum of losses and that count. A router loss is
+    added to the gradient alone. The host does not wait for the device.
     """
+    split, indices, batches = work.split, work.indices, work.batches
     strategy, objective = runner.strategy, runner.objective.over(split, indices, runner)
     count = objective.count(split, indices) or 1  # nothing counts: the gradient is zero
     loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.device)

@@ -37,9 +37,11 @@ from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
 from raytune_ft.train.setup import (
+    build_material,
     build_objective,
     build_run_state,
     build_runner,
+    extent_of,
     head_of,
 )
 from raytune_ft.train.stopping import Host, own_host
@@ -111,26 +113,26 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
         build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
     )
     objective = build_objective(config, data, strategy)
-    runner = build_runner(
-        built, config, strategy, optimizer_of, objective, data.extent, data.widest
-    )
+    extent, widest = extent_of(config, data)
+    runner = build_runner(built, config, strategy, optimizer_of, objective, extent, widest)
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    run = build_run_state(
-        spec, data, strategy, runner.names, exporter, strategy, reporter, heart, pool
-    )
     alone = host is None and strategy.world_size == 1
-    with closing(run):
-        with (
-            own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
-            watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
-        ):
-            longest = data.widest + config.method.virtual_tokens * data.train.parts
-            policy = config.parallel.activation_checkpointing
-            with lowers(spec.run_dir, runner.micro_tokens, longest, policy):
-                train(runner, data, run, near.should_stop, heart)
-        pool.shutdown(wait=True)  # not after a failure, where peers may be gone
-        return run.finish(runner.notes, hosted=host is not None)
+    with build_material(runner, data, spec, heart) as material:
+        run = build_run_state(
+            spec, data, strategy, runner.names, exporter, strategy, reporter, heart, pool, material
+        )
+        with closing(run):
+            with (
+                own_host(spec, heart) if alone else nullcontext(host or Host(heart=heart)) as near,
+                watched(heart, strategy.rank, config.parallel.hang_timeout_s, near.on_hang),
+            ):
+                longest = widest + config.method.virtual_tokens * data.train.parts
+                policy = config.parallel.activation_checkpointing
+                with lowers(spec.run_dir, runner.micro_tokens, longest, policy):
+                    train(runner, material, run, near.should_stop, heart)
+            pool.shutdown(wait=True)  # not after a failure, where peers may be gone
+            return run.finish(runner.notes, hosted=host is not None)
 
 
 def _as_failure(error: BaseException) -> RaytuneFtError | None:

@@ -12,13 +12,13 @@ from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.order import Indices, Order
-from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.layout import checkpoint_path
 from raytune_ft.records import EvalMetrics, Point, Progress, RunResult, StepMetrics
 from raytune_ft.rundir import RunSpec
 from raytune_ft.train.checkpoint import Saver
 from raytune_ft.train.evaluation import Scores
+from raytune_ft.train.material import Work
 from raytune_ft.train.optim import learning_rate, total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import Outcome, end_run, failed_result, run_result
@@ -51,6 +51,8 @@ class Schedule:
     eval_every: int
     save_every: int
     extendable: bool
+    generation: int = 1
+    iterations: int = 1
 
     @classmethod
     def of(
@@ -67,6 +69,8 @@ class Schedule:
             train.eval_every_examples,
             save_every,
             extendable=depends_on_horizon(train, curriculum) is None,
+            generation=train.rollout.steps_per_generation,
+            iterations=train.rollout.num_iterations,
         )
 
     @property
@@ -77,6 +81,15 @@ class Schedule:
     def examples_after(self, step: int) -> int:
         """Examples seen once `step` steps are done."""
         return min(step * self.batch_size, self.total_examples)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Where in the stream of examples those of a step begin, and how many they are.
+
+        The steps of a rollout are taken `iterations` times before those of the next one.
+        """
+        rollout, within = divmod(step - 1, self.generation * self.iterations)
+        place = rollout * self.generation + within % self.generation
+        return place * self.batch_size, self.examples_after(step) - self.examples_after(step - 1)
 
     def due(self, step: int, every: int) -> bool:
         """Is `step` the first at or past a multiple of `every`, or the last of all?"""
@@ -101,11 +114,11 @@ class RunState:
 
         run.begin(scores of the base)
         while not run.over:
-            indices = run.next_batch()            # or `upcoming` ahead of time, and `start_step`
-            ...                                   # forward, backward, optimizer step at `run.lr`
-            if run.after_step(loss, grad_norm):   # an evaluation is due
+            work = ...                                  # of `run.step`, see `train.material`
+            ...                                         # forward, backward, step at `run.lr`
+            if run.after_step(work, loss, grad_norm):   # an evaluation is due
                 scores = ...
-            run.after_evaluation(scores)          # None where none was due
+            run.after_evaluation(scores)                # None where none was due
         run.finish(notes)
 
     `train.loop` drives one state, `packed.engine` one for each slot. Every rank holds the state and
@@ -117,7 +130,6 @@ class RunState:
     def __init__(
         self,
         spec: RunSpec,
-        data: TokenizedSplit,
         order: Order,
         schedule: Schedule,
         progress: Progress,
@@ -127,10 +139,10 @@ class RunState:
         heart: Heartbeat,
         usage: Usage,
     ) -> None:
-        """`data` is the training split; `heart` gets the name of every phase."""
+        """`heart` gets the name of every phase."""
         self.spec, self.progress, self.saver = spec, progress, saver
         self._settings = spec.config.train
-        self._data, self._order, self._schedule = data, order, schedule
+        self._order, self._schedule = order, schedule
         self._goal = Goal(spec.metric, spec.mode)
         self._log, self._reporter, self._heart, self._usage = log, reporter, heart, usage
         self._started = time.perf_counter() - progress.wall_s
@@ -164,25 +176,20 @@ class RunState:
             self._log.evaluation(evaluation, None)
         self._reporter.evaluation(evaluation, None)
 
-    def upcoming(self) -> Iterator[Indices]:
-        """The training examples of each step from the next one to the end of the budget."""
-        seen = self.progress.examples
-        for step in range(self.step, self._schedule.total_steps + 1):
-            after = self._schedule.examples_after(step)
-            yield self._order.indices(seen, after - seen)
-            seen = after
+    @property
+    def remaining(self) -> range:
+        """The numbers of the steps to come, to the end of the budget."""
+        return range(self.step, self._schedule.total_steps + 1)
 
-    def start_step(self, indices: Indices) -> None:
-        """Note the examples of the next step, whose clock starts here."""
-        self._step_started = time.perf_counter()
-        self._batch = indices
+    def place(self, step: int) -> tuple[int, int]:
+        """See `Schedule.place`."""
+        return self._schedule.place(step)
 
-    def next_batch(self) -> Indices:
-        """The training examples of the next step, which starts."""
-        self.start_step(next(self.upcoming()))
-        return self._batch
+    def examples(self, start: int, count: int) -> Indices:
+        """Examples of the training split, by their places in the stream."""
+        return self._order.indices(start, count)
 
-    def after_step(self, loss: float, grad_norm: float) -> bool:
+    def after_step(self, work: Work, loss: float, grad_norm: float) -> bool:
         """Note a step, with the loss and gradient norm of all ranks; is an evaluation due?
 
         Raises:
@@ -196,16 +203,16 @@ class RunState:
         self.progress = replace(
             self.progress,
             step=step,
-            examples=self.progress.examples + len(self._batch),
+            examples=self.progress.examples + len(work.examples),
             wall_s=now - self._started,
         )
-        tokens = int(self._data.lengths[self._batch].sum())
-        tokens_per_s = tokens / (now - self._step_started)
+        tokens = int(work.split.lengths[work.indices].sum())
+        tokens_per_s = tokens / (now - work.began)
         metrics = StepMetrics(
             step=step,
             examples=self.progress.examples,
             tokens=tokens,
-            label_tokens=int(self._data.label_counts[self._batch].sum()),
+            label_tokens=int(work.split.label_counts[work.indices].sum()),
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
@@ -213,6 +220,7 @@ class RunState:
             wall_s=self.progress.wall_s,
             peak_gib=self._usage.peak_gib,
             mfu=self._usage.mfu(tokens_per_s),
+            figures=work.figures,
         )
         if self._log:
             self._log.step(metrics)

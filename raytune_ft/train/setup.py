@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
+from raytune_ft.config.load import expand_env
+from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch
 from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepare import PreparedData, use_chat_template
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
@@ -45,14 +48,18 @@ from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.objectives.tokens import block_rows
 from raytune_ft.model.probe import LENGTHS, Probe, returns_its_head, same_of_one
 from raytune_ft.model.routers import balance_of, router_notes
+from raytune_ft.model.sampling import stop_tokens
 from raytune_ft.records import Progress
+from raytune_ft.rewards.pool import started
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Saver, load_state
-from raytune_ft.train.distill import check_size, teacher_of
+from raytune_ft.train.distill import check_size, frozen_runner, teacher_of
+from raytune_ft.train.material import Given, Material
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
+from raytune_ft.train.rollouts import Rolled, Speaker
 from raytune_ft.train.run_state import RunState, Schedule
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.usage import Usage
@@ -175,11 +182,21 @@ def check_lengths(config: Config, shapes: nn.Module, data: PreparedData) -> None
     """Raises ConfigError where a row, with the virtual tokens of the method before it, exceeds the
     model's positions. In a search, every method of the space is checked.
     """
-    positions, longest = usable_positions(shapes), data.extent[1]
+    positions, longest = usable_positions(shapes), extent_of(config, data)[0][1]
     tried = [config] if config.search is None else variants(config)
     virtual = max(one.method.virtual_tokens for one in tried)
     if positions is None or longest + virtual <= positions:
         return
+    said = longest - data.extent[1]
+    if said:
+        raise ConfigError(
+            f"train.rollout.max_completion_length={said}",
+            f"after prompts of up to {longest - said + virtual} tokens exceeds the model's "
+            f"{positions} positions",
+            f"write at most {positions - virtual - longest + said}"
+            if longest - said + virtual < positions
+            else "write a smaller data.max_length",
+        )
     if longest < positions:
         raise ConfigError(
             f"method.tokens={virtual}",
@@ -245,10 +262,12 @@ def build_run_state(
     reporter: Reporter,
     heart: Heartbeat,
     pool: Executor,
+    material: Material | None = None,
 ) -> RunState:
     """A run at its newest sound checkpoint, or at its beginning; called on every rank.
 
-    `holder` has the trained weights `names` and their moments, into which the checkpoint is loaded.
+    `holder` has the trained weights `names` and their moments, into which the checkpoint is loaded;
+    `material` goes on from it too.
 
     Raises:
         ConfigError: see `order_of`.
@@ -263,13 +282,53 @@ def build_run_state(
     checkpoint = where_to_resume(store, schedule, strategy)
     channel = holder.side_channel()
     progress = load_state(checkpoint, holder, names, channel) if checkpoint else Progress()
-    saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive)
+    rollout = dict if material is None else material.state
+    saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive, rollout)
     resume_step = progress.step if checkpoint else None
+    if material is not None and checkpoint:
+        material.restore(checkpoint, progress.step)
     log = Log(spec, resume_step) if strategy.rank == 0 else None
     if log and spec.forecast is not None:
         write_json_atomic(spec.run_dir / FORECAST, spec.forecast)
     usage = Usage(strategy.device, strategy.world_size, spec.forecast)
-    return RunState(spec, data.train, order, schedule, progress, saver, log, reporter, heart, usage)
+    return RunState(spec, order, schedule, progress, saver, log, reporter, heart, usage)
+
+
+def extent_of(config: Config, data: PreparedData) -> tuple[tuple[int, int], int]:
+    """The lengths of the shortest and longest sequence that the model sees, and the tokens of the
+    longest example; what a model says to a prompt counts.
+    """
+    (shortest, longest), widest = data.extent, data.widest
+    if not OBJECTIVES[config.train.objective].rollouts:
+        return (shortest, longest), widest
+    said = config.train.rollout.max_completion_length
+    return (shortest + 1, longest + said), widest + said
+
+
+@contextmanager
+def build_material(
+    runner: ModelRunner, data: PreparedData, spec: RunSpec, heart: Heartbeat
+) -> Iterator[Material]:
+    """What a run is trained on. Processes of rewards end with the context.
+
+    Raises:
+        ConfigError: a reward cannot be used.
+        ModelError: the model before training, which a KL term needs, cannot be loaded.
+    """
+    config = spec.config
+    if not OBJECTIVES[config.train.objective].rollouts:
+        yield Given(runner, data)
+        return
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.data)
+    ends = stop_tokens(tokenizer, config.model, data.report)
+    with_secrets = expand_env(config, rewards=True)
+    reference = None
+    if config.train.grpo.beta and METHODS[config.method.name].whole_model:
+        reference = frozen_runner(config.model, config, runner.strategy)
+    with started(with_secrets.rewards) as rewards:
+        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart)
+        yield Rolled(speaker, data, config, spec.run_dir, reference)
 
 
 def build_runner(

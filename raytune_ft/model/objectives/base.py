@@ -80,11 +80,14 @@ class Objective(Protocol):
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """The columns of evaluations that depend on the model, without smoothing.
 
-        The batch holds the same examples `groups` times, once for each of as many models.
+        The batch holds the same examples `groups` times, once for each of as many models. An
+        objective that learns from what the model says measures no data.
         """
+        raise TypeError(f"{type(self).__name__} measures no data")
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """`[E]` each: the columns of these examples that depend on the data alone."""
+        raise TypeError(f"{type(self).__name__} measures no data")
 
 
 def example_weights(columns: Mapping[str, Any]) -> Any:

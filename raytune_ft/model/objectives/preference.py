@@ -34,10 +34,10 @@ from raytune_ft.model.objectives.base import (
 from raytune_ft.model.objectives.tokens import token_losses
 
 
-def label_logps(forward: Forward, batch: MicroBatch) -> Tensor:
+def label_logps(forward: Forward, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """`[N]`, the log-probability of every label token, float32 or wider."""
     return forward.by_label(
-        batch, lambda logits_bV, part: -token_losses(logits_bV, part).unsqueeze(1)
+        batch, lambda logits_bV, part: -token_losses(logits_bV / temperature, part).unsqueeze(1)
     )[:, 0]
 
 

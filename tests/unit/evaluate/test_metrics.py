@@ -23,11 +23,12 @@ from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.evaluate.columns import retention
 from raytune_ft.evaluate.context import Subject, prompt_of, runner_of
 from raytune_ft.evaluate.evaluate import measure
-from raytune_ft.evaluate.generate import choose_backend, stop_tokens, until
+from raytune_ft.evaluate.generate import choose_backend, until
 from raytune_ft.evaluate.metrics import extracted
 from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.objectives.classification import Classification
+from raytune_ft.model.sampling import stop_tokens
 from raytune_ft.promote.promote import promote, save_tokenizer
 
 GSM8K = re.compile(r"####\s*(\S+)")

@@ -1,0 +1,87 @@
+"""The sections of `train` for objectives that learn from what the model says; names as in TRL."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raytune_ft.config.section import Positive, Section
+
+
+class RolloutConfig(Section):
+    """Completions that are sampled during training, scored, and then trained on."""
+
+    num_generations: Annotated[int, Field(ge=2)] = Field(
+        8, description="completions of each prompt, which are compared with each other"
+    )
+    max_completion_length: Positive = Field(256, description="tokens of the longest completion")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="logits are divided by it, in sampling and in the loss"
+    )
+    steps_per_generation: Positive = Field(
+        1, description="steps that one rollout is for, each with prompts of its own"
+    )
+    num_iterations: Positive = Field(
+        1, description="how often the steps of one rollout are taken; each time counts as examples"
+    )
+    keep: Annotated[int, Field(ge=0)] = Field(
+        64, description="completions of each rollout that are written to rollouts.jsonl"
+    )
+
+    @property
+    def steps(self) -> int:
+        """Steps of one rollout."""
+        return self.steps_per_generation * self.num_iterations
+
+
+class GrpoConfig(Section):
+    """Group relative policy optimisation and its family."""
+
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = Field(
+        "dapo",
+        description="what the losses of tokens are divided by: dapo and cispo: the tokens of the "
+        "step; grpo: those of their completion; dr_grpo: max_completion_length. cispo clips the "
+        "ratio as a weight, without losing a token's gradient",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="the ratio to the sampling policy, of a token or a completion (GSPO)"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="advantages are divided by the standard deviation of these rewards"
+    )
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the KL divergence from the model before training"
+    )
+    kl: Literal["loss", "reward"] = Field(
+        "loss",
+        description="where the divergence enters: a term for each token, or off the reward of each "
+        "completion",
+    )
+    epsilon: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="ratios below 1 - epsilon are clipped"
+    )
+    epsilon_high: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="ratios above 1 + epsilon_high are clipped, of cispo above epsilon_high; null "
+        "is epsilon",
+    )
+    delta: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="largest ratio, also where the advantage is negative (two-sided clipping)"
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="completions that were cut at max_completion_length are not trained on"
+    )
+    drop_zero_std: bool = Field(
+        False, description="groups whose rewards are all equal count nothing"
+    )
+    gate: str | None = Field(
+        None,
+        description="the name of a reward; a group for which it is the same everywhere counts "
+        "nothing, whatever the other rewards say",
+    )
+
+    @property
+    def high(self) -> float:
+        """The upper clip."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high

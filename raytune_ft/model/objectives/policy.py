@@ -1,0 +1,102 @@
+"""GRPO and its family: completions that the model said itself, weighed by their advantages.
+
+Shapes: E completions, N label tokens, which are those of completions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
+from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.order import Indices
+from raytune_ft.data.prepare import REFERENCE, PreparedData
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.objectives.base import (
+    WEIGHT,
+    Forward,
+    Objective,
+    TeacherOf,
+    example_weights,
+)
+from raytune_ft.model.objectives.preference import label_logps
+
+ADVANTAGE, COUNTED = "advantage", "counted"
+"""Columns of a rollout: how much better a completion is than its group, and whether it counts."""
+SAMPLED = "sampled"
+"""The label column of the log-probabilities under the policy that sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grpo(Objective):
+    """GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071) and
+    CISPO (2506.13585).
+
+    The data are a rollout: `advantage` and `counted` of each completion and, where several steps
+    are taken on it, `sampled`; `reference` under a KL term in the loss. Everything that a loss is
+    divided by is counted over the step.
+    """
+
+    of_tokens: ClassVar[bool] = True
+    settings: GrpoConfig
+    rollout: RolloutConfig
+
+    def count(self, split: TokenizedSplit, indices: Indices) -> float:
+        """Label tokens; of grpo completions; of dr_grpo completions times the longest one."""
+        weights_E = split.columns.get(WEIGHT)
+        own_E = np.ones(len(indices)) if weights_E is None else weights_E[indices, 0]
+        if self.settings.loss_type in ("dapo", "cispo"):
+            return float((own_E * split.label_counts[indices]).sum())
+        counted = float((own_E * split.columns[COUNTED][indices, 0]).sum())
+        if self.settings.loss_type == "dr_grpo":
+            return counted * self.rollout.max_completion_length
+        return counted
+
+    def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
+        """`[N]`, one for each token of a completion, float64."""
+        return self.losses_of(label_logps(forward, batch, self.rollout.temperature), batch)
+
+    def losses_of(self, logps_N: Tensor, batch: MicroBatch) -> Tensor:
+        """The same from the log-probabilities of label tokens at the temperature of sampling."""
+        own, owners_N = self.settings, batch.owners_N
+        wide_N = logps_N.double()
+        sampled_N = batch.label_columns.get(SAMPLED, wide_N.detach()).double()
+        log_ratio_N = wide_N - sampled_N
+        if own.importance_sampling_level == "sequence":
+            log_ratio_N = self._mean(log_ratio_N, batch).index_select(0, owners_N)
+        ratio_N = log_ratio_N.exp()
+        advantage_N = batch.columns[ADVANTAGE][:, 0].double().index_select(0, owners_N)
+        if own.loss_type == "cispo":
+            losses_N = -ratio_N.clamp_max(own.high).detach() * advantage_N * wide_N
+        else:
+            clipped_N = ratio_N.clamp(1 - own.epsilon, 1 + own.high)
+            bounded_N = ratio_N if own.delta is None else ratio_N.clamp_max(own.delta)
+            losses_N = -torch.minimum(bounded_N * advantage_N, clipped_N * advantage_N)
+        if own.beta and own.kl == "loss":
+            # Schulman's k3, times the ratio, without which its gradient is that of another KL.
+            ahead_N = batch.label_columns[REFERENCE].double() - wide_N
+            losses_N = losses_N + own.beta * ratio_N * (ahead_N.exp() - ahead_N - 1)
+        if own.loss_type == "grpo":
+            tokens_Q = torch.tensor(batch.labels, dtype=torch.float64)
+            tokens_Q = tokens_Q.to(losses_N.device, non_blocking=True)
+            losses_N = losses_N / tokens_Q.index_select(0, owners_N)
+        weights_E = example_weights(batch.columns)
+        return losses_N if weights_E is None else losses_N * weights_E.index_select(0, owners_N)
+
+    def _mean(self, values_N: Tensor, batch: MicroBatch) -> Tensor:
+        """`[E]`, of the tokens of each completion."""
+        tokens_Q = torch.tensor(batch.labels, dtype=torch.float64).clamp_min(1)
+        sums_Q = torch.zeros(len(batch.spans), dtype=torch.float64, device=values_N.device)
+        sums_Q = sums_Q.index_add(0, batch.owners_N, values_N)
+        return sums_Q / tokens_Q.to(values_N.device, non_blocking=True)
+
+
+def grpo(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> Grpo:
+    """`train.objective: grpo`."""
+    return Grpo(settings=train.grpo, rollout=train.rollout)
