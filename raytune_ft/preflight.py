@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.environment import in_ray_job, joins_cluster
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
-from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
@@ -226,9 +225,8 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
-    if OBJECTIVES[config.train.objective].rollouts:
-        data = prompted(data, config.data, tokenizer, config.seed)
-        check_rewards(config, data)
+    data = prompted(config, data, tokenizer)
+    check_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))
     check_lengths(config, shapes, data)

@@ -19,6 +19,8 @@ from raytune_ft.config.data import (
     source_configs,
     source_names,
 )
+from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.schema import Config
 from raytune_ft.data.formats import Encoder, Example, found_format
 from raytune_ft.data.formats.conversation import Conversation, conversation_of
 from raytune_ft.data.formats.prompt import Prompt, read_prompt
@@ -151,10 +153,10 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompted(
-    prepared: PreparedData, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedData:
-    """The data of a run that answers prompts: every example is a prompt without a label token, and
-    a file beside each split holds their rows, which rewards read.
+    """The data of a run whose objective learns from what the model says: every example is a prompt
+    without a label token, and a file beside each split holds their rows, which rewards read.
 
     Raises:
         DataError: the rows have no prompts.
@@ -164,9 +166,9 @@ def prompted(
     def add(folder: Path) -> dict[str, Any]:
         splits, files = {}, {}
         for name in prepared.report.splits:
-            found = _of_split(data, name, tokenizer, seed)
+            found = _of_split(config.data, name, tokenizer, config.seed)
             examples = [_without_answer(prompt, example) for prompt, example in found]
-            split = split_of(name, examples, data, prepared.report.names)
+            split = split_of(name, examples, config.data, prepared.report.names)
             split.write(folder / f"{name}.arrow")
             splits[name] = describe_split(split)
             path = folder / prompts_file(name)
@@ -175,6 +177,8 @@ def prompted(
             files[name] = sha256_of(path)
         return {"splits": splits, "prompt_files": files}
 
+    if not OBJECTIVES[config.train.objective].rollouts:
+        return prepared
     return derived(prepared, "prompts", add)
 
 

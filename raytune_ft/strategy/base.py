@@ -154,6 +154,8 @@ class Strategy(Protocol):
     device: torch.device
     precision: Precision
     takes_parts: bool
+    gathers: bool
+    """Whether weights are gathered in each pass of the model, in which all ranks must take part."""
     """Whether `prepare` takes weights on the meta device, which are filled afterwards."""
     casts_on_gathering: bool
     """Whether weights are gathered in the dtype of matrix products, so that no copies are cast."""

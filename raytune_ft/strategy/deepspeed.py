@@ -127,6 +127,7 @@ class DeepSpeed(Grouped):
     strategy. DeepSpeed's own bf16 mode, which also keeps weights and norms in bfloat16, is off.
     """
 
+    gathers = True
     zero: Zero
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:

@@ -44,6 +44,7 @@ class Fsdp(Grouped):
     """
 
     takes_parts = True
+    gathers = True
     casts_on_gathering = True
 
     def __init__(self, parallel: ParallelConfig, precision: Precision) -> None:

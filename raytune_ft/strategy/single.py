@@ -42,6 +42,7 @@ class Single:
     rank = 0
     world_size = 1
     takes_parts = False
+    gathers = False
     casts_on_gathering = False
     keeps_gradients = False
     """Whether a step zeroes gradients in place; else their memory is freed."""

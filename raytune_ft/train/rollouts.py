@@ -30,7 +30,6 @@ from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import LOSS
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config
-from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
@@ -114,7 +113,6 @@ class Speaker:
         self._tokenizer, self._ends, self._heart = tokenizer, ends, heart
         self._settings, self._seed = config.train.rollout, config.seed
         self._channel = runner.strategy.side_channel()
-        self._shards = STRATEGIES[config.parallel.strategy].shards
 
     def answer(self, prompts: Sequence[tuple[int, Prompt]], count: int) -> Answered:
         """`count` completions of each of (place, prompt).
@@ -147,7 +145,7 @@ class Speaker:
 
     def _say(self, requests: Sequence[Request]) -> list[Said]:
         runner, lockstep = self.runner, None
-        if self._shards:
+        if runner.strategy.gathers:
             lockstep = _Lockstep(runner.wrapped, runner.strategy, runner.pad_token)
         with runner.autocast():
             said = sample(
@@ -548,6 +546,8 @@ def check_rewards(config: Config, data: PreparedData) -> None:
     Raises:
         ConfigError: one of them cannot be used, or needs a column that the rows lack.
     """
+    if not data.report.prompt_files:
+        return
     with started(expand_env(config, rewards=True).rewards) as rewards:
         for name in data.report.prompt_files:
             prompts = Prompts(data.path / prompts_file(name))

@@ -42,7 +42,42 @@ CASES: dict[str, dict[str, Any]] = {
         "train.reward": {"center_rewards_coefficient": 0.1},
     },
     "simpo": {"data.train.format": "preference", "train.simpo": {"cpo_alpha": 0.2}},
+    "grpo": {
+        "data.train.format": "prompt",
+        "data.train.example_weight": "weight",
+        "train.rollout": {
+            "num_generations": 3,
+            "max_completion_length": 8,
+            "temperature": 0.8,
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+        },
+        "train.grpo": {"beta": 0.1},
+    },
+    "grpo sequence": {
+        "data.train.format": "prompt_completion",
+        "train.rollout": {"num_generations": 4, "max_completion_length": 6},
+        "train.grpo": {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "scale_rewards": "batch",
+            "mask_truncated_completions": True,
+            "drop_zero_std": True,
+            "beta": 0.05,
+            "kl": "reward",
+        },
+    },
 }
+"""By objective, or objective and case."""
+SCORE = """
+def vowels(completions, weight, **columns):
+    return [sum(one.count(letter) for letter in "aeiou") + 0.1 * w
+            for one, w in zip(completions, weight)]
+
+
+def short(completions, **columns):
+    return [None if one.startswith("b") else -len(one) for one in completions]
+"""
 
 
 def save_inputs(root: Path, count: int = 40) -> Path:
@@ -74,6 +109,7 @@ def save_inputs(root: Path, count: int = 40) -> Path:
         }
         for number in range(count)
     ]
+    (root / "score.py").write_text(SCORE)
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -82,7 +118,10 @@ def config_of(
     root: Path, objective: str, changes: dict[str, Any], model: str = "decoder"
 ) -> Config:
     """A short run; `changes` come last."""
-    case = {"train.objective": objective, **SHORT, **CASES[objective]}
+    case = {"train.objective": objective.split()[0], **SHORT, **CASES[objective]}
     if objective == "kd":
         case["train.kd"] = {**case["train.kd"], "teacher": str(root / "teacher")}
+    if "train.rollout" in case:
+        short = {"name": f"{root / 'score.py'}:short", "weight": 0.1}
+        case["rewards"] = [f"{root / 'score.py'}:vowels", short]
     return make_config(root / model, root / "rows.jsonl", {**case, **changes})

@@ -14,6 +14,7 @@ from torch import Tensor
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.evaluate.precompute import referenced, taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.records import EvalMetrics, RunResult, StepMetrics
@@ -84,6 +85,7 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, run_dir.parent / "cache")
+    prepared = prompted(config, prepared, tokenizer)
     prepared = taught(config, prepared, lambda line: None)
     prepared = referenced(config, prepared, lambda line: None)
     spec = RunSpec(config, run_dir, prepared.path)
