@@ -11,6 +11,7 @@ from typing import Any
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.load import expand_env, to_plain
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.reference import is_under
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
@@ -26,6 +27,8 @@ FREE = (
     "train.micro_tokens",
     "train.kd.cache",
     "train.kd.cache_limit_gib",
+    "train.rollout.keep",
+    "train.watch",
     "search.max_concurrent",
     "search.execution",
     "search.storage",
@@ -33,8 +36,9 @@ FREE = (
     "promote",
     "tracking",
     "sampling",
-    "rewards",
 )
+# Of a reward, what does not change a score.
+FREE_OF_REWARDS = ("timeout_s", "url", "api_key", "retries", "answers")
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
 # Where Ray unpacks the files of a job, which is another place for each session and package. The
@@ -52,7 +56,11 @@ def config_sha256(config: Config) -> str:
     flat = _flat(to_plain(expand_env(config)))
     depends = depends_on_horizon(config.train, config.data.curriculum)
     ignored = (*FREE, "name", "search", *(() if depends else BUDGET))
-    kept = {key: value for key, value in flat.items() if not is_under(key, ignored)}
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if not (is_under(key, ignored) or _is_free_reward(key, config))
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -72,12 +80,21 @@ def check_resume(saved: Config, new: Config) -> None:
     old_flat, new_flat = _flat(to_plain(saved)), _flat(to_plain(new))
     for key in [*old_flat, *(key for key in new_flat if key not in old_flat)]:
         old, now = old_flat.get(key, _MISSING), new_flat.get(key, _MISSING)
-        if old == now or is_under(key, (*FREE, *BUDGET)):
+        if old == now or is_under(key, (*FREE, *BUDGET)) or _is_free_reward(key, new):
             continue
         if key == "search.trials" and isinstance(old, int) and isinstance(now, int) and now > old:
             continue
         raise _differs(key, old, now, "is what a resume must keep")
     _check_budget(saved, new, old_flat, new_flat)
+
+
+def _is_free_reward(key: str, config: Config) -> bool:
+    """Whether a key of `rewards` changes no weight of such a run."""
+    first, _, last = key.partition(".")
+    if first != "rewards":
+        return False
+    used = OBJECTIVES[config.train.objective].rollouts
+    return not used or last.rpartition(".")[2] in FREE_OF_REWARDS
 
 
 def _check_budget(

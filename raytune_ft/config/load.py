@@ -17,6 +17,7 @@ from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.methods import DEFAULT_METHOD, METHODS
 from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.rewards import RewardConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.config.strategies import ALONE, REPLICATED, SHARDED, candidates
@@ -108,6 +109,22 @@ def expand_env(
     plain = to_plain(config)
     kept = {} if rewards else {"rewards": plain.pop("rewards")}
     return validated(environment.expand(plain, environ=environ) | kept)
+
+
+def asked_rewards(config: Config) -> list[RewardConfig]:
+    """The rewards that a run asks while it trains; those that are only watched weigh nothing."""
+    watched = config.train.watch
+    return [
+        each.model_copy(update={"weight": 0.0}) if each.called in watched else each
+        for each in config.rewards
+        if each.called in watched or OBJECTIVES[config.train.objective].rollouts
+    ]
+
+
+def needs_base(config: Config) -> bool:
+    """Whether the losses read the log-probabilities of the model before training."""
+    rollouts = OBJECTIVES[config.train.objective].rollouts
+    return rollouts > 1 or (rollouts == 1 and config.train.grpo.beta > 0)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

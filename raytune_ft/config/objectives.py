@@ -182,7 +182,8 @@ class ObjectiveFacts:
         smooth: `train.label_smoothing` has a distribution to smooth.
         pairs: examples are pairs of answers. Each trial of a packed engine has keys of its own.
         reference: it needs the log-probabilities of another model, measured before training.
-        rollouts: it learns from what the model says during training, which `rewards` score.
+        rollouts: it learns from what the model says during training, which `rewards` score; the
+            sequences of each of its examples. 0 where examples are given.
         scaled: its keys change the scale of `eval_loss`, so that the losses of trials that differ
             in them do not compare.
         unpackable: why trials cannot share one process; None where they can.
@@ -200,7 +201,7 @@ class ObjectiveFacts:
     smooth: bool = True
     pairs: bool = False
     reference: bool = False
-    rollouts: bool = False
+    rollouts: int = 0
     scaled: bool = False
     unpackable: str | None = None
     lr: tuple[float, float] | None = None
@@ -210,7 +211,7 @@ class ObjectiveFacts:
         """Examples that are too long are left out by default, since the end of a prompt or of an
         answer cannot be missing.
         """
-        return self.pairs or self.reference or self.rollouts
+        return self.pairs or self.reference or self.rollouts > 0
 
 
 def _tokens() -> Callable[..., Any]:
@@ -255,7 +256,14 @@ def _grpo() -> Callable[..., Any]:
     return grpo
 
 
+def _online_dpo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.preference import dpo
+
+    return dpo
+
+
 PAIRS = ("preference",)
+OWN_WORDS = "trains on what each trial says itself"
 PROMPTS = ("prompt", "prompt_completion", "messages", "sharegpt", "alpaca")
 REWARD = Figure("eval_reward", "max", ("reward", "examples"))
 SAID_FIGURES = (
@@ -334,9 +342,19 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         _grpo,
         keys=("rollout", "grpo"),
         smooth=False,
-        rollouts=True,
+        rollouts=1,
         lr=(1e-6, 2e-5),
-        unpackable="trains on what each trial says itself",
+        unpackable=OWN_WORDS,
+    ),
+    "online_dpo": ObjectiveFacts(
+        PROMPTS,
+        SAID_FIGURES,
+        _online_dpo,
+        keys=("rollout", "dpo"),
+        smooth=False,
+        rollouts=2,
+        lr=(1e-6, 2e-5),
+        unpackable=OWN_WORDS,
     ),
     "reward": ObjectiveFacts(
         PAIRS,
@@ -370,13 +388,17 @@ def figures(
 
 
 class _Searchable(Mapping[str, Figure]):
-    """The figures that `search.metric` may name, of all objectives that there are now."""
+    """The figures that `search.metric` may name, of all objectives that there are now, and
+    `eval_reward:NAME`.
+    """
 
     def _now(self) -> dict[str, Figure]:
         entries = OBJECTIVES.values()
         return {each.name: each for one in entries for each in one.figures if each.trained}
 
     def __getitem__(self, name: str) -> Figure:
+        if name.startswith(f"{REWARD.name}:"):
+            return Figure(name, REWARD.mode)
         return self._now()[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -18,7 +18,7 @@ from raytune_ft.config.data import (
 )
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.methods import METHODS, MethodConfig
-from raytune_ft.config.objectives import LOSS, OBJECTIVES, ObjectiveFacts, figures
+from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD, ObjectiveFacts, figures
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
 from raytune_ft.config.search_rules import check_budget, check_examples, check_search
@@ -425,7 +425,8 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
     for name, other in OBJECTIVES.items():
         for key in other.keys:
             written = getattr(train, key)
-            if key not in facts.keys and written != defaults[key].default:
+            watched = key == "rollout" and bool(train.watch)
+            if key not in facts.keys and not watched and written != defaults[key].default:
                 if isinstance(written, Section):
                     written = written.model_dump(exclude_defaults=True)
                 raise ConfigError(
@@ -461,6 +462,20 @@ def _check_keys(config: Config, facts: ObjectiveFacts) -> None:
 def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
     """Raises ConfigError where what the model says cannot be scored or learnt from."""
     train, named = config.train, [reward.called for reward in config.rewards]
+    for name in train.watch:
+        if name not in named:
+            raise ConfigError(
+                f"train.watch={name}",
+                "names no reward",
+                f"write {one_of(named)}" if named else "write it in rewards",
+            )
+    if train.watch and facts.head:
+        raise ConfigError(
+            f"train.watch={shown_value(train.watch)}",
+            f"scores what a model says, and train.objective={train.objective} trains one that "
+            "gives numbers",
+            "leave the key out",
+        )
     if not facts.rollouts:
         return
     if not config.rewards:
@@ -469,8 +484,19 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "needs a reward",
             "write rewards: [FILE.py:FUNCTION], or one of " + one_of(rewards.REWARDS),
         )
-    if all(reward.weight == 0 for reward in config.rewards):
-        raise ConfigError("rewards", "have the weight 0", "give one of them another weight")
+    if all(reward.weight == 0 or reward.called in train.watch for reward in config.rewards):
+        raise ConfigError(
+            "rewards",
+            "have the weight 0 or stand in train.watch, which leaves nothing to learn from",
+            "give one of them a weight, and do not watch it",
+        )
+    if train.dpo.reference is not None:
+        raise ConfigError(
+            f"train.dpo.reference={train.dpo.reference}",
+            f"is for preferences that are given, and train.objective={train.objective} compares "
+            "with the model before training",
+            "leave the key out",
+        )
     grpo = train.grpo
     if grpo.gate is not None and grpo.gate not in named:
         raise ConfigError(
@@ -589,12 +615,16 @@ def _check_metrics(config: Config) -> None:
     several = data.train if isinstance(data.validation, float) else data.validation
     named = several if isinstance(several, list) else []
     of_sources = [f"eval_loss:{source.called}" for source in named]
+    rolls = all(OBJECTIVES[name].rollouts for name in names)
+    scored = [each.called for each in config.rewards] if rolls else config.train.watch
+    of_sources += [f"{REWARD.name}:{name}" for name in scored]
     for metric in config.search.metrics:
         if metric not in (*given, *of_sources):
             raise ConfigError(
                 f"search.metric={metric}",
                 f"is not a figure of train.objective={objective}",
-                f"write {one_of((*given, *of_sources))}",
+                f"write {one_of((*given, *of_sources))}"
+                + ", or name the reward in train.watch" * metric.startswith(f"{REWARD.name}:"),
             )
 
 

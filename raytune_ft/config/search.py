@@ -161,6 +161,7 @@ class Distribution(Section):
 
 
 Metric = Annotated[str, NameIn(SEARCHABLE)]
+OfReward = Annotated[str, Field(pattern=r"^eval_reward:.+$")]
 OfSource = Annotated[str, Field(pattern=r"^eval_loss:[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -170,10 +171,11 @@ class SearchConfig(Section):
     trials: Literal["auto"] | Positive = Field(
         "auto", description="auto is 16, and the whole grid under sampler: grid, which has no more"
     )
-    metric: Metric | list[Metric | OfSource] = Field(
+    metric: Metric | OfReward | list[Metric | OfReward | OfSource] = Field(
         "eval_loss",
         description="of a list, the first ranks and stops trials and chooses their checkpoints; "
-        "the others may be losses of single sources, such as eval_loss:general",
+        "the others may be losses of single sources, such as eval_loss:general. "
+        "eval_reward:NAME is what one of the rewards gives",
     )
     mode: Literal["auto", "min", "max"] | list[Literal["min", "max"]] = Field(
         "auto",

@@ -114,12 +114,17 @@ class TrainConfig(Section):
         1.0, description="rationale: of the loss on rationales; the loss on answers has 1"
     )
     kd: KdConfig | None = Field(None, description="objective: kd; its teacher")
-    dpo: DpoConfig = Field(DpoConfig(), description="objective: dpo")
+    dpo: DpoConfig = Field(DpoConfig(), description="objectives dpo and online_dpo")
     orpo: OrpoConfig = Field(OrpoConfig(), description="objective: orpo")
     simpo: SimpoConfig = Field(SimpoConfig(), description="objective: simpo")
     kto: KtoConfig = Field(KtoConfig(), description="objective: kto")
     reward: RewardModelConfig = Field(RewardModelConfig(), description="objective: reward")
     rollout: RolloutConfig = Field(
-        RolloutConfig(), description="objectives grpo and online_dpo: what is sampled"
+        RolloutConfig(), description="grpo, online_dpo and train.watch: what is sampled"
+    )
+    watch: list[str] = Field(
+        default_factory=list,
+        description="names of `rewards` that score what the model says to the validation prompts, "
+        "in every evaluation, and are never trained on",
     )
     grpo: GrpoConfig = Field(GrpoConfig(), description="objective: grpo")

@@ -155,8 +155,11 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 def prompted(
     config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedData:
-    """The data of a run whose objective learns from what the model says: every example is a prompt
-    without a label token, and a file beside each split holds their rows, which rewards read.
+    """The data of a run in which the model answers prompts, with a file beside each split that is
+    answered which holds the prompts and their rows.
+
+    Where the objective learns from the answers, every example of the splits becomes a prompt
+    without a label token. Under `train.watch` alone, the validation prompts are written.
 
     Raises:
         DataError: the rows have no prompts.
@@ -165,21 +168,23 @@ def prompted(
 
     def add(folder: Path) -> dict[str, Any]:
         splits, files = {}, {}
-        for name in prepared.report.splits:
+        for name in prepared.report.splits if rolls else ("validation",):
             found = _of_split(config.data, name, tokenizer, config.seed)
-            examples = [_without_answer(prompt, example) for prompt, example in found]
-            split = split_of(name, examples, config.data, prepared.report.names)
-            split.write(folder / f"{name}.arrow")
-            splits[name] = describe_split(split)
+            if rolls:
+                examples = [_without_answer(prompt, example) for prompt, example in found]
+                split = split_of(name, examples, config.data, prepared.report.names)
+                split.write(folder / f"{name}.arrow")
+                splits[name] = describe_split(split)
             path = folder / prompts_file(name)
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
             path.write_text("".join(lines), encoding="utf-8")
             files[name] = sha256_of(path)
-        return {"splits": splits, "prompt_files": files}
+        return {"splits": {**prepared.report.splits, **splits}, "prompt_files": files}
 
-    if not OBJECTIVES[config.train.objective].rollouts:
+    rolls = OBJECTIVES[config.train.objective].rollouts
+    if not rolls and not config.train.watch:
         return prepared
-    return derived(prepared, "prompts", add)
+    return derived(prepared, "prompts" if rolls else "validation prompts", add)
 
 
 def _without_answer(prompt: Prompt, example: Example) -> Example:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raytune_ft.config.methods import METHODS, LoraMethod
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
@@ -71,6 +72,16 @@ def steps_in_a_pass(config: Config, length: float) -> int:
     return max(1, int(room // (length * config.train.batch_size)))
 
 
+def said_of(config: Config) -> tuple[int, int]:
+    """How often each prompt is answered in a step that learns from the answers, and the tokens of
+    the longest answer; (1, 0) where examples are given.
+    """
+    if not OBJECTIVES[config.train.objective].rollouts:
+        return 1, 0
+    rollout = config.train.rollout
+    return rollout.num_generations, rollout.max_completion_length
+
+
 def work_of(
     config: Config, split: TokenizedSplit, workers: int, device: str, apart: Apart = FREELY
 ) -> Work:
@@ -78,6 +89,7 @@ def work_of(
     would not be typical; and a pass holds at least the longest row of all.
     """
     batch, budget = config.train.batch_size, micro_tokens(config, device)
+    times, said = said_of(config)
     virtual = config.method.virtual_tokens
     shared_rows = METHODS[config.method.name].one_example_rows is None
     packing = config.data.packing is not False and shared_rows
@@ -87,8 +99,10 @@ def work_of(
     steps = min(SAMPLED_STEPS, max(1, whole))
     for step in range(steps):
         indices = order.indices(step * batch, batch)
-        lengths = [length + virtual for length in split.part_lengths(indices)]
+        each = split.part_lengths(indices)
+        lengths = [length + said + virtual for length in each for _ in range(times)]
         counts = np.diff(split.part_labels)[parts_of(indices, split.parts)]
+        counts = np.repeat(counts + said, times)
         for rank in lay_out(lengths, workers, budget, packing, apart, split.parts):
             passes = max(passes, len(rank))
             for micro in rank:
@@ -100,7 +114,7 @@ def work_of(
                 most_labels = max(most_labels, found)
                 if wide * len(micro) > most:
                     most, rows, width = wide * len(micro), len(micro), wide
-    longest = int(split.lengths.max()) + virtual
+    longest = int(split.lengths.max()) + said + virtual
     if longest > most:
         rows, width = 1, longest
     share = steps * workers

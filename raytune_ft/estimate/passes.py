@@ -24,6 +24,7 @@ from raytune_ft.estimate.memory import (
     MemoryModel,
     Work,
     micro_tokens,
+    said_of,
     teaching_of,
     work_of,
 )
@@ -180,7 +181,8 @@ def forecast_of(
 
     A trial that shares an engine has a part of its speed and memory, which depend on the others.
     """
-    lengths, counts = split.lengths, split.label_counts
+    times, said = said_of(config)
+    lengths, counts = split.lengths + said, split.label_counts + said
     flops = flops_a_token(shell, lengths, counts)
     peak = round(passes.memory.peak / GIB, 3)
     if hardware is None:
@@ -188,7 +190,7 @@ def forecast_of(
     policy = {"activation_checkpointing": passes.checkpointing}
     parallel: ParallelConfig = config.parallel.model_copy(update=policy)
     seconds = step_cost(shell, parallel, passes.work, hardware).step_s
-    tokens = float(np.mean(lengths)) * config.train.batch_size
+    tokens = float(np.mean(lengths)) * config.train.batch_size * times
     peak_flops = None if hardware.peak_tflops is None else hardware.peak_tflops * 1e12
     if packed:
         return Forecast(flops, peak_flops)

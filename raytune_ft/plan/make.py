@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import joins_cluster
-from raytune_ft.config.load import apply_overrides, expand_env, load_config
+from raytune_ft.config.load import apply_overrides, expand_env, load_config, needs_base
+from raytune_ft.config.methods import METHODS
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.preflight import lay_out, placed, prepare
@@ -97,6 +99,7 @@ def make_plan(
 
     from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import evaluation_flops, step_flops
+    from raytune_ft.estimate.memory import said_of
     from raytune_ft.estimate.parameters import build_shell
     from raytune_ft.model.experts import expert_notes
     from raytune_ft.model.lengths import notes_of
@@ -139,7 +142,7 @@ def make_plan(
         rate = hardware.tflops * 1e12 * workers
         return Duration(steps * option.cost.step_s, measured / rate, workers)
 
-    work = planner.work(config.parallel)
+    work, (times, said) = planner.work(config.parallel), said_of(expanded)
     pieces = describe_example(data.train, 0, load_tokenizer(expanded.model))
     shown = [f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if loss else text for text, loss in pieces]
     flops = step_flops(shell, config.parallel, work) * config.parallel.max_workers * steps
@@ -161,7 +164,9 @@ def make_plan(
         example="".join(shown) + describe_target(data.train, 0, data.report),
         budget_examples=budget,
         steps=steps,
-        tokens=round(budget * data.train.lengths[order.indices(0, len(order))].mean()),
+        tokens=round(
+            budget * times * (data.train.lengths[order.indices(0, len(order))].mean() + said)
+        ),
         flops=flops,
         notes=(
             *_notes(config, data, shell, planner.exact),
@@ -254,6 +259,19 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
         )
     elif config.train.kd is not None:
         notes.append("the teacher's passes, one in every step, are not part of the estimated time")
+    if OBJECTIVES[config.train.objective].rollouts:
+        own, batch = config.train.rollout, config.train.batch_size
+        said = batch * own.steps_per_generation * own.num_generations
+        notes.append(
+            f"every {own.steps} steps the model says {said:,} completions of up to "
+            f"{own.max_completion_length} tokens, which are scored; that is not part of the "
+            "estimated time"
+        )
+        if needs_base(config) and METHODS[config.method.name].whole_model:
+            notes.append(
+                "every worker also holds the model before training, for the KL term; the memory of "
+                "that copy is not part of the estimate"
+            )
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     longest = max(int(split.lengths.max()) for split in (data.train, data.validation))

@@ -232,13 +232,11 @@ class Rewards:
         ]
 
     def total(self, scores: Mapping[str, float | None]) -> float | None:
-        """The weighted sum; None where a score is missing."""
-        values = [scores[name] for name in self.names]
-        weights = [one.config.weight for one in self.processes]
-        known = [value for value in values if value is not None]
-        if not values or len(known) < len(values):
-            return None
-        return sum(weight * value for weight, value in zip(weights, known, strict=True))
+        """The weighted sum; None where a score is missing that has a weight."""
+        weights = {one.config.called: one.config.weight for one in self.processes}
+        values = [(weight, scores[name]) for name, weight in weights.items() if weight]
+        known = [weight * value for weight, value in values if value is not None]
+        return sum(known) if values and len(known) == len(values) else None
 
 
 @contextmanager

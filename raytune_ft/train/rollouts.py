@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ft.config.load import expand_env
+from raytune_ft.config.load import asked_rewards, expand_env
 from raytune_ft.config.methods import METHODS
-from raytune_ft.config.objectives import LOSS
+from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
+from raytune_ft.config.rewards import RewardConfig, with_answers
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.prompts import Prompts
-from raytune_ft.data.split import TokenizedSplit, parts_of
+from raytune_ft.data.split import PARTS, TokenizedSplit, parts_of
 from raytune_ft.errors import CheckpointError, RunFailed
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, prompts_file
@@ -48,7 +49,7 @@ from raytune_ft.rewards.pool import Rewards, check_columns, started
 from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.side_channel import on_all_ranks
 from raytune_ft.train.evaluation import BLOCK_EXAMPLES, Scores
-from raytune_ft.train.material import Material, Stream, Work
+from raytune_ft.train.material import Given, Material, Stream, Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Beat, Heartbeat
 
@@ -79,14 +80,17 @@ class Answered:
         return [one for group in self.said for one in group]
 
     def figures(self, names: Sequence[str]) -> dict[str, float]:
-        """Means over all completions; those of rewards over the ones that have a score."""
+        """Means over all completions; those of rewards over the ones that have a score, NaN where
+        none has.
+        """
         flat = [scores for group in self.scores for scores in group]
         said = self.flat
-        found = {"reward": _mean(self.totals_PG)}
-        for name in names if len(names) > 1 else ():
+        found = {}
+        for name in names:
             values = [np.nan if one[name] is None else one[name] for one in flat]
             found[f"reward:{name}"] = _mean(np.array(values, np.float64))
         return found | {
+            "reward": _mean(self.totals_PG),
             "completion_tokens": float(np.mean([len(one.ids) for one in said])),
             "truncated": float(np.mean([not one.ended for one in said])),
         }
@@ -143,6 +147,24 @@ class Speaker:
         totals = [[self.rewards.total(scores) for scores in group] for group in scores_P]
         return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
 
+    def evaluated(self, prompts: Prompts) -> tuple[Answered, dict[str, float]]:
+        """One completion of each prompt, and the figures of an evaluation.
+
+        Raises:
+            RunFailed: a reward scored none of them.
+        """
+        answered = self.answer([(EVALUATION + i, prompts[i]) for i in range(len(prompts))], 1)
+        found = answered.figures(self.rewards.names)
+        for name in self.rewards.names:
+            if np.isnan(found[f"reward:{name}"]):
+                raise RunFailed(f"{name} scored no completion of an evaluation: {self.missing()}")
+        return answered, {f"eval_{name}": value for name, value in found.items()}
+
+    def missing(self) -> str:
+        """Why the first score is missing, as this rank's rewards know it."""
+        found = [one.tally.first_missing for one in self.rewards.processes]
+        return next(filter(None, found), "see the logs of other workers")
+
     def _say(self, requests: Sequence[Request]) -> list[Said]:
         runner, lockstep = self.runner, None
         if runner.strategy.gathers:
@@ -165,22 +187,20 @@ class Speaker:
         return said
 
     @torch.no_grad()
-    def logps(self, split: TokenizedSplit, runner: ModelRunner | None = None) -> Numbers:
-        """`[N]`, of each label token at the temperature of sampling; the same on all ranks."""
+    def logps(
+        self, split: TokenizedSplit, temperature: float, runner: ModelRunner | None = None
+    ) -> Numbers:
+        """`[N]`, the log-probability of each label token; the same on all ranks."""
         runner = runner or self.runner
-        numbered = TokenizedSplit(
-            split.input_ids,
-            split.label_mask,
-            split.offsets,
-            label_columns={"number": np.arange(int(split.label_mask.sum()))},  # type: ignore[dict-item]
-        )
+        numbers: Any = np.arange(int(split.label_mask.sum()))
+        numbered = replace(split, label_columns={"number": numbers})
         device = runner.strategy.device
         found_N = torch.zeros(int(split.label_mask.sum()), dtype=torch.float64, device=device)
         for start in range(0, len(split), BLOCK_EXAMPLES):
             indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)))
             for on_host in runner.micro_batches(numbered, indices):
                 batch = on_host.to(device)
-                logps_N = label_logps(runner, batch, self._settings.temperature)
+                logps_N = label_logps(runner, batch, temperature)
                 found_N[batch.label_columns["number"]] = logps_N.double()
                 self._heart.alive()
         # Exact, since all but one of the addends are 0.
@@ -356,6 +376,22 @@ def same_of(totals_PG: Numbers) -> Flags:
     return np.asarray(highest <= lowest)
 
 
+class Watched(Given):
+    """The splits of the data, with rewards of what the model says in evaluations."""
+
+    def __init__(self, runner: ModelRunner, data: PreparedData, speaker: Speaker) -> None:
+        super().__init__(runner, data)
+        self._speaker = speaker
+        self._prompts = Prompts(data.path / prompts_file("validation"))
+
+    def evaluate(self, beat: Beat) -> Scores:
+        """Raises RunFailed where a reward scores nothing."""
+        scores = super().evaluate(beat)
+        _, figures = self._speaker.evaluated(self._prompts)
+        del figures[REWARD.name]  # nothing is trained on, so that nothing has a weight
+        return replace(scores, figures=scores.figures | figures)
+
+
 class Rolled(Material):
     """Completions of the model to the prompts of the training split."""
 
@@ -374,6 +410,7 @@ class Rolled(Material):
         self._train = Prompts(data.path / prompts_file("train"))
         self._validation = Prompts(data.path / prompts_file("validation"))
         self._settings, self._reference = config.train.rollout, reference
+        self._pairs = OBJECTIVES[config.train.objective].rollouts > 1
         adapted = not METHODS[config.method.name].whole_model
         self._has_base = adapted or reference is not None
         self._rollout: Rollout | None = None
@@ -414,20 +451,17 @@ class Rolled(Material):
         """One completion of each validation prompt. `eval_loss` is minus the mean reward.
 
         Raises:
-            RunFailed: no completion has a score.
+            RunFailed: a reward scored none of them.
         """
-        prompts = [(EVALUATION + i, self._validation[i]) for i in range(len(self._validation))]
-        answered = self._speaker.answer(prompts, 1)
-        figures = answered.figures(self._speaker.rewards.names)
-        if np.isnan(figures["reward"]):
-            raise RunFailed(f"no completion of an evaluation has a score: {self._missing()}")
-        found = {LOSS.name: -figures["reward"]}
-        found |= {f"eval_{name}": value for name, value in figures.items()}
+        answered, figures = self._speaker.evaluated(self._validation)
+        figures = {LOSS.name: -figures[REWARD.name], **figures}
         if self._has_base:
-            split = split_of_said([one for _, one in prompts], answered.said)
-            drift_N = self._speaker.logps(split) - self._base_logps(split)
-            found["eval_kl"] = float(drift_N.sum() / len(split))
-        return Scores(found)
+            prompts = [self._validation[i] for i in range(len(self._validation))]
+            split = split_of_said(prompts, answered.said)
+            own_N = self._speaker.logps(split, self._settings.temperature)
+            drift_N = own_N - self._base_logps(split, self._settings.temperature)
+            figures["eval_kl"] = float(drift_N.sum() / len(split))
+        return Scores(figures)
 
     def _roll(self, step: int, first: int, examples: Indices) -> Rollout:
         own, speaker = self._settings, self._speaker
@@ -436,9 +470,9 @@ class Rolled(Material):
         answered = speaker.answer(placed, own.num_generations)
         weights = self._data.train.columns.get(WEIGHT)
         weights_P = None if weights is None else weights[examples, 0].astype(np.float64)
-        plain = split_of_said(prompts, answered.said, weights_P)
-        split, advantages_PG, taking_PG = self._weighed(plain, answered)
-        self._check_signal(step, answered, taking_PG)
+        learn = self._paired if self._pairs else self._weighed
+        split, advantages_PG = learn(prompts, answered, weights_P)
+        self._check_signal(step, answered)
         figures = answered.figures(speaker.rewards.names)
         figures["same_rewards"] = float(same_of(answered.totals_PG).mean())
         ties = sum(one.near_ties for one in answered.flat)
@@ -447,18 +481,50 @@ class Rolled(Material):
         figures |= {"unscored": float(missing)} if missing else {}
         if self._writes:
             self._keep(step, prompts, answered, advantages_PG)
-        return Rollout(step, first, own.num_generations, split, figures)
+        return Rollout(step, first, len(split) // len(prompts), split, figures)
+
+    def _paired(
+        self, prompts: Sequence[Prompt], answered: Answered, weights_P: Numbers | None
+    ) -> tuple[TokenizedSplit, Numbers]:
+        """The best completion of each prompt against the worst, the first of equals, for the losses
+        of DPO. A tie, and a prompt with under two scores, has the weight 0. Also `[P, G]`: 1 for
+        chosen, -1 for rejected.
+        """
+        totals_PG = answered.totals_PG
+        known_PG = ~np.isnan(totals_PG)
+        best_P = np.where(known_PG, totals_PG, -np.inf).argmax(1)
+        worst_P = np.where(known_PG, totals_PG, np.inf).argmin(1)
+        tied_P = same_of(totals_PG)
+        best_P, worst_P = np.where(tied_P, 0, best_P), np.where(tied_P, 1, worst_P)
+        chosen = list(zip(answered.said, best_P.tolist(), worst_P.tolist(), strict=True))
+        flat = split_of_said(prompts, [(group[one], group[other]) for group, one, other in chosen])
+        own_P = np.ones(len(prompts)) if weights_P is None else weights_P
+        split = replace(
+            flat,
+            offsets=flat.offsets[::2],
+            columns={
+                PARTS: flat.lengths.reshape(-1, 2).astype(np.float32),
+                WEIGHT: np.where(tied_P, 0.0, own_P)[:, None].astype(np.float32),
+            },
+        )
+        logps_N: Any = self._base_logps(split, 1.0)
+        signs_PG = np.zeros(totals_PG.shape)
+        rows = np.arange(len(prompts))[~tied_P]
+        signs_PG[rows, best_P[~tied_P]], signs_PG[rows, worst_P[~tied_P]] = 1, -1
+        return replace(split, label_columns={REFERENCE: logps_N}), signs_PG
 
     def _weighed(
-        self, split: TokenizedSplit, answered: Answered
-    ) -> tuple[TokenizedSplit, Numbers, Flags]:
-        """The split with everything that the losses of GRPO read."""
+        self, prompts: Sequence[Prompt], answered: Answered, weights_P: Numbers | None
+    ) -> tuple[TokenizedSplit, Numbers]:
+        """Every completion with what the losses of GRPO read, and the advantages `[P, G]`."""
         grpo, totals_PG = self._config.train.grpo, answered.totals_PG
+        split = split_of_said(prompts, answered.said, weights_P)
+        temperature = self._settings.temperature
         labels: dict[str, Numbers] = {}
         if self._settings.steps > 1 or (grpo.beta and grpo.kl == "reward"):
-            labels[SAMPLED] = self._speaker.logps(split)
+            labels[SAMPLED] = self._speaker.logps(split, temperature)
         if grpo.beta:
-            labels[REFERENCE] = self._base_logps(split)
+            labels[REFERENCE] = self._base_logps(split, temperature)
         if grpo.beta and grpo.kl == "reward":
             drift_N = labels[SAMPLED] - labels.pop(REFERENCE)
             bounds = np.cumsum(split.label_counts)[:-1]
@@ -488,33 +554,28 @@ class Rolled(Material):
             columns=columns,  # type: ignore[arg-type]
             label_columns={name: values[left] for name, values in labels.items()},  # type: ignore[misc]
         )
-        return made, advantages_PG, taking_PG
+        return made, advantages_PG
 
-    def _base_logps(self, split: TokenizedSplit) -> Numbers:
+    def _base_logps(self, split: TokenizedSplit, temperature: float) -> Numbers:
         """Under the model before training."""
         if self._reference is not None:
-            return self._speaker.logps(split, self._reference)
+            return self._speaker.logps(split, temperature, self._reference)
         with without_method(self._speaker.runner.model):
-            return self._speaker.logps(split)
+            return self._speaker.logps(split, temperature)
 
-    def _check_signal(self, step: int, answered: Answered, taking_PG: Flags) -> None:
+    def _check_signal(self, step: int, answered: Answered) -> None:
         """Raises RunFailed where nothing has been learnt for `SILENT` rollouts."""
-        learnt = taking_PG.any() and not same_of(answered.totals_PG).all()
+        learnt = not same_of(answered.totals_PG).all()
         self._silent = 0 if learnt or self._config.train.grpo.beta else self._silent + 1
         if self._silent < SILENT:
             return
         if np.isnan(answered.totals_PG).all():
-            raise RunFailed(f"step {step}: no completion has a score: {self._missing()}")
+            raise RunFailed(f"step {step}: no completion has a score: {self._speaker.missing()}")
         raise RunFailed(
             f"step {step}: no group of {SILENT} rollouts in a row has two different rewards (the "
             f"last mean is {_mean(answered.totals_PG):g}); raise train.rollout.temperature or "
             "num_generations, or train on easier prompts first"
         )
-
-    def _missing(self) -> str:
-        """Why the first score is missing, as this rank's rewards know it."""
-        found = [one.tally.first_missing for one in self._speaker.rewards.processes]
-        return next(filter(None, found), "see the logs of other workers")
 
     def _keep(
         self, step: int, prompts: Sequence[Prompt], answered: Answered, advantages_PG: Numbers
@@ -540,6 +601,14 @@ class Rolled(Material):
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
+def rewards_of(config: Config, data_dir: Path) -> list[RewardConfig]:
+    """The rewards that a run asks, with their secrets. Judges keep their answers beside the token
+    cache.
+    """
+    found = asked_rewards(expand_env(config, rewards=True))
+    return with_answers(found, data_dir.parents[1] / "judges")
+
+
 def check_rewards(config: Config, data: PreparedData) -> None:
     """Start every reward once, before anything is spent.
 
@@ -548,7 +617,7 @@ def check_rewards(config: Config, data: PreparedData) -> None:
     """
     if not data.report.prompt_files:
         return
-    with started(expand_env(config, rewards=True).rewards) as rewards:
+    with started(rewards_of(config, data.path)) as rewards:
         for name in data.report.prompt_files:
             prompts = Prompts(data.path / prompts_file(name))
             check_columns(rewards, list(prompts[0].columns), f"data.{name}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
-from raytune_ft.config.load import expand_env
+from raytune_ft.config.load import needs_base
 from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
@@ -59,7 +59,7 @@ from raytune_ft.train.material import Given, Material
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
-from raytune_ft.train.rollouts import Rolled, Speaker
+from raytune_ft.train.rollouts import Rolled, Speaker, Watched, rewards_of
 from raytune_ft.train.run_state import RunState, Schedule
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.usage import Usage
@@ -214,9 +214,19 @@ def check_pairs(config: Config, data: PreparedData) -> None:
     """Raises ConfigError where the answers of a pair have lengths that the model keeps apart, since
     both are needed in one forward pass.
     """
-    if data.train.parts == 1:
+    rollouts = OBJECTIVES[config.train.objective].rollouts
+    if max(data.train.parts, rollouts) == 1:
         return
     apart = apart_of(load_model_config(config.model, head_of(config, data.report)))
+    extent, _ = extent_of(config, data)
+    if rollouts and len({apart.group(length) for length in extent}) > 1:
+        raise ConfigError(
+            f"train.objective={config.train.objective}",
+            "compares answers of different lengths in a pass, and the model computes rows of up to "
+            f"{min((*apart.thresholds, apart.each_above or extent[1]))} tokens otherwise beside "
+            "longer ones",
+            "write train.objective: grpo",
+        )
     for split in data.splits if apart != FREELY else ():
         for lengths in np.diff(split.part_offsets).reshape(-1, split.parts).tolist():
             if len({apart.group(length) for length in lengths}) > 1:
@@ -299,10 +309,11 @@ def extent_of(config: Config, data: PreparedData) -> tuple[tuple[int, int], int]
     longest example; what a model says to a prompt counts.
     """
     (shortest, longest), widest = data.extent, data.widest
-    if not OBJECTIVES[config.train.objective].rollouts:
+    rollouts = OBJECTIVES[config.train.objective].rollouts
+    if not rollouts:
         return (shortest, longest), widest
     said = config.train.rollout.max_completion_length
-    return (shortest + 1, longest + said), widest + said
+    return (shortest + 1, longest + said), (widest + said) * rollouts
 
 
 @contextmanager
@@ -316,19 +327,22 @@ def build_material(
         ModelError: the model before training, which a KL term needs, cannot be loaded.
     """
     config = spec.config
-    if not OBJECTIVES[config.train.objective].rollouts:
+    rolls = OBJECTIVES[config.train.objective].rollouts
+    if not rolls and not config.train.watch:
         yield Given(runner, data)
         return
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     ends = stop_tokens(tokenizer, config.model, data.report)
-    with_secrets = expand_env(config, rewards=True)
     reference = None
-    if config.train.grpo.beta and METHODS[config.method.name].whole_model:
+    if needs_base(config) and METHODS[config.method.name].whole_model:
         reference = frozen_runner(config.model, config, runner.strategy)
-    with started(with_secrets.rewards) as rewards:
+    with started(rewards_of(config, spec.data_dir)) as rewards:
         speaker = Speaker(runner, config, tokenizer, ends, rewards, heart)
-        yield Rolled(speaker, data, config, spec.run_dir, reference)
+        if rolls:
+            yield Rolled(speaker, data, config, spec.run_dir, reference)
+        else:
+            yield Watched(runner, data, speaker)
 
 
 def build_runner(

@@ -54,6 +54,16 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "train.grpo": {"beta": 0.1},
     },
+    "online_dpo": {
+        "data.train.format": "prompt",
+        "data.train.example_weight": "weight",
+        "train.rollout": {
+            "num_generations": 3,
+            "max_completion_length": 6,
+            "steps_per_generation": 2,
+        },
+        "train.dpo": {"loss_type": ["sigmoid", "sft"], "beta": 0.3},
+    },
     "grpo sequence": {
         "data.train.format": "prompt_completion",
         "train.rollout": {"num_generations": 4, "max_completion_length": 6},

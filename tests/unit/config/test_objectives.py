@@ -23,7 +23,7 @@ def config(train: dict[str, Any], source: dict[str, Any], **data: Any) -> Config
 @pytest.mark.parametrize(
     ("train", "source", "data", "message"),
     [
-        ({"objective": "clm"}, {}, {}, "write format: text, or train.objective: sft or kd"),
+        ({"objective": "clm"}, {}, {}, "write format: text, or train.objective: sft, kd"),
         ({"objective": "kd"}, {}, {}, "needs a teacher"),
         ({"kd": {"teacher": "t"}}, {}, {}, "is for train.objective=kd, and this is sft"),
         ({"class_weights": "balanced"}, {}, {}, "is for train.objective=classification"),
