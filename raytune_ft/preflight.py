@@ -203,7 +203,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     )
     from raytune_ft.model.meta import build_shapes
     from raytune_ft.train.distill import check_others
-    from raytune_ft.train.rollouts import check_rewards
+    from raytune_ft.train.rollouts import with_rewards
     from raytune_ft.train.setup import (
         check_lengths,
         check_objective,
@@ -226,7 +226,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     data = prompted(config, data, tokenizer)
-    check_rewards(config, data)
+    data = with_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))
     check_lengths(config, shapes, data)

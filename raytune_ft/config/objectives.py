@@ -371,7 +371,12 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
 SHARED_KEYS = (
     "label_smoothing",
     "neftune_alpha",
-    *(key for entry in OBJECTIVES.values() if not entry.pairs for key in entry.keys),
+    *(
+        key
+        for entry in OBJECTIVES.values()
+        if not entry.pairs and entry.unpackable is None
+        for key in entry.keys
+    ),
 )
 """Keys of `train` that all trials of one packed engine have in common."""
 

@@ -624,7 +624,8 @@ def _check_metrics(config: Config) -> None:
                 f"search.metric={metric}",
                 f"is not a figure of train.objective={objective}",
                 f"write {one_of((*given, *of_sources))}"
-                + ", or name the reward in train.watch" * metric.startswith(f"{REWARD.name}:"),
+                + ", or name the reward in train.watch"
+                * (metric.startswith(f"{REWARD.name}:") and not rolls),
             )
 
 

@@ -262,6 +262,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     rewards: list[Annotated[RewardConfig, RewardOf(REWARDS, "")]] = Field(
         default_factory=list,
-        description="what scores completions of `raytune-ft sample`: names of "
+        description="what scores completions, of `raytune-ft sample` and of objectives that learn "
+        "from what the model says: names of "
         f"{', '.join(REWARDS)}, or FILE.py:FUNCTION, or sections with such a name",
     )

@@ -59,8 +59,8 @@ class TrainConfig(Section):
     batch_size: Positive = Field(16, description="examples per optimizer step, over the whole job")
     lr: Annotated[float, Field(gt=0)] = Field(
         2.0e-4,
-        description="peak learning rate; where it is not written, preferences have a smaller one, "
-        "see docs/preferences.md",
+        description="peak learning rate; where it is not written, preferences and rollouts have "
+        "a smaller one, see docs/preferences.md and docs/rollouts.md",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_fraction: Fraction = Field(

@@ -198,10 +198,10 @@ class Prompts:
     def __init__(self, path: Path) -> None:
         """Raises RunFailed where the file cannot be read."""
         try:
-            self._bytes = path.read_bytes()
-        except OSError as error:
+            self._bytes = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
             raise RunFailed(f"{path} cannot be read as prompts: {error}") from error
-        ends = np.flatnonzero(np.frombuffer(self._bytes, np.uint8) == ord("\n")) + 1
+        ends = np.flatnonzero(self._bytes == ord("\n")) + 1
         self._bounds: npt.NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), ends])
 
     def __len__(self) -> int:
@@ -209,7 +209,7 @@ class Prompts:
 
     def __getitem__(self, number: int) -> Prompt:
         start, stop = self._bounds[number], self._bounds[number + 1]
-        plain = json.loads(self._bytes[start:stop])
+        plain = json.loads(self._bytes[start:stop].tobytes())
         turns = plain["turns"]
         return Prompt(
             **plain

@@ -39,6 +39,13 @@ def check_same(saved: Path, now: DataReport) -> None:
                 f"is not what the run began with, {_shown(old)}",
                 "bring back the rows that it had, or train under another name",
             )
+    for name, sha256 in now.reward_files.items():
+        if name in before.reward_files and before.reward_files[name] != sha256:
+            raise DataError(
+                f"rewards.{name} with a file of sha256 {sha256[:12]}",
+                f"is not what the run began with, {before.reward_files[name][:12]}",
+                "bring back the file that it had, or train under another name",
+            )
     for name, sha256 in now.prompt_files.items():
         if before.prompt_files.get(name) != sha256:
             raise DataError(
@@ -246,6 +253,7 @@ class DataReport:
         reference_files: split -> sha256 of the file that holds them.
         prompt_files: split -> sha256 of the file that holds its prompts and their rows, where
             they are answered during training.
+        reward_files: name of a reward that is trained on -> sha256 of the file of its function.
     """
 
     sources: dict[str, SourceReport]
@@ -263,6 +271,7 @@ class DataReport:
     reference: str | None = None
     reference_files: dict[str, str] = field(default_factory=dict)
     prompt_files: dict[str, str] = field(default_factory=dict)
+    reward_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def turn_ends(self) -> list[str]:
@@ -297,6 +306,7 @@ class DataReport:
             reference=content.get("reference"),
             reference_files=dict(content.get("reference_files", {})),
             prompt_files=dict(content.get("prompt_files", {})),
+            reward_files=dict(content.get("reward_files", {})),
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from raytune_ft.config.objectives import REWARD
 from raytune_ft.config.search import SCHEDULERS
 from raytune_ft.format import number, params_text, seconds
 from raytune_ft.report.collect import Facts, Record, Trial
@@ -62,7 +63,7 @@ class Plot:
 
 def plots(facts: Facts) -> list[Plot]:
     """Those of training and promotion that have something to show, in the order of the page."""
-    found = [learning_curves(facts), source_curves(facts)]
+    found = [learning_curves(facts), source_curves(facts), *said_curves(facts)]
     if facts.promoted is not None:
         found += [
             candidates(facts.promoted),
@@ -119,6 +120,41 @@ def source_curves(facts: Facts) -> Plot | None:
     about += f", {facts.best}." if facts.is_sweep else "."
     values = [y for points in lines.values() for _, y in points]
     return _plot("Sources", about, traces, "examples", "eval_loss", log_y=_wide(values))
+
+
+SAID = {
+    "eval_kl": ("Divergence", "KL from the model before training, of a completion, in nats"),
+    "eval_completion_tokens": ("Length", "Tokens of a completion"),
+    "eval_truncated": ("Cut completions", "Share of completions that were cut at the limit"),
+}
+
+
+def said_curves(facts: Facts) -> list[Plot | None]:
+    """What the best trial's model says to the validation prompts, over examples: its rewards, and
+    each figure of `SAID`.
+    """
+    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for each in trial.evaluations if trial else ():
+        for name, value in each.items():
+            scored = name == REWARD.name or name.startswith(f"{REWARD.name}:")
+            if (scored or name in SAID) and value is not None:
+                lines.setdefault(name, []).append((each["examples"], value))
+    whose = f", {facts.best}." if facts.is_sweep else "."
+    rewards = [name for name in lines if name not in SAID]
+    traces = [
+        _line(lines[name], COLOURS[i % len(COLOURS)], name, name, width=2, markers=6)
+        for i, name in enumerate(rewards)
+    ]
+    about = f"Mean rewards of what the model says to the validation prompts{whose}"
+    found: list[Plot | None] = []
+    if traces:
+        found.append(_plot("Rewards", about, traces, "examples", "reward", log_y=False))
+    for name, (title, words) in SAID.items():
+        if name in lines:
+            trace = _line(lines[name], BEST, name, name, width=2, markers=6)
+            found.append(_plot(title, f"{words}{whose}", [trace], "examples", name, log_y=False))
+    return found
 
 
 def candidates(promoted: Record) -> Plot | None:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.table import Table as RichTable
 
+from raytune_ft.config.objectives import REWARD
 from raytune_ft.format import cell, number
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.report.tables import Table
@@ -70,9 +71,11 @@ class LineReporter:
         losses = metrics.eval_loss_by_source.items()
         own = ", ".join(f"{source} {number(loss)}" for source, loss in losses)
         by_source = f" ({own})" if own else ""
+        rewards = [name for name in metrics.figures if f"{name}:".startswith(f"{REWARD.name}:")]
+        said = "".join(f"  {name} {number(metrics.figures[name])}" for name in rewards)
         tell(
             f"{_progress(metrics, self._total)}  {name} {number(metrics.eval_loss)}"
-            f"{by_source}{best}"
+            f"{by_source}{said}{best}"
         )
 
 
@@ -104,6 +107,8 @@ def _progress(metrics: StepMetrics | EvalMetrics, total: int) -> str:
 
 def _training(metrics: StepMetrics) -> str:
     shown = f"loss {number(metrics.loss)}  lr {number(metrics.lr)}"
+    if "reward" in metrics.figures:
+        shown += f"  reward {number(metrics.figures['reward'])}"
     shown += f"  {metrics.tokens_per_s:,.0f} tokens/s"
     if metrics.mfu is not None:
         shown += f"  {metrics.mfu:.0%} of peak"

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 import raytune_ft
 from raytune_ft.config.metrics import direction
+from raytune_ft.config.objectives import REWARD
 from raytune_ft.files import write_text_atomic
 from raytune_ft.format import cell, interval, number
 from raytune_ft.layout import REPORT
@@ -87,6 +88,44 @@ def render(facts: Facts) -> str:
 
 def headline(facts: Facts) -> Record:
     """The verdict: `title`, `lines` below it, and `colour`."""
+    found = _headline(facts)
+    return {**found, "lines": [*found["lines"], *overoptimised(facts)]}
+
+
+def overoptimised(facts: Facts) -> list[str]:
+    """A sentence for each reward that is only watched and fell while the trained one rose: it ended
+    below the base, or lost more than half of what it had gained (arXiv 2210.10760).
+    """
+    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    rows = [row for row in trial.evaluations if REWARD.name in row] if trial else []
+    if len(rows) < 2:
+        return []
+    first, last = rows[0], rows[-1]
+    watched = [
+        each.called
+        for each in facts.config.rewards
+        if each.weight == 0 or each.called in facts.config.train.watch
+    ]
+    found = []
+    for name in watched:
+        key = f"{REWARD.name}:{name}"
+        known = [row for row in rows if row.get(key) is not None]
+        if len(known) < 2 or None in (first[REWARD.name], last[REWARD.name]):
+            continue
+        best = max(known, key=lambda row: float(row[key]))
+        start, peak, end = known[0][key], best[key], known[-1][key]
+        fell = end < start or peak - end > (peak - start) / 2 > 0
+        if fell and last[REWARD.name] > first[REWARD.name]:
+            found.append(
+                f"The trained reward rose from {number(first[REWARD.name])} to "
+                f"{number(last[REWARD.name])}, while {name}, which is only watched, was at "
+                f"{number(peak)} after step {best['step']} and ended at {number(end)}: the model "
+                "has learnt what the reward measures, and not what it stands for."
+            )
+    return found
+
+
+def _headline(facts: Facts) -> Record:
     status = facts.result["status"]
     if facts.promoted is not None:
         return _verdict(facts.promoted)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.config.load import asked_rewards, expand_env
 from raytune_ft.config.methods import METHODS
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
-from raytune_ft.config.rewards import RewardConfig, with_answers
+from raytune_ft.config.rewards import RewardConfig, function_of, with_answers
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.prompt import Prompt
@@ -37,7 +37,7 @@ from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.prompts import Prompts
 from raytune_ft.data.split import PARTS, TokenizedSplit, parts_of
 from raytune_ft.errors import CheckpointError, RunFailed
-from raytune_ft.files import write_text_atomic
+from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, prompts_file
 from raytune_ft.model.methods import without_method
 from raytune_ft.model.objectives.base import WEIGHT
@@ -609,18 +609,25 @@ def rewards_of(config: Config, data_dir: Path) -> list[RewardConfig]:
     return with_answers(found, data_dir.parents[1] / "judges")
 
 
-def check_rewards(config: Config, data: PreparedData) -> None:
-    """Start every reward once, before anything is spent.
+def with_rewards(config: Config, data: PreparedData) -> PreparedData:
+    """Start every reward once, before anything is spent. The data whose report has the hashes of
+    the files of those that are trained on.
 
     Raises:
         ConfigError: one of them cannot be used, or needs a column that the rows lack.
     """
     if not data.report.prompt_files:
-        return
+        return data
     with started(rewards_of(config, data.path)) as rewards:
         for name in data.report.prompt_files:
             prompts = Prompts(data.path / prompts_file(name))
             check_columns(rewards, list(prompts[0].columns), f"data.{name}")
+    files = {
+        each.called: sha256_of(Path(found[0]))
+        for each in asked_rewards(config)
+        if each.weight and (found := function_of(each.name)) is not None
+    }
+    return replace(data, report=replace(data.report, reward_files=files))
 
 
 def _cut(file: Path, step: int) -> None:

@@ -290,8 +290,8 @@ class Tracked:
 
     def step(self, metrics: StepMetrics) -> None:
         if metrics.step % self._every == 0:
-            own = metrics.plain
-            figures = {f"train/{name}": float(own[name]) for name in STEP if name in own}
+            own, names = metrics.plain, (*STEP, *metrics.figures)
+            figures = {f"train/{name}": float(own[name]) for name in names if name in own}
             self._put({**figures, "train/examples": float(metrics.examples)}, metrics.step)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:

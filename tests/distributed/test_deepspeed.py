@@ -22,6 +22,8 @@ from raytune_ft.train.checkpoint import load_state
 from raytune_ft.train.optim import build_optimizer
 from tests.support.distributed import run_in_new_processes
 from tests.support.models import save_tiny_llama
+from tests.support.objectives import config_of as objective_config
+from tests.support.objectives import save_inputs
 from tests.support.runs import (
     BrokenRun,
     Recorder,
@@ -350,3 +352,29 @@ def _check_frozen(inputs: Inputs, run_dir: Path) -> None:
         for name, parameter in model.named_parameters():
             expected = saved[name] if name in names else base[name]
             assert torch.equal(parameter, expected), name
+
+
+def _rollouts(inputs: Path, root: Path, strategy: str, changes: dict[str, Any]) -> None:
+    for name in ("grpo", "online_dpo"):
+        common = {"checkpoint.asynchronous": False, "train.adam_epsilon": 1e-5}
+        result = run(objective_config(inputs, name, common | changes), root / name, strategy)
+        assert result.status == "completed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_rollouts(tmp_path: Path, stage: int) -> None:
+    """Two ranks say the same as one, gathering weights in each pass of the sampling."""
+    inputs = save_inputs(tmp_path / "inputs")
+    _rollouts(inputs, tmp_path / "single", "single", ALONE)
+    layout = Layout("deepspeed", 2, stage)
+    run_in_new_processes(_rollouts, 2, inputs, tmp_path / "zero", "deepspeed", layout.changes)
+    for name in ("grpo", "online_dpo"):
+        one, other = tmp_path / "single" / name, tmp_path / "zero" / name
+        assert max(largest_difference(one, other)) < BOUND
+        assert _said(one) == _said(other)
+
+
+def _said(run_dir: Path) -> list[str]:
+    lines = (run_dir / "rollouts.jsonl").read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]

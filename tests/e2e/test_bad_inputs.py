@@ -542,6 +542,88 @@ PREFERENCES: list[Case] = [
         "train.objective=reward trains a head",
     ),
 ]
+GRPO = "train train.objective=grpo data.train.path=short.jsonl data.test=null"
+ROLLOUTS: list[Case] = [
+    ("train train.objective=grpo", "train.objective=grpo", "needs a reward", "rewards:"),
+    (f"{GRPO} rewards=[exact_mach]", "rewards=exact_mach", "exact_match"),
+    (
+        f"{GRPO} rewards=[own.py:corect]",
+        "own.py:corect",
+        "names no function",
+        "own.py, which has right, needs_solution",
+    ),
+    (
+        f"{GRPO} rewards=[own.py:needs_solution]",
+        "rewards.needs_solution",
+        "'solution'",
+        "no column of data.train (instruction, response)",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.rollout.num_generations=1", "at least 2"),
+    (
+        f"{GRPO} rewards=[exact_match] train.rollout.max_completion_length=2000",
+        "train.rollout.max_completion_length=2000",
+        "positions",
+        "write at most",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.grpo.loss_type=bnpo", "loss_type=bnpo", "dapo"),
+    (
+        f"{GRPO} rewards=[exact_match] train.grpo.loss_type=cispo",
+        "train.grpo.epsilon_high=null",
+        "cispo",
+        "epsilon_high: 5",
+    ),
+    (
+        f"{GRPO} rewards=[exact_match] train.grpo.loss_type=cispo train.grpo.epsilon_high=5.0 "
+        "train.grpo.importance_sampling_level=sequence",
+        "importance_sampling_level=sequence",
+        "loss_type: grpo",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.grpo.gate=gold", "train.grpo.gate=gold", "exact_match"),
+    (
+        f"{GRPO} 'rewards=[{{name: exact_match, weight: 0}}]'",
+        "rewards",
+        "weight 0",
+        "leaves nothing to learn from",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.watch=[exact_match]", "train.watch", "nothing to learn"),
+    (f"{GRPO} rewards=[exact_match] train.watch=[gold]", "train.watch=gold", "exact_match"),
+    ("train train.watch=[gold]", "train.watch=gold", "names no reward", "write it in rewards"),
+    ("train train.rollout.num_generations=4", "train.rollout=", "train.objective=grpo", "sft"),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=online_dpo train.dpo.reference=builtin:tiny",
+        "train.dpo.reference",
+        "online_dpo",
+        "leave the key out",
+    ),
+    (
+        f"{GRPO} 'rewards=[{{name: judge, model: m, api_key: swordfish, url: http://127.0.0.1:9/v1}}]'",
+        "api_key",
+        "in the clear",
+        "${ENV_NAME}",
+    ),
+    (
+        f"{GRPO} 'rewards=[{{name: judge, model: m, retries: 0, url: http://127.0.0.1:9/v1}}]'",
+        "http://127.0.0.1:9/v1",
+        "answer",
+    ),
+    (
+        "sweep train.objective=grpo data.train.path=short.jsonl data.test=null "
+        "rewards=[exact_match] search.execution=packed",
+        "search.execution=packed",
+        "train.objective=grpo",
+    ),
+    (
+        "sweep train.objective=grpo data.train.path=short.jsonl data.test=null "
+        "rewards=[exact_match] search.metric=eval_reward:gold",
+        "search.metric=eval_reward:gold",
+        "eval_reward:exact_match",
+    ),
+    (
+        "sweep rewards=[exact_match] search.metric=eval_reward:exact_match",
+        "search.metric=eval_reward:exact_match",
+        "train.watch",
+    ),
+]
 TRUST: list[Case] = [
     (
         "train model.path=org/name model.trust_remote_code=true",
@@ -665,7 +747,7 @@ DOCTOR: list[Case] = [
 ]
 TABLE = [
     *(COMMAND_LINE + FILES + CONFIG + SEARCH + MODEL_AND_DATA + METHODS),
-    *(OBJECTIVES_AND_SOURCES + PREFERENCES + TRUST + PROMOTION + RUNS + JOBS + DOCTOR),
+    *(OBJECTIVES_AND_SOURCES + PREFERENCES + ROLLOUTS + TRUST + PROMOTION + RUNS + JOBS + DOCTOR),
 ]
 YAML = {
     "twice": b"name: a\nname: b\n",
@@ -732,6 +814,10 @@ def write_bad_files(folder: Path) -> None:
     pair = {"prompt": "Name a colour.", "chosen": "black", "rejected": "black"}
     files["equal"] = [pair] * 4
     files["good"] = [{"prompt": f"{n}?", "completion": "x", "label": True} for n in range(9)]
+    (folder / "own.py").write_text(
+        "def right(prompt, reference, generated):\n    return 1.0\n\n\n"
+        "def needs_solution(completions, solution, **columns):\n    return [1.0]\n"
+    )
     (folder / "broken.jinja").write_text("{{ raise_exception('no such thing') }}")
     (folder / "silent.jinja").write_text("{% for m in messages %}<{{ m.role }}>{% endfor %}")
     for name, content in files.items():
