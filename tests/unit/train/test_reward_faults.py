@@ -28,6 +28,10 @@ def vowels(completions, **columns):
     return [sum(letter in "aeiou" for letter in one) for one in completions]
 """
 DIES = HANGS.replace("== {at}", ">= {at}").replace("time.sleep(1000)", "__import__('os')._exit(7)")
+LEARNT = HANGS.replace("== {at}", ">= {at}").replace(
+    "time.sleep(1000)", "return [1.0] * len(completions)"
+)
+GONE = LEARNT.replace("1.0", "None")
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,21 @@ def test_a_reward_that_dies_again_and_again_ends_the_run(inputs: Path, tmp_path:
     number = int(origin.removeprefix("rows.jsonl:")) - 1
     assert prompt == repr(rows[number]["prompt"])
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+
+
+def test_a_run_that_has_learnt_everything_goes_on(inputs: Path, tmp_path: Path) -> None:
+    """Equal rewards tell a run that begins with them that it will not learn, and no other."""
+    config = config_for(inputs, tmp_path / "own.py", LEARNT, 8 + PROMPTS + 1)
+    changes = {"max_examples": PROMPTS * 10}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    assert run(config, tmp_path / "run").status == "completed"
+    steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["same_rewards"] for line in steps[1:]] == [1.0] * 9
+    assert all(line["grad_norm"] == 0 for line in steps[1:])
+
+
+def test_a_run_that_nobody_scores_ends(inputs: Path, tmp_path: Path) -> None:
+    config = config_for(inputs, tmp_path / "own.py", GONE, 8 + PROMPTS + 1)
+    result = run(config, tmp_path / "run")
+    assert result.status == "failed"
+    assert "step 6: no completion has a score: rows.jsonl:" in str(result.error)
