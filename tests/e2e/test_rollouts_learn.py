@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.schema import Config
+from tests.support.commands import command, run_process
 from tests.support.runs import make_config, metrics, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -98,6 +99,19 @@ def curves(config: Config, run_dir: Path) -> list[dict[str, float]]:
         shown = {k: v for k, v in line.items() if k.startswith("eval_") and isinstance(v, float)}
         print(line["step"], " ".join(f"{name[5:]} {value:.3f}" for name, value in shown.items()))
     return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
+    """To the letter, on words that it was never asked about, and without seeing an answer."""
+    recipe = ("train", "jobs/quickstart_grpo.yaml", f"storage={tmp_path}", "name=run")
+    done = run_process(command(*recipe, f"seed={seed}"), 1500)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
+    right = [line["eval_reward"] for line in lines]
+    print(f"right answers {right}, {lines[-1]['wall_s']:.0f} s")
+    assert right[0] < 0.1
+    assert right[-1] > right[0] + 0.3
 
 
 @pytest.mark.parametrize("seed", [0, 1])
