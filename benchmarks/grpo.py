@@ -7,8 +7,8 @@ stories260k goes on with a story whose first sentence names an animal; a complet
 worth 1 where it names it again. Both arms have the same prompts, reward function, samples a step
 (16 x 8), LoRA of rank 16 on all linear layers, learning rate and AdamW, in float32; a step of TRL
 is one micro-batch. `seconds` are those of building the trainer and of all steps, without imports;
-ours are with the start of the process of the reward and two evaluations of 8 prompts. `cpu_s` is the
-processor time of the same span with all child processes, which says more on a busy machine.
+ours are with the start of the process of the reward and two evaluations of 8 prompts. `cpu_s` is
+the processor time of the same span with all child processes, which says more on a busy machine.
 `reward` is the mean of the last five rollouts. Arms take turns, each in a process of its own. It
 needs `bench`.
 """
