@@ -135,6 +135,29 @@ class Code(RewardConfig):
     memory_mb: Positive = Field(512, description="address space of a test, in 10^6 bytes")
 
 
+class RewardModel(RewardConfig):
+    name: Literal["model"]
+    path: str = Field(
+        min_length=1,
+        description="directory or hub id of a sequence classifier with one output, such as "
+        "train.objective: reward makes",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="how its weights are held; auto is as they are on disk"
+    )
+    separator: str = Field(
+        "\n", description="between prompt and answer, as data.separator in its training"
+    )
+    max_length: Positive | None = Field(
+        None,
+        description="an answer with its prompt of more tokens has no score; null is what the model "
+        "can read",
+    )
+    batch_tokens: Positive = Field(8192, description="of one batch, padding included")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="of one batch")
+
+
 class Judge(RewardConfig):
     name: Literal["judge"]
     url: str = Field(
@@ -181,10 +204,12 @@ class Reward:
     Attributes:
         config: the class of its keys.
         implementation: loads `make`, a function of the config that gives a `rewards.base.Scorer`.
+        check: loads a function of the config that raises InputError for files that cannot be used.
     """
 
     config: type[RewardConfig]
     implementation: Callable[[], Any]
+    check: Callable[[], Any] | None = None
 
 
 def _builtin(name: str) -> Callable[[], Any]:
@@ -202,6 +227,18 @@ def _code() -> Any:
     return run_tests
 
 
+def _model() -> Any:
+    from raytune_ft.rewards.model import of_model
+
+    return of_model
+
+
+def _check_model() -> Any:
+    from raytune_ft.rewards.model import check_model
+
+    return check_model
+
+
 def _judge() -> Any:
     from raytune_ft.rewards.judge import judged
 
@@ -214,6 +251,12 @@ def _function() -> Any:
     return own_function
 
 
+def _check_function() -> Any:
+    from raytune_ft.rewards.functions import check_function
+
+    return lambda reward: check_function(reward.name, "rewards")
+
+
 REWARDS: dict[str, Reward] = {
     "exact_match": Reward(ExactMatch, _builtin("exact_match")),
     "regex": Reward(Regex, _builtin("regex")),
@@ -223,9 +266,10 @@ REWARDS: dict[str, Reward] = {
     "gsm8k": Reward(Gsm8k, _builtin("gsm8k")),
     "math": Reward(Math, _builtin("math")),
     "code": Reward(Code, _code),
+    "model": Reward(RewardModel, _model, _check_model),
     "judge": Reward(Judge, _judge),
 }
-OWN = Reward(FunctionReward, _function)
+OWN = Reward(FunctionReward, _function, _check_function)
 """Stands for every FILE.py:FUNCTION."""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft import __version__
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.prompts import Prompt, of_file, of_split
@@ -28,6 +28,7 @@ from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.locks import locked
+from raytune_ft.model.hub import reward_model
 from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import check_files, load_model_config, resolve_model_path
 from raytune_ft.model.methods.hooks import virtual_tokens
@@ -150,15 +151,21 @@ def settings_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.settings.json")
 
 
+_FREE = {"timeout_s", "api_key", "answers", "retries", "url", "path", "batch_tokens"}
+"""Keys of rewards that change no score."""
+
+
 def _settings(asked: Asked, config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that samples and scores depend on, without secrets."""
     listed = [[one.origin, one.ids, one.reference, one.columns] for one in prompts]
     text = json.dumps(listed, default=str, sort_keys=True)
     rewards = {}
     for reward in config.rewards:
-        keys = reward.model_dump(exclude={"timeout_s", "api_key", "answers", "retries", "url"})
+        keys = reward.model_dump(exclude=_FREE)
         if found := function_of(reward.name):
             keys["file"] = sha256_of(Path(found[0]))
+        if isinstance(reward, RewardModel):
+            keys["files"] = _hashes(reward_model(reward))
         rewards[reward.called] = keys
     return {
         "raytune_ft": __version__,
@@ -312,6 +319,7 @@ def _group(prompt: Prompt, said: Sequence[Said], tokenizer: PreTrainedTokenizerB
         [one.ids for one in said],
         prompt.columns,
         prompt.turns,
+        prompt.text if prompt.turns is None else None,
     )
 
 
