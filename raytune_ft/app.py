@@ -35,7 +35,7 @@ from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
 from raytune_ft.files import write_text_atomic
-from raytune_ft.layout import DATA, RESULT
+from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
 from raytune_ft.preflight import lay_out, needs_ray, on_devices, placed, prepare, worker_of
 from raytune_ft.records import RunResult, Tell
@@ -277,9 +277,8 @@ def sample(
     config = expand_env(resolve(written), rewards=True)
     _check_sampling(config, pairs)
     tell(devices)
-    folder = run_path(config).parent
-    probe_storage(folder)
-    rewards = with_answers(config.rewards, folder / ".cache" / "judges")
+    probe_storage(run_path(config).parent)
+    rewards = with_answers(config.rewards, judges_beside(cache_path(config)))
     config = config.model_copy(update={"rewards": rewards})
     from raytune_ft.evaluate.sample import Asked, run_sample
     from raytune_ft.model.hub import given_model

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from raytune_ft.config import paths
+from raytune_ft.config import environment, paths
 from raytune_ft.config.section import Positive, Section, SectionOf
 from raytune_ft.errors import ConfigError
 
@@ -25,7 +25,9 @@ class RewardConfig(Section):
 
     name: str
     label: str | None = Field(
-        None, min_length=1, description="its name in results; null is that of the reward"
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="its name in results; null is that of the reward",
     )
     weight: float = Field(1.0, description="its factor in the sum of all rewards")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
@@ -38,6 +40,11 @@ class RewardConfig(Section):
     def called(self) -> str:
         """Its name in results."""
         return self.label or self.name.rpartition(":")[2]
+
+    @property
+    def compares(self) -> bool:
+        """Whether it says which of two completions is better, and nothing of one alone."""
+        return False
 
     def check(self) -> None:
         """Raises ConfigError where keys contradict each other."""
@@ -183,6 +190,10 @@ class Judge(RewardConfig):
         None, description="folder that keeps every answer; null is .cache/judges in storage"
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(60.0, description="of one question")
+
+    @property
+    def compares(self) -> bool:
+        return self.mode == "pairs"
 
     def check(self) -> None:
         if urlsplit(self.url).scheme not in ("http", "https") and not self.url.startswith("${"):
@@ -342,6 +353,15 @@ def located(name: str, cwd: Path, key: str = "rewards") -> str:
     """The name of a reward, with the path of a file in it made absolute."""
     found = function_of(name)
     return f"{paths.absolute(found[0], cwd, key)}:{found[1]}" if found else name
+
+
+def expanded(rewards: Sequence[RewardConfig]) -> list[RewardConfig]:
+    """The rewards with every `${ENV_NAME}` replaced; raises ConfigError where one is not set."""
+    found = []
+    for reward in rewards:
+        keys = environment.expand(reward.model_dump(), f"rewards.{reward.called}")
+        found.append(type(reward).model_validate(keys))
+    return found
 
 
 def with_answers(rewards: Sequence[RewardConfig], folder: Path) -> list[RewardConfig]:

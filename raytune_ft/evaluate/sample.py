@@ -21,8 +21,8 @@ from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.prompts import Prompt, of_file, of_split
-from raytune_ft.errors import ConfigError, RunFailed, StorageError
-from raytune_ft.evaluate.context import decode, runner_of
+from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.evaluate import measured_split, tokenizer_of
 from raytune_ft.evaluate.generate import stop_tokens
 from raytune_ft.evaluate.workers import whole
@@ -36,6 +36,7 @@ from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.sampling import Request, Said, sample
 from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
+from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards, check_columns, started
 
 CHUNK_ROWS = 256
@@ -126,7 +127,7 @@ def run_sample(asked: Asked, config: Config, cache_dir: Path, tell: Tell) -> Sam
             _fill(asked, config, prompts, kept, tokenizer, ends, rewards, tell)
         done = _finished(asked, config.sampling.n, rewards.names)
         done.kept = kept * config.sampling.n
-        done.notes = tuple(_notes(rewards))
+        done.notes = tuple(rewards.notes())
         return done
 
 
@@ -268,11 +269,11 @@ def _fill(
             tokens += sum(len(one.ids) for one in said)
             parts = [said[i : i + settings.n] for i in range(0, len(said), settings.n)]
             groups = [
-                _group(prompts[place], part, tokenizer)
+                group_of(prompts[place], part, tokenizer)
                 for place, part in zip(numbers, parts, strict=True)
             ]
             scores = rewards.score(groups)
-            _check_scored(rewards)
+            rewards.check_scored()
             for place, part, group, scored in zip(numbers, parts, groups, scores, strict=True):
                 for row in _rows(place, prompts[place], part, group, scored, rewards):
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -297,30 +298,6 @@ def _check_room(model: Any, prompts: Sequence[Prompt], new: int) -> None:
             if longest < positions
             else "write shorter prompts",
         )
-
-
-def _check_scored(rewards: Rewards) -> None:
-    """Raises RunFailed where a reward fails on every completion; one that says None does not."""
-    for one in rewards.processes:
-        tally = one.tally
-        if not tally.scored and tally.missing.keys() - {"None"}:
-            raise RunFailed(
-                f"{one.config.name} scored none of {tally.missing.total()} completions; "
-                f"the first: {tally.first_missing}"
-            )
-
-
-def _group(prompt: Prompt, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> Group:
-    return Group(
-        prompt.origin,
-        decode(tokenizer, prompt.ids),
-        decode(tokenizer, prompt.reference),
-        [str(tokenizer.decode(one.answer, skip_special_tokens=True)) for one in said],
-        [one.ids for one in said],
-        prompt.columns,
-        prompt.turns,
-        prompt.text if prompt.turns is None else None,
-    )
 
 
 def _rows(
@@ -371,16 +348,6 @@ def _finished(asked: Asked, n: int, names: Sequence[str]) -> Sampled:
         write_text_atomic(asked.pairs, text)
         done.pairs = len(pairs)
     return done
-
-
-def _notes(rewards: Rewards) -> Iterator[str]:
-    for name, one in zip(rewards.names, rewards.processes, strict=True):
-        tally = one.tally
-        if tally.missing:
-            causes = ", ".join(f"{why} {count}" for why, count in tally.missing.items())
-            yield f"{name}: no score for {causes}; the first is {tally.first_missing}"
-        if tally.counts:
-            yield f"{name}: " + ", ".join(f"{what} {n}" for what, n in tally.counts.items())
 
 
 def _by_prompt(out: Path, n: int) -> Iterator[list[dict[str, Any]]]:

@@ -28,6 +28,8 @@ FIRST_ANSWER_S = 8.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses of HTTP after which a question is asked again."""
+DISAGREEMENTS = "comparisons whose two orders disagree"
+"""What their number is called among the counts of a run."""
 
 GRADE = """\
 Grade an answer by this criterion: {criterion}.
@@ -243,5 +245,5 @@ def _share(
         return 1.0
     if choices == ["B", "A"]:
         return 0.0
-    counts["comparisons whose two orders disagree"] += choices[0] == choices[1] != "TIE"
+    counts[DISAGREEMENTS] += choices[0] == choices[1] != "TIE"
     return 0.5

@@ -11,12 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from raytune_ft.config.rewards import RewardConfig, reward_of
+from raytune_ft.config.rewards import RewardConfig, expanded, reward_of
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.rewards.base import Group, Score
 
@@ -234,6 +234,26 @@ class Rewards:
             for g, group in enumerate(groups)
         ]
 
+    def check_scored(self) -> None:
+        """Raises RunFailed where a reward fails on every completion; None is no failure."""
+        for one in self.processes:
+            tally = one.tally
+            if not tally.scored and tally.missing.keys() - {"None"}:
+                raise RunFailed(
+                    f"{one.config.name} scored none of {tally.missing.total()} completions; "
+                    f"the first: {tally.first_missing}"
+                )
+
+    def notes(self) -> Iterator[str]:
+        """Sentences on scores that are missing, and on judges."""
+        for name, one in zip(self.names, self.processes, strict=True):
+            tally = one.tally
+            if tally.missing:
+                causes = ", ".join(f"{why} {count}" for why, count in tally.missing.items())
+                yield f"{name}: no score for {causes}; the first is {tally.first_missing}"
+            if tally.counts:
+                yield f"{name}: " + ", ".join(f"{what} {n}" for what, n in tally.counts.items())
+
     def total(self, scores: Mapping[str, float | None]) -> float | None:
         """The weighted sum; None where a score is missing."""
         values = [scores[name] for name in self.names]
@@ -242,6 +262,53 @@ class Rewards:
         if not values or len(known) < len(values):
             return None
         return sum(weight * value for weight, value in zip(weights, known, strict=True))
+
+
+class SharedRewards:
+    """Rewards that start when they are first needed, and serve until they are closed.
+
+    To another process it goes as its configs, whose `${ENV_NAME}` are read where they start: no
+    secret travels or is written. A copy there starts processes of its own.
+    """
+
+    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+        self.configs = tuple(configs)
+        self._open: ExitStack | None = None
+        self._rewards: Rewards | None = None
+
+    def __reduce__(self) -> Any:
+        return SharedRewards, (self.configs,)
+
+    def start(self) -> Rewards:
+        """The rewards, which start if they have not.
+
+        Raises:
+            InputError: one of them cannot be used, or a variable of the environment is not set.
+        """
+        if self._rewards is None:
+            with ExitStack() as stack:
+                self._rewards = stack.enter_context(started(expanded(self.configs)))
+                self._open = stack.pop_all()
+        return self._rewards
+
+    @contextmanager
+    def serving(self) -> Iterator[Rewards]:
+        """The rewards with counts of their own; those that start here end with the context."""
+        was_open = self._rewards is not None
+        rewards = self.start()
+        for one in rewards.processes:
+            one.tally = Tally()
+        try:
+            yield rewards
+        finally:
+            if not was_open:
+                self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._open is not None:
+            self._open.close()
+        self._open = self._rewards = None
 
 
 def _after(groups: Sequence[Group], done: int) -> list[Group]:
