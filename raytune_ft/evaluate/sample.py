@@ -1,4 +1,5 @@
-"""A model answers prompts, rewards score what it says, and best against worst become preferences.
+"""A model answers prompts, rewards score what it says; best against worst become preferences, and
+the best answers examples to train on (rejection sampling, as in arXiv 2307.09288, sec. 3.2.3).
 
 Each row of the file is a function of (settings, seed, prompt, sample number), so a run that was
 interrupted goes on behind the last whole prompt and gives the file that it would have given.
@@ -52,6 +53,7 @@ class Asked:
         model: what is sampled; its path is a directory, a hub id or `builtin:`.
         out: the file of samples; OUT.settings.json beside it says what they are of.
         pairs: the file of preferences, None for none.
+        best: the file of best completions, None for none.
         prompts: a file of prompts; None takes those of the config's test or validation data.
         split: `test` or `validation`; None is test where there is one.
     """
@@ -59,6 +61,7 @@ class Asked:
     model: ModelConfig
     out: Path
     pairs: Path | None = None
+    best: Path | None = None
     prompts: Path | None = None
     split: str | None = None
 
@@ -74,6 +77,10 @@ class Sampled:
         pairs: preferences that were written; None where none were asked for.
         ties: prompts whose best and worst completion have one score, or are the same.
         unscored: prompts with under two scores.
+        best: best completions that were written; None where none were asked for. Blank ones cannot
+            be learnt and are left out.
+        best_mean: their mean score; None without one.
+        best_cut: those without an end token.
         notes: sentences on scores that are missing, and on judges.
     """
 
@@ -87,6 +94,9 @@ class Sampled:
     pairs: int | None = None
     ties: int = 0
     unscored: int = 0
+    best: int | None = None
+    best_mean: float | None = None
+    best_cut: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -136,15 +146,17 @@ IN_USE = "is being written by another process"
 
 def _check_files(asked: Asked) -> None:
     """Raises StorageError for files that cannot be written."""
-    named = [("--out", asked.out)] + ([("--pairs", asked.pairs)] if asked.pairs else [])
-    for option, path in named:
+    written = {"--out": asked.out, "--pairs": asked.pairs, "--best": asked.best}
+    named = {option: path for option, path in written.items() if path is not None}
+    for option, path in named.items():
         if path.is_dir() or not path.parent.is_dir():
             rule = "is a directory" if path.is_dir() else "is in no directory that exists"
             raise StorageError(f"{option} {path}", rule, "write a file in an existing directory")
         if asked.prompts is not None and path.resolve() == asked.prompts.resolve():
             raise StorageError(f"{option} {path}", "is the file of --prompts", "write another file")
-    if asked.pairs is not None and asked.pairs.resolve() == asked.out.resolve():
-        raise StorageError(f"--pairs {asked.pairs}", "is --out too", "write another file")
+        other = next((one for one in named if named[one].resolve() == path.resolve()), option)
+        if other != option:
+            raise StorageError(f"{option} {path}", f"is {other} too", "write another file")
 
 
 def settings_file(out: Path) -> Path:
@@ -324,8 +336,9 @@ def _rows(
 
 
 def _finished(asked: Asked, n: int, names: Sequence[str]) -> Sampled:
-    """Read the samples again, count them and write the preferences."""
-    done, pairs, values = Sampled(0), list[dict[str, Any]](), {name: [0, 0.0] for name in names}
+    """Read the samples again, count them, and write preferences and best completions."""
+    done, values = Sampled(0), {name: [0, 0.0] for name in names}
+    pairs, best = list[dict[str, Any]](), list[dict[str, Any]]()
     for rows in _by_prompt(asked.out, n):
         done.prompts += 1
         done.samples += len(rows)
@@ -342,12 +355,21 @@ def _finished(asked: Asked, n: int, names: Sequence[str]) -> Sampled:
         pairs += [pair] if pair is not None else []
         done.unscored += len(known) < 2
         done.ties += pair is None and len(known) > 1
+        first = best_of(known) if known else None
+        best += [first] if first is not None and first["completion"].strip() else []
     done.means = {name: total / count if count else None for name, (count, total) in values.items()}
     if asked.pairs is not None:
-        text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        write_text_atomic(asked.pairs, text)
+        _write(asked.pairs, pairs)
         done.pairs = len(pairs)
+    if asked.best is not None:
+        _write(asked.best, [example_of(row) for row in best])
+        done.best, done.best_cut = len(best), sum(not row["ended"] for row in best)
+        done.best_mean = sum(row["score"] for row in best) / len(best) if best else None
     return done
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _by_prompt(out: Path, n: int) -> Iterator[list[dict[str, Any]]]:
@@ -360,19 +382,34 @@ def _by_prompt(out: Path, n: int) -> Iterator[list[dict[str, Any]]]:
                 rows = []
 
 
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sample with the highest score, the first of equals."""
+    return max(rows, key=lambda row: float(row["score"]))
+
+
+def example_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample as a row of `format: prompt_completion`."""
+    said = row["completion"]
+    completion = _turn(said) if isinstance(row["prompt"], list) else said
+    return {"prompt": row["prompt"], "completion": completion, "score": row["score"]}
+
+
 def pair_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The best completion of a prompt against the worst, the first of equals; None for a tie."""
-    best = max(rows, key=lambda row: row["score"])
-    worst = min(rows, key=lambda row: row["score"])
+    best, worst = best_of(rows), min(rows, key=lambda row: float(row["score"]))
     margin = best["score"] - worst["score"]
     if margin <= 0 or best["completion"] == worst["completion"]:
         return None
     chosen, rejected = best["completion"], worst["completion"]
     if isinstance(best["prompt"], list):
-        chosen, rejected = ([{"role": "assistant", "content": one}] for one in (chosen, rejected))
+        chosen, rejected = _turn(chosen), _turn(rejected)
     return {
         "prompt": best["prompt"],
         "chosen": chosen,
         "rejected": rejected,
         "margin": margin,
     }
+
+
+def _turn(said: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": said}]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.config.environment import expand_text
 from raytune_ft.config.paths import is_hub_model
 from raytune_ft.config.rewards import RewardModel
 from raytune_ft.config.schema import Config, ModelConfig
@@ -71,7 +72,8 @@ def reference_model(config: Config) -> ModelConfig:
 
 def reward_model(reward: RewardModel) -> ModelConfig:
     """The `model` section of a reward model, which runs no code of its own."""
-    return ModelConfig(path=reward.path, revision=reward.revision)
+    path = expand_text(reward.path, f"rewards.{reward.called}.path")
+    return ModelConfig(path=path, revision=reward.revision)
 
 
 def at_path(model: ModelConfig, path: str) -> ModelConfig:

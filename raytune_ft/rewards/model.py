@@ -48,12 +48,14 @@ def check_model(config: RewardModel) -> None:
     read.
 
     Raises:
-        ConfigError: it is no sequence classifier, or gives several numbers.
-        ModelError, StorageError: the hub does not provide it, or there is no room.
+        ConfigError: it is not there, no sequence classifier, or gives several numbers.
     """
     model = reward_model(config)
     if is_hub_model(model.path):
-        fetch(model, commit_of(model))
+        try:
+            fetch(model, commit_of(model))
+        except InputError as error:
+            raise _refused(config, error) from error
     _head_of(config, model)
 
 
