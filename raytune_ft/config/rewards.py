@@ -186,6 +186,7 @@ class Judge(RewardConfig):
     retries: Annotated[int, Field(ge=0)] = Field(
         4, description="of a question that got no answer, after pauses that double"
     )
+    at_once: Positive = Field(8, description="questions that are asked at the same time")
     answers: str | None = Field(
         None, description="folder that keeps every answer; null is .cache/judges in storage"
     )

@@ -66,6 +66,11 @@ class Answers:
     total_PC: Column = field(default_factory=lambda: np.empty((0, 0)))
     notes: tuple[str, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """P."""
+        return len(self.groups)
+
     def figures(self) -> dict[str, Scores]:
         """`reward`, `reward:NAME` of each, `completion_tokens`, `truncated` and `unscored`: one
         value for each prompt, the mean over its completions that have one.

@@ -69,15 +69,16 @@ class Duels:
         """`[P, C]` each: what was won, and whether the replies in the two orders disagreed."""
         rewards = self.judges.start()
         judge = rewards.processes[rewards.names.index(called)]
-        won_PC, split_PC = np.full((2, *model.tokens_PC.shape), np.nan)
-        for place, (first, second) in enumerate(zip(base.groups, model.groups, strict=True)):
-            for number in range(len(first.completions)):
-                before = judge.tally.counts[DISAGREEMENTS]
-                (scores,) = judge.scores([_pair(first, second, number)])
-                if scores[1].value is not None:
-                    won_PC[place, number] = scores[1].value
-                    split_PC[place, number] = judge.tally.counts[DISAGREEMENTS] - before
-        return won_PC, split_PC
+        shape, places = model.tokens_PC.shape, range(len(model.groups))
+        pairs = [
+            _pair(base.groups[place], model.groups[place], number)
+            for place in places
+            for number in range(shape[1])
+        ]
+        scores = [second for _, second in judge.scores(pairs)]
+        won = [np.nan if one.value is None else one.value for one in scores]
+        split = [np.nan if one.value is None else one.why == DISAGREEMENTS for one in scores]
+        return np.reshape(won, shape), np.reshape(np.array(split, np.float64), shape)
 
 
 def _pair(base: Group, model: Group, number: int) -> Group:

@@ -164,7 +164,10 @@ def settings_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.settings.json")
 
 
-_FREE = {"timeout_s", "api_key", "answers", "retries", "url", "path", "batch_tokens"}
+_FREE = {
+    *("timeout_s", "api_key", "answers", "retries", "at_once", "url"),
+    *("path", "batch_tokens"),
+}
 """Keys of rewards that change no score."""
 
 

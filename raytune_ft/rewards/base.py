@@ -52,7 +52,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one completion; None where it could not be computed, and why."""
+    """The score of one completion; None where it could not be computed, and why. With a score `why`
+    is a note on it.
+    """
 
     value: float | None
     why: str = ""
@@ -107,9 +109,9 @@ class Broken(Exception):
     """A reward that will never give the scores that were asked for."""
 
 
-def at_once(rate_all: RateAll) -> Scorer:
+def at_once(rate_all: RateAll, together: bool = False) -> Scorer:
     """A scorer of many groups at once."""
-    return Scorer(lambda group: rate_all([group]), rate_all=rate_all)
+    return Scorer(lambda group: rate_all([group]), together=together, rate_all=rate_all)
 
 
 def each(

@@ -136,7 +136,7 @@ class RewardProcess:
             if message is None:
                 raise TimeoutError(f"took longer than {self._limit_s:g} s")
             if "score" in message:
-                found.append(Score(message["score"], message.get("why", "")))
+                found.append(Score(message["score"], message["why"]))
                 self._deaths = 0
             elif "counts" in message:
                 self.tally.counts.update(message["counts"])

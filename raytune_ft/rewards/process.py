@@ -71,16 +71,16 @@ def _message(value: Yielded) -> dict[str, Any]:
         return {"alive": True}
     if isinstance(value, Counter):
         return {"counts": dict(value)}
-    score = value if isinstance(value, Score) else Score(value, "None")
+    score = value if isinstance(value, Score) else Score(value)
     if score.value is None:
-        return {"score": None, "why": score.why}
+        return {"score": None, "why": score.why or "None"}
     try:
         number = float(score.value)  # bool, and numbers of numpy and torch
     except (TypeError, ValueError, OverflowError):
         return {"score": None, "why": f"{type(score.value).__name__} is not a number"}
     if not math.isfinite(number):
         return {"score": None, "why": f"{number} is not a finite number"}
-    return {"score": number}
+    return {"score": number, "why": score.why}
 
 
 def _received(channel: Connection) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ class Server(ThreadingHTTPServer):
         self.questions: list[str] = []
         self.statuses: list[int] = []  # of the next replies
         self.location = ""
+        self.delay_s = 0.0
 
     @property
     def url(self) -> str:
@@ -47,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.server.questions.append(question)
+            time.sleep(self.server.delay_s)
         reply = {"choices": [{"message": {"content": _reply(question)}}]}
         content = json.dumps(reply).encode()
         self.send_response(200)

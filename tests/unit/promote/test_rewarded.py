@@ -14,6 +14,7 @@ from raytune_ft.config.load import apply_overrides, dump_yaml, load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 from raytune_ft.promote.promote import promote
+from raytune_ft.report.write import write_report
 from tests.support.judge import KEY, Server, serving
 from tests.support.trained import TEST, Train, config_of
 
@@ -96,9 +97,17 @@ def test_rewards_decide_and_are_those_of_sample(
             scores = [row["scores"][name] for row in own_rows if row["scores"][name] is not None]
             expected = sum(scores) / len(scores) if scores else None
             assert one[f"reward:{name}"] == pytest.approx(expected, abs=1e-6)
+        assert one["answers"] == [row["completion"] for row in own_rows]
         tokens = [len(row["completion_ids"]) for row in own_rows]
         assert one["completion_tokens"] == sum(tokens) / 2
         assert one["truncated"] == sum(not row["ended"] for row in own_rows) / 2
+
+    # The report and the card show win rates and rewards.
+    page = write_report(run_dir).read_text()
+    card = (made.path / "README.md").read_text()
+    for name in ("win_rate:letters", "reward", "truncated"):
+        assert name in card
+        assert name.replace("_", " ") in page
 
     # `evaluate` gives the same figures, with the base beside them.
     found = app.evaluate(str(made.model), run_dir / "config.yaml", [], said.append)

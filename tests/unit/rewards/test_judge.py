@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,21 @@ def test_pairs_are_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
         assert values(rewards, "alone") == [None]
 
 
+def test_questions_of_all_prompts_are_asked_at_the_same_time(
+    server: Server, tmp_path: Path
+) -> None:
+    server.delay_s = 0.25
+    groups = [Group(f"r:{i}", f"why {i}?", "", ["a", "bb"], [[1]] * 2) for i in range(8)]
+    with started([configured(server, tmp_path, at_once=16, mode="pairs")]) as rewards:
+        start = time.monotonic()
+        found = rewards.score(groups)
+        assert time.monotonic() - start < 16 * 0.25 / 2
+    assert [[one["judge"] for one in each] for each in found] == [[0, 1]] * 8
+    assert len(server.questions) == 16
+
+
 def test_a_question_without_an_answer_has_no_score(server: Server, tmp_path: Path) -> None:
-    with started([configured(server, tmp_path, retries=1)]) as rewards:
+    with started([configured(server, tmp_path, retries=1, at_once=1)]) as rewards:
         server.statuses = [500, 500]
         assert values(rewards, "a", "b") == [None, 0.1]
         assert "HTTP 500" in rewards.processes[0].tally.first_missing
