@@ -26,6 +26,7 @@ from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama
 
 pytestmark = pytest.mark.ray
+SETTINGS = PromoteConfig(metrics=["loss", "rouge", "reward"], max_new_tokens=4)
 
 
 def jobs(inputs: Inputs, directory: Path, settings: PromoteConfig, count: int = 3) -> list[Job]:
@@ -89,8 +90,7 @@ def _never(tell: Tell) -> None:
 def test_a_model_of_a_sharded_run_is_measured_in_parts(
     inputs: Inputs, tmp_path: Path, strategy: str
 ) -> None:
-    settings = PromoteConfig(metrics=["loss", "rouge", "reward"], max_new_tokens=4)
-    wanted = jobs(inputs, tmp_path, settings, count=1)
+    wanted = jobs(inputs, tmp_path, SETTINGS, count=1)
     config = inputs.config(
         method={"name": "full"}, parallel__strategy=strategy, parallel__workers=2
     )

@@ -89,8 +89,10 @@ def test_rewards_decide_and_are_those_of_sample(
     # Of the same prompts, seed and settings, `raytune-ft sample` writes the same completions.
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "samples.jsonl"
-    arguments = (run_dir / "config.yaml", ["sampling.n=2"], out, None, None, "test", said.append)
-    app.sample(str(made.model), *arguments)
+    files = (out, None, None, None)
+    app.sample(
+        str(made.model), run_dir / "config.yaml", ["sampling.n=2"], *files, "test", said.append
+    )
     for place, one in enumerate(by_name["trained"]):
         own_rows = [row for row in lines(out) if row["place"] == place]
         for name in ("letters", "length"):
