@@ -111,7 +111,8 @@ def check(config: Config) -> None:
     """
     promote, objective, problem = config.promote, config.train.objective, config.data.problem
     names = (OWN, *FIGURES)
-    if OBJECTIVES[objective].rollouts and REWARD not in promote.metrics:
+    written = "metrics" in promote.model_fields_set
+    if OBJECTIVES[objective].rollouts and written and REWARD not in promote.metrics:
         raise ConfigError(
             f"promote.metrics={shown_value(promote.metrics)}",
             f"leaves out what train.objective={objective} learns from",

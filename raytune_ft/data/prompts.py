@@ -159,13 +159,14 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompted(
-    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreparedData:
     """The data of a run in which the model answers prompts, with a file beside each split that is
     answered which holds the prompts and their rows.
 
     Where the objective learns from the answers, every example of the splits becomes a prompt
-    without a label token. Under `train.watch` alone, the validation prompts are written.
+    without a label token. Under `train.watch` alone, the validation prompts are written. `seed` is
+    that of `prepare_data`.
 
     Raises:
         DataError: the rows have no prompts.
@@ -175,7 +176,7 @@ def prompted(
     def add(folder: Path) -> dict[str, Any]:
         splits, files = {}, {}
         for name in prepared.report.splits if rolls else ("validation",):
-            found = _of_split(config.data, name, tokenizer, config.seed)
+            found = _of_split(config.data, name, tokenizer, seed)
             if rolls:
                 examples = [_without_answer(prompt, example) for prompt, example in found]
                 split = split_of(name, examples, config.data, prepared.report.names)

@@ -15,6 +15,7 @@ from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.answers import Answers, Asking, answers_of
@@ -162,6 +163,7 @@ def evaluate_directory(
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
+    data = prompted(config, data, tokenizer, config.seed)
     data = referenced(config, data, tell, workers=workers, measured=True)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)

@@ -22,6 +22,7 @@ from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
 from raytune_ft.evaluate.answers import Asking
@@ -391,13 +392,10 @@ class _Promoter:
         self._model: ModelConfig = at_path(config.model, base) if base else config.model
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
-        self._data: PreparedData = referenced(
-            self._config,
-            prepare_data(data, self._tokenizer, selection.data_seed, cache_dir, tell),
-            tell,
-            workers=workers,
-            measured=True,
-        )
+        seed = selection.data_seed
+        plain = prepare_data(data, self._tokenizer, seed, cache_dir, tell)
+        asked = prompted(self._config, plain, self._tokenizer, seed)
+        self._data = referenced(self._config, asked, tell, workers=workers, measured=True)
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)
         else:  # a trial alone has none
