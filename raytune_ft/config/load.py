@@ -89,8 +89,6 @@ def _of_rollouts(config: Config) -> dict[str, Any]:
     for key, value in same.items():
         if key not in config.sampling.model_fields_set and getattr(config.sampling, key) != value:
             found[f"sampling.{key}"] = value
-    if "metrics" not in config.promote.model_fields_set:
-        found["promote.metrics"] = ["reward"]
     searches = config.search is not None and "metric" in config.search.model_fields_set
     if config.promote.metric is None and not searches:
         found["promote.metric"] = "reward"

@@ -97,11 +97,13 @@ def compares(figure: str | None) -> bool:
 
 
 def measured_rewards(config: Config) -> list[RewardConfig]:
-    """The rewards that `promote.metrics` names; `reward` is all that score one completion."""
+    """The rewards that `promote.metrics` names; `reward` is all that score one completion, and so
+    are the figures of an objective that learns from what the model says.
+    """
     promote, written = config.promote, rewards.weighed(config.rewards, config.train.watch)
     named = [found for name in promote.metrics if (found := of_reward(name)) is not None]
     called = {one for _, one in named}
-    every = REWARD in promote.metrics
+    every = REWARD in promote.metrics or OBJECTIVES[config.train.objective].rollouts > 0
     return [one for one in written if one.called in called or (every and not one.compares)]
 
 
@@ -111,13 +113,6 @@ def check(config: Config) -> None:
     """
     promote, objective, problem = config.promote, config.train.objective, config.data.problem
     names = (OWN, *FIGURES)
-    written = "metrics" in promote.model_fields_set
-    if OBJECTIVES[objective].rollouts and written and REWARD not in promote.metrics:
-        raise ConfigError(
-            f"promote.metrics={shown_value(promote.metrics)}",
-            f"leaves out what train.objective={objective} learns from",
-            f"add {REWARD}",
-        )
     for name in promote.metrics:
         known = name in names or function_of(name) or of_reward(name)
         if known or name.removeprefix(HARNESS) not in ("", name):
@@ -294,6 +289,6 @@ def _names(config: Config) -> list[str]:
             known.append(found[1])
         else:
             known += [each.promoted for each in FIGURES.get(name, ())]
-        if name == REWARD:
+        if name == REWARD or OBJECTIVES[config.train.objective].rollouts:
             known += [f"{REWARD}:{one.called}" for one in config.rewards if not one.compares]
     return known

@@ -152,10 +152,11 @@ Metric = Callable[[Subject], dict[str, Scores]]
 
 def own(subject: Subject) -> dict[str, Scores]:
     """The figures that the objective of the run declares, from teacher-forced outputs; of one that
-    learns from what the model says, minus the reward, since `reward` gives the others.
+    learns from what the model says those of `reward`, and minus the reward as loss.
     """
     if OF_SAID in subject.figures:
-        return {LOSS.promoted: Scores.known_mean(-known_means(subject.answers.total_PC), "min")}
+        loss = Scores.known_mean(-known_means(subject.answers.total_PC), "min")
+        return {LOSS.promoted: loss} | reward_scores(subject)
     columns = columns_of(subject.runner, subject.objective, subject.split)
     return figures_of(columns, subject.figures, subject.split)
 

@@ -148,12 +148,13 @@ class Speaker:
         return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
 
     def evaluated(self, prompts: Prompts) -> tuple[Answered, dict[str, float]]:
-        """One completion of each prompt, and the figures of an evaluation.
+        """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
 
         Raises:
             RunFailed: a reward scored none of them.
         """
-        answered = self.answer([(EVALUATION + i, prompts[i]) for i in range(len(prompts))], 1)
+        placed = [(EVALUATION + i, prompts[i]) for i in range(len(prompts))]
+        answered = self.answer(placed, self._settings.eval_completions)
         found = answered.figures(self.rewards.names)
         for name in self.rewards.names:
             if np.isnan(found[f"reward:{name}"]):
@@ -431,7 +432,7 @@ class Rolled(Material):
             self._rollout = Rollout.load(checkpoint / STATE / ROLLOUT)
 
     def evaluate(self, beat: Beat) -> Scores:
-        """One completion of each validation prompt. `eval_loss` is minus the mean reward.
+        """Completions of each validation prompt. `eval_loss` is minus the mean reward.
 
         Raises:
             RunFailed: a reward scored none of them.
