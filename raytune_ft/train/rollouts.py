@@ -60,7 +60,7 @@ EVALUATION = 2**62
 """Places of evaluations are behind all places of training, and the same for every checkpoint and
 trial, which so have common random numbers."""
 SILENT = 5
-"""After so many rollouts in a row in which no group has two different rewards, the run fails."""
+"""After so many rollouts in a row from which nothing can be learnt, a run fails."""
 NO_SPREAD = 1e-4
 """Added to standard deviations of rewards, as in TRL."""
 
@@ -398,7 +398,7 @@ class Rolled(Material):
         adapted = not METHODS[config.method.name].whole_model
         self._has_base = adapted or reference is not None
         self._rollout: Rollout | None = None
-        self._silent, self._step = 0, 0
+        self._silent, self._unscored, self._step = 0, 0, 0
         self._file = run_dir / ROLLOUTS
         self._writes = speaker.runner.strategy.rank == 0 and self._settings.keep > 0
 
@@ -548,13 +548,17 @@ class Rolled(Material):
             return self._speaker.logps(split, temperature)
 
     def _check_signal(self, step: int, answered: Answered) -> None:
-        """Raises RunFailed where nothing has been learnt for `SILENT` rollouts."""
-        learnt = not same_of(answered.totals_PG).all()
-        self._silent = 0 if learnt or self._config.train.grpo.beta else self._silent + 1
-        if self._silent < SILENT:
-            return
-        if np.isnan(answered.totals_PG).all():
+        """Raises RunFailed after `SILENT` rollouts in a row without a score, or at the beginning of
+        a run without two different rewards; later on these may mean that all is learnt.
+        """
+        totals_PG, beta = answered.totals_PG, self._config.train.grpo.beta
+        learnt = not same_of(totals_PG).all() or beta > 0
+        self._silent = 0 if learnt else self._silent + 1
+        self._unscored = self._unscored + 1 if np.isnan(totals_PG).all() else 0
+        if self._unscored >= SILENT:
             raise RunFailed(f"step {step}: no completion has a score: {self._speaker.missing()}")
+        if self._silent < SILENT or step > SILENT * self._settings.steps:
+            return
         raise RunFailed(
             f"step {step}: no group of {SILENT} rollouts in a row has two different rewards (the "
             f"last mean is {_mean(answered.totals_PG):g}); raise train.rollout.temperature or "
