@@ -32,21 +32,21 @@ def duels(*metrics: str) -> Duels:
 def test_a_win_is_one_a_tie_a_half_and_a_missing_score_no_comparison() -> None:
     base = answers([["a"], ["b"], ["c"], ["d"], ["e"]], [[1], [1], [1], [NAN], [1]])
     model = answers([["x"], ["y"], ["z"], ["w"], ["e"]], [[2], [0], [1], [9], [1 + 1e-7]])
-    found = duels("win_rate:r", "loss").scores(base, model)
+    found = duels("win_rate:r", "loss").scores(base, model, print)
     assert set(found) == {"win_rate:r"}
     each = found["win_rate:r"].each
     assert each is not None
     # The same text ties, whatever rounding makes of its score.
     np.testing.assert_array_equal(each, [1, 0, 0.5, NAN, 0.5])
     assert found["win_rate:r"].value == 0.5
-    own = duels("win_rate:r", "win_rate_lc:r").scores(base, base)
+    own = duels("win_rate:r", "win_rate_lc:r").scores(base, base, print)
     assert [one.value for one in own.values()] == [0.5, 0.5]
 
 
 def test_several_completions_are_compared_number_by_number() -> None:
     base = answers([["a", "b"], ["c", "d"]], [[1, 1], [1, NAN]])
     model = answers([["x", "y"], ["z", "w"]], [[2, 0], [2, 5]])
-    each = duels("win_rate:r").scores(base, model)["win_rate:r"].each
+    each = duels("win_rate:r").scores(base, model, print)["win_rate:r"].each
     assert each is not None
     np.testing.assert_array_equal(each, [0.5, 1])
 
