@@ -13,6 +13,7 @@ import numpy as np
 from raytune_ft.config.metrics import CONTROLLED, DISAGREED, WIN_RATE, of_reward
 from raytune_ft.evaluate.answers import Answers, known_means
 from raytune_ft.evaluate.scores import Column, Scores
+from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.judge import DISAGREEMENTS
 from raytune_ft.rewards.pool import SharedRewards
@@ -42,8 +43,8 @@ class Duels:
         wanted = [called for kind, called in filter(None, named) if kind in (WIN_RATE, CONTROLLED)]
         return list(dict.fromkeys(wanted))
 
-    def scores(self, base: Answers, model: Answers) -> dict[str, Scores]:
-        """Figures of a model; those of the base itself are 0.5.
+    def scores(self, base: Answers, model: Answers, tell: Tell) -> dict[str, Scores]:
+        """Figures of a model; those of the base itself are 0.5. Tells which replies are missing.
 
         A completion wins, loses or ties against that of the base of the same number, and the same
         text ties. Where one of the two has no score, the comparison is left out.
@@ -54,7 +55,7 @@ class Duels:
             if called in model.scores_PC:
                 won_PC = _by_score(base, model, called)
             else:
-                won_PC, split_PC = self._by_judge(base, model, called)
+                won_PC, split_PC = self._by_judge(base, model, called, tell)
                 rates = {f"{DISAGREED}:{called}": Scores.known_mean(known_means(split_PC), "min")}
             won_n = known_means(won_PC)
             if f"{WIN_RATE}:{called}" in self.metrics:
@@ -65,17 +66,21 @@ class Duels:
             found |= rates
         return found
 
-    def _by_judge(self, base: Answers, model: Answers, called: str) -> tuple[Column, Column]:
+    def _by_judge(
+        self, base: Answers, model: Answers, called: str, tell: Tell
+    ) -> tuple[Column, Column]:
         """`[P, C]` each: what was won, and whether the replies in the two orders disagreed."""
-        rewards = self.judges.start()
-        judge = rewards.processes[rewards.names.index(called)]
         shape, places = model.tokens_PC.shape, range(len(model.groups))
         pairs = [
             _pair(base.groups[place], model.groups[place], number)
             for place in places
             for number in range(shape[1])
         ]
-        scores = [second for _, second in judge.scores(pairs)]
+        with self.judges.serving() as rewards:
+            judge = rewards.processes[rewards.names.index(called)]
+            scores = [second for _, second in judge.scores(pairs)]
+            for note in rewards.notes():
+                tell(note)
         won = [np.nan if one.value is None else one.value for one in scores]
         split = [np.nan if one.value is None else one.why == DISAGREEMENTS for one in scores]
         return np.reshape(won, shape), np.reshape(np.array(split, np.float64), shape)

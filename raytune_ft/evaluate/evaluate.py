@@ -191,7 +191,7 @@ def evaluate_directory(
             asked = scoring.asking(name, own, config.seed)
             base = replace(job, model=config.model, asking=asked)
             (answers,) = workers.each(run_answers, [base])
-            rates = scoring.win_rates(answers, measured.answers)
+            rates = scoring.win_rates(answers, measured.answers, tell)
             figures |= {figure: each.value for figure, each in rates.items()}
         for note in () if measured.answers is None else measured.answers.notes:
             tell(note)

@@ -80,6 +80,8 @@ class Scoring:
             self.duels.judges.start()
             workers.alone(start_rewards, asking, tell=tell)
 
-    def win_rates(self, base: Answers | None, model: Answers | None) -> dict[str, Scores]:
+    def win_rates(
+        self, base: Answers | None, model: Answers | None, tell: Tell
+    ) -> dict[str, Scores]:
         """See `Duels.scores`; nothing where no metric asks."""
-        return {} if base is None or model is None else self.duels.scores(base, model)
+        return {} if base is None or model is None else self.duels.scores(base, model, tell)

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from raytune_ft.evaluate.evaluate import (
 from raytune_ft.evaluate.generate import check_generation
 from raytune_ft.evaluate.metrics import check_metrics
 from raytune_ft.evaluate.precompute import referenced
-from raytune_ft.evaluate.scores import Scores
 from raytune_ft.evaluate.scoring import Scoring
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
@@ -203,15 +203,18 @@ class Measurer:
     ) -> list[Measured]:
         jobs = [self.jobs.of(directory, split, samples) for directory in directories]
         found = self.workers.each(run_job, jobs)
-        for job, one in zip(jobs, found, strict=True):
+        scored = []
+        for directory, one in zip(directories, found, strict=True):
+            rates = self.scoring.win_rates(
+                found[0].answers, one.answers, partial(self._tell_of, directory)
+            )
             for note in () if one.answers is None else one.answers.notes:
-                self.tell(f"{Path(job.model.path).name}: {note}")
-        return [
-            replace(one, scores={**one.scores, **self._win_rates(found[0], one)}) for one in found
-        ]
+                self._tell_of(directory, note)
+            scored.append(replace(one, scores={**one.scores, **rates}))
+        return scored
 
-    def _win_rates(self, base: Measured, one: Measured) -> dict[str, Scores]:
-        return self.scoring.win_rates(base.answers, one.answers)
+    def _tell_of(self, directory: Path, line: str) -> None:
+        self.tell(f"{directory.name}: {line}")
 
     def _by_rule(self, split: str, head: Head) -> Measured:
         train, measured = self.data.train, split_named(self.data, split)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from raytune_ft.evaluate.answers import Answers
-from raytune_ft.evaluate.duel import Duels, controlled
+from raytune_ft.evaluate.duel import PRIOR, Duels, controlled
 from raytune_ft.evaluate.scores import Scores, difference
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.pool import SharedRewards
@@ -31,21 +32,21 @@ def duels(*metrics: str) -> Duels:
 def test_a_win_is_one_a_tie_a_half_and_a_missing_score_no_comparison() -> None:
     base = answers([["a"], ["b"], ["c"], ["d"], ["e"]], [[1], [1], [1], [NAN], [1]])
     model = answers([["x"], ["y"], ["z"], ["w"], ["e"]], [[2], [0], [1], [9], [1 + 1e-7]])
-    found = duels("win_rate:r", "loss").scores(base, model)
+    found = duels("win_rate:r", "loss").scores(base, model, print)
     assert set(found) == {"win_rate:r"}
     each = found["win_rate:r"].each
     assert each is not None
     # The same text ties, whatever rounding makes of its score.
     np.testing.assert_array_equal(each, [1, 0, 0.5, NAN, 0.5])
     assert found["win_rate:r"].value == 0.5
-    own = duels("win_rate:r", "win_rate_lc:r").scores(base, base)
+    own = duels("win_rate:r", "win_rate_lc:r").scores(base, base, print)
     assert [one.value for one in own.values()] == [0.5, 0.5]
 
 
 def test_several_completions_are_compared_number_by_number() -> None:
     base = answers([["a", "b"], ["c", "d"]], [[1, 1], [1, NAN]])
     model = answers([["x", "y"], ["z", "w"]], [[2, 0], [2, 5]])
-    each = duels("win_rate:r").scores(base, model)["win_rate:r"].each
+    each = duels("win_rate:r").scores(base, model, print)["win_rate:r"].each
     assert each is not None
     np.testing.assert_array_equal(each, [0.5, 1])
 
@@ -76,6 +77,25 @@ def test_the_length_controlled_rate_is_that_of_generated_truth() -> None:
     expected = 1 / (1 + np.exp(0.4))
     assert controlled(won, longer).value == pytest.approx(expected, abs=0.005)
     assert won.mean() > 0.55  # the longer completions hide that the model is the worse one
+
+
+def test_the_fit_is_the_maximum_of_the_likelihood_in_every_draw() -> None:
+    rng = np.random.default_rng(4)
+    won, longer = truth(rng, 60, 0.3, 0.8)
+    won[:5], longer[7] = 0.5, 400
+    counts = rng.multinomial(60, np.full(60, 1 / 60), 3).astype(float)
+    found = controlled(won, longer)
+    assert found.fit is not None
+    for own, value in zip(counts, found.fit(found.columns, counts), strict=True):
+        w, d = np.repeat(won, own.astype(int)), np.repeat(longer, own.astype(int))
+        x = np.tanh(d / d.std())
+
+        def loss(ab: np.ndarray, w: np.ndarray = w, x: np.ndarray = x) -> float:
+            logit = ab[0] + ab[1] * x
+            return float((np.logaddexp(0, logit) - w * logit).sum() + PRIOR * ab[1] ** 2 / 2)
+
+        best = minimize(loss, np.zeros(2), tol=1e-12).x
+        assert value == pytest.approx(1 / (1 + np.exp(-best[0])), abs=1e-6)
 
 
 def test_its_interval_covers_the_truth() -> None:
