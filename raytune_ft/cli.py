@@ -309,6 +309,10 @@ def sample(
         Path | None,
         typer.Option("--pairs", metavar="FILE", help="Also write preferences, best against worst."),
     ] = None,
+    best: Annotated[
+        Path | None,
+        typer.Option("--best", metavar="FILE", help="Also write the best answers, to train on."),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="FILE", help="Answer these, not the config's data."),
@@ -319,7 +323,7 @@ def sample(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Let a model answer prompts, score the answers, and make preferences of them.
+    """Let a model answer prompts, score the answers, and make training data of them.
 
     The rewards of the config score. A command that was interrupted goes on where it stopped.
 
@@ -331,7 +335,7 @@ def sample(
 
     changes = [*(overrides or ()), *([] if n is None else [f"sampling.n={n}"])]
     try:
-        done = run.sample(model, config, changes, out, pairs, prompts, split, show.tell)
+        done = run.sample(model, config, changes, out, pairs, best, prompts, split, show.tell)
     except KeyboardInterrupt:
         raise Interrupted(f"{out} was interrupted; the same command continues it") from None
     facts: dict[str, Any] = {"prompts": done.prompts, "samples": done.samples}
@@ -342,11 +346,14 @@ def sample(
         facts[f"mean {name}"] = mean
         if name in done.missing:
             facts[f"without {name}"] = done.missing[name]
+    if done.best is not None:
+        facts |= {"best": done.best, "mean of the best": done.best_mean, "cut short": done.best_cut}
     if done.pairs is not None:
         facts |= {"pairs": done.pairs, "ties": done.ties, "prompts without scores": done.unscored}
     for note in done.notes:
         show.tell(note)
-    show.print_facts({**facts, "written": out, **({} if pairs is None else {"and": pairs})})
+    files = ", ".join(str(file) for file in (out, pairs, best) if file is not None)
+    show.print_facts({**facts, "written": files})
 
 
 @app.command()

@@ -139,6 +139,11 @@ def cache_in(storage: Path) -> Path:
     return storage / ".cache" / "tokens"
 
 
+def judges_beside(tokens: Path) -> Path:
+    """The answers of judges, beside the token cache."""
+    return tokens.with_name("judges")
+
+
 def free_path(path: Path, suffix: str) -> Path:
     """The first of `PATH<suffix>1`, `PATH<suffix>2`, ... that does not exist."""
     number = 1

@@ -192,7 +192,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.prompts import prompted
     from raytune_ft.data.report import check_overlap
-    from raytune_ft.evaluate.metrics import check_functions
+    from raytune_ft.evaluate.metrics import check_metrics
     from raytune_ft.model.hub import at_path
     from raytune_ft.model.load import (
         check_backend,
@@ -220,12 +220,12 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     load_model_config(config.model, head_before(config))
     check_backend(config.method)
     check_others(config)
-    check_functions(config.promote.metrics)
+    check_metrics(config)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
-    data = prompted(config, data, tokenizer)
+    data = prompted(config, data, tokenizer, config.seed)
     data = with_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))

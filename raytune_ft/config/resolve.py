@@ -59,6 +59,9 @@ def resolve(
     data["promote"]["metrics"] = [metrics.located(name, here) for name in config.promote.metrics]
     for written, reward in zip(data["rewards"], config.rewards, strict=True):
         written["name"] = rewards.located(reward.name, here)
+        if isinstance(reward, rewards.RewardModel):
+            key = f"rewards.{reward.called}.path"
+            written["path"] = paths.source(reward.path, here, key)
         if isinstance(reward, rewards.Judge) and reward.answers is not None:
             written["answers"] = paths.absolute(reward.answers, here, "rewards.judge.answers")
     data["parallel"]["strategy"] = choose_strategy(config, shortage)[0]

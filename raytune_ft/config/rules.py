@@ -146,9 +146,9 @@ def check(config: Config) -> None:
     paths.check_storage(config.storage)
     _check_layout(config)
     _check_method(config)
-    metrics.check(config.promote, config.train.objective, config.data.problem)
     rewards.check(config.rewards)
     check_objective(config)
+    metrics.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
     if config.promote.max_overlap < 1:
@@ -475,6 +475,13 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             f"scores what a model says, and train.objective={train.objective} trains one that "
             "gives numbers",
             "leave the key out",
+        )
+    comparing = next((each for each in config.rewards if each.compares), None)
+    if comparing is not None and (facts.rollouts or comparing.called in train.watch):
+        raise ConfigError(
+            f"rewards.{comparing.called}",
+            "compares completions and grades none, and an evaluation has one for each prompt",
+            "write mode: grade",
         )
     if not facts.rollouts:
         return

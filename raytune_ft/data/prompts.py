@@ -23,6 +23,7 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats import Encoder, Example, found_format
 from raytune_ft.data.formats.conversation import Conversation, conversation_of
+from raytune_ft.data.formats.preference import prompt_of
 from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import hold_out
@@ -112,8 +113,13 @@ def _prompt_of(example: Example, placed: _Placed, encoder: Encoder) -> Prompt:
 
 def _as_written(source: SourceConfig, row: Row) -> dict[str, Any]:
     """`turns` or `text` of a prompt."""
-    if FORMATS[source.format].chat_template or isinstance(row.values.get(source.prompt), list):
-        chat = conversation_of(source, row)
+    if source.format == "preference":
+        asked = prompt_of(source, row)
+        return {"turns": tuple(asked)} if isinstance(asked, list) else {"text": str(asked)}
+    is_chat = FORMATS[source.format].chat_template
+    if is_chat or isinstance(row.values.get(source.prompt), list):
+        read = source if is_chat else source.model_copy(update={"format": "prompt_completion"})
+        chat = conversation_of(read, row)
         assert isinstance(chat, Conversation)
         trained = [number for number, kept in enumerate(chat.trained) if kept]
         end = trained[-1] if source.turns == "last" else trained[0]
@@ -153,13 +159,14 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompted(
-    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreparedData:
     """The data of a run in which the model answers prompts, with a file beside each split that is
     answered which holds the prompts and their rows.
 
     Where the objective learns from the answers, every example of the splits becomes a prompt
-    without a label token. Under `train.watch` alone, the validation prompts are written.
+    without a label token. Under `train.watch` alone, the validation prompts are written. `seed` is
+    that of `prepare_data`.
 
     Raises:
         DataError: the rows have no prompts.
@@ -169,7 +176,7 @@ def prompted(
     def add(folder: Path) -> dict[str, Any]:
         splits, files = {}, {}
         for name in prepared.report.splits if rolls else ("validation",):
-            found = _of_split(config.data, name, tokenizer, config.seed)
+            found = _of_split(config.data, name, tokenizer, seed)
             if rolls:
                 examples = [_without_answer(prompt, example) for prompt, example in found]
                 split = split_of(name, examples, config.data, prepared.report.names)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_ft.config.metrics import FIGURES, HARNESS, OWN
-from raytune_ft.config.objectives import Mode
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.metrics import FIGURES, HARNESS, OWN, REWARD, measured_rewards, of_reward
+from raytune_ft.config.objectives import LOSS, Mode
+from raytune_ft.config.objectives import REWARD as OF_SAID
+from raytune_ft.config.rewards import expanded, function_of
+from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
+from raytune_ft.evaluate.answers import known_means
 from raytune_ft.evaluate.classifier import scores_of
 from raytune_ft.evaluate.columns import columns_of, figures_of
 from raytune_ft.evaluate.context import Subject
@@ -31,6 +34,7 @@ from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.rewards.functions import check_function, load_function
+from raytune_ft.rewards.pool import check_rewards
 
 BATCH = 16
 FEWSHOT_SEED = 1234  # the harness' own default
@@ -128,11 +132,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def check_functions(metrics: Sequence[str]) -> None:
-    """See `check_function`, for each entry of `promote.metrics` that is a function of a file."""
-    for name in metrics:
+def check_metrics(config: Config) -> None:
+    """Check the files that `promote.metrics` and its rewards name, and that the variables of the
+    environment which these name are set. A function of a file is not run.
+
+    Raises:
+        InputError: a file cannot be read, or has no such function; a variable is not set.
+    """
+    for name in config.promote.metrics:
         if function_of(name):
             check_function(name, "promote.metrics")
+    check_rewards(expanded(measured_rewards(config)))
 
 
 MAX_LABELS = 100
@@ -141,7 +151,12 @@ Metric = Callable[[Subject], dict[str, Scores]]
 
 
 def own(subject: Subject) -> dict[str, Scores]:
-    """The figures that the objective of the run declares, from teacher-forced outputs."""
+    """The figures that the objective of the run declares, from teacher-forced outputs; of one that
+    learns from what the model says those of `reward`, and minus the reward as loss.
+    """
+    if OF_SAID in subject.figures:
+        loss = Scores.known_mean(-known_means(subject.answers.total_PC), "min")
+        return {LOSS.promoted: loss} | reward_scores(subject)
     columns = columns_of(subject.runner, subject.objective, subject.split)
     return figures_of(columns, subject.figures, subject.split)
 
@@ -241,11 +256,26 @@ def custom(name: str, subject: Subject) -> dict[str, Scores]:
     return {key: Scores.mean(values)}
 
 
+def reward_scores(subject: Subject) -> dict[str, Scores]:
+    """What rewards say of sampled completions: `reward`, the weighted sum, `reward:NAME` of each,
+    `completion_tokens`, `truncated` and `unscored`. One value for each prompt.
+    """
+    return subject.answers.figures()
+
+
+def one_reward(name: str, subject: Subject) -> dict[str, Scores]:
+    """`reward:NAME`. A win rate needs the answers of the base too, and is computed beside them."""
+    kind, _ = of_reward(name) or (name, "")
+    answers = subject.answers
+    return {name: answers.figures()[name]} if kind == REWARD else {}
+
+
 METRICS: dict[str, Metric] = {
     OWN: own,
     "answer": answer,
     "rouge": rouge,
     "classification": classification,
+    REWARD: reward_scores,
 }
 
 
@@ -253,6 +283,8 @@ def metric_named(name: str) -> Metric:
     """The function behind an entry of `promote.metrics`."""
     if name in METRICS:
         return METRICS[name]
+    if of_reward(name) is not None:
+        return partial(one_reward, name)
     if name.startswith(HARNESS):
         return partial(harness, name.removeprefix(HARNESS))
     return partial(custom, name)

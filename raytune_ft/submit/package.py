@@ -19,7 +19,7 @@ from pathlib import Path
 from raytune_ft.config import paths
 from raytune_ft.config.data import CHAT_TEMPLATES, source_configs
 from raytune_ft.config.metrics import HARNESS
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 from raytune_ft.format import size
@@ -117,6 +117,8 @@ def named_paths(config: Config) -> Iterator[Named]:
     for reward in config.rewards:
         if found := function_of(reward.name):
             yield Named("rewards", found[0])
+        if isinstance(reward, RewardModel):
+            yield Named(f"rewards.{reward.called}.path", reward.path, hub=True)
     warm = config.search.warm_start if config.search else None
     for folder in [warm] if isinstance(warm, str) else warm or []:
         yield Named("search.warm_start", folder)
