@@ -129,7 +129,7 @@ def test_a_reward_is_hacked_and_the_witness_sees_it(
 ) -> None:
     """The word comes again and again; that phrases repeat is measured and not trained on."""
     rewards = [f"{tmp_path / 'score.py'}:happy", {"name": "repetition", "weight": 0.0}]
-    config = config_of(shared_dir, tmp_path, seed, 60, rewards)
+    config = config_of(shared_dir, tmp_path, seed, 30, rewards)
     lines = curves(config, tmp_path / "run")
     trained = [line["eval_reward:happy"] for line in lines]
     witness = [line["eval_reward:repetition"] for line in lines]
