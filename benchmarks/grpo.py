@@ -12,8 +12,8 @@ answers end after 6.
 Both arms have the same prompts, reward function, samples a step (16 x 8, and 32 x 8), LoRA of rank
 16 on all linear layers, learning rate and AdamW, in float32; a step of TRL is one micro-batch.
 `seconds` are those of building the trainer and of all steps, without imports; ours are with the
-start of the process of the reward and two evaluations of 8 prompts. `cpu_s` is the processor time of
-the same span with all child processes, which says more on a busy machine. `reward` is the mean of
+start of the process of the reward and two evaluations of 8 prompts. `cpu_s` is the processor time
+of that span with all child processes, which says more on a busy machine. `reward` is the mean of
 the last five rollouts. Arms take turns, each in a process of its own. It needs `bench`.
 """
 
@@ -94,7 +94,7 @@ def write_inputs(cell: str, root: Path) -> None:
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-def run_ours(cell: Cell, base: Path, root: Path, steps: int) -> dict[str, float]:
+def run_ours(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[str, float]:
     """The loop of this package, as `raytune-ft train` runs it in one process."""
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
@@ -107,6 +107,7 @@ def run_ours(cell: Cell, base: Path, root: Path, steps: int) -> dict[str, float]
     config = Config.model_validate(
         {
             "name": "grpo",
+            "seed": seed,
             "model": {"path": str(base)},
             "method": {"name": "lora", "rank": RANK, "alpha": float(2 * RANK)},
             "data": {
@@ -130,14 +131,14 @@ def run_ours(cell: Cell, base: Path, root: Path, steps: int) -> dict[str, float]
     run_dir = Path(tempfile.mkdtemp(dir=root))
     with Span() as span:
         tokenizer = load_tokenizer(config.model)
-        prepared = prepare_data(config.data, tokenizer, 0, run_dir / "cache")
-        prepared = prompted(config, prepared, tokenizer, 0)
+        prepared = prepare_data(config.data, tokenizer, seed, run_dir / "cache")
+        prepared = prompted(config, prepared, tokenizer, seed)
         run_training(RunSpec(config, run_dir, prepared.path), "single", Silent())
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return span.figures([line["reward"] for line in lines if "reward" in line])
 
 
-def run_trl(cell: Cell, base: Path, root: Path, steps: int) -> dict[str, float]:
+def run_trl(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[str, float]:
     """TRL's trainer, with nothing on that costs memory for time."""
     import torch
     from datasets import load_dataset
@@ -166,6 +167,7 @@ def run_trl(cell: Cell, base: Path, root: Path, steps: int) -> dict[str, float]:
                 num_generations=EACH,
                 max_completion_length=TOKENS,
                 max_steps=steps,
+                seed=seed,
                 learning_rate=LR,
                 lr_scheduler_type="constant",
                 bf16=False,
@@ -207,7 +209,7 @@ def _cpu_s() -> float:
     return sum(each.ru_utime + each.ru_stime for each in found)
 
 
-ARMS: dict[str, Callable[[Cell, Path, Path, int], dict[str, float]]] = {
+ARMS: dict[str, Callable[[Cell, Path, Path, int, int], dict[str, float]]] = {
     "ours": run_ours,
     "trl": run_trl,
 }
@@ -224,6 +226,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one round of 3 steps")
     parser.add_argument("--profile", action="store_true", help="of ours, where its time goes")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first round; then one more each"
+    )
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -231,21 +236,22 @@ def main() -> None:
     cell = CELLS[args.cell]
     base = cell.base(args.shared)
     if args.arm is not None:
-        print(json.dumps(ARMS[args.arm](cell, base, args.root, steps)))
+        print(json.dumps(ARMS[args.arm](cell, base, args.root, steps, args.seed)))
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_inputs(args.cell, root)
         if args.profile:
             profile = cProfile.Profile()
-            print(profile.runcall(run_ours, cell, base, root, steps))
+            print(profile.runcall(run_ours, cell, base, root, steps, args.seed))
             pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
             return
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
-        for _ in range(rounds):
+        for number in range(rounds):
             for name in found:
                 command = [sys.executable, __file__, "--shared", str(args.shared), "--arm", name]
                 command += ["--root", str(root), "--steps", str(steps), "--cell", args.cell]
+                command += ["--seed", str(args.seed + number)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name}: {found[name][-1]}", file=sys.stderr)
