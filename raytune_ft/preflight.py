@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.environment import in_ray_job, joins_cluster
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
@@ -193,6 +194,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     from raytune_ft.data.prompts import prompted
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
+    from raytune_ft.model.critic import check_critic
     from raytune_ft.model.hub import at_path
     from raytune_ft.model.load import (
         check_backend,
@@ -231,6 +233,8 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     shapes = build_shapes(config.model, head=head_of(config, data.report))
     check_lengths(config, shapes, data)
     check_vocabulary(config, shapes, data, tokenizer)
+    if OBJECTIVES[config.train.objective].critic:
+        check_critic(shapes)
     check_objective(config, data)
     check_pairs(config, data)
     return data

@@ -123,8 +123,7 @@ def asked_rewards(config: Config) -> list[RewardConfig]:
 
 def needs_base(config: Config) -> bool:
     """Whether the losses read the log-probabilities of the model before training."""
-    rollouts = OBJECTIVES[config.train.objective].rollouts
-    return rollouts > 1 or (rollouts == 1 and config.train.grpo.beta > 0)
+    return OBJECTIVES[config.train.objective].base(config.train)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

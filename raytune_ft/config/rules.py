@@ -497,6 +497,12 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "with the model before training",
             "leave the key out",
         )
+    if facts.compares and train.rollout.num_generations < 2:
+        raise ConfigError(
+            f"train.rollout.num_generations={train.rollout.num_generations}",
+            f"leaves train.objective={train.objective} no other completion to compare with",
+            "write at least 2, or train.objective: ppo",
+        )
     grpo = train.grpo
     if grpo.gate is not None and grpo.gate not in named:
         raise ConfigError(
