@@ -121,5 +121,5 @@ class PpoConfig(Section):
         False, description="the loss of values trains the value head alone, not the model under it"
     )
     value_lr_ratio: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="the learning rate of the value head, as a multiple of train.lr"
+        1.0, description="the learning rate of the value head, as a multiple of train.lr"
     )
