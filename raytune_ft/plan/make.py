@@ -272,6 +272,11 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
                 "every worker also holds the model before training, for the KL term; the memory of "
                 "that copy is not part of the estimate"
             )
+    if OBJECTIVES[config.train.objective].critic:
+        notes.append(
+            f"the critic is a value head of {shell.hidden + 1:,} trained parameters, which the "
+            "estimate leaves out"
+        )
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     longest = max(int(split.lengths.max()) for split in (data.train, data.validation))

@@ -355,7 +355,7 @@ def _check_frozen(inputs: Inputs, run_dir: Path) -> None:
 
 
 def _rollouts(inputs: Path, root: Path, strategy: str, changes: dict[str, Any]) -> None:
-    for name in ("grpo", "online_dpo"):
+    for name in ("grpo", "online_dpo", "ppo"):
         common = {"checkpoint.asynchronous": False, "train.adam_epsilon": 1e-5}
         result = run(objective_config(inputs, name, common | changes), root / name, strategy)
         assert result.status == "completed"
@@ -369,7 +369,7 @@ def test_rollouts(tmp_path: Path, stage: int) -> None:
     _rollouts(inputs, tmp_path / "single", "single", ALONE)
     layout = Layout("deepspeed", 2, stage)
     run_in_new_processes(_rollouts, 2, inputs, tmp_path / "zero", "deepspeed", layout.changes)
-    for name in ("grpo", "online_dpo"):
+    for name in ("grpo", "online_dpo", "ppo"):
         one, other = tmp_path / "single" / name, tmp_path / "zero" / name
         assert max(largest_difference(one, other)) < BOUND
         assert _said(one) == _said(other)

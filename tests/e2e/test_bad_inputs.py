@@ -558,7 +558,36 @@ ROLLOUTS: list[Case] = [
         "'solution'",
         "no column of data.train (instruction, response)",
     ),
-    (f"{GRPO} rewards=[exact_match] train.rollout.num_generations=1", "at least 2"),
+    (
+        f"{GRPO} rewards=[exact_match] train.rollout.num_generations=1",
+        "train.rollout.num_generations=1",
+        "at least 2",
+        "train.objective: ppo",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.ppo.lam=0.9", "train.ppo=", "train.objective: ppo"),
+    (f"{GRPO} train.objective=ppo", "train.objective=ppo", "needs a reward"),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.ppo.lam=1.5",
+        "train.ppo.lam=1.5",
+        "1",
+    ),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.ppo.kl_coeff=0.1",
+        "train.ppo.kl_coeff",
+        "did you mean",
+        "kl_coef",
+    ),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.grpo.beta=0.1",
+        "train.grpo=",
+        "train.objective=grpo",
+    ),
+    (
+        "sweep train.objective=ppo data.train.path=short.jsonl data.test=null "
+        "rewards=[exact_match] search.execution=packed",
+        "search.execution=packed",
+        "train.objective=ppo",
+    ),
     (
         f"{GRPO} rewards=[exact_match] train.rollout.max_completion_length=2000",
         "train.rollout.max_completion_length=2000",

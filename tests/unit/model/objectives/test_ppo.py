@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,9 +68,7 @@ def test_losses_are_clipped() -> None:
     }
     ids = np.arange(7, dtype=np.int32)
     split = TokenizedSplit.from_examples([(ids, ids > 0)])
-    split = TokenizedSplit(
-        split.input_ids, split.label_mask, split.offsets, label_columns=columns
-    )
+    split = TokenizedSplit(split.input_ids, split.label_mask, split.offsets, label_columns=columns)
     ratio_N = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.0, 1.0]).double()
     values_N = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 0.5]).double()
     made = objective(cliprange=0.2, cliprange_value=0.2, vf_coef=2.0)
@@ -140,8 +139,8 @@ def test_gradients_reach_the_weights_of_a_model(tmp_path: Path, settings: dict[s
             )
             chosen_N = logps_N1.gather(1, batch.targets_N[:, None].long())[:, 0]
             noise_N = 0.2 * torch.randn(12, generator=draws, dtype=torch.float64)
-            batch.label_columns["sampled"] = chosen_N + noise_N
-            batch.label_columns["value"] = values_N + noise_N.flip(0)
+            near = {"sampled": chosen_N + noise_N, "value": values_N + noise_N.flip(0)}
+            batch = replace(batch, label_columns={**batch.label_columns, **near})
 
         def loss() -> Tensor:
             found_N = made.losses(cast(Any, Plain(model)), batch)
