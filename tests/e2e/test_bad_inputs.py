@@ -221,6 +221,12 @@ MODEL_AND_DATA: list[Case] = [
     ),
     ("train data.train.path=empty.jsonl", "data.train.path=", "empty.jsonl", "row"),
     (
+        "train data.train.path=empty.jsonl data.train.format=auto",
+        "data.train.format=auto",
+        "empty.jsonl",
+        "a source that has one",
+    ),
+    (
         "train data.train.path=short.jsonl data.max_length=4",
         "data.train.path=short.jsonl",
         "no_label_token 60",
