@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.config import paths, rewards
 from raytune_ft.config.explain import shown_value
@@ -26,18 +28,63 @@ from raytune_ft.config.schema import PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """One entry of `promote.metrics`.
+
+    Attributes:
+        implementation: imports and returns the function of `evaluate.metrics` from a `Subject` to
+            the scores of each figure.
+        figures: those that it gives.
+    """
+
+    implementation: Callable[[], Callable[[Any], Any]]
+    figures: tuple[Figure, ...]
+
+
+def _own() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import own
+
+    return own
+
+
+def _answer() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import answer
+
+    return answer
+
+
+def _rouge() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import rouge
+
+    return rouge
+
+
+def _classification() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import classification
+
+    return classification
+
+
 OWN = "loss"
-"""The entry of `promote.metrics` that stands for the figures of the objective itself."""
-FIGURES: dict[str, tuple[Figure, ...]] = {
-    "answer": (Figure("answer_exact_match", "max", label="exact match of the answer"),),
-    "rouge": (
-        Figure("rouge1", "max", label="ROUGE-1"),
-        Figure("rouge2", "max", label="ROUGE-2"),
-        Figure("rougeL", "max", label="ROUGE-L"),
+"""The metric whose figures are those of the objective."""
+METRICS: dict[str, MetricFacts] = {
+    OWN: MetricFacts(_own, ()),
+    "answer": MetricFacts(
+        _answer, (Figure("answer_exact_match", "max", label="exact match of the answer"),)
     ),
-    "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
+    "rouge": MetricFacts(
+        _rouge,
+        (
+            Figure("rouge1", "max", label="ROUGE-1"),
+            Figure("rouge2", "max", label="ROUGE-2"),
+            Figure("rougeL", "max", label="ROUGE-L"),
+        ),
+    ),
+    "classification": MetricFacts(_classification, (ACCURACY, MACRO_F1, CALIBRATION_ERROR)),
 }
-"""The figures that each of the other entries of `promote.metrics` gives."""
+"""Metrics by their names in `promote.metrics`."""
 RETENTION: dict[str, Figure] = {
     each.name: each
     for each in (
@@ -52,7 +99,7 @@ HARNESS = "lm_eval:"
 def known_figures() -> dict[str, Figure]:
     """Every declared figure, by its name in promotion and by its name in training."""
     own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
-    other = [figure for given in FIGURES.values() for figure in given]
+    other = [figure for metric in METRICS.values() for figure in metric.figures]
     return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
 
 
@@ -74,14 +121,13 @@ def check(promote: PromoteConfig, objective: str, problem: str) -> None:
     """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern,
     and under an objective with a task head for what such a head does not have.
     """
-    names = (OWN, *FIGURES)
     for name in promote.metrics:
-        if name in names or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
+        if name in METRICS or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
             continue
-        near = closest(name, names)
+        near = closest(name, METRICS)
         raise ConfigError(
             f"promote.metrics={shown_value(name)}",
-            f"is none of {', '.join(names)}, {HARNESS}TASK or FILE.py:FUNCTION",
+            f"is none of {', '.join(METRICS)}, {HARNESS}TASK or FILE.py:FUNCTION",
             f"did you mean {near}?" if near else "write one of those",
         )
     if len(set(promote.metrics)) < len(promote.metrics):
@@ -175,8 +221,8 @@ def _check_figure(promote: PromoteConfig, objective: str, problem: str) -> None:
         return
     if harness and "/" in promote.metric:  # such as arc_easy/acc
         return
-    own = {name: [each.promoted for each in given] for name, given in FIGURES.items()}
-    owner = next((name for name, given in own.items() if promote.metric in given), None)
+    names = {name: [each.promoted for each in one.figures] for name, one in METRICS.items()}
+    owner = next((name for name, given in names.items() if promote.metric in given), None)
     near = closest(promote.metric, known)
     raise ConfigError(
         f"promote.metric={shown_value(promote.metric)}",
@@ -193,6 +239,8 @@ def _names(metrics: Sequence[str], objective: str, problem: str) -> list[str]:
     """The figures of these metrics whose names are known before they are computed."""
     known = [figure.promoted for figure in figures(objective, problem)]
     for name in metrics:
-        found = function_of(name)
-        known += [found[1]] if found else [each.promoted for each in FIGURES.get(name, ())]
+        if found := function_of(name):
+            known.append(found[1])
+        elif name in METRICS:
+            known += [each.promoted for each in METRICS[name].figures]
     return known
