@@ -850,7 +850,8 @@ def test_a_second_driver(session: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("command", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sweep"])
 def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None:
     arguments = ["parallel.workers=512", "train.batch_size=512", f"storage={tmp_path}/runs"]
     if command == "sweep":

@@ -116,7 +116,13 @@ def test_adapters_on_70b_are_sharded_because_the_base_does_not_fit(
     assert plan.config.parallel.strategy == "fsdp"
     assert "the base is frozen, and a whole copy needs 13" in plan.reason
     assert "GiB of a worker's 75.2: 8 workers shard it" in plan.reason
-    # 192 GiB have room for the base, and for its activations if they are computed again.
+
+
+@pytest.mark.slow
+def test_adapters_on_70b_are_copied_where_the_activations_fit_too(
+    llama_70b: Path, storage: Path
+) -> None:
+    """192 GiB have room for the base, and for its activations if they are computed again."""
     larger, less = Asked(1, 8, "MI300X"), "parallel.activation_checkpointing=full"
     assert plan_of(llama_70b, storage, "lora", larger).config.parallel.strategy == "fsdp"
     assert plan_of(llama_70b, storage, "lora", larger, less).config.parallel.strategy == "ddp"
