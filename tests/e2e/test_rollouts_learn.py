@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raytune_ft.config.schema import Config
+from tests.support.commands import command, run_process
 from tests.support.runs import make_config, metrics, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -101,6 +102,19 @@ def curves(config: Config, run_dir: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
+    """To the letter, on words that it was never asked about, and without seeing an answer."""
+    recipe = ("train", "jobs/quickstart_grpo.yaml", f"storage={tmp_path}", "name=run")
+    done = run_process(command(*recipe, f"seed={seed}"), 1500)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
+    right = [line["eval_reward"] for line in lines]
+    print(f"right answers {right}, {lines[-1]['wall_s']:.0f} s")
+    assert right[0] < 0.1
+    assert right[-1] > right[0] + 0.3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_story_goes_on_about_its_animal(shared_dir: Path, tmp_path: Path, seed: int) -> None:
     rewards = [f"{tmp_path / 'score.py'}:named"]
     config = config_of(shared_dir, tmp_path, seed, 40, rewards)
@@ -115,7 +129,7 @@ def test_a_reward_is_hacked_and_the_witness_sees_it(
 ) -> None:
     """The word comes again and again; that phrases repeat is measured and not trained on."""
     rewards = [f"{tmp_path / 'score.py'}:happy", {"name": "repetition", "weight": 0.0}]
-    config = config_of(shared_dir, tmp_path, seed, 60, rewards)
+    config = config_of(shared_dir, tmp_path, seed, 30, rewards)
     lines = curves(config, tmp_path / "run")
     trained = [line["eval_reward:happy"] for line in lines]
     witness = [line["eval_reward:repetition"] for line in lines]
