@@ -16,7 +16,7 @@ LAYERS = [
     {"__init__", "errors", "layout", "records"},
     {"files", "format", "locks"},
     {"config"},
-    {"rundir", "data", "rewards"},
+    {"bucket", "rundir", "data", "rewards"},
     {"tensors"},
     {"model"},
     {"strategy"},
