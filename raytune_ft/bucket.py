@@ -110,12 +110,18 @@ class Bucket:
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Keys that begin with `below`, with their sizes in bytes."""
+        return {key: size for key, (size, _) in self.objects(below).items()}
+
+    def objects(self, below: str = "") -> dict[str, tuple[int, str]]:
+        """Keys that begin with `below`, with their sizes in bytes and their ETags, which differ
+        where the content does.
+        """
         with self._explained(below):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + below
             )
             return {
-                entry["Key"].removeprefix(self._prefix): entry["Size"]
+                entry["Key"].removeprefix(self._prefix): (entry["Size"], entry["ETag"])
                 for page in pages
                 for entry in page.get("Contents", [])
             }

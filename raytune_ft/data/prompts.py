@@ -87,7 +87,7 @@ def of_split(
         number = names.index(source.called) if isinstance(source, NamedSource) else 0
         found, _ = tokenise(opened, source, data, encoder, lambda line: None)
         examples += [replace(one, source=number) for one in found]
-        for row in opened.read(opened.columns or ()):
+        for row in opened.all_rows():
             if isinstance(row, Row):
                 rows[number, row.origin] = _Placed(source, row)
     if drawn:
@@ -141,10 +141,11 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
     use_chat_template(tokenizer, data)
     sources = [*listed(data.test), *listed(data.validation), *listed(data.train)]
     changes = {"path": str(path), "split": None, "subset": None, "columns": None}
+    changes["revision"] = None
     source = sources[0].model_copy(update=changes)
     encoder = Encoder.of(tokenizer)
     opened = open_source("--prompts", source)
-    rows = list(opened.read(opened.columns or ()))
+    rows = list(opened.all_rows())
     made = [_read(row, source, data.separator, encoder) for row in rows]
     bad = [one for one in made if isinstance(one, BadRow)]
     if bad:

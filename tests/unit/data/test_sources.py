@@ -254,7 +254,7 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_saved_data_set_is_refused(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "notes.md").write_text("no rows")
     with pytest.raises(DataError, match="that datasets' save_to_disk did not make"):
         read(tmp_path)
 
