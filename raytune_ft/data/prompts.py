@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from raytune_ft.config.data import (
     FORMATS,
@@ -17,10 +20,10 @@ from raytune_ft.config.data import (
 )
 from raytune_ft.data.formats import Encoder, Example, found_format
 from raytune_ft.data.formats.conversation import Conversation, Turn, conversation_of, turns_column
-from raytune_ft.data.formats.example import SpecialText, bad_text
+from raytune_ft.data.formats.example import SpecialText, bad_text, is_rated
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.formats.template import Template, Unwritten
-from raytune_ft.data.order import hold_out
+from raytune_ft.data.order import Drawable, hold_out
 from raytune_ft.data.prepare import use_chat_template
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
@@ -85,19 +88,34 @@ def of_split(
                 "write --prompts FILE with a column of prompts",
             )
         number = names.index(source.called) if isinstance(source, NamedSource) else 0
-        found, _ = tokenise(opened, source, data, encoder, lambda line: None)
+        found = tokenise(opened, source, data, encoder)
         examples += [replace(one, source=number) for one in found]
         for row in opened.all_rows():
             if isinstance(row, Row):
                 rows[number, row.origin] = _Placed(source, row)
     if drawn:
         assert isinstance(data.validation, float)
-        _, examples = hold_out(examples, data.validation, seed, names)
+        _, held = hold_out(drawable(examples), data.validation, seed, names)
+        examples = [examples[i] for i in held]
     first: dict[tuple[int, str], Example] = {}
     for one in examples:
         if one.columns.get(RATIONALE) != (1.0,):
             first.setdefault((one.source, one.origin), one)
     return [_prompt_of(one, rows[key]) for key, one in first.items()]
+
+
+def drawable(examples: Sequence[Example]) -> Drawable:
+    """What a draw of validation examples depends on."""
+    rows = dict[tuple[int, str], int]()
+    for one in examples:
+        rows.setdefault((one.source, one.origin), len(rows))
+    rated = {one.source for one in examples if is_rated(one)}
+    return Drawable(
+        np.array([one.source for one in examples], np.int16),
+        np.array([rows[one.source, one.origin] for one in examples], np.int64),
+        np.array([one.prompt for one in examples], "S16") if rated else None,
+        frozenset(rated),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -144,11 +144,11 @@ class Source:
                 seen[piece.shard] = list(found)
         self.check_columns(wanted, seen)
 
-    def all_rows(self, columns: Sequence[str] = ()) -> Rows:
-        """Every row as it is, with at least these columns; by default with all."""
+    def all_rows(self) -> Generator[Row | BadRow, None, None]:
+        """Every row as it is, with all columns."""
         with tempfile.TemporaryDirectory() as scratch:
             for piece in self.pieces:
-                yield from self.read(piece, columns or self.columns or (), Path(scratch))
+                yield from self.read(piece, self.columns or (), Path(scratch))
 
     def rows_of(
         self,

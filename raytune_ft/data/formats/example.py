@@ -61,6 +61,11 @@ class Example:
         return list(zip(np.split(self.ids, ends), np.split(self.mask, ends), strict=True))
 
 
+def is_rated(example: Example) -> bool:
+    """Whether it has answers that are compared with others to the same prompt."""
+    return PARTS in example.columns or DESIRABLE in example.columns
+
+
 Piece = tuple[TokenIds, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """(ids, starts, stops): tokens, and the characters of the text that each of them writes."""
 
