@@ -190,6 +190,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     """
     from raytune_ft.data.order import pass_length
     from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.processes import Workers, in_processes
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_functions
     from raytune_ft.model.hub import at_path
@@ -221,7 +222,12 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_functions(config.promote.metrics)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    workers: Workers = in_processes
+    if joins_cluster():
+        from raytune_ft.ray_backend.tokenise import in_tasks
+
+        workers = in_tasks
+    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))
