@@ -6,6 +6,7 @@ store. Credentials come from the environment.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,8 +137,12 @@ class _Bucket:
         _bucket(root).download(key, target)
 
 
-@lru_cache(maxsize=8)
 def _bucket(root: str) -> Bucket:
+    return _client(root, os.environ.get("AWS_ENDPOINT_URL"))
+
+
+@lru_cache(maxsize=8)
+def _client(root: str, endpoint: str | None) -> Bucket:
     return Bucket(OBJECT_STORE + root)
 
 

@@ -89,8 +89,9 @@ def make_part_here(sent: list[Any], number: int) -> tuple[bool, Exception | None
         return False, None
     source, piece = work.pieces[number]
     opened = work.sources[source][0]
-    files = [shard.path for shard in opened.shards[piece.shard :][:1]]
-    if not all(map(os.path.exists, (work.folder, *(f for f in files if not is_url(f))))):
+    shards = opened.shards[piece.shard :][:1]  # none of a data set
+    needed = [str(work.folder), *(one.path for one in shards if not is_url(one.path))]
+    if not all(os.path.exists(path) for path in needed):
         return False, None
     return True, attempt(work, number)
 
