@@ -29,7 +29,7 @@ LAYERS = [
     {"promote"},
     {"preflight", "fetch"},
     {"app"},
-    {"plan", "submit"},
+    {"plan", "submit", "data_view"},
     {"doctor"},
     {"cli"},
     {"__main__"},
