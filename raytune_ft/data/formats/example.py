@@ -214,13 +214,15 @@ class Encoder:
         return np.array(encoded["input_ids"], np.int32)[kept], starts, np.maximum(stops, starts)
 
 
-_BLANKS = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
-"""All blanks that there are."""
+_BLANKS = np.array([chr(code).isspace() for code in range(0x3002)])
+"""Of each character up to the last blank and one behind it, whether it is a blank."""
 
 
 def _is_blank(text: str) -> npt.NDArray[np.bool_]:
     """[characters], whether each is a blank."""
-    return np.isin(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), _BLANKS)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    found: npt.NDArray[np.bool_] = _BLANKS[np.minimum(codes, len(_BLANKS) - 1)]
+    return found
 
 
 def _joined(pieces: Iterable[Piece]) -> Piece:
