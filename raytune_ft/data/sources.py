@@ -125,25 +125,6 @@ class Source:
         """About those of the text of all rows."""
         return sum(piece.bytes for piece in self.pieces)
 
-    def rows(self, wanted: Mapping[str, str], optional: Sequence[str] = ()) -> Rows:
-        """Every row; one that lacks a wanted column is a bad row.
-
-        Args:
-            wanted: key of the source (such as `prompt`), or a whole key (such as
-                `data.curriculum.column`) -> column.
-            optional: columns that rows may lack.
-
-        Raises:
-            DataError: there is no row at all, or a column that no row has.
-        """
-        seen: dict[int, list[str]] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            for piece in self.pieces:
-                found = dict.fromkeys(seen.get(piece.shard, ()))
-                yield from self.rows_of(piece, wanted, optional, found, Path(scratch))
-                seen[piece.shard] = list(found)
-        self.check_columns(wanted, seen)
-
     def all_rows(self) -> Generator[Row | BadRow, None, None]:
         """Every row as it is, with all columns."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -158,7 +139,14 @@ class Source:
         seen: dict[str, None],
         scratch: Path,
     ) -> Rows:
-        """The rows of a piece; `seen` gets the columns that one of them has, "" for any row."""
+        """The rows of a piece; one that lacks a wanted column is a bad row.
+
+        Args:
+            wanted: key of the source (such as `prompt`), or a whole key (such as
+                `data.curriculum.column`) -> column.
+            optional: columns that rows may lack.
+            seen: gets the columns that a row has, and "" for any row.
+        """
         if self.columns is not None:
             self._refuse_absent(wanted, self.columns)
         known = self.columns

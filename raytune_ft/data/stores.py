@@ -97,11 +97,13 @@ def _explained(url: str) -> Iterator[None]:
     scheme = url.partition("://")[0]
     try:
         yield
-    except (ImportError, ConfigError) as error:
+    except ImportError as error:
         package = PACKAGES[scheme]
         raise DataError(
             url, f"needs a package that is not installed ({error})", f"pip install {package}"
         ) from None
+    except ConfigError as error:
+        raise DataError(url.rpartition("@")[2], error.rule, error.remedy) from None
     except StorageError as error:
         raise DataError(error.value, error.rule, error.remedy) from None
     except FileNotFoundError:

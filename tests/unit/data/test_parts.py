@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data import processes
 from raytune_ft.data.matches import count_matches, keyed
+from raytune_ft.data.order import quotas_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.processes import in_processes
 from raytune_ft.errors import DataError, RunFailed, StorageError
@@ -83,6 +84,27 @@ def test_the_size_of_the_parts_changes_no_byte(prepare: Prepare) -> None:
     assert report["duplicates"]["train/test"] > 200
     for piece_bytes in (1, 1000, 33_333, 10**9):
         assert content(prepare(piece_bytes=piece_bytes)) == expected
+
+
+def test_a_mix_of_ten_sources(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """With weights, each of several shards; another source repeats a part of the first."""
+    sources = []
+    for number in range(10):
+        for shard in range(2):
+            write_rows(tmp_path / f"s{number}-{shard}.jsonl", 60 + number, max(number, 1) + shard)
+        sources.append({"path": f"{tmp_path}/s{number}-*.jsonl", "weight": 1 + number % 3})
+    data = DataConfig.model_validate({"train": sources, "max_bad_fraction": 0.2})
+    found = []
+    for size in (None, 2000):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        prepared = prepare_data(data, tiny, 0, tmp_path / "cache", piece_bytes=size)
+        found.append(content(prepared))
+        assert len(prepared.report.splits["train"].sources) == 10
+        assert prepared.report.duplicates["train.s0/train.s1"] > 100
+        quotas = quotas_of(data, prepared.train)
+        assert abs(quotas[1] - 2 * quotas[0]) <= 1
+        assert abs(quotas[2] - 3 * quotas[0]) <= 2
+    assert found[0] == found[1]
 
 
 def children() -> list[psutil.Process]:
@@ -150,6 +172,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data import tokenise
+from raytune_ft.data.order import quotas_of
 from raytune_ft.data.prepare import prepare_data
 
 prepare_data(

@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from raytune_ft.data.processes import in_processes
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.errors import DataError
+from tests.support.rows import rows_of
 from tests.support.s3 import Proxy, s3_server
 
 COLUMNS = {"prompt": "prompt", "completion": "completion"}
@@ -68,7 +70,12 @@ def opened(path: Any, piece_bytes: int | None = None, **keys: Any) -> Source:
 
 
 def rows(path: Any, piece_bytes: int | None = None, **keys: Any) -> list[Row | BadRow]:
-    return list(opened(path, piece_bytes, **keys).rows(COLUMNS))
+    return read(opened(path, piece_bytes, **keys))
+
+
+def read(source: Source) -> list[Row | BadRow]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return list(rows_of(source, COLUMNS, Path(scratch)))
 
 
 def values(found: list[Row | BadRow]) -> list[dict[str, str]]:
@@ -87,7 +94,7 @@ def test_a_folder_a_glob_and_a_list_are_the_same_rows(shards: Path) -> None:
     assert rows(str(shards))[12].origin == "a-2.jsonl.gz:3"
     assert rows(str(shards))[20].origin == "deep/a-3.jsonl.zst:1"
     listed = opened([last, first])
-    assert [one.values for one in listed.rows(COLUMNS)] == ALL[20:] + ALL[:20]  # as they are listed
+    assert [one.values for one in read(listed)] == ALL[20:] + ALL[:20]  # as they are listed
     assert listed.name == "a-3.jsonl.zst and 1 more"
     assert opened(str(shards)).sha256 == opened(f"{shards}/**/a-*").sha256 != listed.sha256
 
@@ -193,7 +200,7 @@ def test_a_truncated_shard(
 
 
 def test_a_shard_that_changes_while_it_is_read(shards: Path) -> None:
-    found = opened(f"{shards}/a-*").rows(COLUMNS)
+    found = rows_of(opened(f"{shards}/a-*"), COLUMNS, shards)
     next(found)
     with (shards / "a-1.jsonl").open("ab") as file:
         file.write(text(99, 1))
@@ -290,7 +297,7 @@ def test_an_object_that_changes_while_it_is_read(store: Proxy) -> None:
     source = opened("s3://models/data/a-1.jsonl")
     Bucket("s3://models").put("data/a-1.jsonl", text(5, 10))
     with pytest.raises(DataError, match=r"a-1\.jsonl changed while it was read"):
-        list(source.rows(COLUMNS))
+        read(source)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
