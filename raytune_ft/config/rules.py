@@ -54,7 +54,7 @@ def check_apart(data: DataConfig) -> None:
         for source in listed(getattr(data, split)):
             if _content(source) in measured:
                 raise ConfigError(
-                    f"data.test={shown_value(source.path)}",
+                    f"data.test={shown_value(source.shown)}",
                     f"is data.{split} too, and selecting on the test set is refused",
                     "write another source, or none",
                 )
@@ -569,7 +569,7 @@ def _check_source(label: str, source: SourceConfig) -> None:
                 f"is for format: {one_of(formats)}, and this is {source.format}",
                 "leave it out",
             )
-    if source.rows == "file" and not source.path.lower().endswith(".txt"):
+    if source.rows == "file" and any(paths.file_kind(path)[0] != ".txt" for path in source.paths):
         raise ConfigError(f"{label}.rows=file", "is for .txt files", "leave it out")
     if source.rationale_until is not None:
         try:

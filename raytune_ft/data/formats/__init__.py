@@ -61,7 +61,7 @@ def found_format(label: str, source: SourceConfig, opened: Source) -> SourceConf
     """
     if source.format != "auto":
         return source
-    first = next((row for row in opened.read(opened.columns or ()) if isinstance(row, Row)), None)
+    first = next((row for row in opened.all_rows() if isinstance(row, Row)), None)
     if first is None:
         raise DataError(
             f"{label}.format=auto",
