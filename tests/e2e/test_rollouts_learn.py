@@ -111,7 +111,7 @@ def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
     right = [line["eval_reward"] for line in lines]
     print(f"right answers {right}, {lines[-1]['wall_s']:.0f} s")
     assert right[0] < 0.1
-    assert right[-1] > right[0] + 0.3
+    assert right[-1] > 0.5
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -135,4 +135,4 @@ def test_a_reward_is_hacked_and_the_witness_sees_it(
     witness = [line["eval_reward:repetition"] for line in lines]
     assert all(line["eval_reward"] == line["eval_reward:happy"] for line in lines)
     assert trained[-1] > 3 * trained[0] + 1
-    assert witness[-1] < witness[0] - 0.2
+    assert witness[-1] < witness[0] - 0.4
