@@ -35,7 +35,7 @@ from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
 from raytune_ft.files import write_text_atomic
-from raytune_ft.layout import DATA, RESULT
+from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
 from raytune_ft.preflight import lay_out, needs_ray, on_devices, placed, prepare, worker_of
 from raytune_ft.records import RunResult, Tell
@@ -259,11 +259,13 @@ def sample(
     overrides: Sequence[str],
     out: Path,
     pairs: Path | None,
+    best: Path | None,
     prompts: Path | None,
     split: str | None,
     tell: Tell,
 ) -> Sampled:
-    """Completions of a config's prompts, scored by its rewards; preferences from them in `pairs`.
+    """Completions of a config's prompts, scored by its rewards; preferences from them in `pairs`,
+    and of each prompt the best one in `best`.
 
     All of it is done in this process and in those of rewards. Raises InputError or RunFailed.
     """
@@ -275,20 +277,20 @@ def sample(
         )
     written, devices = on_devices(load_config(file, overrides, tell), joined=False)
     config = expand_env(resolve(written), rewards=True)
-    _check_sampling(config, pairs)
+    _check_sampling(config, pairs, best)
     tell(devices)
-    folder = run_path(config).parent
-    probe_storage(folder)
-    rewards = with_answers(config.rewards, folder / ".cache" / "judges")
+    probe_storage(run_path(config).parent)
+    rewards = with_answers(config.rewards, judges_beside(cache_path(config)))
     config = config.model_copy(update={"rewards": rewards})
     from raytune_ft.evaluate.sample import Asked, run_sample
     from raytune_ft.model.hub import given_model
 
-    asked = Asked(given_model(config.model, _model_directory(model)), out, pairs, prompts, split)
+    given = given_model(config.model, _model_directory(model))
+    asked = Asked(given, out, pairs, best, prompts, split)
     return run_sample(asked, config, cache_path(config), tell)
 
 
-def _check_sampling(config: Config, pairs: Path | None) -> None:
+def _check_sampling(config: Config, pairs: Path | None, best: Path | None) -> None:
     objective, sampling = config.train.objective, config.sampling
     if OBJECTIVES[objective].head:
         raise ConfigError(
@@ -302,10 +304,11 @@ def _check_sampling(config: Config, pairs: Path | None) -> None:
             f"gives {sampling.n} times the same completion",
             "write --n 1, or a temperature above 0",
         )
-    if pairs is not None and (not config.rewards or sampling.n < 2):
-        rule = "needs two completions of a prompt" if config.rewards else "needs scores"
-        remedy = "write --n 2 or more" if config.rewards else "write rewards: [...] in the config"
-        raise ConfigError(f"--pairs {pairs}", rule, remedy)
+    for option, path in (("--pairs", pairs), ("--best", best)):
+        if path is not None and (not config.rewards or sampling.n < 2):
+            rule = "needs two completions of a prompt" if config.rewards else "needs scores"
+            remedy = "--n 2 or more" if config.rewards else "rewards: [...] in the config"
+            raise ConfigError(f"{option} {path}", rule, f"write {remedy}")
 
 
 def _model_directory(model: str) -> Path:

@@ -7,6 +7,7 @@ STORAGE/
                                   base_loss.npy, teacher_logits.npy, reference_<split>.npy,
                                   <split>_prompts.jsonl
     .reference-<key>/, .lock      blocks of a reference pass that is not done
+    .parts-<key>/, .lock          parts of tokens that are not whole: 000000.arrow, 000000.json
   NAME/                           a run
     .lock                         held by the process that drives the run
     config.yaml                   the resolved config
@@ -137,6 +138,11 @@ def cache_in(storage: Path) -> Path:
     digit.
     """
     return storage / ".cache" / "tokens"
+
+
+def judges_beside(tokens: Path) -> Path:
+    """The answers of judges, beside the token cache."""
+    return tokens.with_name("judges")
 
 
 def free_path(path: Path, suffix: str) -> Path:

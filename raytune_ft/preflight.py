@@ -19,6 +19,8 @@ from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.estimate.parameters import Shell
@@ -184,16 +186,30 @@ def needs_ray(config: Config) -> bool:
     return joins_cluster() or config.search is not None or several
 
 
+def tokens_of(config: Config, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> PreparedData:
+    """Tokenise the data of a config that is resolved and expanded: in processes of this machine, or
+    on the joined cluster in tasks. Raises as `prepare_data` does.
+    """
+    from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.processes import Workers, in_processes
+
+    workers: Workers = in_processes
+    if joins_cluster():
+        from raytune_ft.ray_backend.tokenise import in_tasks
+
+        workers = in_tasks
+    return prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
+
+
 def prepare(config: Config, tell: Tell) -> PreparedData:
     """Check model and method, then tokenise; `config` is resolved and expanded.
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
     from raytune_ft.data.order import pass_length
-    from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.prompts import prompted
     from raytune_ft.data.report import check_overlap
-    from raytune_ft.evaluate.metrics import check_functions
+    from raytune_ft.evaluate.metrics import check_metrics
     from raytune_ft.model.critic import check_critic
     from raytune_ft.model.hub import at_path
     from raytune_ft.model.load import (
@@ -222,12 +238,12 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     load_model_config(config.model, head_before(config))
     check_backend(config.method)
     check_others(config)
-    check_functions(config.promote.metrics)
+    check_metrics(config)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    data = tokens_of(config, tokenizer, tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
-    data = prompted(config, data, tokenizer)
+    data = prompted(config, data, tokenizer, config.seed)
     data = with_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))

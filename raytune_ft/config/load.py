@@ -17,7 +17,7 @@ from raytune_ft.config.data import called
 from raytune_ft.config.explain import explain, shown_value
 from raytune_ft.config.methods import DEFAULT_METHOD, METHODS
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.rewards import RewardConfig
+from raytune_ft.config.rewards import RewardConfig, weighed
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search import KINDS
 from raytune_ft.config.strategies import ALONE, REPLICATED, SHARDED, candidates
@@ -69,12 +69,32 @@ def _with_defaults(config: Config, notify: Notify | None) -> Config:
             found["train.lr"] = rates.pop()
     if "too_long" not in config.data.model_fields_set and facts.drops:
         found["data.too_long"] = "drop"
+    if facts.rollouts:
+        found |= _of_rollouts(config)
     if not found:
         return config
     if notify is not None:
         shown = " and ".join(f"{key}={value}" for key, value in found.items())
         notify(f"{shown}: not written, and the default of train.objective={config.train.objective}")
     return apply_overrides(config, found)
+
+
+def _of_rollouts(config: Config) -> dict[str, Any]:
+    """Promotion lets models answer as in training, and goes by their rewards."""
+    rollout, found = config.train.rollout, dict[str, Any]()
+    same = {
+        "max_new_tokens": rollout.max_completion_length,
+        "temperature": rollout.temperature,
+    }
+    for key, value in same.items():
+        if key not in config.sampling.model_fields_set and getattr(config.sampling, key) != value:
+            found[f"sampling.{key}"] = value
+    searches = config.search is not None and "metric" in config.search.model_fields_set
+    if config.promote.metric is None and not searches:
+        found["promote.metric"] = "reward"
+        if config.search is not None:
+            found["search.metric"] = "eval_reward"
+    return found
 
 
 def apply_overrides(config: Config, values: Mapping[str, Any]) -> Config:
@@ -113,12 +133,8 @@ def expand_env(
 
 def asked_rewards(config: Config) -> list[RewardConfig]:
     """The rewards that a run asks while it trains; those that are only watched weigh nothing."""
-    watched = config.train.watch
-    return [
-        each.model_copy(update={"weight": 0.0}) if each.called in watched else each
-        for each in config.rewards
-        if each.called in watched or OBJECTIVES[config.train.objective].rollouts
-    ]
+    watched, rolls = config.train.watch, OBJECTIVES[config.train.objective].rollouts
+    return [each for each in weighed(config.rewards, watched) if rolls or each.called in watched]
 
 
 def needs_base(config: Config) -> bool:
@@ -129,7 +145,8 @@ def needs_base(config: Config) -> bool:
 def parse_override(text: str) -> tuple[str, Any]:
     """`section.key=value` as the dotted key and its value, read as YAML.
 
-    A key that takes text takes the value as it is written, so that `model.revision=1e5` is text.
+    A key that takes text takes the value as it is written, so that `model.revision=1e5` is text;
+    one that takes text or a list reads a list where the value begins with a bracket.
     """
     dotted, equals, written = text.partition("=")
     if not equals or not dotted.strip():
@@ -138,6 +155,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     expected = _expected(_split(dotted))
     quoted = written[:1] in ("'", '"')
     if expected == "text" or expected == "text that is not empty" or dotted == "name":
+        return dotted, yaml_text.parse(written, dotted) if quoted else written
+    if expected == "text that is not empty or a list of values" and written[:1] != "[":
         return dotted, yaml_text.parse(written, dotted) if quoted else written
     if expected == "text or null" and not quoted:
         return dotted, None if written in ("null", "~", "") else written

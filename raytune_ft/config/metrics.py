@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.config import paths, rewards
+from raytune_ft.config.data import FORMATS, source_configs
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.merging import merges_with_head
 from raytune_ft.config.objectives import (
@@ -21,23 +24,89 @@ from raytune_ft.config.objectives import (
     figures,
 )
 from raytune_ft.config.reference import closest, one_of
-from raytune_ft.config.rewards import function_of
-from raytune_ft.config.schema import PromoteConfig
+from raytune_ft.config.rewards import RewardConfig, function_of
+from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """One entry of `promote.metrics`.
+
+    Attributes:
+        implementation: imports and returns the function of `evaluate.metrics` from a `Subject` to
+            the scores of each figure.
+        figures: those that it gives.
+    """
+
+    implementation: Callable[[], Callable[[Any], Any]]
+    figures: tuple[Figure, ...]
+
+
+def _own() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import own
+
+    return own
+
+
+def _answer() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import answer
+
+    return answer
+
+
+def _rouge() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import rouge
+
+    return rouge
+
+
+def _classification() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import classification
+
+    return classification
+
+
+def _reward() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import reward_scores
+
+    return reward_scores
+
+
+REWARD, WIN_RATE, CONTROLLED = "reward", "win_rate", "win_rate_lc"
+DISAGREED = "disagreed"
+OF_A_REWARD = (REWARD, WIN_RATE, CONTROLLED)
+"""Entries of `promote.metrics` before a colon and what a reward is called, and their figures."""
+NEUTRAL = ("completion_tokens",)
+"""Figures of which neither way is better in itself."""
 OWN = "loss"
-"""The entry of `promote.metrics` that stands for the figures of the objective itself."""
-FIGURES: dict[str, tuple[Figure, ...]] = {
-    "answer": (Figure("answer_exact_match", "max", label="exact match of the answer"),),
-    "rouge": (
-        Figure("rouge1", "max", label="ROUGE-1"),
-        Figure("rouge2", "max", label="ROUGE-2"),
-        Figure("rougeL", "max", label="ROUGE-L"),
+"""The metric whose figures are those of the objective."""
+METRICS: dict[str, MetricFacts] = {
+    OWN: MetricFacts(_own, ()),
+    "answer": MetricFacts(
+        _answer, (Figure("answer_exact_match", "max", label="exact match of the answer"),)
     ),
-    "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
+    "rouge": MetricFacts(
+        _rouge,
+        (
+            Figure("rouge1", "max", label="ROUGE-1"),
+            Figure("rouge2", "max", label="ROUGE-2"),
+            Figure("rougeL", "max", label="ROUGE-L"),
+        ),
+    ),
+    "classification": MetricFacts(_classification, (ACCURACY, MACRO_F1, CALIBRATION_ERROR)),
+    REWARD: MetricFacts(
+        _reward,
+        (
+            Figure(REWARD, "max"),
+            Figure("completion_tokens", "min"),
+            Figure("truncated", "min"),
+            Figure("unscored", "min"),
+        ),
+    ),
 }
-"""The figures that each of the other entries of `promote.metrics` gives."""
+"""Metrics by their names in `promote.metrics`."""
 RETENTION: dict[str, Figure] = {
     each.name: each
     for each in (
@@ -52,7 +121,7 @@ HARNESS = "lm_eval:"
 def known_figures() -> dict[str, Figure]:
     """Every declared figure, by its name in promotion and by its name in training."""
     own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
-    other = [figure for given in FIGURES.values() for figure in given]
+    other = [figure for metric in METRICS.values() for figure in metric.figures]
     return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
 
 
@@ -66,22 +135,49 @@ def label(name: str) -> str:
 
 def direction(name: str) -> Mode | None:
     """Which way a figure is better; None where that is not declared, as for `arc_easy/acc`."""
-    figure = known_figures().get(name)
+    if of_reward(name) is not None:
+        return "max"
+    figure = None if name in NEUTRAL else known_figures().get(name)
     return None if figure is None else figure.mode
 
 
-def check(promote: PromoteConfig, objective: str, problem: str) -> None:
+def of_reward(name: str) -> tuple[str, str] | None:
+    """Kind and reward of `reward:NAME`, `win_rate:NAME` and `win_rate_lc:NAME`; None for others."""
+    kind, colon, called = name.partition(":")
+    return (kind, called) if colon and kind in OF_A_REWARD else None
+
+
+def compares(figure: str | None) -> bool:
+    """Whether a figure is of two models, the one that is measured and the base."""
+    kind, _ = of_reward(figure or "") or ("", "")
+    return kind in (WIN_RATE, CONTROLLED)
+
+
+def measured_rewards(config: Config) -> list[RewardConfig]:
+    """The rewards that `promote.metrics` names; `reward` is all that score one completion, and so
+    are the figures of an objective that learns from what the model says.
+    """
+    promote, written = config.promote, rewards.weighed(config.rewards, config.train.watch)
+    named = [found for name in promote.metrics if (found := of_reward(name)) is not None]
+    called = {one for _, one in named}
+    every = REWARD in promote.metrics or OBJECTIVES[config.train.objective].rollouts > 0
+    return [one for one in written if one.called in called or (every and not one.compares)]
+
+
+def check(config: Config) -> None:
     """Raises ConfigError for an unknown metric, a figure that none of them gives, a bad pattern,
     and under an objective with a task head for what such a head does not have.
     """
-    names = (OWN, *FIGURES)
+    promote, objective, problem = config.promote, config.train.objective, config.data.problem
     for name in promote.metrics:
-        if name in names or function_of(name) or name.removeprefix(HARNESS) not in ("", name):
+        known = name in METRICS or function_of(name) or of_reward(name)
+        if known or name.removeprefix(HARNESS) not in ("", name):
             continue
-        near = closest(name, names)
+        near = closest(name, METRICS)
+        kinds = ":NAME, ".join(OF_A_REWARD)
         raise ConfigError(
             f"promote.metrics={shown_value(name)}",
-            f"is none of {', '.join(names)}, {HARNESS}TASK or FILE.py:FUNCTION",
+            f"is none of {', '.join(METRICS)}, {kinds}:NAME, {HARNESS}TASK or FILE.py:FUNCTION",
             f"did you mean {near}?" if near else "write one of those",
         )
     if len(set(promote.metrics)) < len(promote.metrics):
@@ -92,7 +188,54 @@ def check(promote: PromoteConfig, objective: str, problem: str) -> None:
     if OBJECTIVES[objective].head:
         _check_head(promote, objective, problem)
     else:
-        _check_figure(promote, objective, problem)
+        _check_rewards(config)
+        _check_figure(config)
+
+
+def _check_rewards(config: Config) -> None:
+    """Of metrics that let the model answer prompts and rewards score what it says."""
+    promote, rewards = config.promote, {one.called: one for one in config.rewards}
+    asking = [name for name in promote.metrics if name == REWARD or of_reward(name)]
+    for name in asking:
+        key = f"promote.metrics={shown_value(name)}"
+        if not rewards:
+            raise ConfigError(key, "needs a reward", "write for example rewards: [exact_match]")
+        kind, called = of_reward(name) or (REWARD, None)
+        if called is not None and called not in rewards:
+            near = closest(called, rewards)
+            raise ConfigError(
+                key,
+                "names no reward",
+                f"did you mean {near}?" if near else f"write one of {', '.join(rewards)}",
+            )
+        of = [rewards[called]] if called is not None else list(rewards.values())
+        if kind == REWARD and all(one.compares for one in of):
+            raise ConfigError(
+                key,
+                "is of a judge that compares completions, and grades none",
+                f"write {WIN_RATE}:{of[0].called}, or mode: grade",
+            )
+    if not asking:
+        return
+    for split, source in source_configs(config.data).items():
+        if FORMATS[source.format].documents:
+            raise ConfigError(
+                f"promote.metrics={shown_value(asking[0])}",
+                f"lets the model answer prompts, and data.{split}.format={source.format} has none",
+                "leave it out",
+            )
+    if promote.completions > 1 and config.sampling.temperature == 0:
+        raise ConfigError(
+            f"promote.completions={promote.completions}",
+            "are the same completion under sampling.temperature=0",
+            "write 1, or a temperature above 0",
+        )
+    if compares(promote.metric) and promote.merge == "greedy_soup":
+        raise ConfigError(
+            f"promote.metric={shown_value(promote.metric)}",
+            "compares two models, and promote.merge=greedy_soup chooses members by a figure of one",
+            f"write {REWARD}, or another promote.merge",
+        )
 
 
 def deciding(promote: PromoteConfig, search: SearchConfig | None) -> str:
@@ -168,15 +311,17 @@ def _check_head(promote: PromoteConfig, objective: str, problem: str) -> None:
         )
 
 
-def _check_figure(promote: PromoteConfig, objective: str, problem: str) -> None:
-    known = _names(promote.metrics, objective, problem)
+def _check_figure(config: Config) -> None:
+    promote = config.promote
+    known = _names(config)
     harness = any(name.startswith(HARNESS) for name in promote.metrics)
     if promote.metric is None or promote.metric in known:
         return
     if harness and "/" in promote.metric:  # such as arc_easy/acc
         return
-    own = {name: [each.promoted for each in given] for name, given in FIGURES.items()}
+    own = {name: [each.promoted for each in metric.figures] for name, metric in METRICS.items()}
     owner = next((name for name, given in own.items() if promote.metric in given), None)
+    owner = promote.metric if of_reward(promote.metric) else owner
     near = closest(promote.metric, known)
     raise ConfigError(
         f"promote.metric={shown_value(promote.metric)}",
@@ -189,10 +334,17 @@ def _check_figure(promote: PromoteConfig, objective: str, problem: str) -> None:
     )
 
 
-def _names(metrics: Sequence[str], objective: str, problem: str) -> list[str]:
+def _names(config: Config) -> list[str]:
     """The figures of these metrics whose names are known before they are computed."""
-    known = [figure.promoted for figure in figures(objective, problem)]
-    for name in metrics:
-        found = function_of(name)
-        known += [found[1]] if found else [each.promoted for each in FIGURES.get(name, ())]
+    own = figures(config.train.objective, config.data.problem)
+    known = [each.promoted for each in own if each.measured]
+    for name in config.promote.metrics:
+        if of_reward(name):
+            known.append(name)
+        elif found := function_of(name):
+            known.append(found[1])
+        elif name in METRICS:
+            known += [each.promoted for each in METRICS[name].figures]
+        if name == REWARD or OBJECTIVES[config.train.objective].rollouts:
+            known += [f"{REWARD}:{one.called}" for one in config.rewards if not one.compares]
     return known

@@ -91,6 +91,7 @@ class Figure:
         label: words for tables; the name without `_` where there are none.
         trained: whether evaluations during training have it, so that a search may follow it.
         problems: the values of `data.problem` that have it; () is all of them.
+        measured: whether promotion and `evaluate` have it.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Figure:
     label: str = ""
     trained: bool = True
     problems: tuple[str, ...] = ()
+    measured: bool = True
 
     @property
     def promoted(self) -> str:
@@ -298,7 +300,13 @@ SAID_FIGURES = (
     REWARD,
     Figure("eval_completion_tokens", "min", ("completion_tokens", "examples")),
     Figure("eval_truncated", "min", ("truncated", "examples"), label="share that was cut"),
-    Figure("eval_kl", "min", ("kl", "examples"), label="KL from the model before training"),
+    Figure(
+        "eval_kl",
+        "min",
+        ("kl", "examples"),
+        label="KL from the model before training",
+        measured=False,
+    ),
 )
 """Of what a model says to prompts. The loss is minus the mean reward."""
 

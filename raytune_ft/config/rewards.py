@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from raytune_ft.config import paths
+from raytune_ft.config import environment, paths
 from raytune_ft.config.section import Positive, Section, SectionOf
 from raytune_ft.errors import ConfigError
 
@@ -25,7 +25,9 @@ class RewardConfig(Section):
 
     name: str
     label: str | None = Field(
-        None, min_length=1, description="its name in results; null is that of the reward"
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="its name in results; null is that of the reward",
     )
     weight: float = Field(1.0, description="its factor in the sum of all rewards")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
@@ -38,6 +40,11 @@ class RewardConfig(Section):
     def called(self) -> str:
         """Its name in results."""
         return self.label or self.name.rpartition(":")[2]
+
+    @property
+    def compares(self) -> bool:
+        """Whether it says which of two completions is better, and nothing of one alone."""
+        return False
 
     def check(self) -> None:
         """Raises ConfigError where keys contradict each other."""
@@ -135,6 +142,29 @@ class Code(RewardConfig):
     memory_mb: Positive = Field(512, description="address space of a test, in 10^6 bytes")
 
 
+class RewardModel(RewardConfig):
+    name: Literal["model"]
+    path: str = Field(
+        min_length=1,
+        description="directory or hub id of a sequence classifier with one output, such as "
+        "train.objective: reward makes",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="how its weights are held; auto is as they are on disk"
+    )
+    separator: str = Field(
+        "\n", description="between prompt and answer, as data.separator in its training"
+    )
+    max_length: Positive | None = Field(
+        None,
+        description="an answer with its prompt of more tokens has no score; null is what the model "
+        "can read",
+    )
+    batch_tokens: Positive = Field(8192, description="of one batch, padding included")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="of one batch")
+
+
 class Judge(RewardConfig):
     name: Literal["judge"]
     url: str = Field(
@@ -156,10 +186,15 @@ class Judge(RewardConfig):
     retries: Annotated[int, Field(ge=0)] = Field(
         4, description="of a question that got no answer, after pauses that double"
     )
+    at_once: Positive = Field(8, description="questions that are asked at the same time")
     answers: str | None = Field(
         None, description="folder that keeps every answer; null is .cache/judges in storage"
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(60.0, description="of one question")
+
+    @property
+    def compares(self) -> bool:
+        return self.mode == "pairs"
 
     def check(self) -> None:
         if urlsplit(self.url).scheme not in ("http", "https") and not self.url.startswith("${"):
@@ -181,10 +216,12 @@ class Reward:
     Attributes:
         config: the class of its keys.
         implementation: loads `make`, a function of the config that gives a `rewards.base.Scorer`.
+        check: loads a function of the config that raises InputError for files that cannot be used.
     """
 
     config: type[RewardConfig]
     implementation: Callable[[], Any]
+    check: Callable[[], Any] | None = None
 
 
 def _builtin(name: str) -> Callable[[], Any]:
@@ -202,6 +239,18 @@ def _code() -> Any:
     return run_tests
 
 
+def _model() -> Any:
+    from raytune_ft.rewards.model import of_model
+
+    return of_model
+
+
+def _check_model() -> Any:
+    from raytune_ft.rewards.model import check_model
+
+    return check_model
+
+
 def _judge() -> Any:
     from raytune_ft.rewards.judge import judged
 
@@ -214,6 +263,12 @@ def _function() -> Any:
     return own_function
 
 
+def _check_function() -> Any:
+    from raytune_ft.rewards.functions import check_function
+
+    return lambda reward: check_function(reward.name, "rewards")
+
+
 REWARDS: dict[str, Reward] = {
     "exact_match": Reward(ExactMatch, _builtin("exact_match")),
     "regex": Reward(Regex, _builtin("regex")),
@@ -223,9 +278,10 @@ REWARDS: dict[str, Reward] = {
     "gsm8k": Reward(Gsm8k, _builtin("gsm8k")),
     "math": Reward(Math, _builtin("math")),
     "code": Reward(Code, _code),
+    "model": Reward(RewardModel, _model, _check_model),
     "judge": Reward(Judge, _judge),
 }
-OWN = Reward(FunctionReward, _function)
+OWN = Reward(FunctionReward, _function, _check_function)
 """Stands for every FILE.py:FUNCTION."""
 
 
@@ -258,6 +314,14 @@ class RewardOf(SectionOf):
         entry = reward_of(str(value.get("name")))
         section: Section = entry.config.model_validate(value)
         return section
+
+
+def weighed(written: Sequence[RewardConfig], watched: Sequence[str]) -> list[RewardConfig]:
+    """The rewards, of which those that are only watched weigh nothing."""
+    return [
+        each.model_copy(update={"weight": 0.0}) if each.called in watched else each
+        for each in written
+    ]
 
 
 def function_of(name: str) -> tuple[str, str] | None:
@@ -298,6 +362,15 @@ def located(name: str, cwd: Path, key: str = "rewards") -> str:
     """The name of a reward, with the path of a file in it made absolute."""
     found = function_of(name)
     return f"{paths.absolute(found[0], cwd, key)}:{found[1]}" if found else name
+
+
+def expanded(rewards: Sequence[RewardConfig]) -> list[RewardConfig]:
+    """The rewards with every `${ENV_NAME}` replaced; raises ConfigError where one is not set."""
+    found = []
+    for reward in rewards:
+        keys = environment.expand(reward.model_dump(), f"rewards.{reward.called}")
+        found.append(type(reward).model_validate(keys))
+    return found
 
 
 def with_answers(rewards: Sequence[RewardConfig], folder: Path) -> list[RewardConfig]:

@@ -26,6 +26,11 @@ class RolloutConfig(Section):
     num_iterations: Positive = Field(
         1, description="how often the steps of one rollout are taken; each time counts as examples"
     )
+    eval_completions: Positive = Field(
+        1,
+        description="completions of each validation prompt in an evaluation; more make its figures "
+        "less noisy",
+    )
     keep: Annotated[int, Field(ge=0)] = Field(
         64, description="completions of each rollout that are written to rollouts.jsonl"
     )

@@ -54,7 +54,7 @@ def check_apart(data: DataConfig) -> None:
         for source in listed(getattr(data, split)):
             if _content(source) in measured:
                 raise ConfigError(
-                    f"data.test={shown_value(source.path)}",
+                    f"data.test={shown_value(source.shown)}",
                     f"is data.{split} too, and selecting on the test set is refused",
                     "write another source, or none",
                 )
@@ -146,9 +146,9 @@ def check(config: Config) -> None:
     paths.check_storage(config.storage)
     _check_layout(config)
     _check_method(config)
-    metrics.check(config.promote, config.train.objective, config.data.problem)
     rewards.check(config.rewards)
     check_objective(config)
+    metrics.check(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
     if config.promote.max_overlap < 1:
@@ -476,6 +476,13 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "gives numbers",
             "leave the key out",
         )
+    comparing = next((each for each in config.rewards if each.compares), None)
+    if comparing is not None and (facts.rollouts or comparing.called in train.watch):
+        raise ConfigError(
+            f"rewards.{comparing.called}",
+            "compares completions and grades none, and an evaluation has one for each prompt",
+            "write mode: grade",
+        )
     if not facts.rollouts:
         return
     if not config.rewards:
@@ -568,7 +575,7 @@ def _check_source(label: str, source: SourceConfig) -> None:
                 f"is for format: {one_of(formats)}, and this is {source.format}",
                 "leave it out",
             )
-    if source.rows == "file" and not source.path.lower().endswith(".txt"):
+    if source.rows == "file" and any(paths.file_kind(path)[0] != ".txt" for path in source.paths):
         raise ConfigError(f"{label}.rows=file", "is for .txt files", "leave it out")
     if source.rationale_until is not None:
         try:

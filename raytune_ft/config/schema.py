@@ -217,7 +217,13 @@ class PromoteConfig(Section):
     metrics: list[str] = Field(
         ["loss"],
         description="what candidates and the promoted model are measured by: loss, answer, rouge, "
-        "classification, lm_eval:TASK, lm_eval:FILE.yaml, or FILE.py:FUNCTION",
+        "classification, reward, reward:NAME, win_rate:NAME, win_rate_lc:NAME, lm_eval:TASK, "
+        "lm_eval:FILE.yaml, or FILE.py:FUNCTION",
+    )
+    completions: Positive = Field(
+        1,
+        description="metrics: rewards score this many completions of each prompt, drawn as "
+        "sampling says",
     )
     metric: str | None = Field(
         None,
@@ -262,7 +268,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     rewards: list[Annotated[RewardConfig, RewardOf(REWARDS, "")]] = Field(
         default_factory=list,
-        description="what scores completions, of `raytune-ft sample` and of objectives that learn "
-        "from what the model says: names of "
+        description="what scores completions, of `raytune-ft sample`, of objectives that learn "
+        "from what the model says, and of promote.metrics: names of "
         f"{', '.join(REWARDS)}, or FILE.py:FUNCTION, or sections with such a name",
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.config.objectives import TOKEN_FIGURES, Figure
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.split import TokenizedSplit, first_answer
+from raytune_ft.evaluate.answers import Answers, Asking, answers_of
 from raytune_ft.evaluate.generate import BACKENDS, choose_backend
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.model.heads import Head, reading
@@ -57,6 +58,7 @@ class Subject:
         ends: the tokens that end an answer; None is the tokenizer's EOS.
         objective, figures: what the model was trained for, and the figures of its evaluation.
         strategy: how the model lies over the processes that measure it; all of them do the same.
+        asking: what rewards are to score; None where no metric asks for it.
     """
 
     model: ModelConfig
@@ -70,6 +72,7 @@ class Subject:
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = TOKEN_FIGURES
     strategy: Strategy = field(default_factory=whole)
+    asking: Asking | None = None
 
     @cached_property
     def runner(self) -> ModelRunner:
@@ -80,6 +83,12 @@ class Subject:
     def continuations(self) -> list[Continuation]:
         """The greedy continuation of every prompt of the split."""
         return self._continued(range(len(self.split)), self.settings.max_new_tokens)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """What the model says to the prompts of `asking`, with scores."""
+        assert self.asking is not None
+        return answers_of(self.runner, self.tokenizer, self._ends, self.asking)
 
     def first(self, count: int) -> list[Continuation]:
         """Greedy continuations of at most `SAMPLE_TOKENS`, of the first `count` examples whose
@@ -97,14 +106,17 @@ class Subject:
         own = unfoldable(Path(self.model.path)) is not None or self.strategy.world_size > 1
         off = wanted == "auto" and self.strategy.device.type == "cpu"
         generate = BACKENDS["transformers" if own or off else choose_backend(wanted)]
-        eos = self.tokenizer.eos_token_id
-        ends = self.ends if self.ends is not None else [eos] if isinstance(eos, int) else []
         ids = [prompt.ids for prompt in prompts]
-        made = generate(self.runner, self.model, ids, limit, ends) if prompts else []
+        made = generate(self.runner, self.model, ids, limit, self._ends) if prompts else []
         return [
             Continuation(*(decode(self.tokenizer, part) for part in (one.ids, one.reference, new)))
             for one, new in zip(prompts, made, strict=True)
         ]
+
+    @property
+    def _ends(self) -> Sequence[int]:
+        eos = self.tokenizer.eos_token_id
+        return self.ends if self.ends is not None else [eos] if isinstance(eos, int) else []
 
     def prompt(self, i: int) -> Prompt:
         """The prompt of example `i` and its reference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.evaluate.answers import Answers, Asking, answers_of
 from raytune_ft.evaluate.classifier import check_head
 from raytune_ft.evaluate.columns import columns_of, figures_of, retention
 from raytune_ft.evaluate.context import Continuation, Subject, runner_of
-from raytune_ft.evaluate.metrics import check_functions, metric_named
+from raytune_ft.evaluate.metrics import check_metrics, metric_named
 from raytune_ft.evaluate.precompute import referenced
 from raytune_ft.evaluate.scores import Scores
+from raytune_ft.evaluate.scoring import Scoring
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.model.heads import Head
 from raytune_ft.model.hub import given_model
@@ -45,6 +48,7 @@ class Job:
         split: "validation" or "test".
         head: the task head that `model` has; None where it predicts tokens.
         train: what it was trained for.
+        asking: what rewards are to score; None where no metric asks for it.
         retained: tokens of `promote.retention`, None where there is none.
         samples: how many of the first prompts of the split are continued, for people to read.
     """
@@ -58,6 +62,7 @@ class Job:
     samples: int = 0
     head: Head | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
+    asking: Asking | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Measured:
     """Scores by the names of figures, those of `retention_` over another set; and texts.
 
     `continuations` are of all examples where a metric needs them, else of the samples alone.
+    `answers` are what rewards have scored, where a metric asks for that.
     """
 
     scores: Mapping[str, Scores]
     continuations: tuple[Continuation, ...] = ()
+    answers: Answers | None = None
 
     @property
     def figures(self) -> dict[str, float]:
@@ -102,6 +109,7 @@ def run_job(job: Job, strategy: Strategy) -> Measured:
         objective,
         own,
         strategy,
+        job.asking,
     )
     scores = measure(subject)
     if job.retained is not None:
@@ -110,11 +118,21 @@ def run_job(job: Job, strategy: Strategy) -> Measured:
         base = subject.runner if same else runner_of(job.base, tokenizer, strategy=strategy)
         scores |= retention(subject.runner, base, general)
     made = "continuations" in vars(subject)  # some metric has asked for them
-    return Measured(scores, tuple(subject.continuations if made else subject.first(job.samples)))
+    shown = subject.continuations if made else subject.first(job.samples)
+    return Measured(scores, tuple(shown), vars(subject).get("answers"))
+
+
+def run_answers(job: Job, strategy: Strategy) -> Answers:
+    """What a model answers, and nothing else of it; raises as `run_job` does."""
+    assert job.asking is not None
+    data, tokenizer = open_prepared(job.data_dir), tokenizer_of(job.model, job.base)
+    runner = runner_of(job.model, tokenizer, job.base, strategy=strategy)
+    ends = stop_tokens(tokenizer, job.base, data.report)
+    return answers_of(runner, tokenizer, ends, job.asking)
 
 
 def measure(subject: Subject) -> dict[str, Scores]:
-    """Every figure of `promote.metrics`; those of the objective itself always."""
+    """Every figure of `promote.metrics` but win rates; those of the objective itself always."""
     scores: dict[str, Scores] = {}
     for name in dict.fromkeys([OWN, *subject.settings.metrics]):
         scores |= metric_named(name)(subject)
@@ -139,12 +157,13 @@ def evaluate_directory(
             with the data.
         DataError, ModelError: the data or the directory cannot be read, or they overlap.
     """
-    check_functions(config.promote.metrics)
+    check_metrics(config)
     model = given_model(config.model, directory)
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir)
+    data = prompted(config, data, tokenizer, config.seed)
     data = referenced(config, data, tell, workers=workers, measured=True)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
@@ -162,7 +181,21 @@ def evaluate_directory(
         head=head,
         train=config.train,
     )
-    return name, len(split_named(data, name)), workers.each(run_job, [job])[0].figures
+    with Scoring.of(config, cache_dir) as scoring:
+        asking = scoring.asking(name, tokenizer, config.seed)
+        scoring.start(asking, workers, tell)
+        measured = workers.each(run_job, [replace(job, asking=asking)])[0]
+        figures = measured.figures
+        if measured.answers is not None and scoring.duels.rewards:
+            own = load_tokenizer(config.model)
+            asked = scoring.asking(name, own, config.seed)
+            base = replace(job, model=config.model, asking=asked)
+            (answers,) = workers.each(run_answers, [base])
+            rates = scoring.win_rates(answers, measured.answers, tell)
+            figures |= {figure: each.value for figure, each in rates.items()}
+        for note in () if measured.answers is None else measured.answers.notes:
+            tell(note)
+    return name, len(split_named(data, name)), figures
 
 
 def tokenizer_of(model: ModelConfig, base: ModelConfig) -> PreTrainedTokenizerBase:

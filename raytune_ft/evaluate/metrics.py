@@ -1,5 +1,5 @@
-"""The metrics of `promote.metrics`: each is one function of a `Subject` and one entry of `METRICS`;
-its figures are declared in `config.metrics`.
+"""The metrics of `promote.metrics`: each is one function of a `Subject`, declared with its figures
+in `config.metrics`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_ft.config.metrics import FIGURES, HARNESS, OWN
-from raytune_ft.config.objectives import Mode
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.metrics import HARNESS, METRICS, REWARD, measured_rewards, of_reward
+from raytune_ft.config.objectives import LOSS, Mode
+from raytune_ft.config.objectives import REWARD as OF_SAID
+from raytune_ft.config.rewards import expanded, function_of
+from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.classification import TARGET
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
+from raytune_ft.evaluate.answers import known_means
 from raytune_ft.evaluate.classifier import scores_of
 from raytune_ft.evaluate.columns import columns_of, figures_of
 from raytune_ft.evaluate.context import Subject
@@ -31,6 +34,7 @@ from raytune_ft.evaluate.scores import Scores
 from raytune_ft.model.objectives import TokenObjective
 from raytune_ft.model.objectives.classification import Classification
 from raytune_ft.rewards.functions import check_function, load_function
+from raytune_ft.rewards.pool import check_rewards
 
 BATCH = 16
 FEWSHOT_SEED = 1234  # the harness' own default
@@ -128,11 +132,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def check_functions(metrics: Sequence[str]) -> None:
-    """See `check_function`, for each entry of `promote.metrics` that is a function of a file."""
-    for name in metrics:
+def check_metrics(config: Config) -> None:
+    """Check the files that `promote.metrics` and its rewards name, and that the variables of the
+    environment which these name are set. A function of a file is not run.
+
+    Raises:
+        InputError: a file cannot be read, or has no such function; a variable is not set.
+    """
+    for name in config.promote.metrics:
         if function_of(name):
             check_function(name, "promote.metrics")
+    check_rewards(expanded(measured_rewards(config)))
 
 
 MAX_LABELS = 100
@@ -141,7 +151,12 @@ Metric = Callable[[Subject], dict[str, Scores]]
 
 
 def own(subject: Subject) -> dict[str, Scores]:
-    """The figures that the objective of the run declares, from teacher-forced outputs."""
+    """The figures that the objective of the run declares, from teacher-forced outputs; of one that
+    learns from what the model says those of `reward`, and minus the reward as loss.
+    """
+    if OF_SAID in subject.figures:
+        loss = Scores.known_mean(-known_means(subject.answers.total_PC), "min")
+        return {LOSS.promoted: loss} | reward_scores(subject)
     columns = columns_of(subject.runner, subject.objective, subject.split)
     return figures_of(columns, subject.figures, subject.split)
 
@@ -187,7 +202,7 @@ def rouge(subject: Subject) -> dict[str, Scores]:
             "needs the package rouge-score, which is not installed",
             "pip install rouge-score, or 'raytune-ft[metrics]'",
         ) from error
-    names = [figure.name for figure in FIGURES["rouge"]]
+    names = [figure.name for figure in METRICS["rouge"].figures]
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score(text.reference, text.generated) for text in subject.continuations]
     return {name: Scores.mean([one[name].fmeasure for one in found]) for name in names}
@@ -218,7 +233,9 @@ def classification(subject: Subject) -> dict[str, Scores]:
     target_NL = np.eye(len(labels) + 1, dtype=np.float32)[wanted]
     asked = replace(subject.split, columns={TARGET: target_NL})
     objective = Classification("single_label", (1.0,) * (len(labels) + 1))
-    return scores_of(torch.from_numpy(outputs_NL), asked, objective, FIGURES["classification"])
+    return scores_of(
+        torch.from_numpy(outputs_NL), asked, objective, METRICS["classification"].figures
+    )
 
 
 def custom(name: str, subject: Subject) -> dict[str, Scores]:
@@ -241,18 +258,26 @@ def custom(name: str, subject: Subject) -> dict[str, Scores]:
     return {key: Scores.mean(values)}
 
 
-METRICS: dict[str, Metric] = {
-    OWN: own,
-    "answer": answer,
-    "rouge": rouge,
-    "classification": classification,
-}
+def reward_scores(subject: Subject) -> dict[str, Scores]:
+    """What rewards say of sampled completions: `reward`, the weighted sum, `reward:NAME` of each,
+    `completion_tokens`, `truncated` and `unscored`. One value for each prompt.
+    """
+    return subject.answers.figures()
+
+
+def one_reward(name: str, subject: Subject) -> dict[str, Scores]:
+    """`reward:NAME`. A win rate needs the answers of the base too, and is computed beside them."""
+    kind, _ = of_reward(name) or (name, "")
+    answers = subject.answers
+    return {name: answers.figures()[name]} if kind == REWARD else {}
 
 
 def metric_named(name: str) -> Metric:
     """The function behind an entry of `promote.metrics`."""
     if name in METRICS:
-        return METRICS[name]
+        return METRICS[name].implementation()
+    if of_reward(name) is not None:
+        return partial(one_reward, name)
     if name.startswith(HARNESS):
         return partial(harness, name.removeprefix(HARNESS))
     return partial(custom, name)

@@ -1,4 +1,5 @@
-"""A model answers prompts, rewards score what it says, and best against worst become preferences.
+"""A model answers prompts, rewards score what it says; best against worst become preferences, and
+the best answers examples to train on (rejection sampling, as in arXiv 2307.09288, sec. 3.2.3).
 
 Each row of the file is a function of (settings, seed, prompt, sample number), so a run that was
 interrupted goes on behind the last whole prompt and gives the file that it would have given.
@@ -17,17 +18,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft import __version__
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.prompts import of_file, of_split
-from raytune_ft.errors import ConfigError, RunFailed, StorageError
-from raytune_ft.evaluate.context import decode, runner_of
+from raytune_ft.errors import ConfigError, StorageError
+from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.evaluate import measured_split, tokenizer_of
 from raytune_ft.evaluate.workers import whole
 from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.locks import locked
+from raytune_ft.model.hub import reward_model
 from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import check_files, load_model_config, resolve_model_path
 from raytune_ft.model.methods.hooks import virtual_tokens
@@ -35,6 +37,7 @@ from raytune_ft.model.methods.saved import unfoldable
 from raytune_ft.model.sampling import Request, Said, sample, stop_tokens
 from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
+from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards, check_columns, started
 
 CHUNK_ROWS = 256
@@ -50,6 +53,7 @@ class Asked:
         model: what is sampled; its path is a directory, a hub id or `builtin:`.
         out: the file of samples; OUT.settings.json beside it says what they are of.
         pairs: the file of preferences, None for none.
+        best: the file of best completions, None for none.
         prompts: a file of prompts; None takes those of the config's test or validation data.
         split: `test` or `validation`; None is test where there is one.
     """
@@ -57,6 +61,7 @@ class Asked:
     model: ModelConfig
     out: Path
     pairs: Path | None = None
+    best: Path | None = None
     prompts: Path | None = None
     split: str | None = None
 
@@ -72,6 +77,10 @@ class Sampled:
         pairs: preferences that were written; None where none were asked for.
         ties: prompts whose best and worst completion have one score, or are the same.
         unscored: prompts with under two scores.
+        best: best completions that were written; None where none were asked for. Blank ones cannot
+            be learnt and are left out.
+        best_mean: their mean score; None without one.
+        best_cut: those without an end token.
         notes: sentences on scores that are missing, and on judges.
     """
 
@@ -85,6 +94,9 @@ class Sampled:
     pairs: int | None = None
     ties: int = 0
     unscored: int = 0
+    best: int | None = None
+    best_mean: float | None = None
+    best_cut: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -125,7 +137,7 @@ def run_sample(asked: Asked, config: Config, cache_dir: Path, tell: Tell) -> Sam
             _fill(asked, config, prompts, kept, tokenizer, ends, rewards, tell)
         done = _finished(asked, config.sampling.n, rewards.names)
         done.kept = kept * config.sampling.n
-        done.notes = tuple(_notes(rewards))
+        done.notes = tuple(rewards.notes())
         return done
 
 
@@ -134,20 +146,29 @@ IN_USE = "is being written by another process"
 
 def _check_files(asked: Asked) -> None:
     """Raises StorageError for files that cannot be written."""
-    named = [("--out", asked.out)] + ([("--pairs", asked.pairs)] if asked.pairs else [])
-    for option, path in named:
+    written = {"--out": asked.out, "--pairs": asked.pairs, "--best": asked.best}
+    named = {option: path for option, path in written.items() if path is not None}
+    for option, path in named.items():
         if path.is_dir() or not path.parent.is_dir():
             rule = "is a directory" if path.is_dir() else "is in no directory that exists"
             raise StorageError(f"{option} {path}", rule, "write a file in an existing directory")
         if asked.prompts is not None and path.resolve() == asked.prompts.resolve():
             raise StorageError(f"{option} {path}", "is the file of --prompts", "write another file")
-    if asked.pairs is not None and asked.pairs.resolve() == asked.out.resolve():
-        raise StorageError(f"--pairs {asked.pairs}", "is --out too", "write another file")
+        other = next((one for one in named if named[one].resolve() == path.resolve()), option)
+        if other != option:
+            raise StorageError(f"{option} {path}", f"is {other} too", "write another file")
 
 
 def settings_file(out: Path) -> Path:
     """What the samples of a file are of."""
     return out.with_name(f"{out.name}.settings.json")
+
+
+_FREE = {
+    *("timeout_s", "api_key", "answers", "retries", "at_once", "url"),
+    *("path", "batch_tokens"),
+}
+"""Keys of rewards that change no score."""
 
 
 def _settings(asked: Asked, config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -156,9 +177,11 @@ def _settings(asked: Asked, config: Config, prompts: Sequence[Prompt]) -> dict[s
     text = json.dumps(listed, default=str, sort_keys=True)
     rewards = {}
     for reward in config.rewards:
-        keys = reward.model_dump(exclude={"timeout_s", "api_key", "answers", "retries", "url"})
+        keys = reward.model_dump(exclude=_FREE)
         if found := function_of(reward.name):
             keys["file"] = sha256_of(Path(found[0]))
+        if isinstance(reward, RewardModel):
+            keys["files"] = _hashes(reward_model(reward))
         rewards[reward.called] = keys
     return {
         "raytune_ft": __version__,
@@ -261,11 +284,11 @@ def _fill(
             tokens += sum(len(one.ids) for one in said)
             parts = [said[i : i + settings.n] for i in range(0, len(said), settings.n)]
             groups = [
-                _group(prompts[place], part, tokenizer)
+                group_of(prompts[place], part, tokenizer)
                 for place, part in zip(numbers, parts, strict=True)
             ]
             scores = rewards.score(groups)
-            _check_scored(rewards)
+            rewards.check_scored()
             for place, part, group, scored in zip(numbers, parts, groups, scores, strict=True):
                 for row in _rows(place, prompts[place], part, group, scored, rewards):
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -292,29 +315,6 @@ def _check_room(model: Any, prompts: Sequence[Prompt], new: int) -> None:
         )
 
 
-def _check_scored(rewards: Rewards) -> None:
-    """Raises RunFailed where a reward fails on every completion; one that says None does not."""
-    for one in rewards.processes:
-        tally = one.tally
-        if not tally.scored and tally.missing.keys() - {"None"}:
-            raise RunFailed(
-                f"{one.config.name} scored none of {tally.missing.total()} completions; "
-                f"the first: {tally.first_missing}"
-            )
-
-
-def _group(prompt: Prompt, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> Group:
-    return Group(
-        prompt.origin,
-        decode(tokenizer, prompt.ids),
-        decode(tokenizer, prompt.reference),
-        [str(tokenizer.decode(one.answer, skip_special_tokens=True)) for one in said],
-        [one.ids for one in said],
-        prompt.columns,
-        prompt.turns,
-    )
-
-
 def _rows(
     place: int,
     prompt: Prompt,
@@ -339,8 +339,9 @@ def _rows(
 
 
 def _finished(asked: Asked, n: int, names: Sequence[str]) -> Sampled:
-    """Read the samples again, count them and write the preferences."""
-    done, pairs, values = Sampled(0), list[dict[str, Any]](), {name: [0, 0.0] for name in names}
+    """Read the samples again, count them, and write preferences and best completions."""
+    done, values = Sampled(0), {name: [0, 0.0] for name in names}
+    pairs, best = list[dict[str, Any]](), list[dict[str, Any]]()
     for rows in _by_prompt(asked.out, n):
         done.prompts += 1
         done.samples += len(rows)
@@ -357,22 +358,21 @@ def _finished(asked: Asked, n: int, names: Sequence[str]) -> Sampled:
         pairs += [pair] if pair is not None else []
         done.unscored += len(known) < 2
         done.ties += pair is None and len(known) > 1
+        first = best_of(known) if known else None
+        best += [first] if first is not None and first["completion"].strip() else []
     done.means = {name: total / count if count else None for name, (count, total) in values.items()}
     if asked.pairs is not None:
-        text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        write_text_atomic(asked.pairs, text)
+        _write(asked.pairs, pairs)
         done.pairs = len(pairs)
+    if asked.best is not None:
+        _write(asked.best, [example_of(row) for row in best])
+        done.best, done.best_cut = len(best), sum(not row["ended"] for row in best)
+        done.best_mean = sum(row["score"] for row in best) / len(best) if best else None
     return done
 
 
-def _notes(rewards: Rewards) -> Iterator[str]:
-    for name, one in zip(rewards.names, rewards.processes, strict=True):
-        tally = one.tally
-        if tally.missing:
-            causes = ", ".join(f"{why} {count}" for why, count in tally.missing.items())
-            yield f"{name}: no score for {causes}; the first is {tally.first_missing}"
-        if tally.counts:
-            yield f"{name}: " + ", ".join(f"{what} {n}" for what, n in tally.counts.items())
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _by_prompt(out: Path, n: int) -> Iterator[list[dict[str, Any]]]:
@@ -385,19 +385,34 @@ def _by_prompt(out: Path, n: int) -> Iterator[list[dict[str, Any]]]:
                 rows = []
 
 
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sample with the highest score, the first of equals."""
+    return max(rows, key=lambda row: float(row["score"]))
+
+
+def example_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample as a row of `format: prompt_completion`."""
+    said = row["completion"]
+    completion = _turn(said) if isinstance(row["prompt"], list) else said
+    return {"prompt": row["prompt"], "completion": completion, "score": row["score"]}
+
+
 def pair_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The best completion of a prompt against the worst, the first of equals; None for a tie."""
-    best = max(rows, key=lambda row: row["score"])
-    worst = min(rows, key=lambda row: row["score"])
+    best, worst = best_of(rows), min(rows, key=lambda row: float(row["score"]))
     margin = best["score"] - worst["score"]
     if margin <= 0 or best["completion"] == worst["completion"]:
         return None
     chosen, rejected = best["completion"], worst["completion"]
     if isinstance(best["prompt"], list):
-        chosen, rejected = ([{"role": "assistant", "content": one}] for one in (chosen, rejected))
+        chosen, rejected = _turn(chosen), _turn(rejected)
     return {
         "prompt": best["prompt"],
         "chosen": chosen,
         "rejected": rejected,
         "margin": margin,
     }
+
+
+def _turn(said: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": said}]

@@ -1,10 +1,13 @@
-"""Figures of a model over a set of examples, and the paired bootstrap that compares two models."""
+"""Figures of a model over a set of examples, and the paired bootstrap that compares two models.
+
+Shapes: n examples, D draws.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +27,27 @@ FEWEST_DRAWS, MAX_NUMBERS = 400, 200_000_000
 _CHUNK = 4_000_000  # numbers drawn at a time
 
 
+Fit = Callable[[tuple[Column, ...], Column], Column]
+"""From columns and `[D, n]`, how often each draw has each example, to the value of every draw."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """One figure of one model: `formula` of the sums of its columns over all examples.
 
-    `by_example`: scores.jsonl has its value for each example, where there is one.
+    Attributes:
+        by_example: scores.jsonl has its value for each example, where there is one.
+        known: `[n]` truth values, of which examples have a value; None where all do. The columns of
+            the others are 0, and a comparison leaves them out of both models.
+        fit: stands for `formula` where the figure is estimated from the examples themselves.
     """
 
     columns: tuple[Column, ...]
     mode: Mode = "max"
     formula: Callable[..., float] = ratio
     by_example: bool = True
+    known: Column | None = None
+    fit: Fit | None = None
 
     @classmethod
     def of(cls, figure: Figure, columns: Mapping[str, Column]) -> Scores:
@@ -48,9 +61,22 @@ class Scores:
         column = np.asarray(values, np.float64)
         return cls((column, np.ones_like(column)), mode)
 
+    @classmethod
+    def known_mean(cls, values_n: Column, mode: Mode = "max") -> Scores:
+        """The mean of the scores that are there; NaN stands for one that is missing."""
+        known = ~np.isnan(values_n)
+        columns = (np.where(known, values_n, 0.0), known.astype(np.float64))
+        return cls(columns, mode, known=None if known.all() else known)
+
+    def at(self, examples: Column) -> Scores:
+        """The same over these examples, truth values or numbers."""
+        return replace(self, columns=tuple(each[examples] for each in self.columns), known=None)
+
     @property
     def value(self) -> float:
         """The figure over all examples."""
+        if self.fit is not None:
+            return float(self.fit(self.columns, np.ones((1, len(self.columns[0]))))[0])
         return self.formula(*(column.sum(0) for column in self.columns))
 
     @property
@@ -58,7 +84,7 @@ class Scores:
         """`[n]`: the figure of every example alone, NaN for one that counts nothing; None where it
         is not a mean over examples.
         """
-        if self.formula is not ratio or not self.by_example:
+        if self.formula is not ratio or self.fit is not None or not self.by_example:
             return None
         top, bottom = self.columns
         return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom != 0)
@@ -88,7 +114,13 @@ class Difference:
 
 
 def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Difference:
-    """Paired percentile bootstrap (Efron, 1979): every draw has the same examples of both."""
+    """Paired percentile bootstrap (Efron, 1979): every draw has the same examples of both, out of
+    those that have a value in both.
+    """
+    known = [each.known for each in (a, b) if each.known is not None]
+    if known:
+        both = np.logical_and.reduce(known)
+        a, b = a.at(both), b.at(both)
     n, rng = len(a.columns[0]), np.random.default_rng(seed)
     if n < FEWEST_EXAMPLES or not (math.isfinite(a.value) and math.isfinite(b.value)):
         return Difference(b.value - a.value, -math.inf, math.inf)
@@ -105,6 +137,8 @@ def difference(a: Scores, b: Scores, seed: int = 0, draws: int = DRAWS) -> Diffe
 
 def _resampled(scores: Scores, picks_DN: npt.NDArray[np.int64]) -> Column:
     """`[D]`: the figure of every draw."""
+    if scores.fit is not None:
+        return scores.fit(scores.columns, _counts(picks_DN))
     sums = [_sums(column, picks_DN) for column in scores.columns]
     if scores.formula is ratio:
         top, bottom = sums
@@ -116,7 +150,12 @@ def _sums(column: Column, picks_DN: npt.NDArray[np.int64]) -> Column:
     """`[D]` or `[D, L]`: the sum of a column over every draw."""
     if column.ndim == 1:
         return column[picks_DN].sum(1)
+    return _counts(picks_DN) @ column.astype(np.float64)
+
+
+def _counts(picks_DN: npt.NDArray[np.int64]) -> Column:
+    """`[D, n]`: how often each draw has each example."""
     draws, n = picks_DN.shape
     places = picks_DN + n * np.arange(draws)[:, None]
     counts_DN = np.bincount(places.ravel(), minlength=draws * n).reshape(draws, n)
-    return counts_DN.astype(np.float64) @ column.astype(np.float64)
+    return counts_DN.astype(np.float64)

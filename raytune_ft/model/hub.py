@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.config.environment import expand_text
 from raytune_ft.config.paths import is_hub_model
+from raytune_ft.config.rewards import RewardModel
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.errors import ModelError, StorageError, first_line
 from raytune_ft.files import write_text_atomic
@@ -49,6 +51,9 @@ def named_models(config: Config) -> dict[str, ModelConfig]:
         models["train.kd.teacher"] = teacher_model(config)
     if config.promote.base is not None:
         models["promote.base"] = at_path(config.model, config.promote.base)
+    for reward in config.rewards:
+        if isinstance(reward, RewardModel):
+            models[f"rewards.{reward.called}.path"] = reward_model(reward)
     return {
         f"{key}={model.path}": model for key, model in models.items() if is_hub_model(model.path)
     }
@@ -63,6 +68,12 @@ def teacher_model(config: Config) -> ModelConfig:
 def reference_model(config: Config) -> ModelConfig:
     """The `model` section of the model that a run on preferences is held to."""
     return at_path(config.model, config.train.dpo.reference or config.model.path)
+
+
+def reward_model(reward: RewardModel) -> ModelConfig:
+    """The `model` section of a reward model, which runs no code of its own."""
+    path = expand_text(reward.path, f"rewards.{reward.called}.path")
+    return ModelConfig(path=path, revision=reward.revision)
 
 
 def at_path(model: ModelConfig, path: str) -> ModelConfig:

@@ -144,6 +144,8 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
             facts: dict[str, Any] = {"split": group or split, "candidate": name, "example": i}
             if not group and count == len(measured.continuations):
                 facts["generated"] = measured.continuations[i].generated
+            if not group and measured.answers is not None and count == measured.answers.count:
+                facts["answers"] = list(measured.answers.groups[i].completions)
             values = {
                 figure: round(each[i], 6) if math.isfinite(each[i]) else None
                 for figure, each in figures.items()

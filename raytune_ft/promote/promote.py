@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.checkpoints.manifest import flush_files, fsync_folders
 from raytune_ft.config.load import expand_env, load_config
+from raytune_ft.config.metrics import compares
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.config.trust import Code, check_code
 from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError
+from raytune_ft.evaluate.answers import Asking
 from raytune_ft.evaluate.classifier import constant_scores, length_scores
 from raytune_ft.evaluate.evaluate import (
     Job,
@@ -33,8 +37,9 @@ from raytune_ft.evaluate.evaluate import (
     split_named,
 )
 from raytune_ft.evaluate.generate import check_generation
-from raytune_ft.evaluate.metrics import check_functions
+from raytune_ft.evaluate.metrics import check_metrics
 from raytune_ft.evaluate.precompute import referenced
+from raytune_ft.evaluate.scoring import Scoring
 from raytune_ft.evaluate.workers import HERE, Workers
 from raytune_ft.files import fsync, read_json
 from raytune_ft.layout import (
@@ -91,7 +96,9 @@ CONSTANT, LENGTH = "constant", "length"
 
 @dataclass(frozen=True)
 class Jobs:
-    """What every model of a promotion is measured with; `retained` is that of `Job`."""
+    """What every model of a promotion is measured with; `retained` is that of `Job`, and so is
+    `asking`, which each split has its own of.
+    """
 
     base: ModelConfig
     head: Head | None
@@ -99,6 +106,7 @@ class Jobs:
     settings: PromoteConfig
     data_dir: Path
     retained: Path | None
+    asking: Mapping[str, Asking | None] = field(default_factory=dict)
 
     def of(self, directory: Path, split: str, samples: int = 0) -> Job:
         """Measure the model in `directory`, which may be the base."""
@@ -115,6 +123,7 @@ class Jobs:
             samples,
             self.head,
             self.train,
+            self.asking.get(split),
         )
 
 
@@ -142,12 +151,16 @@ class MergeScore:
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures the models of one promotion; `samples` is that of `Job`."""
+    """Measures the models of one promotion; `samples` is that of `Job`. Where rewards score, the
+    first of the models that are measured together is the base.
+    """
 
     jobs: Jobs
     data: PreparedData
     samples: int
     workers: Workers
+    scoring: Scoring
+    tell: Tell
 
     @property
     def head(self) -> Head | None:
@@ -189,7 +202,19 @@ class Measurer:
         self, directories: Sequence[Path], split: str, samples: int = 0
     ) -> list[Measured]:
         jobs = [self.jobs.of(directory, split, samples) for directory in directories]
-        return self.workers.each(run_job, jobs)
+        found = self.workers.each(run_job, jobs)
+        scored = []
+        for directory, one in zip(directories, found, strict=True):
+            rates = self.scoring.win_rates(
+                found[0].answers, one.answers, partial(self._tell_of, directory)
+            )
+            for note in () if one.answers is None else one.answers.notes:
+                self._tell_of(directory, note)
+            scored.append(replace(one, scores={**one.scores, **rates}))
+        return scored
+
+    def _tell_of(self, directory: Path, line: str) -> None:
+        self.tell(f"{directory.name}: {line}")
 
     def _by_rule(self, split: str, head: Head) -> Measured:
         train, measured = self.data.train, split_named(self.data, split)
@@ -310,10 +335,12 @@ def promote(
                 "write --again to do so; the earlier one is kept beside it",
             )
         selection = select(directory, tell)
-        own = load_config(directory / CONFIG).promote  # and not that of a trial
-        check_code(selection.config.model_copy(update={"promote": own}), directory, code)
-        check_functions(selection.settings.metrics)
+        own = load_config(directory / CONFIG)  # and not that of a trial
+        kept = {key: getattr(own, key) for key in ("promote", "rewards", "sampling")}
+        check_code(selection.config.model_copy(update=kept), directory, code)
         config = expand_env(selection.config)
+        measuring = config.model_copy(update={**kept, "promote": selection.settings})
+        check_metrics(measuring)
         workers = workers_of(config)
         if selection.settings.generation == "vllm":
             workers.alone(check_generation, "vllm", tell=tell)
@@ -322,9 +349,18 @@ def promote(
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a promotion that was killed
         try:
             unfinished.mkdir()
-            promotion = _Promoter(
-                selection, config, directory, unfinished, tokens, tell, samples, workers
-            ).run()
+            with Scoring.of(measuring, tokens) as scoring:
+                promotion = _Promoter(
+                    selection,
+                    config,
+                    directory,
+                    unfinished,
+                    tokens,
+                    tell,
+                    samples,
+                    workers,
+                    scoring,
+                ).run()
             list(flush_files(unfinished))
             publish(unfinished, target, tell)
         except (OSError, SafetensorError) as cause:
@@ -350,6 +386,7 @@ class _Promoter:
         tell: Tell,
         samples: int,
         workers: Workers,
+        scoring: Scoring,
     ) -> None:
         self._workers = workers
         self._selection, self._directory, self._folder = selection, directory, folder
@@ -358,13 +395,10 @@ class _Promoter:
         self._model: ModelConfig = at_path(config.model, base) if base else config.model
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
-        self._data: PreparedData = referenced(
-            self._config,
-            prepare_data(data, self._tokenizer, selection.data_seed, cache_dir, tell),
-            tell,
-            workers=workers,
-            measured=True,
-        )
+        seed = selection.data_seed
+        plain = prepare_data(data, self._tokenizer, seed, cache_dir, tell)
+        asked = prompted(self._config, plain, self._tokenizer, seed)
+        self._data = referenced(self._config, asked, tell, workers=workers, measured=True)
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)
         else:  # a trial alone has none
@@ -378,8 +412,14 @@ class _Promoter:
             settings,
             self._data.path,
             prepare_retention(settings, data, self._tokenizer, cache_dir),
+            {
+                split: scoring.asking(split, self._tokenizer, selection.data_seed)
+                for split in dict.fromkeys(("validation", measured_split(self._data)))
+            },
         )
-        self._measurer = Measurer(jobs, self._data, samples, workers)
+        for asking in jobs.asking.values():
+            scoring.start(asking, workers, tell)
+        self._measurer = Measurer(jobs, self._data, samples, workers, scoring, tell)
 
     def run(self) -> Promotion:
         """Everything that may raise comes before the test split is measured."""
@@ -435,6 +475,8 @@ class _Promoter:
     def _write(self, entry: Entry) -> Written:
         directory = self._directory_of(entry.name)
         jobs, figure = self._measurer.jobs, self._selection.figure
+        if entry.by_score and compares(figure):
+            raise MergeError(f"{entry.name} chooses by a figure of one model, not by {figure}")
         score = MergeScore(jobs, figure, self._tokenizer, self._data.report)
         written = self._workers.alone(
             entry.write,

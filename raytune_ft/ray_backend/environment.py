@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from raytune_ft.config.environment import names_in
 from raytune_ft.config.load import asked_rewards
+from raytune_ft.config.metrics import measured_rewards
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ClusterError, first_line
 from raytune_ft.model.hub import trained_models
@@ -78,12 +79,17 @@ def lacking(config: Config, tell: Tell) -> str:
 def needed(config: Config, environ: Mapping[str, str], several: bool) -> list[str]:
     """Names of what is set here and workers use. `several`: workers may talk over a network.
 
-    Values of `${NAME}` in the config travel with the run, but for those of rewards.
+    Values of `${NAME}` in the config travel with the run, but for those of rewards, which workers
+    read. A judge that compares is asked by the driver.
     """
     used = {name for tracker in config.tracking.to for name in OF_TRACKERS.get(tracker, ())}
     if trained_models(config):
         used.add(OF_THE_HUB)
-    used |= names_in([each.model_dump() for each in asked_rewards(config)])
+    rewards = [
+        *measured_rewards(config),
+        *asked_rewards(config),
+    ]
+    used |= names_in([reward.model_dump() for reward in rewards if not reward.compares])
     here = {name for name in used if environ.get(name)}
     if several:
         here |= {name for name in environ if name.startswith(OF_THE_NETWORK)}

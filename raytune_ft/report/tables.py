@@ -5,11 +5,12 @@ The terminal prints them with Rich, `report.html` as HTML and the model card as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from raytune_ft.config.metrics import compares
 from raytune_ft.format import NONE, cell, interval, number, seconds, size
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ Record = Mapping[str, Any]
 Label = Callable[[str], str]
 KEY_FIGURES = (
     *("answer_exact_match", "exact_match", "rougeL", "accuracy", "macro_f1", "r2", "pearson"),
-    *("retention_loss", "retention_kl"),
+    *("reward", "completion_tokens", "truncated", "retention_loss", "retention_kl"),
 )
-"""Shown beside the deciding figure where they were measured, most important first."""
+"""Shown beside the deciding figure where they were measured, most important first; before them win
+rates."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Table:
     title: str = ""
     marked: int | None = None
     words: int = 1
+
+
+def key_figures(names: Collection[str]) -> list[str]:
+    """Of these figures the most important ones, in their order."""
+    rates = [name for name in names if compares(name)]
+    return [*rates, *(name for name in KEY_FIGURES if name in names)]
 
 
 def trials(
@@ -101,7 +109,7 @@ def _rounded(value: float | None, digits: int) -> str:
 def candidates(evaluation: Record, label: Label = str) -> Table:
     """All candidates on the validation split, the promoted one marked."""
     figure, rows = evaluation["metric"], evaluation["candidates"]
-    beside = [name for name in KEY_FIGURES if name != figure and name in rows[0]["figures"]]
+    beside = [name for name in key_figures(rows[0]["figures"]) if name != figure]
     return Table(
         ("candidate", label(figure), "to the best", _confidence(evaluation), *map(label, beside)),
         tuple(

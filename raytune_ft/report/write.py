@@ -191,9 +191,10 @@ def _kind(facts: Facts) -> str:
 
 def _cards(promoted: Record) -> list[dict[str, str]]:
     """The most important figures, the deciding one first, each beside that of the reference."""
-    order = dict.fromkeys([promoted["metric"], *tables.KEY_FIGURES, *promoted["promoted"]])
+    measured = promoted["promoted"]
+    order = dict.fromkeys([promoted["metric"], *tables.key_figures(measured), *measured])
     found = []
-    for name in [name for name in order if name in promoted["promoted"]][:MAX_CARDS]:
+    for name in list(order)[:MAX_CARDS]:
         old = promoted["base"].get(name)
         note = "" if old is None else f"{promoted['reference']} {number(old)}"
         if name == "retention_kl":

@@ -18,6 +18,7 @@ class Group:
         origin: the row, such as `test.jsonl:12`, for messages.
         prompt: the text that the model was given, without special tokens and blanks around it.
         turns: the same as a conversation, where it is one.
+        text: the prompt as the row has it; None where it is a conversation.
         reference: the completion of the row; empty where it has none.
         completions: [n] texts without special tokens.
         completion_ids: [n] token ids, the end token included.
@@ -31,6 +32,7 @@ class Group:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Any] = field(default_factory=dict)
     turns: Sequence[Mapping[str, Any]] | None = None
+    text: str | None = None
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -50,7 +52,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one completion; None where it could not be computed, and why."""
+    """The score of one completion; None where it could not be computed, and why. With a score `why`
+    is a note on it.
+    """
 
     value: float | None
     why: str = ""
@@ -65,6 +69,7 @@ WORKING = Working()
 Yielded = float | int | None | Score | Working | Counter[str]
 """A score; or a sign of life; or numbers to be added up over the run, by their names."""
 Rate = Callable[[Group], Iterator[Yielded]]
+RateAll = Callable[[Sequence[Group]], Iterator[Yielded]]
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,22 @@ class Scorer:
         rate: gives the scores of a group in their order.
         columns: what it needs of each row.
         together: it needs all completions of a prompt at once.
+        rate_all: instead of `rate`, for one that is quicker with many groups at once: the scores of
+            the first group, then those of the next.
     """
 
     rate: Rate
     columns: tuple[str, ...] = ()
     together: bool = False
+    rate_all: RateAll | None = None
+
+    def scores(self, groups: Sequence[Group]) -> Iterator[Yielded]:
+        """The scores of these groups, one after another."""
+        if self.rate_all is not None:
+            yield from self.rate_all(groups)
+            return
+        for group in groups:
+            yield from self.rate(group)
 
 
 class Refused(InputError):
@@ -91,6 +107,11 @@ class Refused(InputError):
 
 class Broken(Exception):
     """A reward that will never give the scores that were asked for."""
+
+
+def at_once(rate_all: RateAll, together: bool = False) -> Scorer:
+    """A scorer of many groups at once."""
+    return Scorer(lambda group: rate_all([group]), together=together, rate_all=rate_all)
 
 
 def each(

@@ -14,20 +14,28 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 from raytune_ft.config.environment import HIDDEN, without_secrets
 from raytune_ft.config.rewards import Judge
-from raytune_ft.rewards.base import WORKING, Group, Refused, Score, Scorer, Yielded
+from raytune_ft.rewards.base import WORKING, Group, Refused, Score, Scorer, Yielded, at_once
 
 FIRST_ANSWER_S = 8.0
 """How long the first question may take."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+BEAT_S = 1.0
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses of HTTP after which a question is asked again."""
+DISAGREEMENTS = "comparisons whose two orders disagree"
+"""What their number is called among the counts of a run, and what is said beside their scores."""
 
 GRADE = """\
 Grade an answer by this criterion: {criterion}.
@@ -87,6 +95,7 @@ class Asked:
         named = f"{config.url} {config.model} {config.max_tokens}"
         self._file = folder / f"judge-{hashlib.sha256(named.encode()).hexdigest()[:16]}.jsonl"
         self._kept: dict[str, str] = {}
+        self._counts, self._lock = Counter[str](), Lock()
         self._opener = urllib.request.build_opener(_NoRedirect)
         if self._file.is_file():
             for line in self._file.read_text(encoding="utf-8").splitlines():
@@ -96,31 +105,54 @@ class Asked:
                 except (ValueError, KeyError, TypeError):  # a line that was cut short
                     continue
 
-    def find(self, question: str, counts: Counter[str]) -> Iterator[Yielded]:
-        """Make sure that `answer(question)` is there, with signs of life between attempts.
+    def find(self, question: str, alive: Event) -> str:
+        """The answer, which is kept; sets `alive` before each attempt. Threads may call it.
 
         Raises:
-            NoAnswer: it is not, after all attempts.
+            NoAnswer: there is none, after all attempts.
         """
-        if self._key(question) in self._kept:
-            counts["answers kept from earlier"] += 1
-            return
+        kept = self._kept.get(self._key(question))
+        if kept is not None:
+            self._count("answers kept from earlier")
+            return kept
         for attempt in range(self._config.retries + 1):
-            yield WORKING
+            alive.set()
             try:
-                self._keep(question, self.ask(question, self._config.timeout_s))
+                answer = self.ask(question, self._config.timeout_s)
             except NoAnswer as error:
                 if attempt == self._config.retries or not error.again:
                     raise
-                counts["questions asked again"] += 1
+                self._count("questions asked again")
                 time.sleep(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
             else:
-                counts["questions"] += 1
-                return
+                self._keep(question, answer)
+                self._count("questions")
+                return answer
+        raise AssertionError("the last attempt gives or raises")
 
-    def answer(self, question: str) -> str:
-        """The answer that is kept."""
-        return self._kept[self._key(question)]
+    @contextmanager
+    def finding(self, questions: Iterable[str]) -> Iterator[Replies]:
+        """Find the answers to all questions, `at_once` of them at the same time."""
+        alive = Event()
+        threads = ThreadPoolExecutor(self._config.at_once)
+        try:
+            found = {
+                question: threads.submit(self.find, question, alive)
+                for question in dict.fromkeys(questions)
+            }
+            yield Replies(found, alive)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def counts(self) -> Counter[str]:
+        """What was counted since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return counts
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._counts[what] += 1
 
     def ask(self, question: str, timeout_s: float) -> str:
         """One attempt. Raises NoAnswer."""
@@ -167,6 +199,28 @@ class Asked:
             os.close(file)
 
 
+@dataclass(frozen=True)
+class Replies:
+    """Answers that are on their way."""
+
+    found: Mapping[str, Future[str]]
+    alive: Event
+
+    def to(self, question: str) -> Generator[Yielded, None, str]:
+        """The answer; until it is there, a sign of life where any question is being asked.
+
+        Raises:
+            NoAnswer: see `Asked.find`.
+        """
+        reply = self.found[question]
+        while not reply.done():
+            wait([reply], BEAT_S)
+            if self.alive.is_set():
+                self.alive.clear()
+                yield WORKING
+        return reply.result()
+
+
 def judged(config: Judge) -> Scorer:
     """Grades, or shares of won comparisons.
 
@@ -181,22 +235,24 @@ def judged(config: Judge) -> Scorer:
             f"has a judge, {without_secrets(config.url)}, that does not answer ({error})",
             "start it or correct url, model and api_key, or leave the judge out",
         ) from None
-    rate = _grades if config.mode == "grade" else _wins
-    return Scorer(lambda group: rate(config, asked, group), together=config.mode == "pairs")
+    if config.compares:
+        return at_once(partial(_wins, config, asked), together=True)
+    return at_once(partial(_grades, config, asked))
 
 
-def _grades(config: Judge, asked: Asked, group: Group) -> Iterator[Yielded]:
-    counts = Counter[str]()
-    for completion in group.completions:
-        question = GRADE.format(
-            criterion=config.criterion, prompt=group.prompt, answer=completion.strip()
-        )
-        try:
-            yield from asked.find(question, counts)
-            yield _grade(asked.answer(question))
-        except NoAnswer as error:
-            yield Score(None, f"NoAnswer: {error}")
-    yield counts
+def _grades(config: Judge, asked: Asked, groups: Sequence[Group]) -> Iterator[Yielded]:
+    questions = [
+        GRADE.format(criterion=config.criterion, prompt=group.prompt, answer=completion.strip())
+        for group in groups
+        for completion in group.completions
+    ]
+    with asked.finding(questions) as replies:
+        for question in questions:
+            try:
+                yield _grade((yield from replies.to(question)))
+            except NoAnswer as error:
+                yield Score(None, f"NoAnswer: {error}")
+    yield asked.counts()
 
 
 def _grade(reply: str) -> float:
@@ -206,42 +262,64 @@ def _grade(reply: str) -> float:
     return float(found[-1])
 
 
-def _wins(config: Judge, asked: Asked, group: Group) -> Iterator[Yielded]:
-    """For each completion the share of the others that it beats, a tie being half of one."""
-    said, counts = [text.strip() for text in group.completions], Counter[str]()
+def _wins(config: Judge, asked: Asked, groups: Sequence[Group]) -> Iterator[Yielded]:
+    """For each completion the share of the others that it beats, a tie being half of one. A score
+    says where the two orders of one of its comparisons disagreed.
+    """
+    counts = Counter[str]()
+    with asked.finding(_all_questions(config, groups)) as replies:
+        for group in groups:
+            yield from _wins_of(config, group, replies, counts)
+    yield asked.counts() + counts
+
+
+def _all_questions(config: Judge, groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        said = [text.strip() for text in group.completions]
+        for first, second in combinations(said, 2):
+            if first != second:
+                yield from _both_orders(config, group, first, second)
+
+
+def _both_orders(config: Judge, group: Group, first: str, second: str) -> list[str]:
+    return [
+        PAIR.format(criterion=config.criterion, prompt=group.prompt, first=a, second=b)
+        for a, b in ((first, second), (second, first))
+    ]
+
+
+def _wins_of(
+    config: Judge, group: Group, replies: Replies, counts: Counter[str]
+) -> Iterator[Yielded]:
+    said = [text.strip() for text in group.completions]
     won: list[list[float]] = [[] for _ in said]
+    split = [""] * len(said)
     why = "NoAnswer: there is no other completion"
     for first, second in combinations(range(len(said)), 2):
-        try:
-            share = 0.5
-            if said[first] != said[second]:
-                share = yield from _share(config, asked, group, said[first], said[second], counts)
-            won[first].append(share)
-            won[second].append(1 - share)
-        except NoAnswer as error:
-            why = f"NoAnswer: {error}"
-    for shares in won:
-        yield sum(shares) / len(shares) if shares else Score(None, why)
-    yield counts
+        share = 0.5
+        if said[first] != said[second]:
+            questions = _both_orders(config, group, said[first], said[second])
+            try:
+                choices = []
+                for question in questions:
+                    choices.append(_choice((yield from replies.to(question))))
+            except NoAnswer as error:
+                why = f"NoAnswer: {error}"
+                continue
+            counts["comparisons"] += 1
+            share = {"AB": 1.0, "BA": 0.0}.get("".join(choices), 0.5)
+            if choices[0] == choices[1] != "TIE":
+                counts[DISAGREEMENTS] += 1
+                split[first] = split[second] = DISAGREEMENTS
+        won[first].append(share)
+        won[second].append(1 - share)
+    for shares, note in zip(won, split, strict=True):
+        yield Score(sum(shares) / len(shares), note) if shares else Score(None, why)
 
 
-def _share(
-    config: Judge, asked: Asked, group: Group, first: str, second: str, counts: Counter[str]
-) -> Generator[Yielded, None, float]:
-    """Returns 1 where `first` wins in both orders, 0 where `second` does, else 0.5."""
-    choices = []
-    for a, b in ((first, second), (second, first)):
-        question = PAIR.format(criterion=config.criterion, prompt=group.prompt, first=a, second=b)
-        yield from asked.find(question, counts)
-        reply = asked.answer(question)
-        found = _CHOICE.findall(reply.upper())
-        if not found:
-            raise NoAnswer(f"the reply {reply.strip()[:40]!r} names none of A, B and TIE")
-        choices.append(found[-1])
-    counts["comparisons"] += 1
-    if choices == ["A", "B"]:
-        return 1.0
-    if choices == ["B", "A"]:
-        return 0.0
-    counts["comparisons whose two orders disagree"] += choices[0] == choices[1] != "TIE"
-    return 0.5
+def _choice(reply: str) -> str:
+    """Raises NoAnswer where there is none."""
+    found = _CHOICE.findall(reply.upper())
+    if not found:
+        raise NoAnswer(f"the reply {reply.strip()[:40]!r} names none of A, B and TIE")
+    return str(found[-1])

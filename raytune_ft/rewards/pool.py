@@ -11,15 +11,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from raytune_ft.config.rewards import RewardConfig, function_of
+from raytune_ft.config.rewards import RewardConfig, expanded, reward_of
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.rewards.base import Group, Score
-from raytune_ft.rewards.functions import check_function
 
 START_S = 300.0
 """How long a reward may take to load, such as a file that imports torch."""
@@ -61,7 +60,7 @@ class RewardProcess:
     def __init__(self, config: RewardConfig) -> None:
         self.config, self.tally = config, Tally()
         self.columns: tuple[str, ...] = ()
-        self._together = False
+        self._together = self._many = False
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection | None = None
         self._deaths, self._abandoned = 0, False
@@ -102,47 +101,53 @@ class RewardProcess:
             raise ConfigError(value or f"rewards.{self.config.called}", rule, remedy)
         self.columns = tuple(answer["ready"]["columns"])
         self._together = answer["ready"]["together"]
+        self._many = answer["ready"]["many"]
 
-    def scores(self, group: Group) -> list[Score]:
-        """[n], in the order of the completions.
+    def scores(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """For each group [n], in the order of its completions.
 
         Raises:
             RunFailed: it died `DEATHS` times in a row, or gave another number of scores.
         """
+        if not self._many:
+            return [self._scores([group]) for group in groups]
+        scores = iter(self._scores(groups))
+        return [[next(scores) for _ in group.completions] for group in groups]
+
+    def _scores(self, groups: Sequence[Group]) -> list[Score]:
+        """Of all completions of groups that the process gets at once."""
+        owners = [group for group in groups for _ in group.completions]
         found: list[Score] = []
-        while len(found) < len(group.completions):
+        while len(found) < len(owners):
+            rest = _after(groups, len(found))
             try:
-                self._score(group.after(len(found)), found)
+                self._score(rest, found)
             except (EOFError, OSError) as error:
-                self._died(group, found, error)
-        for score in found:
+                self._died(_after(groups, len(found))[0], found, error)
+        for score, group in zip(found, owners, strict=True):
             self.tally.add(score, group)
         return found
 
-    def all_scores(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """See `scores`, for one group after another."""
-        return [self.scores(group) for group in groups]
-
-    def _score(self, group: Group, found: list[Score]) -> None:
-        self._send(group.plain)
-        expected = len(found) + len(group.completions)
+    def _score(self, groups: Sequence[Group], found: list[Score]) -> None:
+        self._send([group.plain for group in groups])
+        expected = len(found) + sum(len(group.completions) for group in groups)
         while True:
             message = self._receive(self._limit_s)
             if message is None:
                 raise TimeoutError(f"took longer than {self._limit_s:g} s")
             if "score" in message:
-                found.append(Score(message["score"], message.get("why", "")))
+                found.append(Score(message["score"], message["why"]))
                 self._deaths = 0
             elif "counts" in message:
                 self.tally.counts.update(message["counts"])
             elif "broken" in message or "done" in message:
                 if "broken" in message or len(found) != expected:
                     given = message.get("broken") or f"gave {len(found)} of {expected} scores"
-                    raise RunFailed(f"{self.config.name} {given}, on {group.origin}")
+                    raise RunFailed(f"{self.config.name} {given}, on {groups[0].origin}")
                 return
 
     def _died(self, group: Group, found: list[Score], error: BaseException) -> None:
-        """What was being scored has no score; the process begins again."""
+        """What was being scored, the first of `group`, has no score; the process begins again."""
         if self._abandoned:
             raise RunFailed(f"{self.config.name} was ended with the run") from error
         self._deaths += 1
@@ -150,7 +155,7 @@ class RewardProcess:
         slow = isinstance(error, TimeoutError)
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
         why = f"time limit: {error}" if slow else f"its process died: {ended}"
-        lost = len(group.completions) - len(found) if self._together else 1
+        lost = len(group.completions) if self._together else 1
         found += [Score(None, why)] * lost
         if self._deaths >= DEATHS:
             shown = group.prompt if len(group.prompt) <= SHOWN else f"{group.prompt[:SHOWN]}..."
@@ -163,7 +168,7 @@ class RewardProcess:
         except ConfigError as refused:
             raise RunFailed(f"{refused}, after it had died on {group.origin}") from refused
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Any) -> None:
         assert self._channel is not None
         self._channel.send_bytes(json.dumps(message, default=str).encode())
 
@@ -214,9 +219,7 @@ class Rewards:
         if not self.processes:
             return [[{} for _ in group.completions] for group in groups]
         with ThreadPoolExecutor(len(self.processes)) as threads:
-            waiting = [
-                threads.submit(RewardProcess.all_scores, one, groups) for one in self.processes
-            ]
+            waiting = [threads.submit(RewardProcess.scores, one, groups) for one in self.processes]
             try:
                 by_reward = [each.result() for each in waiting]
             except BaseException:  # Ctrl-C, or a reward that ends the run
@@ -231,6 +234,26 @@ class Rewards:
             for g, group in enumerate(groups)
         ]
 
+    def check_scored(self) -> None:
+        """Raises RunFailed where a reward fails on every completion; None is no failure."""
+        for one in self.processes:
+            tally = one.tally
+            if not tally.scored and tally.missing.keys() - {"None"}:
+                raise RunFailed(
+                    f"{one.config.name} scored none of {tally.missing.total()} completions; "
+                    f"the first: {tally.first_missing}"
+                )
+
+    def notes(self) -> Iterator[str]:
+        """Sentences on scores that are missing, and on judges."""
+        for name, one in zip(self.names, self.processes, strict=True):
+            tally = one.tally
+            if tally.missing:
+                causes = ", ".join(f"{why} {count}" for why, count in tally.missing.items())
+                yield f"{name}: no score for {causes}; the first is {tally.first_missing}"
+            if tally.counts:
+                yield f"{name}: " + ", ".join(f"{what} {n}" for what, n in tally.counts.items())
+
     def total(self, scores: Mapping[str, float | None]) -> float | None:
         """The weighted sum; None where a score is missing that has a weight."""
         weights = {one.config.called: one.config.weight for one in self.processes}
@@ -239,17 +262,85 @@ class Rewards:
         return sum(known) if values and len(known) == len(values) else None
 
 
+class SharedRewards:
+    """Rewards that start when they are first needed, and serve until they are closed.
+
+    To another process it goes as its configs, whose `${ENV_NAME}` are read where they start: no
+    secret travels or is written. A copy there starts processes of its own.
+    """
+
+    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+        self.configs = tuple(configs)
+        self._open: ExitStack | None = None
+        self._rewards: Rewards | None = None
+
+    def __reduce__(self) -> Any:
+        return SharedRewards, (self.configs,)
+
+    def start(self) -> Rewards:
+        """The rewards, which start if they have not.
+
+        Raises:
+            InputError: one of them cannot be used, or a variable of the environment is not set.
+        """
+        if self._rewards is None:
+            with ExitStack() as stack:
+                self._rewards = stack.enter_context(started(expanded(self.configs)))
+                self._open = stack.pop_all()
+        return self._rewards
+
+    @contextmanager
+    def serving(self) -> Iterator[Rewards]:
+        """The rewards with counts of their own; those that start here end with the context."""
+        was_open = self._rewards is not None
+        rewards = self.start()
+        for one in rewards.processes:
+            one.tally = Tally()
+        try:
+            yield rewards
+        finally:
+            if not was_open:
+                self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._open is not None:
+            self._open.close()
+        self._open = self._rewards = None
+
+
+def _after(groups: Sequence[Group], done: int) -> list[Group]:
+    """The groups without their first completions, of which `done` are done."""
+    rest = []
+    for group in groups:
+        count = len(group.completions)
+        if done < count:
+            rest.append(group.after(done) if done else group)
+        done = max(0, done - count)
+    return rest
+
+
+def check_rewards(rewards: Sequence[RewardConfig]) -> None:
+    """Check the files that rewards name, before anything starts.
+
+    Raises:
+        InputError: a file of functions, or a reward model, cannot be used.
+    """
+    for reward in rewards:
+        check = reward_of(reward.name).check
+        if check is not None:
+            check()(reward)
+
+
 @contextmanager
 def started(rewards: Sequence[RewardConfig]) -> Iterator[Rewards]:
     """The rewards, loaded and ready; their processes end with the context. The configs hold
     their secrets, not the names of these.
 
     Raises:
-        ConfigError: one of them cannot be used.
+        InputError: one of them cannot be used.
     """
-    for reward in rewards:
-        if function_of(reward.name):
-            check_function(reward.name, "rewards")
+    check_rewards(rewards)
     processes = [RewardProcess(reward) for reward in rewards]
     try:
         with ThreadPoolExecutor(max(1, len(processes))) as threads:

@@ -1,8 +1,8 @@
 """The process of one reward: `python -m raytune_ft.rewards.process FD`, started by `pool`.
 
 It speaks JSON over a socket and no pickle, since what it says may come from code of the user. In
-come the keys of the reward, then groups. Out go `ready` or `refused`, then for each group one
-message a score, with `alive` and `counts` between, and `done`.
+come the keys of the reward, then lists of groups. Out go `ready` or `refused`, then for each list
+one message a score, with `alive` and `counts` between, and `done`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ def main(channel: Connection, parent: int) -> None:
         rule = f"cannot be loaded ({type(error).__name__}: {error})"
         _send(channel, {"refused": ["", rule, "correct its file"]})
         return
-    _send(channel, {"ready": {"columns": scorer.columns, "together": scorer.together}})
+    ready = {
+        "columns": scorer.columns,
+        "together": scorer.together,
+        "many": scorer.rate_all is not None,
+    }
+    _send(channel, {"ready": ready})
     while True:
         try:
-            group = Group(**_received(channel))
+            groups = [Group(**one) for one in _received(channel)]
         except EOFError:
             return
         try:
-            for value in scorer.rate(group):
+            for value in scorer.scores(groups):
                 _send(channel, _message(value))
         except Broken as error:
             _send(channel, {"broken": str(error)})
@@ -66,16 +71,16 @@ def _message(value: Yielded) -> dict[str, Any]:
         return {"alive": True}
     if isinstance(value, Counter):
         return {"counts": dict(value)}
-    score = value if isinstance(value, Score) else Score(value, "None")
+    score = value if isinstance(value, Score) else Score(value)
     if score.value is None:
-        return {"score": None, "why": score.why}
+        return {"score": None, "why": score.why or "None"}
     try:
         number = float(score.value)  # bool, and numbers of numpy and torch
     except (TypeError, ValueError, OverflowError):
         return {"score": None, "why": f"{type(score.value).__name__} is not a number"}
     if not math.isfinite(number):
         return {"score": None, "why": f"{number} is not a finite number"}
-    return {"score": number}
+    return {"score": number, "why": score.why}
 
 
 def _received(channel: Connection) -> Any:

@@ -7,6 +7,7 @@ below the current directory as they lie below the current directory here.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from raytune_ft.config import paths
 from raytune_ft.config.data import CHAT_TEMPLATES, source_configs
 from raytune_ft.config.metrics import HARNESS
-from raytune_ft.config.rewards import function_of
+from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
 from raytune_ft.format import size
@@ -96,12 +97,14 @@ def named_paths(config: Config) -> Iterator[Named]:
     """Every path that a config reads. Those that a run writes, such as `storage`, are not here."""
     yield Named("model.path", config.model.path, hub=True)
     for name, source in source_configs(config.data).items():
-        yield Named(f"data.{name}.path", source.path, hub=True)
+        for path in source.paths:
+            yield Named(f"data.{name}.path", path, hub=True)
         if source.chat_template not in (None, *CHAT_TEMPLATES):
             yield Named(f"data.{name}.chat_template", source.chat_template)
     promote = config.promote
     if promote.retention is not None:
-        yield Named("promote.retention.path", promote.retention.path, hub=True)
+        for path in promote.retention.paths:
+            yield Named("promote.retention.path", path, hub=True)
     if promote.base is not None:
         yield Named("promote.base", promote.base, hub=True)
     if config.train.kd is not None:
@@ -117,6 +120,8 @@ def named_paths(config: Config) -> Iterator[Named]:
     for reward in config.rewards:
         if found := function_of(reward.name):
             yield Named("rewards", found[0])
+        if isinstance(reward, RewardModel):
+            yield Named(f"rewards.{reward.called}.path", reward.path, hub=True)
     warm = config.search.warm_start if config.search else None
     for folder in [warm] if isinstance(warm, str) else warm or []:
         yield Named("search.warm_start", folder)
@@ -148,6 +153,11 @@ def packed(named: Named, cwd: Path, cluster_paths: bool) -> dict[str, Path]:
         )
     if path.is_dir():
         return _below(path, name)
+    if paths.is_glob(name):
+        found = sorted(glob.glob(name, root_dir=cwd, recursive=True))
+        if not found:
+            raise ConfigError(f"{key}={written}", "matches no file", "write a glob that does")
+        return {each: cwd / each for each in found if (cwd / each).is_file()}
     if not path.is_file():
         raise ConfigError(f"{key}={written}", "does not exist", "write the path of a file")
     files = {name: path}

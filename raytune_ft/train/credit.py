@@ -64,7 +64,7 @@ class Credit(Protocol):
         """Every rank calls this at once, and gets the same."""
 
     def teaches(self, totals_PG: Numbers) -> bool:
-        """Whether there is anything to learn from these rewards, some of which are there."""
+        """Whether there is anything to learn from these rewards."""
 
 
 def split_of_said(

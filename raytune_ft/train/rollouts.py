@@ -32,7 +32,7 @@ from raytune_ft.data.prompts import Prompts
 from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.errors import CheckpointError, RunFailed
 from raytune_ft.files import sha256_of, write_text_atomic
-from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, prompts_file
+from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, judges_beside, prompts_file
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.rewards.pool import check_columns, started
 from raytune_ft.train.credit import Credit, split_of_said
@@ -43,7 +43,7 @@ from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of
 from raytune_ft.train.watchdog import Beat
 
 SILENT = 5
-"""After so many rollouts in a row in which there is nothing to learn, the run fails."""
+"""After so many rollouts in a row from which nothing can be learnt, a run fails."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Rolled(Material):
         assert ways is not None
         self._credit: Credit = ways()(config.train, speaker)
         self._rollout: Rollout | None = None
-        self._silent, self._step = 0, 0
+        self._silent, self._unscored, self._step = 0, 0, 0
         self._file = run_dir / ROLLOUTS
         self._writes = speaker.runner.strategy.rank == 0 and self._settings.keep > 0
 
@@ -168,7 +168,7 @@ class Rolled(Material):
             self._rollout = Rollout.load(checkpoint / STATE / ROLLOUT)
 
     def evaluate(self, beat: Beat) -> Scores:
-        """One completion of each validation prompt. `eval_loss` is minus the mean reward.
+        """Completions of each validation prompt. `eval_loss` is minus the mean reward.
 
         Raises:
             RunFailed: a reward scored none of them.
@@ -202,14 +202,16 @@ class Rolled(Material):
         return Rollout(step, first, len(learnt.split) // len(prompts), learnt.split, figures)
 
     def _check_signal(self, step: int, answered: Answered) -> None:
-        """Raises RunFailed where nothing has been learnt for `SILENT` rollouts."""
+        """Raises RunFailed after `SILENT` rollouts in a row without a score, or at the beginning of
+        a run without two different rewards; later on these may mean that all is learnt.
+        """
         totals_PG = answered.totals_PG
-        scored = not np.isnan(totals_PG).all()
-        self._silent = 0 if scored and self._credit.teaches(totals_PG) else self._silent + 1
-        if self._silent < SILENT:
-            return
-        if not scored:
+        self._silent = 0 if self._credit.teaches(totals_PG) else self._silent + 1
+        self._unscored = self._unscored + 1 if np.isnan(totals_PG).all() else 0
+        if self._unscored >= SILENT:
             raise RunFailed(f"step {step}: no completion has a score: {self._speaker.missing()}")
+        if self._silent < SILENT or step > SILENT * self._settings.steps:
+            return
         raise RunFailed(
             f"step {step}: {self._credit.lacking} of {SILENT} rollouts in a row has two different "
             f"rewards (the last mean is {mean_of(totals_PG):g}); raise train.rollout.temperature "
@@ -245,7 +247,7 @@ def rewards_of(config: Config, data_dir: Path) -> list[RewardConfig]:
     cache.
     """
     found = asked_rewards(expand_env(config, rewards=True))
-    return with_answers(found, data_dir.parents[1] / "judges")
+    return with_answers(found, judges_beside(data_dir.parent))
 
 
 def with_rewards(config: Config, data: PreparedData) -> PreparedData:

@@ -29,7 +29,7 @@ from raytune_ft.model.methods import without_method
 from raytune_ft.model.objectives.ppo import logps_and_values
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.sampling import Request, Said, sample
-from raytune_ft.rewards.base import Group
+from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.side_channel import on_all_ranks
@@ -134,12 +134,13 @@ class Speaker:
         return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
 
     def evaluated(self, prompts: Prompts) -> tuple[Answered, dict[str, float]]:
-        """One completion of each prompt, and the figures of an evaluation.
+        """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
 
         Raises:
             RunFailed: a reward scored none of them.
         """
-        answered = self.answer([(EVALUATION + i, prompts[i]) for i in range(len(prompts))], 1)
+        placed = [(EVALUATION + i, prompts[i]) for i in range(len(prompts))]
+        answered = self.answer(placed, self._settings.eval_completions)
         found = answered.figures(self.rewards.names)
         for name in self.rewards.names:
             if np.isnan(found[f"reward:{name}"]):
@@ -264,20 +265,3 @@ class _Lockstep:
     def _vote(self, working: bool) -> bool:
         vote = torch.tensor(float(working), device=self._strategy.device)
         return self._strategy.sum(vote).item() > 0
-
-
-def group_of(prompt: Prompt, said: Sequence[Said], tokenizer: PreTrainedTokenizerBase) -> Group:
-    """What rewards get of a prompt and its completions."""
-
-    def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    return Group(
-        prompt.origin,
-        text(prompt.ids).strip(),
-        text(prompt.reference).strip(),
-        [text(one.answer) for one in said],
-        [one.ids for one in said],
-        prompt.columns,
-        prompt.turns,
-    )

@@ -221,6 +221,12 @@ MODEL_AND_DATA: list[Case] = [
     ),
     ("train data.train.path=empty.jsonl", "data.train.path=", "empty.jsonl", "row"),
     (
+        "train data.train.path=empty.jsonl data.train.format=auto",
+        "data.train.format=auto",
+        "empty.jsonl",
+        "a source that has one",
+    ),
+    (
         "train data.train.path=short.jsonl data.max_length=4",
         "data.train.path=short.jsonl",
         "no_label_token 60",
@@ -959,7 +965,8 @@ def test_a_second_driver(session: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("command", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sweep"])
 def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None:
     arguments = ["parallel.workers=512", "train.batch_size=512", f"storage={tmp_path}/runs"]
     if command == "sweep":

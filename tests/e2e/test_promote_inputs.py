@@ -23,8 +23,28 @@ pytestmark = pytest.mark.e2e
 CASES: dict[str, tuple[list[str], str]] = {
     "unknown metric": (
         ["promote.metrics=[loss, rogue]"],
-        "promote.metrics=rogue is none of loss, answer, rouge, classification, lm_eval:TASK or "
-        "FILE.py:FUNCTION; did you mean rouge?",
+        "promote.metrics=rogue is none of loss, answer, rouge, classification, reward, "
+        "reward:NAME, win_rate:NAME, win_rate_lc:NAME, lm_eval:TASK or FILE.py:FUNCTION; did you "
+        "mean rouge?",
+    ),
+    "a reward that is not there": (
+        ["promote.metrics=[win_rate:gold]", "rewards=[exact_match]"],
+        "promote.metrics=win_rate:gold names no reward; write one of exact_match",
+    ),
+    "metrics of rewards without rewards": (
+        ["promote.metrics=[reward]"],
+        "promote.metrics=reward needs a reward; write for example rewards: [exact_match]",
+    ),
+    "a file of rewards that is not there": (
+        ["promote.metrics=[reward]", "rewards=['{tmp}/none.py:score']"],
+        "names a file that cannot be read (No such file or directory); write FILE.py:FUNCTION",
+    ),
+    "a variable of a judge that is not set": (
+        [
+            "promote.metrics=['win_rate:judge']",
+            "rewards=[{name: judge, url: 'http://h', model: m, api_key: '${NOT_SET_HERE}'}]",
+        ],
+        "rewards.judge.api_key names ${NOT_SET_HERE}, which is not set; write `export NOT_SET",
     ),
     "metric twice": (["promote.metrics=[loss, loss]"], "names one twice; write it once"),
     "figure of a metric that is not measured": (

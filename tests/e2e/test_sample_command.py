@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
+from raytune_ft.model.load import resolve_model_path
 
 pytestmark = pytest.mark.e2e
 
@@ -94,6 +96,75 @@ def test_samples_and_preferences(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("again.jsonl").read_bytes() == Path("pairs.jsonl").read_bytes()
     assert Path("samples.jsonl").read_bytes() == before
     assert re.search(r"of an earlier command +15", capsys.readouterr().out)
+
+
+def test_the_mean_of_the_best_of_n_is_the_closed_form(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a reward of 0 or 1 that one completion has with probability p: 1 - (1 - p)^n."""
+    path = resolve_model_path("builtin:tiny")
+    model, tokenizer = (one.from_pretrained(path) for one in (AutoModelForCausalLM, AutoTokenizer))
+    rows = [{"prompt": "Say 1.", "completion": "one"}] * 600
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = tokenizer("Say 1.\n", return_tensors="pt")
+    with torch.no_grad():
+        shares = model(**ids).logits[0, -1].double().softmax(-1)
+    words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(shares))]
+    by_letter = {
+        letter: float(shares[torch.tensor([letter in word for word in words])].sum())
+        for letter in "abcdefghijklmnopqrstuvwxyz"
+    }
+    letter, p = min(by_letter.items(), key=lambda pair: abs(pair[1] - 0.25))
+    assert 0.1 < p < 0.5
+    reward = f"rewards=[{{name: regex, pattern: {letter}}}]"
+    one_token = ["sampling.max_new_tokens=1", reward, "--split", "test"]
+    for n in (2, 4):
+        out = ["--n", str(n), "--out", f"s{n}.jsonl", "--best", f"best{n}.jsonl"]
+        assert sampled(*one_token, *out) == 0
+        best = rows_of(f"best{n}.jsonl")
+        expected = 1 - (1 - p) ** n
+        spread = (expected * (1 - expected) / len(best)) ** 0.5
+        mean = sum(row["score"] for row in best) / len(best)
+        assert len(best) == 600
+        assert abs(mean - expected) < 4 * spread
+        shown = re.search(r"mean of the best +([\d.]+)", capsys.readouterr().out)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(mean, rel=1e-3)
+        for row in best:
+            assert (letter in row["completion"]) == (row["score"] == 1)
+
+
+def test_the_best_are_rows_to_train_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampled("--best", "best.jsonl") == 0
+    rows, best = rows_of(), rows_of("best.jsonl")
+    assert len(best) == 5
+    for place, one in enumerate(best):
+        own = [row for row in rows if row["place"] == place]
+        first = max(own, key=lambda row: row["score"])
+        assert one == {key: first[key] for key in ("prompt", "completion", "score")}
+    # Of samples that are there it costs no sampling.
+    assert sampled("--best", "again.jsonl", "--pairs", "pairs.jsonl") == 0
+    assert Path("again.jsonl").read_bytes() == Path("best.jsonl").read_bytes()
+    assert "of an earlier command" in capsys.readouterr().out
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {i}."},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
+        for i in range(4)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    chat = "{path: rows.jsonl, format: messages, chat_template: chatml}"
+    sources = [f"data.train={chat}", f"data.test={chat}"]
+    assert sampled(*sources, "--out", "chats.jsonl", "--best", "chat_best.jsonl") == 0
+    for place, one in enumerate(rows_of("chat_best.jsonl")):
+        assert one["prompt"] == [{"role": "user", "content": f"Say {place}."}]
+        assert [turn["role"] for turn in one["completion"]] == ["assistant"]
+    learn = ["train", "c.yaml", "name=best", "train.max_examples=4", "data.test=null"]
+    assert run_command([*learn, "data.train={path: best.jsonl}"]) == 0
+    learn[2] = "name=chat"
+    source = "data.train={path: chat_best.jsonl, chat_template: chatml}"
+    assert run_command([*learn, source]) == 0
 
 
 def test_a_cut_file_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +284,18 @@ BAD: list[tuple[list[str], str]] = [
         "rewards.judge.api_key is a secret, and the config is saved in the clear",
     ),
     (["rewards=[]", "--pairs", "p.jsonl"], "--pairs p.jsonl needs scores"),
+    (["rewards=[]", "--best", "b.jsonl"], "--best b.jsonl needs scores; write rewards: [...]"),
+    (["--n", "1", "--best", "b.jsonl"], "--best b.jsonl needs two completions of a prompt; write"),
+    (["--best", "samples.jsonl"], "--best samples.jsonl is --out too; write another file"),
+    (["--pairs", "p.jsonl", "--best", "p.jsonl"], "--best p.jsonl is --pairs too"),
+    (["rewards=[{name: model, path: ./nowhere}]"], "nowhere does not exist; write an existing"),
+    (
+        ["rewards=[{name: model, label: rm, path: 'builtin:tiny'}]"],
+        "rewards.rm.path=builtin:tiny has no head for whole answers, and so gives no reward; train "
+        "one with train.objective: reward",
+    ),
+    (["rewards=[{name: model}]"], "rewards.model.path is missing; write text"),
+    (["rewards=[{name: exact_match, label: 'a:b'}]"], "rewards.exact_match.label=a:b is not"),
     (["--n", "1", "--pairs", "p.jsonl"], "--pairs p.jsonl needs two completions of a prompt"),
     (["sampling.temperature=0"], "sampling.temperature=0 gives 3 times the same completion"),
     (["sampling.temperature=-1"], "sampling.temperature=-1 is not a number of at least 0"),

@@ -10,27 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.config.rewards import Length
+from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config, PromoteConfig
+from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.errors import ClusterError, DataError, ModelError
+from raytune_ft.evaluate.answers import Asking
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 from raytune_ft.evaluate.workers import HERE
 from raytune_ft.ray_backend.call import WorkerGroups
 from raytune_ft.records import Tell
+from raytune_ft.rewards.pool import SharedRewards
 from raytune_ft.strategy import Strategy
 from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama
 
 pytestmark = pytest.mark.ray
+SETTINGS = PromoteConfig(metrics=["loss", "rouge", "reward"], max_new_tokens=4)
 
 
 def jobs(inputs: Inputs, directory: Path, settings: PromoteConfig, count: int = 3) -> list[Job]:
-    """Three models, more than the cluster has room for at a time."""
+    """Three models, more than the cluster has room for at a time; a reward scores what they say."""
     config = inputs.config()
+    asked = [Prompt(f"r:{place}", (place + 2, 5, 7), (), {}, None, "a") for place in range(12)]
+    rewards = SharedRewards([Length(name="length", target=4)])
+    sampling = SamplingConfig(n=2, max_new_tokens=6)
+    asking = Asking(tuple(asked), "data.validation", sampling, 3, rewards)
     made = []
     for seed in range(count):
         path = save_tiny_llama(directory / str(seed), seed)
         model = config.model.model_copy(update={"path": str(path)})
-        made.append(Job(model, config.model, settings, inputs.data_dir, "validation"))
+        job = Job(model, config.model, settings, inputs.data_dir, "validation", asking=asking)
+        made.append(job)
     return made
 
 
@@ -42,11 +53,16 @@ def assert_same(found: list[Measured], wanted: list[Job]) -> None:
     for one, alone in zip(found, HERE.each(run_job, wanted), strict=True):
         assert one.figures == pytest.approx(alone.figures, rel=1e-6)
         assert one.continuations == alone.continuations
+        assert one.answers is not None
+        assert alone.answers is not None
+        assert one.answers.groups == alone.answers.groups
 
 
 @pytest.mark.slow
 def test_groups_find_what_one_process_finds(inputs: Inputs, tmp_path: Path) -> None:
-    wanted = jobs(inputs, tmp_path, PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4))
+    wanted = jobs(
+        inputs, tmp_path, PromoteConfig(metrics=["loss", "rouge", "reward"], max_new_tokens=4)
+    )
     said: list[str] = []
     found = groups(inputs.config(), tmp_path, said.append).each(run_job, wanted)
     assert_nothing_left()
@@ -74,8 +90,7 @@ def _never(tell: Tell) -> None:
 def test_a_model_of_a_sharded_run_is_measured_in_parts(
     inputs: Inputs, tmp_path: Path, strategy: str
 ) -> None:
-    settings = PromoteConfig(metrics=["loss", "rouge"], max_new_tokens=4)
-    wanted = jobs(inputs, tmp_path, settings, count=1)
+    wanted = jobs(inputs, tmp_path, SETTINGS, count=1)
     config = inputs.config(
         method={"name": "full"}, parallel__strategy=strategy, parallel__workers=2
     )

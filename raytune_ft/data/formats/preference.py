@@ -80,6 +80,11 @@ ASKING = ("system", "developer", "user")
 """Roles of turns that belong to a prompt."""
 
 
+def prompt_of(source: SourceConfig, row: Row) -> Any:
+    """The prompt of a sound row: a text, or a list of turns."""
+    return _parts(source, row)[0]
+
+
 def _parts(source: SourceConfig, row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected answer: texts, or lists of turns."""
     values = row.values

@@ -15,6 +15,7 @@ from raytune_ft.errors import ConfigError
 
 PLAIN = Config(name="a", data=DataConfig(train=SourceConfig(path="/x.jsonl")))
 OWN, TASK = ["loss", "/x/own.py:score"], ["lm_eval:/x/task.yaml"]
+JUDGE = {"name": "judge", "url": "http://elsewhere/v1", "model": "m"}
 REMOTE = {"model.trust_remote_code": True, "model.path": "someone/else"}
 
 
@@ -26,6 +27,9 @@ REMOTE = {"model.trust_remote_code": True, "model.path": "someone/else"}
         REMOTE,
         REMOTE | {"promote.base": "/b"},
         {"model.path": "evil/${HF_TOKEN}"},
+        {"promote.metrics": ["reward"], "rewards": ["/x/own.py:score"]},
+        {"promote.metrics": ["win_rate:judge"], "rewards": [JUDGE]},
+        {"promote.metrics": ["reward:judge"], "rewards": [{**JUDGE, "api_key": "${A_KEY}"}]},
     ],
 )
 def test_it_has_to_be_named_here_too(changes: dict[str, Any]) -> None:
@@ -50,6 +54,11 @@ def test_another_model_is_other_code(changes: dict[str, Any]) -> None:
     saved = apply_overrides(given, changes)
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true with"):
         check_code(saved, Path("/runs/a"), named_code(given))
+
+
+def test_rewards_that_no_metric_names_are_not_run() -> None:
+    config = apply_overrides(PLAIN, {"rewards": ["/x/own.py:score", JUDGE]})
+    check_code(config, Path("/runs/a"), ())
 
 
 def test_the_harness_own_tasks_and_native_models_are_no_code_of_the_config() -> None:

@@ -74,6 +74,44 @@ def test_a_conversation_ends_before_the_answer(tokenizer: Any, tmp_path: Path) -
     assert found[2].columns["key"] == 7
 
 
+ANSWER, OTHER = [{"role": "assistant", "content": "no"}], [{"role": "system", "content": "s"}]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "written"),
+    [
+        ("preference", {"prompt": "a", "chosen": "cd", "rejected": "e"}, "a"),
+        ("preference", {"prompt": ASKED, "chosen": SAID, "rejected": ANSWER}, ASKED),
+        ("preference", {"chosen": ASKED + SAID, "rejected": ASKED + ANSWER}, ASKED),
+        (
+            "preference",
+            {"system": "s", "prompt": "a", "chosen": "cd", "rejected": "e"},
+            [*OTHER, {"role": "user", "content": "a"}],
+        ),
+        (
+            "preference",
+            {"instruction": "a", "input": "b", "chosen": "cd", "rejected": "e"},
+            [{"role": "user", "content": "a\nb"}],
+        ),
+        ("unpaired", {"prompt": "a", "completion": "cd", "label": True}, "a"),
+        ("unpaired", {"prompt": ASKED, "completion": SAID, "label": False}, ASKED),
+    ],
+)
+def test_prompts_of_preferences(
+    format: str, row: dict[str, Any], written: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [row] * 4)
+    data = data_of(rows, {"format": format, "chat_template": "chatml"})
+    data = data.model_copy(update={"test": data.train, "validation": data.train})
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
+    found = of_split(data, "test", tokenizer, 0)
+    assert [one.written for one in found] == [written] * 4
+    assert prepared.test is not None
+    ids, mask = prepared.test.sequence(0)
+    assert found[0].ids == tuple(ids[: mask.argmax()].tolist())
+    assert tokenizer.decode(found[0].reference, skip_special_tokens=True).strip() == "cd"
+
+
 def test_of_a_file_of_texts(tokenizer: Any, tmp_path: Path) -> None:
     train = write(tmp_path / "rows.jsonl", texts(20))
     data = data_of(train)

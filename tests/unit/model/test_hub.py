@@ -105,11 +105,18 @@ def test_the_models_that_a_config_names(tmp_path: Path) -> None:
         "train.objective": "kd",
         "train.kd.teacher": "org/teacher",
         "promote.base": str(tmp_path),
+        "rewards": [
+            {"name": "model", "path": "org/rm", "revision": "v2"},
+            {"name": "model", "label": "here", "path": str(tmp_path)},
+        ],
     }
     config = apply_overrides(CONFIG, changes)
     named = named_models(config)
-    assert list(named) == ["model.path=org/student", "train.kd.teacher=org/teacher"]
-    assert [model.revision for model in named.values()] == ["v1", None]
+    assert list(named) == [
+        *("model.path=org/student", "train.kd.teacher=org/teacher"),
+        "rewards.model.path=org/rm",
+    ]
+    assert [model.revision for model in named.values()] == ["v1", None, "v2"]
     assert [model.path for model in trained_models(config)] == ["org/student", "org/teacher"]
     on_disk = apply_overrides(config, {"train.kd.cache": "disk"})
     assert [model.path for model in trained_models(on_disk)] == ["org/student"]

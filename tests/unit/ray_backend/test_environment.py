@@ -17,7 +17,9 @@ SET = {
     "NCCL_DEBUG": "INFO",
     "GLOO_SOCKET_IFNAME": "eth0",
     "HOME": "/root",
+    "JUDGE_KEY": "x",
 }
+JUDGE = {"name": "judge", "url": "http://h", "model": "m", "api_key": "${JUDGE_KEY}"}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,13 @@ SET = {
         ({"tracking.to": ["wandb"]}, False, ["WANDB_API_KEY"]),
         ({"tracking.to": ["mlflow", "tensorboard"]}, False, ["MLFLOW_TRACKING_TOKEN"]),
         ({"tracking.uri": "http://me:${PASSWORD}@host"}, False, []),  # its value travels
+        ({"rewards": [JUDGE]}, False, []),  # of `sample` alone
+        ({"rewards": [JUDGE], "promote.metrics": ["reward:judge"]}, False, ["JUDGE_KEY"]),
+        (
+            {"rewards": [{**JUDGE, "mode": "pairs"}], "promote.metrics": ["win_rate:judge"]},
+            False,
+            [],
+        ),  # the driver asks it
     ],
 )
 def test_what_is_used_is_needed(changes: dict[str, Any], several: bool, names: list[str]) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +14,13 @@ from raytune_ft.errors import ConfigError
 from raytune_ft.rewards import judge
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.pool import Rewards, started
-
-KEY = "secret-of-this-test"
-
-
-class Server(ThreadingHTTPServer):
-    """Prefers the longer answer; one that says `first` wherever it stands first."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.questions: list[str] = []
-        self.statuses: list[int] = []  # of the next replies
-        self.location = ""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][0]["content"]
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            self.send_error(401)
-            return
-        if self.path != "/v1/chat/completions" or body["model"] != "m":
-            self.send_error(404)
-            return
-        if question != "Reply with 1.":
-            status = self.server.statuses.pop(0) if self.server.statuses else 200
-            if status != 200:
-                self.send_response(status)
-                self.send_header("Location", self.server.location)
-                self.end_headers()
-                return
-            self.server.questions.append(question)
-        reply = {"choices": [{"message": {"content": _reply(question)}}]}
-        content = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def _reply(question: str) -> str:
-    answers = re.findall(r"\[Answer.*?\]\n(.*?)\n\[End", question, re.S)
-    if len(answers) == 2:
-        if "first" in answers[0]:
-            return "A"
-        return "A" if len(answers[0]) > len(answers[1]) else "The better one is B."
-    if answers and answers[0] == "mumble":
-        return "hard to say"
-    return f"I give it 0.{len(answers[0])}" if answers else "1"
+from tests.support.judge import KEY, Server, serving
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, daemon=True)
-        thread.start()
+    with serving() as made:
         yield made
-        made.shutdown()
-        thread.join()
 
 
 def configured(server: Server, folder: Path, **keys: Any) -> Judge:
@@ -132,8 +68,21 @@ def test_pairs_are_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
         assert values(rewards, "alone") == [None]
 
 
+def test_questions_of_all_prompts_are_asked_at_the_same_time(
+    server: Server, tmp_path: Path
+) -> None:
+    server.delay_s = 0.25
+    groups = [Group(f"r:{i}", f"why {i}?", "", ["a", "bb"], [[1]] * 2) for i in range(8)]
+    with started([configured(server, tmp_path, at_once=16, mode="pairs")]) as rewards:
+        start = time.monotonic()
+        found = rewards.score(groups)
+        assert time.monotonic() - start < 16 * 0.25 / 2
+    assert [[one["judge"] for one in each] for each in found] == [[0, 1]] * 8
+    assert len(server.questions) == 16
+
+
 def test_a_question_without_an_answer_has_no_score(server: Server, tmp_path: Path) -> None:
-    with started([configured(server, tmp_path, retries=1)]) as rewards:
+    with started([configured(server, tmp_path, retries=1, at_once=1)]) as rewards:
         server.statuses = [500, 500]
         assert values(rewards, "a", "b") == [None, 0.1]
         assert "HTTP 500" in rewards.processes[0].tally.first_missing

@@ -160,12 +160,13 @@ def test_every_path_that_is_resolved_is_known_here(project: Path) -> None:
         "search: {space: {train.lr: {choice: [1e-4]}}, warm_start: [runs/first]}\n"
         "promote:\n  metrics: [loss, 'own.py:score', 'lm_eval:tasks/task.yaml']\n"
         "  base: ./model\n  retention: {path: rows/test.jsonl}\n"
+        "rewards: ['own.py:score', {name: model, path: ./rm}]\n"
     )
     config = load_config(project / "whole.yaml")
     known = {os.path.normpath(project / named.path) for named in named_paths(config)}
     resolved = _texts({**to_plain(resolve(config)), "storage": None})
     absolute = {text for text in resolved if str(project) in text}
-    assert len(absolute) >= 7
+    assert len(absolute) >= 8
     assert {text.removeprefix("lm_eval:").removesuffix(":score") for text in absolute} <= known
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raytune_ft.config.rollouts import PpoConfig, RolloutConfig
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.batch import MicroBatch, collate
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.critic import add_critic, critic_of
@@ -23,19 +23,13 @@ from raytune_ft.model.sampling import Said
 from raytune_ft.train.credit import TokenAdvantages
 from raytune_ft.train.speaker import Answered, Speaker
 from tests.support.models import save_tiny_llama, true_float64
+from tests.support.rollouts import PROMPT, in_one_batch
 
-PROMPT = 0
 CLIPPED: dict[str, Any] = {"cliprange": 0.1, "cliprange_value": 0.1, "vf_coef": 0.7}
 
 
 def objective(**settings: Any) -> Ppo:
     return Ppo(settings=PpoConfig(**settings), rollout=RolloutConfig(temperature=0.8))
-
-
-def in_one_batch(split: TokenizedSplit) -> MicroBatch:
-    """All examples, one in a row, in their order."""
-    rows = tuple((i,) for i in range(len(split)))
-    return collate(split, np.arange(len(split)), rows, PROMPT, torch.device("cpu"))
 
 
 def rolled_out(seed: int = 0) -> TokenizedSplit:
