@@ -23,7 +23,7 @@ def test_a_run_on_shards_of_a_bucket(
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "swordfish",
+            "AWS_SECRET_ACCESS_KEY": "swordfish",  # pragma: allowlist secret
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             monkeypatch.setenv(name, value)
