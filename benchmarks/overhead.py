@@ -123,8 +123,7 @@ class Bare(Silent):
         batch = self.config.train.batch_size
         indices = self.order.indices(step * batch, batch)
         count = self.engine.objective.count(self.data.train, indices)
-        layout = self.engine.layout(self.data.train.lengths[indices].tolist())
-        batches = [self.engine.collate(self.data.train, indices, rows) for rows in layout]
+        batches = self.engine.micro_batches(self.data.train, indices)
         began = time.perf_counter()
         self.bare_losses.append(self.train_on(batches, count))
         self.bare_s.append(time.perf_counter() - began)

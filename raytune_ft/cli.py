@@ -40,6 +40,12 @@ checkpoints = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(checkpoints, name="checkpoints")
+data = typer.Typer(
+    help="Check, measure and show the data of a config. No model is loaded, only its tokenizer.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(data, name="data")
 PROGRAM = "raytune-ft"
 INTERRUPTED = "interrupted; a run continues with --resume"
 # typer may bundle its own click, which exports this class only through its subclasses.
@@ -588,6 +594,56 @@ def doctor(
     show.print_table(table(rows))
     for line in examine.verdict(rows, file is not None):
         show.tell(line)
+
+
+@data.command()
+def check(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Read every row: counts, the causes of bad rows, splits, duplicates and overlaps.
+
+    Exit code 2 where `train` would refuse the data. The tokens are kept for the run.
+
+    Example: raytune-ft data check jobs/quickstart.yaml
+    """
+    from raytune_ft import data_view
+
+    found = data_view.view(file, overrides or (), show.tell)
+    for table in data_view.checked(found):
+        show.print_table(table)
+    for line in data_view.remarks(found):
+        show.tell(line)
+
+
+@data.command()
+def stats(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show the lengths of the examples, and what `data.max_length` cuts.
+
+    Example: raytune-ft data stats jobs/quickstart.yaml data.max_length=256
+    """
+    from raytune_ft import data_view
+
+    for line in data_view.measured(data_view.view(file, overrides or (), show.tell)):
+        show.tell(line)
+
+
+@data.command()
+def preview(
+    file: File,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
+    start: Annotated[int, typer.Option("--start", min=0, help="The first example.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many examples.")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Show examples as the model sees them; what carries loss is green, in a log within [[ ]].
+
+    Example: raytune-ft data preview jobs/quickstart.yaml --split validation --count 1
+    """
+    from raytune_ft import data_view
+
+    found = data_view.view(file, overrides or (), show.tell)
+    for number in range(start, min(start + count, max(len(found.split(split)), start + 1))):
+        show.tell(f"{split} {number}")
+        show.print_pieces(data_view.pieces(found, split, number))
 
 
 @checkpoints.command("list")

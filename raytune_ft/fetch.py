@@ -60,4 +60,4 @@ def _data(config: Config) -> Iterator[Download]:
     for key, source in sources.items():
         if (found := fetch_source(key, source)) is not None:
             folder, size, new = found
-            yield Download(f"{key}.path={source.path}", HERE, Fetched(folder, size, new))
+            yield Download(f"{key}.path={source.shown}", HERE, Fetched(folder, size, new))

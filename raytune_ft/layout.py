@@ -7,6 +7,7 @@ STORAGE/
                                   base_loss.npy, teacher_logits.npy, reference_<split>.npy,
                                   <split>_prompts.jsonl
     .reference-<key>/, .lock      blocks of a reference pass that is not done
+    .parts-<key>/, .lock          parts of tokens that are not whole: 000000.arrow, 000000.json
   NAME/                           a run
     .lock                         held by the process that drives the run
     config.yaml                   the resolved config

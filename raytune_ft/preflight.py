@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.environment import in_ray_job, joins_cluster
 from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
+from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
@@ -18,6 +19,8 @@ from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.estimate.parameters import Shell
@@ -183,16 +186,31 @@ def needs_ray(config: Config) -> bool:
     return joins_cluster() or config.search is not None or several
 
 
+def tokens_of(config: Config, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> PreparedData:
+    """Tokenise the data of a config that is resolved and expanded: in processes of this machine, or
+    on the joined cluster in tasks. Raises as `prepare_data` does.
+    """
+    from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.processes import Workers, in_processes
+
+    workers: Workers = in_processes
+    if joins_cluster():
+        from raytune_ft.ray_backend.tokenise import in_tasks
+
+        workers = in_tasks
+    return prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
+
+
 def prepare(config: Config, tell: Tell) -> PreparedData:
     """Check model and method, then tokenise; `config` is resolved and expanded.
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
     from raytune_ft.data.order import pass_length
-    from raytune_ft.data.prepare import prepare_data
     from raytune_ft.data.prompts import prompted
     from raytune_ft.data.report import check_overlap
     from raytune_ft.evaluate.metrics import check_metrics
+    from raytune_ft.model.critic import check_critic
     from raytune_ft.model.hub import at_path
     from raytune_ft.model.load import (
         check_backend,
@@ -223,7 +241,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     check_metrics(config)
     check_trackers(config.tracking)
     tokenizer = load_tokenizer(config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell)
+    data = tokens_of(config, tokenizer, tell)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     data = prompted(config, data, tokenizer, config.seed)
     data = with_rewards(config, data)
@@ -231,6 +249,8 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
     shapes = build_shapes(config.model, head=head_of(config, data.report))
     check_lengths(config, shapes, data)
     check_vocabulary(config, shapes, data, tokenizer)
+    if OBJECTIVES[config.train.objective].critic:
+        check_critic(shapes)
     check_objective(config, data)
     check_pairs(config, data)
     return data

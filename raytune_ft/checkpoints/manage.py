@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_ft.bucket import Bucket
 from raytune_ft.checkpoints.manifest import check_sizes
-from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints
+from raytune_ft.checkpoints.s3 import RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
 from raytune_ft.config.paths import OBJECT_STORE

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
+from raytune_ft.bucket import Bucket, Timing
+from raytune_ft.checkpoints.s3 import RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.explain import shown_value
 from raytune_ft.errors import CheckpointError, StorageError

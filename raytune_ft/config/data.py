@@ -107,13 +107,16 @@ FORMATS: dict[str, Format] = {
 }
 
 
+Text = Annotated[str, Field(min_length=1)]
+
+
 class SourceConfig(Section):
     """Where rows come from and which of their columns make an example."""
 
-    path: str = Field(
-        min_length=1,
-        description=".jsonl, .json, .csv, .tsv, .parquet, .txt (a line is a row), a folder saved "
-        "by datasets, or a hub id",
+    path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description=".jsonl, .json, .csv, .tsv, .parquet or .txt (a line is a row), text also as "
+        ".gz or .zst; a glob, a folder of such files, s3://bucket/prefix or another URL, or a list "
+        "of these; a folder saved by datasets, or a hub id",
     )
     format: Annotated[str, NameIn(FORMATS)] = Field(
         "prompt_completion",
@@ -188,9 +191,23 @@ class SourceConfig(Section):
     )
     split: str | None = Field(None, description="split of a hub or saved data set, such as train")
     subset: str | None = Field(None, description="configuration name of a hub data set")
+    revision: str | None = Field(
+        None, description="commit, tag or branch of a hub data set; null is its newest commit"
+    )
     columns: list[str] | None = Field(
         None, description="column names of a .csv or .tsv file without a header line"
     )
+
+    @property
+    def paths(self) -> list[str]:
+        """Everything that `path` lists."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def shown(self) -> str:
+        """`path` for messages: of a list, the first and how many others there are."""
+        more = len(self.paths) - 1
+        return self.paths[0] + (f" and {more} more" if more else "")
 
 
 class ChunkConfig(Section):
@@ -211,13 +228,13 @@ class NamedSource(SourceConfig):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
-        description="name of the source in metrics; null is the file's name",
+        description="name of the source in metrics; null is the name of its first file",
     )
 
     @property
     def called(self) -> str:
-        """The written name, or the file's."""
-        return self.name or name_of_path(self.path)
+        """The written name, or that of the first path."""
+        return self.name or name_of_path(self.paths[0])
 
 
 class MixedSource(NamedSource):
@@ -318,9 +335,12 @@ class DataConfig(Section):
 
 
 def name_of_path(path: str) -> str:
-    """The default name of a source: its file's name without the extension."""
-    stem = PurePath(path).name.partition(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "source"
+    """The default name of a source: its file's name without the extension, or, of a glob such as
+    `chats/*.jsonl`, that of the folder.
+    """
+    parts = (part.partition(".")[0] for part in reversed(PurePath(path).parts))
+    names = (re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-_") for part in parts)
+    return next(filter(None, names), "source")
 
 
 def called(items: Sequence[Any], name: str) -> dict[str, Any]:
@@ -330,7 +350,7 @@ def called(items: Sequence[Any], name: str) -> dict[str, Any]:
         KeyError: there is none; its argument lists the names that exist.
     """
     names = [
-        str(item.get("name") or name_of_path(str(item.get("path", ""))))
+        str(item.get("name") or name_of_path(_first(item.get("path", ""))))
         if isinstance(item, dict)
         else ""
         for item in items
@@ -340,6 +360,10 @@ def called(items: Sequence[Any], name: str) -> dict[str, Any]:
         if name in keys and isinstance(found := items[keys.index(name)], dict):
             return found
     raise KeyError(", ".join(filter(None, names)))
+
+
+def _first(path: Any) -> str:
+    return str(path[0]) if isinstance(path, list) and path else str(path)
 
 
 def listed(sources: Any) -> Sequence[SourceConfig]:
@@ -368,7 +392,7 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
     several = [getattr(data, split) for split in ("train", "validation", "test")]
     if not any(isinstance(each, list) for each in several):
         return ()
-    train = [name_of_path(data.train.path)] if isinstance(data.train, SourceConfig) else []
+    train = [name_of_path(data.train.paths[0])] if isinstance(data.train, SourceConfig) else []
     others = (each.called for some in several if isinstance(some, list) for each in some)
     return tuple(dict.fromkeys([*train, *others]))
 

@@ -139,14 +139,14 @@ def asked_rewards(config: Config) -> list[RewardConfig]:
 
 def needs_base(config: Config) -> bool:
     """Whether the losses read the log-probabilities of the model before training."""
-    rollouts = OBJECTIVES[config.train.objective].rollouts
-    return rollouts > 1 or (rollouts == 1 and config.train.grpo.beta > 0)
+    return OBJECTIVES[config.train.objective].base(config.train)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """`section.key=value` as the dotted key and its value, read as YAML.
 
-    A key that takes text takes the value as it is written, so that `model.revision=1e5` is text.
+    A key that takes text takes the value as it is written, so that `model.revision=1e5` is text;
+    one that takes text or a list reads a list where the value begins with a bracket.
     """
     dotted, equals, written = text.partition("=")
     if not equals or not dotted.strip():
@@ -155,6 +155,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     expected = _expected(_split(dotted))
     quoted = written[:1] in ("'", '"')
     if expected == "text" or expected == "text that is not empty" or dotted == "name":
+        return dotted, yaml_text.parse(written, dotted) if quoted else written
+    if expected == "text that is not empty or a list of values" and written[:1] != "[":
         return dotted, yaml_text.parse(written, dotted) if quoted else written
     if expected == "text or null" and not quoted:
         return dotted, None if written in ("null", "~", "") else written

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.config import paths, rewards
 from raytune_ft.config.data import FORMATS, source_configs
@@ -26,30 +29,84 @@ from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.errors import ConfigError
 
-OWN = "loss"
-"""The entry of `promote.metrics` that stands for the figures of the objective itself."""
-FIGURES: dict[str, tuple[Figure, ...]] = {
-    "answer": (Figure("answer_exact_match", "max", label="exact match of the answer"),),
-    "rouge": (
-        Figure("rouge1", "max", label="ROUGE-1"),
-        Figure("rouge2", "max", label="ROUGE-2"),
-        Figure("rougeL", "max", label="ROUGE-L"),
-    ),
-    "classification": (ACCURACY, MACRO_F1, CALIBRATION_ERROR),
-    "reward": (
-        Figure("reward", "max"),
-        Figure("completion_tokens", "min"),
-        Figure("truncated", "min"),
-        Figure("unscored", "min"),
-    ),
-}
-"""The figures that each of the other entries of `promote.metrics` gives."""
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """One entry of `promote.metrics`.
+
+    Attributes:
+        implementation: imports and returns the function of `evaluate.metrics` from a `Subject` to
+            the scores of each figure.
+        figures: those that it gives.
+    """
+
+    implementation: Callable[[], Callable[[Any], Any]]
+    figures: tuple[Figure, ...]
+
+
+def _own() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import own
+
+    return own
+
+
+def _answer() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import answer
+
+    return answer
+
+
+def _rouge() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import rouge
+
+    return rouge
+
+
+def _classification() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import classification
+
+    return classification
+
+
+def _reward() -> Callable[[Any], Any]:
+    from raytune_ft.evaluate.metrics import reward_scores
+
+    return reward_scores
+
+
 REWARD, WIN_RATE, CONTROLLED = "reward", "win_rate", "win_rate_lc"
 DISAGREED = "disagreed"
 OF_A_REWARD = (REWARD, WIN_RATE, CONTROLLED)
 """Entries of `promote.metrics` before a colon and what a reward is called, and their figures."""
 NEUTRAL = ("completion_tokens",)
 """Figures of which neither way is better in itself."""
+OWN = "loss"
+"""The metric whose figures are those of the objective."""
+METRICS: dict[str, MetricFacts] = {
+    OWN: MetricFacts(_own, ()),
+    "answer": MetricFacts(
+        _answer, (Figure("answer_exact_match", "max", label="exact match of the answer"),)
+    ),
+    "rouge": MetricFacts(
+        _rouge,
+        (
+            Figure("rouge1", "max", label="ROUGE-1"),
+            Figure("rouge2", "max", label="ROUGE-2"),
+            Figure("rougeL", "max", label="ROUGE-L"),
+        ),
+    ),
+    "classification": MetricFacts(_classification, (ACCURACY, MACRO_F1, CALIBRATION_ERROR)),
+    REWARD: MetricFacts(
+        _reward,
+        (
+            Figure(REWARD, "max"),
+            Figure("completion_tokens", "min"),
+            Figure("truncated", "min"),
+            Figure("unscored", "min"),
+        ),
+    ),
+}
+"""Metrics by their names in `promote.metrics`."""
 RETENTION: dict[str, Figure] = {
     each.name: each
     for each in (
@@ -64,7 +121,7 @@ HARNESS = "lm_eval:"
 def known_figures() -> dict[str, Figure]:
     """Every declared figure, by its name in promotion and by its name in training."""
     own = [figure for entry in OBJECTIVES.values() for figure in entry.figures]
-    other = [figure for given in FIGURES.values() for figure in given]
+    other = [figure for metric in METRICS.values() for figure in metric.figures]
     return RETENTION | {name: each for each in other + own for name in (each.promoted, each.name)}
 
 
@@ -112,16 +169,15 @@ def check(config: Config) -> None:
     and under an objective with a task head for what such a head does not have.
     """
     promote, objective, problem = config.promote, config.train.objective, config.data.problem
-    names = (OWN, *FIGURES)
     for name in promote.metrics:
-        known = name in names or function_of(name) or of_reward(name)
+        known = name in METRICS or function_of(name) or of_reward(name)
         if known or name.removeprefix(HARNESS) not in ("", name):
             continue
-        near = closest(name, names)
+        near = closest(name, METRICS)
         kinds = ":NAME, ".join(OF_A_REWARD)
         raise ConfigError(
             f"promote.metrics={shown_value(name)}",
-            f"is none of {', '.join(names)}, {kinds}:NAME, {HARNESS}TASK or FILE.py:FUNCTION",
+            f"is none of {', '.join(METRICS)}, {kinds}:NAME, {HARNESS}TASK or FILE.py:FUNCTION",
             f"did you mean {near}?" if near else "write one of those",
         )
     if len(set(promote.metrics)) < len(promote.metrics):
@@ -263,7 +319,7 @@ def _check_figure(config: Config) -> None:
         return
     if harness and "/" in promote.metric:  # such as arc_easy/acc
         return
-    own = {name: [each.promoted for each in given] for name, given in FIGURES.items()}
+    own = {name: [each.promoted for each in metric.figures] for name, metric in METRICS.items()}
     owner = next((name for name, given in own.items() if promote.metric in given), None)
     owner = promote.metric if of_reward(promote.metric) else owner
     near = closest(promote.metric, known)
@@ -287,8 +343,8 @@ def _names(config: Config) -> list[str]:
             known.append(name)
         elif found := function_of(name):
             known.append(found[1])
-        else:
-            known += [each.promoted for each in FIGURES.get(name, ())]
+        elif name in METRICS:
+            known += [each.promoted for each in METRICS[name].figures]
         if name == REWARD or OBJECTIVES[config.train.objective].rollouts:
             known += [f"{REWARD}:{one.called}" for one in config.rewards if not one.compares]
     return known

@@ -186,6 +186,11 @@ class ObjectiveFacts:
         reference: it needs the log-probabilities of another model, measured before training.
         rollouts: it learns from what the model says during training, which `rewards` score; the
             sequences of each of its examples. 0 where examples are given.
+        credit: imports and returns its way from scored completions to examples, a
+            `train.credit.Credit`.
+        compares: it compares completions of one prompt, of which it needs two.
+        critic: its model has a value head, see `model.critic`.
+        base: whether its losses read the model before training, by the section `train`.
         scaled: its keys change the scale of `eval_loss`, so that the losses of trials that differ
             in them do not compare.
         unpackable: why trials cannot share one process; None where they can.
@@ -204,6 +209,10 @@ class ObjectiveFacts:
     pairs: bool = False
     reference: bool = False
     rollouts: int = 0
+    credit: Callable[[], Callable[..., Any]] | None = None
+    compares: bool = False
+    critic: bool = False
+    base: Callable[[Any], bool] = lambda train: False
     scaled: bool = False
     unpackable: str | None = None
     lr: tuple[float, float] | None = None
@@ -256,6 +265,24 @@ def _grpo() -> Callable[..., Any]:
     from raytune_ft.model.objectives.policy import grpo
 
     return grpo
+
+
+def _ppo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.ppo import ppo
+
+    return ppo
+
+
+def _credit(name: str) -> Callable[[], Callable[..., Any]]:
+    """A class of `train.credit`."""
+
+    def load() -> Callable[..., Any]:
+        from raytune_ft.train import credit
+
+        found: Callable[..., Any] = getattr(credit, name)
+        return found
+
+    return load
 
 
 def _online_dpo() -> Callable[..., Any]:
@@ -351,6 +378,9 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         keys=("rollout", "grpo"),
         smooth=False,
         rollouts=1,
+        credit=_credit("GroupAdvantages"),
+        compares=True,
+        base=lambda train: train.grpo.beta > 0,
         lr=(1e-6, 2e-5),
         unpackable=OWN_WORDS,
     ),
@@ -361,6 +391,22 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         keys=("rollout", "dpo"),
         smooth=False,
         rollouts=2,
+        credit=_credit("BestAgainstWorst"),
+        compares=True,
+        base=lambda train: True,
+        lr=(1e-6, 2e-5),
+        unpackable=OWN_WORDS,
+    ),
+    "ppo": ObjectiveFacts(
+        PROMPTS,
+        SAID_FIGURES,
+        _ppo,
+        keys=("rollout", "ppo"),
+        smooth=False,
+        rollouts=1,
+        credit=_credit("TokenAdvantages"),
+        critic=True,
+        base=lambda train: train.ppo.kl_coef > 0,
         lr=(1e-6, 2e-5),
         unpackable=OWN_WORDS,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from raytune_ft.config.environment import STORAGE_VARIABLE, expand_text
 from raytune_ft.errors import ConfigError, StorageError
@@ -17,6 +17,8 @@ _BUCKET = re.compile(r"[a-z0-9$][\w.${}-]*(/[^@]*)?$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 """Extensions of sources. No other one marks a path as a file: hub ids hold version numbers."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Extension behind that of a text file -> how its bytes are compressed."""
 
 
 def storage(written: str, cwd: Path, disposable_cwd: bool) -> str:
@@ -57,8 +59,17 @@ def model(written: str, cwd: Path) -> str:
     return written if written.startswith(BUILTIN) else source(written, cwd, "model.path")
 
 
+def sources(written: str | list[str], cwd: Path, key: str) -> str | list[str]:
+    """Each path of a source, see `source`."""
+    if isinstance(written, str):
+        return source(written, cwd, key)
+    return [source(each, cwd, key) for each in written]
+
+
 def source(written: str, cwd: Path, key: str) -> str:
-    """A file or folder as an absolute path; a hub id as it is."""
+    """A file, a folder or a glob as an absolute path; a hub id or a URL as it is."""
+    if is_url(written):
+        return written
     is_local = _looks_local(expand_text(written, key)) or _exists(written, cwd, key)
     return absolute(written, cwd, key) if is_local else written
 
@@ -66,6 +77,23 @@ def source(written: str, cwd: Path, key: str) -> str:
 def is_hub_id(path: str) -> bool:
     """Whether a path that does not exist is owner/name, of a model or a data set on the hub."""
     return bool(_HUB_ID.fullmatch(path)) and not _looks_local(path)
+
+
+def is_url(path: str) -> bool:
+    """Whether a source is below a bucket or on another server."""
+    return "://" in path
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path stands for all files that match it."""
+    return any(sign in path for sign in "*?[")
+
+
+def file_kind(path: str) -> tuple[str, str | None]:
+    """The extension of a source's file and its compression: ".jsonl", "zstd" of a.jsonl.zst."""
+    name = PurePath(path)
+    compression = COMPRESSIONS.get(name.suffix.lower())
+    return (PurePath(name.stem) if compression else name).suffix.lower(), compression
 
 
 def is_hub_model(path: str) -> bool:
@@ -76,7 +104,7 @@ def is_hub_model(path: str) -> bool:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith(_LOCAL) or Path(path).suffix.lower() in FILE_KINDS
+    return path.startswith(_LOCAL) or is_glob(path) or file_kind(path)[0] in FILE_KINDS
 
 
 def study(written: str | None, cwd: Path) -> str | None:

@@ -36,18 +36,18 @@ def resolve(
         for number, source in enumerate(listed(getattr(config.data, name))):
             if isinstance(source, NamedSource):
                 key = f"data.{name}.{source.called}.path"
-                found = {"path": paths.source(source.path, here, key), "name": source.called}
+                found = {"path": paths.sources(source.path, here, key), "name": source.called}
                 plain[number] |= found
                 item = plain[number]
             else:
                 item = plain
-                plain["path"] = paths.source(source.path, here, f"data.{name}.path")
+                plain["path"] = paths.sources(source.path, here, f"data.{name}.path")
             if source.chat_template not in (None, *CHAT_TEMPLATES):
                 key = f"data.{name}.chat_template"
                 item["chat_template"] = paths.absolute(source.chat_template, here, key)
     if data["promote"]["retention"] is not None:
         retained = data["promote"]["retention"]
-        retained["path"] = paths.source(retained["path"], here, "promote.retention.path")
+        retained["path"] = paths.sources(retained["path"], here, "promote.retention.path")
     if config.promote.base is not None:
         data["promote"]["base"] = paths.model(config.promote.base, here)
     if OBJECTIVES[config.train.objective].chunked and config.data.chunk is None:

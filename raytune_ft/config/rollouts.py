@@ -12,8 +12,9 @@ from raytune_ft.config.section import Positive, Section
 class RolloutConfig(Section):
     """Completions that are sampled during training, scored, and then trained on."""
 
-    num_generations: Annotated[int, Field(ge=2)] = Field(
-        8, description="completions of each prompt, which are compared with each other"
+    num_generations: Positive = Field(
+        8,
+        description="completions of each prompt, which grpo and online_dpo compare with each other",
     )
     max_completion_length: Positive = Field(256, description="tokens of the longest completion")
     temperature: Annotated[float, Field(gt=0)] = Field(
@@ -90,3 +91,40 @@ class GrpoConfig(Section):
     def high(self) -> float:
         """The upper clip."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class PpoConfig(Section):
+    """Proximal policy optimisation with a critic."""
+
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.05,
+        description="of the log ratio to the model before training, which is taken off the "
+        "reward of each token",
+    )
+    cliprange: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="ratios to the sampling policy are clipped at 1 - cliprange, 1 + cliprange"
+    )
+    vf_coef: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="weight of the loss of values, half the squared error"
+    )
+    cliprange_value: Annotated[float, Field(gt=0)] | None = Field(
+        0.2,
+        description="how far values move from those of the rollout before they are clipped; null "
+        "does not clip",
+    )
+    gamma: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="discount of the reward of each further token"
+    )
+    lam: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.95,
+        description="of generalised advantages: 1 sums rewards to the end, 0 trusts the next value",
+    )
+    whiten_advantages: bool = Field(
+        True, description="advantages of a rollout get the mean 0 and the variance 1"
+    )
+    detach_values: bool = Field(
+        False, description="the loss of values trains the value head alone, not the model under it"
+    )
+    value_lr_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="the learning rate of the value head, as a multiple of train.lr"
+    )

@@ -54,7 +54,7 @@ def check_apart(data: DataConfig) -> None:
         for source in listed(getattr(data, split)):
             if _content(source) in measured:
                 raise ConfigError(
-                    f"data.test={shown_value(source.path)}",
+                    f"data.test={shown_value(source.shown)}",
                     f"is data.{split} too, and selecting on the test set is refused",
                     "write another source, or none",
                 )
@@ -504,6 +504,12 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "with the model before training",
             "leave the key out",
         )
+    if facts.compares and train.rollout.num_generations < 2:
+        raise ConfigError(
+            f"train.rollout.num_generations={train.rollout.num_generations}",
+            f"leaves train.objective={train.objective} no other completion to compare with",
+            "write at least 2, or train.objective: ppo",
+        )
     grpo = train.grpo
     if grpo.gate is not None and grpo.gate not in named:
         raise ConfigError(
@@ -569,7 +575,7 @@ def _check_source(label: str, source: SourceConfig) -> None:
                 f"is for format: {one_of(formats)}, and this is {source.format}",
                 "leave it out",
             )
-    if source.rows == "file" and not source.path.lower().endswith(".txt"):
+    if source.rows == "file" and any(paths.file_kind(path)[0] != ".txt" for path in source.paths):
         raise ConfigError(f"{label}.rows=file", "is for .txt files", "leave it out")
     if source.rationale_until is not None:
         try:

@@ -14,7 +14,7 @@ from raytune_ft.config.preference import (
     RewardModelConfig,
     SimpoConfig,
 )
-from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
+from raytune_ft.config.rollouts import GrpoConfig, PpoConfig, RolloutConfig
 from raytune_ft.config.section import Fraction, NameIn, Positive, Section
 
 
@@ -120,7 +120,7 @@ class TrainConfig(Section):
     kto: KtoConfig = Field(KtoConfig(), description="objective: kto")
     reward: RewardModelConfig = Field(RewardModelConfig(), description="objective: reward")
     rollout: RolloutConfig = Field(
-        RolloutConfig(), description="grpo, online_dpo and train.watch: what is sampled"
+        RolloutConfig(), description="grpo, online_dpo, ppo and train.watch: what is sampled"
     )
     watch: list[str] = Field(
         default_factory=list,
@@ -128,3 +128,4 @@ class TrainConfig(Section):
         "in every evaluation, and are never trained on",
     )
     grpo: GrpoConfig = Field(GrpoConfig(), description="objective: grpo")
+    ppo: PpoConfig = Field(PpoConfig(), description="objective: ppo")

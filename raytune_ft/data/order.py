@@ -13,16 +13,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig, MixedSource
-from raytune_ft.data.formats import Example
-from raytune_ft.data.formats.example import DESIRABLE
-from raytune_ft.data.split import PARTS, TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
+
+Indices = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
 
 
 def quotas_of(data: DataConfig, split: TokenizedSplit) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ def _length(data: DataConfig, shares: Sequence[float], counts: Sequence[int]) ->
 
 def draw_validation(
     count: int, fraction: float, seed: int, source: int = 0, label: str = "train"
-) -> tuple[list[int], list[int]]:
+) -> tuple[Indices, Indices]:
     """Indices for train and for validation out of `count` examples, both in ascending order.
 
     Raises:
@@ -114,51 +115,81 @@ def draw_validation(
         )
     size = min(max(1, round(count * fraction)), count - 1)
     order = np.random.default_rng([seed, source]).permutation(count)
-    return sorted(order[size:].tolist()), sorted(order[:size].tolist())
+    return np.sort(order[size:]), np.sort(order[:size])
+
+
+@dataclass(frozen=True)
+class Drawable:
+    """What a draw of validation examples depends on, for `n` examples.
+
+    Attributes:
+        sources: [n], the number of each one's source.
+        rows: [n], equal for examples of one row, which follow each other.
+        prompts: [n], a hash of each one's prompt, of sources whose answers are compared with
+            others to the same prompt; None where no source is one.
+        rated: the numbers of those sources.
+    """
+
+    sources: npt.NDArray[Any]
+    rows: Indices
+    prompts: npt.NDArray[np.bytes_] | None
+    rated: frozenset[int]
 
 
 def hold_out(
-    rows: list[Example], fraction: float, seed: int, names: Sequence[str]
-) -> tuple[list[Example], list[Example]]:
-    """Train and validation examples; every source gives the fraction, so that each is measured.
+    drawn: Drawable, fraction: float, seed: int, names: Sequence[str]
+) -> tuple[Indices, Indices]:
+    """Which examples are for train and which for validation; every source gives the fraction, so
+    that each is measured.
 
     Examples of one row stay together, and so do equal prompts where answers are compared, of all
     sources.
     """
-    kept, held = list[Example](), list[Example]()
-    for number in sorted({one.source for one in rows}):
-        found: dict[str | bytes, list[Example]] = {}
-        for one in rows:
-            if one.source == number:
-                key = one.prompt if _is_rated(one) else one.origin
-                found.setdefault(key, []).append(one)
-        groups = list(found.values())
-        if len(groups) == 1 and _is_rated(groups[0][0]):
+    kept, held = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number in np.unique(drawn.sources).tolist():
+        own = np.flatnonzero(drawn.sources == number)
+        is_rated = number in drawn.rated
+        if is_rated:
+            assert drawn.prompts is not None
+            groups = _numbered(drawn.prompts[own])
+        else:
+            groups = np.cumsum(np.append(False, np.diff(drawn.rows[own]) != 0))
+        count = int(groups.max()) + 1
+        if count == 1 and is_rated:
             raise DataError(
                 f"data.validation={fraction:g}",
                 "draws prompts, and all answers are to one prompt",
                 "write a source as data.validation",
             )
-        if len(groups) == 1:  # an only row, such as a file that is one document
-            groups = [[one] for one in groups[0]]
+        if count == 1:  # an only row, such as a file that is one document
+            groups = np.arange(len(own))
+            count = len(own)
         label = f"train.{names[number]}" if names else "train"
-        train, validation = draw_validation(len(groups), fraction, seed, number, label)
-        kept += [one for i in train for one in groups[i]]
-        held += [one for i in validation for one in groups[i]]
-    asked = {one.prompt for one in held if _is_rated(one)}  # another source may ask the same
-    return [one for one in kept if one.prompt not in asked], held + [
-        one for one in kept if one.prompt in asked
-    ]
+        _, validation = draw_validation(count, fraction, seed, number, label)
+        is_held = np.zeros(count, np.bool_)
+        is_held[validation] = True
+        if is_rated:
+            order = np.argsort(groups, kind="stable")
+            own, groups = own[order], groups[order]
+        kept.append(own[~is_held[groups]])
+        held.append(own[is_held[groups]])
+    train, validation = np.concatenate(kept), np.concatenate(held)
+    if drawn.prompts is None:
+        return train, validation
+    # Another source may ask the same.
+    is_rated_n = np.isin(drawn.sources, list(drawn.rated))
+    asked = drawn.prompts[validation[is_rated_n[validation]]]
+    also = np.isin(drawn.prompts[train], asked)
+    return train[~also], np.concatenate([validation, train[also]])
 
 
-def _is_rated(example: Example) -> bool:
-    """Whether its answers are compared with others to the same prompt, or are still to be given."""
-    rated = PARTS in example.columns or DESIRABLE in example.columns
-    return rated or (example.labels is None and not example.mask.any())
+def _numbered(keys: npt.NDArray[np.bytes_]) -> Indices:
+    """The number of each one's key, in the order in which keys appear."""
+    _, first, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    ranks = np.empty(len(first), np.int64)
+    ranks[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return ranks[numbers]
 
-
-Indices = npt.NDArray[np.int64]
-Numbers = npt.NDArray[np.float64]
 
 # Random streams of a whole pass; those of sources are numbered from 0.
 PLACES, CHANCES = 2**32 - 1, 2**32 - 2

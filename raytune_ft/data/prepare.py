@@ -1,16 +1,23 @@
-"""From the config to tokenised splits: once, on the driver, in a cache that all workers map."""
+"""From the config to tokenised splits: once, in a cache that all workers map.
+
+Parts of the sources are tokenised apart from each other, in any processes and in any order
+(`tokenise.py`). The driver adds up what they counted, draws the splits, and copies the tokens block
+by block: it holds some 30 bytes for each example, and never all tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,24 +36,21 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.config.reference import one_of
-from raytune_ft.data.formats import WEIGHT, Encoder, Example, found_format
-from raytune_ft.data.formats.classification import label_names, with_targets
+from raytune_ft.data.formats import WEIGHT, Encoder, found_format
+from raytune_ft.data.formats.classification import TARGET, label_names, targets_of
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.formats.unpaired import partners_of
-from raytune_ft.data.order import hold_out
-from raytune_ft.data.report import (
-    DataReport,
-    SourceReport,
-    count_duplicates,
-    count_overlaps,
-    describe_pairs,
-    describe_split,
-)
+from raytune_ft.data.matches import Matches, count_matches, keyed
+from raytune_ft.data.order import Drawable, Indices, hold_out
+from raytune_ft.data.parts import Examples, Part, columns_of
+from raytune_ft.data.processes import Workers, in_processes
+from raytune_ft.data.report import DataReport, SourceReport, SplitReport, describe_pairs
 from raytune_ft.data.sources import Source, open_source
-from raytune_ft.data.split import Column, TokenizedSplit
-from raytune_ft.data.tokenise import Progress, tokenise
-from raytune_ft.errors import DataError, RunFailed, StorageError, first_line
+from raytune_ft.data.split import Column, Mask, TokenIds, TokenizedSplit, write_split
+from raytune_ft.data.tokenise import Tally, Work, bytes_per_byte, reported, summary
+from raytune_ft.errors import DataError, InputError, RunFailed, StorageError, first_line
 from raytune_ft.files import sha256_of
+from raytune_ft.format import size
 from raytune_ft.layout import (
     BASE_LOSS,
     DATA_REPORT,
@@ -55,6 +59,8 @@ from raytune_ft.layout import (
     prompts_file,
     reference_file,
 )
+from raytune_ft.locks import WAIT, Wait, locked
+from raytune_ft.records import Tell as Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +71,12 @@ REFERENCE = "reference"
 CACHE_FORMAT = 3
 """To be raised when the same rows and keys give other tokens or other files."""
 
-NO_TOKENS = {"path", "weight", "epochs"}
+SPLITS = ("train", "validation", "test")
+PROGRESS_ROWS = 20_000
+ROOM_CHECKED = 64 * 2**20
+"""Bytes of text of a source up to which any disk has room for its tokens."""
+
+NO_TOKENS = {"path", "revision", "weight", "epochs"}
 """Keys of a source on which its tokens do not depend."""
 
 
@@ -95,8 +106,12 @@ def keep_folder(target: Path, fill: Callable[[Path], None], is_sound: Callable[[
     try:
         _write(target, fill, is_sound)
     except OSError as error:
-        remedy = "write a storage with room that this user may write"
-        raise StorageError(str(target.parent), f"cannot hold tokens ({error})", remedy) from error
+        raise _cannot_hold(target, error) from error
+
+
+def _cannot_hold(target: Path, error: OSError) -> StorageError:
+    remedy = "write a storage with room that this user may write"
+    return StorageError(str(target.parent), f"cannot hold tokens ({error})", remedy)
 
 
 def _write(target: Path, fill: Callable[[Path], None], is_sound: Callable[[], bool]) -> None:
@@ -172,22 +187,31 @@ def prepare_data(
     seed: int,
     cache_dir: Path,
     progress: Progress | None = None,
+    workers: Workers | None = None,
+    piece_bytes: int | None = None,
 ) -> PreparedData:
     """Tokenise all sources, or reuse what an earlier call with the same content and keys left.
 
     Args:
         seed: draws the validation examples where `data.validation` is a fraction.
         progress: gets a line for every source, and every 20,000 rows of long ones.
+        workers: what makes the parts; by default processes of this machine where there is much
+            text.
+        piece_bytes: the most text of a part; by default it depends on the size of the source. The
+            result does not depend on either.
 
     Raises:
         DataError: a source or a column is wrong, or too many rows are unusable.
-        StorageError: `cache_dir` cannot be written.
+        StorageError: `cache_dir` cannot be written, or has no room.
+        RunFailed: the processes that make a part die again and again.
     """
     tell = progress or (lambda line: None)
     use_chat_template(tokenizer, data)
     encoder = Encoder.of(tokenizer)
     written = source_configs(data)
-    opened = {name: open_source(f"data.{name}", source) for name, source in written.items()}
+    opened = {
+        name: open_source(f"data.{name}", source, piece_bytes) for name, source in written.items()
+    }
     configs = {
         name: found_format(f"data.{name}", source, opened[name]) for name, source in written.items()
     }
@@ -199,64 +223,319 @@ def prepare_data(
     if cached is not None:
         tell(f"data: tokens of an earlier run, {target}")
         return cached
-    names = source_names(data)
-    examples: dict[str, list[Example]] = {}
-    reports: dict[str, SourceReport] = {}
-    for name, source in configs.items():
-        rows, reports[name] = tokenise(opened[name], source, data, encoder, tell)
-        number = names.index(source.called) if isinstance(source, NamedSource) else 0
-        examples.setdefault(name.partition(".")[0], []).extend(
-            replace(one, source=number) if number else one for one in rows
+    sources = tuple((opened[name], configs[name]) for name in configs)
+    with _parts_folder(target, sources, tell) as (folder, kept):
+        if kept and sound_at(target) is not None:  # made while this process waited for the lock
+            return open_prepared(target)
+        work = Work(sources, data, encoder, folder, kept)
+        check_room(work)
+        tallies = _made(work, list(configs), workers or in_processes, tell)
+        keep_folder(
+            target,
+            lambda building: assemble(building, work, tallies, list(configs), seed, tell),
+            lambda: sound_at(target) is not None,
         )
+    return open_prepared(target)
+
+
+@contextmanager
+def _parts_folder(
+    target: Path, sources: Sequence[tuple[Source, SourceConfig]], tell: Progress
+) -> Iterator[tuple[Path, bool]]:
+    """(a folder for parts, whether they are kept for a process that is killed). Where there is one
+    part of each source, it is made again as fast as it is read.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    many = any(len(opened.pieces) > 1 for opened, _ in sources)
+    cuts = json.dumps([[piece.stop for piece in opened.pieces] for opened, _ in sources])
+    digest = hashlib.sha256(cuts.encode()).hexdigest()[:16]
+    folder = target.with_name(f".parts-{target.name[:16]}-{digest}")
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not many:
+                made = tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-")
+                yield Path(stack.enter_context(made)), False
+                return
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _cannot_hold(target, error) from error
+        lock = folder.with_suffix(".lock")
+        rule = "is being filled with the same tokens by another process"
+        stack.enter_context(locked(lock, rule, WAIT, Wait(math.inf, tell)))
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder, True
+        except (InputError, OSError):  # with another input they are other parts
+            _remove(folder, lock)
+            raise
+        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.unlink(missing_ok=True)
+
+
+def _made(work: Work, names: Sequence[str], workers: Workers, tell: Progress) -> dict[str, Tally]:
+    """Make the parts that are not there; the counts of each source. The first part that fails, in
+    the order of the rows, is the one whose error is raised.
+    """
+    pieces = work.pieces
+    missing = [number for number in range(len(pieces)) if not work.is_made(number)]
+    if len(missing) < len(pieces):
+        tell(f"data: {len(pieces) - len(missing)} of {len(pieces)} parts of an earlier process")
+    results: dict[int, Exception | None] = dict.fromkeys(set(range(len(pieces))) - set(missing))
+    tallies: dict[str, Tally] = {}
+    ready = 0
+    with closing(workers(work, missing, tell)) as made:
+        for name, (opened, source) in zip(names, work.sources, strict=True):
+            tally = tallies[name] = Tally()
+            told = 0
+            for _ in opened.pieces:
+                while ready not in results:
+                    number, error = next(made)
+                    results[number] = error
+                if (failed := results[ready]) is not None:
+                    raise failed
+                tally.add(work.tally(ready))
+                ready += 1
+                if tally.rows // PROGRESS_ROWS > told // PROGRESS_ROWS:
+                    told = tally.rows
+                    tell(f"{opened.label}: {tally.rows:,} rows")
+            report = reported(opened, source, work.data, work.encoder, tally)
+            tell(f"{opened.label}: {summary(report)}")
+    return tallies
+
+
+def check_room(work: Work) -> None:
+    """Refuse a disk that is too small, from the tokens of the first rows of each source.
+
+    Raises:
+        StorageError: the parts and the splits, which are there at the same time, do not fit.
+    """
+    needed = 0.0
+    for opened, source in work.sources:
+        if opened.bytes > ROOM_CHECKED:
+            needed += 2 * opened.bytes * bytes_per_byte(opened, source, work.data, work.encoder)
+    free = shutil.disk_usage(work.folder).free
+    if needed > free:
+        raise StorageError(
+            str(work.folder.parent),
+            f"has {size(free)} free, and the tokens and their parts need about {size(int(needed))}",
+            "write a storage with more room",
+        )
+
+
+def assemble(
+    folder: Path,
+    work: Work,
+    tallies: Mapping[str, Tally],
+    names: Sequence[str],
+    seed: int,
+    tell: Progress,
+) -> None:
+    """Write the splits and the report, from the parts of all sources."""
+    data, encoder = work.data, work.encoder
+    called = source_names(data)
+    parts: dict[str, list[Part]] = {}
+    pieces = work.pieces
+    reports, rated = dict[str, SourceReport](), set[int]()
+    for n, (name, (opened, source)) in enumerate(zip(names, work.sources, strict=True)):
+        written = opened.config
+        number = called.index(written.called) if isinstance(written, NamedSource) else 0
+        reports[name] = reported(opened, source, data, encoder, tallies[name])
+        if tallies[name].rated and name.startswith("train"):
+            rated.add(number)
+        own = [work.part(part) for part, (owner, _) in enumerate(pieces) if owner == n]
+        parts.setdefault(name.partition(".")[0], []).extend(
+            replace(part, source=number) for part in own
+        )
+    read = {name: Examples(parts[name]) for name in SPLITS if name in parts}
+    chosen = _chosen(read, data, seed, called, frozenset(rated))
     labels: tuple[str, ...] = ()
-    if any(FORMATS[source.format].labels for source in configs.values()):
-        labels = label_names(data, examples["train"])
-    if isinstance(data.validation, float):
-        examples["train"], examples["validation"] = hold_out(
-            examples["train"], data.validation, seed, names
+    if any(FORMATS[source.format].labels for _, source in work.sources):
+        labels = label_names(data, (tuple(m["labels"]) for _, _, m in read["train"].more()))
+    splits, columns = dict[str, SplitReport](), _columns(read, data)
+    for name, (examples, order) in chosen.items():
+        own_columns, order = _columns_of(
+            name, examples, order, columns[_read_split(name, read)], data, labels
         )
-    for name in examples:
-        if labels:
-            examples[name] = with_targets(name, examples[name], data, labels)
-        elif name != "train":  # only the answers are measured
-            examples[name] = [one for one in examples[name] if one.columns.get(RATIONALE) != (1.0,)]
-    splits: dict[str, TokenizedSplit] = {
-        name: split_of(name, examples[name], data, names)
-        for name in ("train", "validation", "test")
-        if name in examples
+        chosen[name] = (examples, order)
+        splits[name] = _write_split(folder, name, examples, order, own_columns, called)
+    opened_splits = {
+        name: replace(TokenizedSplit.open(folder / f"{name}.arrow"), sources=called)
+        for name in splits
     }
-    if any(FORMATS[source.format].partners for source in configs.values()):
-        for name, split in splits.items():
+    if any(FORMATS[source.format].partners for _, source in work.sources):
+        for name, split in opened_splits.items():
             partners = partners_of(split, seed, data.max_length)
-            splits[name] = replace(split, partners=partners)
+            partners.write(folder / f"{partners_name(name)}.arrow")
+    pairs = {
+        name: describe_pairs(split, *_answers(*chosen[name], folder))
+        for name, split in opened_splits.items()
+        if split.parts > 1
+    }
     report = DataReport(
         sources=reports,
-        splits={name: describe_split(split) for name, split in splits.items()},
-        pairs={
-            name: describe_pairs(split, [one.prompt for one in examples[name]])
-            for name, split in splits.items()
-            if split.parts > 1
-        },
-        duplicates=count_duplicates(splits),
-        overlaps=count_overlaps({name: [one.prompt for one in examples[name]] for name in splits}),
-        notes=_notes(encoder, configs.values(), reports.values()),
-        names=names,
+        splits=splits,
+        pairs=pairs,
+        duplicates=_shared(chosen, "print", folder) | _shared_in_train(chosen, called, folder),
+        overlaps=_shared(chosen, "prompt", folder),
+        notes=_notes(encoder, (source for _, source in work.sources), reports.values()),
+        names=called,
         labels=labels,
         problem=data.problem if labels else None,
     )
+    for name, found in report.pairs.items():
+        tell(f"data.{name}: {found}")
+    (folder / DATA_REPORT).write_text(report.to_json())
 
-    for name, pairs in report.pairs.items():
-        tell(f"data.{name}: {pairs}")
 
-    def fill(folder: Path) -> None:
-        for name, split in splits.items():
-            split.write(folder / f"{name}.arrow")
-            if split.partners is not None:
-                split.partners.write(folder / f"{partners_name(name)}.arrow")
-        (folder / DATA_REPORT).write_text(report.to_json())
+Chosen = dict[str, tuple[Examples, Indices]]
+"""For each split: the examples that were read, and which of them it has, in its order."""
 
-    keep_folder(target, fill, lambda: sound_at(target) is not None)
-    return open_prepared(target)
+
+def _read_split(name: str, read: Mapping[str, Examples]) -> str:
+    return name if name in read else "train"
+
+
+def _chosen(
+    read: Mapping[str, Examples],
+    data: DataConfig,
+    seed: int,
+    called: tuple[str, ...],
+    rated: frozenset[int],
+) -> Chosen:
+    found = {name: (examples, np.arange(len(examples))) for name, examples in read.items()}
+    if isinstance(data.validation, float):
+        train = read["train"]
+        prompts = None
+        if rated:
+            prompts = np.concatenate([raw.view("S16")[:, 0] for _, raw in train.hashes("prompt")])
+        drawn = Drawable(train.sources, train.rows(), prompts, rated)
+        kept, held = hold_out(drawn, data.validation, seed, called)
+        found["train"], found["validation"] = (train, kept), (train, held)
+    return {name: found[name] for name in SPLITS if name in found}
+
+
+def _columns(
+    read: Mapping[str, Examples], data: DataConfig
+) -> dict[str, tuple[dict[str, Column], npt.NDArray[np.float64]]]:
+    return {name: columns_of(examples, {WEIGHT: 1.0}) for name, examples in read.items()}
+
+
+def _columns_of(
+    name: str,
+    examples: Examples,
+    order: Indices,
+    found: tuple[dict[str, Column], npt.NDArray[np.float64]],
+    data: DataConfig,
+    labels: tuple[str, ...],
+) -> tuple[dict[str, Column], Indices]:
+    """The columns of a split, and which examples it has: of those that are measured on, only the
+    answers and not their rationales.
+    """
+    columns, difficulty = found
+    if not labels and name != "train" and RATIONALE in columns:
+        order = order[columns[RATIONALE][order, 0] != 1.0]
+    own = {column: values[order] for column, values in columns.items()}
+    if labels:
+        rows = {n: (origin, tuple(more["labels"])) for n, origin, more in examples.more()}
+        own[TARGET] = targets_of(name, (rows[n] for n in order.tolist()), data, labels)
+    written = getattr(data, name)
+    if isinstance(data.train if isinstance(written, float) else written, list):
+        own["source"] = examples.sources[order].astype(np.float32)[:, None]
+    if name == "train" and difficulty_column(data) is not None:
+        own["difficulty"] = difficulty[order].astype(np.float32)[:, None]
+    return own, order
+
+
+def _write_split(
+    folder: Path,
+    name: str,
+    examples: Examples,
+    order: Indices,
+    columns: Mapping[str, Column],
+    called: tuple[str, ...],
+) -> SplitReport:
+    label_tokens = 0
+
+    def blocks() -> Iterator[tuple[TokenIds, Mask]]:
+        nonlocal label_tokens
+        for lengths, ids, mask in examples.take(order):
+            firsts = (np.cumsum(lengths, dtype=np.int64) - lengths)[lengths > 0]
+            label_tokens += int(mask.sum()) - int(mask[firsts].sum())
+            yield ids, mask
+
+    offsets = np.concatenate([[0], np.cumsum(examples.lengths[order], dtype=np.int64)])
+    sha256 = write_split(folder / f"{name}.arrow", offsets, columns, blocks())
+    counts = []
+    if "source" in columns:
+        counts = np.bincount(examples.sources[order], minlength=len(called)).tolist()
+    return SplitReport(
+        examples=len(order),
+        tokens=int(offsets[-1]),
+        label_tokens=label_tokens,
+        sha256=sha256,
+        sources={name: n for name, n in zip(called, counts, strict=False) if n},
+    )
+
+
+def _in_classes(
+    members: Iterable[tuple[Examples, Indices, npt.NDArray[Any] | int]],
+    column: str,
+    classes: int,
+    scratch: Path,
+) -> Matches:
+    """How the keys in `column` are shared between classes, where each of these examples is in the
+    class of that number.
+    """
+    members = list(members)
+
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        for examples, order, of_class in members:
+            class_n = np.full(len(examples), -1, np.int32)
+            class_n[order] = of_class
+            for span, keys in examples.hashes(column):
+                inside = class_n[span] >= 0
+                yield keyed(keys[inside], class_n[span][inside])
+
+    total = sum(len(order) for _, order, _ in members)
+    return count_matches(blocks(), total, classes, scratch)
+
+
+def _shared(chosen: Chosen, column: str, scratch: Path) -> dict[str, int]:
+    """For every pair "a/b" of splits, how many examples of b have the key of one of a."""
+    members = [(examples, order, n) for n, (examples, order) in enumerate(chosen.values())]
+    found = _in_classes(members, column, len(chosen), scratch)
+    return _pairs(list(chosen), found)
+
+
+def _shared_in_train(chosen: Chosen, called: tuple[str, ...], scratch: Path) -> dict[str, int]:
+    """The same for every pair of sources of train that share any example."""
+    examples, order = chosen["train"]
+    if not called or not examples.sources.any():
+        return {}
+    members = [(examples, order, examples.sources[order])]
+    found = _in_classes(members, "print", len(called), scratch)
+    pairs = _pairs([f"train.{name}" for name in called], found)
+    return {pair: count for pair, count in pairs.items() if count}
+
+
+def _pairs(names: Sequence[str], found: Matches) -> dict[str, int]:
+    numbered = combinations(enumerate(names), 2)
+    return {f"{a}/{b}": int(found.shared[i, j]) for (i, a), (j, b) in numbered}
+
+
+def _answers(examples: Examples, order: Indices, scratch: Path) -> tuple[int, int]:
+    """(different prompts, pairs whose answers stand in another pair the other way round)."""
+    prompts = _in_classes([(examples, order, 0)], "prompt", 1, scratch)
+    way_n = np.concatenate([raw[:, 16] for _, raw in examples.hashes("answers")])
+    turned = _in_classes([(examples, order, way_n[order])], "answers", 2, scratch)
+    return int(prompts.distinct[0]), int(turned.shared[0, 1] + turned.shared[1, 0])
 
 
 def open_prepared(path: Path) -> PreparedData:
@@ -375,27 +654,6 @@ def derived(
 
     keep_folder(target, fill, lambda: sound_at(target) is not None)
     return open_prepared(target)
-
-
-def split_of(
-    name: str, rows: Sequence[Example], data: DataConfig, names: tuple[str, ...] = ()
-) -> TokenizedSplit:
-    """The split of these examples, with every column that one of them has.
-
-    Examples without a weight weigh 1; any other column that an example lacks is 0.
-    """
-    written = getattr(data, name)
-    known = {column: values for one in rows for column, values in one.columns.items()}
-    columns: dict[str, Column] = {}
-    for column, values in known.items():
-        absent = (float(column == WEIGHT),) * len(values)
-        columns[column] = np.array([one.columns.get(column, absent) for one in rows], np.float32)
-    if isinstance(data.train if isinstance(written, float) else written, list):
-        columns["source"] = np.array([[one.source] for one in rows], np.float32)
-    if name == "train" and difficulty_column(data) is not None:
-        columns["difficulty"] = np.array([[one.difficulty] for one in rows], np.float32)
-    split = TokenizedSplit.from_examples([(one.ids, one.mask) for one in rows], columns)
-    return replace(split, sources=names)
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:

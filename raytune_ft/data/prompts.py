@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +24,16 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats import Encoder, Example, found_format
 from raytune_ft.data.formats.conversation import Conversation, conversation_of
+from raytune_ft.data.formats.example import is_rated
 from raytune_ft.data.formats.preference import prompt_of
 from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.order import hold_out
-from raytune_ft.data.prepare import PreparedData, derived, split_of, use_chat_template
-from raytune_ft.data.report import describe_split
+from raytune_ft.data.order import Drawable, hold_out
+from raytune_ft.data.prepare import PreparedData, derived, use_chat_template
+from raytune_ft.data.report import SplitReport
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
-from raytune_ft.data.split import first_answer
+from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit, first_answer
 from raytune_ft.data.tokenise import tokenise
 from raytune_ft.errors import DataError, RunFailed
 from raytune_ft.files import sha256_of
@@ -55,8 +57,8 @@ def of_split(
 
 def _of_split(
     data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[tuple[Prompt, Example]]:
-    """Each prompt with the example that it is from."""
+) -> list[tuple[Prompt, int]]:
+    """Each prompt with the number of the example in the split that it is from."""
     use_chat_template(tokenizer, data)
     encoder, names = Encoder.of(tokenizer), source_names(data)
     drawn = name in ("train", "validation") and isinstance(data.validation, float)
@@ -74,20 +76,34 @@ def _of_split(
                 "write --prompts FILE with a column of prompts",
             )
         number = names.index(source.called) if isinstance(source, NamedSource) else 0
-        found, _ = tokenise(opened, source, data, encoder, lambda line: None)
+        found = tokenise(opened, source, data, encoder)
         examples += [replace(one, source=number) for one in found]
-        for row in opened.read(opened.columns or ()):
+        for row in opened.all_rows():
             if isinstance(row, Row):
                 rows[number, row.origin] = _Placed(source, row)
     if drawn:
         assert isinstance(data.validation, float)
-        parts = hold_out(examples, data.validation, seed, names)
-        examples = parts[name == "validation"]
-    first: dict[tuple[int, str], Example] = {}
-    for one in examples:
+        parts = hold_out(drawable(examples), data.validation, seed, names)
+        examples = [examples[i] for i in parts[name == "validation"]]
+    first: dict[tuple[int, str], int] = {}
+    for number, one in enumerate(examples):
         if one.columns.get(RATIONALE) != (1.0,):
-            first.setdefault((one.source, one.origin), one)
-    return [(_prompt_of(one, rows[key], encoder), one) for key, one in first.items()]
+            first.setdefault((one.source, one.origin), number)
+    return [(_prompt_of(examples[i], rows[key], encoder), i) for key, i in first.items()]
+
+
+def drawable(examples: Sequence[Example]) -> Drawable:
+    """What a draw of validation examples depends on."""
+    rows = dict[tuple[int, str], int]()
+    for one in examples:
+        rows.setdefault((one.source, one.origin), len(rows))
+    rated = {one.source for one in examples if is_rated(one)}
+    return Drawable(
+        np.array([one.source for one in examples], np.int16),
+        np.array([rows[one.source, one.origin] for one in examples], np.int64),
+        np.array([one.prompt for one in examples], "S16") if rated else None,
+        frozenset(rated),
+    )
 
 
 @dataclass(frozen=True)
@@ -140,10 +156,11 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
     use_chat_template(tokenizer, data)
     sources = [*listed(data.test), *listed(data.validation), *listed(data.train)]
     changes = {"path": str(path), "split": None, "subset": None, "columns": None}
+    changes["revision"] = None
     source = sources[0].model_copy(update=changes)
     encoder = Encoder.of(tokenizer)
     opened = open_source("--prompts", source)
-    rows = list(opened.read(opened.columns or ()))
+    rows = list(opened.all_rows())
     made = [read_prompt(row, source, data.separator, encoder) for row in rows]
     bad = [one for one in made if isinstance(one, BadRow)]
     if bad:
@@ -178,10 +195,14 @@ def prompted(
         for name in prepared.report.splits if rolls else ("validation",):
             found = _of_split(config.data, name, tokenizer, seed)
             if rolls:
-                examples = [_without_answer(prompt, example) for prompt, example in found]
-                split = split_of(name, examples, config.data, prepared.report.names)
+                numbers = [number for _, number in found]
+                columns = prepared.all_splits[name].columns
+                split = TokenizedSplit.from_examples(
+                    [_without_answer(prompt) for prompt, _ in found],
+                    {key: values[numbers] for key, values in columns.items()},
+                )
                 split.write(folder / f"{name}.arrow")
-                splits[name] = describe_split(split)
+                splits[name] = _described(split, prepared.report.names)
             path = folder / prompts_file(name)
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
             path.write_text("".join(lines), encoding="utf-8")
@@ -194,9 +215,16 @@ def prompted(
     return derived(prepared, "prompts" if rolls else "validation prompts", add)
 
 
-def _without_answer(prompt: Prompt, example: Example) -> Example:
+def _described(split: TokenizedSplit, names: Sequence[str]) -> SplitReport:
+    numbers = split.source_numbers
+    counts = [] if numbers is None else np.bincount(numbers, minlength=len(names)).tolist()
+    sources = {name: count for name, count in zip(names, counts, strict=False) if count}
+    return SplitReport(len(split), len(split.input_ids), 0, split.sha256, sources)
+
+
+def _without_answer(prompt: Prompt) -> tuple[TokenIds, Mask]:
     ids = np.array(prompt.ids, np.int32)
-    return replace(example, ids=ids, mask=np.zeros(len(ids), np.bool_), others=())
+    return ids, np.zeros(len(ids), np.bool_)
 
 
 class Prompts:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +84,6 @@ def prompt_key(text: str) -> bytes:
     """A hash of a prompt; equal where only case and white space differ."""
     normal = " ".join(text.casefold().split())
     return hashlib.blake2b(normal.encode(), digest_size=16).digest()
-
-
-def count_overlaps(prompts: Mapping[str, Sequence[bytes]]) -> dict[str, int]:
-    """For every pair "a/b" of splits, how many examples of b have a prompt that a has too."""
-    known = {name: set(keys) for name, keys in prompts.items()}
-    return {
-        f"{a}/{b}": sum(key in known[a] for key in prompts[b]) for a, b in combinations(prompts, 2)
-    }
 
 
 def check_overlap(data: DataConfig, report: DataReport, limit: float) -> None:
@@ -310,53 +300,13 @@ class DataReport:
         )
 
 
-def describe_split(split: TokenizedSplit) -> SplitReport:
-    """The figures of one split."""
-    numbers = split.source_numbers
-    counts = [] if numbers is None else np.bincount(numbers, minlength=len(split.sources)).tolist()
-    return SplitReport(
-        examples=len(split),
-        tokens=len(split.input_ids),
-        label_tokens=int(split.label_counts.sum()),
-        sha256=split.sha256,
-        sources={name: n for name, n in zip(split.sources, counts, strict=False) if n},
-    )
-
-
-def describe_pairs(split: TokenizedSplit, prompts: Sequence[bytes]) -> PairsReport:
-    """The figures of a split of pairs; `prompts` has the hash of each example's."""
+def describe_pairs(split: TokenizedSplit, prompts: int, contradictory: int) -> PairsReport:
+    """The figures of a split of pairs, of which these two are counted elsewhere."""
     chosen_n, rejected_n = np.diff(split.part_labels).reshape(-1, 2).T
-    prints = [
-        hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-        for ids, _ in map(split.sequence, range(2 * len(split)))
-    ]
-    pairs = list(zip(prints[::2], prints[1::2], strict=True))
-    known = set(pairs)
     return PairsReport(
-        prompts=len(set(prompts)),
+        prompts=prompts,
         chosen_tokens=float(chosen_n.mean()),
         rejected_tokens=float(rejected_n.mean()),
         longer_chosen=float((1 + np.sign(chosen_n - rejected_n)).mean() / 2),
-        contradictory=sum((rejected, chosen) in known for chosen, rejected in pairs),
+        contradictory=contradictory,
     )
-
-
-def count_duplicates(splits: Mapping[str, TokenizedSplit]) -> dict[str, int]:
-    """For every pair "a/b" of splits, how many examples of b are identical to one of a; also for
-    every pair of sources of train that have any.
-    """
-    prints = {name: split.fingerprints() for name, split in splits.items()}
-    train = splits["train"]
-    apart: dict[str, list[bytes]] = {}
-    if train.source_numbers is not None:
-        for one, number in zip(prints["train"], train.source_numbers.tolist(), strict=True):
-            apart.setdefault(f"train.{train.sources[number]}", []).append(one)
-    within = {pair: count for pair, count in _in_both(apart).items() if count}
-    return _in_both(prints) | within
-
-
-def _in_both(prints: Mapping[str, list[bytes]]) -> dict[str, int]:
-    known = {name: set(hashes) for name, hashes in prints.items()}
-    return {
-        f"{a}/{b}": sum(one in known[a] for one in prints[b]) for a, b in combinations(prints, 2)
-    }

@@ -8,12 +8,15 @@ continues.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from raytune_ft.errors import DataError
 
@@ -44,6 +47,56 @@ class BadRow:
 Rows = Iterator[Row | BadRow]
 
 
+@dataclass(frozen=True)
+class TextFile:
+    """The bytes of a text file, or of a range of its lines.
+
+    Attributes:
+        path: a file on this machine.
+        name: how its rows name it.
+        compression: what its bytes are compressed with: gzip, zstd or None.
+        start, stop: the bytes of the first line and behind the last one; None is the end. Only
+            of files that are not compressed.
+        line: the number of the first line.
+        written: the path or the URL that `path` is a copy of, for messages.
+    """
+
+    path: Path
+    name: str
+    written: str
+    compression: str | None = None
+    start: int = 0
+    stop: int | None = None
+    line: int = 1
+
+    def open(self) -> BinaryIO:
+        """At the first line."""
+        if self.compression is None:
+            file = self.path.open("rb")
+            file.seek(self.start)
+            return file
+        stream = pa.CompressedInputStream(pa.OSFile(str(self.path)), self.compression)
+        return io.BufferedReader(stream, 1 << 16)
+
+    def lines(self) -> Iterator[bytes]:
+        """With their ends."""
+        with self.open() as file:
+            if self.stop is None:
+                yield from file
+                return
+            at = self.start
+            for line in file:
+                yield line
+                at += len(line)
+                if at >= self.stop:
+                    return
+
+    def whole(self) -> str:
+        """As text; bytes that are not UTF-8 become lone surrogates."""
+        with self.open() as file:
+            return file.read().decode("utf-8-sig", errors="surrogateescape")
+
+
 def valid_unicode(text: str) -> bool:
     """False if bytes were not UTF-8, or an escape such as \\ud800 is half a character."""
     try:
@@ -62,10 +115,10 @@ def number_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read_jsonl(path: Path) -> Rows:
+def read_jsonl(file: TextFile) -> Rows:
     """One JSON object per line. Blank lines are `empty` rows, except for those at the end."""
-    for number, line in _lines(path):
-        origin = f"{path.name}:{number}"
+    for number, line in _lines(file):
+        origin = f"{file.name}:{number}"
         if isinstance(line, BadRow):
             yield line
             continue
@@ -77,74 +130,79 @@ def read_jsonl(path: Path) -> Rows:
         yield _object(origin, value)
 
 
-def read_json(path: Path) -> Rows:
+def read_json(file: TextFile) -> Rows:
     """A list of objects, or an object that holds such a list under `data`.
 
     Raises:
         DataError: the file is not JSON, or holds something else.
     """
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    text = file.whole()
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         remedy = "correct it; a file with one object a line is named .jsonl"
-        raise DataError(str(path), f"is not a JSON document ({error})", remedy) from error
+        raise DataError(file.written, f"is not a JSON document ({error})", remedy) from error
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
         remedy = 'write [{...}, ...] or {"data": [{...}, ...]}'
-        raise DataError(str(path), "does not hold a list of objects", remedy)
+        raise DataError(file.written, "does not hold a list of objects", remedy)
     for number, value in enumerate(content, start=1):
-        yield _object(f"{path.name}:row {number}", value)
+        yield _object(f"{file.name}:row {number}", value)
 
 
-def read_whole(path: Path) -> Rows:
+def read_whole(file: TextFile) -> Rows:
     """One row: the whole file in the column `text`, with its line ends."""
-    _refuse_foreign_encoding(path)
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    _refuse_foreign_encoding(file)
+    text = file.whole()
     if text.strip():
-        yield Row(path.name, {TEXT_COLUMN: text})
+        yield Row(file.name, {TEXT_COLUMN: text})
 
 
-def read_txt(path: Path) -> Rows:
+def read_txt(file: TextFile) -> Rows:
     """One row for each line that is not blank, in the column `text`."""
-    for number, line in _lines(path):
+    for number, line in _lines(file):
         if isinstance(line, str):
-            yield Row(f"{path.name}:{number}", {TEXT_COLUMN: line})
+            yield Row(f"{file.name}:{number}", {TEXT_COLUMN: line})
         elif line.cause != "empty":
             yield line
 
 
-def read_tsv(path: Path, columns: Sequence[str] | None) -> Rows:
+def read_tsv(file: TextFile, columns: Sequence[str] | None) -> Rows:
     """One row per line, fields between tabs, every other character literal.
 
     There is no quoting, as in the registered type text/tab-separated-values: a quote is a quote,
     and a field cannot hold a tab or a line end. Text that has them needs CSV or JSONL.
     """
     header = columns
-    for number, line in _lines(path):
-        origin = f"{path.name}:{number}"
+    if header is None and file.start:
+        first = next(replace(file, start=0, stop=None).lines()).removeprefix(_UTF8_MARK)
+        header = _header(file, first.decode().rstrip("\r\n").split("\t"))
+    for number, line in _lines(file):
+        origin = f"{file.name}:{number}"
         if header is None:
-            header = _header(path, line.split("\t") if isinstance(line, str) else None)
+            header = _header(file, line.split("\t") if isinstance(line, str) else None)
         elif isinstance(line, BadRow):
             yield line
         else:
             yield _record(origin, header, line.split("\t"))
 
 
-def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
+def read_csv(file: TextFile, columns: Sequence[str] | None) -> Rows:
     """Comma-separated, quoted as RFC 4180 says: a quoted field may hold commas and line ends.
 
     Raises:
         DataError: a quote that is opened and not closed, after which no line can be trusted.
     """
-    _refuse_foreign_encoding(path)
+    _refuse_foreign_encoding(file)
     csv.field_size_limit(2**31 - 1)
     header, line, blank = columns, 1, list[BadRow]()
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        records = csv.reader(file, strict=True)
+    with io.TextIOWrapper(
+        file.open(), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as text:
+        records = csv.reader(text, strict=True)
         while True:
-            origin = f"{path.name}:{line}"
+            origin = f"{file.name}:{line}"
             try:
                 fields = next(records)
             except StopIteration:
@@ -152,7 +210,9 @@ def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
             except csv.Error as error:
                 if records.line_num != line:
                     remedy = 'close the quote, and write a quote inside a field as ""'
-                    raise DataError(f"{path}:{line}", f"is not CSV ({error})", remedy) from error
+                    raise DataError(
+                        f"{file.written}:{line}", f"is not CSV ({error})", remedy
+                    ) from error
                 yield BadRow(origin, "bad_csv", str(error))
                 continue
             finally:
@@ -163,55 +223,69 @@ def read_csv(path: Path, columns: Sequence[str] | None) -> Rows:
             yield from blank
             blank.clear()
             if header is None:
-                header = _header(path, fields if all(map(valid_unicode, fields)) else None)
+                header = _header(file, fields if all(map(valid_unicode, fields)) else None)
             elif not all(map(valid_unicode, fields)):
                 yield BadRow(origin, "bad_encoding", "bytes that are not UTF-8")
             else:
                 yield _record(origin, header, fields)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
+def _lines(file: TextFile) -> Iterator[tuple[int, str | BadRow]]:
     """Numbered lines without their ends; blank lines and those that are not UTF-8 as `BadRow`.
 
     Blank lines at the end of the file are left out: editors end files with them.
     """
-    _refuse_foreign_encoding(path)
+    _refuse_foreign_encoding(file)
     blank: list[tuple[int, BadRow]] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_UTF8_MARK)
-            origin = f"{path.name}:{number}"
-            try:
-                text = line.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                bad = BadRow(origin, "bad_encoding", f"byte {error.start + 1} is not UTF-8")
-                yield from blank
-                blank.clear()
-                yield number, bad
-                continue
-            if not text.strip():
-                blank.append((number, BadRow(origin, "empty", "a blank line")))
-                continue
+    for number, line in enumerate(file.lines(), start=file.line):
+        if number == 1:
+            line = line.removeprefix(_UTF8_MARK)
+        origin = f"{file.name}:{number}"
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            bad = BadRow(origin, "bad_encoding", f"byte {error.start + 1} is not UTF-8")
             yield from blank
             blank.clear()
-            yield number, text
+            yield number, bad
+            continue
+        if not text.strip():
+            blank.append((number, BadRow(origin, "empty", "a blank line")))
+            continue
+        yield from blank
+        blank.clear()
+        yield number, text
 
 
-def _refuse_foreign_encoding(path: Path) -> None:
+def end_of_row(file: TextFile, near: int) -> int:
+    """The byte behind the first line that begins behind `near` and is not blank: there a range may
+    end. The end of the file where there is none.
+    """
+    with file.open() as opened:
+        opened.seek(near)
+        opened.readline()
+        while line := opened.readline():
+            if line.decode(errors="replace").strip():
+                break
+        return opened.tell()
+
+
+def _refuse_foreign_encoding(file: TextFile) -> None:
     """UTF-16 must not be read as UTF-8 with every other character a NUL."""
-    with path.open("rb") as file:
-        if file.read(2) in _FOREIGN_MARKS:
-            raise DataError(str(path), "is UTF-16 or UTF-32", "save it as UTF-8")
+    if file.start:
+        return
+    with file.open() as opened:
+        if opened.read(2) in _FOREIGN_MARKS:
+            raise DataError(file.written, "is UTF-16 or UTF-32", "save it as UTF-8")
 
 
-def _header(path: Path, names: list[str] | None) -> list[str]:
+def _header(file: TextFile, names: list[str] | None) -> list[str]:
     remedy = "correct the header line, or name the columns of a file without one in `columns`"
     if names is None:
-        raise DataError(str(path), "begins with a line that is blank or not UTF-8", remedy)
+        raise DataError(file.written, "begins with a line that is blank or not UTF-8", remedy)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(str(path), f"has two columns named {twice[0]!r}", remedy)
+        raise DataError(file.written, f"has two columns named {twice[0]!r}", remedy)
     return names
 
 

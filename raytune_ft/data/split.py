@@ -6,10 +6,13 @@ Every worker and every trial of a machine maps the same file, so the tokens are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import mmap
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -101,19 +104,7 @@ class TokenizedSplit:
 
     def write(self, path: Path) -> None:
         """Write one Arrow IPC file with a row for each example."""
-        offsets = pa.array(self.offsets)
-        columns = [
-            pa.LargeListArray.from_arrays(offsets, pa.array(self.input_ids)),
-            pa.LargeListArray.from_arrays(offsets, pa.array(self.label_mask.view(np.uint8))),
-        ]
-        schema = SCHEMA
-        for name, values in self.columns.items():
-            flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
-            schema = schema.append(pa.field(name, columns[-1].type))
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            # One batch, because only that can be mapped as one flat array.
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+        write_split(path, self.offsets, self.columns, [(self.input_ids, self.label_mask)])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -139,8 +130,7 @@ class TokenizedSplit:
 
         The first token never counts, whatever its mask says: no token comes before it.
         """
-        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_mask)])
-        counts = np.diff(running[self.offsets])
+        counts = np.diff(_labels_before(self.label_mask, self.offsets))
         filled = self.lengths > 0
         counts[filled] -= self.label_mask[self.offsets[:-1][filled]]
         return counts
@@ -165,8 +155,7 @@ class TokenizedSplit:
         """[n * parts + 1], the label tokens before each sequence."""
         if self.parts == 1:
             return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_counts)])
-        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_mask)])
-        return running[self.part_offsets]
+        return _labels_before(self.label_mask, self.part_offsets)
 
     @cached_property
     def longest_parts(self) -> npt.NDArray[np.int64]:
@@ -190,12 +179,10 @@ class TokenizedSplit:
     @cached_property
     def sha256(self) -> str:
         """Hash of the content: equal for equal examples in the same order."""
-        digest = hashlib.sha256(len(self).to_bytes(8, "little"))
-        for array in (self.offsets, self.input_ids, self.label_mask):
+        digest = _digest_of(self.offsets)
+        for array in (self.input_ids, self.label_mask):
             digest.update(np.ascontiguousarray(array).data)
-        for name, column in sorted(self.columns.items()):
-            digest.update(f"{name} {column.shape[1]}".encode())
-            digest.update(np.ascontiguousarray(column).data)
+        _add_columns(digest, self.columns)
         return digest.hexdigest()
 
     def fingerprints(self) -> list[bytes]:
@@ -204,6 +191,113 @@ class TokenizedSplit:
             hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=16).digest()
             for ids, mask in map(self.example, range(len(self)))
         ]
+
+
+def _digest_of(offsets: npt.NDArray[np.int64]) -> Any:
+    digest = hashlib.sha256((len(offsets) - 1).to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(offsets).data)
+    return digest
+
+
+def _add_columns(digest: Any, columns: Mapping[str, Column]) -> None:
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.shape[1]}".encode())
+        digest.update(np.ascontiguousarray(column).data)
+
+
+def _labels_before(
+    mask: Mask, places: npt.NDArray[np.int64], block: int = 2**22
+) -> npt.NDArray[np.int64]:
+    """The label tokens before each of these places, which ascend. A running count of every token
+    would take 8 bytes for each.
+    """
+    found, total = np.empty(len(places), np.int64), 0
+    for start in range(0, max(len(mask), 1), block):
+        running = np.concatenate([[0], np.cumsum(mask[start : start + block])])
+        first, last = np.searchsorted(places, (start, start + len(running) - 1))
+        last = len(places) if start + block >= len(mask) else last
+        found[first:last] = total + running[places[first:last] - start]
+        total += int(running[-1])
+    return found
+
+
+class _Holes:
+    """A file to write to in which large buffers are left out; `places` says where they belong.
+
+    Arrow hands over every buffer as it is. So a file of one batch, which alone can be mapped as one
+    flat array, is laid out without holding the tokens, and these are written afterwards.
+    """
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, addresses: Sequence[int]) -> None:
+        self._file, self._addresses = file, addresses
+        self.places: dict[int, int] = {}
+
+    def write(self, data: Any) -> int:
+        address = getattr(data, "address", None)
+        if address in self._addresses and len(data):
+            self.places[self._addresses.index(address)] = self._file.tell()
+            self._file.seek(len(data), os.SEEK_CUR)
+        else:
+            self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_split(
+    path: Path,
+    offsets: npt.NDArray[np.int64],
+    columns: Mapping[str, Column],
+    blocks: Iterable[tuple[TokenIds, Mask]],
+) -> str:
+    """Write a split whose ids and masks come in blocks, of any size. Its `sha256`."""
+    total = int(offsets[-1])
+    empty = [_untouched(total, np.int32), _untouched(total, np.uint8)]
+    arrays = [pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(one)) for one in empty]
+    schema = SCHEMA
+    for name, values in columns.items():
+        flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+        schema = schema.append(pa.field(name, arrays[-1].type))
+    digest = _digest_of(offsets)
+    with path.open("w+b") as file:
+        holes = _Holes(file, [one.ctypes.data for one in empty])
+        with (
+            pa.PythonFile(holes, mode="w") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        at_ids, at_mask = holes.places.get(0, 0), holes.places.get(1, 0)
+        mask_begins = at_mask
+        for ids, mask in blocks:
+            raw = np.ascontiguousarray(ids).data
+            digest.update(raw)
+            file.seek(at_ids)
+            at_ids += file.write(raw)
+            file.seek(at_mask)
+            at_mask += file.write(np.ascontiguousarray(mask).data)
+        assert at_mask - mask_begins == total
+        file.seek(mask_begins)
+        while left := at_mask - file.tell():
+            digest.update(file.read(min(left, 2**20)))
+    _add_columns(digest, columns)
+    return str(digest.hexdigest())
+
+
+def _untouched(count: int, dtype: Any) -> npt.NDArray[Any]:
+    """Zeros that take address space and no memory, because nothing reads or writes them."""
+    size = max(count * np.dtype(dtype).itemsize, 1)
+    space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    return np.frombuffer(space, dtype, count)
 
 
 def first_answer(mask: Mask) -> slice:

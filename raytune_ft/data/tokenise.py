@@ -1,11 +1,20 @@
-"""From one source to its examples: rows are encoded, cut to length, dropped or counted as bad."""
+"""From rows to examples: rows are encoded, cut to length, dropped or counted as bad.
+
+`make_part` does so for one piece of a source, in any process. What it counts is added up in the
+order of the pieces, so that a report does not depend on how the rows were cut.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,26 +29,34 @@ from raytune_ft.data.formats import (
     optional_columns,
 )
 from raytune_ft.data.formats.classification import read_labels
+from raytune_ft.data.formats.example import is_rated
 from raytune_ft.data.formats.rationale import RATIONALE
+from raytune_ft.data.parts import Part, PartWriter
 from raytune_ft.data.report import SourceReport, facts
 from raytune_ft.data.rows import BadRow, Row, number_of
-from raytune_ft.data.sources import BATCH_ROWS, Source
+from raytune_ft.data.sources import BATCH_ROWS, Piece, Source
 from raytune_ft.data.split import PARTS
 from raytune_ft.errors import DataError
+from raytune_ft.files import fsync, read_json
+from raytune_ft.records import to_json
 
-PROGRESS_ROWS = 20_000
+EXAMPLE_BYTES = 100
+"""About what a part holds of an example beside its ids and its mask."""
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that a column may have in a row that has nothing there."""
 
-Progress = Callable[[str], None]
-
 
 @dataclass
-class _Tally:
-    """Counts of one source while it is read.
+class Tally:
+    """Counts of a piece, or of a source.
 
-    `lacking` is the length of the longest row that is bad because its labels lie past the limit.
+    Attributes:
+        lacking: the length of the longest row that is bad because its labels lie past the limit.
+        weighted: an example weighs more than 0.
+        rated: answers are compared with others to the same prompt.
+        seen: the columns that a row has, for each shard; see `Source.rows_of`.
+        blocks: the examples of each block of the part.
     """
 
     rows: int = 0
@@ -55,7 +72,42 @@ class _Tally:
     first_lost: dict[str, str] = field(default_factory=dict)
     lossy: int = 0
     notes: Counter[str] = field(default_factory=Counter)
-    ends: Counter[int] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    label_tokens: int = 0
+    weighted: bool = False
+    rated: bool = False
+    seen: dict[str, list[str]] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Counts of the rows that follow those of this one."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif each.name == "seen":
+                for shard, columns in theirs.items():
+                    mine[shard] = list(dict.fromkeys([*mine.get(shard, ()), *columns]))
+            elif isinstance(mine, dict):
+                mine |= {key: value for key, value in theirs.items() if key not in mine}
+            elif each.name in ("longest", "lacking", "weighted", "rated"):
+                setattr(self, each.name, max(mine, theirs))
+            else:
+                setattr(self, each.name, mine + theirs)
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(to_json({each.name: getattr(self, each.name) for each in fields(self)}))
+
+    @classmethod
+    def read(cls, path: Path) -> Tally:
+        """The inverse of `write`."""
+        tally = cls()
+        for name, found in read_json(path).items():
+            kept = Counter(found) if isinstance(getattr(tally, name), Counter) else found
+            setattr(tally, name, kept)
+        return tally
 
     def add_row(self, row: Row | BadRow, columns: Sequence[str] | None) -> None:
         """Counts the columns that have a value; `columns` of a row that holds only those read."""
@@ -70,46 +122,177 @@ class _Tally:
         for kind in example.lost:
             self.first_lost.setdefault(kind, example.origin)
         self.notes.update(example.notes)
-        self.ends.update(end for one in (example, *example.others) for end in one.ends)
+        self.ends.update(str(end) for one in (example, *example.others) for end in one.ends)
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.cause] += 1
         self.first_bad.setdefault(row.cause, f"{row.origin}: {row.detail}")
 
 
+@dataclass(frozen=True)
+class Work:
+    """Everything that the parts of a data set are made from; goes to every process once.
+
+    Attributes:
+        sources: each with the section whose format is known.
+        folder: where the parts are written.
+        kept: parts that are found there are taken; so they have to reach the disk.
+    """
+
+    sources: tuple[tuple[Source, SourceConfig], ...]
+    data: DataConfig
+    encoder: Encoder
+    folder: Path
+    kept: bool
+
+    @property
+    def pieces(self) -> list[tuple[int, Piece]]:
+        """(the number of its source, the piece), of each part."""
+        return [(n, piece) for n, (opened, _) in enumerate(self.sources) for piece in opened.pieces]
+
+    def part(self, number: int) -> Part:
+        """A part that was made."""
+        tally = self.tally(number)
+        source = self.pieces[number][0]
+        return Part(self._file(number), source, tally.rows, tuple(tally.blocks))
+
+    def tally(self, number: int) -> Tally:
+        """The counts of a part that was made."""
+        return Tally.read(self._file(number).with_suffix(".json"))
+
+    def is_made(self, number: int) -> bool:
+        """Whether a part is there; what was counted is written last."""
+        return self._file(number).with_suffix(".json").is_file()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.arrow"
+
+
+def make_part(work: Work, number: int) -> None:
+    """Tokenise a piece into a part, which appears when it is whole.
+
+    Raises:
+        DataError: the rows cannot be read, or one is refused.
+    """
+    source_number, piece = work.pieces[number]
+    opened, source = work.sources[source_number]
+    target, tally = work._file(number), Tally()
+    with tempfile.TemporaryDirectory(
+        dir=work.folder, prefix=".making-", ignore_cleanup_errors=True
+    ) as folder:
+        scratch = Path(folder)
+        with PartWriter(scratch / "part.arrow") as part:
+            for row, examples in _examples(
+                opened, source, work.data, work.encoder, piece, tally, scratch
+            ):
+                part.add(row, examples)
+        tally.blocks = part.blocks
+        tally.write(scratch / "tally.json")
+        for file, end in (("part.arrow", ".arrow"), ("tally.json", ".json")):
+            if work.kept:
+                fsync(scratch / file)
+            os.replace(scratch / file, target.with_suffix(end))
+
+
 def tokenise(
-    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tell: Progress
-) -> tuple[list[Example], SourceReport]:
-    """The usable examples of one source, and the report on all of its rows."""
-    tally, examples = _Tally(), list[Example]()
-    column = difficulty_column(data) if opened.label.startswith("data.train") else None
-    wanted = {} if column is None else {"data.curriculum.column": column}
-    optional = optional_columns(source)
-    needed = columns_of(source) | wanted
-    rows = opened.rows(needed, optional)
+    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder
+) -> list[Example]:
+    """The usable examples of one source, in memory. Raises DataError as `reported` does."""
+    tally, found = Tally(), list[Example]()
+    with tempfile.TemporaryDirectory() as folder:
+        for piece in opened.pieces:
+            of_piece = Tally()
+            for _, examples in _examples(
+                opened, source, data, encoder, piece, of_piece, Path(folder)
+            ):
+                found += examples
+            tally.add(of_piece)
+    reported(opened, source, data, encoder, tally)
+    return found
+
+
+def bytes_per_byte(
+    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder
+) -> float:
+    """About how many bytes of a part a byte of text gives, by the first rows of a source."""
+    columns = set(_wanted(opened, source, data).values())
+    with closing(opened.all_rows()) as rows:
+        found = [row for row in islice(rows, BATCH_ROWS) if isinstance(row, Row)]
+    rows_of = [row for row in found if columns <= row.values.keys()]
+    text = sum(len(json.dumps(row.values, default=str, ensure_ascii=False)) for row in rows_of)
+    tally, tokens, examples = Tally(), 0, 0
+    for result in encode_rows(encoder, source, data.separator, rows_of):
+        fitted = _fitted(result, opened.label, source, data, tally)
+        for one in [] if isinstance(fitted, BadRow) else fitted:
+            tokens += len(one.ids)
+            examples += 1
+    return (tokens * 5 + examples * EXAMPLE_BYTES) / max(text, 1)
+
+
+def _wanted(opened: Source, source: SourceConfig, data: DataConfig) -> dict[str, str]:
+    """Key -> column, of the columns that every row has to have."""
+    column = _difficulty_column(opened, data)
+    return columns_of(source) | ({} if column is None else {"data.curriculum.column": column})
+
+
+def _difficulty_column(opened: Source, data: DataConfig) -> str | None:
+    return difficulty_column(data) if opened.label.startswith("data.train") else None
+
+
+def _examples(
+    opened: Source,
+    source: SourceConfig,
+    data: DataConfig,
+    encoder: Encoder,
+    piece: Piece,
+    tally: Tally,
+    scratch: Path,
+) -> Iterator[tuple[int, list[Example]]]:
+    """(number of a usable row in the piece, its examples); `tally` counts all rows."""
+    column, seen = _difficulty_column(opened, data), dict[str, None]()
+    wanted, optional = _wanted(opened, source, data), optional_columns(source)
+    rows = opened.rows_of(piece, wanted, optional, seen, scratch)
     while chunk := list(islice(rows, BATCH_ROWS)):
         results = encode_rows(encoder, source, data.separator, chunk)
-        for row, result in zip(chunk, results, strict=True):
+        for number, (row, result) in enumerate(zip(chunk, results, strict=True), tally.rows):
             tally.add_row(row, opened.columns)
             rated = result if column is None else _rated(result, row, column)
             fitted = _fitted(rated, opened.label, source, data, tally)
             if isinstance(fitted, BadRow):
                 tally.add_bad(fitted)
-            else:
-                examples += fitted
-                if isinstance(result, Example):
-                    tally.add_example(result)
-                tally.usable += bool(fitted)
+                continue
+            if isinstance(result, Example):
+                tally.add_example(result)
+            tally.usable += bool(fitted)
+            tally.tokens += sum(len(one.ids) for one in fitted)
+            tally.label_tokens += sum(int(one.mask.sum()) for one in fitted)
+            tally.weighted |= any(one.columns.get(WEIGHT, (1.0,))[0] > 0 for one in fitted)
+            tally.rated |= any(map(is_rated, fitted))
+            yield number, fitted
         tally.rows += len(chunk)
-        if tally.rows % PROGRESS_ROWS == 0:
-            tell(f"{opened.label}: {tally.rows:,} rows")
+    tally.seen = {str(piece.shard): list(seen)}
+
+
+def reported(
+    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder, tally: Tally
+) -> SourceReport:
+    """The report on all rows of a source.
+
+    Raises:
+        DataError: a column is absent, too many rows are bad, or no row is left.
+    """
+    wanted = _wanted(opened, source, data)
+    seen: Mapping[int, list[str]] = {int(shard): found for shard, found in tally.seen.items()}
+    opened.check_columns(wanted, seen)
     _refuse_bad(opened, data, tally)
-    if source.example_weight is not None and not any(one.columns[WEIGHT][0] for one in examples):
+    if source.example_weight is not None and not tally.weighted:
         rule = "gives every example the weight 0, which leaves nothing to train on"
         raise DataError(
             f"{opened.label}.example_weight={source.example_weight}", rule, "write another column"
         )
-    report = SourceReport(
+    read = {*wanted.values(), *optional_columns(source)}
+    unread = {name: count for name, count in tally.values.items() if name not in read}
+    return SourceReport(
         name=opened.name,
         format=source.format,
         sha256=opened.sha256,
@@ -120,22 +303,14 @@ def tokenise(
         truncated=tally.truncated,
         dropped=tally.dropped,
         longest=tally.longest,
-        tokens=sum(len(one.ids) for one in examples),
-        label_tokens=sum(int(one.mask.sum()) for one in examples),
-        unread={
-            name: count
-            for name, count in tally.values.items()
-            if name not in needed.values()
-            and name not in optional
-            and not FORMATS[source.format].prompts
-        },
+        tokens=tally.tokens,
+        label_tokens=tally.label_tokens,
+        unread={} if FORMATS[source.format].prompts else unread,
         lost=dict(sorted(tally.lost.items())),
         first_lost=tally.first_lost,
         notes={name: count for name, count in sorted(tally.notes.items()) if count},
         ends=_end_words(tally.ends, encoder),
     )
-    tell(f"{opened.label}: {_summary(report)}")
-    return examples, report
 
 
 def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example | BadRow:
@@ -150,7 +325,7 @@ def _rated(result: Example | BadRow, row: Row | BadRow, column: str) -> Example 
 
 
 def _fitted(
-    result: Example | BadRow, label: str, source: SourceConfig, data: DataConfig, tally: _Tally
+    result: Example | BadRow, label: str, source: SourceConfig, data: DataConfig, tally: Tally
 ) -> list[Example] | BadRow:
     """The examples of a row within `data.max_length`; empty if the row is too long."""
     if isinstance(result, BadRow):
@@ -234,7 +409,7 @@ def chunks(document: Example, limit: int, overlap: int) -> list[Example]:
     return made
 
 
-def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
+def _refuse_bad(opened: Source, data: DataConfig, tally: Tally) -> None:
     bad = tally.bad.total()
     value = f"{opened.label}.path={opened.name}"
     if tally.lossy > data.max_bad_fraction * tally.rows:
@@ -263,7 +438,7 @@ def _refuse_bad(opened: Source, data: DataConfig, tally: _Tally) -> None:
         raise DataError(value, rule, f"write data.max_length={cut}" if cut else "mend the rows")
 
 
-def _remedy(tally: _Tally) -> str:
+def _remedy(tally: Tally) -> str:
     """What keeps the bad rows."""
     if {"template", "unwritten_turn"} >= tally.bad.keys():
         return "write rows that the template takes, another as chat_template of the source,"
@@ -273,7 +448,8 @@ def _remedy(tally: _Tally) -> str:
     return longer + ", mend the others" * (len(tally.bad) > 1)
 
 
-def _summary(report: SourceReport) -> str:
+def summary(report: SourceReport) -> str:
+    """One line on a source."""
     found = [f"{report.usable:,} of {report.rows:,} rows usable", f"{report.tokens:,} tokens"]
     found += [f"{count:,} {cause}" for cause, count in report.bad.items()]
     if report.truncated:
@@ -284,7 +460,10 @@ def _summary(report: SourceReport) -> str:
     return ", ".join(found)
 
 
-def _end_words(ends: Counter[int], encoder: Encoder) -> dict[str, int]:
+def _end_words(ends: Counter[str], encoder: Encoder) -> dict[str, int]:
     """Special token -> trained turns that end with it; "" counts those that end with none."""
-    words = {end: "" if end < 0 else encoder.tokenizer.convert_ids_to_tokens(end) for end in ends}
+    words = {
+        end: "" if int(end) < 0 else encoder.tokenizer.convert_ids_to_tokens(int(end))
+        for end in ends
+    }
     return {str(words[end]): count for end, count in ends.most_common()}

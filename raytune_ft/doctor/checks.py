@@ -447,7 +447,7 @@ def _first(subject: Subject) -> str:
 
 def _bucket(url: str, node: str) -> Row:
     """Put, read and delete an object, as the process does that drives a run."""
-    from raytune_ft.checkpoints.s3 import Bucket, Timing
+    from raytune_ft.bucket import Bucket, Timing
 
     key, text = f".raytune-ft-doctor-{secrets.token_hex(8)}", secrets.token_bytes(16)
     try:

@@ -1,5 +1,5 @@
-"""The metrics of `promote.metrics`: each is one function of a `Subject` and one entry of `METRICS`;
-its figures are declared in `config.metrics`.
+"""The metrics of `promote.metrics`: each is one function of a `Subject`, declared with its figures
+in `config.metrics`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_ft.config.metrics import FIGURES, HARNESS, OWN, REWARD, measured_rewards, of_reward
+from raytune_ft.config.metrics import HARNESS, METRICS, REWARD, measured_rewards, of_reward
 from raytune_ft.config.objectives import LOSS, Mode
 from raytune_ft.config.objectives import REWARD as OF_SAID
 from raytune_ft.config.rewards import expanded, function_of
@@ -202,7 +202,7 @@ def rouge(subject: Subject) -> dict[str, Scores]:
             "needs the package rouge-score, which is not installed",
             "pip install rouge-score, or 'raytune-ft[metrics]'",
         ) from error
-    names = [figure.name for figure in FIGURES["rouge"]]
+    names = [figure.name for figure in METRICS["rouge"].figures]
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score(text.reference, text.generated) for text in subject.continuations]
     return {name: Scores.mean([one[name].fmeasure for one in found]) for name in names}
@@ -233,7 +233,9 @@ def classification(subject: Subject) -> dict[str, Scores]:
     target_NL = np.eye(len(labels) + 1, dtype=np.float32)[wanted]
     asked = replace(subject.split, columns={TARGET: target_NL})
     objective = Classification("single_label", (1.0,) * (len(labels) + 1))
-    return scores_of(torch.from_numpy(outputs_NL), asked, objective, FIGURES["classification"])
+    return scores_of(
+        torch.from_numpy(outputs_NL), asked, objective, METRICS["classification"].figures
+    )
 
 
 def custom(name: str, subject: Subject) -> dict[str, Scores]:
@@ -270,19 +272,10 @@ def one_reward(name: str, subject: Subject) -> dict[str, Scores]:
     return {name: answers.figures()[name]} if kind == REWARD else {}
 
 
-METRICS: dict[str, Metric] = {
-    OWN: own,
-    "answer": answer,
-    "rouge": rouge,
-    "classification": classification,
-    REWARD: reward_scores,
-}
-
-
 def metric_named(name: str) -> Metric:
     """The function behind an entry of `promote.metrics`."""
     if name in METRICS:
-        return METRICS[name]
+        return METRICS[name].implementation()
     if of_reward(name) is not None:
         return partial(one_reward, name)
     if name.startswith(HARNESS):

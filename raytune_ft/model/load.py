@@ -530,7 +530,8 @@ def _is_of_head(base: Any, name: str) -> bool:
 
 def dtype_of(model: ModelConfig, method: MethodConfig, precision: Precision) -> torch.dtype:
     """The dtype that weights of the base are read in; those that train are not rounded first."""
-    return _master(precision) if METHODS[method.name].whole_model else base_dtype(model, precision)
+    trained = METHODS[method.name].whole_model
+    return master_dtype(precision) if trained else base_dtype(model, precision)
 
 
 def base_dtype(model: ModelConfig, precision: Precision) -> torch.dtype:
@@ -546,7 +547,8 @@ def frozen_dtype(
     return base_dtype(model, precision) if METHODS[method.name].trains == "part" else None
 
 
-def _master(precision: Precision) -> torch.dtype:
+def master_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of weights that train."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
@@ -586,7 +588,7 @@ def apply_method(
     train_head(built)
     if precision == "bfloat16":
         leave_casts_to_autocast(built)
-    master = _master(precision)
+    master = master_dtype(precision)
     for module in built.modules():
         if isinstance(module, BufferDict):  # values that trained weights are multiplied by
             module.to(master)

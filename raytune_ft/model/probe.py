@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from raytune_ft.data.batch import Apart, MicroBatch, MicroLayout, collate, lay_out
 from raytune_ft.data.split import TokenIds, TokenizedSplit
+from raytune_ft.model.critic import critic_of
 from raytune_ft.model.load import Precision
 
 Logits = Callable[[MicroBatch, Tensor], Tensor]
@@ -171,14 +173,19 @@ def same_of_one(
 
 
 def unreached(model: nn.Module, device: torch.device, precision: Precision) -> list[nn.Parameter]:
-    """Trained weights on which the output for one token does not depend.
+    """Trained weights on which the output for one token, and a critic's value, do not depend.
 
     They are read from the graph of a forward pass, without a backward.
     """
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    critic = critic_of(model)
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        nullcontext() if critic is None else critic.reading(token.view(-1)),
+    ):
         output = model(input_ids=token, use_cache=False)
     waiting, seen, reached = [output.logits.grad_fn], set(), set()
+    waiting += [] if critic is None else [critic.values_N.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:

@@ -14,6 +14,7 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
 from raytune_ft.preflight import lay_out, placed, prepare
+from raytune_ft.report.terminal import marked
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from raytune_ft.plan.layouts import NodeChoice, Option
     from raytune_ft.ray_backend.cluster import Room
 
-LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
 PER_NODE = 8
 
 
@@ -144,7 +144,6 @@ def make_plan(
 
     work, (times, said) = planner.work(config.parallel), said_of(expanded)
     pieces = describe_example(data.train, 0, load_tokenizer(expanded.model))
-    shown = [f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if loss else text for text, loss in pieces]
     flops = step_flops(shell, config.parallel, work) * config.parallel.max_workers * steps
     return Plan(
         config=asked_for,
@@ -161,7 +160,7 @@ def make_plan(
         asha_share=config.search.cost_share(budget) if config.search else 1.0,
         report=data.report,
         quotas=dict(zip(data.report.names, order.quotas, strict=False)),
-        example="".join(shown) + describe_target(data.train, 0, data.report),
+        example=marked(pieces) + describe_target(data.train, 0, data.report),
         budget_examples=budget,
         steps=steps,
         tokens=round(
@@ -272,6 +271,11 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
                 "every worker also holds the model before training, for the KL term; the memory of "
                 "that copy is not part of the estimate"
             )
+    if OBJECTIVES[config.train.objective].critic:
+        notes.append(
+            f"the critic is a value head of {shell.hidden + 1:,} trained parameters, which the "
+            "estimate leaves out"
+        )
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     longest = max(int(split.lengths.max()) for split in (data.train, data.validation))

@@ -9,7 +9,8 @@ from raytune_ft.data.report import facts
 from raytune_ft.estimate.memory import on_hosts
 from raytune_ft.format import seconds, size
 from raytune_ft.plan.layouts import NodeChoice, Option, fastest
-from raytune_ft.plan.make import LOSS_BEGINS, LOSS_ENDS, Duration, Plan
+from raytune_ft.plan.make import Duration, Plan
+from raytune_ft.report.terminal import LOSS_BEGINS, LOSS_ENDS
 
 _TERA_HOUR = 1e12 * 3600
 Cells = tuple[str, ...]

@@ -70,7 +70,7 @@ def known_license(directory: Path) -> str | None:
 def licenses(config: Config) -> dict[str, str]:
     """`base`, `data.train`, ... -> licence, of those that have a card with one beside them."""
     places = {"base": config.model.path} | {
-        f"data.{name}": str(Path(source.path).parent)
+        f"data.{name}": str(Path(source.paths[0]).parent)
         for name, source in source_configs(config.data).items()
     }
     found = {name: known_license(Path(place)) for name, place in places.items()}

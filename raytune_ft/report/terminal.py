@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from raytune_ft.config.objectives import REWARD
 from raytune_ft.format import cell, number
@@ -122,6 +123,27 @@ def print_table(table: Table) -> None:
     for i, (first, *rest) in enumerate(table.rows):
         grid.add_row(f"{first} *" if i == table.marked else first, *rest)
     console().print(grid)
+
+
+LOSS_BEGINS, LOSS_ENDS = "[[", "]]"
+
+
+def marked(pieces: Iterable[tuple[str, bool]]) -> str:
+    """An example as text, with what carries loss in marks."""
+    return "".join(
+        f"{LOSS_BEGINS}{text}{LOSS_ENDS}" if carries_loss else text for text, carries_loss in pieces
+    )
+
+
+def print_pieces(pieces: Sequence[tuple[str, bool]]) -> None:
+    """An example; what carries loss is green on a terminal, and in marks in a log."""
+    if not sys.stdout.isatty():
+        tell(marked(pieces))
+        return
+    shown = Text()
+    for text, carries_loss in pieces:
+        shown.append(text, "green" if carries_loss else None)
+    console().print(shown)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ below the current directory as they lie below the current directory here.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -96,12 +97,14 @@ def named_paths(config: Config) -> Iterator[Named]:
     """Every path that a config reads. Those that a run writes, such as `storage`, are not here."""
     yield Named("model.path", config.model.path, hub=True)
     for name, source in source_configs(config.data).items():
-        yield Named(f"data.{name}.path", source.path, hub=True)
+        for path in source.paths:
+            yield Named(f"data.{name}.path", path, hub=True)
         if source.chat_template not in (None, *CHAT_TEMPLATES):
             yield Named(f"data.{name}.chat_template", source.chat_template)
     promote = config.promote
     if promote.retention is not None:
-        yield Named("promote.retention.path", promote.retention.path, hub=True)
+        for path in promote.retention.paths:
+            yield Named("promote.retention.path", path, hub=True)
     if promote.base is not None:
         yield Named("promote.base", promote.base, hub=True)
     if config.train.kd is not None:
@@ -150,6 +153,11 @@ def packed(named: Named, cwd: Path, cluster_paths: bool) -> dict[str, Path]:
         )
     if path.is_dir():
         return _below(path, name)
+    if paths.is_glob(name):
+        found = sorted(glob.glob(name, root_dir=cwd, recursive=True))
+        if not found:
+            raise ConfigError(f"{key}={written}", "matches no file", "write a glob that does")
+        return {each: cwd / each for each in found if (cwd / each).is_file()}
     if not path.is_file():
         raise ConfigError(f"{key}={written}", "does not exist", "write the path of a file")
     files = {name: path}

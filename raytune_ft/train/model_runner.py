@@ -16,6 +16,7 @@ from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collat
 from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples, Varlen, all_seen, segment_inputs
+from raytune_ft.model.critic import critic_of
 from raytune_ft.model.heads import Reading, example_logits
 from raytune_ft.model.load import Precision
 from raytune_ft.model.methods.hooks import seeing, virtual_tokens
@@ -114,6 +115,13 @@ class ModelRunner:
         with self.autocast(), seeing(self.model, batch):
             inputs = self.inputs(batch)
             return label_blocks(self.wrapped, self.head, inputs, batch, of, self.block)
+
+    def with_values(self, batch: MicroBatch, of: OfLogits) -> tuple[Tensor, Tensor]:
+        """See `Forward.with_values`. Raises ModelError where the critic cannot read the model."""
+        critic = critic_of(self.model)
+        assert critic is not None
+        with critic.reading(batch.labels_N):
+            return self.by_label(batch, of), critic.values_N
 
     @torch.no_grad()
     def summed(

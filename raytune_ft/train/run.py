@@ -43,6 +43,7 @@ from raytune_ft.train.setup import (
     build_runner,
     extent_of,
     head_of,
+    with_critic,
 )
 from raytune_ft.train.stopping import Host, own_host
 from raytune_ft.train.watchdog import Heartbeat, watched
@@ -109,9 +110,9 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     built = replace(built, notes=(*built.notes, *said))
     own = own_dtypes(config.model) if METHODS[config.method.name].whole_model else {}
     exporter = Exporter(built.model, disk_dtype(config.model, head), frozen, own)
-    optimizer_of = partial(
-        build_optimizer, train=config.train, groups=param_groups(built.model, config.method)
-    )
+    groups = param_groups(built.model, config.method)
+    groups |= with_critic(built.model, config.train)  # after the exporter, which does not save it
+    optimizer_of = partial(build_optimizer, train=config.train, groups=groups)
     objective = build_objective(config, data, strategy)
     extent, widest = extent_of(config, data)
     runner = build_runner(built, config, strategy, optimizer_of, objective, extent, widest)

@@ -35,6 +35,7 @@ from raytune_ft.files import write_json_atomic
 from raytune_ft.layout import CHECKPOINTS, FORECAST
 from raytune_ft.model.attention import Varlen, attend_by_example, has_varlen, takes_segments
 from raytune_ft.model.checkpointing import checkpoint_activations, choose_checkpointing
+from raytune_ft.model.critic import add_critic, critic_weights
 from raytune_ft.model.experts import expert_notes
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.heads import Head, Place, reading
@@ -43,6 +44,7 @@ from raytune_ft.model.lengths import apart_of, notes_of, thresholds_of, usable_p
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
 from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods.base import ParamGroup
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
 from raytune_ft.model.objectives.tokens import block_rows
@@ -59,8 +61,9 @@ from raytune_ft.train.material import Given, Material
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
-from raytune_ft.train.rollouts import Rolled, Speaker, Watched, rewards_of
+from raytune_ft.train.rollouts import Rolled, Watched, rewards_of
 from raytune_ft.train.run_state import RunState, Schedule
+from raytune_ft.train.speaker import Speaker
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.usage import Usage
 from raytune_ft.train.watchdog import Heartbeat
@@ -130,6 +133,19 @@ def head_before(config: Config) -> Head | None:
     if facts.pairs:
         return Head("regression", ("reward",), config.seed)
     return Head(config.data.problem, tuple(config.data.labels or ("0", "1")), config.seed)
+
+
+def with_critic(model: nn.Module, train: TrainConfig) -> dict[str, ParamGroup]:
+    """Give a built model the critic that its objective needs. The optimizer's settings of its
+    weights, none without one.
+
+    Raises:
+        ModelError: the model cannot have one.
+    """
+    if not OBJECTIVES[train.objective].critic:
+        return {}
+    add_critic(model, train.precision, train.ppo.detach_values)
+    return dict.fromkeys(critic_weights(model), ParamGroup(train.ppo.value_lr_ratio))
 
 
 def check_objective(config: Config, data: PreparedData) -> None:
@@ -338,9 +354,9 @@ def build_material(
     if needs_base(config) and METHODS[config.method.name].whole_model:
         reference = frozen_runner(config.model, config, runner.strategy)
     with started(rewards_of(config, spec.data_dir)) as rewards:
-        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart)
+        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference)
         if rolls:
-            yield Rolled(speaker, data, config, spec.run_dir, reference)
+            yield Rolled(speaker, data, config, spec.run_dir)
         else:
             yield Watched(runner, data, speaker)
 

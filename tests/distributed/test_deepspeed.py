@@ -136,6 +136,16 @@ def _check_layouts(
     changes: dict[str, Any],
 ) -> None:
     cases = [(layout, method) for layout in layouts for method in methods]
+    _check_cases(root, inputs, references, cases, changes)
+
+
+def _check_cases(
+    root: Path,
+    inputs: Inputs,
+    references: References,
+    cases: Sequence[tuple[Layout, str]],
+    changes: dict[str, Any],
+) -> None:
     jobs = [
         Job(root / f"{layout.name}-{method}", layout, changes | METHODS[method])
         for layout, method in cases
@@ -150,8 +160,9 @@ def _check_layouts(
 
 
 def test_every_stage(tmp_path: Path, inputs: Inputs, references: References) -> None:
-    stages = [Layout("deepspeed", 2, stage) for stage in (1, 2, 3)]
-    _check_layouts(tmp_path, inputs, references, stages, ["lora", "full"], SHORT)
+    cases = [(1, "lora"), (2, "full"), (3, "lora"), (3, "full")]
+    stages = [(Layout("deepspeed", 2, stage), method) for stage, method in cases]
+    _check_cases(tmp_path, inputs, references, stages, SHORT)
 
 
 @pytest.mark.slow
@@ -355,7 +366,7 @@ def _check_frozen(inputs: Inputs, run_dir: Path) -> None:
 
 
 def _rollouts(inputs: Path, root: Path, strategy: str, changes: dict[str, Any]) -> None:
-    for name in ("grpo", "online_dpo"):
+    for name in ("grpo", "online_dpo", "ppo"):
         common = {"checkpoint.asynchronous": False, "train.adam_epsilon": 1e-5}
         result = run(objective_config(inputs, name, common | changes), root / name, strategy)
         assert result.status == "completed"
@@ -369,7 +380,7 @@ def test_rollouts(tmp_path: Path, stage: int) -> None:
     _rollouts(inputs, tmp_path / "single", "single", ALONE)
     layout = Layout("deepspeed", 2, stage)
     run_in_new_processes(_rollouts, 2, inputs, tmp_path / "zero", "deepspeed", layout.changes)
-    for name in ("grpo", "online_dpo"):
+    for name in ("grpo", "online_dpo", "ppo"):
         one, other = tmp_path / "single" / name, tmp_path / "zero" / name
         assert max(largest_difference(one, other)) < BOUND
         assert _said(one) == _said(other)

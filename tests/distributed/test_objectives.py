@@ -23,6 +23,7 @@ RUNS = {
     "frozen encoder": ("classification", "encoder", "freeze"),
     "full kd": ("kd", "decoder", "full"),
     "full grpo": ("grpo", "decoder", "full"),
+    "full ppo": ("ppo", "decoder", "full"),
     KEPT: ("kd", "decoder", "lora"),
 }
 

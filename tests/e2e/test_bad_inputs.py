@@ -221,6 +221,12 @@ MODEL_AND_DATA: list[Case] = [
     ),
     ("train data.train.path=empty.jsonl", "data.train.path=", "empty.jsonl", "row"),
     (
+        "train data.train.path=empty.jsonl data.train.format=auto",
+        "data.train.format=auto",
+        "empty.jsonl",
+        "a source that has one",
+    ),
+    (
         "train data.train.path=short.jsonl data.max_length=4",
         "data.train.path=short.jsonl",
         "no_label_token 60",
@@ -558,7 +564,36 @@ ROLLOUTS: list[Case] = [
         "'solution'",
         "no column of data.train (instruction, response)",
     ),
-    (f"{GRPO} rewards=[exact_match] train.rollout.num_generations=1", "at least 2"),
+    (
+        f"{GRPO} rewards=[exact_match] train.rollout.num_generations=1",
+        "train.rollout.num_generations=1",
+        "at least 2",
+        "train.objective: ppo",
+    ),
+    (f"{GRPO} rewards=[exact_match] train.ppo.lam=0.9", "train.ppo=", "train.objective: ppo"),
+    (f"{GRPO} train.objective=ppo", "train.objective=ppo", "needs a reward"),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.ppo.lam=1.5",
+        "train.ppo.lam=1.5",
+        "1",
+    ),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.ppo.kl_coeff=0.1",
+        "train.ppo.kl_coeff",
+        "did you mean",
+        "kl_coef",
+    ),
+    (
+        f"{GRPO} rewards=[exact_match] train.objective=ppo train.grpo.beta=0.1",
+        "train.grpo=",
+        "train.objective=grpo",
+    ),
+    (
+        "sweep train.objective=ppo data.train.path=short.jsonl data.test=null "
+        "rewards=[exact_match] search.execution=packed",
+        "search.execution=packed",
+        "train.objective=ppo",
+    ),
     (
         f"{GRPO} rewards=[exact_match] train.rollout.max_completion_length=2000",
         "train.rollout.max_completion_length=2000",
@@ -930,7 +965,8 @@ def test_a_second_driver(session: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("command", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sweep"])
 def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None:
     arguments = ["parallel.workers=512", "train.batch_size=512", f"storage={tmp_path}/runs"]
     if command == "sweep":

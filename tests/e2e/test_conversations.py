@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import raytune_ft
 from raytune_ft.cli import run_command
+from raytune_ft.data.prepare import open_prepared
+from tests.support.templates import save_base_with_marks, vendor_template
 
 TEMPLATES = ["qwen3", "llama3_1", "phi3", "gemma", "gptoss"]
-TINY = Path(raytune_ft.__file__).parent / "model" / "tiny"
-MARK = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 ANSWERS = {"sky": "Blue as ever.", "grass": "Green, é 日本!", "sun": "  It is\nyellow."}
 CONFIG = """\
 name: talk
@@ -31,31 +29,16 @@ promote: {max_overlap: 1}
 """
 
 
-def _base_for(template: str, folder: Path) -> None:
-    """The built-in model with the marks of a template as tokens of their own."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    marks = sorted(set(MARK.findall(template)))
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    model.resize_token_embeddings(len(tokenizer))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_promoted_model_says_what_it_was_taught_and_ends(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = find_spec("trl")
-    if spec is None or spec.origin is None:
-        pytest.skip("trl, which has the templates, is not installed")
-    source = Path(spec.origin).parent / "chat_templates" / f"{name}.jinja"
+    template = vendor_template(name)
     monkeypatch.chdir(tmp_path)
-    template = source.read_text(encoding="utf-8")
     (tmp_path / "template.jinja").write_text(template)
-    _base_for(template, tmp_path / "base")
+    save_base_with_marks(template, tmp_path / "base")
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in ANSWERS.items()
@@ -70,7 +53,8 @@ def test_a_promoted_model_says_what_it_was_taught_and_ends(
     path = tmp_path / "runs" / "talk" / "promoted" / "model"
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
-    for asked in [both[:1], both[2:3], both[:3]]:
+    taught = _taught(tmp_path / "runs")
+    for asked in [both[:1], both[2:3], rows[2]["messages"][:1], both[:3]]:
         inputs = tokenizer.apply_chat_template(
             asked,
             add_generation_prompt=True,
@@ -79,8 +63,24 @@ def test_a_promoted_model_says_what_it_was_taught_and_ends(
         )
         with torch.no_grad():
             made = model.generate(**inputs, max_new_tokens=200, do_sample=False)
-        answer = made[0, inputs["input_ids"].shape[1] :]
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        wanted = ANSWERS[asked[-1]["content"]].strip()
-        assert wanted in text, (asked, text)
-        assert len(answer) < 200, text
+        length = inputs["input_ids"].shape[1]
+        prompt, answer = made[0, :length].tolist(), made[0, length:].tolist()
+        learnt = taught[tuple(prompt)]
+        assert answer == learnt[: len(answer)], tokenizer.decode(answer)
+        assert answer[-1] in model.generation_config.eos_token_id
+        behind = tokenizer.decode(learnt[len(answer) :], skip_special_tokens=True)
+        assert not behind.strip()  # the template's newline, and EOS in Phi-3's
+        assert ANSWERS[asked[-1]["content"]].strip() in tokenizer.decode(answer)
+
+
+def _taught(runs: Path) -> dict[tuple[int, ...], list[int]]:
+    """What stands before each run of labels in the training examples -> the labels."""
+    (tokens,) = (runs / ".cache" / "tokens").iterdir()
+    split = open_prepared(tokens).train
+    found: dict[tuple[int, ...], list[int]] = {}
+    for first, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        ids = split.input_ids[first:end].tolist()
+        changes = np.flatnonzero(np.diff(split.label_mask[first:end], prepend=False, append=False))
+        for begin, behind in changes.reshape(-1, 2).tolist():
+            found[tuple(ids[:begin])] = ids[begin:behind]
+    return found

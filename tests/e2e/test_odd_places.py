@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import command, run_process
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_an_odd_storage_and_a_long_tmpdir(tmp_path: Path, verb: str, keys: list[
     temporary.mkdir()
     words = [verb, "jobs/quickstart.yaml", "name=odd", f"storage={storage}", *keys]
     words += ["train.max_examples=64", "train.eval_every_examples=32"]
-    done = run_process(command(*words), 280, TMPDIR=str(temporary))
+    done = run_process(command(*words), 840, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     assert json.loads((storage / "odd" / "result.json").read_text())["status"] == "completed"
     assert (storage / "odd" / "study.db").is_file() == (verb == "sweep")

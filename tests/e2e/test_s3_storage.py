@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.checkpoints.s3 import Bucket
+from raytune_ft.bucket import Bucket
 from raytune_ft.cli import run_command
 from tests.support.s3 import s3_server
 

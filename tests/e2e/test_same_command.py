@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.checkpoints.s3 import Bucket
+from raytune_ft.bucket import Bucket
 from tests.support.commands import command, kill_once, run_process
 from tests.support.runs import losses, metrics
 from tests.support.s3 import s3_server

@@ -64,6 +64,18 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "train.dpo": {"loss_type": ["sigmoid", "sft"], "beta": 0.3},
     },
+    "ppo": {
+        "data.train.format": "prompt",
+        "data.train.example_weight": "weight",
+        "train.rollout": {
+            "num_generations": 2,
+            "max_completion_length": 8,
+            "temperature": 0.8,
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+        },
+        "train.ppo": {"kl_coef": 0.1, "gamma": 0.95, "vf_coef": 0.5},
+    },
     "grpo sequence": {
         "data.train.format": "prompt_completion",
         "train.rollout": {"num_generations": 4, "max_completion_length": 6},

@@ -17,7 +17,8 @@ from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.policy import Grpo
 from raytune_ft.model.sampling import Said
-from raytune_ft.train.rollouts import Answered, Rolled
+from raytune_ft.train.credit import GroupAdvantages
+from raytune_ft.train.speaker import Answered, Speaker
 
 Numbers = npt.NDArray[np.float64]
 LogpsOf = Callable[[TokenizedSplit], Numbers]
@@ -60,12 +61,7 @@ def weighed(
 
         return call
 
-    stub = SimpleNamespace(
-        _config=SimpleNamespace(train=train),
-        _settings=train.rollout,
-        _speaker=SimpleNamespace(logps=of(logps)),
-        _base_logps=of(base),
-    )
+    speaker = cast(Speaker, SimpleNamespace(logps=of(logps), base_logps=of(base)))
     named = [
         [{name: each[p][g] for name, each in (scores or {}).items()} for g in range(len(group))]
         for p, group in enumerate(said_PG)
@@ -73,7 +69,8 @@ def weighed(
     texts = [["" for _ in group] for group in said_PG]
     answered = Answered(said_PG, texts, named, np.array(totals_PG, dtype=np.float64))
     prompts = [Prompt(f"rows.jsonl:{p + 1}", (PROMPT,), (), {}) for p in range(len(said_PG))]
-    return Rolled._weighed(cast(Rolled, stub), prompts, answered, weights_P)
+    learnt = GroupAdvantages(train, speaker).assign(prompts, answered, weights_P)
+    return learnt.split, learnt.advantages_PG
 
 
 def in_one_batch(split: TokenizedSplit) -> MicroBatch:

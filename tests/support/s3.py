@@ -11,6 +11,8 @@ from itertools import cycle
 from typing import Any
 from urllib.request import Request, urlopen
 
+_BODY = b"<Error><Code>AccessDenied</Code></Error>"
+FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
 UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -19,11 +21,12 @@ class Proxy:
 
     `harms` are taken in turn: fail (503), reset (of the connection), cut (half of the piece is
     forwarded, then a reset), stall (nothing comes any more), lose (the request is forwarded and
-    its answer is not). `every` 0 forwards all; `down` resets everything.
+    its answer is not). `every` 0 forwards all; `down` resets everything; `closed` refuses every
+    request, as a bucket does to one without permission.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
-        self.target, self.every, self.down = target, 0, False
+        self.target, self.every, self.down, self.closed = target, 0, False, False
         self.done: list[str] = []
         self._harms = cycle(["fail", "reset", "cut", "stall", "lose"])
         self._count, self._lock = 0, threading.Lock()
@@ -60,6 +63,9 @@ class Proxy:
         threading.Thread(target=self._answer, args=(server, client, muted), daemon=True).start()
         try:
             while piece := client.recv(1 << 16):
+                if self.closed:
+                    client.sendall(FORBIDDEN)
+                    continue
                 harm = self._harm()
                 if harm == "fail":
                     client.sendall(UNAVAILABLE)

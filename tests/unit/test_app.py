@@ -219,7 +219,7 @@ def test_what_only_workers_find_wrong_does_not_use_up_the_name(
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("name", ["train", "sweep"])
+@pytest.mark.parametrize("name", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
 def test_a_resume_keeps_what_auto_chose_by_memory(
     command: Command, run_dir: Path, name: str
 ) -> None:

@@ -61,8 +61,14 @@ def found_format(label: str, source: SourceConfig, opened: Source) -> SourceConf
     """
     if source.format != "auto":
         return source
-    first = next((row for row in opened.read(opened.columns or ()) if isinstance(row, Row)), None)
-    values = {} if first is None else first.values
+    first = next((row for row in opened.all_rows() if isinstance(row, Row)), None)
+    if first is None:
+        raise DataError(
+            f"{label}.format=auto",
+            f"finds no row in {opened.name} that can be read",
+            "write a source that has one, or the format",
+        )
+    values = first.values
     turns = next((name for name in (source.messages, *TURNS) if values.get(name)), None)
     if turns is not None:
         written = parsed(values[turns])
@@ -78,7 +84,7 @@ def found_format(label: str, source: SourceConfig, opened: Source) -> SourceConf
             return source.model_copy(update={"format": format})
     raise DataError(
         f"{label}.format=auto",
-        f"finds no format in the columns of {opened.name}, {one_of(list(values)) or 'none'}",
+        f"finds no format in the columns of {opened.name}, {one_of(list(values))}",
         "write the format, and the keys that name its columns",
     )
 

@@ -76,6 +76,7 @@ def _encode(
 def _example(
     encoder: Encoder, template: Template, source: SourceConfig, row: Row
 ) -> Example | BadRow:
+    template.forget()
     chat = conversation_of(source, row)
     if isinstance(chat, BadRow):
         return chat

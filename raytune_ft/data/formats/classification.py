@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_text
 from raytune_ft.data.rows import BadRow, Row
+from raytune_ft.data.split import Column
 from raytune_ft.errors import DataError
 
 TARGET = "target"
@@ -137,22 +138,26 @@ def _refuse_two_forms(found: set[str]) -> None:
                 )
 
 
-def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
-    """The labels in class order; for regression, a name for each number.
+Labels = tuple[str | float, ...]
+"""Of one example."""
+
+
+def label_names(data: DataConfig, train: Iterable[Labels]) -> tuple[str, ...]:
+    """The labels in class order, of those of each training example; for regression, a name for each
+    number.
 
     Raises:
         DataError: there are too few or too many of them, or one that is written occurs twice.
     """
     if data.problem == "regression":
-        assert train[0].labels is not None
-        return tuple(f"value_{number}" for number in range(len(train[0].labels)))
+        return tuple(f"value_{number}" for number in range(len(next(iter(train)))))
     if data.labels is not None:
         twice = [name for name in data.labels if data.labels.count(name) > 1]
         if twice:
             raise DataError(f"data.labels={data.labels}", f"has {twice[0]} twice", "write it once")
         names = list(data.labels)
     else:
-        found = {str(name) for one in train for name in one.labels or ()}
+        found = {str(name) for one in train for name in one}
         _refuse_two_forms(found)
         numeric = all(name.lstrip("-").isdecimal() for name in found)
         names = sorted(found, key=(lambda name: (int(name), name)) if numeric else None)
@@ -169,38 +174,39 @@ def label_names(data: DataConfig, train: Sequence[Example]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def with_targets(
-    split: str, examples: Sequence[Example], data: DataConfig, names: Sequence[str]
-) -> list[Example]:
-    """Each with a column `target`: a class vector, or its numbers.
+def targets_of(
+    split: str, rows: Iterable[tuple[str, Labels]], data: DataConfig, names: Sequence[str]
+) -> Column:
+    """[n, names], the class vector or the numbers of each example, of its (origin, labels).
 
     Raises:
         DataError: a label is not in `names`, or a label has no example in train.
     """
     number = {name: i for i, name in enumerate(names)}
-    made, seen = [], set()
-    for one in examples:
-        assert one.labels is not None
+    made, seen = list[Column](), set[str]()
+    for origin, labels in rows:
         if data.problem == "regression":
-            if len(one.labels) != len(names):
+            if len(labels) != len(names):
                 raise DataError(
-                    f"data.{split}: {one.origin}",
-                    f"has {len(one.labels)} numbers where others have {len(names)}",
+                    f"data.{split}: {origin}",
+                    f"has {len(labels)} numbers where others have {len(names)}",
                     "write the same count in every row",
                 )
-            target = tuple(float(value) for value in one.labels)
-        else:
-            unknown = [name for name in one.labels if name not in number]
-            if unknown:
-                raise DataError(
-                    f"data.{split}: {one.origin}",
-                    f"has the label {unknown[0]!r}, which is none of "
-                    + ("data.labels" if data.labels else "those of data.train"),
-                    f"write one of {_shown(names)}",
-                )
-            seen |= set(one.labels)
-            target = tuple(float(name in one.labels) for name in names)
-        made.append(replace(one, columns={**one.columns, TARGET: target}))
+            made.append(np.array(labels, np.float32))
+            continue
+        unknown = [name for name in labels if name not in number]
+        if unknown:
+            raise DataError(
+                f"data.{split}: {origin}",
+                f"has the label {unknown[0]!r}, which is none of "
+                + ("data.labels" if data.labels else "those of data.train"),
+                f"write one of {_shown(names)}",
+            )
+        target = np.zeros(len(names), np.float32)
+        for name in labels:
+            target[number[str(name)]] = 1
+            seen.add(str(name))
+        made.append(target)
     absent = [name for name in names if name not in seen]
     if split == "train" and data.problem != "regression" and absent:
         raise DataError(
@@ -208,7 +214,7 @@ def with_targets(
             f"has the label {absent[0]!r}, which no training example has",
             "remove it, or add rows that have it",
         )
-    return made
+    return np.array(made, np.float32).reshape(len(made), len(names))
 
 
 def _shown(names: Sequence[str], limit: int = 12) -> str:

@@ -61,6 +61,12 @@ class Example:
         return list(zip(np.split(self.ids, ends), np.split(self.mask, ends), strict=True))
 
 
+def is_rated(example: Example) -> bool:
+    """Whether its answers are compared with others to the same prompt, or are still to be given."""
+    rated = PARTS in example.columns or DESIRABLE in example.columns
+    return rated or (example.labels is None and not example.mask.any())
+
+
 Piece = tuple[TokenIds, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """(ids, starts, stops): tokens, and the characters of the text that each of them writes."""
 
@@ -149,7 +155,7 @@ class Encoder:
         inside = np.zeros(len(text), dtype=np.int64)
         for start, stop in spans:
             inside[start:stop] = 1
-        said = inside * np.fromiter((not one.isspace() for one in text), np.int64, len(text))
+        said = inside * ~_is_blank(text)
         counts, words = np.append(0, inside.cumsum()), np.append(0, said.cumsum())
         width = counts[stops] - counts[starts]
         mask = (words[stops] > words[starts]) | ((width > 0) & (width == stops - starts))
@@ -207,6 +213,17 @@ class Encoder:
         before = np.maximum.accumulate(np.append(0, stops))[:-1]
         starts = np.minimum(np.maximum(starts, 0), before)
         return np.array(encoded["input_ids"], np.int32)[kept], starts, np.maximum(stops, starts)
+
+
+_BLANKS = np.array([chr(code).isspace() for code in range(0x3002)])
+"""Of each character up to the last blank and one behind it, whether it is a blank."""
+
+
+def _is_blank(text: str) -> npt.NDArray[np.bool_]:
+    """[characters], whether each is a blank."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    found: npt.NDArray[np.bool_] = _BLANKS[np.minimum(codes, len(_BLANKS) - 1)]
+    return found
 
 
 def _joined(pieces: Iterable[Piece]) -> Piece:

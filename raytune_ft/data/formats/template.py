@@ -80,15 +80,27 @@ class Template:
         words = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
         self.added = any_of(word for word in words if word.strip())
         self._longest = max(map(len, words), default=0)
+        self._rendered: dict[tuple[Any, ...], tuple[list[Turn], tuple[str, list[Span]]]] = {}
+
+    def forget(self) -> None:
+        """What was rendered of one row is not needed for the next one."""
+        self._rendered.clear()
 
     def render(self, turns: list[Turn], tools: Any, prompt: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans that the template marks). `prompt` adds the header of the assistant.
+        """(text, spans that the template marks). `prompt` adds the header of the assistant. The
+        same turns, which nobody changes, are rendered once a row.
 
         Raises:
             Unwritten: the template raises, or there is no turn.
         """
         if not turns:
             raise Unwritten("there is no turn")
+        key = (*map(id, turns), id(tools), prompt)
+        if key not in self._rendered:  # the turns are kept, so that their ids stay theirs
+            self._rendered[key] = (list(turns), self._render(turns, tools, prompt))
+        return self._rendered[key][1]
+
+    def _render(self, turns: list[Turn], tools: Any, prompt: bool) -> tuple[str, list[Span]]:
         try:
             texts, marks = render_jinja_template(
                 [turns],

@@ -29,6 +29,11 @@ class Forward(Protocol):
     def by_label(self, batch: MicroBatch, of: Callable[[Tensor, MicroBatch], Tensor]) -> Tensor:
         """`of` the logits of all label tokens, `[N, K]`; it may be called with some at a time."""
 
+    def with_values(
+        self, batch: MicroBatch, of: Callable[[Tensor, MicroBatch], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What `by_label` gives, and a critic's `values_N` where label tokens are predicted."""
+
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """`logits_EL` of a task head, one row for each span of the batch."""
 

@@ -36,9 +36,12 @@ from raytune_ft.model.objectives.tokens import token_losses
 
 def label_logps(forward: Forward, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
     """`[N]`, the log-probability of every label token, float32 or wider."""
-    return forward.by_label(
-        batch, lambda logits_bV, part: -token_losses(logits_bV / temperature, part).unsqueeze(1)
-    )[:, 0]
+    return forward.by_label(batch, logps_of(temperature))[:, 0]
+
+
+def logps_of(temperature: float) -> Callable[[Tensor, MicroBatch], Tensor]:
+    """From `logits_bV` of label tokens to their log-probabilities `[b, 1]`."""
+    return lambda logits_bV, part: -token_losses(logits_bV / temperature, part).unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.bucket import Bucket, Timing
 from raytune_ft.checkpoints.manage import listed, verified
 from raytune_ft.checkpoints.manifest import parse_manifest, write_manifest
 from raytune_ft.checkpoints.mirror import Mirror, mirrored
-from raytune_ft.checkpoints.s3 import Bucket, RemoteCheckpoints, Timing
+from raytune_ft.checkpoints.s3 import RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
 from tests.support.s3 import Proxy, s3_server

@@ -68,6 +68,7 @@ def test_numbers_are_yaml_1_2(write: Write) -> None:
         ("model.revision=null", lambda c: c.model.revision, None),
         ('data.separator=" | "', lambda c: c.data.separator, " | "),
         ("data.train.path=a: [b", lambda c: c.data.train.path, "a: [b"),
+        ("data.train.path=[a.jsonl, b]", lambda c: c.data.train.path, ["a.jsonl", "b"]),
         ("train.early_stopping.patience=5", lambda c: c.train.early_stopping.patience, 5),
         ("data.validation.path=v.jsonl", lambda c: c.data.validation, SourceConfig(path="v.jsonl")),
         (
@@ -153,7 +154,10 @@ def test_the_method_has_a_default_name(write: Write) -> None:
         ("train:", "train=null is not a section;"),
         ("train: {micro_tokens: -1}", "train.micro_tokens=-1 is not auto or a whole number above"),
         ("data: {train: {path: x}, validation: {pth: v}}", "did you mean data.validation.path?"),
-        ("data: {train: {path: 3}}", "data.train.path=3 is not text that is not empty; write it"),
+        (
+            "data: {train: {path: 3}}",
+            "data.train.path=3 is not text that is not empty or a list of values; write it",
+        ),
         ("data: {}", "data.train is missing; write a section `data.train` with at least path"),
         ("model: {path: x}\nmodel: {}", "config.yaml line 8 writes 'model' twice; delete one"),
         ("train: {lr: 1, lr: 2}", "writes 'lr' twice; delete one of the two"),

@@ -113,8 +113,8 @@ def test_the_draw_depends_on_the_seed_alone(prepare: Prepare, tmp_path: Path) ->
 @pytest.mark.parametrize("fraction", [0.001, 0.3, 0.5, 0.999])
 def test_neither_side_of_the_draw_is_empty(count: int, fraction: float) -> None:
     train, validation = draw_validation(count, fraction, seed=0)
-    assert sorted(train + validation) == list(range(count))
-    assert train == sorted(train)
+    assert sorted([*train, *validation]) == list(range(count))
+    assert list(train) == sorted(train)
     assert len(train) >= 1
     assert len(validation) >= 1
     assert abs(len(validation) - count * fraction) <= 1

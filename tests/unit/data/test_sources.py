@@ -17,6 +17,7 @@ from raytune_ft.config.paths import FILE_KINDS
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import TEXT_READERS, open_source
 from raytune_ft.errors import DataError
+from tests.support.rows import rows_of
 
 COLUMNS = {"prompt": "q", "completion": "a"}
 PAIRS = [
@@ -28,7 +29,7 @@ PAIRS = [
 
 def read(path: Path | str, wanted: dict[str, str] = COLUMNS, **keys: Any) -> list[Row | BadRow]:
     source = SourceConfig(path=str(path), **keys)
-    return list(open_source("data.train", source).rows(wanted))
+    return list(rows_of(open_source("data.train", source), wanted, Path("unused")))
 
 
 def pairs(rows: list[Row | BadRow]) -> list[dict[str, Any]]:
@@ -254,7 +255,7 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_saved_data_set_is_refused(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "notes.md").write_text("no rows")
     with pytest.raises(DataError, match="that datasets' save_to_disk did not make"):
         read(tmp_path)
 

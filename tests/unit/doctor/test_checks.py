@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from raytune_ft.checkpoints.s3 import Bucket
+from raytune_ft.bucket import Bucket
 from raytune_ft.config.load import load_config
 from raytune_ft.doctor import checks, probes
 from raytune_ft.doctor.checks import CHECKS, GIB, Subject

@@ -23,7 +23,7 @@ from sklearn.metrics import f1_score, log_loss, mean_squared_error, r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raytune_ft.config.load import load_config, validated
-from raytune_ft.config.metrics import FIGURES, RETENTION, deciding, direction, label
+from raytune_ft.config.metrics import METRICS, RETENTION, deciding, direction, label
 from raytune_ft.config.objectives import OBJECTIVES, SEARCHABLE, Figure, figures
 from raytune_ft.config.rules import check
 from raytune_ft.config.schema import PromoteConfig
@@ -419,7 +419,7 @@ def test_figures_are_known_by_both_names() -> None:
         RETENTION["retention_kl"].label,
         "min",
     )
-    assert {direction(each.name) for each in FIGURES["rouge"]} == {"max"}
+    assert {direction(each.name) for each in METRICS["rouge"].figures} == {"max"}
     assert (label("arc_easy/acc"), direction("arc_easy/acc")) == ("arc_easy/acc", None)
 
 

@@ -63,7 +63,7 @@ def test_the_files_of_an_ordinary_run(tmp_path: Path, inputs: tuple[Path, Path])
     PeftModel.from_pretrained(base, str(ours / "checkpoints" / "step-000010"))
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_resumed_by_an_ordinary_run_and_the_other_way(
     tmp_path: Path, inputs: tuple[Path, Path], precision: str
 ) -> None:

@@ -71,7 +71,13 @@ LEVELS = {
 
 @pytest.mark.parametrize(
     ("sampler", "space"),
-    [("tpe", None), ("random", None), ("gp", None), ("cmaes", NUMBERS), ("grid", LEVELS)],
+    [
+        ("tpe", None),
+        ("cmaes", NUMBERS),
+        pytest.param("random", None, marks=pytest.mark.slow),
+        pytest.param("gp", None, marks=pytest.mark.slow),
+        pytest.param("grid", LEVELS, marks=pytest.mark.slow),
+    ],
 )
 def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
     tmp_path: Path, sampler: str, space: dict[str, Any] | None

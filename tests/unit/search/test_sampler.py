@@ -68,7 +68,9 @@ def test_tpe_learns_inside_a_branch() -> None:
     assert [point["method.name"] for point in drawn[20:]].count("lora") > 13
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "cmaes"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "random", "cmaes"]
+)
 def test_every_draw_meets_the_constraints(sampler: str) -> None:
     space = {"train.lr": LR, "train.batch_size": {"int_uniform": [1, 64]}}
     constraint = "train.batch_size * train.lr <= 0.001 and not train.batch_size < 16"

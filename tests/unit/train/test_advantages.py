@@ -10,7 +10,7 @@ import pytest
 from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
 from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, Grpo
 from raytune_ft.model.sampling import Said
-from raytune_ft.train.rollouts import advantages_of, same_of
+from raytune_ft.train.credit import advantages_of, same_of
 from tests.support.rollouts import train_config, weighed
 
 NAN = float("nan")

@@ -19,8 +19,9 @@ from raytune_ft.errors import CheckpointError, ConfigError, DataError
 from raytune_ft.layout import ROLLOUTS, prompts_file
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.rundir import RunSpec
+from raytune_ft.train.credit import advantages_of, same_of
 from raytune_ft.train.report import Silent
-from raytune_ft.train.rollouts import Rollout, advantages_of, same_of, with_rewards
+from raytune_ft.train.rollouts import Rollout, with_rewards
 from raytune_ft.train.run import run_training
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import BrokenRun, Recorder, losses, metrics, run

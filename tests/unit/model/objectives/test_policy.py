@@ -18,7 +18,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.policy import Grpo
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.sampling import Said
-from raytune_ft.train.rollouts import Answered, Speaker
+from raytune_ft.train.speaker import Answered, Speaker
 from tests.support.models import save_tiny_llama, true_float64
 from tests.support.objectives import config_of, save_inputs
 from tests.support.rollouts import Spoken, in_one_batch, step_loss, train_config, weighed

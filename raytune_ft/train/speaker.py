@@ -1,0 +1,267 @@
+"""Answers prompts with the model in training, and has the answers scored.
+
+Shapes: P prompts, G completions of each, N label tokens, which are those of completions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ft.config.methods import METHODS
+from raytune_ft.config.sampling import SamplingConfig
+from raytune_ft.config.schema import Config
+from raytune_ft.data.batch import MicroBatch
+from raytune_ft.data.formats.prompt import Prompt
+from raytune_ft.data.prompts import Prompts
+from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.errors import RunFailed
+from raytune_ft.model.methods import without_method
+from raytune_ft.model.objectives.ppo import logps_and_values
+from raytune_ft.model.objectives.preference import label_logps
+from raytune_ft.model.sampling import Request, Said, sample
+from raytune_ft.rewards.groups import group_of
+from raytune_ft.rewards.pool import Rewards
+from raytune_ft.strategy import Strategy
+from raytune_ft.strategy.side_channel import on_all_ranks
+from raytune_ft.train.evaluation import BLOCK_EXAMPLES
+from raytune_ft.train.model_runner import ModelRunner
+from raytune_ft.train.watchdog import Heartbeat
+
+Numbers = npt.NDArray[np.float64]
+
+EVALUATION = 2**62
+"""Places of evaluations are behind all places of training, and the same for every checkpoint and
+trial, which so have common random numbers."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was said to some prompts. `scores` are by name, None where a reward gave none."""
+
+    said: Sequence[Sequence[Said]]
+    texts: Sequence[Sequence[str]]
+    scores: Sequence[Sequence[Mapping[str, float | None]]]
+    totals_PG: Numbers
+
+    @property
+    def flat(self) -> list[Said]:
+        """All completions, those of a prompt one after another."""
+        return [one for group in self.said for one in group]
+
+    def figures(self, names: Sequence[str]) -> dict[str, float]:
+        """Means over all completions; those of rewards over the ones that have a score, NaN where
+        none has.
+        """
+        flat = [scores for group in self.scores for scores in group]
+        said = self.flat
+        found = {}
+        for name in names:
+            values = [np.nan if one[name] is None else one[name] for one in flat]
+            found[f"reward:{name}"] = mean_of(np.array(values, np.float64))
+        return found | {
+            "reward": mean_of(self.totals_PG),
+            "completion_tokens": float(np.mean([len(one.ids) for one in said])),
+            "truncated": float(np.mean([not one.ended for one in said])),
+        }
+
+
+def mean_of(values: Numbers) -> float:
+    """Of the numbers that are there; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+class Speaker:
+    """Answers prompts with the model as it is, and scores the answers; all ranks share the work."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+        rewards: Rewards,
+        heart: Heartbeat,
+        reference: ModelRunner | None = None,
+    ) -> None:
+        """`reference` stands for the model before training where that is not the model without its
+        method.
+        """
+        self.runner, self.rewards, self._reference = runner, rewards, reference
+        adapted = not METHODS[config.method.name].whole_model
+        self.has_base = adapted or reference is not None
+        self._tokenizer, self._ends, self._heart = tokenizer, ends, heart
+        self._settings, self._seed = config.train.rollout, config.seed
+        self._channel = runner.strategy.side_channel()
+
+    def answer(self, prompts: Sequence[tuple[int, Prompt]], count: int) -> Answered:
+        """`count` completions of each of (place, prompt).
+
+        Raises:
+            RunFailed: a reward cannot score; on every rank.
+        """
+        ranks, rank = self._channel.world_size, self._channel.rank
+        own = prompts[rank::ranks]
+        said = self._say([Request(one.ids, place, g) for place, one in own for g in range(count)])
+        groups = [said[start : start + count] for start in range(0, len(said), count)]
+
+        def score() -> Any:
+            asked = [
+                group_of(prompt, group, self._tokenizer)
+                for (_, prompt), group in zip(own, groups, strict=True)
+            ]
+            scores = self.rewards.score(asked)
+            return groups, [list(group.completions) for group in asked], scores
+
+        with _alive(self._heart):
+            shares = on_all_ranks(self._channel, score, RunFailed)
+        parts = [shares[number % ranks] for number in range(len(prompts))]
+        said_P, texts_P, scores_P = (
+            [part[which][number // ranks] for number, part in enumerate(parts)]
+            for which in range(3)
+        )
+        totals = [[self.rewards.total(scores) for scores in group] for group in scores_P]
+        return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
+
+    def evaluated(self, prompts: Prompts) -> tuple[Answered, dict[str, float]]:
+        """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
+
+        Raises:
+            RunFailed: a reward scored none of them.
+        """
+        placed = [(EVALUATION + i, prompts[i]) for i in range(len(prompts))]
+        answered = self.answer(placed, self._settings.eval_completions)
+        found = answered.figures(self.rewards.names)
+        for name in self.rewards.names:
+            if np.isnan(found[f"reward:{name}"]):
+                raise RunFailed(f"{name} scored no completion of an evaluation: {self.missing()}")
+        return answered, {f"eval_{name}": value for name, value in found.items()}
+
+    def missing(self) -> str:
+        """Why the first score is missing, as this rank's rewards know it."""
+        found = [one.tally.first_missing for one in self.rewards.processes]
+        return next(filter(None, found), "see the logs of other workers")
+
+    def _say(self, requests: Sequence[Request]) -> list[Said]:
+        runner, lockstep = self.runner, None
+        if runner.strategy.gathers:
+            lockstep = _Lockstep(runner.wrapped, runner.strategy, runner.pad_token)
+        with runner.autocast():
+            said = sample(
+                runner.model,
+                requests,
+                self._settings.max_completion_length,
+                settings=SamplingConfig(temperature=self._settings.temperature),
+                ends=self._ends,
+                pad=runner.pad_token,
+                seed=self._seed,
+                apart=runner.apart,
+                forward=lockstep,
+                beat=self._heart.alive,
+            )
+            if lockstep is not None:
+                lockstep.drain()
+        return said
+
+    def logps(self, split: TokenizedSplit, temperature: float) -> Numbers:
+        """`[N]`, the log-probability of each label token; the same on all ranks."""
+        return self._logps(split, temperature, self.runner)
+
+    def base_logps(self, split: TokenizedSplit, temperature: float) -> Numbers:
+        """The same under the model before training."""
+        if self._reference is not None:
+            return self._logps(split, temperature, self._reference)
+        with without_method(self.runner.model):
+            return self._logps(split, temperature, self.runner)
+
+    def logps_and_values(
+        self, split: TokenizedSplit, temperature: float
+    ) -> tuple[Numbers, Numbers]:
+        """`[N]` each: `logps`, and the critic's values of the states before each label token."""
+
+        def both(batch: MicroBatch) -> Tensor:
+            found = logps_and_values(self.runner, batch, temperature)
+            return torch.stack([each.double() for each in found])
+
+        logps_N, values_N = self._of_labels(split, self.runner, both)
+        return logps_N, values_N
+
+    def _logps(self, split: TokenizedSplit, temperature: float, runner: ModelRunner) -> Numbers:
+        def of(batch: MicroBatch) -> Tensor:
+            return label_logps(runner, batch, temperature).double().unsqueeze(0)
+
+        return self._of_labels(split, runner, of)[0]
+
+    @torch.no_grad()
+    def _of_labels(
+        self, split: TokenizedSplit, runner: ModelRunner, of: Callable[[MicroBatch], Tensor]
+    ) -> Numbers:
+        """`[K, N]` from `of`, which gives `[K, n]` of the label tokens of a batch."""
+        numbers: Any = np.arange(int(split.label_mask.sum()))
+        numbered = replace(split, label_columns={"number": numbers})
+        device, found_KN = runner.strategy.device, None
+        for start in range(0, len(split), BLOCK_EXAMPLES):
+            indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)))
+            for on_host in runner.micro_batches(numbered, indices):
+                batch = on_host.to(device)
+                values_Kn = of(batch)
+                if found_KN is None:
+                    found_KN = values_Kn.new_zeros(len(values_Kn), len(numbers))
+                found_KN[:, batch.label_columns["number"]] = values_Kn
+                self._heart.alive()
+        assert found_KN is not None
+        # Exact, since all but one of the addends are 0.
+        return np.asarray(runner.strategy.sum(found_KN).cpu().numpy())
+
+
+@contextmanager
+def _alive(heart: Heartbeat) -> Iterator[None]:
+    """A context that is no hang, however long it takes: each reward has a time limit of its own."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(1.0):
+            heart.alive()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        heart.alive()
+
+
+class _Lockstep:
+    """A sharded model gathers its weights in every pass, in which all ranks must take part: before
+    each they vote on whether any has work, and one that has none computes a token for nothing.
+    """
+
+    def __init__(self, wrapped: Callable[..., Any], strategy: Strategy, pad: int) -> None:
+        self._wrapped, self._strategy, self._pad = wrapped, strategy, pad
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._vote(working=True)
+        return self._wrapped(**inputs)
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Go on until no rank has work."""
+        token = torch.full((1, 1), self._pad, device=self._strategy.device)
+        while self._vote(working=False):
+            self._wrapped(input_ids=token, use_cache=False)
+
+    def _vote(self, working: bool) -> bool:
+        vote = torch.tensor(float(working), device=self._strategy.device)
+        return self._strategy.sum(vote).item() > 0
