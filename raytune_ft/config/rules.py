@@ -147,8 +147,8 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_method(config)
     rewards.check(config.rewards)
-    check_objective(config)
     metrics.check(config)
+    check_objective(config)
     parse_size(config.promote.max_shard_size, "promote.max_shard_size")
     check_data(config.data)
     if config.promote.max_overlap < 1:

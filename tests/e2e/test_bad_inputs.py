@@ -553,13 +553,13 @@ ROLLOUTS: list[Case] = [
     ("train train.objective=grpo", "train.objective=grpo", "needs a reward", "rewards:"),
     (f"{GRPO} rewards=[exact_mach]", "rewards=exact_mach", "exact_match"),
     (
-        f"{GRPO} rewards=[own.py:corect]",
-        "own.py:corect",
+        f"{GRPO} rewards=[scores.py:corect]",
+        "scores.py:corect",
         "names no function",
-        "own.py, which has right, needs_solution",
+        "scores.py, which has right, needs_solution",
     ),
     (
-        f"{GRPO} rewards=[own.py:needs_solution]",
+        f"{GRPO} rewards=[scores.py:needs_solution]",
         "rewards.needs_solution",
         "'solution'",
         "no column of data.train (instruction, response)",
@@ -849,7 +849,7 @@ def write_bad_files(folder: Path) -> None:
     pair = {"prompt": "Name a colour.", "chosen": "black", "rejected": "black"}
     files["equal"] = [pair] * 4
     files["good"] = [{"prompt": f"{n}?", "completion": "x", "label": True} for n in range(9)]
-    (folder / "own.py").write_text(
+    (folder / "scores.py").write_text(
         "def right(prompt, reference, generated):\n    return 1.0\n\n\n"
         "def needs_solution(completions, solution, **columns):\n    return [1.0]\n"
     )
