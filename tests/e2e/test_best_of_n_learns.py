@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tests.e2e.test_preferences_learn import PROMPTS, TOKENS, WORDS, World, scor
 __all__ = ["world"]
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-N, TIMES = 8, 6
+N, TIMES = 8, 4
 """Answers to a prompt, and how often each prompt is asked."""
 CONFIG = """\
 name: rm
@@ -30,7 +29,7 @@ data:
   separator: ""
 method: {{name: lora, rank: 16, alpha: 32.0}}
 train:
-  {{objective: reward, lr: 3e-3, batch_size: 32, max_examples: 9600, eval_every_examples: 1600}}
+  {{objective: reward, lr: 3e-3, batch_size: 32, max_examples: 6400, eval_every_examples: 3200}}
 sampling: {{n: {n}, max_new_tokens: {tokens}}}
 rewards:
   - {{name: model, label: rm, path: runs/rm/promoted/model, separator: ""}}
@@ -53,13 +52,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_best_of_n_by_a_reward_model_are_worth_learning(
-    world: World,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.rmtree("runs", ignore_errors=True)
     text = CONFIG.format(world=world, n=N, tokens=TOKENS)
     Path("c.yaml").write_text(text)
     source = inspect.getsource(score)
@@ -74,7 +69,8 @@ def test_the_best_of_n_by_a_reward_model_are_worth_learning(
     for name, prompts, times in (("asked", known, TIMES), ("asked_held", sorted(held), 8)):
         rows = [{"prompt": prompt, "completion": " It was fun."} for prompt in prompts * times]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ["--prompts", "asked.jsonl", "--best", "best.jsonl"]
+    prompts = ["train.objective=sft", "data.train={path: asked.jsonl}", "data.validation=0.1"]
+    asked = ["--prompts", "asked.jsonl", "--best", "best.jsonl", *prompts]
     assert run_command(["sample", str(world.model), "--config", "c.yaml", *asked]) == 0
     samples = rows_of(Path("samples.jsonl"))
     every = np.array([row["scores"]["gold"] for row in samples]).reshape(-1, N)
@@ -95,5 +91,3 @@ def test_the_best_of_n_by_a_reward_model_are_worth_learning(
     assert found["winner"] == "bon"
     assert found["differences"]["win_rate:gold"]["interval"][0] > 0
     assert found["promoted"]["win_rate:rm"] > 0.55
-    report = capsys.readouterr().out
-    assert "win_rate:gold" in report
