@@ -38,7 +38,10 @@ FREE = (
     "sampling",
 )
 # Of a reward, what does not change a score.
-FREE_OF_REWARDS = ("timeout_s", "url", "api_key", "retries", "answers")
+FREE_OF_REWARDS = (
+    *("timeout_s", "batch_tokens"),
+    *("url", "api_key", "retries", "answers", "at_once"),
+)
 BUDGET = ("train.epochs", "train.max_examples")
 _MISSING = object()
 # Where Ray unpacks the files of a job, which is another place for each session and package. The

@@ -224,10 +224,11 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _with(overrides: list[str], arguments: list[str]) -> list[str]:
-    """Without other rows, where a config reads pairs."""
+    """Without other rows, where a config reads pairs or prompts."""
     files = [Path(word) for word in arguments if word.endswith(".yaml")]
-    pairs = any("format: preference" in file.read_text() for file in files)
-    return [word for word in overrides if not (pairs and word.startswith("data."))]
+    formats = ("format: preference", "format: prompt}")
+    own = any(format in file.read_text() for file in files for format in formats)
+    return [word for word in overrides if not (own and word.startswith("data."))]
 
 
 def _examine(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
