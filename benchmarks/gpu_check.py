@@ -59,6 +59,7 @@ from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import build_strategy
 from raytune_ft.train.checkpoint import SnapshotTaker
 from raytune_ft.train.loop import accumulate_gradients
+from raytune_ft.train.material import Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
@@ -240,7 +241,7 @@ def gradients(bench: Bench, device: str | None = None, **changes: Any) -> dict[s
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draws))
     indices = order_of(config, data).indices(0, BATCH)
     batches = runner.micro_batches(data.train, indices)
-    accumulate_gradients(runner, data.train, indices, batches)
+    accumulate_gradients(runner, Work.of(data.train, indices, batches))
     return {n: p.grad.double().cpu() for n, p in trained.items() if p.grad is not None}
 
 
@@ -320,7 +321,7 @@ def syncs(bench: Bench) -> Rows:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn" if step else "default")
-            accumulate_gradients(runner, data.train, indices, batches)
+            accumulate_gradients(runner, Work.of(data.train, indices, batches))
             torch.cuda.set_sync_debug_mode("default")
         waits = [str(each.filename) + f":{each.lineno}" for each in heard]
     count = len(waits) / max(1, len(batches))
@@ -344,7 +345,7 @@ def plans(bench: Bench) -> Rows:
                 batches = runner.micro_batches(data.train, step)
                 bench.wait()
                 began = time.perf_counter()
-                accumulate_gradients(runner, data.train, step, batches)
+                accumulate_gradients(runner, Work.of(data.train, step, batches))
                 bench.wait()
                 times[-1].append(1000 * (time.perf_counter() - began))
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -393,7 +394,7 @@ def snapshot(bench: Bench) -> Rows:
     for step in range(5):
         indices = order.indices(step * BATCH, BATCH)
         batches = runner.micro_batches(data.train, indices)
-        accumulate_gradients(runner, data.train, indices, batches)
+        accumulate_gradients(runner, Work.of(data.train, indices, batches))
         runner.strategy.step(1e-4, 1.0)
     bench.wait()
     size = sum(values.nbytes for values in parts)
@@ -438,7 +439,7 @@ def memory(bench: Bench) -> Rows:
             for step in range(3):
                 indices = order.indices(step * BATCH, BATCH)
                 batches = runner.micro_batches(data.train, indices)
-                accumulate_gradients(runner, data.train, indices, batches)
+                accumulate_gradients(runner, Work.of(data.train, indices, batches))
                 runner.strategy.step(1e-4, 1.0)
             seen = torch.cuda.max_memory_allocated()
             ratio = planned / seen

@@ -78,8 +78,6 @@ REWARD, WIN_RATE, CONTROLLED = "reward", "win_rate", "win_rate_lc"
 DISAGREED = "disagreed"
 OF_A_REWARD = (REWARD, WIN_RATE, CONTROLLED)
 """Entries of `promote.metrics` before a colon and what a reward is called, and their figures."""
-NEUTRAL = ("completion_tokens",)
-"""Figures of which neither way is better in itself."""
 OWN = "loss"
 """The metric whose figures are those of the objective."""
 METRICS: dict[str, MetricFacts] = {
@@ -100,7 +98,7 @@ METRICS: dict[str, MetricFacts] = {
         _reward,
         (
             Figure(REWARD, "max"),
-            Figure("completion_tokens", "min"),
+            Figure("completion_tokens", "min", neutral=True),
             Figure("truncated", "min"),
             Figure("unscored", "min"),
         ),
@@ -137,8 +135,8 @@ def direction(name: str) -> Mode | None:
     """Which way a figure is better; None where that is not declared, as for `arc_easy/acc`."""
     if of_reward(name) is not None:
         return "max"
-    figure = None if name in NEUTRAL else known_figures().get(name)
-    return None if figure is None else figure.mode
+    figure = known_figures().get(name)
+    return None if figure is None or figure.neutral else figure.mode
 
 
 def of_reward(name: str) -> tuple[str, str] | None:

@@ -92,6 +92,7 @@ class Figure:
         trained: whether evaluations during training have it, so that a search may follow it.
         problems: the values of `data.problem` that have it; () is all of them.
         measured: whether promotion and `evaluate` have it.
+        neutral: neither way is better in itself, so that no search goes by it.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Figure:
     trained: bool = True
     problems: tuple[str, ...] = ()
     measured: bool = True
+    neutral: bool = False
 
     @property
     def promoted(self) -> str:
@@ -298,7 +300,7 @@ REWARD = Figure("eval_reward", "max", ("reward", "examples"))
 SAID_FIGURES = (
     LOSS,
     REWARD,
-    Figure("eval_completion_tokens", "min", ("completion_tokens", "examples")),
+    Figure("eval_completion_tokens", "min", ("completion_tokens", "examples"), neutral=True),
     Figure("eval_truncated", "min", ("truncated", "examples"), label="share that was cut"),
     Figure(
         "eval_kl",
@@ -453,7 +455,8 @@ class _Searchable(Mapping[str, Figure]):
 
     def _now(self) -> dict[str, Figure]:
         entries = OBJECTIVES.values()
-        return {each.name: each for one in entries for each in one.figures if each.trained}
+        found = [each for one in entries for each in one.figures]
+        return {each.name: each for each in found if each.trained and not each.neutral}
 
     def __getitem__(self, name: str) -> Figure:
         if name.startswith(f"{REWARD.name}:"):

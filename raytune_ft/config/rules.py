@@ -622,7 +622,8 @@ def _check_metrics(config: Config) -> None:
     assert config.search is not None
     data, names = config.data, objectives_of(config)
     objective = one_of(names)
-    of_each = [[each.name for each in figures(n, data.problem, trained=True)] for n in names]
+    of_all = [figures(name, data.problem, trained=True) for name in names]
+    of_each = [[each.name for each in own if not each.neutral] for own in of_all]
     given = [name for name in of_each[0] if all(name in each for each in of_each)]
     _check_scale(config, given)
     several = data.train if isinstance(data.validation, float) else data.validation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,7 +43,7 @@ class OpenStep:
         self._waiting = indices[np.argsort(-widths_n[indices], kind="stable")]
         self.waiting_widths: list[int] = widths_n[self._waiting].tolist()
         self.examples, self.objective = len(indices), objective
-        self.work = Work(indices, data, indices, (), time.perf_counter())
+        self.work = Work.of(data, indices, ())
         self.count = objective.count(data, indices) or 1
         self.loss_sum: Tensor | float = 0.0
 

@@ -39,6 +39,11 @@ class Work:
     began: float
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, split: TokenizedSplit, indices: Indices, batches: Sequence[MicroBatch]) -> Work:
+        """A step on given examples that begins now."""
+        return cls(indices, split, indices, batches, time.perf_counter())
+
 
 class Stream(Protocol):
     """The examples that are still to be trained on, as `train.run_state.RunState` has them."""

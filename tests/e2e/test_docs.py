@@ -226,9 +226,11 @@ def _run(line: str, capsys: pytest.CaptureFixture[str]) -> None:
 def _with(overrides: list[str], arguments: list[str]) -> list[str]:
     """Without other rows, where a config reads pairs or prompts."""
     files = [Path(word) for word in arguments if word.endswith(".yaml")]
-    formats = ("format: preference", "format: prompt}")
-    own = any(format in file.read_text() for file in files for format in formats)
-    return [word for word in overrides if not (own and word.startswith("data."))]
+    texts = [file.read_text() for file in files]
+    prompts = any("format: prompt}" in text for text in texts)
+    own = prompts or any("format: preference" in text for text in texts)
+    short = ["train.max_examples=32"] * (prompts and overrides is SHRUNK)
+    return [word for word in overrides if not (own and word.startswith("data."))] + short
 
 
 def _examine(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from raytune_ft.packed.lora import ActiveAdapters, MultiLora, init_adapter
 from raytune_ft.packed.slot import OpenStep
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.loop import accumulate_gradients
+from raytune_ft.train.material import Work
 from raytune_ft.train.model_runner import ModelRunner, ahead
 from tests.support.models import save_tiny_llama
 
@@ -128,7 +129,7 @@ def test_a_step_of_a_run(model: Path, pinned: list[Tensor], packing: bool, metho
     assert len(pinned) >= 5 * len(batches)
     runner.model.to(DEVICE)
     with NeverWaits():
-        loss_sum, _ = accumulate_gradients(runner, split, INDICES, batches)
+        loss_sum, _ = accumulate_gradients(runner, Work.of(split, INDICES, batches))
     assert loss_sum.device.type == "meta"
     assert all(p.grad is not None for p in runner.model.parameters() if p.requires_grad)
 

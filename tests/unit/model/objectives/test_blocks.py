@@ -24,6 +24,7 @@ from raytune_ft.model.objectives.tokens import BLOCK_LOGITS
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.evaluation import evaluate
 from raytune_ft.train.loop import accumulate_gradients
+from raytune_ft.train.material import Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.setup import build_objective, build_runner
@@ -88,7 +89,7 @@ def test_blocks_change_no_number(tmp_path: Path, inputs: tuple[Path, Path], meth
             batches = runner.micro_batches(data.train, indices)
             most = max(len(batch.labels_N) for batch in batches)
             with Largest() as seen:
-                loss_sum, _ = accumulate_gradients(runner, data.train, indices, batches)
+                loss_sum, _ = accumulate_gradients(runner, Work.of(data.train, indices, batches))
                 scores = evaluate(runner, data.validation)
             trained = [p for p in runner.model.parameters() if p.requires_grad]
             gradients = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]

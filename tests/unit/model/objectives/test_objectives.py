@@ -23,6 +23,7 @@ from raytune_ft.model.meta import build
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.evaluation import evaluate
 from raytune_ft.train.loop import accumulate_gradients
+from raytune_ft.train.material import Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.setup import build_objective, build_runner, head_of
@@ -57,7 +58,7 @@ def _losses(root: Path, objective: str, changes: dict[str, Any], model: str = "d
 
 def _accumulate(engine: Any, split: Any, indices: Any) -> tuple[float, float]:
     batches = engine.micro_batches(split, indices)
-    loss_sum, count = accumulate_gradients(engine, split, indices, batches)
+    loss_sum, count = accumulate_gradients(engine, Work.of(split, indices, batches))
     return loss_sum.item(), count
 
 
