@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Protocol
 
 import psutil
 
+from raytune_ft import child
 from raytune_ft.data.tokenise import Work, make_part
 from raytune_ft.errors import DataError, RunFailed
 from raytune_ft.records import Tell
@@ -83,19 +81,8 @@ class _Process:
     """One process, and the part that it is making."""
 
     def __init__(self, work: Work) -> None:
-        ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "raytune_ft.data.worker"),
-                *(str(theirs.fileno()), str(os.getpid())),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        theirs.close()
-        self.channel = Connection(ours.detach())
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        self.process, self.channel = child.start("raytune_ft.data.worker", environment=environment)
         self.number: int | None = None
         self._work: Work | None = work
 

@@ -1,4 +1,4 @@
-"""A process that makes parts: `python -m raytune_ft.data.worker FD PARENT`, started by `processes`.
+"""A process that makes parts, started by `processes`.
 
 In come the work and then numbers of parts; out goes, for each, why it could not be made, or None.
 """
@@ -6,19 +6,15 @@ In come the work and then numbers of parts; out goes, for each, why it could not
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
-import time
+from functools import partial
 from multiprocessing.connection import Connection
 
+from raytune_ft.child import serve
 from raytune_ft.data.processes import attempt
 
 
-def main(channel: Connection, parent: int) -> None:
+def main(channel: Connection) -> None:
     """Serve until the other end is closed."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this
     work = channel.recv()
     while True:
         try:
@@ -28,12 +24,5 @@ def main(channel: Connection, parent: int) -> None:
         channel.send((number, attempt(work, number)))
 
 
-def _end_with(parent: int) -> None:
-    """A driver that was killed ends no process."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    serve(main, partial(os._exit, 1))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from raytune_ft import child
 from raytune_ft.config.rewards import RewardConfig, expanded, reward_of
 from raytune_ft.errors import ConfigError, RunFailed
 from raytune_ft.rewards.base import Group, Score
@@ -72,17 +71,7 @@ class RewardProcess:
         Raises:
             ConfigError: it cannot be loaded, lacks a package, or does not answer.
         """
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "raytune_ft.rewards.process"]
-        self._process = subprocess.Popen(
-            [*command, str(theirs.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a function prints is no output of this program
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        self._channel = Connection(ours.detach())
+        self._process, self._channel = child.start("raytune_ft.rewards.process", new_session=True)
         try:
             self._send(self.config.model_dump())
             answer = self._receive(START_S)

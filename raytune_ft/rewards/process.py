@@ -1,4 +1,4 @@
-"""The process of one reward: `python -m raytune_ft.rewards.process FD`, started by `pool`.
+"""The process of one reward, started by `pool`.
 
 It speaks JSON over a socket and no pickle, since what it says may come from code of the user. In
 come the keys of the reward, then lists of groups. Out go `ready` or `refused`, then for each list
@@ -12,22 +12,20 @@ import math
 import os
 import signal
 import sys
-import threading
-import time
 from collections import Counter
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.child import serve
 from raytune_ft.config.rewards import function_of, reward_of
 from raytune_ft.errors import InputError
 from raytune_ft.rewards.base import Broken, Group, Score, Scorer, Working, Yielded
 
 
-def main(channel: Connection, parent: int) -> None:
+def main(channel: Connection) -> None:
     """Serve until the other end is closed."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this
     try:
         scorer = _scorer(_received(channel))
     except InputError as error:
@@ -91,12 +89,5 @@ def _send(channel: Connection, message: dict[str, Any]) -> None:
     channel.send_bytes(json.dumps(message).encode())
 
 
-def _end_with(parent: int) -> None:
-    """A driver that was killed closes no process."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.killpg(0, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    serve(main, partial(os.killpg, 0, signal.SIGKILL))
