@@ -14,13 +14,13 @@ from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.objectives import LOSS, Figure
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
-from raytune_ft.data.split import TokenizedSplit, parts_of
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.objectives.tokens import token_losses
 from raytune_ft.strategy import Strategy
-from raytune_ft.train.evaluation import BLOCK_EXAMPLES
+from raytune_ft.train.evaluation import BLOCK_EXAMPLES, label_values
 from raytune_ft.train.model_runner import ModelRunner
 
 
@@ -70,29 +70,13 @@ def retention(runner: ModelRunner, base: ModelRunner, split: TokenizedSplit) -> 
     return {name: Scores((columns[name], tokens), each.mode) for name, each in RETENTION.items()}
 
 
-@torch.no_grad()
 def label_columns_of(
     runner: ModelRunner, split: TokenizedSplit, examples: Indices
 ) -> npt.NDArray[np.float64]:
     """`[label tokens]`, the log-probability of each label token of these examples, in the order of
     the split; all ranks share the work and get all.
     """
-    numbers = parts_of(examples, split.parts)
-    counts_Q = np.diff(split.part_labels)[numbers]
-    firsts = dict(zip(numbers.tolist(), (np.cumsum(counts_Q) - counts_Q).tolist(), strict=True))
-    found_N = np.zeros(int(counts_Q.sum()))
-    for start in range(0, len(examples), BLOCK_EXAMPLES):
-        indices = examples[start : start + BLOCK_EXAMPLES]
-        own = parts_of(indices, split.parts)
-        for rows in runner.layout(split, indices):
-            batch = runner.collate(split, indices, rows)
-            logps = label_logps(runner, batch).double().cpu().numpy()
-            at = 0
-            for span, count in zip(batch.spans, batch.labels, strict=True):
-                first = firsts[int(own[span.sequence])]
-                found_N[first : first + count] = logps[at : at + count]
-                at += count
-    return _summed(found_N, runner.strategy)
+    return label_values(runner, split, examples, lambda batch: label_logps(runner, batch)[None])[0]
 
 
 def batches(runner: ModelRunner, split: TokenizedSplit) -> Iterator[tuple[Indices, MicroBatch]]:

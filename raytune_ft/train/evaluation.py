@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from raytune_ft.config.objectives import LOSS
+from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.order import Indices
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Beat, no_beat
@@ -74,6 +75,41 @@ def evaluate_groups(
         figures = {figure.name: figure.of(sums) for figure in runner.figures}
         scores.append(Scores(figures, losses if len(sources) > 1 else {}))
     return scores
+
+
+@torch.no_grad()
+def label_values(
+    runner: ModelRunner,
+    split: TokenizedSplit,
+    examples: Indices,
+    of: Callable[[MicroBatch], Tensor],
+    beat: Callable[[], object] = lambda: None,
+) -> npt.NDArray[np.float64]:
+    """`[K, label tokens]` of these examples in the order of the split, where `of` gives `[K, N]` of
+    a batch; all ranks share the work and get all. `beat` is called after every pass.
+    """
+    numbers = parts_of(examples, split.parts)
+    counts_Q = np.diff(split.part_labels)[numbers]
+    firsts = dict(zip(numbers.tolist(), (np.cumsum(counts_Q) - counts_Q).tolist(), strict=True))
+    found_KN: npt.NDArray[np.float64] | None = None
+    for start in range(0, len(examples), BLOCK_EXAMPLES):
+        indices = examples[start : start + BLOCK_EXAMPLES]
+        own = parts_of(indices, split.parts)
+        for rows in runner.layout(split, indices):
+            batch = runner.collate(split, indices, rows)
+            values_Kn = of(batch).double().cpu().numpy()
+            if found_KN is None:
+                found_KN = np.zeros((len(values_Kn), int(counts_Q.sum())))
+            at = 0
+            for span, count in zip(batch.spans, batch.labels, strict=True):
+                first = firsts[int(own[span.sequence])]
+                found_KN[:, first : first + count] = values_Kn[:, at : at + count]
+                at += count
+            beat()
+    assert found_KN is not None
+    # Exact, since all but one of the addends are 0.
+    summed_KN = runner.strategy.sum(torch.from_numpy(found_KN).to(runner.strategy.device))
+    return np.asarray(summed_KN.cpu().numpy())
 
 
 def _sources(split: TokenizedSplit) -> dict[str, Indices]:

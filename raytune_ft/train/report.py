@@ -53,7 +53,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        kept = _lines_up_to(path, resume_step) if resume_step is not None else []
+        kept = lines_up_to(path, resume_step) if resume_step is not None else []
         write_text_atomic(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -70,15 +70,19 @@ class MetricsFile:
         self._file.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of a file of JSON whose `step` is not behind this one; none where there is no
+    such file.
+    """
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the half line of a killed writer
-            continue
-        if record["step"] <= step:
-            kept.append(line if line.endswith("\n") else line + "\n")
+    with path.open(encoding="utf-8") as lines:  # `str.splitlines` also breaks texts apart
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the half line of a killed writer
+                continue
+            if record["step"] <= step:
+                kept.append(line if line.endswith("\n") else line + "\n")
     return kept

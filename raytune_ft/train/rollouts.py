@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from raytune_ft.config.load import asked_rewards, expand_env
+from raytune_ft.config.load import asked_rewards
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
-from raytune_ft.config.rewards import RewardConfig, function_of, with_answers
+from raytune_ft.config.rewards import RewardConfig, expanded, function_of, with_answers
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.order import Indices
@@ -39,11 +40,12 @@ from raytune_ft.train.credit import Credit, split_of_said
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.material import Given, Material, Stream, Work
 from raytune_ft.train.model_runner import ModelRunner
+from raytune_ft.train.report import lines_up_to
 from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of
 from raytune_ft.train.watchdog import Beat
 
 SILENT = 5
-"""After so many rollouts in a row from which nothing can be learnt, a run fails."""
+"""A run fails after this many rollouts in a row that teach it nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Watched(Given):
     def __init__(self, runner: ModelRunner, data: PreparedData, speaker: Speaker) -> None:
         super().__init__(runner, data)
         self._speaker = speaker
-        self._prompts = Prompts(data.path / prompts_file("validation"))
+        self._prompts = list(Prompts(data.path / prompts_file("validation")))
 
     def evaluate(self, beat: Beat) -> Scores:
         """Raises RunFailed where a reward scores nothing."""
@@ -128,7 +130,7 @@ class Rolled(Material):
     ) -> None:
         self._speaker, self._data, self._config = speaker, data, config
         self._train = Prompts(data.path / prompts_file("train"))
-        self._validation = Prompts(data.path / prompts_file("validation"))
+        self._validation = list(Prompts(data.path / prompts_file("validation")))
         self._settings = config.train.rollout
         ways = OBJECTIVES[config.train.objective].credit
         assert ways is not None
@@ -163,7 +165,7 @@ class Rolled(Material):
 
     def restore(self, checkpoint: Path, step: int) -> None:
         if self._writes:
-            _cut(self._file, step)
+            write_text_atomic(self._file, "".join(lines_up_to(self._file, step)))
         if step % self._settings.steps:
             self._rollout = Rollout.load(checkpoint / STATE / ROLLOUT)
 
@@ -176,8 +178,7 @@ class Rolled(Material):
         answered, figures = self._speaker.evaluated(self._validation)
         figures = {LOSS.name: -figures[REWARD.name], **figures}
         if self._speaker.has_base:
-            prompts = [self._validation[i] for i in range(len(self._validation))]
-            split = split_of_said(prompts, answered.said)
+            split = split_of_said(self._validation, answered.said)
             own_N = self._speaker.logps(split, self._settings.temperature)
             drift_N = own_N - self._speaker.base_logps(split, self._settings.temperature)
             figures["eval_kl"] = float(drift_N.sum() / len(split))
@@ -221,24 +222,22 @@ class Rolled(Material):
     def _keep(
         self, step: int, prompts: Sequence[Prompt], answered: Answered, advantages_PG: Numbers
     ) -> None:
-        rows = [
-            {
-                "step": step,
-                "prompt": prompt.written,
-                "completion": answered.texts[p][g],
-                "reward": answered.totals_PG[p, g] if scored else None,
-                "rewards": answered.scores[p][g],
-                "advantage": advantages_PG[p, g],
-                "tokens": len(answered.said[p][g].ids),
-                "ended": answered.said[p][g].ended,
-                "origin": prompt.origin,
-            }
-            for p, prompt in enumerate(prompts)
-            for g in range(self._settings.num_generations)
-            for scored in [not np.isnan(answered.totals_PG[p, g])]
-        ]
-        with self._file.open("a", encoding="utf-8", errors="surrogatepass") as file:
-            for row in rows[: self._settings.keep]:
+        """Write the first completions. Half a character becomes an escape that JSON reads."""
+        places = np.ndindex(answered.totals_PG.shape)
+        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            for p, g in islice(places, self._settings.keep):
+                said, total = answered.said[p][g], answered.totals_PG[p, g]
+                row = {
+                    "step": step,
+                    "prompt": prompts[p].written,
+                    "completion": answered.texts[p][g],
+                    "reward": None if np.isnan(total) else total,
+                    "rewards": answered.scores[p][g],
+                    "advantage": advantages_PG[p, g],
+                    "tokens": len(said.ids),
+                    "ended": said.ended,
+                    "origin": prompts[p].origin,
+                }
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
@@ -246,8 +245,7 @@ def rewards_of(config: Config, data_dir: Path) -> list[RewardConfig]:
     """The rewards that a run asks, with their secrets. Judges keep their answers beside the token
     cache.
     """
-    found = asked_rewards(expand_env(config, rewards=True))
-    return with_answers(found, judges_beside(data_dir.parent))
+    return with_answers(expanded(asked_rewards(config)), judges_beside(data_dir.parent))
 
 
 def with_rewards(config: Config, data: PreparedData) -> PreparedData:
@@ -269,18 +267,3 @@ def with_rewards(config: Config, data: PreparedData) -> PreparedData:
         if each.weight and (found := function_of(each.name)) is not None
     }
     return replace(data, report=replace(data.report, reward_files=files))
-
-
-def _cut(file: Path, step: int) -> None:
-    """Leave the rollouts of steps up to `step`."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8", errors="surrogatepass").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the half line of a killed writer
-            continue
-        if row["step"] <= step:
-            kept.append(line)
-    write_text_atomic(file, "".join(kept))

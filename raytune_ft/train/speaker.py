@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.prompt import Prompt
-from raytune_ft.data.prompts import Prompts
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
 from raytune_ft.model.methods import without_method
@@ -33,7 +32,7 @@ from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.side_channel import on_all_ranks
-from raytune_ft.train.evaluation import BLOCK_EXAMPLES
+from raytune_ft.train.evaluation import label_values
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Heartbeat
 
@@ -133,13 +132,13 @@ class Speaker:
         totals = [[self.rewards.total(scores) for scores in group] for group in scores_P]
         return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
 
-    def evaluated(self, prompts: Prompts) -> tuple[Answered, dict[str, float]]:
+    def evaluated(self, prompts: Sequence[Prompt]) -> tuple[Answered, dict[str, float]]:
         """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
 
         Raises:
             RunFailed: a reward scored none of them.
         """
-        placed = [(EVALUATION + i, prompts[i]) for i in range(len(prompts))]
+        placed = list(enumerate(prompts, start=EVALUATION))
         answered = self.answer(placed, self._settings.eval_completions)
         found = answered.figures(self.rewards.names)
         for name in self.rewards.names:
@@ -198,30 +197,14 @@ class Speaker:
 
     def _logps(self, split: TokenizedSplit, temperature: float, runner: ModelRunner) -> Numbers:
         def of(batch: MicroBatch) -> Tensor:
-            return label_logps(runner, batch, temperature).double().unsqueeze(0)
+            return label_logps(runner, batch, temperature)[None]
 
         return self._of_labels(split, runner, of)[0]
 
-    @torch.no_grad()
     def _of_labels(
         self, split: TokenizedSplit, runner: ModelRunner, of: Callable[[MicroBatch], Tensor]
     ) -> Numbers:
-        """`[K, N]` from `of`, which gives `[K, n]` of the label tokens of a batch."""
-        numbers: Any = np.arange(int(split.label_mask.sum()))
-        numbered = replace(split, label_columns={"number": numbers})
-        device, found_KN = runner.strategy.device, None
-        for start in range(0, len(split), BLOCK_EXAMPLES):
-            indices = np.arange(start, min(start + BLOCK_EXAMPLES, len(split)))
-            for on_host in runner.micro_batches(numbered, indices):
-                batch = on_host.to(device)
-                values_Kn = of(batch)
-                if found_KN is None:
-                    found_KN = values_Kn.new_zeros(len(values_Kn), len(numbers))
-                found_KN[:, batch.label_columns["number"]] = values_Kn
-                self._heart.alive()
-        assert found_KN is not None
-        # Exact, since all but one of the addends are 0.
-        return np.asarray(runner.strategy.sum(found_KN).cpu().numpy())
+        return label_values(runner, split, np.arange(len(split)), of, self._heart.alive)
 
 
 @contextmanager

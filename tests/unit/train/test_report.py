@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from raytune_ft.records import EvalMetrics, StepMetrics
-from raytune_ft.train.report import MetricsFile
+from raytune_ft.train.report import MetricsFile, lines_up_to
 
 
 def _step(step: int, loss: float = 1.0) -> StepMetrics:
@@ -55,3 +55,12 @@ def test_nan_is_null(tmp_path: Path) -> None:
     file.step(_step(1, float("nan")))
     file.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_lines_with_odd_characters_stay_whole(tmp_path: Path) -> None:
+    """Line separators of Unicode within a text, and half a character."""
+    path = tmp_path / "rollouts.jsonl"
+    rows = [{"step": step, "completion": "a\u2028b\x85c\udc80"} for step in (1, 2, 3)]
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert [json.loads(line) for line in lines_up_to(path, 2)] == rows[:2]
