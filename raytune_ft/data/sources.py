@@ -49,7 +49,7 @@ PIECE_BYTES = (4 * 2**20, 64 * 2**20)
 PIECES = 64
 """About how many there are between these limits."""
 COMPRESSED = 4
-"""A compressed text is taken for so many times its bytes."""
+"""How many bytes of text a compressed byte is taken for."""
 BLOCK = 2**20
 
 

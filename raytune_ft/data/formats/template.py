@@ -87,8 +87,8 @@ class Template:
         self._rendered.clear()
 
     def render(self, turns: list[Turn], tools: Any, prompt: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans that the template marks). `prompt` adds the header of the assistant. The
-        same turns, which nobody changes, are rendered once a row.
+        """(text, spans that the template marks). `prompt` adds the header of the assistant. Turns
+        that were rendered before for this row are not rendered again; nobody may change them.
 
         Raises:
             Unwritten: the template raises, or there is no turn.
