@@ -18,6 +18,7 @@ from raytune_ft.config.objectives import (
     CALIBRATION_ERROR,
     MACRO_F1,
     OBJECTIVES,
+    SCORED_FIGURES,
     SEARCHABLE,
     Figure,
     Mode,
@@ -94,15 +95,7 @@ METRICS: dict[str, MetricFacts] = {
         ),
     ),
     "classification": MetricFacts(_classification, (ACCURACY, MACRO_F1, CALIBRATION_ERROR)),
-    REWARD: MetricFacts(
-        _reward,
-        (
-            Figure(REWARD, "max"),
-            Figure("completion_tokens", "min", neutral=True),
-            Figure("truncated", "min"),
-            Figure("unscored", "min"),
-        ),
-    ),
+    REWARD: MetricFacts(_reward, (*SCORED_FIGURES, Figure("unscored", "min"))),
 }
 """Metrics by their names in `promote.metrics`."""
 RETENTION: dict[str, Figure] = {

@@ -263,45 +263,18 @@ def _reward() -> Callable[..., Any]:
     return reward
 
 
-def _grpo() -> Callable[..., Any]:
-    from raytune_ft.model.objectives.policy import grpo
-
-    return grpo
-
-
-def _ppo() -> Callable[..., Any]:
-    from raytune_ft.model.objectives.ppo import ppo
-
-    return ppo
-
-
-def _credit(name: str) -> Callable[[], Callable[..., Any]]:
-    """A class of `train.credit`."""
-
-    def load() -> Callable[..., Any]:
-        from raytune_ft.train import credit
-
-        found: Callable[..., Any] = getattr(credit, name)
-        return found
-
-    return load
-
-
-def _online_dpo() -> Callable[..., Any]:
-    from raytune_ft.model.objectives.preference import dpo
-
-    return dpo
-
-
 PAIRS = ("preference",)
-OWN_WORDS = "trains on what each trial says itself"
 PROMPTS = ("prompt", "prompt_completion", "messages", "sharegpt", "alpaca")
 REWARD = Figure("eval_reward", "max", ("reward", "examples"))
-SAID_FIGURES = (
-    LOSS,
+SCORED_FIGURES = (
     REWARD,
     Figure("eval_completion_tokens", "min", ("completion_tokens", "examples"), neutral=True),
     Figure("eval_truncated", "min", ("truncated", "examples"), label="share that was cut"),
+)
+"""Of completions that rewards have scored."""
+SAID_FIGURES = (
+    LOSS,
+    *SCORED_FIGURES,
     Figure(
         "eval_kl",
         "min",
@@ -335,6 +308,59 @@ def _of_pairs(name: str, lr: tuple[float, float], reference: bool = False) -> Ob
         scaled=True,
         lr=lr,
     )
+
+
+def _on_rollouts(
+    key: str,
+    load: Callable[[], Callable[..., Any]],
+    credit: str,
+    base: Callable[[Any], bool],
+    sequences: int = 1,
+    compares: bool = True,
+    critic: bool = False,
+) -> ObjectiveFacts:
+    """A loss on what the model says. `credit`: a class of `train.credit`; `sequences`: of each
+    example.
+    """
+
+    def load_credit() -> Callable[..., Any]:
+        from raytune_ft.train import credit as ways
+
+        found: Callable[..., Any] = getattr(ways, credit)
+        return found
+
+    return ObjectiveFacts(
+        PROMPTS,
+        SAID_FIGURES,
+        load,
+        keys=("rollout", key),
+        smooth=False,
+        rollouts=sequences,
+        credit=load_credit,
+        compares=compares,
+        critic=critic,
+        base=base,
+        lr=(1e-6, 2e-5),
+        unpackable="trains on what each trial says itself",
+    )
+
+
+def _grpo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.policy import grpo
+
+    return grpo
+
+
+def _online_dpo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.preference import dpo
+
+    return dpo
+
+
+def _ppo() -> Callable[..., Any]:
+    from raytune_ft.model.objectives.ppo import ppo
+
+    return ppo
 
 
 OBJECTIVES: dict[str, ObjectiveFacts] = {
@@ -373,44 +399,17 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
         lr=(1e-6, 2e-5),
         unpackable="measures the KL of a whole step before its losses",
     ),
-    "grpo": ObjectiveFacts(
-        PROMPTS,
-        SAID_FIGURES,
-        _grpo,
-        keys=("rollout", "grpo"),
-        smooth=False,
-        rollouts=1,
-        credit=_credit("GroupAdvantages"),
-        compares=True,
-        base=lambda train: train.grpo.beta > 0,
-        lr=(1e-6, 2e-5),
-        unpackable=OWN_WORDS,
+    "grpo": _on_rollouts("grpo", _grpo, "GroupAdvantages", lambda train: train.grpo.beta > 0),
+    "online_dpo": _on_rollouts(
+        "dpo", _online_dpo, "BestAgainstWorst", lambda train: True, sequences=2
     ),
-    "online_dpo": ObjectiveFacts(
-        PROMPTS,
-        SAID_FIGURES,
-        _online_dpo,
-        keys=("rollout", "dpo"),
-        smooth=False,
-        rollouts=2,
-        credit=_credit("BestAgainstWorst"),
-        compares=True,
-        base=lambda train: True,
-        lr=(1e-6, 2e-5),
-        unpackable=OWN_WORDS,
-    ),
-    "ppo": ObjectiveFacts(
-        PROMPTS,
-        SAID_FIGURES,
+    "ppo": _on_rollouts(
+        "ppo",
         _ppo,
-        keys=("rollout", "ppo"),
-        smooth=False,
-        rollouts=1,
-        credit=_credit("TokenAdvantages"),
+        "TokenAdvantages",
+        lambda train: train.ppo.kl_coef > 0,
+        compares=False,
         critic=True,
-        base=lambda train: train.ppo.kl_coef > 0,
-        lr=(1e-6, 2e-5),
-        unpackable=OWN_WORDS,
     ),
     "reward": ObjectiveFacts(
         PAIRS,
