@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -99,6 +100,20 @@ def example_weights(columns: Mapping[str, Any]) -> Any:
     """`[E]`, the weight of each example; None where all weigh the same."""
     weight_E1 = columns.get(WEIGHT)
     return None if weight_E1 is None else weight_E1[:, 0]
+
+
+def weighted_tokens(losses_N: Any, batch: MicroBatch) -> Any:
+    """`[N]`, each times the weight of its example."""
+    weights_E = example_weights(batch.columns)
+    return losses_N if weights_E is None else losses_N * weights_E.index_select(0, batch.owners_N)
+
+
+def weighted_examples(split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
+    """`[E]` each: examples, and what the loss counts of them."""
+    ones_E = np.ones(len(indices))
+    weights_n1 = split.columns.get(WEIGHT)
+    counted_E = ones_E if weights_n1 is None else weights_n1[indices, 0].astype(np.float64)
+    return {"examples": ones_E, "counted": counted_E}
 
 
 def columns_at(split: TokenizedSplit, indices: Sequence[int] | Indices) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +18,11 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
-    WEIGHT,
     Forward,
     Objective,
     TeacherOf,
-    example_weights,
+    weighted_examples,
+    weighted_tokens,
 )
 from raytune_ft.model.objectives.preference import label_logps
 
@@ -49,8 +48,7 @@ class Grpo(Objective):
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Label tokens; of grpo completions; of dr_grpo completions times the longest one."""
-        weights_E = split.columns.get(WEIGHT)
-        own_E = np.ones(len(indices)) if weights_E is None else weights_E[indices, 0]
+        own_E = weighted_examples(split, indices)["counted"]
         if self.settings.loss_type in ("dapo", "cispo"):
             return float((own_E * split.label_counts[indices]).sum())
         counted = float((own_E * split.columns[COUNTED][indices, 0]).sum())
@@ -68,8 +66,11 @@ class Grpo(Objective):
         wide_N = logps_N.double()
         sampled_N = batch.label_columns.get(SAMPLED, wide_N.detach()).double()
         log_ratio_N = wide_N - sampled_N
+        tokens_E = torch.tensor(batch.labels, dtype=torch.float64).clamp_min(1)
+        tokens_E = tokens_E.to(wide_N.device, non_blocking=True)
         if own.importance_sampling_level == "sequence":
-            log_ratio_N = self._mean(log_ratio_N, batch).index_select(0, owners_N)
+            sums_E = torch.zeros_like(tokens_E).index_add(0, owners_N, log_ratio_N)
+            log_ratio_N = (sums_E / tokens_E).index_select(0, owners_N)
         ratio_N = log_ratio_N.exp()
         advantage_N = batch.columns[ADVANTAGE][:, 0].double().index_select(0, owners_N)
         if own.loss_type == "cispo":
@@ -83,18 +84,9 @@ class Grpo(Objective):
             ahead_N = batch.label_columns[REFERENCE].double() - wide_N
             losses_N = losses_N + own.beta * ratio_N * (ahead_N.exp() - ahead_N - 1)
         if own.loss_type == "grpo":
-            tokens_Q = torch.tensor(batch.labels, dtype=torch.float64)
-            tokens_Q = tokens_Q.to(losses_N.device, non_blocking=True)
-            losses_N = losses_N / tokens_Q.index_select(0, owners_N)
-        weights_E = example_weights(batch.columns)
-        return losses_N if weights_E is None else losses_N * weights_E.index_select(0, owners_N)
-
-    def _mean(self, values_N: Tensor, batch: MicroBatch) -> Tensor:
-        """`[E]`, of the tokens of each completion."""
-        tokens_Q = torch.tensor(batch.labels, dtype=torch.float64).clamp_min(1)
-        sums_Q = torch.zeros(len(batch.spans), dtype=torch.float64, device=values_N.device)
-        sums_Q = sums_Q.index_add(0, batch.owners_N, values_N)
-        return sums_Q / tokens_Q.to(values_N.device, non_blocking=True)
+            losses_N = losses_N / tokens_E.index_select(0, owners_N)
+        weighted_N: Tensor = weighted_tokens(losses_N, batch)
+        return weighted_N
 
 
 def grpo(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> Grpo:

@@ -18,11 +18,11 @@ from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
-    WEIGHT,
     Forward,
     Objective,
     TeacherOf,
-    example_weights,
+    weighted_examples,
+    weighted_tokens,
 )
 from raytune_ft.model.objectives.policy import ADVANTAGE, SAMPLED
 from raytune_ft.model.objectives.preference import logps_of
@@ -55,9 +55,8 @@ class Ppo(Objective):
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Label tokens times the weights of their completions."""
-        counts_E = split.label_counts[indices]
-        weights_E1 = split.columns.get(WEIGHT)
-        return float((counts_E if weights_E1 is None else counts_E * weights_E1[indices, 0]).sum())
+        own_E = weighted_examples(split, indices)["counted"]
+        return float((own_E * split.label_counts[indices]).sum())
 
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each token of a completion, float64."""
@@ -78,11 +77,8 @@ class Ppo(Objective):
             low_N, high_N = before_N - own.cliprange_value, before_N + own.cliprange_value
             near_N = torch.clamp(wide_N, low_N, high_N)
             errors_N = torch.maximum(errors_N, (near_N - return_N).square())
-        losses_N = losses_N + own.vf_coef * 0.5 * errors_N
-        weights_E = example_weights(batch.columns)
-        if weights_E is None:
-            return losses_N
-        return losses_N * weights_E.index_select(0, batch.owners_N)
+        weighted_N: Tensor = weighted_tokens(losses_N + own.vf_coef * 0.5 * errors_N, batch)
+        return weighted_N
 
 
 def ppo(train: TrainConfig, data: PreparedData, teacher_of: TeacherOf) -> Ppo:

@@ -24,12 +24,12 @@ from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
 from raytune_ft.model.objectives.base import (
-    WEIGHT,
     Columns,
     Forward,
     Objective,
     TeacherOf,
     example_weights,
+    weighted_examples,
 )
 from raytune_ft.model.objectives.tokens import token_losses
 
@@ -98,14 +98,6 @@ def half_right(chosen_E: Tensor, rejected_E: Tensor) -> Tensor:
     a model that is still its reference is right in half of the pairs.
     """
     return (1 + (chosen_E - rejected_E).sign()) / 2
-
-
-def weighted_examples(split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
-    """`[E]` each: examples, and what the loss counts of them."""
-    ones_E = np.ones(len(indices))
-    weights_n1 = split.columns.get(WEIGHT)
-    counted_E = ones_E if weights_n1 is None else weights_n1[indices, 0].astype(np.float64)
-    return {"examples": ones_E, "counted": counted_E}
 
 
 PairLoss = Callable[[Answers, DpoConfig], Tensor]

@@ -23,8 +23,9 @@ from raytune_ft.model.objectives.base import (
     Objective,
     TeacherOf,
     example_weights,
+    weighted_examples,
 )
-from raytune_ft.model.objectives.preference import half_right, weighted_examples
+from raytune_ft.model.objectives.preference import half_right
 
 
 @dataclass(frozen=True)

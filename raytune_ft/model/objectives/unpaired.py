@@ -24,8 +24,9 @@ from raytune_ft.model.objectives.base import (
     Objective,
     TeacherOf,
     example_weights,
+    weighted_examples,
 )
-from raytune_ft.model.objectives.preference import label_logps, weighted_examples
+from raytune_ft.model.objectives.preference import label_logps
 
 
 @dataclass(frozen=True)
