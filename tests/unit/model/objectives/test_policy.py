@@ -19,6 +19,7 @@ from raytune_ft.model.objectives.policy import Grpo
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.sampling import Said
 from raytune_ft.train.speaker import Answered, Speaker
+from tests.support.differences import slopes
 from tests.support.models import save_tiny_llama, true_float64
 from tests.support.objectives import config_of, save_inputs
 from tests.support.rollouts import Spoken, in_one_batch, step_loss, train_config, weighed
@@ -447,19 +448,6 @@ def test_gradients_reach_the_weights_of_a_model(tmp_path: Path, name: str) -> No
         weights = list(model.parameters())
         generator = torch.Generator().manual_seed(1)
         ways = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights]
-        grads = torch.autograd.grad(loss(), weights)
-        slope = sum(float((g * way).sum()) for g, way in zip(grads, ways, strict=True))
-
-        def at(step: float) -> float:
-            with torch.no_grad():
-                for weight, way in zip(weights, ways, strict=True):
-                    weight += step * way
-                found = float(loss())
-                for weight, way in zip(weights, ways, strict=True):
-                    weight -= step * way
-            return found
-
-        step = 1e-6
-        measured = (at(step) - at(-step)) / (2 * step)
+        slope, measured = slopes(loss, weights, ways)
     print(f"{name}: {slope:.8f}, by differences {measured:.8f}")
     assert abs(measured - slope) < 1e-6 * max(1.0, abs(slope))

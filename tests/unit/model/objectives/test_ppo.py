@@ -22,6 +22,7 @@ from raytune_ft.model.objectives.ppo import Ppo
 from raytune_ft.model.sampling import Said
 from raytune_ft.train.credit import TokenAdvantages
 from raytune_ft.train.speaker import Answered, Speaker
+from tests.support.differences import slopes
 from tests.support.models import save_tiny_llama, true_float64
 from tests.support.rollouts import PROMPT, in_one_batch
 
@@ -140,20 +141,7 @@ def test_gradients_reach_the_weights_of_a_model(tmp_path: Path, settings: dict[s
             found_N = made.losses(cast(Any, Plain(model)), batch)
             return found_N.sum() / made.count(split, np.arange(4))
 
-        ways = drawn()
-        grads = torch.autograd.grad(loss(), weights)
-        slope = sum(float((g * way).sum()) for g, way in zip(grads, ways, strict=True))
-
-        def at(step: float) -> float:
-            with torch.no_grad():
-                for weight, way in zip(weights, ways, strict=True):
-                    weight += step * way
-                found = float(loss())
-                for weight, way in zip(weights, ways, strict=True):
-                    weight -= step * way
-            return found
-
-        measured = (at(1e-6) - at(-1e-6)) / 2e-6
+        slope, measured = slopes(loss, weights, drawn())
     print(f"{settings}: {slope:.8f}, by differences {measured:.8f}")
     assert abs(measured - slope) < 1e-6 * max(1.0, abs(slope))
 
