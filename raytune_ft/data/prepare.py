@@ -44,7 +44,13 @@ from raytune_ft.data.matches import Matches, count_matches, keyed
 from raytune_ft.data.order import Drawable, Indices, hold_out
 from raytune_ft.data.parts import Examples, Part, columns_of
 from raytune_ft.data.processes import Workers, in_processes
-from raytune_ft.data.report import DataReport, SourceReport, SplitReport, describe_pairs
+from raytune_ft.data.report import (
+    DataReport,
+    SourceReport,
+    SplitReport,
+    describe_pairs,
+    source_counts,
+)
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.data.split import Column, Mask, TokenIds, TokenizedSplit, write_split
 from raytune_ft.data.tokenise import Tally, Work, bytes_per_byte, reported, summary
@@ -60,7 +66,7 @@ from raytune_ft.layout import (
     reference_file,
 )
 from raytune_ft.locks import WAIT, Wait, locked
-from raytune_ft.records import Tell as Progress
+from raytune_ft.records import Tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,7 +192,7 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     cache_dir: Path,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     workers: Workers | None = None,
     piece_bytes: int | None = None,
 ) -> PreparedData:
@@ -229,10 +235,10 @@ def prepare_data(
             return open_prepared(target)
         work = Work(sources, data, encoder, folder, kept)
         check_room(work)
-        tallies = _made(work, list(configs), workers or in_processes, tell)
+        reports, rated = _made(work, list(configs), workers or in_processes, tell)
         keep_folder(
             target,
-            lambda building: assemble(building, work, tallies, list(configs), seed, tell),
+            lambda building: assemble(building, work, reports, rated, seed, tell),
             lambda: sound_at(target) is not None,
         )
     return open_prepared(target)
@@ -240,7 +246,7 @@ def prepare_data(
 
 @contextmanager
 def _parts_folder(
-    target: Path, sources: Sequence[tuple[Source, SourceConfig]], tell: Progress
+    target: Path, sources: Sequence[tuple[Source, SourceConfig]], tell: Tell
 ) -> Iterator[tuple[Path, bool]]:
     """(a folder for parts, whether they are kept for a process that is killed). Where there is one
     part of each source, it is made again as fast as it is read.
@@ -279,21 +285,22 @@ def _remove(folder: Path, lock: Path) -> None:
     lock.unlink(missing_ok=True)
 
 
-def _made(work: Work, names: Sequence[str], workers: Workers, tell: Progress) -> dict[str, Tally]:
-    """Make the parts that are not there; the counts of each source. The first part that fails, in
-    the order of the rows, is the one whose error is raised.
+def _made(
+    work: Work, names: Sequence[str], workers: Workers, tell: Tell
+) -> tuple[dict[str, SourceReport], set[str]]:
+    """Make the parts that are not there: (the report of each source, those with rated answers).
+    The first part that fails, in the order of the rows, is the one whose error is raised.
     """
     pieces = work.pieces
     missing = [number for number in range(len(pieces)) if not work.is_made(number)]
     if len(missing) < len(pieces):
         tell(f"data: {len(pieces) - len(missing)} of {len(pieces)} parts of an earlier process")
     results: dict[int, Exception | None] = dict.fromkeys(set(range(len(pieces))) - set(missing))
-    tallies: dict[str, Tally] = {}
+    reports, rated = dict[str, SourceReport](), set[str]()
     ready = 0
     with closing(workers(work, missing, tell)) as made:
         for name, (opened, source) in zip(names, work.sources, strict=True):
-            tally = tallies[name] = Tally()
-            told = 0
+            tally, told = Tally(), 0
             for _ in opened.pieces:
                 while ready not in results:
                     number, error = next(made)
@@ -305,9 +312,11 @@ def _made(work: Work, names: Sequence[str], workers: Workers, tell: Progress) ->
                 if tally.rows // PROGRESS_ROWS > told // PROGRESS_ROWS:
                     told = tally.rows
                     tell(f"{opened.label}: {tally.rows:,} rows")
-            report = reported(opened, source, work.data, work.encoder, tally)
-            tell(f"{opened.label}: {summary(report)}")
-    return tallies
+            reports[name] = reported(opened, source, work.data, work.encoder, tally)
+            tell(f"{opened.label}: {summary(reports[name])}")
+            if tally.rated:
+                rated.add(name)
+    return reports, rated
 
 
 def check_room(work: Work) -> None:
@@ -332,29 +341,27 @@ def check_room(work: Work) -> None:
 def assemble(
     folder: Path,
     work: Work,
-    tallies: Mapping[str, Tally],
-    names: Sequence[str],
+    reports: dict[str, SourceReport],
+    rated: set[str],
     seed: int,
-    tell: Progress,
+    tell: Tell,
 ) -> None:
     """Write the splits and the report, from the parts of all sources."""
-    data, encoder = work.data, work.encoder
+    data = work.data
     called = source_names(data)
     parts: dict[str, list[Part]] = {}
-    pieces = work.pieces
-    reports, rated = dict[str, SourceReport](), set[int]()
-    for n, (name, (opened, source)) in enumerate(zip(names, work.sources, strict=True)):
+    rated_numbers = set[int]()
+    for n, (name, (opened, _)) in enumerate(zip(reports, work.sources, strict=True)):
         written = opened.config
         number = called.index(written.called) if isinstance(written, NamedSource) else 0
-        reports[name] = reported(opened, source, data, encoder, tallies[name])
-        if tallies[name].rated and name.startswith("train"):
-            rated.add(number)
-        own = [work.part(part) for part, (owner, _) in enumerate(pieces) if owner == n]
+        if name in rated and name.startswith("train"):
+            rated_numbers.add(number)
+        own = [work.part(part) for part, (owner, _) in enumerate(work.pieces) if owner == n]
         parts.setdefault(name.partition(".")[0], []).extend(
             replace(part, source=number) for part in own
         )
     read = {name: Examples(parts[name]) for name in SPLITS if name in parts}
-    chosen = _chosen(read, data, seed, called, frozenset(rated))
+    chosen = _chosen(read, data, seed, called, frozenset(rated_numbers))
     labels: tuple[str, ...] = ()
     if any(FORMATS[source.format].labels for _, source in work.sources):
         labels = label_names(data, (tuple(m["labels"]) for _, _, m in read["train"].more()))
@@ -384,7 +391,7 @@ def assemble(
         pairs=pairs,
         duplicates=_shared(chosen, "print", folder) | _shared_in_train(chosen, called, folder),
         overlaps=_shared(chosen, "prompt", folder),
-        notes=_notes(encoder, (source for _, source in work.sources), reports.values()),
+        notes=_notes(work.encoder, (source for _, source in work.sources), reports.values()),
         names=called,
         labels=labels,
         problem=data.problem if labels else None,
@@ -472,15 +479,12 @@ def _write_split(
 
     offsets = np.concatenate([[0], np.cumsum(examples.lengths[order], dtype=np.int64)])
     sha256 = write_split(folder / f"{name}.arrow", offsets, columns, blocks())
-    counts = []
-    if "source" in columns:
-        counts = np.bincount(examples.sources[order], minlength=len(called)).tolist()
     return SplitReport(
         examples=len(order),
         tokens=int(offsets[-1]),
         label_tokens=label_tokens,
         sha256=sha256,
-        sources={name: n for name, n in zip(called, counts, strict=False) if n},
+        sources=source_counts(examples.sources[order], called) if "source" in columns else {},
     )
 
 

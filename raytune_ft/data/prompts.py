@@ -30,7 +30,7 @@ from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Drawable, hold_out
 from raytune_ft.data.prepare import PreparedData, derived, use_chat_template
-from raytune_ft.data.report import SplitReport
+from raytune_ft.data.report import SplitReport, source_counts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit, first_answer
@@ -217,8 +217,7 @@ def prompted(
 
 def _described(split: TokenizedSplit, names: Sequence[str]) -> SplitReport:
     numbers = split.source_numbers
-    counts = [] if numbers is None else np.bincount(numbers, minlength=len(names)).tolist()
-    sources = {name: count for name, count in zip(names, counts, strict=False) if count}
+    sources = {} if numbers is None else source_counts(numbers, names)
     return SplitReport(len(split), len(split.input_ids), 0, split.sha256, sources)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data.split import TokenizedSplit
@@ -190,6 +193,12 @@ class SplitReport:
     label_tokens: int
     sha256: str
     sources: dict[str, int] = field(default_factory=dict)
+
+
+def source_counts(numbers_n: npt.NDArray[Any], names: Sequence[str]) -> dict[str, int]:
+    """The examples of each source that has any, from the number of the source of each."""
+    counts = np.bincount(numbers_n, minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
 @dataclass(frozen=True)

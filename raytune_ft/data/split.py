@@ -185,13 +185,6 @@ class TokenizedSplit:
         _add_columns(digest, self.columns)
         return digest.hexdigest()
 
-    def fingerprints(self) -> list[bytes]:
-        """One hash for each example; equal for equal ids and label mask."""
-        return [
-            hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=16).digest()
-            for ids, mask in map(self.example, range(len(self)))
-        ]
-
 
 def _digest_of(offsets: npt.NDArray[np.int64]) -> Any:
     digest = hashlib.sha256((len(offsets) - 1).to_bytes(8, "little"))

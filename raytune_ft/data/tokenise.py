@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class Work:
     folder: Path
     kept: bool
 
-    @property
+    @cached_property
     def pieces(self) -> list[tuple[int, Piece]]:
         """(the number of its source, the piece), of each part."""
         return [(n, piece) for n, (opened, _) in enumerate(self.sources) for piece in opened.pieces]

@@ -16,6 +16,7 @@ from raytune_ft.data.order import apportioned, pass_length, quotas_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
+from tests.support.rows import fingerprints
 
 Prepare = Callable[..., PreparedData]
 
@@ -118,8 +119,8 @@ def test_each_source_is_tokenised_and_validated(prepare: Prepare, tmp_path: Path
     alone = prepare({"train": train[0], "validation": 0.2}, seed=3)
     assert alone.report.names == ()
     assert alone.train.source_numbers is None
-    mixed = prepared.train.fingerprints()[:72]
-    assert mixed == alone.train.fingerprints()  # the draw of the first source is that of it alone
+    mixed = fingerprints(prepared.train)[:72]
+    assert mixed == fingerprints(alone.train)  # the draw of the first source is that of it alone
 
 
 def test_shares_do_not_make_other_tokens_and_the_order_of_sources_does(

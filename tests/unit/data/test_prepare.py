@@ -24,6 +24,7 @@ from raytune_ft.data.order import draw_validation
 from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
 from raytune_ft.data.report import DataReport
 from raytune_ft.errors import DataError, RunFailed, StorageError
+from tests.support.rows import fingerprints
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:
@@ -66,7 +67,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def prints(prepared: PreparedData) -> dict[str, set[bytes]]:
     splits = {"train": prepared.train, "validation": prepared.validation, "test": prepared.test}
-    return {name: set(split.fingerprints()) for name, split in splits.items() if split is not None}
+    return {name: set(fingerprints(split)) for name, split in splits.items() if split is not None}
 
 
 def assert_adds_up(report: DataReport) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
+from tests.support.rows import fingerprints
 
 
 def random_examples(seed: int, count: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -81,7 +82,7 @@ def test_the_hash_sees_ids_masks_boundaries_and_order() -> None:
 def test_fingerprints_tell_equal_examples() -> None:
     ids, mask = np.array([1, 2], np.int32), np.array([False, True])
     split = TokenizedSplit.from_examples([(ids, mask), (ids, ~mask), (ids, mask), (ids + 1, mask)])
-    first, second, third, fourth = split.fingerprints()
+    first, second, third, fourth = fingerprints(split)
     assert first == third
     assert len({first, second, fourth}) == 3
 
