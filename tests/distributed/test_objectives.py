@@ -43,9 +43,16 @@ def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
     return root
 
 
-def _run_all(inputs: Path, root: Path, strategy: str, packing: bool, micro_tokens: int) -> None:
+def _run_all(
+    inputs: Path,
+    root: Path,
+    strategy: str,
+    packing: bool,
+    micro_tokens: int,
+    activations: str = "none",
+) -> None:
     for name in RUNS:
-        _run_one(inputs, root, name, strategy, packing, micro_tokens)
+        _run_one(inputs, root, name, strategy, packing, micro_tokens, activations=activations)
 
 
 def _run_one(
@@ -57,6 +64,7 @@ def _run_one(
     micro_tokens: int,
     reporter: Recorder | None = None,
     resumes: bool = False,
+    activations: str = "none",
 ) -> None:
     objective, model, method = RUNS[name]
     changes = {
@@ -65,6 +73,7 @@ def _run_one(
         "train.micro_tokens": micro_tokens,
         "method": {"name": method} | ({"rank": 4} if method == "lora" else {}),
         "checkpoint.asynchronous": False,
+        "parallel.activation_checkpointing": activations,
     }
     changes |= {"train.kd.cache": "disk"} if name == KEPT else {}
     with true_float64():
@@ -90,6 +99,23 @@ def test_two_processes(tmp_path: Path, inputs: Path, references: Path, strategy:
     run_distributed(_run_all, 2, inputs, tmp_path, strategy, strategy == "fsdp", 96)
     found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
     assert all(max(each) < BOUND for each in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_three_processes_that_recompute(tmp_path: Path, inputs: Path, references: Path) -> None:
+    run_distributed(_run_all, 3, inputs, tmp_path, "ddp", True, 50, "full")
+    found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
+    assert all(max(each) < BOUND for each in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_selective_recomputation(
+    tmp_path: Path, inputs: Path, references: Path, name: str
+) -> None:
+    _run_one(inputs, tmp_path, name, "single", False, 50, activations="selective")
+    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
 
 
 @pytest.mark.parametrize("name", RUNS)
