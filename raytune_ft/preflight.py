@@ -149,17 +149,14 @@ def lay_out(
         ModelError: the model cannot take the method.
     """
     from raytune_ft.estimate.memory import misfit
-    from raytune_ft.estimate.parameters import build_shell
+    from raytune_ft.estimate.parameters import shell_of
     from raytune_ft.estimate.passes import choose_passes, forecast_of, heaviest
     from raytune_ft.model.lengths import apart_of
     from raytune_ft.train.setup import head_of
 
     packed = config.search is not None and choose_execution(config)[0] == "packed"
     head = head_of(config, data.report)
-    shells = [
-        (each, build_shell(each.model, each.method, each.train.precision, head))
-        for each in heaviest(config)
-    ]
+    shells = [(each, shell_of(each, head)) for each in heaviest(config)]
     by_method: dict[str, tuple[Config, Shell]] = {}
     for each, shell in sorted(shells, key=lambda pair: pair[1].trained):
         by_method[each.method.name] = each, shell

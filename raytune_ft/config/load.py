@@ -142,6 +142,11 @@ def needs_base(config: Config) -> bool:
     return OBJECTIVES[config.train.objective].base(config.train)
 
 
+def holds_base(config: Config) -> bool:
+    """Whether workers hold a copy of the model before training; under an adapter it is the base."""
+    return needs_base(config) and METHODS[config.method.name].whole_model
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`section.key=value` as the dotted key and its value, read as YAML.
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raytune_ft.config.load import holds_base
 from raytune_ft.config.methods import METHODS, LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES
-from raytune_ft.config.schema import Config, ParallelConfig
+from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
 from raytune_ft.data.batch import FREELY, Apart, lay_out
@@ -21,10 +22,10 @@ from raytune_ft.estimate.activations import (
     trace_head,
 )
 from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, PROCESS, Hardware
-from raytune_ft.estimate.parameters import Shell, build_shell
+from raytune_ft.estimate.parameters import Shell, shell_of
 from raytune_ft.model.checkpointing import Activations, choose_checkpointing
 from raytune_ft.model.hub import teacher_model
-from raytune_ft.model.load import dtype_of
+from raytune_ft.model.load import Precision, dtype_of
 from raytune_ft.model.meta import build_shapes
 from raytune_ft.model.objectives.tokens import block_rows
 from raytune_ft.strategy import strategy_class
@@ -131,27 +132,34 @@ def work_at_most(config: Config, workers: int, device: str) -> Work:
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """The teacher of a distillation. `held`: bytes of its weights, 0 where its logits are on disk.
+class Beside:
+    """Models that a worker holds whole beside the one it trains: the teacher of a distillation, or
+    a copy of the model before training. `held`: bytes of their weights.
 
-    Temporary memory of its passes is not counted: the loss needs more afterwards.
+    Temporary memory of their passes is not counted: the loss needs more afterwards.
     """
 
-    settings: KdConfig
-    held: int
+    held: int = 0
+    kd: KdConfig | None = None
 
 
-def teaching_of(config: Config) -> Teaching | None:
-    """The teacher of a run, None without one. Raises ModelError where it cannot be read."""
-    settings = config.train.kd
-    if settings is None:
-        return None
-    if settings.cache == "disk":
-        return Teaching(settings, 0)
-    model = teacher_model(config)
-    shapes = build_shapes(model)
-    itemsize = dtype_of(model, LoraMethod(), config.train.precision).itemsize
-    return Teaching(settings, itemsize * sum(p.numel() for p in shapes.parameters()))
+def beside_of(config: Config) -> Beside:
+    """The other models of a run. A teacher whose logits are on disk is not held.
+
+    Raises:
+        ModelError: one cannot be read.
+    """
+    kd, models = config.train.kd, []
+    if kd is not None and kd.cache != "disk":
+        models.append(teacher_model(config))
+    if holds_base(config):
+        models.append(config.model)
+    return Beside(sum(_frozen_bytes(model, config.train.precision) for model in models), kd)
+
+
+def _frozen_bytes(model: ModelConfig, precision: Precision) -> int:
+    itemsize = dtype_of(model, LoraMethod(), precision).itemsize
+    return itemsize * sum(p.numel() for p in build_shapes(model).parameters())
 
 
 def shortage(config: Config, usable: int | None) -> str | None:
@@ -167,13 +175,13 @@ def shortage(config: Config, usable: int | None) -> str | None:
         return None
     parallel = config.parallel
     device = parallel.device
-    shell = build_shell(config.model, config.method, config.train.precision, head_before(config))
+    shell = shell_of(config, head_before(config))
     work = work_at_most(config, parallel.max_workers, device)
     plain = parallel.model_copy(update={"strategy": REPLICATED})
-    teaching = teaching_of(config)
-    needed = held_by(shell, plain).resident + (teaching.held if teaching is not None else 0)
+    beside = beside_of(config)
+    needed = held_by(shell, plain).resident + beside.held
     if needed <= usable:
-        model = MemoryModel(shell, (work.rows,), work.width, teaching)
+        model = MemoryModel(shell, (work.rows,), work.width, beside)
         parts = parallel.model_copy(update={"strategy": SHARDED})
         needed, shared = (
             model.estimate(layout, work, device).peak + PROCESS[device] for layout in (plain, parts)
@@ -188,7 +196,7 @@ class Memory:
     """Bytes of one worker.
 
     `parameters`, `gradients`, `optimizer`, `buffers`, `gathered`, `stepping` and `snapshot`: see
-    `strategy.footprint.Held`. `teacher`: weights of a teacher. `activations` and `logits`: at the
+    `strategy.footprint.Held`. `beside`: weights of other models. `activations` and `logits`: at the
     peak of a pass. `offloaded`: the part of all these in host memory, where `snapshot` is too.
     `peak`: the most at any time on the device; a CPU's device memory is its host memory.
     """
@@ -203,7 +211,7 @@ class Memory:
     stepping: int
     offloaded: int
     snapshot: int
-    teacher: int
+    beside: int
     peak: int
 
 
@@ -230,18 +238,18 @@ def misfit(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> str 
 
 
 class MemoryModel:
-    """Estimates for one model and its teacher; each trace is made once."""
+    """Estimates for one model and those beside it; each trace is made once."""
 
     def __init__(
         self,
         shell: Shell,
         rows: tuple[int, ...],
         width: int,
-        teaching: Teaching | None = None,
+        beside: Beside = Beside(),
         by_formula: bool = False,
     ) -> None:
         """`by_formula`: nothing is traced, which takes no time and may be wrong by a factor."""
-        self.shell, self.width, self._teaching = shell, width, teaching
+        self.shell, self.width, self._beside = shell, width, beside
         self._rows, self._by_formula = rows, by_formula
         self._traced: dict[tuple[Activations, bool], Traced] = {}
         self._heads: dict[tuple[int, bool], int] = {}
@@ -276,8 +284,7 @@ class MemoryModel:
         stepping = held.stepping if away == "none" else 0
         resident = held.buffers + (held.optimizer if away == "none" else 0)
         resident += held.parameters if away != "all" else 0
-        teacher = self._teaching.held if self._teaching is not None else 0
-        resident += teacher
+        resident += self._beside.held
         head = max((w.size for w in shell.root if w.trained), default=0) * shell.master
         # In a step of one pass, gradients appear as activations are freed.
         there = away == "none" and (work.micro_batches > 1 or held.keeps_gradients)
@@ -297,12 +304,12 @@ class MemoryModel:
             stepping=stepping,
             offloaded=_offloaded(parallel, held),
             snapshot=held.snapshot,
-            teacher=teacher,
+            beside=self._beside.held,
             peak=max(both, resident + snapshot),
         )
 
     def _head(self, labels: int, gathered: bool) -> int:
-        kd = self._teaching.settings if self._teaching is not None else None
+        kd = self._beside.kd
         if kd is None:
             labels = min(labels, block_rows(self.shell.vocabulary))
         key = (max(1, labels), gathered)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from raytune_ft.config.methods import METHODS, MethodConfig
-from raytune_ft.config.schema import ModelConfig
+from raytune_ft.config.objectives import OBJECTIVES
+from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.model.blocks import find_blocks
+from raytune_ft.model.critic import add_critic
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import Precision, load_model_config
 from raytune_ft.model.meta import build_shapes
@@ -111,10 +113,20 @@ def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
     return sum(w.size for w in weights if trained is None or w.trained == trained)
 
 
+def shell_of(config: Config, head: Head | None) -> Shell:
+    """What a run trains; raises as `build_shell`."""
+    critic = OBJECTIVES[config.train.objective].critic
+    return build_shell(config.model, config.method, config.train.precision, head, critic)
+
+
 def build_shell(
-    model: ModelConfig, method: MethodConfig, precision: Precision, head: Head | None = None
+    model: ModelConfig,
+    method: MethodConfig,
+    precision: Precision,
+    head: Head | None = None,
+    critic: bool = False,
 ) -> Shell:
-    """From shapes alone: no weight is read.
+    """From shapes alone: no weight is read. `critic`: with the value head of PPO.
 
     Raises:
         ModelError: the model cannot be read, or cannot take the method.
@@ -122,6 +134,9 @@ def build_shell(
     config = load_model_config(model, head)
     attention = "eager" if model.attention == "eager" else "sdpa"
     built = build_shapes(model, method, head, attn_implementation=attention)
+    if critic:
+        with torch.device("meta"):
+            add_critic(built, precision, detached=False)
     built.eval()
     blocks, quantised = find_blocks(built), METHODS[method.name].quantised
     text = config.get_text_config()

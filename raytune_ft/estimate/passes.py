@@ -23,9 +23,9 @@ from raytune_ft.estimate.memory import (
     Memory,
     MemoryModel,
     Work,
+    beside_of,
     micro_tokens,
     said_of,
-    teaching_of,
     work_of,
 )
 from raytune_ft.estimate.parameters import BYTES, Shell
@@ -110,7 +110,7 @@ def choose_passes(
     largest = micro_tokens(config, device)
     rows = tuple({1, -(-work(largest).tokens // work(largest).width)})
     model, rough = (
-        MemoryModel(shell, rows, work(largest).width, teaching_of(config), by_formula=formula)
+        MemoryModel(shell, rows, work(largest).width, beside_of(config), by_formula=formula)
         for formula in (False, True)
     )
     first = choose_checkpointing(parallel.activation_checkpointing)

@@ -14,8 +14,8 @@ from raytune_ft.estimate.memory import (
     Memory,
     MemoryModel,
     Work,
+    beside_of,
     misfit,
-    teaching_of,
     work_of,
 )
 from raytune_ft.estimate.parameters import Shell
@@ -79,7 +79,7 @@ class Planner:
         }
         width = max(work.width for work in self.works.values())
         rows = tuple(-(-work.tokens // width) for work in self.works.values())
-        self._model = MemoryModel(shell, rows, width, teaching_of(config))
+        self._model = MemoryModel(shell, rows, width, beside_of(config))
 
     @property
     def exact(self) -> bool:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import joins_cluster
-from raytune_ft.config.load import apply_overrides, expand_env, load_config, needs_base
-from raytune_ft.config.methods import METHODS
+from raytune_ft.config.load import apply_overrides, expand_env, holds_base, load_config
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
@@ -100,7 +99,7 @@ def make_plan(
     from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import evaluation_flops, step_flops
     from raytune_ft.estimate.memory import said_of
-    from raytune_ft.estimate.parameters import build_shell
+    from raytune_ft.estimate.parameters import shell_of
     from raytune_ft.model.experts import expert_notes
     from raytune_ft.model.lengths import notes_of
     from raytune_ft.model.load import head_notes, load_tokenizer
@@ -122,7 +121,7 @@ def make_plan(
         for every in (schedule.eval_every, schedule.save_every)
     )
     head = head_of(expanded, data.report)
-    shell = build_shell(expanded.model, expanded.method, expanded.train.precision, head)
+    shell = shell_of(expanded, head)
     hardware = _hardware(config, asked, per_node, room)
     passes: list[str] = []
     layouts = lay_out(expanded, data, hardware.usable, hardware, passes.append)
@@ -266,16 +265,8 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
             f"{own.max_completion_length} tokens, which are scored; that is not part of the "
             "estimated time"
         )
-        if needs_base(config) and METHODS[config.method.name].whole_model:
-            notes.append(
-                "every worker also holds the model before training, for the KL term; the memory of "
-                "that copy is not part of the estimate"
-            )
-    if OBJECTIVES[config.train.objective].critic:
-        notes.append(
-            f"the critic is a value head of {shell.hidden + 1:,} trained parameters, which the "
-            "estimate leaves out"
-        )
+        if holds_base(config):
+            notes.append("every worker also holds the model before training, for the KL term")
     if run_path(config).exists():
         notes.append(f"{run_path(config)} exists: write --resume to continue it, or another name")
     longest = max(int(split.lengths.max()) for split in (data.train, data.validation))

@@ -55,7 +55,7 @@ def _summary(plan: Plan) -> list[str]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
     }
-    held |= {"teacher": memory.teacher} if memory.teacher else {}
+    held |= {"other models": memory.beside} if memory.beside else {}
     staying = ", ".join(f"{name} {size(count)}" for name, count in held.items())
     lines = [
         f"strategy: {plan.config.parallel.strategy} ({plan.reason})",

@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.execution import variants
-from raytune_ft.config.load import needs_base
-from raytune_ft.config.methods import METHODS
+from raytune_ft.config.load import holds_base
 from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
@@ -351,7 +350,7 @@ def build_material(
     use_chat_template(tokenizer, config.data)
     ends = stop_tokens(tokenizer, config.model, data.report)
     reference = None
-    if needs_base(config) and METHODS[config.method.name].whole_model:
+    if holds_base(config):
         reference = frozen_runner(config.model, config, runner.strategy)
     with started(rewards_of(config, spec.data_dir)) as rewards:
         speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference)

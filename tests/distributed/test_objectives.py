@@ -111,9 +111,7 @@ def test_three_processes_that_recompute(tmp_path: Path, inputs: Path, references
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_selective_recomputation(
-    tmp_path: Path, inputs: Path, references: Path, name: str
-) -> None:
+def test_selective_recomputation(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
     _run_one(inputs, tmp_path, name, "single", False, 50, activations="selective")
     assert max(largest_difference(tmp_path / name, references / name)) < BOUND
 

@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from raytune_ft.model import sampling
-from raytune_ft.train import loop, rollouts
+from raytune_ft.train import loop, speaker
 
 
 def _die() -> None:
@@ -35,7 +35,7 @@ def _in_token(number: int, token: int) -> None:
             _die()
         return choose(*arguments)
 
-    rollouts.sample, sampling.choose = counted, chosen  # type: ignore[attr-defined]
+    speaker.sample, sampling.choose = counted, chosen
 
 
 def _in_step(number: int) -> None:

@@ -15,8 +15,8 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.estimate.hardware import USABLE
 from raytune_ft.estimate.parameters import build_shell
-from raytune_ft.model.load import load_model_config
-from raytune_ft.plan.make import make_plan
+from raytune_ft.model.load import build_frozen, load_model_config
+from raytune_ft.plan.make import Plan, make_plan
 from raytune_ft.plan.text import describe
 from tests.support.families import save_tiny_family
 
@@ -112,12 +112,33 @@ def test_a_teacher_is_in_memory_or_on_disk(config: Config, tmp_path: Path) -> No
     teacher = ["train.objective=kd", "train.kd={teacher: builtin:tiny}", f"storage={tmp_path}"]
     live = make_plan(QUICKSTART, teacher, lambda line: None)
     kept = make_plan(QUICKSTART, [*teacher, "train.kd.cache=disk"], lambda line: None)
-    assert live.own.memory.peak - kept.own.memory.peak == live.own.memory.teacher > 0
-    assert kept.own.memory.teacher == 0
-    assert ", teacher " in describe(live)
-    assert ", teacher " not in describe(kept)
+    assert live.own.memory.peak - kept.own.memory.peak == live.own.memory.beside > 0
+    assert kept.own.memory.beside == 0
+    assert ", other models " in describe(live)
+    assert ", other models " not in describe(kept)
     labels = kept.report.splits["train"].label_tokens
     assert f"GiB ({labels:,} label tokens x 1,024 words x 4 bytes) in " in describe(kept)
+
+
+def test_what_rollouts_hold_beside_the_model(config: Config, tmp_path: Path) -> None:
+    """Whole copies of the base for a KL term, but under an adapter; and the critic of PPO."""
+    grpo = ROOT / "jobs" / "quickstart_grpo.yaml"
+    common = [f"storage={tmp_path}", "method.name=full"]
+
+    def planned(*more: str) -> Plan:
+        return make_plan(grpo, [*common, *more], lambda line: None)
+
+    without, kl = planned("train.grpo.beta=0"), planned("train.grpo.beta=0.1")
+    base = build_frozen(ModelConfig(path="builtin:tiny"), config.train.precision)
+    weights = sum(weight.nbytes for weight in base.parameters())
+    assert kl.own.memory.peak - without.own.memory.peak == kl.own.memory.beside == weights
+    assert any("holds the model before training" in note for note in kl.notes)
+    assert planned("method.name=lora", "train.grpo.beta=0.1").own.memory.beside == 0
+
+    ppo = planned("train.objective=ppo", "train.ppo.kl_coef=0")
+    hidden = base.get_input_embeddings().embedding_dim
+    assert ppo.trained_parameters - without.trained_parameters == hidden + 1
+    assert ppo.own.memory.optimizer - without.own.memory.optimizer == 2 * 4 * (hidden + 1)
 
 
 def test_attention_that_keeps_fewer_keys_than_a_row_has(config: Config, tmp_path: Path) -> None:
