@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from raytune_ft.config.objectives import REWARD as OF_SAID
 from raytune_ft.config.rewards import expanded, function_of
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.classification import TARGET
+from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
 from raytune_ft.evaluate.answers import known_means
@@ -179,7 +180,17 @@ def answer(subject: Subject) -> dict[str, Scores]:
         want is not None and want == extracted(pattern, text.generated)
         for want, text in zip(wanted, texts, strict=True)
     ]
-    return {"answer_exact_match": Scores.mean([float(hit) for hit in hits])}
+    return {"answer_exact_match": _mean(subject, [float(hit) for hit in hits])}
+
+
+def _mean(subject: Subject, values: Sequence[float]) -> Scores:
+    """The mean of a comparison with the reference, over examples whose reference is an answer to
+    give: one that `format: unpaired` calls undesirable is not.
+    """
+    values_n = np.asarray(values, np.float64)
+    if DESIRABLE in subject.split.columns:
+        values_n = np.where(subject.split.columns[DESIRABLE][:, 0] > 0, values_n, np.nan)
+    return Scores.known_mean(values_n)
 
 
 def extracted(pattern: re.Pattern[str], text: str) -> str | None:
@@ -205,7 +216,7 @@ def rouge(subject: Subject) -> dict[str, Scores]:
     names = [figure.name for figure in METRICS["rouge"].figures]
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score(text.reference, text.generated) for text in subject.continuations]
-    return {name: Scores.mean([one[name].fmeasure for one in found]) for name in names}
+    return {name: _mean(subject, [one[name].fmeasure for one in found]) for name in names}
 
 
 def classification(subject: Subject) -> dict[str, Scores]:
@@ -255,7 +266,7 @@ def custom(name: str, subject: Subject) -> dict[str, Scores]:
         if not math.isfinite(value):
             raise RunFailed(f"{name} gave {value}, which is not a finite number")
         values.append(value)
-    return {key: Scores.mean(values)}
+    return {key: _mean(subject, values)}
 
 
 def reward_scores(subject: Subject) -> dict[str, Scores]:

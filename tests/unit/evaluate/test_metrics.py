@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.objectives import CALIBRATION_ERROR
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
 from raytune_ft.data.formats.classification import TARGET
+from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError, RunFailed
@@ -177,6 +179,18 @@ def test_a_function_of_ones_own(model: ModelConfig, tmp_path: Path) -> None:
     assert found.columns[0].tolist()[:3] == [1, 1, 1]
     with pytest.raises(RunFailed, match="ZeroDivisionError"):
         scores(model, PAIRS, metrics=[f"{file}:broken"])
+
+
+def test_an_undesirable_answer_is_no_reference(model: ModelConfig) -> None:
+    good = np.array([[1], [0], [0], [1], [1]], np.float32)
+    split = replace(rows(model, PAIRS), columns={DESIRABLE: good})
+    settings = PromoteConfig.model_validate({"metrics": ["rouge"]})
+    found = measure(Subject(model, load_tokenizer(model), split, split, settings))["rougeL"]
+    every = scores(model, PAIRS, metrics=["rouge"])["rougeL"].columns[0]
+    assert every[1] == 1.0  # which counts where it is a reference
+    assert found.value == every[[0, 3, 4]].mean()
+    assert found.known is not None
+    assert found.known.tolist() == [True, False, False, True, True]
 
 
 def test_a_local_task_of_the_harness(model: ModelConfig, tmp_path: Path) -> None:
