@@ -40,6 +40,12 @@ TEXT = (
 WORDS = TEXT.split()
 
 
+def short_row(draw: random.Random, number: int) -> dict[str, str]:
+    """A prompt and a completion of a few words, some 75 bytes."""
+    asked, said = (" ".join(draw.choices(WORDS, k=count)) for count in (3, 4))
+    return {"prompt": f"{asked} {number}", "completion": said}
+
+
 def write_rows(path: Path, count: int, kind: str) -> None:
     """Conversations of one or two questions with their answers, some 770 bytes each; or short rows
     of some 75 bytes.
@@ -48,9 +54,7 @@ def write_rows(path: Path, count: int, kind: str) -> None:
     with path.open("w") as file:
         for number in range(count):
             if kind == "short":
-                asked = " ".join(draw.choices(WORDS, k=3))
-                said = " ".join(draw.choices(WORDS, k=4))
-                file.write(json.dumps({"prompt": f"{asked} {number}", "completion": said}) + "\n")
+                file.write(json.dumps(short_row(draw, number)) + "\n")
                 continue
             turns = []
             for _ in range(draw.randint(1, 2)):
