@@ -17,7 +17,7 @@ from raytune_ft.config.data import (
     source_configs,
 )
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.methods import METHODS, MethodConfig
+from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD, ObjectiveFacts, figures
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
@@ -483,6 +483,7 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "compares completions and grades none, and an evaluation has one for each prompt",
             "write mode: grade",
         )
+    _check_vllm(config)
     if not facts.rollouts:
         return
     if not config.rewards:
@@ -526,6 +527,47 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "train.grpo.importance_sampling_level=sequence",
             "does not go with train.grpo.loss_type=cispo, which weighs tokens",
             "write loss_type: grpo, or importance_sampling_level: token",
+        )
+
+
+VLLM_MAX_RANK = 512
+"""The largest `max_lora_rank` of vLLM."""
+
+
+def _check_vllm(config: Config) -> None:
+    """Raises ConfigError where vLLM could not take the weights, or would have no use."""
+    own, method = config.train.rollout, config.method
+    written, embedded = "train.rollout.engine=vllm", "write train.rollout.engine: embedded"
+    if not own.on_vllm:
+        if own.vllm != type(own).model_fields["vllm"].default:
+            raise ConfigError(
+                f"train.rollout.vllm={shown_value(own.vllm.model_dump())}",
+                f"is for train.rollout.engine=vllm, and this is {own.engine}",
+                "write engine: vllm, or leave the key out",
+            )
+        return
+    if method.name not in ("lora", "full"):
+        raise ConfigError(
+            f"method.name={method.name}",
+            f"leaves weights that vLLM does not load, and {written}",
+            f"write method.name: lora or full, or {embedded.removeprefix('write ')}",
+        )
+    if isinstance(method, LoraMethod):
+        rank = max([method.rank, *method.rank_pattern.values()])
+        rank *= 1 + method.begins_with_weights  # see model.methods.pissa
+        if method.dora:
+            raise ConfigError("method.dora=true", f"is not in vLLM, and {written}", embedded)
+        if rank > VLLM_MAX_RANK:
+            raise ConfigError(
+                f"method.rank={method.rank}",
+                f"makes an adapter of rank {rank}, and vLLM takes up to {VLLM_MAX_RANK}",
+                f"write a smaller rank, or {embedded.removeprefix('write ')}",
+            )
+    if config.train.precision == "float64":
+        raise ConfigError("train.precision=float64", f"is not in vLLM, and {written}", embedded)
+    if config.search is not None:
+        raise ConfigError(
+            written, "is for one run, and each trial of a search would start engines", embedded
         )
 
 

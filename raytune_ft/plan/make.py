@@ -266,6 +266,11 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
             f"{own.max_completion_length} tokens, which are scored; that is not part of the "
             "estimated time"
         )
+        if own.on_vllm:
+            notes.append(
+                f"train.rollout.engine: vllm samples on {own.vllm.engines} x {own.vllm.gpus} GPUs "
+                "beside those of workers, which the estimate leaves out"
+            )
         if needs_base(config) and METHODS[config.method.name].whole_model:
             notes.append(
                 "every worker also holds the model before training, for the KL term; the memory of "

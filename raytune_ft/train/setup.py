@@ -56,6 +56,7 @@ from raytune_ft.rewards.pool import started
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Saver, load_state
+from raytune_ft.train.copies import Copies, Sampler
 from raytune_ft.train.distill import check_size, frozen_runner, teacher_of
 from raytune_ft.train.material import Given, Material
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
@@ -334,9 +335,15 @@ def extent_of(config: Config, data: PreparedData) -> tuple[tuple[int, int], int]
 
 @contextmanager
 def build_material(
-    runner: ModelRunner, data: PreparedData, spec: RunSpec, heart: Heartbeat
+    runner: ModelRunner,
+    data: PreparedData,
+    spec: RunSpec,
+    heart: Heartbeat,
+    exporter: Exporter,
+    sampler: Sampler | None = None,
 ) -> Iterator[Material]:
-    """What a run is trained on. Processes of rewards end with the context.
+    """What a run is trained on. Processes of rewards end with the context. `sampler` is there where
+    copies of the model sample, which get what `exporter` writes.
 
     Raises:
         ConfigError: a reward cannot be used.
@@ -353,8 +360,13 @@ def build_material(
     reference = None
     if needs_base(config) and METHODS[config.method.name].whole_model:
         reference = frozen_runner(config.model, config, runner.strategy)
+    copies = None
+    if config.train.rollout.on_vllm:
+        assert sampler is not None
+        strategy = runner.strategy
+        copies = Copies(sampler, exporter, runner.names, strategy, strategy.side_channel())
     with started(rewards_of(config, spec.data_dir)) as rewards:
-        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference)
+        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference, copies)
         if rolls:
             yield Rolled(speaker, data, config, spec.run_dir)
         else:
