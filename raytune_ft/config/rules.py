@@ -476,13 +476,24 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "gives numbers",
             "leave the key out",
         )
-    comparing = next((each for each in config.rewards if each.compares), None)
-    if comparing is not None and (facts.rollouts or comparing.called in train.watch):
+    comparing = [each for each in config.rewards if each.compares]
+    if comparing and facts.rollouts and not facts.compares:
         raise ConfigError(
-            f"rewards.{comparing.called}",
-            "compares completions and grades none, and an evaluation has one for each prompt",
-            "write mode: grade",
+            f"rewards.{comparing[0].called}",
+            f"compares completions, and train.objective={train.objective} learns from each by "
+            "itself",
+            "write mode: grade, or train.objective: grpo or online_dpo",
         )
+    trained = rewards.weighed(config.rewards, train.watch) if facts.rollouts else []
+    win_rate = f"win_rate:{comparing[0].called}" if comparing else ""
+    if comparing and trained and all(each.compares or not each.weight for each in trained):
+        of_one_model = config.promote.metric is None or not metrics.compares(config.promote.metric)
+        if of_one_model:
+            raise ConfigError(
+                f"rewards.{comparing[0].called}",
+                "compares completions, so that promotion has no reward of a model by itself",
+                f"write promote: {{metrics: [{win_rate}], metric: {win_rate}}}, or mode: grade",
+            )
     _check_vllm(config)
     if not facts.rollouts:
         return

@@ -32,7 +32,7 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
 from raytune_ft.files import write_json_atomic
-from raytune_ft.layout import CHECKPOINTS, FORECAST
+from raytune_ft.layout import CHECKPOINTS, FIRST_ANSWERS, FORECAST
 from raytune_ft.model.attention import Varlen, attend_by_example, has_varlen, takes_segments
 from raytune_ft.model.checkpointing import checkpoint_activations, choose_checkpointing
 from raytune_ft.model.critic import add_critic, critic_weights
@@ -366,7 +366,8 @@ def build_material(
         strategy = runner.strategy
         copies = Copies(sampler, exporter, runner.names, strategy, strategy.side_channel())
     with started(rewards_of(config, spec.data_dir)) as rewards:
-        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference, copies)
+        first = spec.run_dir / FIRST_ANSWERS
+        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference, copies, first)
         if rolls:
             yield Rolled(speaker, data, config, spec.run_dir)
         else:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
+from raytune_ft.files import read_json, write_json_atomic
+from raytune_ft.layout import FIRST_ANSWERS
 from raytune_ft.model.methods import without_method
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.ppo import logps_and_values
@@ -126,9 +129,11 @@ class Speaker:
         heart: Heartbeat,
         reference: ModelRunner | None = None,
         copies: Copies | None = None,
+        first: Path = Path(FIRST_ANSWERS),
     ) -> None:
         """`reference` stands for the model before training where that is not the model without its
-        method. `copies` sample in place of the model.
+        method. `copies` sample in place of the model. `first` keeps the answers of the first
+        evaluation, with which those of later ones are compared, where a reward compares.
         """
         self.runner, self.rewards, self._reference = runner, rewards, reference
         adapted = not METHODS[config.method.name].whole_model
@@ -136,9 +141,17 @@ class Speaker:
         self._tokenizer, self._ends, self._heart = tokenizer, ends, heart
         self._settings, self._seed = config.train.rollout, config.seed
         self._channel, self._copies = runner.strategy.side_channel(), copies
+        self._file = first
+        found = read_json(first) if runner.strategy.rank == 0 and first.is_file() else None
+        self._first: Sequence[Sequence[str]] | None = runner.strategy.from_rank0(found)
 
-    def answer(self, prompts: Sequence[tuple[int, Prompt]], count: int) -> Answered:
+    def answer(
+        self, prompts: Sequence[tuple[int, Prompt]], count: int, evaluating: bool = False
+    ) -> Answered:
         """`count` completions of each of (place, prompt).
+
+        A reward that compares does so with the other completions of the prompt, and in an
+        evaluation with those of the first evaluation.
 
         Raises:
             RunFailed: a reward cannot score, or copies of the model cannot sample or have other
@@ -157,7 +170,13 @@ class Speaker:
                 group_of(prompt, group, self._tokenizer)
                 for (_, prompt), group in zip(own, groups, strict=True)
             ]
-            scores = self.rewards.score(asked)
+            if evaluating:
+                others: Sequence[Sequence[str]] = [group.completions for group in asked]
+                if self._first is not None:
+                    others = self._first[rank::ranks]
+                scores = self.rewards.score_against(asked, others)
+            else:
+                scores = self.rewards.score(asked)
             return groups, [list(group.completions) for group in asked], scores
 
         with _alive(self._heart):
@@ -174,10 +193,19 @@ class Speaker:
         """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
 
         Raises:
-            RunFailed: a reward scored none of them.
+            RunFailed: a reward scored none of them, or has lost what it compares them with.
         """
-        placed = list(enumerate(prompts, start=EVALUATION))
-        answered = self.answer(placed, self._settings.eval_completions)
+        placed, judges = list(enumerate(prompts, start=EVALUATION)), self.rewards.judges
+        if judges.processes and self._first is None and self.runner.strategy.steps:
+            raise RunFailed(
+                f"{self._file} is not there, with whose answers rewards.{judges.names[0]} "
+                "compares; copy it back, or begin the run again"
+            )
+        answered = self.answer(placed, self._settings.eval_completions, evaluating=True)
+        if judges.processes and self._first is None:
+            self._first = answered.texts
+            if self.runner.strategy.rank == 0:
+                write_json_atomic(self._file, answered.texts)
         found = answered.figures(self.rewards.names)
         for name in self.rewards.names:
             if np.isnan(found[f"reward:{name}"]):
