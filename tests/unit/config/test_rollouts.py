@@ -69,3 +69,44 @@ def test_engines_are_of_vllm_and_do_not_change_the_numbers() -> None:
     one, other = (config_with({"train.rollout": {"engine": "vllm"} | each}) for each in ({}, two))
     assert config_sha256(one) == config_sha256(other)
     assert config_sha256(one) != config_sha256(config_with({}))
+
+
+JUDGE = {"name": "judge", "url": "http://127.0.0.1:9/v1", "model": "m", "mode": "pairs"}
+BY_WINS = {"promote": {"metrics": ["win_rate:judge"], "metric": "win_rate:judge"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train.objective": "ppo"}, "rewards.judge compares completions, and train.objective=ppo"),
+        ({}, "write promote: {metrics: [win_rate:judge], metric: win_rate:judge}, or mode: grade"),
+        ({"promote.metrics": ["win_rate:judge"]}, "promotion has no reward of a model by itself"),
+        (
+            {"rewards": [JUDGE, {"name": "exact_match", "weight": 0.0}]},
+            "promotion has no reward of a model by itself",
+        ),
+    ],
+)
+def test_where_a_judge_that_compares_is_of_no_use(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config_with({"rewards": [JUDGE], **changes}))
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        BY_WINS,
+        {"train.objective": "online_dpo", **BY_WINS},
+        {"rewards": [JUDGE, "exact_match"]},
+        {"rewards": [JUDGE, "exact_match"], "train.watch": ["judge"]},
+        {
+            "train.objective": "sft",
+            "data.train.format": "prompt_completion",
+            "train.watch": ["judge"],
+        },
+    ],
+)
+def test_where_a_judge_may_compare(changes: dict[str, Any]) -> None:
+    check(config_with({"rewards": [JUDGE], **changes}))
