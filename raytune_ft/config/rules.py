@@ -543,17 +543,19 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
 
 VLLM_MAX_RANK = 512
 """The largest `max_lora_rank` of vLLM."""
+VLLM_IGNORES = ("dora", "rank_pattern", "alpha_pattern")
+"""Keys of `method` whose adapters vLLM refuses, or loads as if they were not there."""
 
 
 def _check_vllm(config: Config) -> None:
     """Raises ConfigError where vLLM could not take the weights, or would have no use."""
-    own, method = config.train.rollout, config.method
-    written, embedded = "train.rollout.engine=vllm", "write train.rollout.engine: embedded"
+    own, method, precision = config.train.rollout, config.method, config.train.precision
+    written, embedded = "train.rollout.engine=vllm", "train.rollout.engine: embedded"
     if not own.on_vllm:
         if own.vllm != type(own).model_fields["vllm"].default:
             raise ConfigError(
                 f"train.rollout.vllm={shown_value(own.vllm.model_dump())}",
-                f"is for train.rollout.engine=vllm, and this is {own.engine}",
+                f"is for {written}, and this is {own.engine}",
                 "write engine: vllm, or leave the key out",
             )
         return
@@ -561,24 +563,33 @@ def _check_vllm(config: Config) -> None:
         raise ConfigError(
             f"method.name={method.name}",
             f"leaves weights that vLLM does not load, and {written}",
-            f"write method.name: lora or full, or {embedded.removeprefix('write ')}",
+            f"write method.name: lora or full, or {embedded}",
+        )
+    fits = ["bfloat16"] if isinstance(method, LoraMethod) else ["bfloat16", "float32"]
+    if precision not in fits:
+        raise ConfigError(
+            f"train.precision={precision}",
+            f"is not in vLLM with method.name={method.name}, and {written}",
+            f"write train.precision: {one_of(fits)}, or {embedded}",
         )
     if isinstance(method, LoraMethod):
-        rank = max([method.rank, *method.rank_pattern.values()])
-        rank *= 1 + method.begins_with_weights  # see model.methods.pissa
-        if method.dora:
-            raise ConfigError("method.dora=true", f"is not in vLLM, and {written}", embedded)
-        if rank > VLLM_MAX_RANK:
+        key = next((key for key in VLLM_IGNORES if getattr(method, key)), None)
+        if key is not None:
+            value = shown_value(getattr(method, key))
+            raise ConfigError(
+                f"method.{key}={value}", f"is not in vLLM, and {written}", f"write {embedded}"
+            )
+        if (rank := method.exported_rank) > VLLM_MAX_RANK:
             raise ConfigError(
                 f"method.rank={method.rank}",
                 f"makes an adapter of rank {rank}, and vLLM takes up to {VLLM_MAX_RANK}",
-                f"write a smaller rank, or {embedded.removeprefix('write ')}",
+                f"write a smaller rank, or {embedded}",
             )
-    if config.train.precision == "float64":
-        raise ConfigError("train.precision=float64", f"is not in vLLM, and {written}", embedded)
     if config.search is not None:
         raise ConfigError(
-            written, "is for one run, and each trial of a search would start engines", embedded
+            written,
+            "is for one run, and each trial of a search would start engines",
+            f"write {embedded}",
         )
 
 

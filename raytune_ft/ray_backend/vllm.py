@@ -44,6 +44,7 @@ RESTARTS = 3
 """Of an engine, over a command."""
 START_S = 1800.0
 """For the engines to get their GPUs and to load the model, which may have to be downloaded."""
+CLOSE_S = 5.0
 OF_VLLM = "VLLM_"
 
 
@@ -57,6 +58,10 @@ class Engine:
         self._adapter: Any = None
         self._adapters = 0
         self._folder = Path(tempfile.mkdtemp(prefix="raytune-ft-"))
+
+    def close(self) -> None:
+        """Delete its files; it is killed then."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def ready(self) -> str:
         """Load the base. The version of vLLM."""
@@ -98,7 +103,7 @@ class Engine:
         return said
 
     def _load(self, version: str, files: Files) -> None:
-        shutil.rmtree(self._folder)
+        self.close()
         folder = self._folder / version  # vLLM keeps what it computed by the path of the adapter
         for name, content in files.items():
             path = folder / name
@@ -112,6 +117,7 @@ class Engine:
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             self._llm.reset_prefix_cache()
+            shutil.rmtree(folder)
         self._version = version
 
 
@@ -136,9 +142,7 @@ def options(config: Config) -> dict[str, Any]:
     if own.vllm.gpus > 1:
         found["distributed_executor_backend"] = "mp"  # not Ray, which would look for other GPUs
     if isinstance(config.method, LoraMethod):
-        rank = max([config.method.rank, *config.method.rank_pattern.values()])
-        rank *= 1 + config.method.begins_with_weights
-        largest = next(each for each in RANKS if each >= rank)
+        largest = next(each for each in RANKS if each >= config.method.exported_rank)
         found |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
     return found
 
@@ -232,5 +236,6 @@ def engines(config: Config, tell: Tell) -> Iterator[list[Any]]:
         tell(f"vLLM {version} samples")
         yield actors
     finally:
+        ray.wait([each.close.remote() for each in actors], num_returns=len(actors), timeout=CLOSE_S)
         for actor in actors:
             ray.kill(actor)

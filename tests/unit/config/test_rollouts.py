@@ -17,7 +17,12 @@ VLLM = "train.rollout.engine"
 
 
 def config_with(changes: dict[str, Any]) -> Config:
-    grpo = {"train.objective": "grpo", "data.train.format": "prompt", "rewards": ["exact_match"]}
+    grpo = {
+        "train.objective": "grpo",
+        "train.precision": "bfloat16",
+        "data.train.format": "prompt",
+        "rewards": ["exact_match"],
+    }
     return make_config(Path("model"), Path("rows.jsonl"), {**grpo, **changes})
 
 
@@ -27,13 +32,17 @@ def config_with(changes: dict[str, Any]) -> Config:
         ({"method": {"name": "ia3"}}, "method.name=ia3 leaves weights that vLLM does not load"),
         ({"method": {"name": "freeze"}}, "method.name=freeze leaves weights"),
         ({"method.dora": True}, "method.dora=true is not in vLLM"),
+        ({"method.alpha_pattern": {"q_proj": 6}}, "method.alpha_pattern={q_proj: 6.0} is not in"),
+        ({"train.precision": "float32"}, "train.precision=float32 is not in vLLM with method.name"),
         ({"method.rank": 513}, "method.rank=513 makes an adapter of rank 513, and vLLM takes up"),
         (
             {"method.rank": 300, "method.init": "pissa"},
             "method.rank=300 makes an adapter of rank 600",
         ),
-        ({"method.rank_pattern": {"q_proj": 600}}, "makes an adapter of rank 600"),
-        ({"train.precision": "float64"}, "train.precision=float64 is not in vLLM"),
+        (
+            {"method": {"name": "full"}, "train.precision": "float64"},
+            "train.precision=float64 is not in vLLM",
+        ),
         (
             {"search": {"space": {"train.lr": {"choice": [1e-4, 1e-3]}}}},
             "train.rollout.engine=vllm is for one run",
@@ -52,7 +61,7 @@ def test_what_vllm_cannot_take_is_refused(changes: dict[str, Any], says: str) ->
     "changes",
     [
         {},
-        {"method": {"name": "full"}},
+        {"method": {"name": "full"}, "train.precision": "float32"},
         {"method.rslora": True, "method.rank": 256, "method.init": "olora"},
         {"train.objective": "online_dpo"},
         {"train.objective": "ppo"},

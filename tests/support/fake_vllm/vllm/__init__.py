@@ -1,4 +1,4 @@
-"""A stand-in for vLLM 0.33.0 on a CPU, with the signatures of those parts that are called.
+"""A stand-in for vLLM 0.30.0 on a CPU, with the signatures of those parts that are called.
 
 It loads real models and real adapters from the files that it is given, and computes with
 transformers and PEFT. Like vLLM it keeps an adapter by its number and does not look at its files
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.model import sampling
 from vllm.lora.request import LoRARequest
 
-__version__ = "0.33.0+fake"
+__version__ = "0.30.0+fake"
 
 
 @dataclass
@@ -151,7 +151,9 @@ class LLM:
         if request.lora_int_id not in self._adapters:
             model = PeftModel.from_pretrained(self._model, request.lora_path)
             config = model.peft_config["default"]
-            assert max(config.r, *config.rank_pattern.values(), 0) <= self._rank
+            assert config.r <= self._rank
+            assert not config.rank_pattern, "PEFTHelper does not know it"
+            assert not config.alpha_pattern, "PEFTHelper does not know it"
             weights = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
             self._adapters[request.lora_int_id] = config, weights
             while len(self._adapters) > self._most:
