@@ -200,9 +200,11 @@ def check_engines(config: Config) -> None:
     needed = engines + int(parallel.min_workers * parallel.resources["GPU"])
     if gpus >= needed and installed:
         return
-    asked = f"{needed} GPUs, of which engines take {engines}," if needed > 1 else "a GPU"
+    asked = f"{needed} GPUs" if needed > 1 else "a GPU"
+    asked += f", {engines} of them for engines," if needed > engines else ""
     if gpus < needed:
-        found = f"and there are {gpus} GPUs" if gpus else "which are not here"
+        found = f"and there are {gpus} GPUs" if gpus > 1 else "and there is one GPU"
+        found = found if gpus else "which are not here"
     else:
         found = "which is not here"
     raise ConfigError(

@@ -172,7 +172,7 @@ def test_equal_labels_are_one_class(tmp_path: Path, case: str) -> None:
             1,
             True,
             1,
-            "needs 2 GPUs, of which engines take 1, and the package vllm, and there",
+            "needs 2 GPUs, 1 of them for engines, and the package vllm, and there is one",
         ),
         (1, True, 0, None),
         (2, True, 1, None),
