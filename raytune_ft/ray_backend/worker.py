@@ -116,7 +116,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     from raytune_ft.train.run import run_training
 
     host = host_of(payload["run"], payload["registry"])
-    sampler = Engines(payload["engines"])
+    sampler = Engines(payload.get("engines", ()))  # a trial has none
     strategy = choose_strategy(spec.config)[0]
     return run_training(spec, strategy, Several(reporters), host, sampler).status
 
