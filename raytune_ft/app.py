@@ -37,7 +37,15 @@ from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, Ru
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
-from raytune_ft.preflight import lay_out, needs_ray, on_devices, placed, prepare, worker_of
+from raytune_ft.preflight import (
+    check_engines,
+    lay_out,
+    needs_ray,
+    on_devices,
+    placed,
+    prepare,
+    worker_of,
+)
 from raytune_ft.records import RunResult, Tell
 from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
@@ -359,6 +367,7 @@ def _prepare(
     from raytune_ft.rundir import RunSpec
 
     expanded = expand_env(config)
+    check_engines(expanded)
     workers = _workers(run.path, tell, expanded)
     rows = rated(expanded, prepare(expanded, tell), tell, workers)
     accept = partial(_is_begun, run)

@@ -48,7 +48,7 @@ from pathlib import Path
 # A run.
 CONFIG, RESULT, METRICS, DATA = "config.yaml", "result.json", "metrics.jsonl", "data.json"
 CHECKPOINTS, PROMOTED = "checkpoints", "promoted"
-ROLLOUTS = "rollouts.jsonl"
+ROLLOUTS, FIRST_ANSWERS = "rollouts.jsonl", "first_answers.json"
 LOCK, HANG_LOG, REPORT = ".lock", "hang.log", "report.html"
 TRACKING_IDS, TENSORBOARD = "tracking.json", "tensorboard"
 MIRROR_OWNER = "mirror.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
@@ -14,7 +15,7 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
-from raytune_ft.errors import ClusterError
+from raytune_ft.errors import ClusterError, ConfigError
 from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
@@ -178,9 +179,36 @@ def lay_out(
 
 
 def needs_ray(config: Config) -> bool:
-    """Whether Ray starts the processes that train: on a cluster, for a search, for workers."""
+    """Whether Ray starts the processes that train: on a cluster, for a search, for workers and for
+    engines of vLLM.
+    """
     several = not STRATEGIES[choose_strategy(config)[0]].one_process
-    return joins_cluster() or config.search is not None or several
+    engines = config.train.rollout.on_vllm
+    return joins_cluster() or config.search is not None or several or engines
+
+
+def check_engines(config: Config) -> None:
+    """Raises ConfigError where `train.rollout.engine: vllm` lacks GPUs or the package."""
+    own, parallel = config.train.rollout, config.parallel
+    if not own.on_vllm:
+        return
+    gpus, installed = _gpus(config, joins_cluster()), find_spec("vllm") is not None
+    engines = own.vllm.engines * own.vllm.gpus
+    needed = engines + int(parallel.min_workers * parallel.resources["GPU"])
+    if gpus >= needed and installed:
+        return
+    asked = f"{needed} GPUs" if needed > 1 else "a GPU"
+    asked += f", {engines} of them for engines," if needed > engines else ""
+    if gpus < needed:
+        found = f"and there are {gpus} GPUs" if gpus > 1 else "and there is one GPU"
+        found = found if gpus else "which are not here"
+    else:
+        found = "which is not here"
+    raise ConfigError(
+        "train.rollout.engine=vllm",
+        f"needs {asked} and the package vllm, {found}",
+        "write train.rollout.engine: embedded",
+    )
 
 
 def tokens_of(config: Config, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> PreparedData:

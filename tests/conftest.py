@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FIRST = ("distributed", "ray", "nodes", "e2e")
+FIRST = ("distributed", "ray", "nodes", "engines", "e2e")
 """Folders with the longest files. They begin first, so that no process ends with one alone."""
 
 
@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # A file shares its fixtures. Tests of several ranks run one after another, and so do those
         # of Ray: two of them at once wait for each other longer than they compute.
         folder = item.path.parent.name
-        group = {"distributed": "ranks", "ray": "ray", "nodes": "ray"}.get(folder, str(item.path))
+        groups = {"distributed": "ranks", "ray": "ray", "nodes": "ray", "engines": "ray"}
+        group = groups.get(folder, str(item.path))
         item.add_marker(pytest.mark.xdist_group(group))
 
 

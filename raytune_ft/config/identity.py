@@ -28,6 +28,7 @@ FREE = (
     "train.kd.cache",
     "train.kd.cache_limit_gib",
     "train.rollout.keep",
+    "train.rollout.vllm",
     "train.watch",
     "search.max_concurrent",
     "search.execution",

@@ -146,6 +146,11 @@ class LoraMethod(_LowRank):
         """Whether A and B begin with a part of the base's weights."""
         return self.init in ("pissa", "olora")
 
+    @property
+    def exported_rank(self) -> int:
+        """Of the adapter in a checkpoint, without `rank_pattern`; see `model.methods.pissa`."""
+        return 2 * self.rank if self.begins_with_weights else self.rank
+
     def check(self) -> None:
         super().check()
         if self.dora and self.begins_with_weights:

@@ -9,6 +9,15 @@ from pydantic import Field
 from raytune_ft.config.section import Positive, Section
 
 
+class VllmConfig(Section):
+    """Where vLLM samples: processes of their own on GPUs that no worker trains on."""
+
+    engines: Positive = Field(1, description="copies of the model, which share the prompts")
+    gpus: Positive = Field(
+        1, description="of each engine, on one node; they share its weights (tensor parallelism)"
+    )
+
+
 class RolloutConfig(Section):
     """Completions that are sampled during training, scored, and then trained on."""
 
@@ -34,6 +43,17 @@ class RolloutConfig(Section):
     keep: Annotated[int, Field(ge=0)] = Field(
         64, description="completions of each rollout that are written to rollouts.jsonl"
     )
+    engine: Literal["auto", "embedded", "vllm"] = Field(
+        "auto",
+        description="what samples: embedded, the model in training itself; vllm, copies of it on "
+        "other GPUs; auto is embedded",
+    )
+    vllm: VllmConfig = VllmConfig()
+
+    @property
+    def on_vllm(self) -> bool:
+        """Whether vLLM samples."""
+        return self.engine == "vllm"
 
     @property
     def steps(self) -> int:
@@ -80,6 +100,11 @@ class GrpoConfig(Section):
     )
     drop_zero_std: bool = Field(
         False, description="groups whose rewards are all equal count nothing"
+    )
+    vllm_importance_sampling_clip_max: Annotated[float, Field(ge=1)] | None = Field(
+        3.0,
+        description="what vLLM sampled is weighed, token by token, by its probability in training "
+        "over that under vLLM, at most this (token_truncate of TRL); null does not weigh",
     )
     gate: str | None = Field(
         None,

@@ -17,7 +17,7 @@ from raytune_ft.config.data import (
     source_configs,
 )
 from raytune_ft.config.explain import shown_value
-from raytune_ft.config.methods import METHODS, MethodConfig
+from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD, ObjectiveFacts, figures
 from raytune_ft.config.reference import is_under, one_of
 from raytune_ft.config.schema import Config, ParallelConfig, PromoteConfig
@@ -476,13 +476,25 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "gives numbers",
             "leave the key out",
         )
-    comparing = next((each for each in config.rewards if each.compares), None)
-    if comparing is not None and (facts.rollouts or comparing.called in train.watch):
+    comparing = [each for each in config.rewards if each.compares]
+    if comparing and facts.rollouts and not facts.compares:
         raise ConfigError(
-            f"rewards.{comparing.called}",
-            "compares completions and grades none, and an evaluation has one for each prompt",
-            "write mode: grade",
+            f"rewards.{comparing[0].called}",
+            f"compares completions, and train.objective={train.objective} learns from each by "
+            "itself",
+            "write mode: grade, or train.objective: grpo or online_dpo",
         )
+    trained = rewards.weighed(config.rewards, train.watch) if facts.rollouts else []
+    win_rate = f"win_rate:{comparing[0].called}" if comparing else ""
+    if comparing and trained and all(each.compares or not each.weight for each in trained):
+        of_one_model = config.promote.metric is None or not metrics.compares(config.promote.metric)
+        if of_one_model:
+            raise ConfigError(
+                f"rewards.{comparing[0].called}",
+                "compares completions, so that promotion has no reward of a model by itself",
+                f"write promote: {{metrics: [{win_rate}], metric: {win_rate}}}, or mode: grade",
+            )
+    _check_vllm(config)
     if not facts.rollouts:
         return
     if not config.rewards:
@@ -526,6 +538,58 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
             "train.grpo.importance_sampling_level=sequence",
             "does not go with train.grpo.loss_type=cispo, which weighs tokens",
             "write loss_type: grpo, or importance_sampling_level: token",
+        )
+
+
+VLLM_MAX_RANK = 512
+"""The largest `max_lora_rank` of vLLM."""
+VLLM_IGNORES = ("dora", "rank_pattern", "alpha_pattern")
+"""Keys of `method` whose adapters vLLM refuses, or loads as if they were not there."""
+
+
+def _check_vllm(config: Config) -> None:
+    """Raises ConfigError where vLLM could not take the weights, or would have no use."""
+    own, method, precision = config.train.rollout, config.method, config.train.precision
+    written, embedded = "train.rollout.engine=vllm", "train.rollout.engine: embedded"
+    if not own.on_vllm:
+        if own.vllm != type(own).model_fields["vllm"].default:
+            raise ConfigError(
+                f"train.rollout.vllm={shown_value(own.vllm.model_dump())}",
+                f"is for {written}, and this is {own.engine}",
+                "write engine: vllm, or leave the key out",
+            )
+        return
+    if method.name not in ("lora", "full"):
+        raise ConfigError(
+            f"method.name={method.name}",
+            f"leaves weights that vLLM does not load, and {written}",
+            f"write method.name: lora or full, or {embedded}",
+        )
+    fits = ["bfloat16"] if isinstance(method, LoraMethod) else ["bfloat16", "float32"]
+    if precision not in fits:
+        raise ConfigError(
+            f"train.precision={precision}",
+            f"is not in vLLM with method.name={method.name}, and {written}",
+            f"write train.precision: {one_of(fits)}, or {embedded}",
+        )
+    if isinstance(method, LoraMethod):
+        key = next((key for key in VLLM_IGNORES if getattr(method, key)), None)
+        if key is not None:
+            value = shown_value(getattr(method, key))
+            raise ConfigError(
+                f"method.{key}={value}", f"is not in vLLM, and {written}", f"write {embedded}"
+            )
+        if (rank := method.exported_rank) > VLLM_MAX_RANK:
+            raise ConfigError(
+                f"method.rank={method.rank}",
+                f"makes an adapter of rank {rank}, and vLLM takes up to {VLLM_MAX_RANK}",
+                f"write a smaller rank, or {embedded}",
+            )
+    if config.search is not None:
+        raise ConfigError(
+            written,
+            "is for one run, and each trial of a search would start engines",
+            f"write {embedded}",
         )
 
 

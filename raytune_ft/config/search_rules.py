@@ -46,6 +46,8 @@ NOT_SEARCHED = (
     "train.kd.cache",
     "train.kd.cache_limit_gib",
     "train.dpo.reference",
+    "train.rollout.engine",
+    "train.rollout.vllm",
     "parallel",
     "checkpoint",
     "search",

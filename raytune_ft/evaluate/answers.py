@@ -72,15 +72,19 @@ class Answers:
         return len(self.groups)
 
     def figures(self) -> dict[str, Scores]:
-        """`reward`, `reward:NAME` of each, `completion_tokens`, `truncated` and `unscored`: one
-        value for each prompt, the mean over its completions that have one.
+        """`reward`, `reward:NAME` of each, `unscored`, `completion_tokens` and `truncated`: one
+        value for each prompt, the mean over its completions that have one. The first three are not
+        there where no reward scores one completion.
         """
-        found = {REWARD: Scores.known_mean(known_means(self.total_PC))}
+        found = {}
+        if self.scores_PC:
+            found[REWARD] = Scores.known_mean(known_means(self.total_PC))
         for name, scores_PC in self.scores_PC.items():
             found[f"{REWARD}:{name}"] = Scores.known_mean(known_means(scores_PC))
         found["completion_tokens"] = Scores.mean(self.tokens_PC.mean(1), "min")
         found["truncated"] = Scores.mean(1 - self.ended_PC.mean(1), "min")
-        found["unscored"] = Scores.mean(np.isnan(self.total_PC).mean(1), "min")
+        if self.scores_PC:
+            found["unscored"] = Scores.mean(np.isnan(self.total_PC).mean(1), "min")
         return found
 
 

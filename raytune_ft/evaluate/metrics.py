@@ -156,8 +156,11 @@ def own(subject: Subject) -> dict[str, Scores]:
     learns from what the model says those of `reward`, and minus the reward as loss.
     """
     if OF_SAID in subject.figures:
+        found = reward_scores(subject)
+        if REWARD not in found:  # of judges that compare, which `evaluate.duel` asks
+            return found
         loss = Scores.known_mean(-known_means(subject.answers.total_PC), "min")
-        return {LOSS.promoted: loss} | reward_scores(subject)
+        return {LOSS.promoted: loss} | found
     columns = columns_of(subject.runner, subject.objective, subject.split)
     return figures_of(columns, subject.figures, subject.split)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Exporter:
             # PEFT reads the state of such modules, for which a sharded model would gather and free
             # its weights in the middle of a step.
             saver = shapes_of(model)
-        self._write_adapter = adapter_writer(model, saver)
+        self._write_adapter, self._one = adapter_writer(model, saver), Lock()
         self._names = list(trained_parameters(model))
         if self._write_adapter is None:
             self._model = _HuggingFaceModel(model, dtype, own or {})
@@ -74,7 +75,8 @@ class Exporter:
         if rank > 0:
             return []
         before = set(directory.rglob("*"))
-        self._write_adapter(read, directory)
+        with self._one:  # PEFT changes its configuration while it saves
+            self._write_adapter(read, directory)
         made = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
         return [flush_file(path, directory) for path in made]
 

@@ -59,12 +59,14 @@ class Request:
 @dataclass(frozen=True)
 class Said:
     """A continuation: its token ids, the end token included where it `ended`; else it was cut at
-    the limit. `near_ties` counts the tokens that rounding may have decided.
+    the limit. `near_ties` counts the tokens that rounding may have decided. `logps`: of each id,
+    where a copy of the model said it.
     """
 
     ids: tuple[int, ...]
     ended: bool
     near_ties: int = 0
+    logps: tuple[float, ...] = ()
 
     @property
     def answer(self) -> tuple[int, ...]:

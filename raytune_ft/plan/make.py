@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import joins_cluster
-from raytune_ft.config.load import apply_overrides, expand_env, holds_base, load_config
+from raytune_ft.config.load import (
+    apply_overrides,
+    asked_rewards,
+    expand_env,
+    holds_base,
+    load_config,
+)
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.config.search_rules import check_examples
@@ -265,6 +271,18 @@ def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tup
             f"{own.max_completion_length} tokens, which are scored; that is not part of the "
             "estimated time"
         )
+        for judge in (each for each in asked_rewards(config) if each.compares):
+            asked = said * (own.num_generations - 1)
+            once = len(data.validation) * own.eval_completions * 2
+            notes.append(
+                f"rewards.{judge.called} compares completions in both orders: up to {asked:,} "
+                f"questions every {own.steps} steps, and {once:,} in each evaluation"
+            )
+        if own.on_vllm:
+            notes.append(
+                f"train.rollout.engine: vllm samples on {own.vllm.engines} x {own.vllm.gpus} GPUs "
+                "beside those of workers, which the estimate leaves out"
+            )
         if holds_base(config):
             notes.append("every worker also holds the model before training, for the KL term")
     if run_path(config).exists():

@@ -80,16 +80,14 @@ def needed(config: Config, environ: Mapping[str, str], several: bool) -> list[st
     """Names of what is set here and workers use. `several`: workers may talk over a network.
 
     Values of `${NAME}` in the config travel with the run, but for those of rewards, which workers
-    read. A judge that compares is asked by the driver.
+    read. In promotion, a judge that compares is asked by the driver.
     """
     used = {name for tracker in config.tracking.to for name in OF_TRACKERS.get(tracker, ())}
     if trained_models(config):
         used.add(OF_THE_HUB)
-    rewards = [
-        *measured_rewards(config),
-        *asked_rewards(config),
-    ]
-    used |= names_in([reward.model_dump() for reward in rewards if not reward.compares])
+    measured = [reward for reward in measured_rewards(config) if not reward.compares]
+    rewards = [*measured, *asked_rewards(config)]
+    used |= names_in([reward.model_dump() for reward in rewards])
     here = {name for name in used if environ.get(name)}
     if several:
         here |= {name for name in environ if name.startswith(OF_THE_NETWORK)}

@@ -28,6 +28,7 @@ from raytune_ft.ray_backend.registry import (
     StopRequested,
     start_registry,
 )
+from raytune_ft.ray_backend.vllm import engines
 from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
@@ -237,8 +238,9 @@ def fit(
     tell = tell or (lambda line: None)
     with connected(), room(spec.config.parallel, tell, most=1), measured(spec.run_dir):
         check_environment(spec.config, tell)
-        handle = GroupHandle(spec, start_registry(slots=1), worker)
-        return run_to_end(handle, spec, grace_s, on_evaluation, tell)
+        with engines(spec.config, tell) as actors:
+            handle = GroupHandle(spec, start_registry(slots=1), worker, {"engines": actors})
+            return run_to_end(handle, spec, grace_s, on_evaluation, tell)
 
 
 def run_to_end(

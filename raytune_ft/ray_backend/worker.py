@@ -28,6 +28,7 @@ from raytune_ft.errors import RunFailed, first_line
 from raytune_ft.estimate.hardware import require_gpu
 from raytune_ft.layout import RESULT
 from raytune_ft.ray_backend.metrics import RunGauges
+from raytune_ft.ray_backend.vllm import Engines
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
 from raytune_ft.rundir import RunSpec
 from raytune_ft.train.report import Reporter, Several
@@ -115,7 +116,9 @@ def train_worker(payload: dict[str, Any]) -> str:
     from raytune_ft.train.run import run_training
 
     host = host_of(payload["run"], payload["registry"])
-    return run_training(spec, choose_strategy(spec.config)[0], Several(reporters), host).status
+    sampler = Engines(payload.get("engines", ()))  # a trial has none
+    strategy = choose_strategy(spec.config)[0]
+    return run_training(spec, strategy, Several(reporters), host, sampler).status
 
 
 def prepare_process(config: Config) -> None:

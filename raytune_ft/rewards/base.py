@@ -39,6 +39,12 @@ class Group:
         """Its keys and values."""
         return asdict(self)
 
+    def against(self, number: int, text: str) -> Group:
+        """One of the completions and another text, for a judge that compares."""
+        both = [self.completions[number], text]
+        ids = [self.completion_ids[number], ()]
+        return Group(**{**vars(self), "completions": both, "completion_ids": ids})
+
     def after(self, first: int) -> Group:
         """The group without its first completions."""
         return Group(

@@ -223,6 +223,27 @@ class Rewards:
             for g, group in enumerate(groups)
         ]
 
+    @property
+    def judges(self) -> Rewards:
+        """Those that compare completions."""
+        return Rewards([one for one in self.processes if one.config.compares])
+
+    def score_against(
+        self, groups: Sequence[Group], others: Sequence[Sequence[str]]
+    ) -> list[list[dict[str, float | None]]]:
+        """The same, but those that compare give 1 where a completion wins against the text in its
+        place of `others`, 0.5 where both tie.
+        """
+        graders = Rewards([one for one in self.processes if not one.config.compares])
+        scores = graders.score(groups)
+        pairs = [
+            group.against(number, text)
+            for group, texts in zip(groups, others, strict=True)
+            for number, text in enumerate(texts)
+        ]
+        won = iter(self.judges.score(pairs))
+        return [[one | next(won)[0] for one in group] for group in scores]
+
     def check_scored(self) -> None:
         """Raises RunFailed where a reward fails on every completion; None is no failure."""
         for one in self.processes:

@@ -153,10 +153,12 @@ class Strategy(Protocol):
     world_size: int
     device: torch.device
     precision: Precision
+    steps: int
+    """Steps that the optimizer has taken since the beginning of the run."""
     takes_parts: bool
+    """Whether `prepare` takes weights on the meta device, which are filled afterwards."""
     gathers: bool
     """Whether weights are gathered in each pass of the model, in which all ranks must take part."""
-    """Whether `prepare` takes weights on the meta device, which are filled afterwards."""
     casts_on_gathering: bool
     """Whether weights are gathered in the dtype of matrix products, so that no copies are cast."""
 

@@ -199,9 +199,11 @@ class DeepSpeed(Grouped):
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         self.engine.optimizer.clip_grad = max_norm or 0.0
         self.engine.step()
+        self.steps += 1
         return float(self.engine.get_global_grad_norm())
 
     def start_from(self, step: int) -> None:
+        self.steps = step
         for flat in self.zero.flats():
             self.optimizer.state[flat] = {
                 "step": torch.tensor(float(step), device=flat.device),

@@ -20,10 +20,16 @@ from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import REFERENCE
 from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.model.objectives.base import WEIGHT
-from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, SAMPLED
+from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, IMPORTANCE, SAMPLED
 from raytune_ft.model.objectives.ppo import RETURN, VALUE
-from raytune_ft.model.sampling import Said
-from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of
+from raytune_ft.train.speaker import (
+    Answered,
+    Numbers,
+    Speaker,
+    logps_of_copies,
+    mean_of,
+    split_of_said,
+)
 
 Flags = npt.NDArray[np.bool_]
 
@@ -65,20 +71,6 @@ class Credit(Protocol):
 
     def teaches(self, totals_PG: Numbers) -> bool:
         """Whether there is anything to learn from these rewards."""
-
-
-def split_of_said(
-    prompts: Sequence[Prompt], said: Sequence[Sequence[Said]], weights_P: Numbers | None = None
-) -> TokenizedSplit:
-    """An example for each completion, whose tokens are its labels."""
-    examples, weights = [], []
-    for number, (prompt, group) in enumerate(zip(prompts, said, strict=True)):
-        for one in group:
-            ids = np.array([*prompt.ids, *one.ids], np.int32)
-            examples.append((ids, np.arange(len(ids)) >= len(prompt.ids)))
-            weights.append(1.0 if weights_P is None else float(weights_P[number]))
-    columns = {} if weights_P is None else {WEIGHT: np.array(weights, np.float32)[:, None]}
-    return TokenizedSplit.from_examples(examples, columns)
 
 
 def kept_labels(split: TokenizedSplit, kept_E: Flags) -> tuple[Flags, Flags]:
@@ -138,8 +130,12 @@ class GroupAdvantages(Credit):
         split = split_of_said(prompts, answered.said, weights_P)
         temperature = self._rollout.temperature
         labels: dict[str, Numbers] = {}
-        if self._rollout.steps > 1 or (grpo.beta and grpo.kl == "reward"):
+        most = grpo.vllm_importance_sampling_clip_max if self._rollout.on_vllm else None
+        if self._rollout.steps > 1 or (grpo.beta and grpo.kl == "reward") or most is not None:
             labels[SAMPLED] = speaker.logps(split, temperature)
+        if most is not None:
+            ahead_N = labels[SAMPLED] - logps_of_copies(answered.flat, split)
+            labels[IMPORTANCE] = np.exp(ahead_N).clip(max=most)
         if grpo.beta:
             labels[REFERENCE] = speaker.base_logps(split, temperature)
         if grpo.beta and grpo.kl == "reward":

@@ -36,12 +36,12 @@ from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, judges_beside, prompts_file
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.rewards.pool import check_columns, started
-from raytune_ft.train.credit import Credit, split_of_said
+from raytune_ft.train.credit import Credit
 from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.material import Given, Material, Stream, Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.report import lines_up_to
-from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of
+from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of, split_of_said
 from raytune_ft.train.watchdog import Beat
 
 SILENT = 5
@@ -196,6 +196,7 @@ class Rolled(Material):
         figures = answered.figures(speaker.rewards.names) | dict(learnt.figures)
         ties = sum(one.near_ties for one in answered.flat)
         figures |= {"near_ties": float(ties)} if ties else {}
+        figures |= {} if answered.gap is None else {"logp_gap": answered.gap}
         missing = int(np.isnan(answered.totals_PG).sum())
         figures |= {"unscored": float(missing)} if missing else {}
         if self._writes:

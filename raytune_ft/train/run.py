@@ -32,6 +32,7 @@ from raytune_ft.strategy import Strategy, build_strategy
 from raytune_ft.strategy.numerics import without_algorithm
 from raytune_ft.train.budget import lowered, lowers
 from raytune_ft.train.budget import notes as budget_notes
+from raytune_ft.train.copies import Sampler
 from raytune_ft.train.loop import train
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Reporter
@@ -50,7 +51,11 @@ from raytune_ft.train.watchdog import Heartbeat, watched
 
 
 def run_training(
-    spec: RunSpec, strategy_name: str, reporter: Reporter, host: Host | None = None
+    spec: RunSpec,
+    strategy_name: str,
+    reporter: Reporter,
+    host: Host | None = None,
+    sampler: Sampler | None = None,
 ) -> RunResult:
     """Train one run to its end, from the newest sound checkpoint in `spec.run_dir` if there is one.
 
@@ -62,7 +67,8 @@ def run_training(
     Where memory runs out in a pass, a single process starts again with smaller ones.
 
     `host` stands for the process that started this one. It may ask the run to stop, and then writes
-    the result "interrupted" itself. Without a host, a single process listens to signals.
+    the result "interrupted" itself. Without a host, a single process listens to signals. `sampler`
+    answers prompts where `train.rollout.engine` is not the model in training itself.
 
     Raises:
         InputError: the input turns out to be wrong only now; `result.json` says so too.
@@ -74,7 +80,7 @@ def run_training(
             strategy_name, spec.config.parallel, settings.precision, settings.deterministic
         )
         try:
-            return _train(spec, strategy, reporter, host)
+            return _train(spec, strategy, reporter, host, sampler)
         except PassTooLarge as error:
             if strategy.world_size > 1:
                 raise
@@ -97,7 +103,13 @@ def run_training(
             torch.cuda.reset_peak_memory_stats()
 
 
-def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | None) -> RunResult:
+def _train(
+    spec: RunSpec,
+    strategy: Strategy,
+    reporter: Reporter,
+    host: Host | None,
+    sampler: Sampler | None,
+) -> RunResult:
     config = lowered(spec.config, spec.run_dir)
     spec = replace(spec, config=config)
     data = open_prepared(spec.data_dir)
@@ -119,7 +131,7 @@ def _train(spec: RunSpec, strategy: Strategy, reporter: Reporter, host: Host | N
     heart = host.heart if host else Heartbeat()
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     alone = host is None and strategy.world_size == 1
-    with build_material(runner, data, spec, heart) as material:
+    with build_material(runner, data, spec, heart, exporter, sampler) as material:
         run = build_run_state(
             spec, data, strategy, runner.names, exporter, strategy, reporter, heart, pool, material
         )

@@ -31,7 +31,7 @@ from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed
 from raytune_ft.files import write_json_atomic
-from raytune_ft.layout import CHECKPOINTS, FORECAST
+from raytune_ft.layout import CHECKPOINTS, FIRST_ANSWERS, FORECAST
 from raytune_ft.model.attention import Varlen, attend_by_example, has_varlen, takes_segments
 from raytune_ft.model.checkpointing import checkpoint_activations, choose_checkpointing
 from raytune_ft.model.critic import add_critic, critic_weights
@@ -55,6 +55,7 @@ from raytune_ft.rewards.pool import started
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import OptimizerOf, Strategy
 from raytune_ft.train.checkpoint import Holder, Saver, load_state
+from raytune_ft.train.copies import Copies, Sampler
 from raytune_ft.train.distill import check_size, frozen_runner, teacher_of
 from raytune_ft.train.material import Given, Material
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
@@ -333,9 +334,15 @@ def extent_of(config: Config, data: PreparedData) -> tuple[tuple[int, int], int]
 
 @contextmanager
 def build_material(
-    runner: ModelRunner, data: PreparedData, spec: RunSpec, heart: Heartbeat
+    runner: ModelRunner,
+    data: PreparedData,
+    spec: RunSpec,
+    heart: Heartbeat,
+    exporter: Exporter,
+    sampler: Sampler | None = None,
 ) -> Iterator[Material]:
-    """What a run is trained on. Processes of rewards end with the context.
+    """What a run is trained on. Processes of rewards end with the context. `sampler` is there where
+    copies of the model sample, which get what `exporter` writes.
 
     Raises:
         ConfigError: a reward cannot be used.
@@ -352,8 +359,14 @@ def build_material(
     reference = None
     if holds_base(config):
         reference = frozen_runner(config.model, config, runner.strategy)
+    copies = None
+    if config.train.rollout.on_vllm:
+        assert sampler is not None
+        strategy = runner.strategy
+        copies = Copies(sampler, exporter, runner.names, strategy, strategy.side_channel())
     with started(rewards_of(config, spec.data_dir)) as rewards:
-        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference)
+        first = spec.run_dir / FIRST_ANSWERS
+        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference, copies, first)
         if rolls:
             yield Rolled(speaker, data, config, spec.run_dir)
         else:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
+from raytune_ft.files import read_json, write_json_atomic
+from raytune_ft.layout import FIRST_ANSWERS
 from raytune_ft.model.methods import without_method
+from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.ppo import logps_and_values
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.sampling import Request, Said, sample
@@ -32,6 +36,7 @@ from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
 from raytune_ft.strategy.side_channel import on_all_ranks
+from raytune_ft.train.copies import Asked, Copies
 from raytune_ft.train.evaluation import label_values
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.watchdog import Heartbeat
@@ -43,14 +48,24 @@ EVALUATION = 2**62
 trial, which so have common random numbers."""
 
 
+CHECKED = 64
+"""Completions of a rollout or an evaluation whose log-probabilities are computed again."""
+LARGEST_GAP = 0.05
+"""Nats, of `Speaker.gap_of`: more than other kernels and their rounding in bfloat16 should make."""
+
+
 @dataclass(frozen=True)
 class Answered:
-    """What was said to some prompts. `scores` are by name, None where a reward gave none."""
+    """What was said to some prompts. `scores` are by name, None where a reward gave none.
+
+    `gap`: see `Speaker.gap_of`.
+    """
 
     said: Sequence[Sequence[Said]]
     texts: Sequence[Sequence[str]]
     scores: Sequence[Sequence[Mapping[str, float | None]]]
     totals_PG: Numbers
+    gap: float | None = None
 
     @property
     def flat(self) -> list[Said]:
@@ -80,6 +95,27 @@ def mean_of(values: Numbers) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
+def split_of_said(
+    prompts: Sequence[Prompt], said: Sequence[Sequence[Said]], weights_P: Numbers | None = None
+) -> TokenizedSplit:
+    """An example for each completion, whose tokens are its labels."""
+    examples, weights = [], []
+    for number, (prompt, group) in enumerate(zip(prompts, said, strict=True)):
+        for one in group:
+            ids = np.array([*prompt.ids, *one.ids], np.int32)
+            examples.append((ids, np.arange(len(ids)) >= len(prompt.ids)))
+            weights.append(1.0 if weights_P is None else float(weights_P[number]))
+    columns = {} if weights_P is None else {WEIGHT: np.array(weights, np.float32)[:, None]}
+    return TokenizedSplit.from_examples(examples, columns)
+
+
+def logps_of_copies(said: Sequence[Said], split: TokenizedSplit) -> Numbers:
+    """`[N]`, the log-probability of each label token of `split_of_said` under what said it."""
+    counts = split.label_counts.tolist()
+    found = [one.logps[len(one.ids) - n :] for one, n in zip(said, counts, strict=True)]
+    return np.concatenate([np.array(one, np.float64) for one in found])
+
+
 class Speaker:
     """Answers prompts with the model as it is, and scores the answers; all ranks share the work."""
 
@@ -92,34 +128,55 @@ class Speaker:
         rewards: Rewards,
         heart: Heartbeat,
         reference: ModelRunner | None = None,
+        copies: Copies | None = None,
+        first: Path = Path(FIRST_ANSWERS),
     ) -> None:
         """`reference` stands for the model before training where that is not the model without its
-        method.
+        method. `copies` sample in place of the model. `first` keeps the answers of the first
+        evaluation, with which those of later ones are compared, where a reward compares.
         """
         self.runner, self.rewards, self._reference = runner, rewards, reference
         adapted = not METHODS[config.method.name].whole_model
         self.has_base = adapted or reference is not None
         self._tokenizer, self._ends, self._heart = tokenizer, ends, heart
         self._settings, self._seed = config.train.rollout, config.seed
-        self._channel = runner.strategy.side_channel()
+        self._channel, self._copies = runner.strategy.side_channel(), copies
+        self._file = first
+        found = read_json(first) if runner.strategy.rank == 0 and first.is_file() else None
+        self._first: Sequence[Sequence[str]] | None = runner.strategy.from_rank0(found)
 
-    def answer(self, prompts: Sequence[tuple[int, Prompt]], count: int) -> Answered:
+    def answer(
+        self, prompts: Sequence[tuple[int, Prompt]], count: int, evaluating: bool = False
+    ) -> Answered:
         """`count` completions of each of (place, prompt).
 
+        A reward that compares does so with the other completions of the prompt, and in an
+        evaluation with those of the first evaluation.
+
         Raises:
-            RunFailed: a reward cannot score; on every rank.
+            RunFailed: a reward cannot score, or copies of the model cannot sample or have other
+                weights; on every rank.
         """
         ranks, rank = self._channel.world_size, self._channel.rank
-        own = prompts[rank::ranks]
-        said = self._say([Request(one.ids, place, g) for place, one in own for g in range(count)])
-        groups = [said[start : start + count] for start in range(0, len(said), count)]
+        own, gap = prompts[rank::ranks], None
+        if self._copies is None:
+            groups = _grouped(self._say(_requests(own, count)), count)
+        else:
+            of_all = _grouped(self._ask(_requests(prompts, count)), count)
+            groups, gap = of_all[rank::ranks], self.gap_of([one for _, one in prompts], of_all)
 
         def score() -> Any:
             asked = [
                 group_of(prompt, group, self._tokenizer)
                 for (_, prompt), group in zip(own, groups, strict=True)
             ]
-            scores = self.rewards.score(asked)
+            if evaluating:
+                others: Sequence[Sequence[str]] = [group.completions for group in asked]
+                if self._first is not None:
+                    others = self._first[rank::ranks]
+                scores = self.rewards.score_against(asked, others)
+            else:
+                scores = self.rewards.score(asked)
             return groups, [list(group.completions) for group in asked], scores
 
         with _alive(self._heart):
@@ -130,16 +187,25 @@ class Speaker:
             for which in range(3)
         )
         totals = [[self.rewards.total(scores) for scores in group] for group in scores_P]
-        return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
+        return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64), gap)
 
     def evaluated(self, prompts: Sequence[Prompt]) -> tuple[Answered, dict[str, float]]:
         """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
 
         Raises:
-            RunFailed: a reward scored none of them.
+            RunFailed: a reward scored none of them, or has lost what it compares them with.
         """
-        placed = list(enumerate(prompts, start=EVALUATION))
-        answered = self.answer(placed, self._settings.eval_completions)
+        placed, judges = list(enumerate(prompts, start=EVALUATION)), self.rewards.judges
+        if judges.processes and self._first is None and self.runner.strategy.steps:
+            raise RunFailed(
+                f"{self._file} is not there, with whose answers rewards.{judges.names[0]} "
+                "compares; copy it back, or begin the run again"
+            )
+        answered = self.answer(placed, self._settings.eval_completions, evaluating=True)
+        if judges.processes and self._first is None:
+            self._first = answered.texts
+            if self.runner.strategy.rank == 0:
+                write_json_atomic(self._file, answered.texts)
         found = answered.figures(self.rewards.names)
         for name in self.rewards.names:
             if np.isnan(found[f"reward:{name}"]):
@@ -171,6 +237,37 @@ class Speaker:
             if lockstep is not None:
                 lockstep.drain()
         return said
+
+    def _ask(self, requests: Sequence[Request]) -> list[Said]:
+        """`_say` by copies, on all ranks the same."""
+        assert self._copies is not None
+        own, pad = self._settings, self.runner.pad_token
+        limit, temperature = own.max_completion_length, own.temperature
+        with _alive(self._heart):
+            return self._copies.say(
+                Asked(requests, limit, temperature, self._ends, pad, self._seed)
+            )
+
+    def gap_of(self, prompts: Sequence[Prompt], said: Sequence[Sequence[Said]]) -> float:
+        """The mean absolute difference between the log-probabilities of tokens under the copies
+        that said them and under the model, of the first `CHECKED` completions.
+
+        Raises:
+            RunFailed: it is more than `LARGEST_GAP`.
+        """
+        some = max(1, CHECKED // len(said[0]))
+        split = split_of_said(prompts[:some], said[:some])
+        theirs_N = logps_of_copies([one for group in said[:some] for one in group], split)
+        own_N = self.logps(split, self._settings.temperature)
+        gap = float(np.abs(theirs_N - own_N).mean()) if len(own_N) else 0.0
+        if not gap <= LARGEST_GAP:
+            raise RunFailed(
+                "the copies that sample do not have the weights of the model in training: they "
+                f"give what they said a mean log-probability of {theirs_N.mean():.4f} a token, and "
+                f"the model {own_N.mean():.4f}; token by token these differ by {gap:.4f}, and "
+                f"{LARGEST_GAP} is allowed; write train.rollout.engine: embedded"
+            )
+        return gap
 
     def logps(self, split: TokenizedSplit, temperature: float) -> Numbers:
         """`[N]`, the log-probability of each label token; the same on all ranks."""
@@ -205,6 +302,14 @@ class Speaker:
         self, split: TokenizedSplit, runner: ModelRunner, of: Callable[[MicroBatch], Tensor]
     ) -> Numbers:
         return label_values(runner, split, np.arange(len(split)), of, self._heart.alive)
+
+
+def _requests(prompts: Sequence[tuple[int, Prompt]], count: int) -> list[Request]:
+    return [Request(one.ids, place, g) for place, one in prompts for g in range(count)]
+
+
+def _grouped(said: Sequence[Said], count: int) -> list[Sequence[Said]]:
+    return [said[start : start + count] for start in range(0, len(said), count)]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raytune_ft.config.rollouts import RolloutConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch, collate
 from raytune_ft.data.formats.prompt import Prompt
@@ -28,7 +29,7 @@ PROMPT = 0
 
 def train_config(**settings: Any) -> TrainConfig:
     """Of GRPO; keys of `rollout` and of `grpo`, told apart by their names."""
-    of_rollout = {"num_generations", "max_completion_length", "temperature", "num_iterations"}
+    of_rollout = set(RolloutConfig.model_fields)
     return TrainConfig.model_validate(
         {
             "objective": "grpo",

@@ -14,7 +14,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, DataError, ModelError
 from raytune_ft.model.load import load_tokenizer
-from raytune_ft.preflight import prepare
+from raytune_ft.preflight import check_engines, needs_ray, prepare
 from tests.support.models import save_character_tokenizer, save_tiny_encoder, save_tiny_llama
 from tests.support.runs import make_config, write_rows
 
@@ -161,3 +161,37 @@ def test_equal_labels_are_one_class(tmp_path: Path, case: str) -> None:
     else:
         with pytest.raises(DataError, match=found):
             prepared(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "installed", "worker", "says"),
+    [
+        (0, False, 0, "needs a GPU and the package vllm, which are not here; write train."),
+        (1, False, 0, "needs a GPU and the package vllm, which is not here"),
+        (
+            1,
+            True,
+            1,
+            "needs 2 GPUs, 1 of them for engines, and the package vllm, and there is one",
+        ),
+        (1, True, 0, None),
+        (2, True, 1, None),
+    ],
+)
+def test_engines_need_gpus_and_vllm(
+    gpus: int, installed: bool, worker: int, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.preflight._gpus", lambda config, joined: gpus)
+    monkeypatch.setattr("raytune_ft.preflight.find_spec", lambda name: installed or None)
+    changes = {
+        "train.rollout": {"engine": "vllm"},
+        "parallel.resources_per_worker": {"CPU": 1, "GPU": worker},
+    }
+    config = make_config(Path("model"), Path("rows.jsonl"), changes)
+    assert needs_ray(config)
+    if says is None:
+        check_engines(config)
+        return
+    with pytest.raises(ConfigError) as raised:
+        check_engines(config)
+    assert says in str(raised.value)

@@ -30,6 +30,8 @@ ADVANTAGE, COUNTED = "advantage", "counted"
 """Columns of a rollout: how much better a completion is than its group, and whether it counts."""
 SAMPLED = "sampled"
 """The label column of the log-probabilities under the policy that sampled."""
+IMPORTANCE = "importance"
+"""The label column of weights of tokens, where a copy sampled that computes a bit otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class Grpo(Objective):
     CISPO (2506.13585).
 
     The data are a rollout: `advantage` and `counted` of each completion and, where several steps
-    are taken on it, `sampled`; `reference` under a KL term in the loss. Everything that a loss is
-    divided by is counted over the step.
+    are taken on it, `sampled`; `reference` under a KL term in the loss; `importance` where copies
+    of the model sampled. Everything that a loss is divided by is counted over the step.
     """
 
     of_tokens: ClassVar[bool] = True
@@ -79,6 +81,8 @@ class Grpo(Objective):
             clipped_N = ratio_N.clamp(1 - own.epsilon, 1 + own.high)
             bounded_N = ratio_N if own.delta is None else ratio_N.clamp_max(own.delta)
             losses_N = -torch.minimum(bounded_N * advantage_N, clipped_N * advantage_N)
+        if IMPORTANCE in batch.label_columns:
+            losses_N = losses_N * batch.label_columns[IMPORTANCE].double()
         if own.beta and own.kl == "loss":
             # Schulman's k3, times the ratio, without which its gradient is that of another KL.
             ahead_N = batch.label_columns[REFERENCE].double() - wide_N

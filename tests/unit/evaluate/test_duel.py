@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -23,6 +25,14 @@ def answers(texts: list[list[str]], scores: list[list[float]]) -> Answers:
     tokens = np.array([[len(text) for text in row] for row in texts], np.float64)
     values = np.array(scores, np.float64)
     return Answers(tuple(groups), tokens, np.ones_like(tokens), {"r": values}, values)
+
+
+def test_answers_that_no_reward_scores_alone_have_no_reward() -> None:
+    scored = answers([["a"], ["bb"]], [[1.0], [NAN]])
+    assert scored.figures()["reward"].value == 1
+    assert scored.figures()["unscored"].value == 0.5
+    alone = replace(scored, scores_PC={}, total_PC=np.full((2, 1), NAN))
+    assert set(alone.figures()) == {"completion_tokens", "truncated"}
 
 
 def duels(*metrics: str) -> Duels:

@@ -38,6 +38,11 @@ JUDGE = {"name": "judge", "url": "http://h", "model": "m", "api_key": "${JUDGE_K
             False,
             [],
         ),  # the driver asks it
+        (
+            {"rewards": [{**JUDGE, "mode": "pairs"}], "train.watch": ["judge"]},
+            False,
+            ["JUDGE_KEY"],
+        ),  # a worker asks it
     ],
 )
 def test_what_is_used_is_needed(changes: dict[str, Any], several: bool, names: list[str]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
-from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, Grpo
+from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, IMPORTANCE, Grpo
 from raytune_ft.model.sampling import Said
 from raytune_ft.train.credit import advantages_of, same_of
-from tests.support.rollouts import train_config, weighed
+from tests.support.rollouts import in_one_batch, train_config, weighed
 
 NAN = float("nan")
 SCALES = ("group", "batch", "none")
@@ -131,3 +132,31 @@ def test_numbers_of_tokens_follow_what_is_left() -> None:
     )
     assert split.label_columns["sampled"].tolist() == [-3, -4, -5, -6, -7, -8, -9]
     assert split.label_counts.tolist() == [0, 0, 3, 4]
+
+
+@pytest.mark.parametrize("most", [1.5, 3.0, None])
+def test_what_vllm_sampled_is_weighed_by_the_ratio_to_it(most: float | None) -> None:
+    """TRL's `token_truncate`: the loss of each token times min(exp(own - vLLM's), most)."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 6, (3, 4))
+    spoken = [
+        [Said((1,) * n, True, logps=tuple(rng.normal(-2, 1, n))) for n in row] for row in lengths
+    ]
+    totals = rng.normal(size=lengths.shape)
+    own = rng.normal(-2, 1, lengths.sum())
+    settings = {"num_generations": 4, "vllm_importance_sampling_clip_max": most}
+    train = train_config(engine="vllm", **settings)
+    split, _ = weighed(train, spoken, totals, logps=lambda of: own)
+    theirs = np.concatenate([one.logps for group in spoken for one in group])
+    ratio = np.exp(own - theirs)
+    assert (ratio > 3).any()
+    weights = np.ones_like(own) if most is None else np.minimum(ratio, most)
+    assert (IMPORTANCE in split.label_columns) == (most is not None)
+    logps_N = torch.tensor(own)
+    alone, _ = weighed(train_config(**settings), spoken, totals, logps=lambda of: own)
+    plain, found = (
+        Grpo(settings=each.grpo, rollout=each.rollout).losses_of(logps_N, in_one_batch(of))
+        for each, of in ((train_config(**settings), alone), (train, split))
+    )
+    assert IMPORTANCE not in alone.label_columns
+    assert np.allclose(found.numpy(), plain.numpy() * weights, rtol=1e-12, atol=0)
