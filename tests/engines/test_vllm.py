@@ -83,6 +83,7 @@ def test_a_run_with_engines_learns(runs: Runs) -> None:
     assert last > first + 0.5
 
 
+@pytest.mark.slow
 def test_rounding_in_bfloat16_is_no_fault(runs: Runs) -> None:
     """The engine holds base and adapter in bfloat16, training the adapter in float32."""
     spec = runs.spec("run", runs.config("lora", train__precision="bfloat16"))
@@ -92,7 +93,7 @@ def test_rounding_in_bfloat16_is_no_fault(runs: Runs) -> None:
     print("largest gap", max(gaps))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_engine_that_ignores_weights_ends_the_run(
     runs: Runs, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
