@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from raytune_ft.config.data import SourceConfig
@@ -16,13 +17,16 @@ from raytune_ft.data.formats.conversation import (
     conversation_of,
     turns_column,
 )
-from raytune_ft.data.formats.example import Encoder, Example, RowReader, SpecialText
+from raytune_ft.data.formats.example import Encoder, Example, Labelled, RowReader, SpecialText
 from raytune_ft.data.formats.template import Dialogue, Template, Text, Unwritten
+from raytune_ft.data.report import prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
 
 _THOUGHTS = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])(.*)", re.DOTALL)
 """A content that begins with reasoning: (reasoning, answer)."""
+ENDS_OF_THOUGHT = ("</think>", "[/THINK]")
+"""A content that has neither does not begin with reasoning."""
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -37,11 +41,8 @@ def _optional(source: SourceConfig) -> tuple[str, ...]:
     return (*beside.get(source.format, ()), *tools)
 
 
-def _prompt(source: SourceConfig, row: Row) -> str:
+def _prompt(chat: Conversation) -> str:
     """Everything before the last turn of the assistant."""
-    chat = conversation_of(source, row)
-    if isinstance(chat, BadRow):
-        return ""
     said = [number for number, turn in enumerate(chat.turns) if turn["role"] == "assistant"]
     return "\n".join(str(turn.get("content") or "") for turn in chat.turns[: max(said, default=0)])
 
@@ -70,19 +71,59 @@ def _encode(
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
     template = Template(encoder, source.train_on)
-    return [_example(encoder, template, source, row) for row in rows]
+    written = [_written(encoder, template, source, row) for row in rows]
+    texts = [text for one in written if isinstance(one, Written) for text in one.texts]
+    labelled = encoder.labelled([(text.text, text.spans) for text in texts])
+    return [
+        one if isinstance(one, BadRow) else _example(one, [next(labelled) for _ in one.texts])
+        for one in written
+    ]
 
 
-def _example(
+@dataclass(frozen=True)
+class Written:
+    """A row as the template writes it: its texts, and what its example says of it."""
+
+    origin: str
+    texts: list[Text]
+    prompt: bytes
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _example(written: Written, labelled: Sequence[Labelled | SpecialText]) -> Example | BadRow:
+    made = list[Example]()
+    for one in reversed(labelled):
+        if isinstance(one, SpecialText):
+            return BadRow(written.origin, "special_text", str(one))
+        first = len(made) == len(labelled) - 1
+        made.append(
+            Example(
+                written.origin,
+                one.ids,
+                one.mask,
+                written.prompt,
+                others=tuple(reversed(made)) if first else (),
+                ends=one.ends,
+                lost=written.lost if first else (),
+                notes=written.notes if first else (),
+            )
+        )
+    return made[-1]
+
+
+def _written(
     encoder: Encoder, template: Template, source: SourceConfig, row: Row
-) -> Example | BadRow:
+) -> Written | BadRow:
     template.forget()
     chat = conversation_of(source, row)
     if isinstance(chat, BadRow):
         return chat
     hidden = chat
     if source.special_tokens == "text":
-        hidden = replace(chat, turns=encoder.hide(chat.turns), tools=encoder.hide(chat.tools))
+        turns, tools = encoder.hide(chat.turns), encoder.hide(chat.tools)
+        if turns is not chat.turns or tools is not chat.tools:
+            hidden = replace(chat, turns=turns, tools=tools)
     try:
         dialogue = Dialogue(template, _as_taken(template, hidden))
     except Unwritten as error:
@@ -96,16 +137,8 @@ def _example(
         ):
             detail = f"the chat template writes nothing of what turn {number + 1} says"
             return BadRow(row.origin, "unwritten_turn", detail)
-    try:
-        examples = [encoder.example(row.origin, text.text, text.spans) for text in texts]
-    except SpecialText as error:
-        return BadRow(row.origin, "special_text", str(error))
-    return replace(
-        examples[0],
-        others=tuple(examples[1:]),
-        lost=_lost(dialogue, said, texts),
-        notes=_notes(dialogue, chat, hidden, texts),
-    )
+    lost, notes = _lost(dialogue, said, texts), _notes(dialogue, chat, hidden, texts)
+    return Written(row.origin, texts, prompt_key(_prompt(chat)), lost, notes)
 
 
 def _lost(dialogue: Dialogue, said: dict[int, str], texts: list[Text]) -> tuple[str, ...]:
@@ -134,7 +167,7 @@ def _notes(
     starts = [(text.text, spans[0][0]) for text in texts for spans in text.turns.values()]
     facts = {
         "own_example": len(texts) > 1 or texts[0].text != dialogue.whole,
-        "special_text": (hidden.turns, hidden.tools) != (chat.turns, chat.tools),
+        "special_text": hidden is not chat,
         "untrained_turn": len(dialogue.trained) < chat.spoken,
         "longer_prompt": not dialogue.template.marked(dialogue.tools)
         and any(not text.endswith(header, 0, start) for text, start in starts),
@@ -241,10 +274,18 @@ class Haystack:
     """
 
     def __init__(self, text: str) -> None:
-        self.raw, self._text, self._at = text, _plain(text), 0
+        self.raw, self._raw_at, self._at = text, 0, 0
+
+    @cached_property
+    def _text(self) -> str:
+        return _plain(self.raw)
 
     def has(self, part: str) -> bool:
         """Whether the part is in the text; the search begins behind the part found before."""
+        at = self.raw.find(part, self._raw_at)  # what stands there as it is, is there
+        if at >= 0:
+            self._raw_at = at
+            return True
         for form in (part, json.dumps(part, ensure_ascii=False), json.dumps(part)):
             plain = _plain(form)
             at = self._text.find(plain, self._at)
@@ -266,7 +307,8 @@ def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
     thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
-    split = _THOUGHTS.fullmatch(content) if turn["role"] == "assistant" else None
+    thinks = turn["role"] == "assistant" and any(end in content for end in ENDS_OF_THOUGHT)
+    split = _THOUGHTS.fullmatch(content) if thinks else None
     if split is not None:
         thoughts, content = thoughts or split[1], split[2]
     if thoughts.strip():
@@ -303,7 +345,7 @@ def _missing(turn: Turn, text: Haystack) -> set[str]:
 CHAT = RowReader(
     columns=_columns,
     check=lambda source, row: None,
-    prompt=_prompt,
+    prompt=None,
     encode=_encode,
     optional=_optional,
 )
