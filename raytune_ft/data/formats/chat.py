@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.formats.conversation import (
-    REASONING,
     Conversation,
     Turn,
     conversation_of,
@@ -22,11 +21,6 @@ from raytune_ft.data.formats.template import Dialogue, Template, Text, Unwritten
 from raytune_ft.data.report import prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
-
-_THOUGHTS = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])(.*)", re.DOTALL)
-"""A content that begins with reasoning: (reasoning, answer)."""
-ENDS_OF_THOUGHT = ("</think>", "[/THINK]")
-"""A content that has neither does not begin with reasoning."""
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -129,29 +123,27 @@ def _written(
     except Unwritten as error:
         return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
     texts = _texts(dialogue, source.turns)
-    said = {number: text.said(number) for text in texts for number in text.turns}
+    said = {number: Haystack(text.said(number)) for text in texts for number in text.turns}
     for number, part in sorted(said.items()):
-        text = Haystack(part)
-        if template.ends_only(part) or not any(
-            text.has(one) for _, one in _parts(dialogue.turns[number])
-        ):
+        found = (part.has(one) for _, one in dialogue.chat.parts[number])
+        if template.ends_only(part.raw) or not any(found):
             detail = f"the chat template writes nothing of what turn {number + 1} says"
             return BadRow(row.origin, "unwritten_turn", detail)
     lost, notes = _lost(dialogue, said, texts), _notes(dialogue, chat, hidden, texts)
     return Written(row.origin, texts, prompt_key(_prompt(chat)), lost, notes)
 
 
-def _lost(dialogue: Dialogue, said: dict[int, str], texts: list[Text]) -> tuple[str, ...]:
+def _lost(dialogue: Dialogue, said: dict[int, Haystack], texts: list[Text]) -> tuple[str, ...]:
     """What the row has and no example of it: reasoning, calls, tools, or the content of a role."""
-    whole, found = Haystack(dialogue.whole), set[str]()
+    chat, whole, found = dialogue.chat, Haystack(dialogue.whole), set[str]()
     others = [Haystack(text.text) for text in texts if text.text != dialogue.whole]
-    for number, turn in enumerate(dialogue.turns):
+    for number, turn in enumerate(chat.turns):
         if number in said:
-            kinds = _missing(turn, Haystack(said[number]))
+            kinds = _missing(chat, number, said[number])
         else:  # that reasoning of earlier turns is cut is how the template shows them
-            kinds = _missing(turn, whole) - {"reasoning"}
+            kinds = _missing(chat, number, whole) - {"reasoning"}
             for other in others if kinds else ():
-                kinds &= _missing(turn, other)
+                kinds &= _missing(chat, number, other)
         found |= {turn["role"] if kind == "content" else kind for kind in kinds}
     names = [str(tool["function"].get("name", "")) for tool in dialogue.tools or ()]
     if not all(map(whole.has, names)):
@@ -230,8 +222,8 @@ def _unwritten(template: Template, chat: Conversation) -> float:
         return float("inf")
     text, last = Haystack(whole), len(chat.turns) - 1
     return sum(
-        len(_missing(turn, text) - ({"reasoning"} if number < last else set()))
-        for number, turn in enumerate(chat.turns)
+        len(_missing(chat, number, text) - ({"reasoning"} if number < last else set()))
+        for number in range(len(chat.turns))
     )
 
 
@@ -301,41 +293,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s\\\"']+", "", text).casefold()
 
 
-def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
-    """(kind, text) of everything that the turn says."""
-    content = turn.get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
-    thinks = turn["role"] == "assistant" and any(end in content for end in ENDS_OF_THOUGHT)
-    split = _THOUGHTS.fullmatch(content) if thinks else None
-    if split is not None:
-        thoughts, content = thoughts or split[1], split[2]
-    if thoughts.strip():
-        yield "reasoning", thoughts
-    if content.strip():
-        yield "content", content
-    for call in turn.get("tool_calls", ()):
-        yield "tool_calls", call["function"]["name"]
-        yield from (("tool_calls", text) for text in _leaves(call["function"]["arguments"]))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Names and texts in the arguments of a call. Numbers may be written in several ways."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str) and value.strip():
-        yield value
-
-
-def _missing(turn: Turn, text: Haystack) -> set[str]:
-    """The kinds of which the text lacks something, or writes arguments as Python would."""
-    missing = {kind for kind, part in _parts(turn) if not text.has(part)}
+def _missing(chat: Conversation, number: int, text: Haystack) -> set[str]:
+    """The kinds of which the text lacks something that the turn says, or writes arguments as Python
+    would.
+    """
+    turn = chat.turns[number]
+    missing = {kind for kind, part in chat.parts[number] if not text.has(part)}
     calls = [call["function"]["arguments"] for call in turn.get("tool_calls", ())]
     if any(isinstance(one, dict) and one and str(one) in text.raw for one in calls):
         missing.add("tool_calls")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import SourceConfig
+from raytune_ft.data.formats.byte_tokens import ByteTokens, byte_tokens
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.data.split import PARTS, Mask, TokenIds
 
@@ -59,7 +59,9 @@ class Example:
     @property
     def sequences(self) -> list[tuple[TokenIds, Mask]]:
         """(ids, mask) of each of its sequences; most formats have one."""
-        ends = np.cumsum(self.columns.get(PARTS, (len(self.ids),))).astype(np.int64)[:-1]
+        if PARTS not in self.columns:
+            return [(self.ids, self.mask)]
+        ends = np.cumsum(self.columns[PARTS]).astype(np.int64)[:-1]
         return list(zip(np.split(self.ids, ends), np.split(self.mask, ends), strict=True))
 
 
@@ -152,6 +154,11 @@ class Encoder:
         longest = max(map(len, words), default=0)
         return any_of(word for word in words if word.strip()), longest
 
+    @cached_property
+    def bytes(self) -> ByteTokens | None:
+        """Tells where tokens stand, if the tokenizer is byte-level."""
+        return byte_tokens(self.tokenizer)
+
     def notes(self, source: SourceConfig, *texts: str) -> tuple[str, ...]:
         """The note of an example whose texts spell special tokens that are read as text."""
         read_as_text = source.special_tokens == "text"
@@ -161,17 +168,21 @@ class Encoder:
         """The value with every special token in its texts broken by `BREAK`, so that a template
         can write it beside special tokens of its own; the value itself where there is none.
         """
+        if not self._spells(value):
+            return value
         if isinstance(value, str):
-            if not self.special.search(value):
-                return value
             return self.special.sub(lambda found: f"{found[0][:1]}{BREAK}{found[0][1:]}", value)
         if isinstance(value, dict):
-            made = {key: self.hide(item) for key, item in value.items()}
-            return made if any(made[key] is not item for key, item in value.items()) else value
-        if isinstance(value, list):
-            items = list(map(self.hide, value))
-            return items if any(map(operator.is_not, items, value)) else value
-        return value
+            return {key: self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value]
+
+    def _spells(self, value: Any) -> bool:
+        """Whether a text in the value has a special token."""
+        if isinstance(value, str):
+            return self.special.search(value) is not None
+        if isinstance(value, dict):
+            return any(map(self._spells, value.values()))
+        return isinstance(value, list) and any(map(self._spells, value))
 
     def labelled(self, texts: Sequence[Labels]) -> Iterator[Labelled | SpecialText]:
         """The tokens of each rendered text, and which of them carry loss; `SpecialText` of one that
@@ -226,7 +237,7 @@ class Encoder:
                 last = [i for i in np.flatnonzero(within)[-4:] + own.start if solid[i]][-1:]
                 special = last and self.special.fullmatch(text, starts[last[0]], stops[last[0]])
                 ends.append(int(ids[last[0]]) if special else -1)
-            yield Labelled(ids[own], mask[own], tuple(ends))
+            yield Labelled(ids[own].copy(), mask[own].copy(), tuple(ends))
 
     def _placed(self, text: str) -> Piece:
         """The tokens of a rendered text with hidden special tokens.
@@ -264,20 +275,10 @@ class Encoder:
         """
         if not texts:
             return _joined([]), []
-        encoded = self.tokenizer(
-            [(lead or "") + text for text in texts],
-            add_special_tokens=False,
-            split_special_tokens=lead is not None,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        counts = np.array(list(map(len, encoded["input_ids"])))
-        total = int(counts.sum())
-        ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, total)
-        flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
-        offsets = np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2) - len(lead or "")
+        ids_T, offsets_T = self._encoded(texts, lead)
+        counts = np.array(list(map(len, ids_T)))
+        ids = np.fromiter(chain.from_iterable(ids_T), np.int32, int(counts.sum()))
+        offsets = np.concatenate(offsets_T) - len(lead or "")
         firsts = np.repeat(np.cumsum([0, *map(len, texts)])[:-1], counts)
         if lead:
             kept = offsets[:, 1] > 0
@@ -288,6 +289,38 @@ class Encoder:
         before = np.maximum(np.maximum.accumulate(np.append(0, stops))[:-1], firsts)
         starts = np.minimum(np.maximum(starts, firsts), before)
         return (ids, starts, np.maximum(stops, starts)), counts.tolist()
+
+    def _encoded(
+        self, texts: Sequence[str], lead: str | None
+    ) -> tuple[list[list[int]], list[npt.NDArray[np.int64]]]:
+        """(token ids, offsets) of each text behind its lead, as `_tokens` has it."""
+        if lead is None and self.bytes is not None:
+            ids_T = self.bytes.encode(texts)
+            placed = self.bytes.offsets(texts, ids_T)
+            if others := [n for n, one in enumerate(placed) if one is None]:
+                found, offsets_T = self._by_offsets([texts[n] for n in others], None)
+                for n, ids, offsets in zip(others, found, offsets_T, strict=True):
+                    ids_T[n], placed[n] = ids, offsets
+            return ids_T, [one for one in placed if one is not None]
+        return self._by_offsets(texts, lead)
+
+    def _by_offsets(
+        self, texts: Sequence[str], lead: str | None
+    ) -> tuple[list[list[int]], list[npt.NDArray[np.int64]]]:
+        encoded = self.tokenizer(
+            [(lead or "") + text for text in texts],
+            add_special_tokens=False,
+            split_special_tokens=lead is not None,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        offsets_T = [
+            np.fromiter(chain.from_iterable(one), np.int64, 2 * len(one)).reshape(-1, 2)
+            for one in encoded["offset_mapping"]
+        ]
+        return encoded["input_ids"], offsets_T
 
 
 def _groups(texts: Sequence[Labels]) -> Iterator[Sequence[Labels]]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -26,8 +26,10 @@ Span = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_BEGUN = "_turn_begun"
-"""What a template calls at each turn and behind the last one, to see where they begin."""
+_BEGUN = "_turn_begins"
+"""The variable that a template writes at each turn and behind the last one."""
+_MARK = "".join(["turn ", "begins"])
+"""Its value, which is told from what conversations say by its identity."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +59,32 @@ class Program:
 
     def render(self, turns: Sequence[Turn], tools: Any, prompt: bool) -> Rendering:
         """Turns and tools are those of `plain`. Raises whatever the template raises."""
-        template, begun, blocks = self._template, list[int](), list[str]()
-        marks: list[Span] = []
+        blocks, marks, begins = list[str](), list[Span](), list[int]()
         values = {
             "messages": turns,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": prompt,
             **self._words,
-            _BEGUN: lambda: begun.append(len(blocks)) or "",  # type: ignore[func-returns-value]
+            _BEGUN: _MARK,
         }
-        if self.marked:
-            environment: Any = template.environment
-            with environment.activate_tracker(blocks, marks):
-                for block in template.generate(values):
+        tracked = (
+            self._template.environment.activate_tracker(blocks, marks)  # type: ignore[attr-defined]
+            if self.marked
+            else nullcontext()
+        )
+        size = 0
+        with tracked:
+            for block in self._template.generate(values):
+                if block is _MARK:
+                    begins.append(size)
+                else:
                     blocks.append(block)
-        else:
-            for block in template.generate(values):
-                blocks.append(block)
-        if not self._by_turn:
-            return Rendering("".join(blocks), marks)
-        ends = [0, *accumulate(map(len, blocks))]
-        begins = [ends[number] for number in begun]
+                    size += len(block)
         text = "".join(blocks)
-        self._behind.setdefault(prompt, text[begins[-1] :])
+        if not self._by_turn:
+            return Rendering(text, marks)
+        self._behind[prompt] = text[begins[-1] :]
         return Rendering(text, marks, begins)
 
     def beginning(
@@ -119,9 +123,9 @@ def plain_turn(turn: Turn) -> Turn:
 
 
 def turn_by_turn(tree: nodes.Template) -> nodes.Template | None:
-    """The template with a call of `_BEGUN` at each turn and behind the last one, if this shows that
-    it writes turn by turn: what it writes of a turn depends on none behind it, and what it writes
-    behind the last one on no turn. Else None.
+    """The template with `_BEGUN` written at each turn and behind the last one, if it can be seen
+    that it writes turn by turn: what it writes of a turn depends on none behind it, and what it
+    writes behind the last one on no turn. Else None.
 
     So there is one loop over the turns, which is not nested. Before and in it, of all turns only
     the first one is read; in it, of the state of the loop only what is known of the turns so far.
@@ -160,10 +164,8 @@ def turn_by_turn(tree: nodes.Template) -> nodes.Template | None:
                 return None
         elif name == "loop" and not _known_so_far(parent):
             return None
-    begun = nodes.Call(nodes.Name(_BEGUN, "load"), [], [], None, None)
-    call = nodes.Output([begun]).set_lineno(loop.lineno)
-    loop.body.insert(0, call)
-    tree.body.insert(at + 1, call)
+    loop.body.insert(0, nodes.Output([nodes.Name(_BEGUN, "load")]))
+    tree.body.insert(at + 1, nodes.Output([nodes.Name(_BEGUN, "load")]))
     return tree
 
 

@@ -139,6 +139,8 @@ class Template:
     def common(self, a: str, b: str) -> int:
         """Length of the common beginning of two texts; it cuts no added token in two."""
         length = shared(a, b)
+        if length == len(a) == len(b):
+            return length
         for text in (a, b):
             begin, end = max(0, length - self._longest), length + self._longest
             for found in self.added.finditer(text, begin, end):
@@ -231,6 +233,7 @@ class Dialogue:
     """One conversation as a template writes it.
 
     Attributes:
+        chat: the conversation.
         whole: the rendering of all turns.
         trained: numbers of the turns that carry loss.
         texts: renderings in which the trained turns stand as the model would be shown them. The
@@ -242,7 +245,7 @@ class Dialogue:
     """
 
     def __init__(self, template: Template, chat: Conversation) -> None:
-        self.template, self.turns, self.tools = template, chat.turns, chat.tools
+        self.template, self.chat, self.turns, self.tools = template, chat, chat.turns, chat.tools
         self.trained = [number for number, kept in enumerate(chat.trained) if kept]
         self.whole, self._marks = template.render(self.turns, self.tools)
         self._places: dict[int, Place | None] = {}
@@ -264,11 +267,8 @@ class Dialogue:
     def _exactly(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
         """The spans of those turns that stand in a text as in the renderings that end with them."""
         places = {number: self.place(number) for number in numbers}
-        return {
-            number: self.clipped(place, text)
-            for number, place in places.items()
-            if place is not None and self.within(place, text)
-        }
+        spans = {n: self.within(place, text) for n, place in places.items() if place is not None}
+        return {number: found for number, found in spans.items() if found is not None}
 
     def _by_windows(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
         """As `_exactly`, in time linear in the number of turns: the last of them that stand there.
@@ -390,23 +390,21 @@ class Dialogue:
                 start = header + len(template.header)
         return start, stop
 
-    def within(self, place: Place, text: str) -> bool:
-        """Whether `text` begins as the rendering of the place does, up to the end of its turn."""
+    def within(self, place: Place, text: str) -> tuple[Span, ...] | None:
+        """The spans of a place in `text`, up to where its turn ends there, if the text begins as
+        the rendering of the place does, up to the end of its turn; else None.
+        """
         if not place.spans:
-            return text.startswith(place.text)
+            return () if text.startswith(place.text) else None
         (start, _), (_, stop) = place.spans[0], place.spans[-1]
         shared = self.template.common(place.text, text)
-        if shared >= stop:
-            return True
-        rest = place.text[shared:stop]
-        if shared < start or not self.template.ends_only(rest):
-            return False
-        # Phi-3 writes <|end|> behind each answer, and <|endoftext|> too behind the last one.
-        return not rest.strip() or self.template.ended(text[start:shared])
-
-    def clipped(self, place: Place, text: str) -> tuple[Span, ...]:
-        """The spans of a place that is `within` the text, up to where its turn ends there."""
-        shared = self.template.common(place.text, text)
+        if shared < stop:
+            rest = place.text[shared:stop]
+            if shared < start or not self.template.ends_only(rest):
+                return None
+            # Phi-3 writes <|end|> behind each answer, and <|endoftext|> too behind the last one.
+            if rest.strip() and not self.template.ended(text[start:shared]):
+                return None
         return tuple((start, min(stop, shared)) for start, stop in place.spans)
 
     def anywhere(self, number: int) -> tuple[Span, ...]:
