@@ -55,46 +55,48 @@ class ByteTokens:
         self._sizes, self._lead, self._trail = (np.zeros(count, np.int64) for _ in range(3))
         self.trims, self.keeps_first = _trimming(self._backend.post_processor)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
+    def encode(self, texts: Sequence[str], as_text: bool = False) -> list[list[int]]:
+        """Token ids of each text. `as_text`: special tokens that it spells are text."""
         backend = self._backend
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        if backend.encode_special_tokens:
-            backend.encode_special_tokens = False
+        if backend.encode_special_tokens != as_text:
+            backend.encode_special_tokens = as_text
         encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
-    def offsets(self, texts: Sequence[str], ids_T: Sequence[list[int]]) -> list[Ints | None]:
-        """[tokens, 2] of each text, those of the tokenizer; None of one whose tokens are not its
-        bytes.
+    def offsets(self, texts: Sequence[str], ids_T: Sequence[list[int]]) -> tuple[Ints, list[int]]:
+        """([tokens, 2] of all texts: those of the tokenizer; the numbers of the texts whose tokens
+        are not their bytes, where it would give others).
         """
-        ids = np.fromiter(chain.from_iterable(ids_T), np.int64)
+        counts = np.array(list(map(len, ids_T)))
+        ids = np.fromiter(chain.from_iterable(ids_T), np.int64, int(counts.sum()))
         for new in np.unique(ids[~self._known[ids]]).tolist():
             self._learn(new)
         ends = np.append(0, self._sizes[ids].cumsum())
         written = b"".join(map(self._bytes.__getitem__, ids.tolist()))
-        found = list[Ints | None]()
-        at = 0
-        for text, own in zip(texts, ids_T, strict=True):
-            some = slice(at, at + len(own))
-            starts, stops = ends[some], ends[some.start + 1 : some.stop + 1]
-            at += len(own)
-            raw, first = text.encode(), int(ends[some.start])
-            if written[first : int(ends[some.stop])] != raw:
-                found.append(None)
-                continue
-            starts, stops = starts - first, stops - first
-            if len(raw) != len(text):
-                begins = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
-                characters = begins.cumsum() - 1
-                starts, stops = characters[starts], characters[stops - 1] + 1
-            if self.trims:
-                starts, stops = self._trimmed(ids[some], starts, stops)
-            found.append(np.stack([starts, stops], 1))
-        return found
+        behind = ends[counts.cumsum()]
+        others = []
+        begin = 0
+        for number, (text, end) in enumerate(zip(texts, behind.tolist(), strict=True)):
+            if written[begin:end] != text.encode():
+                others.append(number)
+            begin = end
+        starts, stops = ends[:-1], ends[1:]
+        firsts = np.repeat(np.append(0, behind)[:-1], counts)
+        if not written.isascii():
+            characters = ((np.frombuffer(written, np.uint8) & 0xC0) != 0x80).cumsum()
+            starts, stops, firsts = (
+                characters[starts] - 1,
+                characters[stops - 1],
+                characters[firsts] - 1,
+            )
+        starts, stops = starts - firsts, stops - firsts
+        if self.trims:
+            starts, stops = self._trimmed(ids, starts, stops)
+        return np.stack([starts, stops], 1), others
 
     def _trimmed(self, ids: Ints, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
         lead, trail = self._lead[ids], self._trail[ids]
@@ -129,14 +131,10 @@ def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> ByteTokens | None:
         probes, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
     )
     ids_T = tokens.encode(probes)
-    if ids_T != encoded["input_ids"]:
-        return None
-    for placed, offsets in zip(
-        tokens.offsets(probes, ids_T), encoded["offset_mapping"], strict=True
-    ):
-        if placed is None or not np.array_equal(placed, np.array(offsets).reshape(-1, 2)):
-            return None
-    return tokens
+    offsets, others = tokens.offsets(probes, ids_T)
+    found = np.array(list(chain.from_iterable(encoded["offset_mapping"])))
+    same = ids_T == encoded["input_ids"] and np.array_equal(offsets, found.reshape(-1, 2))
+    return tokens if same and not others else None
 
 
 def _trimming(processor: Any) -> tuple[bool, bool]:

@@ -130,6 +130,8 @@ class Encoder:
         """
         if not texts:
             return []
+        if self.bytes is not None:
+            return self.bytes.encode(texts, as_text=spelled == "text")
         encoded = self.tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -275,10 +277,10 @@ class Encoder:
         """
         if not texts:
             return _joined([]), []
-        ids_T, offsets_T = self._encoded(texts, lead)
+        ids_T, offsets = self._encoded(texts, lead)
         counts = np.array(list(map(len, ids_T)))
         ids = np.fromiter(chain.from_iterable(ids_T), np.int32, int(counts.sum()))
-        offsets = np.concatenate(offsets_T) - len(lead or "")
+        offsets = offsets - len(lead or "")
         firsts = np.repeat(np.cumsum([0, *map(len, texts)])[:-1], counts)
         if lead:
             kept = offsets[:, 1] > 0
@@ -292,21 +294,22 @@ class Encoder:
 
     def _encoded(
         self, texts: Sequence[str], lead: str | None
-    ) -> tuple[list[list[int]], list[npt.NDArray[np.int64]]]:
-        """(token ids, offsets) of each text behind its lead, as `_tokens` has it."""
-        if lead is None and self.bytes is not None:
-            ids_T = self.bytes.encode(texts)
-            placed = self.bytes.offsets(texts, ids_T)
-            if others := [n for n, one in enumerate(placed) if one is None]:
-                found, offsets_T = self._by_offsets([texts[n] for n in others], None)
-                for n, ids, offsets in zip(others, found, offsets_T, strict=True):
-                    ids_T[n], placed[n] = ids, offsets
-            return ids_T, [one for one in placed if one is not None]
-        return self._by_offsets(texts, lead)
+    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        """(token ids of each text, offsets of all tokens); see `_tokens`."""
+        if lead is not None or self.bytes is None:
+            return self._with_offsets(texts, lead)
+        ids_T = self.bytes.encode(texts)
+        offsets, others = self.bytes.offsets(texts, ids_T)
+        if others:
+            offsets_T = np.split(offsets, np.cumsum(list(map(len, ids_T)))[:-1])
+            for number in others:
+                (ids_T[number],), offsets_T[number] = self._with_offsets([texts[number]], None)
+            offsets = np.concatenate(offsets_T)
+        return ids_T, offsets
 
-    def _by_offsets(
+    def _with_offsets(
         self, texts: Sequence[str], lead: str | None
-    ) -> tuple[list[list[int]], list[npt.NDArray[np.int64]]]:
+    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         encoded = self.tokenizer(
             [(lead or "") + text for text in texts],
             add_special_tokens=False,
@@ -316,11 +319,9 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        offsets_T = [
-            np.fromiter(chain.from_iterable(one), np.int64, 2 * len(one)).reshape(-1, 2)
-            for one in encoded["offset_mapping"]
-        ]
-        return encoded["input_ids"], offsets_T
+        ids_T: list[list[int]] = encoded["input_ids"]
+        flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
+        return ids_T, np.fromiter(flat, np.int64, 2 * sum(map(len, ids_T))).reshape(-1, 2)
 
 
 def _groups(texts: Sequence[Labels]) -> Iterator[Sequence[Labels]]:
