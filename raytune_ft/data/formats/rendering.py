@@ -21,7 +21,8 @@ from transformers.utils.chat_template_utils import (
     _plain_template_data,
 )
 
-Turn = dict[str, Any]
+from raytune_ft.data.formats.conversation import Turn
+
 Span = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
 
