@@ -3,6 +3,8 @@
     python benchmarks/prepare.py --rows 20000 --rounds 2
     python benchmarks/prepare.py --kind short --rows 100000 1000000 --arms ours --processes 2
 
+A third arm, `axolotl`, is code in the style of axolotl's, see there.
+
 Each arm runs in a process of its own, on rows that a seeded script makes, and the arms alternate.
 Both write input ids and a mask of the assistant's tokens by the same template and tokenizer. TRL's
 arm is what `SFTTrainer` does with `assistant_only_loss=True`: `apply_chat_template` on each row
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,17 +88,8 @@ def ours(rows: Path, model: str, folder: Path, processes: int, kind: str) -> int
 
 def trl(rows: Path, model: str, folder: Path, processes: int, kind: str) -> int:
     """Tokens of the mapped data set."""
-    import datasets
-    from transformers import AutoTokenizer
 
-    import raytune_ft.data
-
-    os.environ["HF_DATASETS_CACHE"] = str(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    templates = Path(raytune_ft.data.__file__).parent / "chat_templates"
-    template = (templates / "chatml.jinja").read_text().replace("'<|im_end|>'", "eos_token")
-
-    def tokenise(example: Any) -> dict[str, list[int]]:
+    def tokenise(example: Any, tokenizer: Any, template: str) -> dict[str, list[int]]:
         if kind == "short":
             prompt = tokenizer(example["prompt"] + "\n")["input_ids"]
             ids = tokenizer(example["prompt"] + "\n" + example["completion"])["input_ids"]
@@ -110,17 +104,69 @@ def trl(rows: Path, model: str, folder: Path, processes: int, kind: str) -> int:
         )
         return {name: found[name] for name in ("input_ids", "assistant_masks")}
 
+    return mapped(rows, model, folder, processes, tokenise)
+
+
+def axolotl(rows: Path, model: str, folder: Path, processes: int, kind: str) -> int:
+    """The same by code in the style of axolotl's `ChatTemplateStrategy`, of chats: each turn is
+    found by tokenising the turns up to it, with its content and with another one.
+    """
+
+    def tokenise(example: Any, tokenizer: Any, template: str) -> dict[str, list[int]]:
+        def ids_of(turns: list[Any]) -> list[int]:
+            found = tokenizer.apply_chat_template(turns, tokenize=True, chat_template=template)
+            return list(found["input_ids"])
+
+        turns = example["messages"]
+        ids = ids_of(turns)
+        mask = [0] * len(ids)
+        for number, turn in enumerate(turns):
+            other = ids_of([*turns[:number], {**turn, "content": "[[dummy_message]]"}])
+            own = ids_of(turns[: number + 1])
+            start = next(
+                n for n, pair in enumerate(zip(own, other, strict=False)) if len({*pair}) > 1
+            )
+            behind = zip(reversed(own), reversed(other), strict=False)
+            stop = len(own) - next(n for n, pair in enumerate(behind) if len({*pair}) > 1)
+            if turn["role"] == "assistant":
+                mask[start : stop + 1] = [1] * (stop + 1 - start)  # with the token that ends it
+        return {"input_ids": ids, "assistant_masks": mask}
+
+    assert kind == "chat", "the arm is for chats"
+    return mapped(rows, model, folder, processes, tokenise)
+
+
+def mapped(
+    rows: Path,
+    model: str,
+    folder: Path,
+    processes: int,
+    tokenise: Callable[[Any, Any, str], dict[str, list[int]]],
+) -> int:
+    """Tokens of the data set that `datasets.map` makes of the rows."""
+    import datasets
+    import pyarrow.compute as pc
+    from transformers import AutoTokenizer
+
+    import raytune_ft.data
+
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    templates = Path(raytune_ft.data.__file__).parent / "chat_templates"
+    template = (templates / "chatml.jinja").read_text().replace("'<|im_end|>'", "eos_token")
+
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         return {name: [one[:MAX_LENGTH] for one in found] for name, found in batch.items()}
 
     data = datasets.load_dataset("json", data_files=str(rows), cache_dir=str(folder))["train"]
     several = processes if processes > 1 else None
-    data = data.map(tokenise, remove_columns=data.column_names, num_proc=several)
+    own = {"tokenizer": tokenizer, "template": template}
+    data = data.map(tokenise, remove_columns=data.column_names, num_proc=several, fn_kwargs=own)
     data = data.map(cut, batched=True, num_proc=several)
-    return sum(len(ids) for ids in data.with_format("numpy")["input_ids"])
+    return int(pc.sum(pc.list_value_length(data.data["input_ids"])).as_py())
 
 
-ARMS = {"ours": ours, "trl": trl}
+ARMS = {"ours": ours, "trl": trl, "axolotl": axolotl}
 
 
 def measure(arm: str, rows: Path, model: str, processes: int, kind: str) -> dict[str, float]:
@@ -163,7 +209,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("chat", "short"), default="chat")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["ours", "trl"])
     parser.add_argument("--model", help="a directory with a fast tokenizer; default: builtin:tiny")
     for name in ("--arm", "--file", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -99,6 +99,8 @@ class TextFile:
 
 def valid_unicode(text: str) -> bool:
     """False if bytes were not UTF-8, or an escape such as \\ud800 is half a character."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

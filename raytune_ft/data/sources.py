@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH_ROWS = 1000
-PIECE_BYTES = (4 * 2**20, 64 * 2**20)
+PIECE_BYTES = (2**20, 64 * 2**20)
 """The least and the most bytes of a piece, where `open_source` is not told them."""
 PIECES = 64
 """About how many there are between these limits."""

@@ -331,7 +331,9 @@ def _fitted(
     """The examples of a row within `data.max_length`; empty if the row is too long."""
     if isinstance(result, BadRow):
         return result
-    all_of_it = [replace(result, others=()), *result.others]
+    all_of_it = [result]
+    if result.others:
+        all_of_it = [replace(result, others=()), *result.others]
     longest = max(len(ids) for one in all_of_it for ids, _ in one.sequences)
     limit = data.max_length
     tally.longest = max(tally.longest, longest)
@@ -390,6 +392,8 @@ def _cut(example: Example, limit: int) -> Example:
             columns={**example.columns, **lengths},
         )
     kept = min(example.kept, limit)
+    if not kept:
+        return replace(example, ids=example.ids[:limit].copy(), mask=example.mask[:limit].copy())
     places = [*range(limit - kept), *range(len(example.ids) - kept, len(example.ids))]
     return replace(example, ids=example.ids[places], mask=example.mask[places])
 

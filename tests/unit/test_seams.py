@@ -73,6 +73,9 @@ NAMES: dict[str, str] = {
         "module query key value attention_mask dropout scaling is_causal"
     ),
     "transformers.integrations.sdpa_attention.repeat_kv": "hidden_states n_rep",
+    "transformers.utils.chat_template_utils._compile_jinja_template": "chat_template",
+    "transformers.utils.chat_template_utils._plain_template_data": "value",
+    "transformers.utils.chat_template_utils._alias_reasoning_fields": "chat",
     "transformers.integrations.moe.grouped_mm_experts_forward": (
         "self hidden_states top_k_index top_k_weights"
     ),

@@ -128,7 +128,10 @@ def _checked(reader: RowReader, source: SourceConfig, row: Row) -> Row | BadRow:
 
 def _completed(reader: RowReader, source: SourceConfig, row: Row, example: Example) -> Example:
     """Adds the weight and the prompt's hash, which every format has, to all examples of the row."""
-    prompt, column = prompt_key(reader.prompt(source, row)), source.example_weight
+    column = source.example_weight
+    if reader.prompt is None and column is None:
+        return example
+    prompt = example.prompt if reader.prompt is None else prompt_key(reader.prompt(source, row))
     weight = None if column is None else _weight(row.values[column])
     weights = {} if weight is None else {WEIGHT: (weight,)}
     others = tuple(

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from raytune_ft.config.data import SourceConfig
 from raytune_ft.data.formats.conversation import (
-    REASONING,
     Conversation,
     Turn,
     conversation_of,
     turns_column,
 )
-from raytune_ft.data.formats.example import Encoder, Example, RowReader, SpecialText
+from raytune_ft.data.formats.example import Encoder, Example, Labelled, RowReader, SpecialText
 from raytune_ft.data.formats.template import Dialogue, Template, Text, Unwritten
+from raytune_ft.data.report import prompt_key
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.errors import DataError
-
-_THOUGHTS = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])(.*)", re.DOTALL)
-"""A content that begins with reasoning: (reasoning, answer)."""
 
 
 def _columns(source: SourceConfig) -> dict[str, str]:
@@ -37,11 +35,8 @@ def _optional(source: SourceConfig) -> tuple[str, ...]:
     return (*beside.get(source.format, ()), *tools)
 
 
-def _prompt(source: SourceConfig, row: Row) -> str:
+def _prompt(chat: Conversation) -> str:
     """Everything before the last turn of the assistant."""
-    chat = conversation_of(source, row)
-    if isinstance(chat, BadRow):
-        return ""
     said = [number for number, turn in enumerate(chat.turns) if turn["role"] == "assistant"]
     return "\n".join(str(turn.get("content") or "") for turn in chat.turns[: max(said, default=0)])
 
@@ -70,55 +65,85 @@ def _encode(
             "write format: prompt_completion, or a model with a fast tokenizer",
         )
     template = Template(encoder, source.train_on)
-    return [_example(encoder, template, source, row) for row in rows]
+    written = [_written(encoder, template, source, row) for row in rows]
+    texts = [text for one in written if isinstance(one, Written) for text in one.texts]
+    labelled = encoder.labelled([(text.text, text.spans) for text in texts])
+    return [
+        one if isinstance(one, BadRow) else _example(one, [next(labelled) for _ in one.texts])
+        for one in written
+    ]
 
 
-def _example(
+@dataclass(frozen=True)
+class Written:
+    """A row as the template writes it: its texts, and what its example says of it."""
+
+    origin: str
+    texts: list[Text]
+    prompt: bytes
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _example(written: Written, labelled: Sequence[Labelled | SpecialText]) -> Example | BadRow:
+    made = list[Example]()
+    for one in reversed(labelled):
+        if isinstance(one, SpecialText):
+            return BadRow(written.origin, "special_text", str(one))
+        first = len(made) == len(labelled) - 1
+        made.append(
+            Example(
+                written.origin,
+                one.ids,
+                one.mask,
+                written.prompt,
+                others=tuple(reversed(made)) if first else (),
+                ends=one.ends,
+                lost=written.lost if first else (),
+                notes=written.notes if first else (),
+            )
+        )
+    return made[-1]
+
+
+def _written(
     encoder: Encoder, template: Template, source: SourceConfig, row: Row
-) -> Example | BadRow:
+) -> Written | BadRow:
     template.forget()
     chat = conversation_of(source, row)
     if isinstance(chat, BadRow):
         return chat
     hidden = chat
     if source.special_tokens == "text":
-        hidden = replace(chat, turns=encoder.hide(chat.turns), tools=encoder.hide(chat.tools))
+        turns, tools = encoder.hide(chat.turns), encoder.hide(chat.tools)
+        if turns is not chat.turns or tools is not chat.tools:
+            hidden = replace(chat, turns=turns, tools=tools)
     try:
         dialogue = Dialogue(template, _as_taken(template, hidden))
     except Unwritten as error:
         return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
     texts = _texts(dialogue, source.turns)
-    said = {number: text.said(number) for text in texts for number in text.turns}
+    said = {number: Haystack(text.said(number)) for text in texts for number in text.turns}
     for number, part in sorted(said.items()):
-        text = Haystack(part)
-        if template.ends_only(part) or not any(
-            text.has(one) for _, one in _parts(dialogue.turns[number])
-        ):
+        found = (part.has(one) for _, one in dialogue.chat.parts[number])
+        if template.ends_only(part.raw) or not any(found):
             detail = f"the chat template writes nothing of what turn {number + 1} says"
             return BadRow(row.origin, "unwritten_turn", detail)
-    try:
-        examples = [encoder.example(row.origin, text.text, text.spans) for text in texts]
-    except SpecialText as error:
-        return BadRow(row.origin, "special_text", str(error))
-    return replace(
-        examples[0],
-        others=tuple(examples[1:]),
-        lost=_lost(dialogue, said, texts),
-        notes=_notes(dialogue, chat, hidden, texts),
-    )
+    lost, notes = _lost(dialogue, said, texts), _notes(dialogue, chat, hidden, texts)
+    return Written(row.origin, texts, prompt_key(_prompt(chat)), lost, notes)
 
 
-def _lost(dialogue: Dialogue, said: dict[int, str], texts: list[Text]) -> tuple[str, ...]:
+def _lost(dialogue: Dialogue, said: dict[int, Haystack], texts: list[Text]) -> tuple[str, ...]:
     """What the row has and no example of it: reasoning, calls, tools, or the content of a role."""
-    whole, found = Haystack(dialogue.whole), set[str]()
+    chat, whole, found = dialogue.chat, Haystack(dialogue.whole), set[str]()
     others = [Haystack(text.text) for text in texts if text.text != dialogue.whole]
-    for number, turn in enumerate(dialogue.turns):
+    for number, turn in enumerate(chat.turns):
         if number in said:
-            kinds = _missing(turn, Haystack(said[number]))
+            kinds = _missing(chat, number, said[number])
         else:  # that reasoning of earlier turns is cut is how the template shows them
-            kinds = _missing(turn, whole) - {"reasoning"}
+            kinds = _missing(chat, number, whole) - {"reasoning"}
             for other in others if kinds else ():
-                kinds &= _missing(turn, other)
+                kinds &= _missing(chat, number, other)
         found |= {turn["role"] if kind == "content" else kind for kind in kinds}
     names = [str(tool["function"].get("name", "")) for tool in dialogue.tools or ()]
     if not all(map(whole.has, names)):
@@ -134,7 +159,7 @@ def _notes(
     starts = [(text.text, spans[0][0]) for text in texts for spans in text.turns.values()]
     facts = {
         "own_example": len(texts) > 1 or texts[0].text != dialogue.whole,
-        "special_text": (hidden.turns, hidden.tools) != (chat.turns, chat.tools),
+        "special_text": hidden is not chat,
         "untrained_turn": len(dialogue.trained) < chat.spoken,
         "longer_prompt": not dialogue.template.marked(dialogue.tools)
         and any(not text.endswith(header, 0, start) for text, start in starts),
@@ -197,8 +222,8 @@ def _unwritten(template: Template, chat: Conversation) -> float:
         return float("inf")
     text, last = Haystack(whole), len(chat.turns) - 1
     return sum(
-        len(_missing(turn, text) - ({"reasoning"} if number < last else set()))
-        for number, turn in enumerate(chat.turns)
+        len(_missing(chat, number, text) - ({"reasoning"} if number < last else set()))
+        for number in range(len(chat.turns))
     )
 
 
@@ -241,10 +266,18 @@ class Haystack:
     """
 
     def __init__(self, text: str) -> None:
-        self.raw, self._text, self._at = text, _plain(text), 0
+        self.raw, self._raw_at, self._at = text, 0, 0
+
+    @cached_property
+    def _text(self) -> str:
+        return _plain(self.raw)
 
     def has(self, part: str) -> bool:
         """Whether the part is in the text; the search begins behind the part found before."""
+        at = self.raw.find(part, self._raw_at)  # what stands there as it is, is there
+        if at >= 0:
+            self._raw_at = at
+            return True
         for form in (part, json.dumps(part, ensure_ascii=False), json.dumps(part)):
             plain = _plain(form)
             at = self._text.find(plain, self._at)
@@ -260,40 +293,12 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s\\\"']+", "", text).casefold()
 
 
-def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
-    """(kind, text) of everything that the turn says."""
-    content = turn.get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
-    split = _THOUGHTS.fullmatch(content) if turn["role"] == "assistant" else None
-    if split is not None:
-        thoughts, content = thoughts or split[1], split[2]
-    if thoughts.strip():
-        yield "reasoning", thoughts
-    if content.strip():
-        yield "content", content
-    for call in turn.get("tool_calls", ()):
-        yield "tool_calls", call["function"]["name"]
-        yield from (("tool_calls", text) for text in _leaves(call["function"]["arguments"]))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Names and texts in the arguments of a call. Numbers may be written in several ways."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str) and value.strip():
-        yield value
-
-
-def _missing(turn: Turn, text: Haystack) -> set[str]:
-    """The kinds of which the text lacks something, or writes arguments as Python would."""
-    missing = {kind for kind, part in _parts(turn) if not text.has(part)}
+def _missing(chat: Conversation, number: int, text: Haystack) -> set[str]:
+    """The kinds of which the text lacks something that the turn says, or writes arguments as Python
+    would.
+    """
+    turn = chat.turns[number]
+    missing = {kind for kind, part in chat.parts[number] if not text.has(part)}
     calls = [call["function"]["arguments"] for call in turn.get("tool_calls", ())]
     if any(isinstance(one, dict) and one and str(one) in text.raw for one in calls):
         missing.add("tool_calls")
@@ -303,7 +308,7 @@ def _missing(turn: Turn, text: Haystack) -> set[str]:
 CHAT = RowReader(
     columns=_columns,
     check=lambda source, row: None,
-    prompt=_prompt,
+    prompt=None,
     encode=_encode,
     optional=_optional,
 )

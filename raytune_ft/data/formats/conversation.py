@@ -7,8 +7,10 @@ OpenAI's API: role, content, reasoning and tool calls, arguments as objects, no 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raytune_ft.config.data import SourceConfig
@@ -16,6 +18,11 @@ from raytune_ft.config.reference import one_of
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 
 Turn = dict[str, Any]
+
+_THOUGHTS = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])(.*)", re.DOTALL)
+"""A content that begins with reasoning: (reasoning, answer)."""
+ENDS_OF_THOUGHT = ("</think>", "[/THINK]")
+"""A content that has neither does not begin with reasoning."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn that hold what the assistant thought before it answered."""
@@ -40,6 +47,11 @@ class Conversation:
     trained: tuple[bool, ...]
     spoken: int
     tools: list[dict[str, Any]] | None = None
+
+    @cached_property
+    def parts(self) -> list[list[tuple[str, str]]]:
+        """[turn], the (kind, text) of everything that it says."""
+        return [list(_said(turn)) for turn in self.turns]
 
 
 class Unusable(Exception):
@@ -265,6 +277,8 @@ def _call(call: Any) -> dict[str, Any]:
 def _flagged(turn: Turn) -> tuple[Turn, bool]:
     """The turn without its loss flags, and whether it may carry loss."""
     kept = True
+    if turn.keys().isdisjoint(LOSS_FLAGS):
+        return turn, kept
     for key in LOSS_FLAGS:
         flag = turn.get(key)
         if flag is None:
@@ -279,7 +293,7 @@ def _check(turn: Turn, number: int) -> None:
     if not isinstance(turn.get("role"), str):
         other = " (it has `from` and `value`: write format: sharegpt)" if "from" in turn else ""
         raise Unusable("wrong_type", f"turn {number} has no `role`{other}")
-    texts = [turn.get("content"), *(turn.get(key) for key in REASONING)]
+    texts = [turn.get(key) for key in ("content", *REASONING)]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise Unusable("wrong_type", f"turn {number} has content or reasoning that is not text")
     if not turn.get("tool_calls"):
@@ -292,25 +306,50 @@ def _check(turn: Turn, number: int) -> None:
 
 
 def _valid(value: Any) -> bool:
-    return all(map(valid_unicode, _strings(value)))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, without keys."""
+    """Whether every text in a value of JSON is valid, keys aside."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+        return valid_unicode(value)
+    if isinstance(value, dict):
+        return all(map(_valid, value.values()))
+    return not isinstance(value, list) or all(map(_valid, value))
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _said(turn: Turn) -> Iterator[tuple[str, str]]:
+    """(kind, text) of everything that the turn says."""
+    content = turn.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
+    thinks = turn["role"] == "assistant" and any(end in content for end in ENDS_OF_THOUGHT)
+    split = _THOUGHTS.fullmatch(content) if thinks else None
+    if split is not None:
+        thoughts, content = thoughts or split[1], split[2]
+    if thoughts.strip():
+        yield "reasoning", thoughts
+    if content.strip():
+        yield "content", content
+    for call in turn.get("tool_calls", ()):
+        yield "tool_calls", call["function"]["name"]
+        yield from (("tool_calls", text) for text in _leaves(call["function"]["arguments"]))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Names and texts in the arguments of a call. Numbers may be written in several ways."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str) and value.strip():
+        yield value
 
 
 def parsed(text: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import SourceConfig
+from raytune_ft.data.formats.byte_tokens import ByteTokens, byte_tokens
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.data.split import PARTS, Mask, TokenIds
 
@@ -57,7 +59,9 @@ class Example:
     @property
     def sequences(self) -> list[tuple[TokenIds, Mask]]:
         """(ids, mask) of each of its sequences; most formats have one."""
-        ends = np.cumsum(self.columns.get(PARTS, (len(self.ids),))).astype(np.int64)[:-1]
+        if PARTS not in self.columns:
+            return [(self.ids, self.mask)]
+        ends = np.cumsum(self.columns[PARTS]).astype(np.int64)[:-1]
         return list(zip(np.split(self.ids, ends), np.split(self.mask, ends), strict=True))
 
 
@@ -69,6 +73,21 @@ def is_rated(example: Example) -> bool:
 
 Piece = tuple[TokenIds, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """(ids, starts, stops): tokens, and the characters of the text that each of them writes."""
+
+Labels = tuple[str, Sequence[tuple[int, int]]]
+"""(rendered text, the spans of its characters that carry loss)."""
+
+TOGETHER = 2**18
+"""Characters that are encoded together: enough to be fast, and few enough for any memory."""
+
+
+class Labelled(NamedTuple):
+    """A rendered text as tokens. `ends`: see `Example`."""
+
+    ids: TokenIds
+    mask: Mask
+    ends: tuple[int, ...]
+
 
 BREAK = "\ufdd0"
 """Hides a special token that a text spells; no character, so no text has it."""
@@ -111,6 +130,8 @@ class Encoder:
         """
         if not texts:
             return []
+        if self.bytes is not None:
+            return self.bytes.encode(texts, as_text=spelled == "text")
         encoded = self.tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -128,6 +149,18 @@ class Encoder:
         words = {token.content for token in added if token.special}
         return any_of({word for word in words | set(self.tokenizer.all_special_tokens) if word})
 
+    @cached_property
+    def added(self) -> tuple[re.Pattern[str], int]:
+        """(matches the added tokens, among them the special ones, the length of the longest)."""
+        words = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        longest = max(map(len, words), default=0)
+        return any_of(word for word in words if word.strip()), longest
+
+    @cached_property
+    def bytes(self) -> ByteTokens | None:
+        """Tells where tokens stand, if the tokenizer is byte-level."""
+        return byte_tokens(self.tokenizer)
+
     def notes(self, source: SourceConfig, *texts: str) -> tuple[str, ...]:
         """The note of an example whose texts spell special tokens that are read as text."""
         read_as_text = source.special_tokens == "text"
@@ -135,46 +168,88 @@ class Encoder:
 
     def hide(self, value: Any) -> Any:
         """The value with every special token in its texts broken by `BREAK`, so that a template
-        can write it beside special tokens of its own.
+        can write it beside special tokens of its own; the value itself where there is none.
         """
+        if not self._spells(value):
+            return value
         if isinstance(value, str):
             return self.special.sub(lambda found: f"{found[0][:1]}{BREAK}{found[0][1:]}", value)
         if isinstance(value, dict):
             return {key: self.hide(item) for key, item in value.items()}
-        return [self.hide(item) for item in value] if isinstance(value, list) else value
+        return [self.hide(item) for item in value]
 
-    def example(self, origin: str, text: str, spans: Sequence[tuple[int, int]]) -> Example:
-        """The example of a rendered text in which these characters carry loss.
+    def _spells(self, value: Any) -> bool:
+        """Whether a text in the value has a special token."""
+        if isinstance(value, str):
+            return self.special.search(value) is not None
+        if isinstance(value, dict):
+            return any(map(self._spells, value.values()))
+        return isinstance(value, list) and any(map(self._spells, value))
+
+    def labelled(self, texts: Sequence[Labels]) -> Iterator[Labelled | SpecialText]:
+        """The tokens of each rendered text, and which of them carry loss; `SpecialText` of one that
+        spells a special token that the tokenizer cannot write as text.
 
         A token carries loss if it lies in a span, or if its part in a span is more than blanks.
-
-        Raises:
-            SpecialText: the text spells a special token that the tokenizer cannot write as text.
+        Texts are encoded many at a time.
         """
-        ids, starts, stops = self._placed(text)
-        inside = np.zeros(len(text), dtype=np.int64)
-        for start, stop in spans:
+        for group in _groups(texts):
+            together = [one for one in group if BREAK not in one[0]]
+            made = self._labelled(together, *self._tokens([text for text, _ in together]))
+            for one in group:
+                if BREAK not in one[0]:
+                    yield next(made)
+                    continue
+                try:
+                    placed = self._placed(one[0])
+                except SpecialText as error:
+                    yield error
+                else:
+                    yield from self._labelled([one], placed, [len(placed[0])])
+
+    def _labelled(
+        self, texts: Sequence[Labels], tokens: Piece, counts: Sequence[int]
+    ) -> Iterator[Labelled]:
+        """Each of the texts, which are encoded one behind another in `tokens`."""
+        text = "".join(one for one, _ in texts)
+        firsts = np.cumsum([0, *map(len, (one for one, _ in texts))]).tolist()
+        spans_of = [
+            [(first + start, first + min(stop, len(one))) for start, stop in spans]
+            for (one, spans), first in zip(texts, firsts, strict=False)
+        ]
+        inside = np.zeros(len(text), np.int64)
+        for start, stop in chain.from_iterable(spans_of):
             inside[start:stop] = 1
-        said = inside * ~_is_blank(text)
-        counts, words = np.append(0, inside.cumsum()), np.append(0, said.cumsum())
-        width = counts[stops] - counts[starts]
+        said = ~_is_blank(text)
+        in_spans, words, letters = (
+            np.append(0, one.cumsum()) for one in (inside, inside * said, said)
+        )
+        ids, starts, stops = tokens
+        width = in_spans[stops] - in_spans[starts]
         mask = (words[stops] > words[starts]) | ((width > 0) & (width == stops - starts))
-        mask[:1] = False
-        ends = []
-        for start, stop in spans:
-            within = np.flatnonzero((starts >= start) & (stops <= stop) & (stops > starts))
-            solid = [i for i in within[-4:] if not text[starts[i] : stops[i]].isspace()]
-            special = solid and self.special.fullmatch(text, starts[solid[-1]], stops[solid[-1]])
-            ends.append(int(ids[solid[-1]]) if special else -1)
-        return Example(origin, ids, mask, ends=tuple(ends))
+        solid = letters[stops] > letters[starts]
+        at = 0
+        for count, spans in zip(counts, spans_of, strict=True):
+            own = slice(at, at + count)
+            at += count
+            mask[own][:1] = False
+            ends = []
+            for start, stop in spans:
+                within = (starts[own] >= start) & (stops[own] <= stop) & (stops[own] > starts[own])
+                last = [i for i in np.flatnonzero(within)[-4:] + own.start if solid[i]][-1:]
+                special = last and self.special.fullmatch(text, starts[last[0]], stops[last[0]])
+                ends.append(int(ids[last[0]]) if special else -1)
+            yield Labelled(ids[own].copy(), mask[own].copy(), tuple(ends))
 
     def _placed(self, text: str) -> Piece:
-        """The tokens of a rendered text."""
-        if BREAK not in text:
-            return self._tokens(text)
+        """The tokens of a rendered text with hidden special tokens.
+
+        Raises:
+            SpecialText: the tokenizer cannot write one of them as text.
+        """
         plain = text.replace(BREAK, "x")
         for lead in ("", "\n"):
-            if np.array_equal(self._in_pieces(plain, lead)[0], self._tokens(plain)[0]):
+            if np.array_equal(self._in_pieces(plain, lead)[0], self._tokens([plain])[0][0]):
                 return self._in_pieces(text, lead)
         raise SpecialText("it spells a special token, and this tokenizer cannot write it as text")
 
@@ -187,32 +262,76 @@ class Encoder:
             kept = np.array([i for i in range(at, start) if text[i] != BREAK] + [start])
             if len(kept) > 1:
                 between = "".join(text[i] for i in kept[:-1])
-                ids, starts, stops = self._tokens(between, lead if at else "")
+                (ids, starts, stops), _ = self._tokens([between], lead if at else "")
                 pieces.append((ids, kept[starts], kept[stops]))
             if stop > start:
-                ids, starts, stops = self._tokens(text[start:stop])
+                (ids, starts, stops), _ = self._tokens([text[start:stop]])
                 pieces.append((ids, starts + start, stops + start))
             at = stop
         return _joined(pieces)
 
-    def _tokens(self, text: str, lead: str | None = None) -> Piece:
-        """Tokens of a text. With a `lead`, special tokens in it are text, and what stands before
-        it is encoded with it and taken off again.
+    def _tokens(self, texts: Sequence[str], lead: str | None = None) -> tuple[Piece, list[int]]:
+        """(tokens, how many of them each text has), with their characters in all texts joined. With
+        a `lead`, special tokens are text, and what stands before a text is encoded with it and
+        taken off again.
         """
+        if not texts:
+            return _joined([]), []
+        ids_T, offsets = self._encoded(texts, lead)
+        counts = np.array(list(map(len, ids_T)))
+        ids = np.fromiter(chain.from_iterable(ids_T), np.int32, int(counts.sum()))
+        offsets = offsets - len(lead or "")
+        firsts = np.repeat(np.cumsum([0, *map(len, texts)])[:-1], counts)
+        if lead:
+            kept = offsets[:, 1] > 0
+            counts = np.add.reduceat(np.append(kept, 0), np.cumsum(counts) - counts)
+            ids, offsets, firsts = ids[kept], offsets[kept], firsts[kept]
+        starts, stops = offsets[:, 0] + firsts, offsets[:, 1] + firsts
+        # Some tokenizers leave blanks out of the offsets; all tokens of a character have its own.
+        before = np.maximum(np.maximum.accumulate(np.append(0, stops))[:-1], firsts)
+        starts = np.minimum(np.maximum(starts, firsts), before)
+        return (ids, starts, np.maximum(stops, starts)), counts.tolist()
+
+    def _encoded(
+        self, texts: Sequence[str], lead: str | None
+    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        """(token ids of each text, offsets of all tokens); see `_tokens`."""
+        if lead is not None or self.bytes is None:
+            return self._with_offsets(texts, lead)
+        ids_T = self.bytes.encode(texts)
+        offsets, others = self.bytes.offsets(texts, ids_T)
+        if others:
+            offsets_T = np.split(offsets, np.cumsum(list(map(len, ids_T)))[:-1])
+            for number in others:
+                (ids_T[number],), offsets_T[number] = self._with_offsets([texts[number]], None)
+            offsets = np.concatenate(offsets_T)
+        return ids_T, offsets
+
+    def _with_offsets(
+        self, texts: Sequence[str], lead: str | None
+    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         encoded = self.tokenizer(
-            (lead or "") + text,
+            [(lead or "") + text for text in texts],
             add_special_tokens=False,
             split_special_tokens=lead is not None,
             return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
             verbose=False,
         )
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) - len(lead or "")
-        kept = offsets[:, 1] > 0 if lead else np.ones(len(offsets), np.bool_)
-        starts, stops = offsets[kept].T
-        # Some tokenizers leave blanks out of the offsets; all tokens of a character have its own.
-        before = np.maximum.accumulate(np.append(0, stops))[:-1]
-        starts = np.minimum(np.maximum(starts, 0), before)
-        return np.array(encoded["input_ids"], np.int32)[kept], starts, np.maximum(stops, starts)
+        ids_T: list[list[int]] = encoded["input_ids"]
+        flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
+        return ids_T, np.fromiter(flat, np.int64, 2 * sum(map(len, ids_T))).reshape(-1, 2)
+
+
+def _groups(texts: Sequence[Labels]) -> Iterator[Sequence[Labels]]:
+    """The texts in order, in groups of about `TOGETHER` characters."""
+    first, size = 0, 0
+    for number, (text, _) in enumerate(texts, start=1):
+        size += len(text)
+        if size >= TOGETHER or number == len(texts):
+            yield texts[first:number]
+            first, size = number, 0
 
 
 _BLANKS = np.array([chr(code).isspace() for code in range(0x3002)])
@@ -226,7 +345,9 @@ def _is_blank(text: str) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _joined(pieces: Iterable[Piece]) -> Piece:
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    if not pieces:
+        return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
     ids, starts, stops = zip(*pieces, strict=True)
     return np.concatenate(ids), np.concatenate(starts), np.concatenate(stops)
 
@@ -247,13 +368,13 @@ class RowReader:
         optional: source -> columns that are read where a row has them.
         check: (source, row) -> why a row with these columns cannot be used, or None.
         prompt: (source, row) -> the text by which two examples ask the same; the overlap of splits
-            is counted by it.
+            is counted by it. None where `encode` gives its key.
         encode: (encoder, source, separator, sound rows) -> one result for each row.
     """
 
     columns: Callable[[SourceConfig], dict[str, str]]
     check: Callable[[SourceConfig, Row], BadRow | None]
-    prompt: Callable[[SourceConfig, Row], str]
+    prompt: Callable[[SourceConfig, Row], str] | None
     encode: Callable[[Encoder, SourceConfig, str, Sequence[Row]], list[Example | BadRow]]
     optional: Callable[[SourceConfig], tuple[str, ...]] = lambda source: ()
 

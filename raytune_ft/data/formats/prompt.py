@@ -90,12 +90,14 @@ def _of_turns(row: Row, column: str, source: SourceConfig, encoder: Encoder) -> 
     hidden = encoder.hide(turns) if source.special_tokens == "text" else turns
     try:
         text, _ = Template(encoder, (ASSISTANT,)).render(hidden, chat.tools, prompt=True)
-        ids = encoder.example(row.origin, text, []).ids
-    except (Unwritten, SpecialText) as error:
+    except Unwritten as error:
         return BadRow(row.origin, "template", str(error))
+    (one,) = encoder.labelled([(text, [])])
+    if isinstance(one, SpecialText):
+        return BadRow(row.origin, "template", str(one))
     content = answer.get("content")
     known = encoder.encode([content])[0] if said and isinstance(content, str) else []
-    return Prompt(row.origin, tuple(ids.tolist()), tuple(known), row.values, tuple(turns))
+    return Prompt(row.origin, tuple(one.ids.tolist()), tuple(known), row.values, tuple(turns))
 
 
 def _encode(

@@ -8,22 +8,19 @@ reasoning, or end it with another token.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from raytune_ft.data.formats.conversation import Conversation, Turn
-from raytune_ft.data.formats.example import Encoder, any_of
+from raytune_ft.data.formats.example import Encoder
+from raytune_ft.data.formats.rendering import Program, Rendering, Span, plain, plain_turn
 from raytune_ft.errors import first_line
-
-Span = tuple[int, int]
-"""Characters of a text, from the first to behind the last."""
 
 EXACT = 24
 """Trained turns of a conversation up to which each is rendered as the last of all before it."""
@@ -38,8 +35,6 @@ _USER: Turn = {"role": "user", "content": "Whence"}
 _ANSWER: Turn = {"role": "assistant", "content": "Yonder"}
 _OTHER = "Zebrawood"
 """Stands in for the content of a turn, to see where the template writes it."""
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Unwritten(Exception):
@@ -77,60 +72,78 @@ class Template:
     def __init__(self, encoder: Encoder, roles: Sequence[str]) -> None:
         self.tokenizer, self.special = encoder.tokenizer, encoder.special
         self.roles = tuple(roles)
-        words = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
-        self.added = any_of(word for word in words if word.strip())
-        self._longest = max(map(len, words), default=0)
-        self._rendered: dict[tuple[Any, ...], tuple[list[Turn], tuple[str, list[Span]]]] = {}
+        self.added, self._longest = encoder.added
+        self._programs: dict[bool, Program] = {}
+        self.forget()
 
     def forget(self) -> None:
         """What was rendered of one row is not needed for the next one."""
-        self._rendered.clear()
+        self._rendered: dict[tuple[Any, ...], tuple[list[Turn], Rendering]] = {}
+        self._by_turn: list[tuple[list[Turn], Any, list[Turn], Rendering]] = []
+        self._plain: dict[int, tuple[Any, Any]] = {}
 
     def render(self, turns: list[Turn], tools: Any, prompt: bool = False) -> tuple[str, list[Span]]:
         """(text, spans that the template marks). `prompt` adds the header of the assistant. Turns
-        that were rendered before for this row are not rendered again; nobody may change them.
+        that were rendered before for this row are not rendered again, nor are those that a rendered
+        conversation begins with, if the template writes turn by turn; nobody may change them.
 
         Raises:
             Unwritten: the template raises, or there is no turn.
         """
         if not turns:
             raise Unwritten("there is no turn")
-        key = (*map(id, turns), id(tools), prompt)
+        key = (id(tools), prompt, *map(id, turns))
         if key not in self._rendered:  # the turns are kept, so that their ids stay theirs
             self._rendered[key] = (list(turns), self._render(turns, tools, prompt))
-        return self._rendered[key][1]
+        found = self._rendered[key][1]
+        return found.text, found.marks
 
-    def _render(self, turns: list[Turn], tools: Any, prompt: bool) -> tuple[str, list[Span]]:
+    def _render(self, turns: list[Turn], tools: Any, prompt: bool) -> Rendering:
         try:
-            texts, marks = render_jinja_template(
-                [turns],
-                tools=tools,
-                chat_template=self._source(tools),
-                return_assistant_tokens_mask=self.marked(tools),
-                add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
-            )
+            program, given = self._program(tools), self._in_json(tools, plain)
+            for longer, of_tools, said, whole in self._by_turn:
+                begins = len(longer) >= len(turns) and all(map(operator.is_, turns, longer))
+                if begins and of_tools is tools:
+                    return program.beginning(whole, said, len(turns), given, prompt)
+            said = [self._in_json(turn, plain_turn) for turn in turns]
+            made = program.render(said, given, prompt)
+            if made.begins is not None and not prompt:
+                self._by_turn.append((list(turns), tools, said, made))
+            return made
         except Exception as error:  # a template is a program, and may raise anything
             raise Unwritten(first_line(error) or type(error).__name__) from error
-        return texts[0], marks[0] if marks else []
+
+    def _in_json(self, value: Any, convert: Callable[[Any], Any]) -> Any:
+        """The value as templates are given it; each is converted once for a row."""
+        if id(value) not in self._plain:
+            self._plain[id(value)] = (value, convert(value))
+        return self._plain[id(value)][1]
+
+    def _program(self, tools: Any) -> Program:
+        """The template; of several, the one that fits the tools."""
+        if bool(tools) not in self._programs:
+            source: Any = self.tokenizer.chat_template
+            if not isinstance(source, str):
+                wanted = ("tool_use", "default") if tools else ("default",)
+                name = next((name for name in wanted if name in source), next(iter(source)))
+                source = str(source[name])
+            marked = self.roles == ("assistant",)
+            words = self.tokenizer.special_tokens_map
+            self._programs[bool(tools)] = Program(source, words, marked)
+        return self._programs[bool(tools)]
 
     def marked(self, tools: Any) -> bool:
         """Whether the template marks what carries loss, with {% generation %}."""
-        return self.roles == ("assistant",) and _GENERATION.search(self._source(tools)) is not None
-
-    def _source(self, tools: Any) -> str:
-        """The text of the template; of several, the one that fits the tools."""
-        named: Any = self.tokenizer.chat_template
-        if isinstance(named, str):
-            return named
-        wanted = ("tool_use", "default") if tools else ("default",)
-        return str(named[next((name for name in wanted if name in named), next(iter(named)))])
+        return self._program(tools).marked
 
     def common(self, a: str, b: str) -> int:
         """Length of the common beginning of two texts; it cuts no added token in two."""
         length = shared(a, b)
+        if length == len(a) == len(b):
+            return length
         for text in (a, b):
-            for found in self.added.finditer(text, max(0, length - self._longest)):
+            begin, end = max(0, length - self._longest), length + self._longest
+            for found in self.added.finditer(text, begin, end):
                 if found.start() >= length:
                     break
                 if found.end() > length:
@@ -141,7 +154,9 @@ class Template:
     def ends_only(self, text: str) -> bool:
         """Whether the text is only what ends a turn: special tokens and blanks."""
         text = text.strip()
-        return text in (self.end.strip(), self.end_inside.strip()) or not self.special.sub("", text)
+        if text in (self.end.strip(), self.end_inside.strip()):
+            return True
+        return self.special.match(text) is not None and not self.special.sub("", text)
 
     def ended(self, text: str) -> bool:
         """Whether the text ends with a special token, or what the template writes behind a turn."""
@@ -206,6 +221,8 @@ class Template:
 def shared(a: str, b: str) -> int:
     """Length of the common beginning of two texts."""
     low, high = 0, min(len(a), len(b))
+    if a.startswith(b) or b.startswith(a):
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a.startswith(b[low:middle], low) else (low, middle - 1)
@@ -216,6 +233,7 @@ class Dialogue:
     """One conversation as a template writes it.
 
     Attributes:
+        chat: the conversation.
         whole: the rendering of all turns.
         trained: numbers of the turns that carry loss.
         texts: renderings in which the trained turns stand as the model would be shown them. The
@@ -227,7 +245,7 @@ class Dialogue:
     """
 
     def __init__(self, template: Template, chat: Conversation) -> None:
-        self.template, self.turns, self.tools = template, chat.turns, chat.tools
+        self.template, self.chat, self.turns, self.tools = template, chat, chat.turns, chat.tools
         self.trained = [number for number, kept in enumerate(chat.trained) if kept]
         self.whole, self._marks = template.render(self.turns, self.tools)
         self._places: dict[int, Place | None] = {}
@@ -249,11 +267,8 @@ class Dialogue:
     def _exactly(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
         """The spans of those turns that stand in a text as in the renderings that end with them."""
         places = {number: self.place(number) for number in numbers}
-        return {
-            number: self.clipped(place, text)
-            for number, place in places.items()
-            if place is not None and self.within(place, text)
-        }
+        spans = {n: self.within(place, text) for n, place in places.items() if place is not None}
+        return {number: found for number, found in spans.items() if found is not None}
 
     def _by_windows(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[Span, ...]]:
         """As `_exactly`, in time linear in the number of turns: the last of them that stand there.
@@ -375,23 +390,21 @@ class Dialogue:
                 start = header + len(template.header)
         return start, stop
 
-    def within(self, place: Place, text: str) -> bool:
-        """Whether `text` begins as the rendering of the place does, up to the end of its turn."""
+    def within(self, place: Place, text: str) -> tuple[Span, ...] | None:
+        """The spans of a place in `text`, up to where its turn ends there, if the text begins as
+        the rendering of the place does, up to the end of its turn; else None.
+        """
         if not place.spans:
-            return text.startswith(place.text)
+            return () if text.startswith(place.text) else None
         (start, _), (_, stop) = place.spans[0], place.spans[-1]
         shared = self.template.common(place.text, text)
-        if shared >= stop:
-            return True
-        rest = place.text[shared:stop]
-        if shared < start or not self.template.ends_only(rest):
-            return False
-        # Phi-3 writes <|end|> behind each answer, and <|endoftext|> too behind the last one.
-        return not rest.strip() or self.template.ended(text[start:shared])
-
-    def clipped(self, place: Place, text: str) -> tuple[Span, ...]:
-        """The spans of a place that is `within` the text, up to where its turn ends there."""
-        shared = self.template.common(place.text, text)
+        if shared < stop:
+            rest = place.text[shared:stop]
+            if shared < start or not self.template.ends_only(rest):
+                return None
+            # Phi-3 writes <|end|> behind each answer, and <|endoftext|> too behind the last one.
+            if rest.strip() and not self.template.ended(text[start:shared]):
+                return None
         return tuple((start, min(stop, shared)) for start, stop in place.spans)
 
     def anywhere(self, number: int) -> tuple[Span, ...]:
