@@ -41,6 +41,7 @@ from raytune_ft.records import StepMetrics
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import build_strategy
 from raytune_ft.train.loop import train
+from raytune_ft.train.material import Given
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
@@ -172,7 +173,7 @@ def measure(base: Path, rows: Path, method: str, precision: str, batch: int, ste
         run = build_run_state(
             spec, data, ours.strategy, ours.names, exporter, ours.strategy, bare, heart, pool
         )
-        train(ours, data, run, lambda: False, heart)
+        train(ours, Given(ours, data), run, lambda: False, heart)
         run.close()
     print(
         json.dumps(
