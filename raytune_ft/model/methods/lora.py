@@ -104,29 +104,31 @@ class AddedInPlace(Linear):
         if weights is None:
             output: Tensor = super().forward(x, *arguments, **named)
             return output
-        (adapter,) = self.active_adapters
         x_TI = x.to(weights[0].dtype).reshape(-1, x.shape[-1])
-        y_TO: Tensor = _LinearWithAdapter.apply(x_TI, *weights, self.scaling[adapter])
+        scale = self.scaling[self.active_adapters[0]]
+        if torch.is_grad_enabled():
+            y_TO: Tensor = _LinearWithAdapter.apply(x_TI, *weights, scale)
+        else:
+            y_TO, _ = _product(x_TI, *weights, scale)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
         """`weight_OI`, `bias_O`, `A_RI` and `B_OR` in the dtype of products; None where the layer
         does more than that, or where a hook has to see a part of it, as where ZeRO 3 gathers it.
         """
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+        adapters = self.active_adapters
+        if self.disable_adapters or self.merged or len(adapters) != 1:
             return None
-        (adapter,) = self.active_adapters
+        adapter = adapters[0]
         if adapter not in self.lora_A or adapter in self.lora_variant:
             return None
         base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        parts = (base, a, b)
-        if (
-            any(type(part) is not nn.Linear for part in parts)
-            or any(part._forward_pre_hooks or part._forward_hooks for part in parts)
-            or not isinstance(self.lora_dropout[adapter], nn.Identity)
-            or b.bias is not None
-            or any(weight.requires_grad for weight in base.parameters())
-        ):
+        for part in (base, a, b):
+            if type(part) is not nn.Linear or part._forward_pre_hooks or part._forward_hooks:
+                return None
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        dropout = type(self.lora_dropout[adapter]) is not nn.Identity
+        if trained or dropout or b.bias is not None:
             return None
         kind = x.device.type
         weights = (base.weight, base.bias, a.weight, b.weight)
@@ -138,6 +140,19 @@ class AddedInPlace(Linear):
             return None
         bias_O = None if base.bias is None else base.bias.to(dtype)
         return base.weight.to(dtype), bias_O, a.weight.to(dtype), b.weight.to(dtype)
+
+
+def _product(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output `y_TO`, and `h_TR`, the scaled product with A."""
+    h_TR = F.linear(x_TI, a_RI).mul_(scale)
+    return F.linear(x_TI, weight_OI, bias_O).addmm_(h_TR, b_OR.t()), h_TR
 
 
 class _LinearWithAdapter(torch.autograd.Function):
@@ -153,10 +168,10 @@ class _LinearWithAdapter(torch.autograd.Function):
         b_OR: Tensor,
         scale: float,
     ) -> Tensor:
-        h_TR = F.linear(x_TI, a_RI).mul_(scale)
+        y_TO, h_TR = _product(x_TI, weight_OI, bias_O, a_RI, b_OR, scale)
         ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, h_TR)
         ctx.scale = scale
-        return F.linear(x_TI, weight_OI, bias_O).addmm_(h_TR, b_OR.t())
+        return y_TO
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
