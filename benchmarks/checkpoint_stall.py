@@ -136,7 +136,7 @@ def _worker(
         def step(self, metrics: Any) -> None:
             self.seconds.append(metrics.tokens / metrics.tokens_per_s)
 
-    Saver.save = timed  # type: ignore[method-assign]
+    Saver.save = timed  # type: ignore[assignment, method-assign]
     if workers > 1:
         store = dist.TCPStore("127.0.0.1", port, workers, is_master=False)
         dist.init_process_group("gloo", rank=rank, world_size=workers, store=store)

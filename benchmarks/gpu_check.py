@@ -479,14 +479,15 @@ def packing(bench: Bench) -> Rows:
             elif number > 2 and time.perf_counter() - began > SECONDS["packing"]:
                 break
             at = number * 8 * count
-            steps = [passes.open(order.indices(at + 8 * slot, 8)) for slot in range(count)]
-            tokens += sum(step.tokens for step in steps)
-            while any(step.waiting_lengths for step in steps):
+            objective, slots = passes.runner.objective, range(count)
+            steps = [passes.open(objective, order.indices(at + 8 * slot, 8)) for slot in slots]
+            tokens += sum(step.waiting_tokens for step in steps)
+            while any(step.waiting_widths for step in steps):
                 plan = passes.plan(steps, 0)
                 took = len(plan.rows)
                 some = active if took == count else passes.active_adapters(0, [adapter] * took)
                 passes.accumulate(plan, steps[:took], some)
-                steps.sort(key=lambda step: not step.waiting_lengths)
+                steps.sort(key=lambda step: not step.waiting_widths)
             passes.optimizer.step([Step(slot, 0.0, config.train) for slot in range(count)])
         bench.wait()
         rate = tokens / (time.perf_counter() - began)
@@ -580,7 +581,7 @@ def trl_once(bench: Bench, shape: str, method: str, seconds: float, micro: int) 
     )
     counts: list[int] = []
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         began, first, spent, tokens = 0.0, 0, 0.0, 0
 
         def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:

@@ -142,7 +142,7 @@ def measure(arm: str, method: str, path: Path, workers: int) -> list[dict[str, f
         processes.append(context.Process(target=worker, args=target))
         processes[-1].start()
         ends.append(ours)
-    pids = [process.pid for process in processes]
+    pids = [process.pid or 0 for process in processes]
     for end in ends:
         assert end.recv() == "idle"
     idle = [resident(pid) for pid in pids]
@@ -167,7 +167,8 @@ def watch(
     pids: list[int], ends: list[Connection], idle: list[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], dict[int, tuple[float, float, int, int]]]:
     """The most that every worker had until all had answered, and the answers."""
-    peaks, answers = list(idle), {}
+    peaks = list(idle)
+    answers: dict[int, tuple[float, float, int, int]] = {}
     while len(answers) < len(ends):
         for rank, (pid, end) in enumerate(zip(pids, ends, strict=True)):
             now = resident(pid)

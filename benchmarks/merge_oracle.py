@@ -150,10 +150,11 @@ def by_mergekit(
 
 def by_us(paths: list[Path], name: str, settings: MergeSettings, out: Path) -> dict[str, Tensor]:
     """What this package writes."""
-    with open_members(ModelConfig(path=str(paths[0])), paths[1:]) as opening:
+    model = ModelConfig(path=str(paths[0]))
+    with open_members(model, paths[1:]) as opening:
         chosen = (0, 1) if name == "slerp" else (0, 1, 2)
         merged = opening.merged(getattr(methods, name.upper()), chosen, settings)
-        write_model(merged, out, "5GB", torch.float32, lambda line: None)
+        write_model(model, merged, out, "5GB", torch.float32, lambda line: None)
     return load_file(out / "model.safetensors")
 
 

@@ -72,7 +72,8 @@ def replay(
 
     Trials begin in the order of `curves`, `WORKERS` at a time, and report in turns.
     """
-    waiting, running = list(curves), []
+    waiting = list(curves)
+    running: list[str] = []
     came: dict[str, int] = {}
     lowest: dict[str, float] = {}
     at: dict[str, int] = {}

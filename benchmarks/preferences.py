@@ -143,7 +143,7 @@ def run_trl(base: Path, **flags: Any) -> dict[str, float]:
     """TRL's DPOTrainer on the same rows, with its reference computed beforehand."""
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
 

@@ -5,7 +5,8 @@
 A 24M-parameter Llama with random weights, LoRA of rank 16 on all linear layers, rows of GSM8K,
 2 threads. Every arm trains on the same examples, in a process of its own; the arms take turns.
 The figure is non-pad tokens per second of training alone: start-up, evaluation and the first two
-steps are left out. It needs the extra `bench`.
+steps are left out. `--cpu-time` gives them per second of CPU time, on one thread, as a machine that
+others use needs it. It needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 THREADS = 2
 BATCH = 16
 WARMUP_STEPS = 2
+CPU_TIME = "BENCHMARK_CPU_TIME"
 MAX_LENGTH = 512
 RANK, ALPHA, LR = 16, 32, 2e-4
 
@@ -51,6 +53,22 @@ def build_base(directory: Path, shared: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def now() -> float:
+    """Seconds, or those of CPU time under `--cpu-time`."""
+    return time.process_time() if os.environ.get(CPU_TIME) else time.perf_counter()
+
+
+def threads() -> int:
+    """One under `--cpu-time`, since a thread that waits for another counts as well."""
+    return 1 if os.environ.get(CPU_TIME) else THREADS
+
+
+def rate(counts: list[int], ends: list[float]) -> dict[str, float]:
+    """From the tokens of each step and the time of its end."""
+    tokens, seconds = sum(counts[WARMUP_STEPS:]), ends[-1] - ends[WARMUP_STEPS - 1]
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
 def run_ours(base: Path, data: Path, precision: str) -> dict[str, float]:
     """The loop of this package, as `raytune-ft train` runs it under strategy single."""
     import torch
@@ -58,11 +76,12 @@ def run_ours(base: Path, data: Path, precision: str) -> dict[str, float]:
     from raytune_ft.config.schema import Config
     from raytune_ft.data.prepare import prepare_data
     from raytune_ft.model.load import load_tokenizer
+    from raytune_ft.records import StepMetrics
     from raytune_ft.rundir import RunSpec
     from raytune_ft.train.report import Silent
     from raytune_ft.train.run import run_training
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads())
     run_dir = base.parent / f"ours-{os.getpid()}"
     run_dir.mkdir()
     source = {"path": str(data), "prompt": "question", "completion": "answer"}
@@ -82,12 +101,16 @@ def run_ours(base: Path, data: Path, precision: str) -> dict[str, float]:
         }
     )
     prepared = prepare_data(config.data, load_tokenizer(config.model), 0, base.parent / "cache")
-    run_training(RunSpec(config, run_dir, prepared.path), "single", Silent())
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "tokens" in line][WARMUP_STEPS:]
-    tokens = sum(step["tokens"] for step in steps)
-    seconds = sum(step["tokens"] / step["tokens_per_s"] for step in steps)
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+    counts: list[int] = []
+    ends: list[float] = []
+
+    class Clock(Silent):
+        def step(self, metrics: StepMetrics) -> None:
+            counts.append(metrics.tokens)
+            ends.append(now())
+
+    run_training(RunSpec(config, run_dir, prepared.path), "single", Clock())
+    return rate(counts, ends)
 
 
 def run_trl(base: Path, data: Path, **flags: Any) -> dict[str, float]:
@@ -98,19 +121,19 @@ def run_trl(base: Path, data: Path, **flags: Any) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads())
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = load_dataset("json", data_files=str(data), split="train").map(
         lambda row: {"prompt": row["question"] + "\n", "completion": row["answer"]},
         remove_columns=["question", "answer"],
     )
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.perf_counter())
+            self.ends.append(now())
 
     clock = Clock()
     trainer = SFTTrainer(
@@ -145,9 +168,8 @@ def run_trl(base: Path, data: Path, **flags: Any) -> dict[str, float]:
     trainer.data_collator = counting
     trainer.train()
     per_step = len(counts) // len(clock.ends)
-    tokens = sum(counts[WARMUP_STEPS * per_step : len(clock.ends) * per_step])
-    seconds = clock.ends[-1] - clock.ends[WARMUP_STEPS - 1]
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+    steps = range(0, len(clock.ends) * per_step, per_step)
+    return rate([sum(counts[at : at + per_step]) for at in steps], clock.ends)
 
 
 ARMS: dict[str, Callable[[Path, Path], dict[str, float]]] = {
@@ -175,8 +197,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one thread; others may use the machine"
+    )
     parser.add_argument("--one", nargs=3, metavar=("ARM", "BASE", "DATA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cpu_time:
+        os.environ[CPU_TIME] = "1"
     if arguments.one:
         arm, base, data = arguments.one
         print("RESULT", json.dumps(ARMS[arm](Path(base), Path(data))))
@@ -204,7 +231,10 @@ def main() -> None:
 def run_in_process(arm: str, base: Path, data: Path) -> dict[str, float]:
     """One arm in a fresh interpreter, with its threads set before anything is imported."""
     command = [sys.executable, __file__, "--one", arm, str(base), str(data)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads()),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raytune_ft.config.methods import LoraMethod, QloraMethod
 from raytune_ft.errors import ModelError
@@ -46,6 +49,9 @@ def apply_lora(base: nn.Module, method: LoraMethod | QloraMethod) -> nn.Module:
     _check_patterns("alpha_pattern", method.alpha_pattern, model)
     if isinstance(method, LoraMethod) and method.begins_with_weights:
         begin_with_the_weights(model, init)
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = AddedInPlace
     return model
 
 
@@ -84,6 +90,99 @@ def _check_patterns(key: str, patterns: Iterable[str], model: nn.Module) -> None
                 "names no adapted layer",
                 f"write names such as {', '.join(near)}",
             )
+
+
+class AddedInPlace(Linear):
+    """PEFT's adapted layer, in which `scale (x A^T) B^T` is added to the product of the base, and
+    its gradient to that of the base, within a product: PEFT writes, scales and reads each of them
+    first, which takes a tenth of the time of a step on a CPU.
+    """
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """`[..., O]` from `[..., I]`."""
+        weights = None if arguments or named else self._weights(x)
+        if weights is None:
+            output: Tensor = super().forward(x, *arguments, **named)
+            return output
+        x_TI = x.to(weights[0].dtype).reshape(-1, x.shape[-1])
+        scale = self.scaling[self.active_adapters[0]]
+        if torch.is_grad_enabled():
+            y_TO: Tensor = _LinearWithAdapter.apply(x_TI, *weights, scale)
+        else:
+            y_TO, _ = _product(x_TI, *weights, scale)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+        """`weight_OI`, `bias_O`, `A_RI` and `B_OR` in the dtype of products; None where the layer
+        does more than that, or where a hook has to see a part of it, as where ZeRO 3 gathers it.
+        """
+        adapters = self.active_adapters
+        if self.disable_adapters or self.merged or len(adapters) != 1:
+            return None
+        adapter = adapters[0]
+        if adapter not in self.lora_A or adapter in self.lora_variant:
+            return None
+        base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
+        for part in (base, a, b):
+            if type(part) is not nn.Linear or part._forward_pre_hooks or part._forward_hooks:
+                return None
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        dropout = type(self.lora_dropout[adapter]) is not nn.Identity
+        if trained or dropout or b.bias is not None:
+            return None
+        kind = x.device.type
+        weights = (base.weight, base.bias, a.weight, b.weight)
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        elif all(each is None or each.dtype == x.dtype for each in weights):
+            dtype = x.dtype
+        else:
+            return None
+        bias_O = None if base.bias is None else base.bias.to(dtype)
+        return base.weight.to(dtype), bias_O, a.weight.to(dtype), b.weight.to(dtype)
+
+
+def _product(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output `y_TO`, and `h_TR`, the scaled product with A."""
+    h_TR = F.linear(x_TI, a_RI).mul_(scale)
+    return F.linear(x_TI, weight_OI, bias_O).addmm_(h_TR, b_OR.t()), h_TR
+
+
+class _LinearWithAdapter(torch.autograd.Function):
+    """`x W^T + bias + scale (x A^T) B^T` over T tokens; the base is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        y_TO, h_TR = _product(x_TI, weight_OI, bias_O, a_RI, b_OR, scale)
+        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, h_TR)
+        ctx.scale = scale
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = outputs
+        x_TI, weight_OI, a_RI, b_OR, h_TR = ctx.saved_tensors
+        dh_TR = torch.mm(dy_TO, b_OR).mul_(ctx.scale)
+        da_RI, db_OR = torch.mm(dh_TR.t(), x_TI), torch.mm(dy_TO.t(), h_TR)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = torch.mm(dy_TO, weight_OI).addmm_(dh_TR, a_RI)
+        return dx_TI, None, None, da_RI, db_OR, None
 
 
 LORA = Implementation(apply_lora, lora_plus_groups)
