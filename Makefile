@@ -85,7 +85,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks --implicit-reexport --allow-untyped-calls \
-		--allow-subclassing-any --no-warn-return-any
+		--allow-subclassing-any --no-warn-return-any --no-warn-unused-ignores
 
 # Dangerous code, secrets in the repository, and known vulnerabilities of the pinned packages, where
 # their database can be reached. SECURITY.md says what is accepted.
