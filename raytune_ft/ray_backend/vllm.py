@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -45,7 +46,8 @@ RESTARTS = 3
 START_S = 1800.0
 """For the engines to get their GPUs and to load the model, which may have to be downloaded."""
 CLOSE_S = 5.0
-OF_VLLM = "VLLM_"
+OF_VLLM = re.compile(r"VLLM_(?!.*(?:KEY|TOKEN|SECRET|PASSWORD))")
+"""Environment variables that engines get. Ray shows them, so no secret may be among them."""
 
 
 class Engine:
@@ -210,7 +212,7 @@ def engines(config: Config, tell: Tell) -> Iterator[list[Any]]:
     if not own.on_vllm:
         yield []
         return
-    passed = {name: value for name, value in os.environ.items() if name.startswith(OF_VLLM)}
+    passed = {name: value for name, value in os.environ.items() if OF_VLLM.match(name)}
     remote: Any = ray.remote(
         num_gpus=own.vllm.gpus,
         num_cpus=1,

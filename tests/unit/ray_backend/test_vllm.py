@@ -9,7 +9,7 @@ import pytest
 
 from raytune_ft.config.schema import Config
 from raytune_ft.model.sampling import Request
-from raytune_ft.ray_backend.vllm import options, seed_of
+from raytune_ft.ray_backend.vllm import OF_VLLM, options, seed_of
 from tests.support.models import save_tiny_llama
 from tests.support.runs import make_config
 
@@ -55,3 +55,9 @@ def test_a_seed_is_of_the_run_the_place_and_the_sample() -> None:
     assert len(set(found)) == len(found)
     assert all(0 <= each < 2**63 for each in found)
     assert seed_of(0, Request((5, 6), 1, 11)) == found[3]  # whatever is asked
+
+
+def test_engines_get_no_secret_of_the_environment() -> None:
+    """Ray shows the environment of an actor to everybody on the cluster."""
+    names = ["VLLM_BATCH_INVARIANT", "VLLM_API_KEY", "VLLM_S3_SECRET", "AWS_REGION", "HF_TOKEN"]
+    assert [name for name in names if OF_VLLM.match(name)] == ["VLLM_BATCH_INVARIANT"]
