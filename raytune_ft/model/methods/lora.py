@@ -132,7 +132,7 @@ class AddedInPlace(Linear):
             return None
         kind = x.device.type
         weights = (base.weight, base.bias, a.weight, b.weight)
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         elif all(each is None or each.dtype == x.dtype for each in weights):
             dtype = x.dtype

@@ -10,9 +10,10 @@ import pytest
 
 from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.schema import ModelConfig
-from raytune_ft.data.formats import reader_of
-from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.data.report import check_overlap, prompt_key
+from raytune_ft.data.formats import encode_rows
+from raytune_ft.data.formats.example import Encoder, Example
+from raytune_ft.data.prepare import PreparedData, prepare_data, use_chat_template
+from raytune_ft.data.report import check_overlap
 from raytune_ft.data.rows import Row
 from raytune_ft.errors import DataError
 from raytune_ft.model.load import load_tokenizer
@@ -20,7 +21,11 @@ from tests.support.models import save_tiny_llama
 
 
 def key_of(source: SourceConfig, row: Row) -> bytes:
-    return prompt_key(reader_of(source).prompt(source, row))
+    tokenizer = load_tokenizer(ModelConfig(path="builtin:tiny"))
+    use_chat_template(tokenizer, DataConfig(train=source))
+    (found,) = encode_rows(Encoder.of(tokenizer), source, "\n", [row])
+    assert isinstance(found, Example)
+    return found.prompt
 
 
 def key(text: str) -> bytes:
@@ -34,7 +39,7 @@ def test_prompts_are_compared_as_they_are_read() -> None:
 
 
 def test_a_conversation_is_what_comes_before_the_last_answer() -> None:
-    source = SourceConfig(path="x", format="messages")
+    source = SourceConfig(path="x", format="messages", chat_template="chatml")
 
     def turns(*said: str) -> bytes:
         roles = ["user", "assistant"] * 2

@@ -11,7 +11,7 @@ from raytune_ft.config.load import apply_overrides, choose_strategy, load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
-from raytune_ft.estimate.memory import MemoryModel, held_by, shortage, teaching_of
+from raytune_ft.estimate.memory import MemoryModel, beside_of, held_by, shortage
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import build_frozen
@@ -51,13 +51,12 @@ def test_a_teacher_takes_room_unless_its_logits_are_on_disk(config: Config) -> N
     taught = apply_overrides(
         config, {"train.objective": "kd", "train.kd": {"teacher": "builtin:tiny"}}
     )
-    teaching = teaching_of(taught)
-    assert teaching is not None
+    held = beside_of(taught).held
     built = build_frozen(teacher_model(taught), taught.train.precision)
-    assert teaching.held == sum(p.nbytes for p in built.parameters())
+    assert held == sum(p.nbytes for p in built.parameters())
     shell = build_shell(config.model, config.method, config.train.precision)
     copied = config.parallel.model_copy(update={"strategy": "ddp"})
-    usable = held_by(shell, copied).resident + teaching.held // 2
+    usable = held_by(shell, copied).resident + held // 2
     assert shortage(taught, usable) is not None
     assert shortage(apply_overrides(taught, {"train.kd.cache": "disk"}), usable) is None
 

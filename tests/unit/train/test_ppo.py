@@ -68,12 +68,13 @@ def test_a_reward_is_learnt(folder: Path, tmp_path: Path, seed: int) -> None:
     assert found[-1] > 5
 
 
-@pytest.mark.parametrize(("detached", "share"), [(False, 0.9), (True, 0.1)])
+@pytest.mark.parametrize(("detached", "low", "high"), [(False, 0.9, 1.0), (True, 0.3, 0.6)])
 def test_the_critic_learns_what_prompts_are_worth(
-    folder: Path, tmp_path: Path, detached: bool, share: float
+    folder: Path, tmp_path: Path, detached: bool, low: float, high: float
 ) -> None:
     """The reward goes by the prompt alone: values can know it, and no answer can change it. What a
-    linear map of untrained states cannot say, it says once the states are trained for it.
+    linear map of untrained states cannot say, it says once the states are trained for it. Without
+    that, the policy hardly moves: its advantages are noise, and would carry the states anywhere.
     """
     ppo = {
         "kl_coef": 0.0,
@@ -82,11 +83,12 @@ def test_the_critic_learns_what_prompts_are_worth(
         "whiten_advantages": False,
         "cliprange_value": None,
         "detach_values": detached,
+        "value_lr_ratio": 1000.0 if detached else 1.0,
     }
     rollout = {"num_generations": 1, "max_completion_length": 4, "num_iterations": 4}
     changes = {
         "train.max_examples": 16 * 80,
-        "train.lr": 1e-2,
+        "train.lr": 1e-5 if detached else 1e-2,
         "train.ppo": ppo,
         "train.rollout": rollout,
     }
@@ -94,7 +96,7 @@ def test_the_critic_learns_what_prompts_are_worth(
     known = [line["explained_variance"] for line in metrics(tmp_path / "run")[1:-1]]
     print(f"detached {detached}: {known[::4]}")
     assert known[0] == pytest.approx(0)
-    assert sum(known[-12:]) / 12 > share
+    assert low < sum(known[-12:]) / 12 < high
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

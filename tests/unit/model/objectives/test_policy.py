@@ -109,8 +109,8 @@ def heard_by(monkeypatch: pytest.MonkeyPatch) -> Heard:
     heard: Heard = []
     plain = Speaker.answer
 
-    def answer(self: Speaker, prompts: Any, count: int) -> Answered:
-        found = plain(self, prompts, count)
+    def answer(self: Speaker, prompts: Any, count: int, evaluating: bool = False) -> Answered:
+        found = plain(self, prompts, count, evaluating)
         if count > 1:
             heard.append(([prompt for _, prompt in prompts], found))
         return found
