@@ -60,7 +60,8 @@ def test_packed_rows_in_one_process_and_a_resume(root: Path) -> None:
         assert all((first[k] - second[k]).abs().max() < 1e-9 for k in first), name
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes(root: Path, strategy: str) -> None:
     run_distributed(_train_all, 2, root, strategy, strategy, TOGETHER)
     for name in METHODS:

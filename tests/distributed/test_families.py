@@ -37,15 +37,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("families"), float32_steps=12)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param("ddp 2", marks=pytest.mark.slow),
-        "fsdp 2",
-        pytest.param("zero-3 2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("strategy", SELECTED)
 def test_selection(workshop: Workshop, strategy: str) -> None:
     shift = SELECTED.index(strategy)
     cases = [

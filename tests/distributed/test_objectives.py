@@ -87,6 +87,7 @@ def test_every_objective_is_held_to_it() -> None:
     assert {objective.split()[0] for objective, _, _ in RUNS.values()} == set(OBJECTIVES)
 
 
+@pytest.mark.slow  # a resumed run is packed at first
 @pytest.mark.parametrize("name", RUNS)
 def test_packed_rows(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
     _run_one(inputs, tmp_path, name, "single", True, 96)

@@ -976,6 +976,7 @@ def test_more_workers_than_the_cluster_has(command: str, tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "bad").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_id_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = ["model.path=nobody/no-such-model", f"storage={tmp_path}/runs"]

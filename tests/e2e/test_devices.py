@@ -22,7 +22,8 @@ def head() -> Iterator[Head]:
     head.kill()
 
 
-@pytest.mark.parametrize("name", [pytest.param("train", marks=pytest.mark.slow), "plan"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "plan"])
 def test_auto_is_one_gpu_a_worker(head: Head, tmp_path: Path, name: str) -> None:
     """The GPUs are of Ray alone, so that a worker has one reserved that torch does not see."""
     changes = [f"storage={tmp_path}"]

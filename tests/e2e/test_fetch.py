@@ -13,6 +13,7 @@ pytestmark = pytest.mark.e2e
 CONFIG = ("jobs/quickstart.yaml", f"model.path={MODEL}", "train.epochs=null")
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_trained_without_a_network(tmp_path: Path) -> None:
     short = [f"storage={tmp_path}/runs", "train.max_examples=32", "data.test=null"]
     with hub_server() as hub:

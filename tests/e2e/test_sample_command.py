@@ -206,6 +206,7 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("samples.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_at_once_with_130(tmp_path: Path) -> None:
     Path("own.py").write_text(
         "import pathlib, time\n"

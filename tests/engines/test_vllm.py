@@ -20,7 +20,7 @@ from tests.engines.conftest import Runs
 from tests.ray.conftest import processes
 from tests.support.runs import largest_difference, metrics
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TOLERANCE = 1e-4  # float32; copies compute rows alone
 
@@ -42,9 +42,9 @@ def assert_gpus_are_free() -> None:
     ("method", "workers", "strategy", "engines"),
     [
         ("lora", 2, "ddp", 1),
-        pytest.param("lora", 1, "single", 2, marks=pytest.mark.slow),
-        pytest.param("full", 2, "fsdp", 1, marks=pytest.mark.slow),
-        pytest.param("full", 2, "deepspeed", 1, marks=pytest.mark.slow),
+        ("lora", 1, "single", 2),
+        ("full", 2, "fsdp", 1),
+        ("full", 2, "deepspeed", 1),
     ],
 )
 def test_a_run_with_engines_is_that_of_the_model_itself(
@@ -67,7 +67,6 @@ def test_a_run_with_engines_is_that_of_the_model_itself(
     assert_gpus_are_free()
 
 
-@pytest.mark.slow
 def test_a_run_with_engines_learns(runs: Runs) -> None:
     config = runs.config(
         "lora",
@@ -83,7 +82,6 @@ def test_a_run_with_engines_learns(runs: Runs) -> None:
     assert last > first + 0.5
 
 
-@pytest.mark.slow
 def test_rounding_in_bfloat16_is_no_fault(runs: Runs) -> None:
     """The engine holds base and adapter in bfloat16, training the adapter in float32."""
     spec = runs.spec("run", runs.config("lora", train__precision="bfloat16"))
@@ -93,7 +91,7 @@ def test_rounding_in_bfloat16_is_no_fault(runs: Runs) -> None:
     print("largest gap", max(gaps))
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_engine_that_ignores_weights_ends_the_run(
     runs: Runs, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +105,6 @@ def test_an_engine_that_ignores_weights_ends_the_run(
     assert "and 0.05 is allowed" in result.error
 
 
-@pytest.mark.slow
 def test_a_killed_engine_is_started_again_and_the_numbers_stay(runs: Runs) -> None:
     config = runs.config("lora")
     alone = runs.embedded("alone", config)
@@ -126,7 +123,6 @@ def test_a_killed_engine_is_started_again_and_the_numbers_stay(runs: Runs) -> No
     assert max(largest_difference(spec.run_dir, alone)) < TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dies_once", "dies"])
 def test_an_engine_that_dies_while_it_samples(
     runs: Runs, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

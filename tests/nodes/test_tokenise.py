@@ -34,6 +34,7 @@ def kill_a_task(killed: list[str], over: threading.Event) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_bytes_of_one_process(nodes: Nodes, tmp_path: Path) -> None:
     nodes.have(2)
     tokenizer = load_tokenizer(ModelConfig(path="builtin:tiny"))

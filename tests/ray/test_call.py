@@ -148,6 +148,7 @@ def _wait(path: Path, tell: Tell) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_workers(inputs: Inputs, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
 

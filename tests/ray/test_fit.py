@@ -97,6 +97,7 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on_later(
     assert max(largest_difference(spec.run_dir, undisturbed)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_wrong_input_is_raised_as_such_and_not_tried_again(
     inputs: Inputs, tmp_path: Path
 ) -> None:

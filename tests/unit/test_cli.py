@@ -160,7 +160,9 @@ def test_tables_are_not_cut_in_a_log(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_signals_end_with_130_and_say_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     command = [
         *(sys.executable, "-m", "raytune_ft", "train", "jobs/quickstart.yaml"),

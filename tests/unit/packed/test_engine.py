@@ -78,9 +78,8 @@ def test_as_alone(
     assert len({evaluations(tmp_path / name)[0] for name in RUNS}) == 1  # the base's
 
 
-@pytest.mark.parametrize(
-    "names", [("short", "wide"), pytest.param(("long", "wide"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("short", "wide"), ("long", "wide")])
 def test_bfloat16(tmp_path: Path, inputs: tuple[Path, Path], names: tuple[str, ...]) -> None:
     """Within twice of how far a run moves for being laid out otherwise."""
     rows = [{"data.packing": False, "train.micro_tokens": 1}, {"data.packing": True}]

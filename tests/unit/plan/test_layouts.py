@@ -109,6 +109,7 @@ def test_replicas_are_offered_where_a_config_may_have_them(
     assert {option.parallel.replicas for option in plan.options} == replicas
 
 
+@pytest.mark.slow
 def test_adapters_on_70b_are_sharded_because_the_base_does_not_fit(
     llama_70b: Path, storage: Path
 ) -> None:

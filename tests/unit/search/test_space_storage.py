@@ -84,6 +84,7 @@ def test_a_server_that_is_not_there_is_one_line_at_once() -> None:
         open_storage(url)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_given_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

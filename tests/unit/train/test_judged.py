@@ -75,7 +75,8 @@ def shares_of(texts: list[str]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "count"), [("online_dpo", 2), ("online_dpo", 3), ("grpo", 3)]
+    ("objective", "count"),
+    [("online_dpo", 2), pytest.param("online_dpo", 3, marks=pytest.mark.slow), ("grpo", 3)],
 )
 def test_what_a_judge_prefers_is_trained_on(
     folder: Path, server: Server, objective: str, count: int, tmp_path: Path
