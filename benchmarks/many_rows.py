@@ -4,8 +4,9 @@
 
 A seeded script writes short rows as `.jsonl.zst` shards into an S3-speaking server (moto, in a
 process of its own, from the `test` extra). `raytune-ft train` then prepares all of them, in
-processes on all CPUs, and takes 100 steps of the tiny built-in model. Memory is the proportional
-set size, so that pages which processes share count once; it is read twice a second.
+processes on all CPUs, and takes 100 steps of the tiny built-in model. Memory is read twice a
+second, in proportional sizes, so that pages which processes share count once: anonymous, and apart
+from it pages of mapped files, which the system gives up where memory is short.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHARD_ROWS = 200_000
 STEPS, BATCH = 100, 16
 MIB = 2**20
 BUCKET = "rows"
-OTHER = "largest other process"
+DRIVER, OTHER, ALL, MAPPED = "driver", "largest other process", "all", "mapped"
 
 
 def write_shards(rows: int) -> int:
@@ -75,6 +76,13 @@ def bucket_server() -> Iterator[None]:
         server.wait()
 
 
+def sizes_of(pid: int) -> dict[str, float]:
+    """MiB of a process by the names of `smaps_rollup`."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    found = (line.split() for line in lines)
+    return {name.rstrip(":"): int(size) / 1024 for name, size, *_ in found}
+
+
 def peaks_of(command: list[str], log: Path) -> tuple[dict[str, float], float, float]:
     """Runs a command: the peak of each kind of its processes and of all, MiB; wall and CPU s."""
     begun, peaks, seconds = time.monotonic(), dict[str, float](), dict[int, float]()
@@ -82,18 +90,19 @@ def peaks_of(command: list[str], log: Path) -> tuple[dict[str, float], float, fl
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     driver = psutil.Process(process.pid)
     while process.poll() is None:
-        sizes: dict[str, list[float]] = {}
+        now = dict.fromkeys((DRIVER, OTHER, ALL, MAPPED), 0.0)
         try:
             for one in (driver, *driver.children(recursive=True)):
-                kind = "driver" if one.pid == driver.pid else OTHER
-                sizes.setdefault(kind, []).append(one.memory_full_info().pss / MIB)
+                sizes = sizes_of(one.pid)
+                kind = DRIVER if one.pid == driver.pid else OTHER
+                now[kind] = max(now[kind], sizes["Pss_Anon"])
+                now[ALL] += sizes["Pss_Anon"]
+                now[MAPPED] += sizes["Pss_File"]
                 times = one.cpu_times()
                 seconds[one.pid] = times.user + times.system
-        except psutil.Error:
+        except (psutil.Error, OSError, KeyError):  # a process has ended meanwhile
             continue
-        now = {kind: max(each) for kind, each in sizes.items()}
-        now["all"] = sum(map(sum, sizes.values()))
-        peaks = {kind: max(peaks.get(kind, 0), now.get(kind, 0)) for kind in peaks | now}
+        peaks = {kind: max(peaks.get(kind, 0.0), size) for kind, size in now.items()}
         time.sleep(0.5)
     assert process.returncode == 0, log.read_text()[-2000:]
     return peaks, time.monotonic() - begun, sum(seconds.values())
@@ -105,9 +114,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     asked = parser.parse_args()
     print(
-        "| rows | text, MB | wall s | CPU s | driver, MiB | largest other, MiB | all, MiB | steps |"
+        f"| rows | text, MB | wall s | CPU s | {DRIVER}, MiB | {OTHER} | {ALL} | {MAPPED} | steps |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     with bucket_server(), tempfile.TemporaryDirectory() as folder:
         for rows in asked.rows:
             size = write_shards(rows)
@@ -124,8 +133,7 @@ def main() -> None:
             report = json.loads((run / "data.json").read_text())["splits"]
             counted = sum(split["examples"] for split in report.values())
             assert counted == rows, (counted, rows)
-            memory = [peaks.get(kind, 0.0) for kind in ("driver", OTHER, "all")]
-            cells = [f"{each:,.0f}" for each in (rows, size / 1e6, wall, cpu, *memory)]
+            cells = [f"{each:,.0f}" for each in (rows, size / 1e6, wall, cpu, *peaks.values())]
             print("|", " | ".join([*cells, str(final["step"])]), "|", flush=True)
 
 
