@@ -87,23 +87,12 @@ class Written:
 
 def _example(written: Written, labelled: Sequence[Labelled | SpecialText]) -> Example | BadRow:
     made = list[Example]()
-    for one in reversed(labelled):
+    for one in labelled:
         if isinstance(one, SpecialText):
             return BadRow(written.origin, "special_text", str(one))
-        first = len(made) == len(labelled) - 1
-        made.append(
-            Example(
-                written.origin,
-                one.ids,
-                one.mask,
-                written.prompt,
-                others=tuple(reversed(made)) if first else (),
-                ends=one.ends,
-                lost=written.lost if first else (),
-                notes=written.notes if first else (),
-            )
-        )
-    return made[-1]
+        made.append(Example(written.origin, one.ids, one.mask, written.prompt, ends=one.ends))
+    first, *others = made
+    return replace(first, others=tuple(others), lost=written.lost, notes=written.notes)
 
 
 def _written(

@@ -83,9 +83,11 @@ class Template:
         self._plain: dict[int, tuple[Any, Any]] = {}
 
     def render(self, turns: list[Turn], tools: Any, prompt: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans that the template marks). `prompt` adds the header of the assistant. Turns
-        that were rendered before for this row are not rendered again, nor are those that a rendered
-        conversation begins with, if the template writes turn by turn; nobody may change them.
+        """(text, spans that the template marks). `prompt` adds the header of the assistant.
+
+        Renderings of a row are kept until `forget`, and the caller does not change turns meanwhile.
+        Of a template that writes turn by turn, the beginnings of a rendered conversation are cut
+        from it.
 
         Raises:
             Unwritten: the template raises, or there is no turn.
