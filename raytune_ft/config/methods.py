@@ -362,6 +362,7 @@ class Method:
     quantised: its base is held in 4 bits, as keys `quantisation` and `double_quantisation` say.
     packable: `config` is a LoraMethod, and packed/lora.py can pack its trials unless
         `MethodConfig.unpackable` names a key.
+    vllm: vLLM can sample with what it trains, sent as checkpoints export it.
     one_example_rows: why a row cannot hold several examples, None where it can.
     lr_factor: its published learning rate as a multiple of that of `full`; None: not published.
     saved_as: what adapter_config.json calls it, by `peft_type` or `method`; None leaves a model.
@@ -373,6 +374,7 @@ class Method:
     trains: Literal["model", "part", "adapter", "activations"]
     quantised: bool = False
     packable: bool = False
+    vllm: bool = False
     one_example_rows: str | None = None
     lr_factor: float | None = None
     saved_as: str | None = None
@@ -433,13 +435,14 @@ def _prefix() -> ModuleType:
 
 DEFAULT_METHOD = "lora"
 METHODS: dict[str, Method] = {
-    "full": Method(FullMethod, lambda: _freeze().FULL, "model", lr_factor=1.0),
+    "full": Method(FullMethod, lambda: _freeze().FULL, "model", vllm=True, lr_factor=1.0),
     "freeze": Method(FreezeMethod, lambda: _freeze().FREEZE, "part", lr_factor=1.0),
     "lora": Method(
         LoraMethod,
         lambda: _lora().LORA,
         "adapter",
         packable=True,
+        vllm=True,
         lr_factor=10.0,
         saved_as="LORA",
         own_weights="lora_",

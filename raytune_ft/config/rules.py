@@ -559,11 +559,12 @@ def _check_vllm(config: Config) -> None:
                 "write engine: vllm, or leave the key out",
             )
         return
-    if method.name not in ("lora", "full"):
+    if not METHODS[method.name].vllm:
+        loaded = one_of(name for name, facts in METHODS.items() if facts.vllm)
         raise ConfigError(
             f"method.name={method.name}",
             f"leaves weights that vLLM does not load, and {written}",
-            f"write method.name: lora or full, or {embedded}",
+            f"write method.name: {loaded}, or {embedded}",
         )
     fits = ["bfloat16"] if isinstance(method, LoraMethod) else ["bfloat16", "float32"]
     if precision not in fits:
