@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.prompts import prompted
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.sampling import Request
-from raytune_ft.ray_backend.cluster import connect
 from raytune_ft.ray_backend.vllm import seed_of
 from raytune_ft.rundir import RunSpec
+from tests.support.clusters import joined_cluster
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import run
 
@@ -28,20 +26,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="package", autouse=True)
 def cluster() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_USAGE_STATS_ENABLED")}
-    found = [str(FAKE), str(REPOSITORY), *filter(None, [before["PYTHONPATH"]])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(found), "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
-    connect(cluster.address)
-    try:
+    found = [str(FAKE), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with joined_cluster({"num_cpus": 4, "num_gpus": 2}, {"PYTHONPATH": os.pathsep.join(found)}):
         yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 @pytest.fixture(scope="package")

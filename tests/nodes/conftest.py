@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group_table
 
 from raytune_ft.config import yaml_text
-from raytune_ft.ray_backend.cluster import connect
 from tests.ray.conftest import inputs, undisturbed
+from tests.support.clusters import joined_cluster
 from tests.support.runs import make_inputs
 
 __all__ = ["inputs", "nodes", "undisturbed"]
@@ -96,17 +95,6 @@ def write_config(
 
 @pytest.fixture(scope="package")
 def nodes() -> Iterator[Nodes]:
-    settings = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5", "RAY_USAGE_STATS_ENABLED": "0"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    connect(cluster.address)
-    try:
+    settings = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with joined_cluster({"num_cpus": 0}, settings) as cluster:
         yield Nodes(cluster)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
