@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +69,20 @@ def write_rows(path: Path, count: int, kind: str) -> None:
 
 def ours(rows: Path, model: str, folder: Path, processes: int, kind: str) -> int:
     """Tokens of both splits."""
-    from transformers import AutoTokenizer
-
     from raytune_ft.config.data import DataConfig
-    from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.data.processes import in_processes
+    from raytune_ft.data.processes import started_ahead
 
     source = {"path": str(rows)}
     if kind == "chat":
         source |= {"format": "messages", "chat_template": "chatml"}
     data = DataConfig.model_validate({"train": source, "max_length": MAX_LENGTH})
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    workers = partial(in_processes, count=processes)
-    prepared = prepare_data(data, tokenizer, 0, folder, workers=workers)
+    with started_ahead(data, processes) as workers:  # as commands do, before they import the rest
+        from transformers import AutoTokenizer
+
+        from raytune_ft.data.prepare import prepare_data
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        prepared = prepare_data(data, tokenizer, 0, folder, workers=workers)
     return sum(split.tokens for split in prepared.report.splits.values())
 
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 def start(
     module: str, *, new_session: bool = False, environment: Mapping[str, str] | None = None
 ) -> tuple[subprocess.Popen[bytes], Connection]:
-    """`python -m MODULE`, whose last lines call `serve`, and this end of its channel.
+    """`python -m MODULE`, whose last lines call `serve` or `opened`, and this end of its channel.
 
     Args:
         new_session: what the process starts can be ended with it, by its process group.
@@ -36,16 +36,28 @@ def start(
 
 
 def serve(main: Callable[[Connection], None], end: Callable[[], object]) -> None:
-    """Run `main` with the channel of this process; `end` it where the parent is gone, since one
-    that was killed closes no channel and ends no process.
-    """
-    channel, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    """Run `main` with the channel of this process; `end` it where the parent is gone."""
+    channel, parent = opened()
+    watch(parent, end)
+    main(channel)
 
-    def watch() -> None:
+
+def opened() -> tuple[Connection, int]:
+    """(the channel of this process, the number of its parent); Ctrl-C is for the parent, which ends
+    this.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Connection(int(sys.argv[1])), int(sys.argv[2])
+
+
+def watch(parent: int, end: Callable[[], object]) -> None:
+    """Call `end` once the parent is gone, since one that was killed closes no channel and ends no
+    process. A thread looks every second.
+    """
+
+    def look() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
         end()
 
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    main(channel)
+    threading.Thread(target=look, daemon=True).start()

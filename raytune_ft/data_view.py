@@ -16,10 +16,10 @@ from raytune_ft.config.reference import one_of
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import ConfigError
-from raytune_ft.preflight import tokens_of
+from raytune_ft.preflight import makers
 from raytune_ft.records import Tell
 from raytune_ft.report.tables import Table
-from raytune_ft.rundir import probe_storage, run_path
+from raytune_ft.rundir import cache_path, probe_storage, run_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,6 @@ def view(file: Path, overrides: Sequence[str], tell: Tell) -> View:
 
     Raises InputError or RunFailed, as `train` does.
     """
-    from raytune_ft.model.load import load_tokenizer
-
     with ExitStack() as stack:
         if joins_cluster():
             from raytune_ft.ray_backend.cluster import connected
@@ -63,8 +61,15 @@ def view(file: Path, overrides: Sequence[str], tell: Tell) -> View:
             stack.enter_context(connected())
         config = expand_env(resolve(load_config(file, overrides, tell)))
         probe_storage(run_path(config).parent)
+        workers = stack.enter_context(makers(config))
+        # Behind the start of what makes the tokens, since they import for seconds.
+        from raytune_ft.data.prepare import prepare_data
+        from raytune_ft.model.load import load_tokenizer
+
         tokenizer = load_tokenizer(config.model)
-        return View(config, tokens_of(config, tokenizer, tell), tokenizer)
+        cache = cache_path(config)
+        data = prepare_data(config.data, tokenizer, config.seed, cache, tell, workers)
+        return View(config, data, tokenizer)
 
 
 def checked(found: View) -> list[Table]:

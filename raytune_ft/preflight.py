@@ -20,9 +20,8 @@ from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.processes import Workers
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.estimate.parameters import Shell
 
@@ -211,19 +210,20 @@ def check_engines(config: Config) -> None:
     )
 
 
-def tokens_of(config: Config, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> PreparedData:
-    """Tokenise the data of a config that is resolved and expanded: in processes of this machine, or
-    on the joined cluster in tasks. Raises as `prepare_data` does.
+@contextmanager
+def makers(config: Config) -> Iterator[Workers]:
+    """What makes the parts of the tokens: tasks of the joined cluster, or else processes of this
+    machine, which start now; `config` is resolved and expanded.
     """
-    from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.data.processes import Workers, in_processes
-
-    workers: Workers = in_processes
     if joins_cluster():
         from raytune_ft.ray_backend.tokenise import in_tasks
 
-        workers = in_tasks
-    return prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
+        yield in_tasks
+        return
+    from raytune_ft.data.processes import started_ahead
+
+    with started_ahead(config.data) as workers:
+        yield workers
 
 
 def prepare(config: Config, tell: Tell) -> PreparedData:
@@ -231,42 +231,44 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
 
     Raises ModelError, DataError and ConfigError before anything is spent on a cluster.
     """
-    from raytune_ft.data.order import pass_length
-    from raytune_ft.data.prompts import prompted
-    from raytune_ft.data.report import check_overlap
-    from raytune_ft.evaluate.metrics import check_metrics
-    from raytune_ft.model.critic import check_critic
-    from raytune_ft.model.hub import at_path
-    from raytune_ft.model.load import (
-        check_backend,
-        check_files,
-        check_pinned,
-        load_model_config,
-        load_tokenizer,
-    )
-    from raytune_ft.model.meta import build_shapes
-    from raytune_ft.train.distill import check_others
-    from raytune_ft.train.rollouts import with_rewards
-    from raytune_ft.train.setup import (
-        check_lengths,
-        check_objective,
-        check_pairs,
-        check_vocabulary,
-        head_before,
-        head_of,
-    )
-    from raytune_ft.train.trackers import check_trackers
+    with makers(config) as workers:
+        from raytune_ft.data.order import pass_length
+        from raytune_ft.data.prepare import prepare_data
+        from raytune_ft.data.prompts import prompted
+        from raytune_ft.data.report import check_overlap
+        from raytune_ft.evaluate.metrics import check_metrics
+        from raytune_ft.model.critic import check_critic
+        from raytune_ft.model.hub import at_path
+        from raytune_ft.model.load import (
+            check_backend,
+            check_files,
+            check_pinned,
+            load_model_config,
+            load_tokenizer,
+        )
+        from raytune_ft.model.meta import build_shapes
+        from raytune_ft.train.distill import check_others
+        from raytune_ft.train.rollouts import with_rewards
+        from raytune_ft.train.setup import (
+            check_lengths,
+            check_objective,
+            check_pairs,
+            check_vocabulary,
+            head_before,
+            head_of,
+        )
+        from raytune_ft.train.trackers import check_trackers
 
-    if config.promote.base is not None:
-        check_pinned(at_path(config.model, config.promote.base), "promote.base")
-    check_files(config.model)
-    load_model_config(config.model, head_before(config))
-    check_backend(config.method)
-    check_others(config)
-    check_metrics(config)
-    check_trackers(config.tracking)
-    tokenizer = load_tokenizer(config.model)
-    data = tokens_of(config, tokenizer, tell)
+        if config.promote.base is not None:
+            check_pinned(at_path(config.model, config.promote.base), "promote.base")
+        check_files(config.model)
+        load_model_config(config.model, head_before(config))
+        check_backend(config.method)
+        check_others(config)
+        check_metrics(config)
+        check_trackers(config.tracking)
+        tokenizer = load_tokenizer(config.model)
+        data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     data = prompted(config, data, tokenizer, config.seed)
     data = with_rewards(config, data)

@@ -43,7 +43,7 @@ from raytune_ft.data.formats.unpaired import partners_of
 from raytune_ft.data.matches import Matches, count_matches, keyed
 from raytune_ft.data.order import Drawable, Indices, hold_out
 from raytune_ft.data.parts import Examples, Part, columns_of
-from raytune_ft.data.processes import Workers, in_processes
+from raytune_ft.data.processes import LocalProcesses, Workers
 from raytune_ft.data.report import (
     DataReport,
     SourceReport,
@@ -235,7 +235,7 @@ def prepare_data(
             return open_prepared(target)
         work = Work(sources, data, encoder, folder, kept)
         check_room(work)
-        reports, rated = _made(work, list(configs), workers or in_processes, tell)
+        reports, rated = _made(work, list(configs), workers or LocalProcesses(), tell)
         keep_folder(
             target,
             lambda building: assemble(building, work, reports, rated, seed, tell),

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections import Counter, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import send_handle
 from typing import Protocol
 
 import psutil
 
 from raytune_ft import child
+from raytune_ft.config.data import DataConfig, source_configs
+from raytune_ft.data.sources import local_bytes
 from raytune_ft.data.tokenise import Work, make_part
 from raytune_ft.errors import DataError, RunFailed
 from raytune_ft.records import Tell
@@ -23,8 +28,8 @@ from raytune_ft.records import Tell
 Made = Generator[tuple[int, Exception | None], None, None]
 """(number of a part, why it could not be made), as they are done, in any order."""
 
-WORTH_BYTES = 16 * 2**20
-"""Text that takes longer than the start of a process, which imports transformers."""
+WORTH_BYTES = 8 * 2**20
+"""Text that takes longer than the start of processes, which imports transformers once."""
 PROCESS_BYTES = 2**30
 """Memory that a process may take."""
 DEATHS = 3
@@ -53,51 +58,127 @@ def attempt(work: Work, number: int) -> Exception | None:
     return None
 
 
-def in_processes(work: Work, numbers: Sequence[int], tell: Tell, count: int | None = None) -> Made:
-    """In `count` processes; by default as many as there are CPUs and memory for, and none but this
-    one where there is little text.
+@dataclass(frozen=True)
+class LocalProcesses:
+    """Makes parts in processes of this machine.
 
-    Raises:
-        RunFailed: processes die again and again over one part.
+    Attributes:
+        count: of the processes; by default as many as there are CPUs and memory for, and none but
+            this one where there is little text.
+        server: what forks them, if it has been started ahead.
+    """
+
+    count: int | None = None
+    server: Server | None = None
+
+    def __call__(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
+        """Raises RunFailed where processes die again and again over one part."""
+        count = self.count
+        if count is None:
+            pieces = work.pieces
+            worth = sum(pieces[number][1].bytes for number in numbers) >= WORTH_BYTES
+            count = _room() if worth else 1
+        count = min(count, len(numbers))
+        if count <= 1:
+            yield from in_this_process(work, numbers, tell)
+            return
+        tell(f"data: {len(numbers)} parts in {count} processes")
+        with ExitStack() as stack:
+            server = self.server or stack.enter_context(closing(Server()))
+            pool = stack.enter_context(closing(_Pool(work, deque(numbers), count, server)))
+            yield from pool.made()
+
+
+def _room() -> int:
+    """How many processes this machine has CPUs and memory for."""
+    return min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // PROCESS_BYTES)
+
+
+@contextmanager
+def started_ahead(data: DataConfig, count: int | None = None) -> Iterator[LocalProcesses]:
+    """Processes that start while this one still imports what the rest of a command needs, where
+    local files have much text; `count` is that of `LocalProcesses`.
     """
     if count is None:
-        pieces = work.pieces
-        worth = sum(pieces[number][1].bytes for number in numbers) >= WORTH_BYTES
-        room = psutil.virtual_memory().available // PROCESS_BYTES
-        count = min(len(os.sched_getaffinity(0)), room) if worth else 1
-    count = min(count, len(numbers))
-    if count <= 1:
-        yield from in_this_process(work, numbers, tell)
-        return
-    pool = _Pool(work, deque(numbers), count)
-    tell(f"data: {len(numbers)} parts in {count} processes")
-    try:
-        yield from pool.made()
-    finally:
-        pool.close()
+        text = sum(map(local_bytes, source_configs(data).values()))
+        worth = text >= WORTH_BYTES and _room() > 1
+    else:
+        worth = count > 1
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(Server())) if worth else None
+        yield LocalProcesses(count, server)
 
 
+class Server:
+    """A process of a single thread that has imported what parts need, and forks those that make
+    them: imports and the tokenizer cost their time once, and may do so before there is any work.
+    """
+
+    def __init__(self) -> None:
+        self._work: Work | None = None
+        self._start()
+
+    def _start(self) -> None:
+        # numpy's threads start with its import, and a tokenizer's with the first texts.
+        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = {**os.environ, **single, "TOKENIZERS_PARALLELISM": "false"}
+        self.process, self._channel = child.start("raytune_ft.data.worker", environment=environment)
+        if self._work is not None:
+            self._channel.send(("work", self._work))
+
+    def give(self, work: Work) -> None:
+        """What processes forked from now on make parts of."""
+        self._work = work
+        with suppress(OSError):  # it has died; a fork starts another
+            self._channel.send(("work", work))
+
+    def fork(self) -> tuple[int, Connection]:
+        """(the number of a new process, its channel). Raises RunFailed if it keeps dying."""
+        for _ in range(DEATHS):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    self._channel.send(("fork",))
+                    send_handle(self._channel, theirs.fileno(), self.process.pid)
+                    return self._channel.recv(), Connection(ours.detach())
+                except (EOFError, OSError):
+                    ours.close()
+                    self.close()
+                    self._start()
+        raise RunFailed(
+            f"the process that starts those which tokenise died {DEATHS} times; what it printed "
+            "says why"
+        )
+
+    def end(self, pid: int) -> int | None:
+        """The exit code of a process, which is killed if it is alive; None where the server that
+        forked it is gone, with which it ends.
+        """
+        try:
+            self._channel.send(("end", pid))
+            code: int | None = self._channel.recv()
+        except (EOFError, OSError):
+            return None
+        return code
+
+    def close(self) -> None:
+        """End the server."""
+        self._channel.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass(eq=False)
 class _Process:
     """One process, and the part that it is making."""
 
-    def __init__(self, work: Work) -> None:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        self.process, self.channel = child.start("raytune_ft.data.worker", environment=environment)
-        self.number: int | None = None
-        self._work: Work | None = work
+    pid: int
+    channel: Connection
+    number: int | None = None
 
     def give(self, number: int) -> None:
         self.number = number
-        if self._work is not None:  # the first part; by now all processes have been started
-            self.channel.send(self._work)
-            self._work = None
         self.channel.send(number)
-
-    def end(self) -> int:
-        """Its exit code."""
-        self.channel.close()
-        self.process.kill()
-        return self.process.wait()
 
 
 @dataclass
@@ -105,14 +186,14 @@ class _Pool:
     work: Work
     waiting: deque[int]
     count: int
+    server: Server
     deaths: Counter[int] = field(default_factory=Counter)
     running: list[_Process] = field(default_factory=list)
-    failed: int | None = None
 
     def made(self) -> Made:
         left = len(self.waiting)
-        self.running = [_Process(self.work) for _ in range(self.count)]
-        idle = deque(self.running)
+        self.server.give(self.work)
+        idle = deque(self._started() for _ in range(self.count))
         while left:
             while idle and self.waiting:
                 process, number = idle.popleft(), self.waiting.popleft()
@@ -136,22 +217,30 @@ class _Pool:
                     left -= len(behind)
                 yield number, error
 
+    def _started(self) -> _Process:
+        self.running.append(_Process(*self.server.fork()))
+        return self.running[-1]
+
     def _replaced(self, process: _Process) -> _Process:
-        code, number = process.end(), process.number
-        self.running.remove(process)
+        number, code = process.number, self._end(process)
         assert number is not None
         self.deaths[number] += 1
         if self.deaths[number] >= DEATHS:
-            why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            why = "killed" if code is None else f"exit code {code}"
+            why = signal.Signals(-code).name if code is not None and code < 0 else why
             label = self.work.sources[self.work.pieces[number][0]][0].label
             raise RunFailed(
                 f"{label}: {DEATHS} processes died while they made part {number} ({why}); give "
                 "them more memory, or start again: the other parts are kept"
             )
         self.waiting.appendleft(number)
-        self.running.append(_Process(self.work))
-        return self.running[-1]
+        return self._started()
+
+    def _end(self, process: _Process) -> int | None:
+        self.running.remove(process)
+        process.channel.close()
+        return self.server.end(process.pid)
 
     def close(self) -> None:
-        for process in self.running:
-            process.end()
+        for process in list(self.running):
+            self._end(process)

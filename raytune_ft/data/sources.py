@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH_ROWS = 1000
-PIECE_BYTES = (2**20, 64 * 2**20)
+PIECE_BYTES = (2**19, 64 * 2**20)
 """The least and the most bytes of a piece, where `open_source` is not told them."""
 PIECES = 64
 """About how many there are between these limits."""
@@ -73,6 +74,11 @@ class Shard:
     def kind(self) -> str:
         """The extension without that of a compression."""
         return file_kind(self.path)[0]
+
+    @property
+    def text_bytes(self) -> int:
+        """About the size of its text."""
+        return self.size * (1 if file_kind(self.path)[1] is None else COMPRESSED)
 
 
 @dataclass(frozen=True)
@@ -324,6 +330,16 @@ def _files(label: str, source: SourceConfig, written: str) -> tuple[str, list[Sh
     raise DataError(f"{label}.path={written}", "does not exist", remedy)
 
 
+def local_bytes(source: SourceConfig) -> int:
+    """About how much text files on this machine have; 0 of what is elsewhere or cannot be found."""
+    size = 0
+    for written in source.paths:
+        with suppress(DataError, OSError):
+            shards = [] if is_url(written) else _files("", source, written)[1]
+            size += sum(shard.text_bytes for shard in shards)
+    return size
+
+
 def _fixed(written: str) -> str:
     """The directories of a glob or a folder before the first one that is not fixed."""
     if not is_glob(written):
@@ -434,16 +450,15 @@ def _scanned(
     texts are read from their beginning.
     """
     kind, compression = file_kind(shard.path)
-    text = shard.size * (1 if compression is None else COMPRESSED)
     if is_url(shard.path):
         facts = "\0".join((shard.name, str(shard.size), shard.stamp))
-        return hashlib.sha256(facts.encode()).digest(), [Piece(number, bytes=text)]
+        return hashlib.sha256(facts.encode()).digest(), [Piece(number, bytes=shard.text_bytes)]
     lines = kind in (".jsonl", ".tsv") or (kind == ".txt" and source.rows == "lines")
     if lines and compression is None:
         return _cut(number, shard, limit)
     digest = _digest(Path(shard.path))
     if kind != ".parquet":
-        return digest, [Piece(number, bytes=text)]
+        return digest, [Piece(number, bytes=shard.text_bytes)]
     facts = pq.ParquetFile(shard.path).metadata
     pieces, start, line, held, rows = list[Piece](), 0, 1, 0, 0
     for group in range(facts.num_row_groups):

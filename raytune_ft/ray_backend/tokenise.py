@@ -15,9 +15,9 @@ from raytune_ft.config.paths import is_url
 from raytune_ft.data.processes import (
     DEATHS,
     WORTH_BYTES,
+    LocalProcesses,
     Made,
     attempt,
-    in_processes,
     in_this_process,
 )
 from raytune_ft.data.tokenise import Work
@@ -77,7 +77,7 @@ def spread(work: Work, numbers: Sequence[int], tell: Tell) -> Made:
             ray.cancel(reference, force=True)
     if unseen:
         tell(f"data: {len(unseen)} parts are of files that only this machine sees")
-        yield from in_processes(work, sorted(unseen), tell)
+        yield from LocalProcesses()(work, sorted(unseen), tell)
 
 
 def make_part_here(sent: list[Any], number: int) -> tuple[bool, Exception | None]:

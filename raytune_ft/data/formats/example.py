@@ -161,6 +161,10 @@ class Encoder:
         """Tells where tokens stand, if the tokenizer is byte-level."""
         return byte_tokens(self.tokenizer)
 
+    def find_facts(self) -> None:
+        """Find now what is otherwise found on first use."""
+        _ = self.special, self.added, self.bytes
+
     def notes(self, source: SourceConfig, *texts: str) -> tuple[str, ...]:
         """The note of an example whose texts spell special tokens that are read as text."""
         read_as_text = source.special_tokens == "text"

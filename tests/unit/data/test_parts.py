@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from raytune_ft.data import processes
 from raytune_ft.data.matches import count_matches, keyed
 from raytune_ft.data.order import quotas_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
-from raytune_ft.data.processes import in_processes
+from raytune_ft.data.processes import LocalProcesses, Server, started_ahead
 from raytune_ft.errors import DataError, RunFailed, StorageError
 
 WORDS = [f"w{number}" for number in range(200)]
@@ -129,18 +129,51 @@ def test_a_process_that_is_killed_costs_its_part(
         given.append(number)
         give(self, number)
         if not killed and len(given) == 4:
-            self.process.send_signal(signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
             killed.append(number)
 
     monkeypatch.setattr(processes._Process, "give", record)
     lines: list[str] = []
-    workers = partial(in_processes, count=2)
+    workers = LocalProcesses(2)
     found = content(prepare(piece_bytes=20_000, workers=workers, progress=lines.append))
     assert found == expected
     assert killed
     assert given.count(killed[0]) == 2  # and no other part was made twice
     assert len(given) == len(set(given)) + 1
     assert any("parts in 2 processes" in line for line in lines)
+    assert not children()
+
+
+def test_one_thread_forks_and_a_killed_server_is_replaced(
+    prepare: Prepare, data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork takes no other thread along, and so may leave a lock held. The server outlasts a use,
+    and the parts of one that is killed are made again.
+    """
+    expected = content(prepare())
+    threads, servers = list[int](), set[int]()
+    fork, give = Server.fork, processes._Process.give
+
+    def count_threads(self: Server) -> Any:
+        made = fork(self)
+        threads.append(len(list(Path(f"/proc/{self.process.pid}/task").iterdir())))
+        servers.add(self.process.pid)
+        return made
+
+    def kill(self: Any, number: int) -> None:
+        give(self, number)
+        if len(servers) == 1 and number == 3:
+            os.kill(next(iter(servers)), signal.SIGKILL)
+
+    monkeypatch.setattr(Server, "fork", count_threads)
+    with started_ahead(data, 2) as workers:
+        assert content(prepare(piece_bytes=20_000, workers=workers)) == expected
+        assert len(threads) == 2
+        assert len(servers) == 1
+        monkeypatch.setattr(processes._Process, "give", kill)
+        assert content(prepare(piece_bytes=20_000, workers=workers)) == expected
+    assert len(servers) == 2
+    assert set(threads) == {1}
     assert not children()
 
 
@@ -155,10 +188,10 @@ def test_processes_that_always_die_end_the_run(
     def kill(self: Any, number: int) -> None:
         give(self, number)
         if number == 1:
-            self.process.send_signal(signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
     monkeypatch.setattr(processes._Process, "give", kill)
-    workers = partial(in_processes, count=2)
+    workers = LocalProcesses(2)
     with pytest.raises(RunFailed, match=r"3 processes died while they made part 1 \(SIGKILL\)"):
         prepare_data(data, tiny, 0, tmp_path / "cache", workers=workers, piece_bytes=20_000)
     assert not children()
@@ -215,7 +248,7 @@ def test_the_first_bad_part_is_the_one_that_is_named(
 ) -> None:
     strict = data.model_copy(update={"too_long": "error", "max_length": 40})
     found = []
-    for workers, size in ((None, None), (partial(in_processes, count=2), 9000)):
+    for workers, size in ((None, None), (LocalProcesses(2), 9000)):
         with pytest.raises(DataError, match=r"over data\.max_length=40") as refused:
             prepare_data(strict, tiny, 0, tmp_path / "cache", workers=workers, piece_bytes=size)
         found.append(str(refused.value))

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ft.bucket import Bucket
 from raytune_ft.config.data import DataConfig, SourceConfig, name_of_path
 from raytune_ft.data.prepare import prepare_data
-from raytune_ft.data.processes import in_processes
+from raytune_ft.data.processes import LocalProcesses
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import Source, open_source
 from raytune_ft.errors import DataError
@@ -266,7 +266,7 @@ def test_tokens_of_a_bucket_are_those_of_its_files(
     found = []
     for number, path in enumerate((f"{shards}/**/a-*", "s3://models/data/**/a-*")):
         data = DataConfig.model_validate({"train": {"path": path}})
-        workers = partial(in_processes, count=2)
+        workers = LocalProcesses(2)
         cache = tmp_path / str(number)
         prepared = prepare_data(data, tiny, 0, cache, workers=workers, piece_bytes=300)
         found.append((prepared.report.splits, prepared.train.sha256))
