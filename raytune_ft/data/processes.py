@@ -32,6 +32,12 @@ WORTH_BYTES = 8 * 2**20
 """Text that takes longer than the start of processes, which imports transformers once."""
 PROCESS_BYTES = 2**30
 """Memory that a process may take."""
+NO_THREADS = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Keeps numpy, an allocator of pyarrow's and tokenizers from starting threads."""
 DEATHS = 3
 """So many processes may die over one part."""
 
@@ -119,10 +125,9 @@ class Server:
         self._start()
 
     def _start(self) -> None:
-        # numpy's threads start with its import, and a tokenizer's with the first texts.
-        single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = {**os.environ, **single, "TOKENIZERS_PARALLELISM": "false"}
-        self.process, self._channel = child.start("raytune_ft.data.worker", environment=environment)
+        self.process, self._channel = child.start(
+            "raytune_ft.data.worker", environment=os.environ | NO_THREADS
+        )
         if self._work is not None:
             self._channel.send(("work", self._work))
 
