@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_ft.data.order import Indices
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.split import TokenizedSplit, parts_of
 
 Row = tuple[int, ...]

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig, MixedSource
+from raytune_ft.data.arrays import Empty, Indices, joined, numbered, spans, taken, where
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
 
-Indices = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
+Members = Indices | range
 
 
 def quotas_of(data: DataConfig, split: TokenizedSplit) -> tuple[int, ...]:
@@ -100,9 +101,14 @@ def _length(data: DataConfig, shares: Sequence[float], counts: Sequence[int]) ->
 
 
 def draw_validation(
-    count: int, fraction: float, seed: int, source: int = 0, label: str = "train"
-) -> tuple[Indices, Indices]:
-    """Indices for train and for validation out of `count` examples, both in ascending order.
+    count: int,
+    fraction: float,
+    seed: int,
+    source: int = 0,
+    label: str = "train",
+    empty: Empty = np.empty,
+) -> npt.NDArray[np.bool_]:
+    """[count], which of `count` examples are for validation; the others are for train.
 
     Raises:
         DataError: one of the two would be empty.
@@ -114,8 +120,11 @@ def draw_validation(
             f"write at least 2 {label} rows, or a validation source",
         )
     size = min(max(1, round(count * fraction)), count - 1)
-    order = np.random.default_rng([seed, source]).permutation(count)
-    return np.sort(order[size:]), np.sort(order[:size])
+    order = numbered(count, empty)
+    np.random.default_rng([seed, source]).shuffle(order)
+    is_held = np.zeros(count, np.bool_)
+    is_held[order[:size]] = True
+    return is_held
 
 
 @dataclass(frozen=True)
@@ -137,23 +146,24 @@ class Drawable:
 
 
 def hold_out(
-    drawn: Drawable, fraction: float, seed: int, names: Sequence[str]
+    drawn: Drawable, fraction: float, seed: int, names: Sequence[str], empty: Empty = np.empty
 ) -> tuple[Indices, Indices]:
     """Which examples are for train and which for validation; every source gives the fraction, so
     that each is measured.
 
     Examples of one row stay together, and so do equal prompts where answers are compared, of all
-    sources.
+    sources. `empty` makes the arrays that are as long as the data.
     """
-    kept, held = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for number in np.unique(drawn.sources).tolist():
-        own = np.flatnonzero(drawn.sources == number)
+    kept, held = list[Indices](), list[Indices]()
+    numbers = (set(drawn.sources[at].tolist()) for at in spans(len(drawn.sources)))
+    for number in sorted(set().union(*numbers)):
+        own = where(drawn.sources == number, empty)
         is_rated = number in drawn.rated
         if is_rated:
             assert drawn.prompts is not None
             groups = _numbered(drawn.prompts[own])
         else:
-            groups = np.cumsum(np.append(False, np.diff(drawn.rows[own]) != 0))
+            groups = _runs(taken(drawn.rows, own, empty))
         count = int(groups.max()) + 1
         if count == 1 and is_rated:
             raise DataError(
@@ -165,15 +175,14 @@ def hold_out(
             groups = np.arange(len(own))
             count = len(own)
         label = f"train.{names[number]}" if names else "train"
-        _, validation = draw_validation(count, fraction, seed, number, label)
-        is_held = np.zeros(count, np.bool_)
-        is_held[validation] = True
+        is_held = draw_validation(count, fraction, seed, number, label, empty)
         if is_rated:
             order = np.argsort(groups, kind="stable")
             own, groups = own[order], groups[order]
-        kept.append(own[~is_held[groups]])
-        held.append(own[is_held[groups]])
-    train, validation = np.concatenate(kept), np.concatenate(held)
+        held_n = taken(is_held, groups, np.empty)
+        kept.append(taken(own, where(~held_n, empty), empty))
+        held.append(taken(own, where(held_n, empty), empty))
+    train, validation = joined(kept, empty), joined(held, empty)
     if drawn.prompts is None:
         return train, validation
     # Another source may ask the same.
@@ -181,6 +190,17 @@ def hold_out(
     asked = drawn.prompts[validation[is_rated_n[validation]]]
     also = np.isin(drawn.prompts[train], asked)
     return train[~also], np.concatenate([validation, train[also]])
+
+
+def _runs(rows: Indices) -> Indices:
+    """The number of each one's run of equal rows, written over them."""
+    before, number = rows[0], 0
+    for at in spans(len(rows)):
+        own = rows[at].copy()
+        starts = np.diff(own, prepend=before) != 0
+        rows[at] = number + np.cumsum(starts)
+        before, number = own[-1], int(rows[at.stop - 1])
+    return rows
 
 
 def _numbered(keys: npt.NDArray[np.bytes_]) -> Indices:
@@ -197,7 +217,9 @@ PLACES, CHANCES = 2**32 - 1, 2**32 - 2
 
 def permutation(seed: int, number: int, n: int, stream: int = 0) -> Indices:
     """The order of `n` things in pass `number`; every pass has its own."""
-    return np.random.default_rng([seed, number, stream]).permutation(n)
+    order: Indices = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
+    np.random.default_rng([seed, number, stream]).shuffle(order)
+    return order
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,19 +252,19 @@ class Order:
     """The stream over a split.
 
     Attributes:
-        members: for each source, its examples in the split.
+        members: for each source, its examples in the split; of an only one they are all.
         quotas: for each source, how many of its examples a pass holds.
     """
 
     seed: int
-    members: tuple[Indices, ...]
+    members: tuple[Members, ...]
     quotas: tuple[int, ...]
     curriculum: Curriculum | None = None
 
     @classmethod
     def plain(cls, seed: int, n: int) -> Order:
         """Over `n` examples of one source."""
-        return cls(seed, (np.arange(n),), (n,))
+        return cls(seed, (range(n),), (n,))
 
     def __len__(self) -> int:
         """Examples of a pass, that is, of an epoch."""
@@ -263,14 +285,16 @@ class Order:
 @lru_cache(maxsize=16)
 def _whole_pass(order: Order, number: int) -> Indices:
     """`[len(order)]`: the examples of a pass."""
+    curriculum = order.curriculum
+    if len(order.members) == 1 and (curriculum is None or curriculum.schedule == "sort"):
+        return _own(order, 0, number * len(order), len(order))
     sources_P = np.repeat(np.arange(len(order.quotas)), order.quotas)
     if len(order.members) > 1:
         sources_P = sources_P[permutation(order.seed, number, len(order), PLACES)]
     found_P = np.empty(len(order), np.int64)
     for source, (members, quota) in enumerate(zip(order.members, order.quotas, strict=True)):
         places = np.flatnonzero(sources_P == source)
-        found_P[places] = members[_own(order, source, number * quota, quota)]
-    curriculum = order.curriculum
+        found_P[places] = np.asarray(members)[_own(order, source, number * quota, quota)]
     if curriculum is None or curriculum.schedule == "sort":
         return found_P
     positions_P = number * len(order) + np.arange(len(order))
@@ -279,21 +303,21 @@ def _whole_pass(order: Order, number: int) -> Indices:
         places = np.flatnonzero((sources_P == source) & (positions_P < curriculum.end))
         open_P = np.ceil(curriculum.share(positions_P[places]) * len(members))
         picks = (chances_P[places] * open_P).astype(np.int64)
-        found_P[places] = members[curriculum.ranked[source][picks]]
+        found_P[places] = np.asarray(members)[curriculum.ranked[source][picks]]
     return found_P
 
 
 def _own(order: Order, source: int, start: int, count: int) -> Indices:
     """Examples `start .. start + count - 1` of a source's own stream, by their place in it."""
     n = len(order.members[source])
-    parts = [np.empty(0, np.int64)]
+    parts = list[Indices]()
     position, end = start, start + count
     while position < end:
         number, offset = divmod(position, n)
         take = min(n - offset, end - position)
         parts.append(permutation(order.seed, number, n, source)[offset : offset + take])
         position += take
-    drawn = np.concatenate(parts)
+    drawn = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
     curriculum = order.curriculum
     if curriculum is None or curriculum.schedule != "sort":
         return drawn
@@ -302,16 +326,16 @@ def _own(order: Order, source: int, start: int, count: int) -> Indices:
 
 
 def ranked(
-    members: tuple[Indices, ...], difficulty: Numbers, hard_first: bool
+    members: tuple[Members, ...], difficulty: Numbers, hard_first: bool
 ) -> tuple[Indices, ...]:
     """`Curriculum.ranked`; examples of equal difficulty keep the order of the rows."""
     signed = -difficulty if hard_first else difficulty
-    return tuple(np.argsort(signed[each], kind="stable") for each in members)
+    return tuple(np.argsort(signed[np.asarray(each)], kind="stable") for each in members)
 
 
-def members_of(split: TokenizedSplit, count: int) -> tuple[Indices, ...]:
+def members_of(split: TokenizedSplit, count: int) -> tuple[Members, ...]:
     """The examples of each of `count` sources; a split without a column `source` has one."""
     numbers = split.source_numbers
     if numbers is None:
-        return (np.arange(len(split)),)
+        return (range(len(split)),)
     return tuple(np.flatnonzero(numbers == number) for number in range(count))

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raytune_ft.data.arrays import Indices, empty_on_disk
 from raytune_ft.data.formats import Example
 from raytune_ft.data.split import PARTS, Column, Mask, TokenIds
 from raytune_ft.errors import RunFailed
@@ -42,8 +43,6 @@ SCHEMA = pa.schema(
 a pair, a hash of both answers in any order, and which of them is chosen. `more`: columns, labels
 and difficulty in JSON, if it has any.
 """
-
-Indices = npt.NDArray[np.int64]
 
 
 def fingerprint(ids: TokenIds, mask: Mask) -> bytes:
@@ -143,10 +142,12 @@ class Part:
 
 
 class Examples:
-    """The examples of several parts, one after another; `source` of a part numbers its source."""
+    """The examples of several parts, one after another; `source` of a part numbers its source.
+    Arrays that are as long as they are lie in `scratch`.
+    """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[Part], scratch: Path) -> None:
+        self.parts, self.scratch = parts, scratch
         places = [(part, n) for part in parts for n in range(len(part.blocks))]
         self._places = places
         counts = [part.blocks[n] for part, n in places]
@@ -155,6 +156,10 @@ class Examples:
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def empty(self, length: int, dtype: Any) -> npt.NDArray[Any]:
+        """Zeros in `scratch`."""
+        return empty_on_disk(self.scratch, length, dtype)
 
     def blocks(self, *names: str) -> Iterator[tuple[slice, Part, Any]]:
         """(which examples, their part, these columns of them), in order."""
@@ -165,7 +170,7 @@ class Examples:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int32]:
         """[n], tokens of each example."""
-        lengths_n = np.empty(len(self), np.int32)
+        lengths_n = self.empty(len(self), np.int32)
         for span, _, found in self.blocks("tokens"):
             lengths_n[span] = found["tokens"].to_numpy()
         return lengths_n
@@ -173,14 +178,14 @@ class Examples:
     @cached_property
     def sources(self) -> npt.NDArray[np.int16]:
         """[n], the number of each example's source."""
-        sources_n = np.empty(len(self), np.int16)
+        sources_n = self.empty(len(self), np.int16)
         for number, (part, _) in enumerate(self._places):
             sources_n[self._first[number] : self._first[number + 1]] = part.source
         return sources_n
 
     def rows(self) -> Indices:
         """[n], equal for examples of one row."""
-        rows_n, before = np.empty(len(self), np.int64), {}
+        rows_n, before = self.empty(len(self), np.int64), {}
         total = 0
         for part in self.parts:
             before[part.path] = total
@@ -267,12 +272,14 @@ def columns_of(
     lacks a column, by default 0.
     """
     columns: dict[str, Column] = {}
-    difficulty = np.zeros(len(examples))
+    difficulty = examples.empty(len(examples), np.float64)
     for number, _, found in examples.more():
         difficulty[number] = found.get("difficulty", 0.0)
         for name, values in found.get("columns", {}).items():
             if name not in columns:
-                shape = (len(examples), len(values))
-                columns[name] = np.full(shape, absent.get(name, 0.0), np.float32)
+                flat = examples.empty(len(examples) * len(values), np.float32)
+                columns[name] = flat.reshape(-1, len(values))
+                if name in absent:
+                    columns[name][:] = absent[name]
             columns[name][number] = values
     return columns, difficulty

@@ -2,7 +2,7 @@
 
 Parts of the sources are tokenised apart from each other, in any processes and in any order
 (`tokenise.py`). The driver adds up what they counted, draws the splits, and copies the tokens block
-by block: it holds some 30 bytes for each example, and never all tokens.
+by block: what it has for each example lies on disk (`arrays.py`), but for a byte or two.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.config.reference import one_of
+from raytune_ft.data.arrays import Indices, numbered, spans, summed, taken
 from raytune_ft.data.formats import WEIGHT, Encoder, found_format
 from raytune_ft.data.formats.classification import TARGET, label_names, targets_of
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.formats.unpaired import partners_of
 from raytune_ft.data.matches import Matches, count_matches, keyed
-from raytune_ft.data.order import Drawable, Indices, hold_out
+from raytune_ft.data.order import Drawable, hold_out
 from raytune_ft.data.parts import Examples, Part, columns_of
 from raytune_ft.data.processes import LocalProcesses, Workers
 from raytune_ft.data.report import (
@@ -52,7 +53,7 @@ from raytune_ft.data.report import (
     source_counts,
 )
 from raytune_ft.data.sources import Source, open_source
-from raytune_ft.data.split import Column, Mask, TokenIds, TokenizedSplit, write_split
+from raytune_ft.data.split import Column, Mask, TokenIds, TokenizedSplit, length_range, write_split
 from raytune_ft.data.tokenise import Tally, Work, bytes_per_byte, reported, summary
 from raytune_ft.errors import DataError, InputError, RunFailed, StorageError, first_line
 from raytune_ft.files import sha256_of
@@ -171,13 +172,13 @@ class PreparedData:
     @property
     def extent(self) -> tuple[int, int]:
         """The lengths of the shortest and of the longest sequence."""
-        lengths = [np.diff(split.part_offsets) for split in self.all_splits.values()]
-        return int(min(map(np.min, lengths))), int(max(map(np.max, lengths)))
+        ranges = [length_range(split.part_offsets) for split in self.all_splits.values()]
+        return min(shortest for shortest, _ in ranges), max(longest for _, longest in ranges)
 
     @property
     def widest(self) -> int:
         """The tokens of the longest example, whose sequences share a row where rows are packed."""
-        return max(int(split.lengths.max(initial=0)) for split in self.all_splits.values())
+        return max(length_range(split.offsets)[1] for split in self.all_splits.values())
 
     @property
     def all_splits(self) -> dict[str, TokenizedSplit]:
@@ -360,7 +361,7 @@ def assemble(
         parts.setdefault(name.partition(".")[0], []).extend(
             replace(part, source=number) for part in own
         )
-    read = {name: Examples(parts[name]) for name in SPLITS if name in parts}
+    read = {name: Examples(parts[name], work.folder) for name in SPLITS if name in parts}
     chosen = _chosen(read, data, seed, called, frozenset(rated_numbers))
     labels: tuple[str, ...] = ()
     if any(FORMATS[source.format].labels for _, source in work.sources):
@@ -416,14 +417,19 @@ def _chosen(
     called: tuple[str, ...],
     rated: frozenset[int],
 ) -> Chosen:
-    found = {name: (examples, np.arange(len(examples))) for name, examples in read.items()}
+    drawn_from = "train" if isinstance(data.validation, float) else None
+    found = {
+        name: (examples, numbered(len(examples), examples.empty))
+        for name, examples in read.items()
+        if name != drawn_from
+    }
     if isinstance(data.validation, float):
         train = read["train"]
         prompts = None
         if rated:
             prompts = np.concatenate([raw.view("S16")[:, 0] for _, raw in train.hashes("prompt")])
         drawn = Drawable(train.sources, train.rows(), prompts, rated)
-        kept, held = hold_out(drawn, data.validation, seed, called)
+        kept, held = hold_out(drawn, data.validation, seed, called, train.empty)
         found["train"], found["validation"] = (train, kept), (train, held)
     return {name: found[name] for name in SPLITS if name in found}
 
@@ -448,16 +454,23 @@ def _columns_of(
     columns, difficulty = found
     if not labels and name != "train" and RATIONALE in columns:
         order = order[columns[RATIONALE][order, 0] != 1.0]
-    own = {column: values[order] for column, values in columns.items()}
+    own = {column: taken(values, order, examples.empty) for column, values in columns.items()}
     if labels:
         rows = {n: (origin, tuple(more["labels"])) for n, origin, more in examples.more()}
         own[TARGET] = targets_of(name, (rows[n] for n in order.tolist()), data, labels)
     written = getattr(data, name)
     if isinstance(data.train if isinstance(written, float) else written, list):
-        own["source"] = examples.sources[order].astype(np.float32)[:, None]
+        own["source"] = _as_column(examples.sources, order, examples)
     if name == "train" and difficulty_column(data) is not None:
-        own["difficulty"] = difficulty[order].astype(np.float32)[:, None]
+        own["difficulty"] = _as_column(difficulty, order, examples)
     return own, order
+
+
+def _as_column(values: npt.NDArray[Any], order: Indices, examples: Examples) -> Column:
+    found = examples.empty(len(order), np.float32)
+    for at in spans(len(order)):
+        found[at] = values[order[at]]
+    return found[:, None]
 
 
 def _write_split(
@@ -477,14 +490,14 @@ def _write_split(
             label_tokens += int(mask.sum()) - int(mask[firsts].sum())
             yield ids, mask
 
-    offsets = np.concatenate([[0], np.cumsum(examples.lengths[order], dtype=np.int64)])
+    offsets = summed(taken(examples.lengths, order, examples.empty), examples.empty)
     sha256 = write_split(folder / f"{name}.arrow", offsets, columns, blocks())
     return SplitReport(
         examples=len(order),
         tokens=int(offsets[-1]),
         label_tokens=label_tokens,
         sha256=sha256,
-        sources=source_counts(examples.sources[order], called) if "source" in columns else {},
+        sources=source_counts(columns["source"][:, 0], called) if "source" in columns else {},
     )
 
 
@@ -501,11 +514,12 @@ def _in_classes(
 
     def blocks() -> Iterator[npt.NDArray[Any]]:
         for examples, order, of_class in members:
-            class_n = np.full(len(examples), -1, np.int32)
-            class_n[order] = of_class
+            class_n = examples.empty(len(examples), np.int32)
+            for at in spans(len(order)):  # 0 is that of no class
+                class_n[order[at]] = 1 + (of_class if isinstance(of_class, int) else of_class[at])
             for span, keys in examples.hashes(column):
-                inside = class_n[span] >= 0
-                yield keyed(keys[inside], class_n[span][inside])
+                inside = class_n[span] > 0
+                yield keyed(keys[inside], class_n[span][inside] - 1)
 
     total = sum(len(order) for _, order, _ in members)
     return count_matches(blocks(), total, classes, scratch)
@@ -523,7 +537,7 @@ def _shared_in_train(chosen: Chosen, called: tuple[str, ...], scratch: Path) -> 
     examples, order = chosen["train"]
     if not called or not examples.sources.any():
         return {}
-    members = [(examples, order, examples.sources[order])]
+    members = [(examples, order, taken(examples.sources, order, examples.empty))]
     found = _in_classes(members, "print", len(called), scratch)
     pairs = _pairs([f"train.{name}" for name in called], found)
     return {pair: count for pair, count in pairs.items() if count}

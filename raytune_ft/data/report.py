@@ -197,7 +197,7 @@ class SplitReport:
 
 def source_counts(numbers_n: npt.NDArray[Any], names: Sequence[str]) -> dict[str, int]:
     """The examples of each source that has any, from the number of the source of each."""
-    counts = np.bincount(numbers_n, minlength=len(names)).tolist()
+    counts = [int(np.count_nonzero(numbers_n == number)) for number in range(len(names))]
     return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 

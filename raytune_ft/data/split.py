@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raytune_ft.data.arrays import spans
 from raytune_ft.errors import RunFailed
 
 TokenIds = npt.NDArray[np.int32]
@@ -130,10 +131,26 @@ class TokenizedSplit:
 
         The first token never counts, whatever its mask says: no token comes before it.
         """
-        counts = np.diff(_labels_before(self.label_mask, self.offsets))
-        filled = self.lengths > 0
-        counts[filled] -= self.label_mask[self.offsets[:-1][filled]]
+        counts = np.empty(len(self), np.int64)
+        for at in spans(len(self)):
+            offsets = self.offsets[at.start : at.stop + 1]
+            mask, offsets = self.label_mask[offsets[0] : offsets[-1]], offsets - offsets[0]
+            own = np.diff(_labels_before(mask, offsets))
+            filled = np.diff(offsets) > 0
+            own[filled] -= mask[offsets[:-1][filled]]
+            counts[at] = own
         return counts
+
+    def labels_of(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`label_counts[indices]`, without those of all others."""
+        counts = self.part_labels_of(parts_of(indices, self.parts))
+        summed: npt.NDArray[np.int64] = counts.reshape(-1, self.parts).sum(1)
+        return summed
+
+    def part_labels_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The label tokens of these sequences."""
+        counts = [np.count_nonzero(self.sequence(number)[1][1:]) for number in numbers.tolist()]
+        return np.array(counts, np.int64)
 
     @property
     def parts(self) -> int:
@@ -184,6 +201,15 @@ class TokenizedSplit:
             digest.update(np.ascontiguousarray(array).data)
         _add_columns(digest, self.columns)
         return digest.hexdigest()
+
+
+def length_range(offsets: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """The shortest and the longest of what lies between these places, two or more."""
+    shortest, longest = int(offsets[1] - offsets[0]), 0
+    for at in spans(len(offsets) - 1):
+        lengths = np.diff(offsets[at.start : at.stop + 1])
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+    return shortest, longest
 
 
 def _digest_of(offsets: npt.NDArray[np.int64]) -> Any:

@@ -13,7 +13,7 @@ from raytune_ft.config.schema import Config, ModelConfig, ParallelConfig
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.train import KdConfig
 from raytune_ft.data.batch import FREELY, Apart, lay_out
-from raytune_ft.data.split import TokenizedSplit, parts_of
+from raytune_ft.data.split import TokenizedSplit, length_range, parts_of
 from raytune_ft.estimate.activations import (
     Traced,
     by_formula,
@@ -102,7 +102,7 @@ def work_of(
         indices = order.indices(step * batch, batch)
         each = split.part_lengths(indices)
         lengths = [length + said + virtual for length in each for _ in range(times)]
-        counts = np.diff(split.part_labels)[parts_of(indices, split.parts)]
+        counts = split.part_labels_of(parts_of(indices, split.parts))
         counts = np.repeat(counts + said, times)
         for rank in lay_out(lengths, workers, budget, packing, apart, split.parts):
             passes = max(passes, len(rank))
@@ -115,7 +115,7 @@ def work_of(
                 most_labels = max(most_labels, found)
                 if wide * len(micro) > most:
                     most, rows, width = wide * len(micro), len(micro), wide
-    longest = int(split.lengths.max()) + said + virtual
+    longest = length_range(split.offsets)[1] + said + virtual
     if longest > most:
         rows, width = 1, longest
     share = steps * workers

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from raytune_ft.config.metrics import RETENTION
 from raytune_ft.config.objectives import LOSS, Figure
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.evaluate.scores import Column, Scores
 from raytune_ft.model.objectives import Columns, Objective

@@ -245,7 +245,7 @@ def _check_room(folder: Path, file: LogitsFile) -> None:
 def _parts(runner: ModelRunner, split: TokenizedSplit, tell: Tell) -> Iterator[Part]:
     done, told = 0, time.monotonic()
     for _, batch in batches(runner, split):
-        counts = split.label_counts[list(batch.indices)].tolist()
+        counts = split.labels_of(batch.indices).tolist()
         yield from zip(batch.indices, runner.logits(batch).split(counts), strict=True)
         done += len(batch.indices)
         if time.monotonic() - told >= TELL_EVERY_S:

@@ -27,8 +27,8 @@ from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import FREELY, MicroBatch, Row
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter

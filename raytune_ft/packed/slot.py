@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch, Row
-from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives import Columns, Forward, Objective
 from raytune_ft.model.objectives.preference import PairObjective, label_logps

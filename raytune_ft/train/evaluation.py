@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from raytune_ft.config.objectives import LOSS
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.records import EvalMetrics
 from raytune_ft.train.model_runner import ModelRunner

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.evaluation import Scores, evaluate

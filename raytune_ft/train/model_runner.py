@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.objectives import Figure, figures
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
-from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.attention import Examples, Varlen, all_seen, segment_inputs
 from raytune_ft.model.critic import critic_of

@@ -26,8 +26,8 @@ from raytune_ft.config.load import asked_rewards
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
 from raytune_ft.config.rewards import RewardConfig, expanded, function_of, with_answers
 from raytune_ft.config.schema import Config
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.formats.prompt import Prompt
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.prompts import Prompts
 from raytune_ft.data.split import TokenizedSplit, parts_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from raytune_ft.config.data import CurriculumConfig
 from raytune_ft.config.identity import depends_on_horizon
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.order import Indices, Order
+from raytune_ft.data.arrays import Indices
+from raytune_ft.data.order import Order
 from raytune_ft.errors import CheckpointError, Diverged, RunFailed
 from raytune_ft.layout import checkpoint_path
 from raytune_ft.records import EvalMetrics, Point, Progress, RunResult, StepMetrics
@@ -206,13 +207,13 @@ class RunState:
             examples=self.progress.examples + len(work.examples),
             wall_s=now - self._started,
         )
-        tokens = int(work.split.lengths[work.indices].sum())
+        tokens = sum(work.split.part_lengths(work.indices))
         tokens_per_s = tokens / (now - work.began)
         metrics = StepMetrics(
             step=step,
             examples=self.progress.examples,
             tokens=tokens,
-            label_tokens=int(work.split.label_counts[work.indices].sum()),
+            label_tokens=int(work.split.labels_of(work.indices).sum()),
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,

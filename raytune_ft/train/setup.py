@@ -25,7 +25,7 @@ from raytune_ft.config.objectives import OBJECTIVES, figures
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch
-from raytune_ft.data.order import Curriculum, Indices, Numbers, Order, members_of, quotas_of, ranked
+from raytune_ft.data.order import Curriculum, Members, Numbers, Order, members_of, quotas_of, ranked
 from raytune_ft.data.prepare import PreparedData, use_chat_template
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
@@ -95,7 +95,7 @@ def order_of(config: Config, data: PreparedData) -> Order:
 
 
 def _curriculum(
-    settings: CurriculumConfig, members: tuple[Indices, ...], difficulty: Numbers, total: int
+    settings: CurriculumConfig, members: tuple[Members, ...], difficulty: Numbers, total: int
 ) -> Curriculum:
     return Curriculum(
         ranked(members, difficulty, settings.order == "hard_first"),

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.split import TokenizedSplit
 
 WEIGHT = "weight"

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.classification import TARGET
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError

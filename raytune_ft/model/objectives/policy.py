@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
@@ -52,7 +52,7 @@ class Grpo(Objective):
         """Label tokens; of grpo completions; of dr_grpo completions times the longest one."""
         own_E = weighted_examples(split, indices)["counted"]
         if self.settings.loss_type in ("dapo", "cispo"):
-            return float((own_E * split.label_counts[indices]).sum())
+            return float((own_E * split.labels_of(indices)).sum())
         counted = float((own_E * split.columns[COUNTED][indices, 0]).sum())
         if self.settings.loss_type == "dr_grpo":
             return counted * self.rollout.max_completion_length

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raytune_ft.config.rollouts import PpoConfig, RolloutConfig
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
@@ -56,7 +56,7 @@ class Ppo(Objective):
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         """Label tokens times the weights of their completions."""
         own_E = weighted_examples(split, indices)["counted"]
-        return float((own_E * split.label_counts[indices]).sum())
+        return float((own_E * split.labels_of(indices)).sum())
 
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each token of a completion, float64."""

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from raytune_ft.config.preference import DpoConfig, OrpoConfig, SimpoConfig
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
@@ -254,7 +254,7 @@ class PairObjective(Objective):
         return -answers.chosen * self.pairs_per_token
 
     def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> PairObjective:
-        chosen_E = np.diff(split.part_labels)[np.asarray(indices) * split.parts]
+        chosen_E = split.part_labels_of(np.asarray(indices) * split.parts)
         weights_E = self.known(split, indices)["counted"]
         tokens = float((weights_E * chosen_E).sum())
         return replace(self, pairs_per_token=float(weights_E.sum()) / (tokens or 1.0))

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from raytune_ft.config.preference import RewardModelConfig
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.preference import MARGIN
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.config.train import TrainConfig
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.order import Indices
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
@@ -182,7 +182,7 @@ class TokenObjective(Objective):
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Label tokens, and what the loss counts of them."""
-        tokens_E = split.label_counts[indices]
+        tokens_E = split.labels_of(indices)
         weights_E = self._weights(columns_at(split, indices))
         counted_E = tokens_E if weights_E is None else weights_E * tokens_E
         return {"tokens": tokens_E, "counted": counted_E, "examples": np.ones(len(indices))}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from raytune_ft.data.order import Curriculum, Indices, Order, ranked
+from raytune_ft.data.arrays import Indices
+from raytune_ft.data.order import Curriculum, Order, ranked
 
 
 def drawn(count: int = 40) -> Iterator[tuple[np.random.Generator, Order]]:

@@ -113,7 +113,8 @@ def test_the_draw_depends_on_the_seed_alone(prepare: Prepare, tmp_path: Path) ->
 @pytest.mark.parametrize("count", [2, 3, 7, 100])
 @pytest.mark.parametrize("fraction", [0.001, 0.3, 0.5, 0.999])
 def test_neither_side_of_the_draw_is_empty(count: int, fraction: float) -> None:
-    train, validation = draw_validation(count, fraction, seed=0)
+    is_held = draw_validation(count, fraction, seed=0)
+    train, validation = np.flatnonzero(~is_held), np.flatnonzero(is_held)
     assert sorted([*train, *validation]) == list(range(count))
     assert list(train) == sorted(train)
     assert len(train) >= 1

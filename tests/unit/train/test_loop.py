@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -49,7 +50,8 @@ def _plain_loop(config: Config) -> tuple[list[float], list[float], dict[str, Ten
     """What a user would write: padding, -100, model(labels=...), AdamW, the library's schedule."""
     rows = [json.loads(line) for line in Path(config.data.train.path).read_text().splitlines()]
     assert isinstance(config.data.validation, float)
-    train, validation = draw_validation(len(rows), config.data.validation, config.seed)
+    is_held = draw_validation(len(rows), config.data.validation, config.seed)
+    train, validation = np.flatnonzero(~is_held), np.flatnonzero(is_held)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     torch.manual_seed(config.seed)
