@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepare import PreparedData
     from raytune_ft.data.split import TokenizedSplit
 
-BINS = 12
 WIDEST = 40
 """Characters of the longest bar."""
 
@@ -154,7 +153,7 @@ def measured(found: View) -> list[str]:
             f"{name}: {len(split):,} examples of {lengths.min():,} to {lengths.max():,} tokens, "
             f"mean {lengths.mean():,.1f}, median {middle:,.0f}, 95% within {high:,.0f}; "
             f"{share:.0%} of the tokens carry loss",
-            *_bars(lengths, limit),
+            *_bars(found.data.report.splits[name].lengths),
         ]
     for name, one in found.data.report.sources.items():
         cut, gone = one.truncated, one.dropped
@@ -165,15 +164,13 @@ def measured(found: View) -> list[str]:
     return lines
 
 
-def _bars(lengths: np.ndarray[tuple[int], np.dtype[np.int64]], limit: int) -> list[str]:
-    edges = np.unique(np.linspace(0, min(limit, int(lengths.max())), BINS + 1).astype(np.int64))
-    edges[-1] = max(edges[-1], int(lengths.max()))
-    counts, _ = np.histogram(lengths, bins=np.append(edges[:-1] + 1, edges[-1] + 1))
-    width = len(f"{edges[-1]:,}")
+def _bars(lengths: Sequence[tuple[int, int]]) -> list[str]:
+    most = max(count for _, count in lengths)
+    width = len(f"{lengths[-1][0]:,}")
+    lows = [1, *(high + 1 for high, _ in lengths)]
     return [
-        f"  {low + 1:>{width},} to {high:>{width},}  {count:>9,}  "
-        + "#" * -(-int(count) * WIDEST // max(int(counts.max()), 1))
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        f"  {low:>{width},} to {high:>{width},}  {count:>9,}  " + "#" * -(-count * WIDEST // most)
+        for low, (high, count) in zip(lows, lengths, strict=False)
     ]
 
 

@@ -50,6 +50,7 @@ from raytune_ft.data.report import (
     SourceReport,
     SplitReport,
     describe_pairs,
+    length_counts,
     source_counts,
 )
 from raytune_ft.data.sources import Source, open_source
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 """The label column of the log-probabilities under the reference."""
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """To be raised when the same rows and keys give other tokens or other files."""
 
 SPLITS = ("train", "validation", "test")
@@ -377,6 +378,8 @@ def assemble(
         name: replace(TokenizedSplit.open(folder / f"{name}.arrow"), sources=called)
         for name in splits
     }
+    for name, split in opened_splits.items():
+        splits[name] = replace(splits[name], lengths=length_counts(split, data.max_length))
     if any(FORMATS[source.format].partners for _, source in work.sources):
         for name, split in opened_splits.items():
             partners = partners_of(split, seed, data.max_length)

@@ -30,7 +30,7 @@ from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.order import Drawable, hold_out
 from raytune_ft.data.prepare import PreparedData, derived, use_chat_template
-from raytune_ft.data.report import SplitReport, source_counts
+from raytune_ft.data.report import SplitReport, length_counts, source_counts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit, first_answer
@@ -202,7 +202,7 @@ def prompted(
                     {key: values[numbers] for key, values in columns.items()},
                 )
                 split.write(folder / f"{name}.arrow")
-                splits[name] = _described(split, prepared.report.names)
+                splits[name] = _described(split, prepared.report.names, config.data.max_length)
             path = folder / prompts_file(name)
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
             path.write_text("".join(lines), encoding="utf-8")
@@ -215,10 +215,11 @@ def prompted(
     return derived(prepared, "prompts" if rolls else "validation prompts", add)
 
 
-def _described(split: TokenizedSplit, names: Sequence[str]) -> SplitReport:
+def _described(split: TokenizedSplit, names: Sequence[str], limit: int) -> SplitReport:
     numbers = split.source_numbers
     sources = {} if numbers is None else source_counts(numbers, names)
-    return SplitReport(len(split), len(split.input_ids), 0, split.sha256, sources)
+    counts = length_counts(split, limit)
+    return SplitReport(len(split), len(split.input_ids), 0, split.sha256, sources, counts)
 
 
 def _without_answer(prompt: Prompt) -> tuple[TokenIds, Mask]:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.arrays import spans
+from raytune_ft.data.split import TokenizedSplit, length_range
 from raytune_ft.errors import DataError, StorageError
 from raytune_ft.records import to_json
 
@@ -185,7 +186,8 @@ def facts(source: SourceReport) -> list[str]:
 class SplitReport:
     """One split; `sha256` is that of its tokens, masks and their order.
 
-    `sources` are the examples of each source by its name, where the split has several.
+    `sources` are the examples of each source by its name, where the split has several. `lengths`
+    are (tokens, examples with at most so many and more than the ones before), see `length_counts`.
     """
 
     examples: int
@@ -193,6 +195,25 @@ class SplitReport:
     label_tokens: int
     sha256: str
     sources: dict[str, int] = field(default_factory=dict)
+    lengths: tuple[tuple[int, int], ...] = ()
+
+
+BINS = 12
+
+
+def length_counts(split: TokenizedSplit, limit: int) -> tuple[tuple[int, int], ...]:
+    """How many examples have their longest sequence in each of about `BINS` equal ranges up to
+    `limit` tokens: (the last length of the range, examples).
+    """
+    longest = length_range(split.part_offsets)[1]
+    edges = np.unique(np.linspace(0, min(limit, longest), BINS + 1).astype(np.int64))
+    edges[-1] = max(edges[-1], longest)
+    counts = np.zeros(len(edges), np.int64)
+    for at in spans(len(split)):
+        ends = split.part_offsets[at.start * split.parts : at.stop * split.parts + 1]
+        lengths = np.diff(ends).reshape(-1, split.parts).max(1)
+        counts += np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
+    return tuple(zip(edges[1:].tolist(), counts[1:].tolist(), strict=True))
 
 
 def source_counts(numbers_n: npt.NDArray[Any], names: Sequence[str]) -> dict[str, int]:
@@ -291,7 +312,7 @@ class DataReport:
         content = json.loads(text)
         return cls(
             sources={name: SourceReport(**item) for name, item in content["sources"].items()},
-            splits={name: SplitReport(**item) for name, item in content["splits"].items()},
+            splits={name: _split_report(item) for name, item in content["splits"].items()},
             duplicates=dict(content["duplicates"]),
             notes=tuple(content["notes"]),
             overlaps=dict(content.get("overlaps", {})),
@@ -307,6 +328,11 @@ class DataReport:
             prompt_files=dict(content.get("prompt_files", {})),
             reward_files=dict(content.get("reward_files", {})),
         )
+
+
+def _split_report(item: dict[str, Any]) -> SplitReport:
+    lengths = tuple((high, count) for high, count in item.pop("lengths", ()))
+    return SplitReport(**item, lengths=lengths)
 
 
 def describe_pairs(split: TokenizedSplit, prompts: int, contradictory: int) -> PairsReport:

@@ -1,4 +1,4 @@
-"""Where models are loaded and measured: in this process, or on the workers of a cluster."""
+"""Where models are loaded and measured, and their data tokenised: here, or on a cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raytune_ft.config.schema import ParallelConfig
+from raytune_ft.data.processes import LocalProcesses, Made
+from raytune_ft.data.tokenise import Work
 from raytune_ft.records import Tell
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ The result is that of rank 0."""
 class Workers(Protocol):
     """Calls functions whose arguments and results go to another process and back.
 
-    Both methods raise RunFailed where a process was lost, and what the function raises.
+    `alone` and `each` raise RunFailed where a process was lost, and what the function raises.
     """
 
     def alone(
@@ -38,6 +40,9 @@ class Workers(Protocol):
 
     def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
         """The results of `measure` for the arguments, in order."""
+
+    def tokenise(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
+        """Makes parts of the tokens, see `data.processes.Workers`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class ThisProcess:
 
     def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
         return [measure(argument, whole(self.parallel)) for argument in arguments]
+
+    def tokenise(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
+        """In processes of this machine."""
+        return LocalProcesses()(work, numbers, tell)
 
 
 HERE = ThisProcess(ParallelConfig())

@@ -396,7 +396,7 @@ class _Promoter:
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._config.model)
         data, settings = self._config.data, selection.settings
         seed = selection.data_seed
-        plain = prepare_data(data, self._tokenizer, seed, cache_dir, tell)
+        plain = prepare_data(data, self._tokenizer, seed, cache_dir, tell, workers.tokenise)
         asked = prompted(self._config, plain, self._tokenizer, seed)
         self._data = referenced(self._config, asked, tell, workers=workers, measured=True)
         if (directory / DATA).exists():
@@ -411,7 +411,7 @@ class _Promoter:
             self._config.train,
             settings,
             self._data.path,
-            prepare_retention(settings, data, self._tokenizer, cache_dir),
+            prepare_retention(settings, data, self._tokenizer, cache_dir, tell, workers),
             {
                 split: scoring.asking(split, self._tokenizer, selection.data_seed)
                 for split in dict.fromkeys(("validation", measured_split(self._data)))

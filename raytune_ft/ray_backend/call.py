@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import ALONE, SHARDED, STRATEGIES
+from raytune_ft.data.processes import Made
+from raytune_ft.data.tokenise import Work
 from raytune_ft.errors import RaytuneFtError, RunFailed
 from raytune_ft.evaluate.workers import Measure
 from raytune_ft.ray_backend.capacity import room
@@ -26,6 +28,7 @@ from raytune_ft.ray_backend.cluster import connected
 from raytune_ft.ray_backend.environment import check_environment
 from raytune_ft.ray_backend.registry import Ended, Note, Value, start_registry
 from raytune_ft.ray_backend.run_handle import GroupHandle
+from raytune_ft.ray_backend.tokenise import in_tasks
 from raytune_ft.ray_backend.worker import prepare_process
 from raytune_ft.records import Tell
 from raytune_ft.rundir import RunSpec
@@ -61,6 +64,11 @@ class WorkerGroups:
     def each(self, measure: Measure[A, T], arguments: Sequence[A]) -> list[T]:
         calls = [_Together(measure, argument) for argument in arguments]
         return self._call(measured_by(self.config), calls, self.tell)
+
+    def tokenise(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
+        """In tasks, see `in_tasks`."""
+        with connected():
+            yield from in_tasks(work, numbers, tell)
 
     def _call(self, config: Config, calls: Sequence[Any], tell: Tell) -> list[Any]:
         """As many at a time as fit. If one fails, the others are ended."""

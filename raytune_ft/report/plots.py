@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -64,6 +65,7 @@ class Plot:
 def plots(facts: Facts) -> list[Plot]:
     """Those of training and promotion that have something to show, in the order of the page."""
     found = [learning_curves(facts), source_curves(facts), *said_curves(facts)]
+    found.append(lengths(facts))
     if facts.promoted is not None:
         found += [
             candidates(facts.promoted),
@@ -452,6 +454,43 @@ def _values(trial: Trial, metrics: list[str]) -> list[float] | None:
     found = [trial.value] if len(metrics) == 1 else [(trial.values or {}).get(m) for m in metrics]
     kept = [value for value in found if value is not None and math.isfinite(value)]
     return kept if len(kept) == len(metrics) else None
+
+
+def lengths(facts: Facts) -> Plot | None:
+    """How long the examples of each split are, and where `data.max_length` cuts them."""
+    data, limit, traces = facts.data or {}, facts.config.data.max_length, list[Any]()
+    for place, (name, split) in enumerate(data.get("splits", {}).items()):
+        highs, counts = zip(*split.get("lengths") or [(0, 0)], strict=True)
+        bounds = list(pairwise((0, *highs)))
+        traces.append(
+            go.Bar(
+                x=[(low + 1 + high) / 2 for low, high in bounds],
+                width=[high - low for low, high in bounds],
+                y=[count / split["examples"] for count in counts],
+                name=_text(name),
+                marker={"color": COLOURS[place % len(COLOURS)]},
+                opacity=0.5,
+                hovertext=[
+                    _text(f"{name}: {count:,} examples of {low + 1:,} to {high:,} tokens")
+                    for (low, high), count in zip(bounds, counts, strict=True)
+                ],
+                hoverinfo="text",
+                showlegend=True,
+            )
+        )
+    if not any(sum(trace.y) for trace in traces):
+        return None
+    figure = _figure(traces, "tokens of an example", "share of the split")
+    figure.update_layout(barmode="overlay", yaxis_tickformat=".0%")
+    figure.add_vline(x=limit + 0.5, line={"color": QUIET, "dash": "dash"})
+    sources = data.get("sources", {}).values()
+    cut, gone = (sum(one.get(key, 0) for one in sources) for key in ("truncated", "dropped"))
+    about = (
+        f"Tokens of each example, of pairs those of the longer answer. data.max_length={limit} "
+        f"(dashed) cut {cut:,} rows and dropped {gone:,}."
+    )
+    label = "Lengths: share of the examples of each split by their tokens"
+    return Plot("Lengths", about, label, _json(figure))
 
 
 def _line(

@@ -14,16 +14,19 @@ from raytune_ft.config.rewards import Length
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config, PromoteConfig
 from raytune_ft.data.formats.prompt import Prompt
+from raytune_ft.data.prepare import prepare_data
 from raytune_ft.errors import ClusterError, DataError, ModelError
 from raytune_ft.evaluate.answers import Asking
 from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 from raytune_ft.evaluate.workers import HERE
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.ray_backend.call import WorkerGroups
 from raytune_ft.records import Tell
 from raytune_ft.rewards.pool import SharedRewards
 from raytune_ft.strategy import Strategy
 from tests.ray.conftest import Inputs, assert_nothing_left
 from tests.support.models import save_tiny_llama
+from tests.unit.data.test_parts import content
 
 pytestmark = pytest.mark.ray
 SETTINGS = PromoteConfig(metrics=["loss", "rouge", "reward"], max_new_tokens=4)
@@ -56,6 +59,22 @@ def assert_same(found: list[Measured], wanted: list[Job]) -> None:
         assert one.answers is not None
         assert alone.answers is not None
         assert one.answers.groups == alone.answers.groups
+
+
+def test_data_are_tokenised_in_tasks(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.ray_backend.tokenise.WORTH_BYTES", 0)
+    config, said = inputs.config(), list[str]()
+    tokenizer = load_tokenizer(config.model)
+    alone = prepare_data(config.data, tokenizer, 0, tmp_path / "alone")
+    workers = groups(config, tmp_path)
+    found = prepare_data(
+        config.data, tokenizer, 0, tmp_path / "tasks", said.append, workers.tokenise
+    )
+    assert any("parts as tasks on" in line for line in said)
+    assert content(found) == content(alone)
+    assert_nothing_left()
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.report import length_counts
+from raytune_ft.data.split import PARTS, TokenizedSplit, length_range
 from raytune_ft.errors import RunFailed
 from tests.support.rows import fingerprints
 
@@ -117,3 +118,40 @@ def test_columns_are_written_mapped_and_part_of_the_content(tmp_path: Path) -> N
     plain = TokenizedSplit.from_examples(examples)
     other = TokenizedSplit.from_examples(examples, {"weight": weights + 1, "target": targets})
     assert len({plain.sha256, split.sha256, other.sha256, read.sha256}) == 3
+
+
+@pytest.mark.parametrize("limit", [5, 12, 60, 1000])
+def test_length_counts_are_those_of_a_histogram(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.data.arrays.BLOCK", 7)
+    lengths = np.random.default_rng(limit).integers(1, 61, 100)
+    split = TokenizedSplit.from_examples(
+        [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
+    )
+    found, low = length_counts(split, limit), 0
+    assert sum(count for _, count in found) == 100
+    for high, count in found:
+        assert count == sum(low < n <= high for n in lengths.tolist())
+        low = high
+    assert low == lengths.max()
+    assert length_range(split.offsets) == (lengths.min(), lengths.max())
+
+
+def test_labels_of_some_are_those_of_all() -> None:
+    draw = np.random.default_rng(0)
+    examples = [(np.zeros(n, np.int32), draw.random(n) < 0.5) for n in draw.integers(1, 20, 50)]
+    split = TokenizedSplit.from_examples(examples)
+    expected = [int(mask[1:].sum()) for _, mask in examples]
+    assert split.label_counts.tolist() == expected
+    indices = [7, 0, 49, 7]
+    assert split.labels_of(indices).tolist() == [expected[i] for i in indices]
+    halves = []
+    for ids, mask in examples:
+        middle = len(ids) // 2
+        mask[[0, middle]] = False  # the first token of a sequence is no label
+        halves.append((middle, len(ids) - middle))
+    pairs = TokenizedSplit.from_examples(examples, {PARTS: np.array(halves, np.float32)})
+    assert pairs.labels_of(indices).tolist() == pairs.label_counts[indices].tolist()
+    numbers = np.array([3, 99, 0])
+    assert pairs.part_labels_of(numbers).tolist() == np.diff(pairs.part_labels)[numbers].tolist()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.data import source_configs
 from raytune_ft.config.objectives import TOKEN_FIGURES
 from raytune_ft.config.schema import ModelConfig, PromoteConfig
+from raytune_ft.data.processes import Made
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.tokenise import Work
 from raytune_ft.evaluate.context import Subject, prompt_of, runner_of
 from raytune_ft.evaluate.evaluate import evaluate_directory, measure
+from raytune_ft.evaluate.workers import ThisProcess
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.promote.promote import promote
+from raytune_ft.records import Tell
 from raytune_ft.train.evaluation import evaluate
 from tests.support.trained import TEST, config_of
 
@@ -99,6 +106,35 @@ def test_exact_match_is_what_greedy_decoding_reproduces(run_dir: Path) -> None:
     assert metrics["eval_loss"] == pytest.approx(
         promote(run_dir, again=True, samples=0).evaluation.promoted["eval_loss"], rel=1e-6
     )
+
+
+@dataclass(frozen=True)
+class Recording(ThisProcess):
+    """Remembers for what parts of the tokens were made."""
+
+    made: list[str] = field(default_factory=list)
+
+    def tokenise(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
+        self.made.extend(opened.label for opened, _ in work.sources)
+        return super().tokenise(work, numbers, tell)
+
+
+def test_workers_tokenise_the_data_and_the_retention(run_dir: Path, tmp_path: Path) -> None:
+    config = config_of(run_dir)
+    retention = config.promote.model_copy(update={"retention": config.data.test})
+    workers = Recording(config.parallel)
+    evaluate_directory(
+        Path(config.model.path),
+        config.model_copy(update={"promote": retention}),
+        tmp_path,
+        workers,
+    )
+    own = list(map("data.{}".format, source_configs(config.data)))
+    assert workers.made == [*own, "data.train", "data.validation"]
+    shutil.rmtree(run_dir.parent / ".cache")
+    again = Recording(config.parallel)
+    promote(run_dir, samples=0, workers_of=lambda config: again)
+    assert again.made == own
 
 
 def test_prompts_end_where_labels_begin() -> None:

@@ -64,6 +64,26 @@ def test_source_curves(facts: Facts) -> None:
     assert (first["name"], first["y"], second["y"]) == ("&lt;b&gt;", [1.0, 0.5], [2.0, 2.0])
 
 
+def test_lengths(facts: Facts) -> None:
+    assert plots.lengths(replace(facts, data=None)) is None
+    split = {"examples": 40, "lengths": [[100, 30], [200, 10]]}
+    data = {
+        "splits": {"<b>": split, "test": {"examples": 9, "lengths": [[7, 9]]}},
+        "sources": {"train": {"truncated": 3, "dropped": 0}, "test": {"truncated": 1}},
+    }
+    plot = plots.lengths(replace(facts, data=data))
+    drawn = figure_of(plot)
+    train, test = drawn["data"]
+    assert (train["name"], train["y"], train["width"]) == ("&lt;b&gt;", [0.75, 0.25], [100, 100])
+    assert train["hovertext"][1] == "&lt;b&gt;: 10 examples of 101 to 200 tokens"
+    assert (test["x"], test["width"], test["y"]) == ([4.0], [7], [1.0])
+    limit = facts.config.data.max_length
+    assert plot is not None
+    assert f"data.max_length={limit} (dashed) cut 4 rows and dropped 0." in plot.about
+    assert drawn["layout"]["shapes"][0]["x0"] == limit + 0.5
+    assert plot in plots.plots(replace(facts, data=data))
+
+
 def test_candidates(facts: Facts) -> None:
     drawn = figure_of(plots.candidates(promoted(facts)))
     axis = drawn["layout"]["yaxis"]
