@@ -191,7 +191,7 @@ def prompted(
     """
 
     def add(folder: Path) -> dict[str, Any]:
-        splits, files = {}, {}
+        splits, files, columns_of = {}, {}, {}
         for name in prepared.report.splits if rolls else ("validation",):
             found = _of_split(config.data, name, tokenizer, seed)
             if rolls:
@@ -207,7 +207,13 @@ def prompted(
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
             path.write_text("".join(lines), encoding="utf-8")
             files[name] = sha256_of(path)
-        return {"splits": {**prepared.report.splits, **splits}, "prompt_files": files}
+            seen = dict.fromkeys(column for prompt, _ in found for column in prompt.columns)
+            columns_of[name] = tuple(seen)
+        return {
+            "splits": {**prepared.report.splits, **splits},
+            "prompt_files": files,
+            "prompt_columns": columns_of,
+        }
 
     rolls = OBJECTIVES[config.train.objective].rollouts
     if not rolls and not config.train.watch:

@@ -273,6 +273,7 @@ class DataReport:
         reference_files: split -> sha256 of the file that holds them.
         prompt_files: split -> sha256 of the file that holds its prompts and their rows, where
             they are answered during training.
+        prompt_columns: split -> the columns that any row of that file has.
         reward_files: name of a reward that is trained on -> sha256 of the file of its function.
     """
 
@@ -291,6 +292,7 @@ class DataReport:
     reference: str | None = None
     reference_files: dict[str, str] = field(default_factory=dict)
     prompt_files: dict[str, str] = field(default_factory=dict)
+    prompt_columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reward_files: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -326,6 +328,9 @@ class DataReport:
             reference=content.get("reference"),
             reference_files=dict(content.get("reference_files", {})),
             prompt_files=dict(content.get("prompt_files", {})),
+            prompt_columns={
+                name: tuple(columns) for name, columns in content.get("prompt_columns", {}).items()
+            },
             reward_files=dict(content.get("reward_files", {})),
         )
 

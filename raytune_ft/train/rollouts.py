@@ -259,9 +259,8 @@ def with_rewards(config: Config, data: PreparedData) -> PreparedData:
     if not data.report.prompt_files:
         return data
     with started(rewards_of(config, data.path)) as rewards:
-        for name in data.report.prompt_files:
-            prompts = Prompts(data.path / prompts_file(name))
-            check_columns(rewards, list(prompts[0].columns), f"data.{name}")
+        for name, columns in data.report.prompt_columns.items():
+            check_columns(rewards, columns, f"data.{name}")
     files = {
         each.called: sha256_of(Path(found[0]))
         for each in asked_rewards(config)

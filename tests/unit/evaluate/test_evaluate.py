@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,7 +130,6 @@ def test_workers_tokenise_the_data_and_the_retention(run_dir: Path, tmp_path: Pa
     )
     own = list(map("data.{}".format, source_configs(config.data)))
     assert workers.made == [*own, "data.train", "data.validation"]
-    shutil.rmtree(run_dir.parent / ".cache")
     again = Recording(config.parallel)
     promote(run_dir, samples=0, workers_of=lambda config: again)
     assert again.made == own

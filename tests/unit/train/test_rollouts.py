@@ -185,6 +185,19 @@ def test_a_reward_that_needs_another_column(folder: Path, tmp_path: Path) -> Non
         with_rewards(config, prepared(folder, config, tmp_path))
 
 
+def test_any_row_may_have_the_column_of_a_reward(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def own(completions, solution, **columns):\n    return []\n")
+    rows = [{"prompt": f"x{i}"} | ({"solution": i} if i % 2 else {}) for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train.path": str(path), "data.train.example_weight": None}
+    changes |= {"rewards": [f"{tmp_path / 'own.py'}:own"]}
+    config = config_of(folder, "grpo", changes)
+    data = prepared(folder, config, tmp_path / "cache")
+    assert "solution" not in Prompts(data.path / prompts_file("train"))[0].columns
+    assert with_rewards(config, data).report.prompt_columns["train"] == ("prompt", "solution")
+
+
 def test_memory_of_a_rollout_is_not_copied(folder: Path, tmp_path: Path) -> None:
     """A checkpoint between two rollouts holds none, and one inside a rollout does."""
     changes = {"checkpoint.asynchronous": False, "checkpoint.keep_last": 9}
