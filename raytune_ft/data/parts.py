@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raytune_ft.data.arrow import numbers, texts
+from raytune_ft.data.arrow import numbers, texts, values_of
 from raytune_ft.data.formats import Example
 from raytune_ft.data.split import PARTS, Column, Mask, TokenIds
 from raytune_ft.errors import RunFailed
@@ -168,7 +168,7 @@ class Examples:
         """[n], tokens of each example."""
         lengths_n = np.empty(len(self), np.int32)
         for span, _, found in self.blocks("tokens"):
-            lengths_n[span] = np.from_dlpack(found["tokens"])
+            lengths_n[span] = values_of(found["tokens"])
         return lengths_n
 
     @cached_property
@@ -187,7 +187,7 @@ class Examples:
             before[part.path] = total
             total += part.rows
         for span, part, found in self.blocks("row"):
-            rows_n[span] = np.from_dlpack(found["row"]) + before[part.path]
+            rows_n[span] = values_of(found["row"]) + before[part.path]
         return rows_n
 
     def hashes(self, name: str) -> Iterator[tuple[slice, npt.NDArray[np.uint8]]]:
@@ -226,12 +226,12 @@ class Examples:
         for block in np.unique(blocks):
             places = np.flatnonzero(blocks == block)
             found = self._tokens(int(block))
-            offsets = np.from_dlpack(found["input_ids"].offsets)
+            offsets = values_of(found["input_ids"].offsets)
             begins = offsets[chosen[places] - self._first[block]]
             source = _flat(begins, lengths[places])
             target = _flat(ends[places] - lengths[places], lengths[places])
-            ids[target] = np.from_dlpack(found["input_ids"].values)[source]
-            mask[target] = np.from_dlpack(found["label_mask"].values)[source]
+            ids[target] = values_of(found["input_ids"].values)[source]
+            mask[target] = values_of(found["label_mask"].values)[source]
         return lengths, ids, mask.view(np.bool_)
 
     def _tokens(self, number: int) -> Any:

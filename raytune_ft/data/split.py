@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raytune_ft.data.arrow import numbers
+from raytune_ft.data.arrow import numbers, values_of
 from raytune_ft.errors import RunFailed
 
 TokenIds = npt.NDArray[np.int32]
@@ -92,13 +92,11 @@ class TokenizedSplit:
         except (OSError, pa.ArrowException) as error:
             raise RunFailed(f"{path} cannot be read as a token cache: {error}") from error
         return cls(
-            input_ids=np.from_dlpack(ids.values),
-            label_mask=np.from_dlpack(mask.values).view(np.bool_),
-            offsets=np.from_dlpack(ids.offsets),
+            input_ids=values_of(ids.values),
+            label_mask=values_of(mask.values).view(np.bool_),
+            offsets=values_of(ids.offsets),
             columns={
-                field.name: np.from_dlpack(column.values).reshape(
-                    len(column), field.type.list_size
-                )
+                field.name: values_of(column.values).reshape(len(column), field.type.list_size)
                 for field, column in zip(own, columns, strict=True)
             },
         )
