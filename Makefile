@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 TOOLS := .venv-tools
 PYTEST := $(BIN)/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
+# Without bytecode, each of the many processes that tests start compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test test-slow test-multihost test-matrix test-families test-cluster-files test-slurm test-gpu methods-table doctor-table image-locks lint types audit bench clean
 

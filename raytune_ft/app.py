@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raytune_ft import __version__
 from raytune_ft.config import paths
 from raytune_ft.config.environment import check_submitter, expand_text, joins_cluster
+from raytune_ft.config.execution import import_what_is_used
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -284,6 +285,7 @@ def sample(
             "unset RAY_ADDRESS",
         )
     written, devices = on_devices(load_config(file, overrides, tell), joined=False)
+    import_what_is_used(written)
     config = expand_env(resolve(written), rewards=True)
     _check_sampling(config, pairs, best)
     tell(devices)

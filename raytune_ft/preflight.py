@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
-from raytune_ft.config.execution import choose_execution
+from raytune_ft.config.execution import choose_execution, import_what_is_used
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
@@ -36,6 +36,7 @@ def placed(
     cluster decides whether workers have GPUs, whether there are several nodes and how much memory
     a worker has. `usable` (bytes) replaces the measured memory of a worker.
     """
+    import_what_is_used(written)
     with ExitStack() as stack:
         several = False
         joined = joins_cluster()

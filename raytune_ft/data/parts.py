@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raytune_ft.data.arrays import Indices, empty_on_disk
+from raytune_ft.data.arrow import numbers, texts, values_of
 from raytune_ft.data.formats import Example
 from raytune_ft.data.split import PARTS, Column, Mask, TokenIds
 from raytune_ft.errors import RunFailed
@@ -86,15 +87,15 @@ class PartWriter:
             return
         rows = [row for row, _ in self._held]
         examples = [one for _, one in self._held]
-        lengths = [len(one.ids) for one in examples]
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        lengths_n = np.array([len(one.ids) for one in examples], np.int32)
+        offsets = numbers(np.concatenate([[0], np.cumsum(lengths_n, dtype=np.int64)]))
         ids = np.concatenate([one.ids for one in examples]).astype(np.int32, copy=False)
         mask = np.concatenate([one.mask for one in examples]).view(np.uint8)
-        columns = [
-            pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
-            pa.LargeListArray.from_arrays(offsets, pa.array(mask)),
-            lengths,
-            rows,
+        columns: list[pa.Array | list[bytes | None]] = [
+            pa.LargeListArray.from_arrays(offsets, numbers(ids)),
+            pa.LargeListArray.from_arrays(offsets, numbers(mask)),
+            numbers(lengths_n),
+            numbers(np.array(rows, np.int64)),
             [fingerprint(one.ids, one.mask) for one in examples],
             [one.prompt.ljust(16, b"\0") for one in examples],
             [_answers(one) for one in examples],
@@ -102,7 +103,7 @@ class PartWriter:
             [_more(one) for one in examples],
         ]
         arrays = [
-            one if isinstance(one, pa.Array) else pa.array(one, field.type)
+            texts(one, field.type) if isinstance(one, list) else one
             for one, field in zip(columns, SCHEMA, strict=True)
         ]
         self._file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
@@ -120,7 +121,7 @@ def _answers(example: Example) -> bytes | None:
     return hashlib.blake2b(both, digest_size=16).digest() + bytes([chosen < rejected])
 
 
-def _more(example: Example) -> str | None:
+def _more(example: Example) -> bytes | None:
     found: dict[str, Any] = {}
     if example.columns:
         found["columns"] = dict(example.columns)
@@ -128,7 +129,7 @@ def _more(example: Example) -> str | None:
         found["labels"] = example.labels
     if example.difficulty:
         found["difficulty"] = example.difficulty
-    return json.dumps(found) if found else None
+    return json.dumps(found).encode() if found else None
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Examples:
         """[n], tokens of each example."""
         lengths_n = self.empty(len(self), np.int32)
         for span, _, found in self.blocks("tokens"):
-            lengths_n[span] = found["tokens"].to_numpy()
+            lengths_n[span] = values_of(found["tokens"])
         return lengths_n
 
     @cached_property
@@ -191,7 +192,7 @@ class Examples:
             before[part.path] = total
             total += part.rows
         for span, part, found in self.blocks("row"):
-            rows_n[span] = found["row"].to_numpy() + before[part.path]
+            rows_n[span] = values_of(found["row"]) + before[part.path]
         return rows_n
 
     def hashes(self, name: str) -> Iterator[tuple[slice, npt.NDArray[np.uint8]]]:
@@ -230,12 +231,12 @@ class Examples:
         for block in np.unique(blocks):
             places = np.flatnonzero(blocks == block)
             found = self._tokens(int(block))
-            offsets = found["input_ids"].offsets.to_numpy()
+            offsets = values_of(found["input_ids"].offsets)
             begins = offsets[chosen[places] - self._first[block]]
             source = _flat(begins, lengths[places])
             target = _flat(ends[places] - lengths[places], lengths[places])
-            ids[target] = found["input_ids"].values.to_numpy()[source]
-            mask[target] = found["label_mask"].values.to_numpy()[source]
+            ids[target] = values_of(found["input_ids"].values)[source]
+            mask[target] = values_of(found["label_mask"].values)[source]
         return lengths, ids, mask.view(np.bool_)
 
     def _tokens(self, number: int) -> Any:

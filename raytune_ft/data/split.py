@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raytune_ft.data.arrays import spans
+from raytune_ft.data.arrow import numbers, values_of
 from raytune_ft.errors import RunFailed
 
 TokenIds = npt.NDArray[np.int32]
@@ -92,13 +93,11 @@ class TokenizedSplit:
         except (OSError, pa.ArrowException) as error:
             raise RunFailed(f"{path} cannot be read as a token cache: {error}") from error
         return cls(
-            input_ids=ids.values.to_numpy(zero_copy_only=True),
-            label_mask=mask.values.to_numpy(zero_copy_only=True).view(np.bool_),
-            offsets=ids.offsets.to_numpy(zero_copy_only=True),
+            input_ids=values_of(ids.values),
+            label_mask=values_of(mask.values).view(np.bool_),
+            offsets=values_of(ids.offsets),
             columns={
-                field.name: column.values.to_numpy(zero_copy_only=True).reshape(
-                    len(column), field.type.list_size
-                )
+                field.name: values_of(column.values).reshape(len(column), field.type.list_size)
                 for field, column in zip(own, columns, strict=True)
             },
         )
@@ -281,10 +280,10 @@ def write_split(
     """Write a split whose ids and masks come in blocks, of any size. Its `sha256`."""
     total = int(offsets[-1])
     empty = [_untouched(total, np.int32), _untouched(total, np.uint8)]
-    arrays = [pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(one)) for one in empty]
+    arrays = [pa.LargeListArray.from_arrays(numbers(offsets), numbers(one)) for one in empty]
     schema = SCHEMA
     for name, values in columns.items():
-        flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+        flat = numbers(np.ascontiguousarray(values, np.float32).reshape(-1))
         arrays.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
         schema = schema.append(pa.field(name, arrays[-1].type))
     digest = _digest_of(offsets)

@@ -21,7 +21,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.environment import grow_segments
-from raytune_ft.config.execution import quantises
+from raytune_ft.config.execution import import_what_is_used
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RunFailed, first_line
@@ -124,14 +124,10 @@ def train_worker(payload: dict[str, Any]) -> str:
 def prepare_process(config: Config) -> None:
     """Use the threads and the device that Ray reserved for this worker; loads torch.
 
-    Without a base in 4 bits, bitsandbytes cannot be imported afterwards: PEFT would, wherever it is
-    installed, which takes 1.7 s of CPU time.
-
     Raises:
         ClusterError: a GPU is reserved that torch cannot use.
     """
-    if not quantises(config):
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    import_what_is_used(config)
     parallel = config.parallel
     if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some

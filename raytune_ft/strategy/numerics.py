@@ -1,6 +1,7 @@
 """What torch may choose on a GPU in this process: which kernels, and how they round.
 
-Everything here is a switch of the whole process. On a CPU none of it changes a number.
+Everything here is a switch of the whole process. On a CPU none of it changes a number; what is
+chosen there is in `products`.
 """
 
 from __future__ import annotations

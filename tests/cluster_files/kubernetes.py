@@ -34,7 +34,7 @@ def expanded(folder: Path) -> list[Object]:
         ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 def chosen(tmp_path: Path, overlay: str, start: str, components: list[str]) -> list[Object]:

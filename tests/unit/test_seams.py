@@ -161,7 +161,7 @@ NAMES: dict[str, str] = {
 }
 # A class and names that must occur in its module, since they are set or passed there.
 ATTRIBUTES: dict[str, str] = {
-    "torch.nn.Module": "_parameters _buffers",
+    "torch.nn.Module": "_parameters _buffers _modules",
     "transformers.modeling_utils.LoadStateDictConfig": "weight_mapping hf_quantizer dtype",
     "transformers.PreTrainedModel": "all_tied_weights_keys",
     "transformers.modeling_rope_utils.dynamic_rope_update": "max_seq_len_cached rope_type",

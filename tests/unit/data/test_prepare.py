@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -432,13 +433,12 @@ def test_a_cache_that_cannot_be_written_is_refused(
 
 
 PROCESS = """
-import sys, time
+import pickle, sys, time
 from pathlib import Path
-from transformers import AutoTokenizer
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data.prepare import prepare_data
 
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = pickle.loads(Path(sys.argv[1]).read_bytes())
 start, train, cache = Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 start.with_suffix("." + sys.argv[5]).touch()
 while not start.exists():
@@ -451,12 +451,16 @@ for seed in range(5):
 """
 
 
-def test_two_processes_may_prepare_the_same_at_once(tiny_path: str, tmp_path: Path) -> None:
+def test_two_processes_may_prepare_the_same_at_once(
+    tiny: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     train = write_rows(tmp_path / "train.jsonl", 300)
+    tokenizer = tmp_path / "tokenizer.pickle"  # to load it by transformers would import torch
+    tokenizer.write_bytes(pickle.dumps(tiny))
     start, cache = tmp_path / "start", tmp_path / "cache"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, tiny_path, start, train, cache, str(number)],
+            [sys.executable, "-c", PROCESS, tokenizer, start, train, cache, str(number)],
             stdout=subprocess.PIPE,
             text=True,
         )
