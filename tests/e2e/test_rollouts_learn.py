@@ -128,7 +128,7 @@ def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
     right = [line["eval_reward"] for line in lines]
     print(f"right answers {right}, {lines[-1]['wall_s']:.0f} s")
     assert right[0] < 0.1
-    assert right[-1] > 0.5
+    assert right[-1] > 0.6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -164,7 +164,7 @@ def test_a_reward_is_hacked_where_nothing_holds_it(
     shared_dir: Path, tmp_path: Path, seed: int, beta: float, hacked: bool
 ) -> None:
     """The word comes again and again, and the report names the witnesses: that phrases repeat, and
-    that the word is there once or twice. A KL term of 0.1 slows this down, and one of 1 ends it.
+    that the word is there once or twice. A KL term of 0.1 does not prevent it, and one of 1 does.
     """
     score = tmp_path / "score.py"
     witnesses = [{"name": "repetition", "weight": 0.0}, {"name": f"{score}:meant", "weight": 0.0}]
@@ -187,4 +187,4 @@ def test_a_reward_is_hacked_where_nothing_holds_it(
         assert trained[0] < trained[-1] < 1
         assert repeated[-1] > repeated[0] - 0.05
         assert meant[-1] > meant[0]
-        assert "meant" not in said
+        assert not said
