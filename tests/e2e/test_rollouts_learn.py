@@ -141,10 +141,9 @@ def test_a_story_goes_on_about_its_animal(shared_dir: Path, tmp_path: Path, seed
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_critic_tells_which_stories_go_on_about_their_animal(
+def test_ppo_learns_the_same_from_one_completion_of_each_prompt(
     shared_dir: Path, tmp_path: Path, seed: int
 ) -> None:
-    """By PPO, from one completion of each prompt."""
     rewards = [f"{tmp_path / 'score.py'}:named"]
     changes = {
         "train.objective": "ppo",
