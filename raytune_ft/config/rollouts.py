@@ -141,7 +141,7 @@ class PpoConfig(Section):
         1.0, description="discount of the reward of each further token"
     )
     lam: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.95,
+        1.0,
         description="of generalised advantages: 1 sums rewards to the end, 0 trusts the next value",
     )
     whiten_advantages: bool = Field(

@@ -6,6 +6,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from raytune_ft.report.collect import Facts, Record, collect
 from raytune_ft.report.plots import plots, search_plots
 
 GOOD, NEUTRAL, BAD = "#059669", "#d97706", "#dc2626"
+CLEARLY = 2
+"""Standard errors; less may be chance."""
 MAX_CARDS = 6
 MAX_SAMPLES = 8
 
@@ -94,7 +97,8 @@ def headline(facts: Facts) -> Record:
 
 def overoptimised(facts: Facts) -> list[str]:
     """A sentence for each reward that is only watched and fell while the trained one rose: it ended
-    below the base, or lost more than half of what it had gained (arXiv 2210.10760).
+    below the base, or lost more than half of what it had gained (arXiv 2210.10760), by more than
+    `CLEARLY` standard errors of the difference between two independent means.
     """
     trial = next((one for one in facts.trials if one.id == facts.best), None)
     rows = [row for row in trial.evaluations if REWARD.name in row] if trial else []
@@ -114,8 +118,8 @@ def overoptimised(facts: Facts) -> list[str]:
             continue
         best = max(known, key=lambda row: float(row[key]))
         start, peak, end = known[0][key], best[key], known[-1][key]
-        fell = end < start or peak - end > (peak - start) / 2 > 0
-        if fell and last[REWARD.name] > first[REWARD.name]:
+        lost = peak - end > (peak - start) / 2 > 0 and _fell(name, best, known[-1])
+        if (lost or _fell(name, known[0], known[-1])) and last[REWARD.name] > first[REWARD.name]:
             found.append(
                 f"The trained reward rose from {number(first[REWARD.name])} to "
                 f"{number(last[REWARD.name])}, while {name}, which is only watched, was at "
@@ -123,6 +127,13 @@ def overoptimised(facts: Facts) -> list[str]:
                 "has learnt what the reward measures, and not what it stands for."
             )
     return found
+
+
+def _fell(name: str, before: Record, after: Record) -> bool:
+    """Whether a reward is clearly lower in the later one of two evaluations."""
+    key, error = f"{REWARD.name}:{name}", f"{REWARD.name}_error:{name}"
+    noise = math.hypot(before.get(error) or 0.0, after.get(error) or 0.0)
+    return bool(before[key] - after[key] > CLEARLY * noise)
 
 
 def _headline(facts: Facts) -> Record:

@@ -88,6 +88,19 @@ class Answered:
             "truncated": float(np.mean([not one.ended for one in said])),
         }
 
+    def errors(self, names: Sequence[str]) -> dict[str, float]:
+        """The standard error of each mean reward over prompts; of none with under two that have a
+        score.
+        """
+        found = {}
+        for name in names:
+            scores_PG = [[one[name] for one in group] for group in self.scores]
+            known = [[value for value in group if value is not None] for group in scores_PG]
+            means = [float(np.mean(group)) for group in known if group]
+            if len(means) > 1:
+                found[f"reward_error:{name}"] = float(np.std(means, ddof=1) / len(means) ** 0.5)
+        return found
+
 
 def mean_of(values: Numbers) -> float:
     """Of the numbers that are there; NaN where none is."""
@@ -210,6 +223,7 @@ class Speaker:
         for name in self.rewards.names:
             if np.isnan(found[f"reward:{name}"]):
                 raise RunFailed(f"{name} scored no completion of an evaluation: {self.missing()}")
+        found |= answered.errors(self.rewards.names)
         return answered, {f"eval_{name}": value for name, value in found.items()}
 
     def missing(self) -> str:

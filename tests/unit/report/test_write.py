@@ -163,6 +163,44 @@ def test_a_run_alone(sweep_dir: Path) -> None:
     assert len(text) < 30_000
 
 
+REWARDED = """
+name: one
+data: {train: {path: train.jsonl, format: prompt}}
+train: {objective: grpo, watch: [witness]}
+rewards: ["score.py:said", {name: "score.py:true", label: witness}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("trained", "witness", "error", "flagged"),
+    [
+        ([0.1, 0.5, 0.9], [0.5, 0.8, 0.6], 0.06, "at 0.8000 after step 10 and ended at 0.6000"),
+        ([0.1, 0.5, 0.9], [0.5, 0.8, 0.7], 0.0, ""),  # it keeps more than half of what it gained
+        ([0.1, 0.5, 0.9], [0.5, 0.5, 0.4], 0.03, "at 0.5000 after step 0 and ended at 0.4000"),
+        ([0.1, 0.5, 0.9], [0.5, 0.5, 0.4], 0.04, ""),  # 0.1 is less than 2 x 0.04 x sqrt(2)
+        ([0.1, 0.5, 0.9], [0.5, 0.8, 0.6], 0.08, ""),
+        ([0.1, 0.5, 0.1], [0.5, 0.5, 0.4], 0.0, ""),  # both fell
+        ([0.1, 0.5, 0.9], [0.5, 0.5, 0.5], 0.0, ""),
+    ],
+)
+def test_a_watched_reward_that_falls_is_named(
+    tmp_path: Path, trained: list[float], witness: list[float], error: float, flagged: str
+) -> None:
+    rows = [
+        {"step": 10 * i, "examples": 80 * i, "eval_loss": -one, "eval_reward": one}
+        | {"eval_reward:said": one, "eval_reward:witness": other}
+        | {"eval_reward_error:witness": error}
+        for i, (one, other) in enumerate(zip(trained, witness, strict=True))
+    ]
+    (tmp_path / "config.yaml").write_text(REWARDED)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = {"status": "completed", "best": {"step": 20, "examples": 160, "eval_loss": -0.9}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = html.unescape(write_report(tmp_path).read_text())
+    assert ("while witness, which is only watched, was " in text) == bool(flagged)
+    assert flagged in text
+
+
 def test_a_sweep_without_a_result_is_still_running(sweep_dir: Path) -> None:
     (sweep_dir / "result.json").unlink()
     shutil.rmtree(sweep_dir / "promoted")

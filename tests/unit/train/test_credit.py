@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from raytune_ft.config.rollouts import PpoConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.model.sampling import Said
@@ -49,6 +50,13 @@ def test_without_a_bootstrap_returns_are_what_comes() -> None:
     returns = gae(rewards, values, COUNTS, 1.0, 1.0) + values
     assert np.allclose(returns[:5], [15, 14, 12, 9, 5], rtol=1e-12)
     assert np.allclose(returns[5], 6, rtol=1e-12)
+
+
+def test_by_default_every_token_is_credited_with_the_score() -> None:
+    """Also while the critic, whose values begin at 0, knows nothing."""
+    ppo, counts = PpoConfig(), np.array([256])
+    rewards = token_rewards(np.array([1.0]), np.zeros(256), counts, ppo.kl_coef)
+    assert np.array_equal(gae(rewards, np.zeros(256), counts, ppo.gamma, ppo.lam), np.ones(256))
 
 
 def test_the_score_stands_on_the_last_token() -> None:

@@ -89,6 +89,7 @@ def test_the_critic_learns_what_prompts_are_worth(
     changes = {
         "train.max_examples": 16 * 80,
         "train.lr": 1e-5 if detached else 1e-2,
+        "train.lr_schedule": "linear",
         "train.ppo": ppo,
         "train.rollout": rollout,
     }

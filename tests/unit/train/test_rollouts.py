@@ -23,6 +23,7 @@ from raytune_ft.train.credit import advantages_of, same_of
 from raytune_ft.train.report import Silent
 from raytune_ft.train.rollouts import Rollout, with_rewards
 from raytune_ft.train.run import run_training
+from raytune_ft.train.speaker import Answered
 from tests.support.objectives import config_of, save_inputs
 from tests.support.runs import BrokenRun, Recorder, losses, metrics, run
 
@@ -158,11 +159,21 @@ def test_a_watched_reward_changes_nothing(folder: Path, tmp_path: Path) -> None:
     assert all("eval_reward" not in line for line in lines)
 
 
+def test_errors_of_rewards_are_over_prompts() -> None:
+    """Completions of one prompt are not independent; prompts without a score count nothing."""
+    scores = [[1.0, 3.0], [None, 5.0], [None, None], [6.0, 6.0]]
+    named = [[{"some": one, "few": None} for one in group] for group in scores]
+    answered = Answered([], [], named, np.zeros((4, 2)))
+    expected = np.std([2.0, 5.0, 6.0], ddof=1) / np.sqrt(3)
+    assert answered.errors(["some", "few"]) == {"reward_error:some": pytest.approx(expected)}
+
+
 def test_a_watched_reward_of_grpo_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
     run(config_of(folder, "grpo", {"train.watch": ["short"]}), tmp_path / "run")
     line = metrics(tmp_path / "run")[0]
     assert line["eval_reward"] == line["eval_reward:vowels"] != line["eval_reward:short"]
     assert line["eval_loss"] == -line["eval_reward"]
+    assert line["eval_reward_error:short"] > 0
 
 
 def test_a_run_that_learns_nothing_ends(folder: Path, tmp_path: Path) -> None:
