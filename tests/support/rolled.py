@@ -76,3 +76,9 @@ def configs_of(root: Path, objective: str, **changes: Any) -> dict[str, Config]:
         name: config_of(root, objective, {**shared, **own, **changes})
         for name, own in BY_OBJECTIVE[objective].items()
     }
+
+
+def said(run_dir: Path) -> list[Any]:
+    """The completions of a run, with their steps and rewards."""
+    lines = (run_dir / "rollouts.jsonl").read_text().splitlines()
+    return [(row["step"], row["completion"], row["rewards"]) for row in map(json.loads, lines)]

@@ -12,7 +12,7 @@ from raytune_ft.config.schema import Config
 from tests.support.models import true_float64
 from tests.support.objectives import config_of
 from tests.support.packed import Packed, run_packed
-from tests.support.rolled import BY_OBJECTIVE, SHARED, configs_of, save_rolled_inputs
+from tests.support.rolled import BY_OBJECTIVE, SHARED, configs_of, said, save_rolled_inputs
 from tests.support.runs import BrokenRun, Recorder, largest_difference, losses, metrics, run
 
 BOUND = 1e-9
@@ -31,11 +31,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
             for name, config in configs_of(inputs, objective).items():
                 assert run(config, root / objective / name).status == "completed"
     return root
-
-
-def said(run_dir: Path) -> list[Any]:
-    lines = (run_dir / "rollouts.jsonl").read_text().splitlines()
-    return [(row["step"], row["completion"], row["rewards"]) for row in map(json.loads, lines)]
 
 
 def result(run_dir: Path) -> dict[str, Any]:
