@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,19 @@ def test_rewards_that_are_watched(tmp_path: Path, inputs: Path) -> None:
         assert len(ours) == 3
 
 
-def test_slots_by_the_time_of_sampling(tmp_path: Path, inputs: Path) -> None:
+def test_slots_by_the_time_of_sampling(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7 prompts, 3 answers each have 8 tokens; a pass takes as long for two slots as for one."""
+    tried = []
+
+    def seconds(one_pass: Callable[[int], int], counts: Sequence[int], _: object) -> Any:
+        tried.extend(one_pass(count) for count in counts)
+        return {count: 1 / count if count < 3 else 0.5 for count in counts}
+
+    monkeypatch.setattr("raytune_ft.packed.engine.seconds_a_token", seconds)
     config = configs_of(inputs, "grpo")["short"]
     packed = Packed(config, tmp_path, slots=3)
-    assert "a token takes" in packed.engine.passes.settle(None, measured=True)
+    assert packed.engine.passes.settle(None, measured=True).startswith("2 slots (a token takes ")
+    assert tried == [7 * 3 * 8 * count for count in (1, 2, 3)]
     packed.close()
