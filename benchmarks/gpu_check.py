@@ -480,10 +480,11 @@ def packing(bench: Bench) -> Rows:
                 break
             at = number * 8 * count
             objective, slots = passes.runner.objective, range(count)
-            steps = [passes.open(objective, order.indices(at + 8 * slot, 8)) for slot in slots]
+            works = [Work.of(data.train, order.indices(at + 8 * n, 8), ()) for n in slots]
+            steps = [passes.open(objective, work) for work in works]
             tokens += sum(step.waiting_tokens for step in steps)
             while any(step.waiting_widths for step in steps):
-                plan = passes.plan(steps, 0)
+                plan = passes.plan(steps)
                 took = len(plan.rows)
                 some = active if took == count else passes.active_adapters(0, [adapter] * took)
                 passes.accumulate(plan, steps[:took], some)

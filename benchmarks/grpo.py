@@ -94,17 +94,11 @@ def write_inputs(cell: str, root: Path) -> None:
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-def run_ours(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[str, float]:
-    """The loop of this package, as `raytune-ft train` runs it in one process."""
+def config_of(cell: Cell, base: Path, root: Path, steps: int, seed: int, lr: float = LR) -> Any:
+    """A run of this package."""
     from raytune_ft.config.schema import Config
-    from raytune_ft.data.prepare import prepare_data
-    from raytune_ft.data.prompts import prompted
-    from raytune_ft.model.load import load_tokenizer
-    from raytune_ft.rundir import RunSpec
-    from raytune_ft.train.report import Silent
-    from raytune_ft.train.run import run_training
 
-    config = Config.model_validate(
+    return Config.model_validate(
         {
             "name": "grpo",
             "seed": seed,
@@ -119,7 +113,7 @@ def run_ours(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[
                 "objective": "grpo",
                 "rollout": {"num_generations": EACH, "max_completion_length": TOKENS},
                 "batch_size": cell.batch,
-                "lr": LR,
+                "lr": lr,
                 "lr_schedule": "constant",
                 "max_examples": cell.batch * steps,
                 "eval_every_examples": 10**9,
@@ -128,14 +122,36 @@ def run_ours(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[
             "checkpoint": {"every_examples": 10**9},
         }
     )
-    run_dir = Path(tempfile.mkdtemp(dir=root))
-    with Span() as span:
-        tokenizer = load_tokenizer(config.model)
-        prepared = prepare_data(config.data, tokenizer, seed, run_dir / "cache")
-        prepared = prompted(config, prepared, tokenizer, seed)
-        run_training(RunSpec(config, run_dir, prepared.path), "single", Silent())
+
+
+def prepare(config: Any, cache: Path) -> Any:
+    """The tokens and prompts of a run."""
+    from raytune_ft.data.prepare import prepare_data
+    from raytune_ft.data.prompts import prompted
+    from raytune_ft.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare_data(config.data, tokenizer, config.seed, cache)
+    return prompted(config, prepared, tokenizer, config.seed)
+
+
+def rewards_in(run_dir: Path) -> list[float]:
+    """The mean reward of each rollout."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return span.figures([line["reward"] for line in lines if "reward" in line])
+    return [line["reward"] for line in lines if "reward" in line]
+
+
+def run_ours(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[str, float]:
+    """The loop of this package, as `raytune-ft train` runs it in one process."""
+    from raytune_ft.rundir import RunSpec
+    from raytune_ft.train.report import Silent
+    from raytune_ft.train.run import run_training
+
+    config, run_dir = config_of(cell, base, root, steps, seed), Path(tempfile.mkdtemp(dir=root))
+    with Span() as span:
+        prepared = prepare(config, run_dir / "cache")
+        run_training(RunSpec(config, run_dir, prepared.path), "single", Silent())
+    return span.figures(rewards_in(run_dir))
 
 
 def run_trl(cell: Cell, base: Path, root: Path, steps: int, seed: int) -> dict[str, float]:

@@ -28,6 +28,9 @@ OF_THE_ENGINE = (
     "train.micro_tokens",
     OBJECTIVE,
     "train.dpo.reference",
+    "train.rollout.temperature",
+    "train.watch",
+    "rewards",
     *(f"train.{key}" for key in SHARED_KEYS),
 )
 # Each slot has its own order over the examples that all share.
@@ -45,8 +48,6 @@ def packable(config: Config) -> str | None:
         return f"method.name={name} cannot be stacked as plain LoRA can"
     if (why := OBJECTIVES[config.train.objective].unpackable) is not None:
         return f"train.objective={config.train.objective} {why}"
-    if config.train.watch:
-        return "train.watch samples from the model of each trial"
     if OBJECTIVES[config.train.objective].head:
         return f"train.objective={config.train.objective} trains a head, which packed runs lack"
     if config.train.neftune_alpha is not None:

@@ -184,10 +184,11 @@ class ObjectiveFacts:
         teacher: it needs `train.kd`.
         chunked: documents are cut into chunks also where `data.chunk` is not written.
         smooth: `train.label_smoothing` has a distribution to smooth.
-        pairs: examples are pairs of answers. Each trial of a packed engine has keys of its own.
+        pairs: examples are pairs of answers.
         reference: it needs the log-probabilities of another model, measured before training.
         rollouts: it learns from what the model says during training, which `rewards` score; the
-            sequences of each of its examples. 0 where examples are given.
+            sequences of each of its examples. 0 where examples are given. Of these, and of pairs,
+            each trial of a packed engine has keys of its own.
         credit: imports and returns its way from scored completions to examples, a
             `train.credit.Credit`.
         compares: it compares completions of one prompt, of which it needs two.
@@ -341,7 +342,7 @@ def _on_rollouts(
         critic=critic,
         base=base,
         lr=(1e-6, 2e-5),
-        unpackable="trains on what each trial says itself",
+        unpackable="trains a critic, which packed runs lack" if critic else None,
     )
 
 
@@ -429,7 +430,7 @@ SHARED_KEYS = (
     *(
         key
         for entry in OBJECTIVES.values()
-        if not entry.pairs and entry.unpackable is None
+        if not (entry.pairs or entry.rollouts) and entry.unpackable is None
         for key in entry.keys
     ),
 )

@@ -233,6 +233,11 @@ def _without_answer(prompt: Prompt) -> tuple[TokenIds, Mask]:
     return ids, np.zeros(len(ids), np.bool_)
 
 
+def prompts_of(data: PreparedData, split: str) -> Prompts:
+    """The prompts of a split of the data. Raises RunFailed where their file cannot be read."""
+    return Prompts(data.path / prompts_file(split))
+
+
 class Prompts:
     """The prompts of a split, read from its file one by one."""
 

@@ -78,6 +78,32 @@ class TokenizedSplit:
         )
 
     @classmethod
+    def joined(cls, splits: Sequence[TokenizedSplit]) -> TokenizedSplit:
+        """The examples of splits with the same columns, one split after another. A label column
+        that one of them lacks is NaN there.
+        """
+        names = dict.fromkeys(name for split in splits for name in split.label_columns)
+
+        def labels(name: str) -> Column:
+            return np.concatenate(
+                [
+                    split.label_columns.get(name, np.full(split.label_counts.sum(), np.nan))
+                    for split in splits
+                ]
+            )
+
+        return cls(
+            input_ids=np.concatenate([split.input_ids for split in splits]),
+            label_mask=np.concatenate([split.label_mask for split in splits]),
+            offsets=np.cumsum(np.concatenate([[0], *(split.lengths for split in splits)])),
+            columns={
+                name: np.concatenate([split.columns[name] for split in splits])
+                for name in splits[0].columns
+            },
+            label_columns={name: labels(name) for name in names},
+        )
+
+    @classmethod
     def open(cls, path: Path) -> TokenizedSplit:
         """Map the file that `write` made. Its pages are read on first use.
 

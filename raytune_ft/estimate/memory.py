@@ -67,10 +67,15 @@ def micro_tokens(config: Config, device: str) -> int:
 
 
 def steps_in_a_pass(config: Config, length: float) -> int:
-    """How many steps on examples of this mean length fill one pass of all workers; at least 1."""
-    parallel = config.parallel
+    """How many steps on examples of this mean length fill one pass of all workers; at least 1.
+    Where the model is asked, most passes are of sampling, with a token of each answer.
+    """
+    parallel, facts = config.parallel, OBJECTIVES[config.train.objective]
     room = micro_tokens(config, parallel.device) * parallel.max_workers
-    return max(1, int(room // (length * config.train.batch_size)))
+    tokens = length * config.train.batch_size
+    if facts.rollouts:
+        tokens = config.train.rollout.num_generations * config.train.batch_size
+    return max(1, int(room // tokens))
 
 
 def said_of(config: Config) -> tuple[int, int]:

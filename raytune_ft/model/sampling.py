@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,15 @@ def choose(logits_BV: Tensor, numbers_B: Tensor, settings: SamplingConfig) -> tu
     return tokens_B1.squeeze(-1), near_B1.squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Requests:
+    """Requests to one model: up to `limit` tokens each. `seed` draws their numbers."""
+
+    requests: Sequence[Request]
+    limit: int
+    seed: int = 0
+
+
 def sample(
     model: nn.Module,
     requests: Sequence[Request],
@@ -133,7 +142,34 @@ def sample(
     forward: Callable[..., Any] | None = None,
     beat: Callable[[], object] = lambda: None,
 ) -> list[Said]:
-    """Up to `limit` tokens after each prompt, in the order of the requests.
+    """Up to `limit` tokens after each prompt, in the order of the requests; see `sample_groups`."""
+    asked = [Requests(requests, limit, seed)]
+    return sample_groups(
+        model,
+        asked,
+        settings=settings,
+        ends=ends,
+        pad=pad,
+        apart=apart,
+        forward=forward,
+        beat=beat,
+    )[0]
+
+
+def sample_groups(
+    model: nn.Module,
+    asked: Sequence[Requests],
+    *,
+    settings: SamplingConfig = GREEDY,
+    ends: Ids = (),
+    pad: int = 0,
+    apart: Apart = FREELY,
+    forward: Callable[..., Any] | None = None,
+    beat: Callable[[], object] = lambda: None,
+) -> list[list[Said]]:
+    """Continuations by each of several models that share the passes of one, in the order of the
+    requests. The rows of a pass are grouped by model, all groups are equally large, and `model`
+    computes the g-th of them with what the g-th model has of its own.
 
     Prompts of similar length share a batch, so that little of it is padding; those of equal length,
     where the model keeps rows of such lengths apart. The passes over one prompt are one pass. Rows
@@ -150,49 +186,88 @@ def sample(
     positions, virtual = usable_positions(model), virtual_tokens(model)
     device = next(model.parameters()).device
     most = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    lengths = [max(1, len(request.prompt)) + virtual for request in requests]
-    room = [limit if positions is None else min(limit, positions - each) for each in lengths]
-    found: list[Said] = [Said((), ended=False)] * len(requests)
-    waiting = sorted((i for i, free in enumerate(room) if free > 0), key=lambda i: -lengths[i])
-    while waiting:
-        longest = lengths[waiting[0]]
-        batch = waiting[: max(1, most // (longest + limit))]
-        widest = longest + room[batch[-1]]
+    limit = max(each.limit for each in asked)
+    rows_G = [_rows_of(each, positions, virtual) for each in asked]
+    found = [[Said((), ended=False)] * len(rows) for rows in rows_G]
+    waiting_G = [sorted((row for row in rows if row.limit > 0), key=_by_length) for rows in rows_G]
+    while any(waiting_G):
+        longest = max(waiting[0].length for waiting in waiting_G if waiting)
+        height = max(1, most // ((longest + limit) * len(asked)))
+        batch_G = [waiting[:height] for waiting in waiting_G]
+        batch = [row for own in batch_G for row in own]
+        shortest, widest = (
+            min(row.length for row in batch),
+            longest + max(row.limit for row in batch),
+        )
         past_end = positions is not None and widest > positions
-        if past_end or apart.group(lengths[batch[-1]]) != apart.group(widest):
-            batch = [i for i in batch if lengths[i] == longest]
-        del waiting[: len(batch)]
-        asked, limits = [requests[i] for i in batch], [room[i] for i in batch]
-        made = _decode(model, asked, limits, settings, ends, pad, seed, forward, beat)
-        for i, said in zip(batch, made, strict=True):
-            found[i] = said
+        if past_end or apart.group(shortest) != apart.group(widest):
+            batch_G = [[row for row in own if row.length == longest] for own in batch_G]
+        for number, own in enumerate(batch_G):
+            waiting_G[number] = waiting_G[number][len(own) :]
+        made = _decode(model, batch_G, settings, ends, pad, forward, beat)
+        for of_model, own, said in zip(found, batch_G, made, strict=True):
+            for row, one in zip(own, said, strict=True):
+                of_model[row.number] = one
     return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A request as a batch takes it: its number among those of its model, the seed of its draws,
+    the positions of its prompt, and the tokens that it may get.
+    """
+
+    number: int
+    request: Request
+    seed: int
+    length: int
+    limit: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Its token ids."""
+        return tuple(self.request.prompt)
+
+
+def _rows_of(asked: Requests, positions: int | None, virtual: int) -> list[_Row]:
+    rows = []
+    for number, request in enumerate(asked.requests):
+        length = max(1, len(request.prompt)) + virtual
+        limit = asked.limit if positions is None else min(asked.limit, positions - length)
+        rows.append(_Row(number, request, asked.seed, length, limit))
+    return rows
+
+
+def _by_length(row: _Row) -> int:
+    return -row.length
 
 
 @torch.no_grad()
 def _decode(
     model: Any,
-    requests: Sequence[Request],
-    limits: Sequence[int],
+    batch_G: Sequence[Sequence[_Row]],
     settings: SamplingConfig,
     ends: Ids,
     pad: int,
-    seed: int,
     forward: Callable[..., Any] | None,
     beat: Callable[[], object],
-) -> list[Said]:
-    """One batch of requests, padded on the left; each row has a limit of its own."""
-    device, limit = next(model.parameters()).device, max(limits)
+) -> list[list[Said]]:
+    """One batch of requests to each model, padded on the left. A model with fewer than another has
+    rows that get no token.
+    """
+    device, groups = next(model.parameters()).device, len(batch_G)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     indexed = _is_indexed(base)
-    prompts = [tuple(request.prompt) for request in requests]
-    # Samples of one prompt share its pass, where the cache can be copied from row to row.
-    read = list(dict.fromkeys(prompts)) if indexed else prompts
-    place_of = {prompt: row for row, prompt in enumerate(read)}
+    some = next(row for own in batch_G for row in own)
+    idle, height = replace(some, limit=0), max(map(len, batch_G))
+    filled_G = [[*own, *[idle] * (height - len(own))] for own in batch_G]
+    batch = [row for own in filled_G for row in own]
+    read, places = _prompts_of(filled_G, indexed)
     ids_BS, mask_BS = _padded(read, pad, device)
-    numbers_BL = torch.zeros(len(requests), limit, dtype=torch.float64)
+    limit = max(row.limit for row in batch)
+    numbers_BL = torch.zeros(len(batch), limit, dtype=torch.float64)
     if settings.temperature > 0:
-        drawn = [numbers_of(seed, request, limit) for request in requests]
+        drawn = [numbers_of(row.seed, row.request, limit) for row in batch]
         numbers_BL = torch.from_numpy(np.stack(drawn))
     numbers_BL = numbers_BL.to(device)
     ends_E = torch.tensor([*ends], dtype=torch.int64, device=device)
@@ -200,14 +275,14 @@ def _decode(
     plain = {"input_ids": ids_BS, "attention_mask": mask_BS}
     with method.generating(ids_BS, mask_BS) if method else nullcontext(plain) as inputs:
         rows = _Rows(base, inputs, forward or base)
-        lengths_B = torch.tensor(limits, device=device)
-        ended_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        tokens_BL = torch.full((len(requests), limit), pad, device=device)
-        near_BL = torch.zeros(len(requests), limit, dtype=torch.bool, device=device)
-        asked_R = torch.arange(len(requests), device=device)  # the requests of the rows
+        lengths_B = torch.tensor([row.limit for row in batch], device=device)
+        ended_B = torch.zeros(len(batch), dtype=torch.bool, device=device)
+        tokens_BL = torch.full((len(batch), limit), pad, device=device)
+        near_BL = torch.zeros(len(batch), limit, dtype=torch.bool, device=device)
+        asked_R = torch.arange(len(batch), device=device)  # the requests of the rows
         logits_RV = rows.logits()
-        if len(read) < len(prompts):
-            copied_R = torch.tensor([place_of[prompt] for prompt in prompts], device=device)
+        if len(read) < len(batch):
+            copied_R = torch.tensor(places, device=device)
             rows.take(copied_R)
             logits_RV = logits_RV[copied_R]
         for step in range(limit):
@@ -217,7 +292,7 @@ def _decode(
             running_R = step < lengths_B[asked_R]
             ending = asked_R[running_R & torch.isin(tokens_R, ends_E)]
             ended_B[ending], lengths_B[ending] = True, step + 1
-            kept = torch.nonzero(step + 1 < lengths_B[asked_R]).squeeze(-1)
+            kept = _still_running(step + 1 < lengths_B[asked_R], groups)
             if len(kept) == 0:
                 break
             rows.append(tokens_R)
@@ -227,12 +302,44 @@ def _decode(
             logits_RV = rows.logits()
     within_BL = torch.arange(limit, device=device) < lengths_B[:, None]
     near_B = (near_BL & within_BL).sum(-1).tolist()
-    return [
+    found = [
         Said(tuple(ids[:length]), ended, near)
         for ids, length, ended, near in zip(
             tokens_BL.tolist(), lengths_B.tolist(), ended_B.tolist(), near_B, strict=True
         )
     ]
+    return [found[g * height : g * height + len(own)] for g, own in enumerate(batch_G)]
+
+
+def _prompts_of(
+    filled_G: Sequence[Sequence[_Row]], shared: bool
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompts of the first pass, equally many for each model, and the place there of each row.
+    If `shared`, samples of one prompt have one place, since the cache is copied from row to row.
+    """
+    if not shared:
+        rows = [row for own in filled_G for row in own]
+        return [row.prompt for row in rows], list(range(len(rows)))
+    at_G = [
+        {p: n for n, p in enumerate(dict.fromkeys(row.prompt for row in own))} for own in filled_G
+    ]
+    height = max(map(len, at_G))
+    read = [p for at in at_G for p in (*at, *[next(iter(at))] * (height - len(at)))]
+    places = [
+        g * height + at[row.prompt]
+        for g, (own, at) in enumerate(zip(filled_G, at_G, strict=True))
+        for row in own
+    ]
+    return read, places
+
+
+def _still_running(running_R: Tensor, groups: int) -> Tensor:
+    """The rows that go on. Every group keeps as many as the one in which most still run."""
+    running_Gh = running_R.view(groups, -1)
+    count = int(running_Gh.sum(1).max())
+    first_Gh = torch.argsort((~running_Gh).to(torch.uint8), dim=1, stable=True)[:, :count]
+    begins_G1 = torch.arange(groups, device=running_R.device)[:, None] * running_Gh.shape[1]
+    return (begins_G1 + first_Gh).reshape(-1)
 
 
 def _padded(prompts: Sequence[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,14 @@ checkpoints. What differs from `train.loop`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +29,15 @@ from raytune_ft.config.execution import packable
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
-from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import FREELY, MicroBatch, Row
 from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prompts import prompts_of
+from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
 from raytune_ft.model.objectives import Objective
+from raytune_ft.model.sampling import Request, Requests, Said
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -49,6 +53,7 @@ from raytune_ft.packed.slot import OpenStep, Slot, SlotHolder, together
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.evaluation import Scores, evaluate, evaluate_groups
+from raytune_ft.train.material import Material, Work
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.result import end_run, failed_result
@@ -56,9 +61,16 @@ from raytune_ft.train.setup import (
     build_objective,
     build_run_state,
     build_runner,
+    extent_of,
+    material_of,
     plain_order,
 )
+from raytune_ft.train.speaker import Answered, Turn, Voice, said_together
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
+
+T = TypeVar("T")
+TRIED_TOKENS = 8
+"""Of each answer, where the number of slots is chosen by the time of sampling."""
 
 
 def _no_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -84,9 +96,12 @@ class Passes:
         largest_rank: int,
         strategy: Strategy,
         beat: Beat = no_beat,
+        voice: Voice | None = None,
     ) -> None:
-        """`config` has what all runs share: the model, its precision, the layout of passes."""
-        self.config, self.data, self._beat = config, data, beat
+        """`config` has what all runs share: the model, its precision, the layout of passes. `voice`
+        answers where runs ask their models.
+        """
+        self.config, self.data, self.voice, self._beat = config, data, voice, beat
         self.slots, self.fixed = slots, PASS_TOKENS
         built = build_base(config.model, config.train.precision, strategy.takes_parts)
         base = built.model
@@ -94,25 +109,27 @@ class Passes:
         self.optimizer = PackedAdamW(slots, strategy)
         objective = build_objective(config, data, strategy)
         room = choose_micro_tokens(config.train.micro_tokens, strategy.device)
-        widest = max(room, data.widest)
-        self.runner = build_runner(
-            built, config, strategy, _no_optimizer, objective, data.extent, widest
-        )
-        if data.train.parts > 1 and self.runner.apart != FREELY:
+        extent, longest = extent_of(config, data)
+        widest = max(room, longest)
+        runner = build_runner(built, config, strategy, _no_optimizer, objective, extent, widest)
+        self.parts = max(data.train.parts, OBJECTIVES[config.train.objective].rollouts)
+        self.measures = not OBJECTIVES[config.train.objective].rollouts
+        if self.parts > 1 and runner.apart != FREELY:
             # A row of several pairs does not show the lengths that are kept apart.
-            self.runner = replace(self.runner, packing=False)
+            runner = replace(runner, packing=False)
         self._dtype = getattr(torch, config.train.precision)
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
         self.stack = MultiLora(base, largest_rank, in_place)
+        self.runner = replace(runner, without_method=self.stack.bare)
 
     def settle(self, memory: int | None, measured: bool) -> str:
         """Choose the number of slots, before the first run; returns the choice and its reason.
 
         At most as many as `memory` bytes hold (None: unknown, no limit). If `measured`, the fewest
-        with which a token costs about the least time; what a pass costs beside its tokens is found
-        from the same passes, and decides which rows share one. The engine's config stands for the
-        runs'.
+        with which a token costs about the least time, in sampling where runs roll out; what a pass
+        costs beside its tokens is found from the same passes, and decides which rows share one. The
+        engine's config stands for the runs'.
         """
         config, strategy, optimizer = self.config, self.runner.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
@@ -132,12 +149,15 @@ class Passes:
         if measured:
             optimizer.widen(self.stack.numbers)
             step_tokens = round(self.data.train.lengths.mean() * config.train.batch_size)
+            if not self.measures:  # of each answer a pass of sampling has one token
+                step_tokens = config.train.batch_size * config.train.rollout.num_generations
             pass_tokens = self.runner.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
             tokens: dict[int, int] = {}
+            attempt = self._try if self.measures else self._try_sampling
 
             def one_pass(count: int) -> int:
-                tokens[count] = self._try(adapter, count)
+                tokens[count] = attempt(adapter, count)
                 return tokens[count]
 
             seconds = seconds_a_token(one_pass, counts, strategy.from_rank0)
@@ -147,7 +167,7 @@ class Passes:
                 self.slots, why = fewest_near_best(seconds), describe(seconds)
                 ranks, most = strategy.world_size, self.runner.micro_tokens
                 passes = {tokens[count] / ranks: tokens[count] * s for count, s in seconds.items()}
-                found = fixed_tokens(passes, most)
+                found = fixed_tokens(passes, most) if self.measures else None
                 if found is not None:
                     self.fixed, why = found, f"{why}; a pass costs {found:,} more"
             optimizer.keep(self.slots)
@@ -162,33 +182,54 @@ class Passes:
 
     def _try(self, adapter: AdapterInit, count: int) -> int:
         """Run a pass with `count` slots and its optimizer step; the number of its tokens."""
-        settings, data, optimizer = self.config.train, self.data.train, self.optimizer
-        batch, order = settings.batch_size, plain_order(self.config, data)
-        objective = self.runner.objective
+        settings, optimizer = self.config.train, self.optimizer
+        data, batch = self.data.train, settings.batch_size
+        order = plain_order(self.config, data)
         steps = [
-            self.open(objective, order.indices(number * batch, batch)) for number in range(count)
+            self.open(
+                self.runner.objective, Work.of(data, order.indices(number * batch, batch), ())
+            )
+            for number in range(count)
         ]
-        plan = self.plan(steps, 0)
+        plan = self.plan(steps)
         steps = steps[: len(plan.rows)]
         tokens = sum(step.waiting_tokens for step in steps)
         self.accumulate(plan, steps, self.active_adapters(0, [adapter] * len(steps)))
         optimizer.step([Step(slot, 0.0, settings) for slot in range(len(steps))])
         return tokens - sum(step.waiting_tokens for step in steps)
 
-    def open(self, objective: Objective, indices: Indices) -> OpenStep:
-        """Open an optimizer step over these training examples."""
-        data = self.data.train
-        widths_n = data.lengths if self.runner.packing else data.longest_parts
-        return OpenStep(data, indices, widths_n, objective.over(data, indices, self.runner))
+    def _try_sampling(self, adapter: AdapterInit, count: int) -> int:
+        """Sample `TRIED_TOKENS` tokens of every answer of a step of `count` slots, as `_try`."""
+        assert self.voice is not None
+        train, strategy = self.config.train, self.runner.strategy
+        prompts, order = prompts_of(self.data, "train"), plain_order(self.config, self.data.train)
+        asked = []
+        for number in range(count):
+            indices = order.indices(number * train.batch_size, train.batch_size)
+            requests = [
+                Request(prompts[int(index)].ids, place, sample)
+                for place, index in enumerate(indices)
+                for sample in range(train.rollout.num_generations)
+            ]
+            asked.append(Requests(requests[strategy.rank :: strategy.world_size], TRIED_TOKENS))
+        with self.stack.applied(self.active_adapters(0, [adapter] * count)):
+            said_together(self.runner, asked, replace(self.voice, ends=()), lambda: None)
+        return count * train.batch_size * train.rollout.num_generations * TRIED_TOKENS
 
-    def plan(self, steps: Sequence[OpenStep], first: int) -> PackedPass:
-        """The pass that begins with slot `first`; see `plan_pass`."""
+    def open(self, objective: Objective, work: Work) -> OpenStep:
+        """Open an optimizer step."""
+        split = work.split
+        widths_n = split.lengths if self.runner.packing else split.longest_parts
+        return OpenStep(work, widths_n, objective.over(split, work.indices, self.runner))
+
+    def plan(self, steps: Sequence[OpenStep]) -> PackedPass:
+        """The pass that begins with the first of these slots; see `plan_pass`."""
         waiting = [step.waiting_widths for step in steps]
         runner, ranks = self.runner, self.runner.strategy.world_size
         packing, apart = runner.packing, runner.apart
         # Without packing, each sequence of an example has a row, and a planned row stands for all.
-        most = runner.micro_tokens // (1 if packing else self.data.train.parts)
-        return plan_pass(waiting, first, most, packing, ranks, apart, self.fixed)
+        most = runner.micro_tokens // (1 if packing else self.parts)
+        return plan_pass(waiting, most, packing, ranks, apart, self.fixed)
 
     def accumulate(
         self, plan: PackedPass, steps: Sequence[OpenStep], active: ActiveAdapters
@@ -196,18 +237,19 @@ class Passes:
         """Run a pass: add each slot's gradient and loss to that slot."""
         runner = self.runner
         rank, ranks = runner.strategy.rank, runner.strategy.world_size
-        parts = self.data.train.parts
+        parts = self.parts
+        split, begins = _joined([step.work.split for step in steps])
         examples: list[int] = []
         layout: list[Row] = []
-        for step, rows in zip(steps, plan.rows, strict=True):
+        for step, begin, rows in zip(steps, begins, plan.rows, strict=True):
             for row in step.take(rows)[rank::ranks]:
                 numbers = range(len(examples) * parts, (len(examples) + len(row)) * parts)
                 if runner.packing:
                     layout.append(tuple(numbers))
                 else:
                     layout += [tuple(numbers[part : part + 1]) for part in range(parts)]
-                examples += row
-        batch = runner.collate(self.data.train, np.array(examples, np.int64), tuple(layout))
+                examples += [begin + index for index in row]
+        batch = runner.collate(split, np.array(examples, np.int64), tuple(layout))
         sums = accumulate_packed(runner, self.stack, active, batch, steps)
         for step, loss_sum in zip(steps, sums.unbind(), strict=True):
             step.loss_sum = step.loss_sum + loss_sum
@@ -218,21 +260,28 @@ class Passes:
         optimizer = self.optimizer
         return self._over(optimizer.numbers_KN[slots], optimizer.gradients_KN[slots], adapters)
 
-    def scores(self, slots: Sequence[Slot]) -> list[Scores]:
-        """Evaluate the runs in these slots in the same passes."""
-        numbers_GN = self.optimizer.numbers_KN[[slot.holder.slot for slot in slots]]
+    def measured(self, slots: Sequence[Slot]) -> list[Scores]:
+        """Evaluate the runs in these slots on the validation split, in the same passes."""
         runner = replace(self.runner, objective=together([slot.objective for slot in slots]))
-        with self.stack.applied(self._over(numbers_GN, None, [slot.adapter for slot in slots])):
+        with self.applied(slots):
             return evaluate_groups(runner, self.data.validation, len(slots), self._beat)
 
-    def base_scores(self, objective: Objective) -> Scores:
+    def base_measured(self, objective: Objective) -> Scores:
         """Evaluate the base without any adapter."""
         runner = replace(self.runner, objective=objective)
         return evaluate(runner, self.data.validation, self._beat)
 
+    def applied(self, slots: Sequence[Slot]) -> AbstractContextManager[None]:
+        """A context without gradients in which the model computes equally many rows for each of
+        these slots.
+        """
+        numbers_GN = self.optimizer.numbers_KN[[slot.holder.slot for slot in slots]]
+        return self.stack.applied(self._over(numbers_GN, None, [slot.adapter for slot in slots]))
+
     def objective_of(self, config: Config) -> Objective:
-        """That of a run: its own, where its losses are of pairs, else the one of all runs."""
-        if not OBJECTIVES[config.train.objective].pairs:
+        """That of a run: its own, where each trial has keys of its own, else the one of all."""
+        facts = OBJECTIVES[config.train.objective]
+        if not (facts.pairs or facts.rollouts):
             return self.runner.objective
         return build_objective(config, self.data, self.runner.strategy)
 
@@ -248,6 +297,18 @@ class Passes:
             max(each.rank for each in adapters),
             self._dtype,
         )
+
+
+def _joined(splits: Sequence[TokenizedSplit]) -> tuple[TokenizedSplit, list[int]]:
+    """The examples of all these splits, and where those of each begin. Runs share the split of the
+    data, and have rollouts of their own.
+    """
+    different = list(dict.fromkeys(splits))
+    if len(different) == 1:
+        return different[0], [0] * len(splits)
+    ends = np.cumsum([len(split) for split in different]).tolist()
+    begins = dict(zip(different, [0, *ends], strict=False))
+    return TokenizedSplit.joined(different), [begins[split] for split in splits]
 
 
 def accumulate_packed(
@@ -302,7 +363,7 @@ class PackedEngine:
         self._ended: list[Path] = []
         self._next = 0
         self._active: dict[tuple[int, int], ActiveAdapters] = {}
-        self._base: list[tuple[Objective, Scores]] = []
+        self._base: list[tuple[object, Any]] = []
 
     @property
     def free(self) -> int:
@@ -327,6 +388,8 @@ class PackedEngine:
         holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._channel)
         exporter = Exporter(adapter.model, torch.float32)
         objective = self.passes.objective_of(spec.config)
+        runner, voice = self.passes.runner, self.passes.voice
+        material = material_of(runner, self._data, spec, self._heart, voice)
         spec.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             run = build_run_state(
@@ -339,15 +402,16 @@ class PackedEngine:
                 reporter,
                 self._heart,
                 self._pool,
+                material,
             )
             if run.progress.base is None:
-                run.begin(self._base_scores(objective))
+                run.begin(self._base_scores(spec, objective, material))
         except RunFailed as error:
             if self._strategy.rank == 0:
                 end_run(spec, failed_result(spec, error))
             self._ended.append(spec.run_dir)
             return
-        slot = Slot(run, adapter, holder, objective, self.passes.open)
+        slot = Slot(run, adapter, holder, objective, material, self.passes.open)
         (self._closing if run.over else self._slots).append(slot)
 
     def leave(self, run_dir: Path, status: Literal["pruned", "interrupted"]) -> None:
@@ -371,11 +435,15 @@ class PackedEngine:
         self._ended = [path for path in self._ended if path != run_dir]
 
     def advance(self) -> list[Path]:
-        """One pass, and the steps, evaluations and checkpoints that it makes due.
+        """One pass, and the steps, evaluations and checkpoints that it makes due. Before it the
+        runs ask their models, together, once all of them wait for answers.
 
         Returns:
             The runs that have ended and left their results.
         """
+        if self._slots and all(slot.open is None for slot in self._slots):
+            self._heart.enter(f"rollouts of {len(self._slots)} runs")
+            self._ask({slot: slot.turn for slot in self._slots if slot.turn}, Slot.hear)
         if self._slots:
             self._heart.enter(f"pass over {len(self._slots)} runs")
             self._pass()
@@ -412,13 +480,31 @@ class PackedEngine:
             )
         return init_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
 
-    def _base_scores(self, objective: Objective) -> Scores:
-        """The base's own scores, which are the same for every run with this objective."""
-        for known, scores in self._base:
-            if known == objective:
-                return scores
-        self._base.append((objective, self.passes.base_scores(objective)))
-        return self._base[-1][1]
+    def _base_scores(self, spec: RunSpec, objective: Objective, material: Material) -> Scores:
+        """The base's own scores. What it measures is the same for every run with this objective,
+        and what it answers for every run with these settings and this seed.
+        """
+        measured = answered = None
+        if self.passes.measures:
+            measured = self._once(objective, partial(self.passes.base_measured, objective))
+        with self.passes.stack.bare():
+            if (turn := material.evaluation()) is not None:
+                answers = spec.config.train.rollout, spec.config.seed
+                answered = self._once(answers, partial(self._answer, turn))
+            return material.scores(measured, answered)
+
+    def _answer(self, turn: Turn) -> Answered:
+        return turn.speaker.scored(turn, self._said([turn])[0])
+
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        """What is made of the base; the next run with an equal key gets the same."""
+        found: T
+        for known, found in self._base:
+            if known == key:
+                return found
+        found = make()
+        self._base.append((key, found))
+        return found
 
     def _settled(self) -> set[Slot]:
         """Slots without a checkpoint being written on any rank: waiting for it takes no time."""
@@ -430,30 +516,58 @@ class PackedEngine:
         counts = self._strategy.sum(writing.to(self._strategy.device)).tolist()
         return set(slots) - {slot for slot, count in zip(pending, counts, strict=True) if count}
 
+    def _ask(self, turns: Mapping[Slot, Turn], hear: Callable[[Slot, Answered], None]) -> None:
+        """Have the models of these runs answer in the same passes, and each run hear its answers,
+        with its adapter applied. A run whose answers have no scores fails alone.
+        """
+        with self.passes.applied(list(turns)):
+            said = self._said(list(turns.values()))
+        for (slot, turn), own in zip(turns.items(), said, strict=True):
+            with self._failing(slot), self.passes.applied([slot]):
+                hear(slot, turn.speaker.scored(turn, own))
+
+    def _said(self, turns: Sequence[Turn]) -> list[list[Said]]:
+        voice = self.passes.voice
+        assert voice is not None
+        asked = [turn.speaker.requests(turn) for turn in turns]
+        return said_together(self.passes.runner, asked, voice, self._heart.alive)
+
     def _pass(self) -> None:
-        first = self._next if self._next < len(self._slots) else 0
-        plan = self.passes.plan([slot.open for slot in self._slots], first)
+        first, steps = self._open_steps()
+        plan = self.passes.plan(steps)
         self._next = first + len(plan.rows)
-        slots = self._slots[first : self._next]
-        self.passes.accumulate(
-            plan, [slot.open for slot in slots], self._active_adapters(first, slots)
-        )
-        done = [slot for slot in slots if not slot.open.waiting_widths]
+        slots, steps = self._slots[first : self._next], steps[: len(plan.rows)]
+        self.passes.accumulate(plan, steps, self._active_adapters(first, slots))
+        done = [
+            (slot, step) for slot, step in zip(slots, steps, strict=True) if not step.waiting_widths
+        ]
         if done:
             self._step(done)
 
-    def _step(self, done: Sequence[Slot]) -> None:
-        norms = self.passes.optimizer.step([slot.optimizer_step() for slot in done])
-        shares = torch.stack([torch.as_tensor(slot.open.loss_sum) for slot in done])
+    def _open_steps(self) -> tuple[int, list[OpenStep]]:
+        """The slot whose turn it is, of those with an open step, and the open steps from there up
+        to a slot without one.
+        """
+        count = len(self._slots)
+        places = [*range(self._next, count), *range(count)]
+        first = next(place for place in places if self._slots[place].open is not None)
+        steps = takewhile(lambda step: step is not None, (s.open for s in self._slots[first:]))
+        return first, [step for step in steps if step is not None]
+
+    def _step(self, done: Sequence[tuple[Slot, OpenStep]]) -> None:
+        norms = self.passes.optimizer.step([slot.optimizer_step() for slot, _ in done])
+        shares = torch.stack([torch.as_tensor(step.loss_sum) for _, step in done])
         loss_sums = self._strategy.sum(shares).tolist()
         going, due = [], []
-        for slot, norm, loss_sum in zip(done, norms, loss_sums, strict=True):
+        for (slot, step), norm, loss_sum in zip(done, norms, loss_sums, strict=True):
             with self._failing(slot):
-                is_due = slot.run.after_step(slot.open.work, loss_sum / slot.open.count, norm)
+                is_due = slot.run.after_step(step.work, loss_sum / step.count, norm)
                 going.append(slot)
                 due += [slot] if is_due else []
-        scores = dict(zip(due, self._evaluate(due), strict=True))
+        scores = self._evaluate(due)
         for slot in going:
+            if slot in due and slot not in scores:
+                continue  # its evaluation has failed, and so the run
             with self._failing(slot):
                 slot.run.after_evaluation(scores.get(slot))
                 if slot.run.over:
@@ -462,12 +576,30 @@ class PackedEngine:
                 else:
                     slot.begin_step()
 
-    def _evaluate(self, slots: Sequence[Slot]) -> list[Scores]:
+    def _evaluate(self, slots: Sequence[Slot]) -> dict[Slot, Scores]:
+        """The scores of runs, without those that fail in it."""
         if not slots:
-            return []
+            return {}
         names = ", ".join(slot.run.spec.run_dir.name for slot in slots)
         self._heart.enter(f"evaluation of {names}")
-        return self.passes.scores(slots)
+        measured: dict[Slot, Scores] = {}
+        if self.passes.measures:
+            measured = dict(zip(slots, self.passes.measured(slots), strict=True))
+        turns: dict[Slot, Turn] = {}
+        scores: dict[Slot, Scores] = {}
+        for slot in slots:
+            with self._failing(slot):
+                if (turn := slot.material.evaluation()) is None:
+                    scores[slot] = slot.material.scores(measured[slot], None)
+                else:
+                    turns[slot] = turn
+
+        def hear(slot: Slot, answered: Answered) -> None:
+            scores[slot] = slot.material.scores(measured.get(slot), answered)
+
+        if turns:
+            self._ask(turns, hear)
+        return scores
 
     def _active_adapters(self, first: int, slots: Sequence[Slot]) -> ActiveAdapters:
         """Cached as long as the same runs are in the same slots."""

@@ -18,42 +18,37 @@ PASS_TOKENS = 512
 
 @dataclass(frozen=True)
 class PackedPass:
-    """The slots `first .. first + len(rows) - 1`, each with `len(rows[0])` rows.
+    """The first `len(rows)` slots, each with `len(rows[0])` rows.
 
     A row holds positions in the slot's list of waiting examples; it may be empty. Rank r of R takes
     the rows r, r + R, ...: every rank takes the same number.
     """
 
-    first: int
     rows: tuple[tuple[Row, ...], ...]
 
 
 def plan_pass(
     waiting: Sequence[Sequence[int]],
-    first: int,
     micro_tokens: int,
     packing: bool,
     ranks: int = 1,
     apart: Apart = FREELY,
     fixed: int = PASS_TOKENS,
 ) -> PackedPass:
-    """The pass that begins with slot `first`.
+    """The pass that begins with the first slot.
 
     `waiting` has, for each slot, the lengths of the examples that its step still lacks, at least
     one, longest first. A pass has at most `micro_tokens` tokens a rank, padding included, but
     always one row of one slot. Of the numbers of rows that fit, the one with the most tokens for a
     rank's cost is taken, to which `fixed` tokens are added. Of examples that are kept apart, a pass
-    takes those which may share it with the longest of slot `first`.
+    takes those which may share it with the longest of the first slot.
     """
-    group = apart.group(waiting[first][0])
+    group = apart.group(waiting[0][0])
     places = [
         [place for place, length in enumerate(lengths) if apart.group(length) == group]
-        for lengths in waiting[first:]
+        for lengths in waiting
     ]
-    able = [
-        [lengths[place] for place in own]
-        for lengths, own in zip(waiting[first:], places, strict=True)
-    ]
+    able = [[lengths[place] for place in own] for lengths, own in zip(waiting, places, strict=True)]
     count, longest = _participants(able, micro_tokens)
     slots = able[:count]
     width = _width(slots, longest, micro_tokens // count, ranks, fixed) if packing else longest
@@ -69,7 +64,7 @@ def plan_pass(
         [tuple(own[index] for index in row) for row in (of_slot + [()] * height)[:height]]
         for of_slot, own in zip(rows, places, strict=False)
     ]
-    return PackedPass(first, tuple(map(tuple, taken)))
+    return PackedPass(tuple(map(tuple, taken)))
 
 
 def _participants(waiting: Sequence[Sequence[int]], micro_tokens: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ since the gradient of A is a product with B and that of B one with A.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,11 +174,20 @@ class MultiLora:
     def applied(self, active: ActiveAdapters) -> Iterator[None]:
         """In the context, forward and backward of the model use these adapters."""
         active.refresh()
-        self.active = active
+        with self._with(active):
+            yield
+
+    def bare(self) -> AbstractContextManager[None]:
+        """A context in which the model computes what the base does."""
+        return self._with(None)
+
+    @contextmanager
+    def _with(self, active: ActiveAdapters | None) -> Iterator[None]:
+        before, self.active = self.active, active
         try:
             yield
         finally:
-            self.active = None
+            self.active = before
 
 
 class StackedLinear(nn.Module):

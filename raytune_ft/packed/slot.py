@@ -15,13 +15,15 @@ from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch, Row
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives import Columns, Forward, Objective
-from raytune_ft.model.objectives.preference import PairObjective, label_logps
+from raytune_ft.model.objectives.base import OfLogps
+from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.packed.lora import AdapterInit, MultiLora
 from raytune_ft.packed.optim import PackedAdamW, Step
 from raytune_ft.strategy.side_channel import SideChannel
 from raytune_ft.tensors.write import Part
-from raytune_ft.train.material import Work
+from raytune_ft.train.material import Material, Work
 from raytune_ft.train.run_state import RunState
+from raytune_ft.train.speaker import Answered, Turn
 
 
 class OpenStep:
@@ -32,25 +34,18 @@ class OpenStep:
     rank has computed so far, on its device.
     """
 
-    def __init__(
-        self,
-        data: TokenizedSplit,
-        indices: Indices,
-        widths_n: npt.NDArray[np.int64],
-        objective: Objective,
-    ) -> None:
-        self._data, self._widths_n = data, widths_n
-        self._waiting = indices[np.argsort(-widths_n[indices], kind="stable")]
+    def __init__(self, work: Work, widths_n: npt.NDArray[np.int64], objective: Objective) -> None:
+        self.work, self._widths_n = work, widths_n
+        self._waiting = work.indices[np.argsort(-widths_n[work.indices], kind="stable")]
         self.waiting_widths: list[int] = widths_n[self._waiting].tolist()
-        self.examples, self.objective = len(indices), objective
-        self.work = Work.of(data, indices, ())
-        self.count = objective.count(data, indices) or 1
+        self.examples, self.objective = len(work.indices), objective
+        self.count = objective.count(work.split, work.indices) or 1
         self.loss_sum: Tensor | float = 0.0
 
     @property
     def waiting_tokens(self) -> int:
         """Those of the examples that wait."""
-        return int(self._data.lengths[self._waiting].sum())
+        return int(self.work.split.lengths[self._waiting].sum())
 
     def take(self, rows: Sequence[Row]) -> list[list[int]]:
         """Remove the examples at these positions of `waiting_widths`; their indices, by row."""
@@ -63,11 +58,14 @@ class OpenStep:
 
 
 def together(objectives: Sequence[Objective]) -> Objective:
-    """The objective of a batch that has equally many rows for each of these, in their order."""
+    """The objective of a batch that has equally many rows for each of these, in their order.
+
+    Different ones are all `OfLogps`, with one temperature.
+    """
     first = objectives[0]
     if all(each == first for each in objectives):
         return first
-    return EachItsOwn(tuple(each for each in objectives if isinstance(each, PairObjective)))
+    return EachItsOwn(tuple(each for each in objectives if isinstance(each, OfLogps)))
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ class EachItsOwn(Objective):
     """
 
     of_tokens: ClassVar[bool] = True
-    objectives: tuple[PairObjective, ...]
+    objectives: tuple[OfLogps, ...]
 
     def over(self, split: TokenizedSplit, indices: Indices, forward: Forward) -> Objective:
-        return EachItsOwn(tuple(each.over(split, indices, forward) for each in self.objectives))
+        return together([each.over(split, indices, forward) for each in self.objectives])
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
         return self.objectives[0].count(split, indices)
@@ -106,9 +104,10 @@ class EachItsOwn(Objective):
 
     def _parts(
         self, forward: Forward, batch: MicroBatch
-    ) -> list[tuple[PairObjective, Tensor, MicroBatch]]:
+    ) -> list[tuple[OfLogps, Tensor, MicroBatch]]:
         """Each objective with the log-probabilities and the part of the batch that are its own."""
-        logps_N, slots = label_logps(forward, batch), len(self.objectives)
+        temperature, slots = self.objectives[0].temperature, len(self.objectives)
+        logps_N = label_logps(forward, batch, temperature)
         parts = [batch.group(number, slots) for number in range(slots)]
         own = logps_N.split([len(part.labels_N) for part in parts])
         return list(zip(self.objectives, own, parts, strict=True))
@@ -186,7 +185,10 @@ class SlotHolder:
 
 
 class Slot:
-    """A run's place in the engine: its state, its adapter, and the step that passes work on."""
+    """A run's place in the engine: its state, its adapter, and the step that passes work on.
+
+    `open` is None while the run waits for the answers to `turn`, which its next step needs.
+    """
 
     def __init__(
         self,
@@ -194,17 +196,31 @@ class Slot:
         adapter: AdapterInit,
         holder: SlotHolder,
         objective: Objective,
-        open_step: Callable[[Objective, Indices], OpenStep],
+        material: Material,
+        open_step: Callable[[Objective, Work], OpenStep],
     ) -> None:
         self.run, self.adapter, self.holder, self.objective = run, adapter, holder, objective
-        self._open_step = open_step
+        self.material, self._open_step = material, open_step
+        self.open: OpenStep | None = None
+        self.turn: Turn | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Open the next step of the run, where it has one."""
-        if not self.run.over:
-            indices = self.run.examples(*self.run.place(self.run.step))
-            self.open = self._open_step(self.objective, indices)
+        """Open the next step of the run, where it has one and needs no answers."""
+        self.open = self.turn = None
+        if self.run.over:
+            return
+        self.turn = self.material.turn(self.run, self.run.step)
+        if self.turn is None:
+            self._begin()
+
+    def hear(self, answered: Answered) -> None:
+        """Open the step that needs these answers."""
+        self.material.hear(self.run, self.run.step, answered)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.open = self._open_step(self.objective, self.material.work(self.run, self.run.step))
 
     def optimizer_step(self) -> Step:
         """What the optimizer does with this slot once no example of the step waits."""

@@ -37,6 +37,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     from raytune_ft.packed.engine import PackedEngine, Passes
     from raytune_ft.strategy import build_strategy
     from raytune_ft.train.budget import lowered, lowered_slots, lowers
+    from raytune_ft.train.setup import build_voice, extent_of
 
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]
@@ -48,34 +49,35 @@ def engine_worker(payload: dict[str, Any]) -> str:
     before = client.slots_before()
     slots = lowered_slots(payload["slots"] if before is None else before, spec.run_dir)
     config = lowered(spec.config, spec.run_dir)
-    passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat)
     policy = config.parallel.activation_checkpointing
-    largest = passes.runner.micro_tokens
-    shrinking = partial(lowers, spec.run_dir, largest, data.widest, policy)
-    engine = PackedEngine(passes, host.heart)
-    with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
-        work = _Work(engine, client)
-        if before is None:
-            with shrinking(passes.slots):
-                why = passes.settle(payload["memory"], payload["measured"])
-            if strategy.rank == 0:
-                payload["registry"].post.remote(payload["run"], {"note": why})
-        for held in client.begin(passes.slots):
-            work.enter(held)
-        interrupted = False
-        while not (work.finished or interrupted):
-            host.heart.enter("waiting for trials" if not work.specs else "between passes")
-            interrupted = client.any_rank(host.should_stop())
-            if interrupted:
-                work.interrupt()
-                continue
-            for command in client.commands(wait=not work.specs):
-                work.do(command)
-            if work.specs:
+    with build_voice(config, data) as voice:
+        passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat, voice)
+        largest, longest = passes.runner.micro_tokens, extent_of(config, data)[1]
+        shrinking = partial(lowers, spec.run_dir, largest, longest, policy)
+        engine = PackedEngine(passes, host.heart)
+        with watched(host.heart, strategy.rank, parallel.hang_timeout_s, host.on_hang):
+            work = _Work(engine, client)
+            if before is None:
                 with shrinking(passes.slots):
-                    work.advance()
-        # Not after an exception: `close` waits for the other ranks, which may never arrive.
-        engine.close()
+                    why = passes.settle(payload["memory"], payload["measured"])
+                if strategy.rank == 0:
+                    payload["registry"].post.remote(payload["run"], {"note": why})
+            for held in client.begin(passes.slots):
+                work.enter(held)
+            interrupted = False
+            while not (work.finished or interrupted):
+                host.heart.enter("waiting for trials" if not work.specs else "between passes")
+                interrupted = client.any_rank(host.should_stop())
+                if interrupted:
+                    work.interrupt()
+                    continue
+                for command in client.commands(wait=not work.specs):
+                    work.do(command)
+                if work.specs:
+                    with shrinking(passes.slots):
+                        work.advance()
+            # Not after an exception: `close` waits for the other ranks, which may never arrive.
+            engine.close()
     return "interrupted" if interrupted else "completed"
 
 

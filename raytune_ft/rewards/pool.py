@@ -169,8 +169,19 @@ class RewardProcess:
         message: dict[str, Any] = json.loads(self._channel.recv_bytes())
         return message
 
+    def revive(self) -> None:
+        """Begin again after `abandon`, for another run. Raises RunFailed where that fails."""
+        if not self._abandoned:
+            return
+        self.close()
+        self._abandoned, self._deaths = False, 0
+        try:
+            self.start()
+        except ConfigError as refused:
+            raise RunFailed(f"{refused}, after another run has failed") from refused
+
     def abandon(self) -> None:
-        """End the process from another thread than the one that waits for scores, for good."""
+        """End the process from another thread than the one that waits for scores."""
         self._abandoned = True
         if (process := self._process) is not None:
             with suppress(ProcessLookupError):
@@ -204,9 +215,15 @@ class Rewards:
         return [one.config.called for one in self.processes]
 
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float | None]]]:
-        """For each group and completion the scores by name. The rewards work at the same time."""
+        """For each group and completion the scores by name. The rewards work at the same time.
+
+        Raises:
+            RunFailed: one of them cannot score; all begin again when another run asks them.
+        """
         if not self.processes:
             return [[{} for _ in group.completions] for group in groups]
+        for one in self.processes:
+            one.revive()
         with ThreadPoolExecutor(len(self.processes)) as threads:
             waiting = [threads.submit(RewardProcess.scores, one, groups) for one in self.processes]
             try:

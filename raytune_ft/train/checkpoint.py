@@ -221,7 +221,7 @@ class Saver:
     `pool` has that one thread, which may serve the savers of several runs in turn. A write that
     fails on one rank raises on all of them, in the next `save` or `wait`. `alive` is called while
     `wait` waits, as long as bytes are written here or other ranks are waited for. `rollout` gives
-    what a snapshot has beside weights and moments, in tensors that do not change.
+    what a snapshot of a step has beside weights and moments, in tensors that do not change.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Saver:
         channel: SideChannel,
         pool: Executor,
         alive: Callable[[], None],
-        rollout: Callable[[], Mapping[str, Tensor]] = dict,
+        rollout: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._rollout = rollout
         self._spec, self._settings, self._store = spec, spec.config.checkpoint, store
@@ -251,7 +251,9 @@ class Saver:
         `evaluation` is that of this step, None where there was none; `keep_best` ranks by it.
         """
         self.wait()
-        taken = replace(self._taker.take(progress), rollout=self._rollout())
+        taken = self._taker.take(progress)
+        if self._rollout is not None:
+            taken = replace(taken, rollout=self._rollout(progress.step))
         self._pending = self._pool.submit(self._write, taken, evaluation)
         if not self._settings.asynchronous:
             self.wait()

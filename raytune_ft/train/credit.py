@@ -20,7 +20,14 @@ from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import REFERENCE
 from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.model.objectives.base import WEIGHT
-from raytune_ft.model.objectives.policy import ADVANTAGE, COUNTED, IMPORTANCE, SAMPLED
+from raytune_ft.model.objectives.policy import (
+    ADVANTAGE,
+    COUNTED,
+    IMPORTANCE,
+    SAMPLED,
+    needs_sampled,
+    weighs_copies,
+)
 from raytune_ft.model.objectives.ppo import RETURN, VALUE
 from raytune_ft.train.speaker import (
     Answered,
@@ -130,11 +137,12 @@ class GroupAdvantages(Credit):
         split = split_of_said(prompts, answered.said, weights_P)
         temperature = self._rollout.temperature
         labels: dict[str, Numbers] = {}
-        most = grpo.vllm_importance_sampling_clip_max if self._rollout.on_vllm else None
-        if self._rollout.steps > 1 or (grpo.beta and grpo.kl == "reward") or most is not None:
+        if needs_sampled(grpo, self._rollout):
             labels[SAMPLED] = speaker.logps(split, temperature)
-        if most is not None:
+        if weighs_copies(grpo, self._rollout):
             ahead_N = labels[SAMPLED] - logps_of_copies(answered.flat, split)
+            most = grpo.vllm_importance_sampling_clip_max
+            assert most is not None
             labels[IMPORTANCE] = np.exp(ahead_N).clip(max=most)
         if grpo.beta:
             labels[REFERENCE] = speaker.base_logps(split, temperature)

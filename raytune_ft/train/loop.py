@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_ft.model.methods import without_method
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.material import Material, Work
 from raytune_ft.train.model_runner import ModelRunner, noisy_embeddings
@@ -35,7 +34,7 @@ def train(
     with closing(steps), run.reporting():
         if run.progress.base is None:
             heart.enter("evaluation before training")
-            with without_method(runner.model):
+            with runner.without_method():
                 run.begin(material.evaluate(heart.beat))
         while not (run.over or stopped):
             step = run.step

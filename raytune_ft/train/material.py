@@ -16,6 +16,7 @@ from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.evaluation import Scores, evaluate
 from raytune_ft.train.model_runner import ModelRunner
+from raytune_ft.train.speaker import Answered, Turn
 from raytune_ft.train.watchdog import Beat
 
 
@@ -65,11 +66,32 @@ class Material(Protocol):
     def steps(self, stream: Stream) -> Generator[Work]:
         """The work of each step that remains."""
 
+    def turn(self, stream: Stream, step: int) -> Turn | None:
+        """What the model is asked before this step; None: nothing."""
+
+    def hear(self, stream: Stream, step: int, answered: Answered) -> None:
+        """Take the answers to the turn of this step. Raises RunFailed where nothing can be learnt
+        from them.
+        """
+
+    def work(self, stream: Stream, step: int) -> Work:
+        """A step without its micro-batches, once the answers that it needs are there."""
+
     def evaluate(self, beat: Beat) -> Scores:
         """The model as it is now, on the validation split."""
 
-    def state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint must keep between two steps beside weights and moments, on rank 0."""
+    def evaluation(self) -> Turn | None:
+        """What the model is asked in an evaluation; None: nothing. Raises RunFailed where the
+        answers could not be scored.
+        """
+
+    def scores(self, measured: Scores | None, answered: Answered | None) -> Scores:
+        """Those of an evaluation, from what was `measured` on the data, where the objective does
+        that, and what was answered to its turn. Raises RunFailed where a reward scored nothing.
+        """
+
+    def state(self, step: int) -> Mapping[str, Tensor]:
+        """What a checkpoint of this step must keep beside weights and moments, on rank 0."""
 
     def restore(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of `step`. Raises CheckpointError where it lacks something."""
@@ -91,10 +113,25 @@ class Given(Material):
             yield Work(indices, train, indices, batches, began)
             began = time.perf_counter()
 
+    def turn(self, stream: Stream, step: int) -> Turn | None:
+        return None
+
+    def hear(self, stream: Stream, step: int, answered: Answered) -> None: ...
+
+    def work(self, stream: Stream, step: int) -> Work:
+        return Work.of(self._data.train, stream.examples(*stream.place(step)), ())
+
     def evaluate(self, beat: Beat) -> Scores:
         return evaluate(self._runner, self._data.validation, beat)
 
-    def state(self) -> Mapping[str, Tensor]:
+    def evaluation(self) -> Turn | None:
+        return None
+
+    def scores(self, measured: Scores | None, answered: Answered | None) -> Scores:
+        assert measured is not None
+        return measured
+
+    def state(self, step: int) -> Mapping[str, Tensor]:
         return {}
 
     def restore(self, checkpoint: Path, step: int) -> None: ...

@@ -70,7 +70,8 @@ class ModelRunner:
     predicts tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward
     pass, and `balance` is the router loss of a mixture of experts. Logits of at most `block` label
     tokens are there at a time; None: of all of a batch. Packed rows are at most `row_limit` long,
-    unless an example is longer.
+    unless an example is longer. In the context `without_method` the model computes what its base
+    does, where the base is in it.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class ModelRunner:
     balance: Balance | None = None
     block: int | None = None
     row_limit: int = 0
+    without_method: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def example_logits(self, batch: MicroBatch) -> Tensor:
         """See `Forward.example_logits`."""

@@ -29,11 +29,11 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.arrays import Indices
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import PreparedData
-from raytune_ft.data.prompts import Prompts
+from raytune_ft.data.prompts import prompts_of
 from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.errors import CheckpointError, RunFailed
 from raytune_ft.files import sha256_of, write_text_atomic
-from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, judges_beside, prompts_file
+from raytune_ft.layout import ROLLOUT, ROLLOUTS, STATE, judges_beside
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.rewards.pool import check_columns, started
 from raytune_ft.train.credit import Credit
@@ -41,7 +41,7 @@ from raytune_ft.train.evaluation import Scores
 from raytune_ft.train.material import Given, Material, Stream, Work
 from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.report import lines_up_to
-from raytune_ft.train.speaker import Answered, Numbers, Speaker, mean_of, split_of_said
+from raytune_ft.train.speaker import Answered, Numbers, Speaker, Turn, mean_of, split_of_said
 from raytune_ft.train.watchdog import Beat
 
 SILENT = 5
@@ -108,14 +108,21 @@ class Watched(Given):
     def __init__(self, runner: ModelRunner, data: PreparedData, speaker: Speaker) -> None:
         super().__init__(runner, data)
         self._speaker = speaker
-        self._prompts = list(Prompts(data.path / prompts_file("validation")))
+        self._prompts = list(prompts_of(data, "validation"))
 
     def evaluate(self, beat: Beat) -> Scores:
         """Raises RunFailed where a reward scores nothing."""
-        scores = super().evaluate(beat)
-        _, figures = self._speaker.evaluated(self._prompts)
+        return self.scores(super().evaluate(beat), self._speaker.answer(self.evaluation()))
+
+    def evaluation(self) -> Turn:
+        return self._speaker.evaluation(self._prompts)
+
+    def scores(self, measured: Scores | None, answered: Answered | None) -> Scores:
+        assert measured is not None
+        assert answered is not None
+        figures = self._speaker.figures(answered)
         del figures[REWARD.name]  # nothing is trained on, so that nothing has a weight
-        return replace(scores, figures=scores.figures | figures)
+        return replace(measured, figures=measured.figures | figures)
 
 
 class Rolled(Material):
@@ -129,37 +136,68 @@ class Rolled(Material):
         run_dir: Path,
     ) -> None:
         self._speaker, self._data, self._config = speaker, data, config
-        self._train = Prompts(data.path / prompts_file("train"))
-        self._validation = list(Prompts(data.path / prompts_file("validation")))
+        self._train = prompts_of(data, "train")
+        self._validation = list(prompts_of(data, "validation"))
         self._settings = config.train.rollout
         ways = OBJECTIVES[config.train.objective].credit
         assert ways is not None
         self._credit: Credit = ways()(config.train, speaker)
         self._rollout: Rollout | None = None
-        self._silent, self._unscored, self._step = 0, 0, 0
+        self._silent, self._unscored = 0, 0
         self._file = run_dir / ROLLOUTS
         self._writes = speaker.runner.strategy.rank == 0 and self._settings.keep > 0
 
     def steps(self, stream: Stream) -> Generator[Work]:
         """A rollout begins with the first of its steps, since it needs the weights before it."""
-        own, batch = self._settings, self._config.train.batch_size
         for step in stream.remaining:
             began = time.perf_counter()
-            start, count = stream.place(step)
-            if (step - 1) % own.steps == 0:
-                examples = stream.examples(start, own.steps_per_generation * batch)
-                self._rollout = self._roll(step, start, examples)
-            assert self._rollout is not None
-            self._step, rollout = step, self._rollout
-            chosen = np.arange(start - rollout.first, start - rollout.first + count)
-            indices = parts_of(chosen, rollout.each)
-            batches = self._speaker.runner.micro_batches(rollout.split, indices)
-            examples = stream.examples(start, count)
-            yield Work(examples, rollout.split, indices, batches, began, rollout.figures)
+            if (turn := self.turn(stream, step)) is not None:
+                self.hear(stream, step, self._speaker.answer(turn))
+            work = self.work(stream, step)
+            batches = self._speaker.runner.micro_batches(work.split, work.indices)
+            yield replace(work, batches=batches, began=began)
 
-    def state(self) -> Mapping[str, Tensor]:
+    def turn(self, stream: Stream, step: int) -> Turn | None:
+        if (step - 1) % self._settings.steps:
+            return None
+        first, examples = self._asked(stream, step)
+        prompts = [(first + number, self._train[int(i)]) for number, i in enumerate(examples)]
+        return Turn(self._speaker, prompts, self._settings.num_generations)
+
+    def hear(self, stream: Stream, step: int, answered: Answered) -> None:
+        """Make the rollout that begins with this step.
+
+        Raises:
+            RunFailed: see `_check_signal`.
+        """
+        first, examples = self._asked(stream, step)
+        speaker, prompts = self._speaker, [self._train[int(i)] for i in examples]
+        weights = self._data.train.columns.get(WEIGHT)
+        weights_P = None if weights is None else weights[examples, 0].astype(np.float64)
+        learnt = self._credit.assign(prompts, answered, weights_P)
+        self._check_signal(step, answered)
+        figures = answered.figures(speaker.rewards.names) | dict(learnt.figures)
+        ties = sum(one.near_ties for one in answered.flat)
+        figures |= {"near_ties": float(ties)} if ties else {}
+        figures |= {} if answered.gap is None else {"logp_gap": answered.gap}
+        missing = int(np.isnan(answered.totals_PG).sum())
+        figures |= {"unscored": float(missing)} if missing else {}
+        if self._writes:
+            self._keep(step, prompts, answered, learnt.advantages_PG)
+        each = len(learnt.split) // len(prompts)
+        self._rollout = Rollout(step, first, each, learnt.split, figures)
+
+    def work(self, stream: Stream, step: int) -> Work:
+        rollout = self._rollout
+        assert rollout is not None
+        start, count = stream.place(step)
+        chosen = np.arange(start - rollout.first, start - rollout.first + count)
+        indices, examples = parts_of(chosen, rollout.each), stream.examples(start, count)
+        return Work(examples, rollout.split, indices, (), time.perf_counter(), rollout.figures)
+
+    def state(self, step: int) -> Mapping[str, Tensor]:
         """The rollout, where more steps are to be taken on it."""
-        if self._rollout is None or self._step % self._settings.steps == 0:
+        if self._rollout is None or step % self._settings.steps == 0:
             return {}
         return self._rollout.tensors
 
@@ -175,7 +213,14 @@ class Rolled(Material):
         Raises:
             RunFailed: a reward scored none of them.
         """
-        answered, figures = self._speaker.evaluated(self._validation)
+        return self.scores(None, self._speaker.answer(self.evaluation()))
+
+    def evaluation(self) -> Turn:
+        return self._speaker.evaluation(self._validation)
+
+    def scores(self, measured: Scores | None, answered: Answered | None) -> Scores:
+        assert answered is not None
+        figures = self._speaker.figures(answered)
         figures = {LOSS.name: -figures[REWARD.name], **figures}
         if self._speaker.has_base:
             split = split_of_said(self._validation, answered.said)
@@ -184,24 +229,13 @@ class Rolled(Material):
             figures["eval_kl"] = float(drift_N.sum() / len(split))
         return Scores(figures)
 
-    def _roll(self, step: int, first: int, examples: Indices) -> Rollout:
-        own, speaker = self._settings, self._speaker
-        prompts = [self._train[int(i)] for i in examples]
-        placed = [(first + number, prompt) for number, prompt in enumerate(prompts)]
-        answered = speaker.answer(placed, own.num_generations)
-        weights = self._data.train.columns.get(WEIGHT)
-        weights_P = None if weights is None else weights[examples, 0].astype(np.float64)
-        learnt = self._credit.assign(prompts, answered, weights_P)
-        self._check_signal(step, answered)
-        figures = answered.figures(speaker.rewards.names) | dict(learnt.figures)
-        ties = sum(one.near_ties for one in answered.flat)
-        figures |= {"near_ties": float(ties)} if ties else {}
-        figures |= {} if answered.gap is None else {"logp_gap": answered.gap}
-        missing = int(np.isnan(answered.totals_PG).sum())
-        figures |= {"unscored": float(missing)} if missing else {}
-        if self._writes:
-            self._keep(step, prompts, answered, learnt.advantages_PG)
-        return Rollout(step, first, len(learnt.split) // len(prompts), learnt.split, figures)
+    def _asked(self, stream: Stream, step: int) -> tuple[int, Indices]:
+        """The place of the first prompt of the rollout that begins with this step, and the prompts
+        as examples of the training split.
+        """
+        first, _ = stream.place(step)
+        count = self._settings.steps_per_generation * self._config.train.batch_size
+        return first, stream.examples(first, count)
 
     def _check_signal(self, step: int, answered: Answered) -> None:
         """Raises RunFailed after `SILENT` rollouts in a row without a score, or at the beginning of

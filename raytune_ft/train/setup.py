@@ -42,7 +42,7 @@ from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.lengths import apart_of, notes_of, thresholds_of, usable_positions
 from raytune_ft.model.load import load_model_config, load_tokenizer, pad_token
 from raytune_ft.model.meta import Built
-from raytune_ft.model.methods import trained_parameters
+from raytune_ft.model.methods import trained_parameters, without_method
 from raytune_ft.model.methods.base import ParamGroup
 from raytune_ft.model.methods.hooks import attached, virtual_tokens
 from raytune_ft.model.objectives import Objective, TeacherOf, TokenObjective
@@ -63,7 +63,7 @@ from raytune_ft.train.optim import total_examples
 from raytune_ft.train.report import Reporter
 from raytune_ft.train.rollouts import Rolled, Watched, rewards_of
 from raytune_ft.train.run_state import RunState, Schedule
-from raytune_ft.train.speaker import Speaker
+from raytune_ft.train.speaker import Speaker, Voice
 from raytune_ft.train.trackers import Log
 from raytune_ft.train.usage import Usage
 from raytune_ft.train.watchdog import Heartbeat
@@ -308,8 +308,8 @@ def build_run_state(
     checkpoint = where_to_resume(store, schedule, strategy)
     channel = holder.side_channel()
     progress = load_state(checkpoint, holder, names, channel) if checkpoint else Progress()
-    rollout = dict if material is None else material.state
-    saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive, rollout)
+    state = None if material is None else material.state
+    saver = Saver(spec, store, holder, names, exporter, channel, pool, heart.alive, state)
     resume_step = progress.step if checkpoint else None
     if material is not None and checkpoint:
         material.restore(checkpoint, progress.step)
@@ -348,29 +348,53 @@ def build_material(
         ConfigError: a reward cannot be used.
         ModelError: the model before training, which a KL term needs, cannot be loaded.
     """
-    config = spec.config
-    rolls = OBJECTIVES[config.train.objective].rollouts
-    if not rolls and not config.train.watch:
-        yield Given(runner, data)
+    config, reference, copies = spec.config, None, None
+    with build_voice(config, data) as voice:
+        if voice is not None and holds_base(config):
+            reference = frozen_runner(config.model, config, runner.strategy)
+        if voice is not None and config.train.rollout.on_vllm:
+            assert sampler is not None
+            strategy = runner.strategy
+            copies = Copies(sampler, exporter, runner.names, strategy, strategy.side_channel())
+        yield material_of(runner, data, spec, heart, voice, reference, copies)
+
+
+@contextmanager
+def build_voice(config: Config, data: PreparedData) -> Iterator[Voice | None]:
+    """How the models of such runs answer, None where they are asked nothing. Processes of rewards
+    end with the context.
+
+    Raises:
+        ConfigError: a reward cannot be used.
+    """
+    if not OBJECTIVES[config.train.objective].rollouts and not config.train.watch:
+        yield None
         return
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.data)
     ends = stop_tokens(tokenizer, config.model, data.report)
-    reference = None
-    if holds_base(config):
-        reference = frozen_runner(config.model, config, runner.strategy)
-    copies = None
-    if config.train.rollout.on_vllm:
-        assert sampler is not None
-        strategy = runner.strategy
-        copies = Copies(sampler, exporter, runner.names, strategy, strategy.side_channel())
-    with started(rewards_of(config, spec.data_dir)) as rewards:
-        first = spec.run_dir / FIRST_ANSWERS
-        speaker = Speaker(runner, config, tokenizer, ends, rewards, heart, reference, copies, first)
-        if rolls:
-            yield Rolled(speaker, data, config, spec.run_dir)
-        else:
-            yield Watched(runner, data, speaker)
+    with started(rewards_of(config, data.path)) as rewards:
+        yield Voice(tokenizer, ends, config.train.rollout.temperature, rewards)
+
+
+def material_of(
+    runner: ModelRunner,
+    data: PreparedData,
+    spec: RunSpec,
+    heart: Heartbeat,
+    voice: Voice | None,
+    reference: ModelRunner | None = None,
+    copies: Copies | None = None,
+) -> Material:
+    """What a run is trained on; `reference` and `copies` as in `Speaker`."""
+    config = spec.config
+    if voice is None:
+        return Given(runner, data)
+    first = spec.run_dir / FIRST_ANSWERS
+    speaker = Speaker(runner, config, voice, heart, reference, copies, first)
+    if OBJECTIVES[config.train.objective].rollouts:
+        return Rolled(speaker, data, config, spec.run_dir)
+    return Watched(runner, data, speaker)
 
 
 def build_runner(
@@ -423,6 +447,7 @@ def build_runner(
         apart=_apart(config, model),
         balance=balance_of(model),
         row_limit=_row_limit(model, max(extent[1], widest)),
+        without_method=partial(without_method, model),
     )
     if runner.objective.of_tokens:
         _check_causal(runner, vocabulary, config)

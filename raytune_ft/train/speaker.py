@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,10 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
 from raytune_ft.files import read_json, write_json_atomic
 from raytune_ft.layout import FIRST_ANSWERS
-from raytune_ft.model.methods import without_method
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.ppo import logps_and_values
 from raytune_ft.model.objectives.preference import label_logps
-from raytune_ft.model.sampling import Request, Said, sample
+from raytune_ft.model.sampling import Request, Requests, Said, sample_groups
 from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
@@ -52,6 +51,28 @@ CHECKED = 64
 """Completions of a rollout or an evaluation whose log-probabilities are computed again."""
 LARGEST_GAP = 0.05
 """Nats, of `Speaker.gap_of`: more than other kernels and their rounding in bfloat16 should make."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What is the same whenever models of one process answer: the tokens that end an answer, what
+    logits are divided by, and the rewards that score.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: Sequence[int]
+    temperature: float
+    rewards: Rewards
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a model is asked at a time: `count` completions of each of (place, prompt)."""
+
+    speaker: Speaker
+    prompts: Sequence[tuple[int, Prompt]]
+    count: int
+    evaluating: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,9 +157,7 @@ class Speaker:
         self,
         runner: ModelRunner,
         config: Config,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: Sequence[int],
-        rewards: Rewards,
+        voice: Voice,
         heart: Heartbeat,
         reference: ModelRunner | None = None,
         copies: Copies | None = None,
@@ -148,42 +167,59 @@ class Speaker:
         method. `copies` sample in place of the model. `first` keeps the answers of the first
         evaluation, with which those of later ones are compared, where a reward compares.
         """
-        self.runner, self.rewards, self._reference = runner, rewards, reference
+        self.runner, self.rewards, self._reference = runner, voice.rewards, reference
         adapted = not METHODS[config.method.name].whole_model
         self.has_base = adapted or reference is not None
-        self._tokenizer, self._ends, self._heart = tokenizer, ends, heart
+        self._voice, self._heart = voice, heart
         self._settings, self._seed = config.train.rollout, config.seed
         self._channel, self._copies = runner.strategy.side_channel(), copies
         self._file = first
         found = read_json(first) if runner.strategy.rank == 0 and first.is_file() else None
         self._first: Sequence[Sequence[str]] | None = runner.strategy.from_rank0(found)
 
-    def answer(
-        self, prompts: Sequence[tuple[int, Prompt]], count: int, evaluating: bool = False
-    ) -> Answered:
-        """`count` completions of each of (place, prompt).
-
-        A reward that compares does so with the other completions of the prompt, and in an
-        evaluation with those of the first evaluation.
+    def answer(self, turn: Turn) -> Answered:
+        """Completions by the model as it is, and their scores.
 
         Raises:
             RunFailed: a reward cannot score, or copies of the model cannot sample or have other
                 weights; on every rank.
         """
-        ranks, rank = self._channel.world_size, self._channel.rank
-        own, gap = prompts[rank::ranks], None
         if self._copies is None:
-            groups = _grouped(self._say(_requests(own, count)), count)
-        else:
-            of_all = _grouped(self._ask(_requests(prompts, count)), count)
-            groups, gap = of_all[rank::ranks], self.gap_of([one for _, one in prompts], of_all)
+            asked = [self.requests(turn)]
+            return self.scored(
+                turn, said_together(self.runner, asked, self._voice, self._heart.alive)[0]
+            )
+        ranks, rank = self._channel.world_size, self._channel.rank
+        of_all = self._ask(_requests(turn.prompts, turn.count))
+        groups = _grouped(of_all, turn.count)
+        gap = self.gap_of([one for _, one in turn.prompts], groups)
+        own = [one for group in groups[rank::ranks] for one in group]
+        return replace(self.scored(turn, own), gap=gap)
+
+    def requests(self, turn: Turn) -> Requests:
+        """This rank's share of a turn."""
+        own = turn.prompts[self._channel.rank :: self._channel.world_size]
+        limit = self._settings.max_completion_length
+        return Requests(_requests(own, turn.count), limit, self._seed)
+
+    def scored(self, turn: Turn, said: Sequence[Said]) -> Answered:
+        """A turn with what was said to each rank's `requests`, and with the scores.
+
+        A reward that compares does so with the other completions of the prompt, and in an
+        evaluation with those of the first evaluation.
+
+        Raises:
+            RunFailed: a reward cannot score; on every rank.
+        """
+        ranks, rank = self._channel.world_size, self._channel.rank
+        own, groups = turn.prompts[rank::ranks], _grouped(said, turn.count)
 
         def score() -> Any:
             asked = [
-                group_of(prompt, group, self._tokenizer)
+                group_of(prompt, group, self._voice.tokenizer)
                 for (_, prompt), group in zip(own, groups, strict=True)
             ]
-            if evaluating:
+            if turn.evaluating:
                 others: Sequence[Sequence[str]] = [group.completions for group in asked]
                 if self._first is not None:
                     others = self._first[rank::ranks]
@@ -194,28 +230,36 @@ class Speaker:
 
         with _alive(self._heart):
             shares = on_all_ranks(self._channel, score, RunFailed)
-        parts = [shares[number % ranks] for number in range(len(prompts))]
+        parts = [shares[number % ranks] for number in range(len(turn.prompts))]
         said_P, texts_P, scores_P = (
             [part[which][number // ranks] for number, part in enumerate(parts)]
             for which in range(3)
         )
         totals = [[self.rewards.total(scores) for scores in group] for group in scores_P]
-        return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64), gap)
+        return Answered(said_P, texts_P, scores_P, np.array(totals, dtype=np.float64))
 
-    def evaluated(self, prompts: Sequence[Prompt]) -> tuple[Answered, dict[str, float]]:
-        """`rollout.eval_completions` of each prompt, and the figures of an evaluation.
+    def evaluation(self, prompts: Sequence[Prompt]) -> Turn:
+        """`rollout.eval_completions` of each prompt.
 
         Raises:
-            RunFailed: a reward scored none of them, or has lost what it compares them with.
+            RunFailed: what a reward compares them with is lost.
         """
-        placed, judges = list(enumerate(prompts, start=EVALUATION)), self.rewards.judges
+        judges = self.rewards.judges
         if judges.processes and self._first is None and self.runner.strategy.steps:
             raise RunFailed(
                 f"{self._file} is not there, with whose answers rewards.{judges.names[0]} "
                 "compares; copy it back, or begin the run again"
             )
-        answered = self.answer(placed, self._settings.eval_completions, evaluating=True)
-        if judges.processes and self._first is None:
+        placed = list(enumerate(prompts, start=EVALUATION))
+        return Turn(self, placed, self._settings.eval_completions, evaluating=True)
+
+    def figures(self, answered: Answered) -> dict[str, float]:
+        """Those of an evaluation. The answers of the first one are kept for later ones.
+
+        Raises:
+            RunFailed: a reward scored none of them.
+        """
+        if self.rewards.judges.processes and self._first is None:
             self._first = answered.texts
             if self.runner.strategy.rank == 0:
                 write_json_atomic(self._file, answered.texts)
@@ -224,43 +268,20 @@ class Speaker:
             if np.isnan(found[f"reward:{name}"]):
                 raise RunFailed(f"{name} scored no completion of an evaluation: {self.missing()}")
         found |= answered.errors(self.rewards.names)
-        return answered, {f"eval_{name}": value for name, value in found.items()}
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def missing(self) -> str:
         """Why the first score is missing, as this rank's rewards know it."""
         found = [one.tally.first_missing for one in self.rewards.processes]
         return next(filter(None, found), "see the logs of other workers")
 
-    def _say(self, requests: Sequence[Request]) -> list[Said]:
-        runner, lockstep = self.runner, None
-        if runner.strategy.gathers:
-            lockstep = _Lockstep(runner.wrapped, runner.strategy, runner.pad_token)
-        with runner.autocast():
-            said = sample(
-                runner.model,
-                requests,
-                self._settings.max_completion_length,
-                settings=SamplingConfig(temperature=self._settings.temperature),
-                ends=self._ends,
-                pad=runner.pad_token,
-                seed=self._seed,
-                apart=runner.apart,
-                forward=lockstep,
-                beat=self._heart.alive,
-            )
-            if lockstep is not None:
-                lockstep.drain()
-        return said
-
     def _ask(self, requests: Sequence[Request]) -> list[Said]:
-        """`_say` by copies, on all ranks the same."""
+        """Continuations by copies, on all ranks the same."""
         assert self._copies is not None
-        own, pad = self._settings, self.runner.pad_token
-        limit, temperature = own.max_completion_length, own.temperature
+        limit, pad, voice = self._settings.max_completion_length, self.runner.pad_token, self._voice
+        asked = Asked(requests, limit, voice.temperature, voice.ends, pad, self._seed)
         with _alive(self._heart):
-            return self._copies.say(
-                Asked(requests, limit, temperature, self._ends, pad, self._seed)
-            )
+            return self._copies.say(asked)
 
     def gap_of(self, prompts: Sequence[Prompt], said: Sequence[Sequence[Said]]) -> float:
         """The mean absolute difference between the log-probabilities of tokens under the copies
@@ -272,7 +293,7 @@ class Speaker:
         some = max(1, CHECKED // len(said[0]))
         split = split_of_said(prompts[:some], said[:some])
         theirs_N = logps_of_copies([one for group in said[:some] for one in group], split)
-        own_N = self.logps(split, self._settings.temperature)
+        own_N = self.logps(split, self._voice.temperature)
         gap = float(np.abs(theirs_N - own_N).mean()) if len(own_N) else 0.0
         if not gap <= LARGEST_GAP:
             raise RunFailed(
@@ -291,7 +312,7 @@ class Speaker:
         """The same under the model before training."""
         if self._reference is not None:
             return self._logps(split, temperature, self._reference)
-        with without_method(self.runner.model):
+        with self.runner.without_method():
             return self._logps(split, temperature, self.runner)
 
     def logps_and_values(
@@ -316,6 +337,31 @@ class Speaker:
         self, split: TokenizedSplit, runner: ModelRunner, of: Callable[[MicroBatch], Tensor]
     ) -> Numbers:
         return label_values(runner, split, np.arange(len(split)), of, self._heart.alive)
+
+
+def said_together(
+    runner: ModelRunner, asked: Sequence[Requests], voice: Voice, alive: Callable[[], object]
+) -> list[list[Said]]:
+    """Continuations by each of several models that share the passes of `runner`, or by its one.
+    `alive` is called after every pass.
+    """
+    lockstep = None
+    if runner.strategy.gathers:
+        lockstep = _Lockstep(runner.wrapped, runner.strategy, runner.pad_token)
+    with runner.autocast():
+        said = sample_groups(
+            runner.model,
+            asked,
+            settings=SamplingConfig(temperature=voice.temperature),
+            ends=voice.ends,
+            pad=runner.pad_token,
+            apart=runner.apart,
+            forward=lockstep,
+            beat=alive,
+        )
+        if lockstep is not None:
+            lockstep.drain()
+    return said
 
 
 def _requests(prompts: Sequence[tuple[int, Prompt]], count: int) -> list[Request]:

@@ -17,6 +17,7 @@ from raytune_ft.packed import autotune as packed_fit
 from tests.support.distributed import run_distributed
 from tests.support.models import save_tiny, true_float64
 from tests.support.packed import RUNS, Packed, assert_untouched, beside_a_sick_run, run_packed
+from tests.support.rolled import BY_OBJECTIVE, configs_of, said, save_rolled_inputs
 from tests.support.runs import (
     largest_difference,
     make_config,
@@ -207,3 +208,30 @@ def test_resumed_on_another_number_of_ranks(tmp_path: Path, inputs: Inputs) -> N
         assert steps == list(range(1, 21))
         differences = largest_difference(tmp_path / name / "run", tmp_path / "whole" / "run")
         assert max(differences) < BOUNDS["float64"], (name, differences)
+
+
+def _roll_out(inputs: Path, root: Path, strategy: str) -> None:
+    with true_float64():
+        for objective in BY_OBJECTIVE:
+            configs = configs_of(inputs, objective, **{"train.micro_tokens": 96})
+            run_packed(configs, root / objective, slots=3, strategy=strategy)
+
+
+@pytest.fixture(scope="module")
+def rolled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Inputs, and runs on them in one process."""
+    inputs = save_rolled_inputs(tmp_path_factory.mktemp("rolled") / "inputs")
+    _roll_out(inputs, inputs.parent / "one", "single")
+    return inputs, inputs.parent / "one"
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_rollouts_on_two_ranks(tmp_path: Path, rolled: tuple[Path, Path], strategy: str) -> None:
+    inputs, one = rolled
+    run_distributed(_roll_out, RANKS, inputs, tmp_path, strategy)
+    for objective, runs in BY_OBJECTIVE.items():
+        for name in runs:
+            ours, theirs = (root / objective / name for root in (tmp_path, one))
+            assert said(ours) == said(theirs)
+            differences = largest_difference(ours, theirs)
+            assert max(differences) < BOUNDS["float64"], (objective, name, differences)

@@ -23,7 +23,7 @@ def _die() -> None:
 
 
 def _in_token(number: int, token: int) -> None:
-    sample, choose, count = sampling.sample, sampling.choose, [0, 0]
+    sample, choose, count = sampling.sample_groups, sampling.choose, [0, 0]
 
     def counted(*arguments: Any, **settings: Any) -> Any:
         count[:] = [count[0] + 1, 0]
@@ -35,7 +35,7 @@ def _in_token(number: int, token: int) -> None:
             _die()
         return choose(*arguments)
 
-    speaker.sample, sampling.choose = counted, chosen
+    speaker.sample_groups, sampling.choose = counted, chosen
 
 
 def _in_step(number: int) -> None:

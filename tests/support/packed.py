@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prompts import prompted
 from raytune_ft.evaluate.precompute import referenced, taught
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.packed.engine import PackedEngine, Passes
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy import build_strategy
 from raytune_ft.train.report import Reporter, Silent
+from raytune_ft.train.setup import build_voice
 from tests.support.runs import evaluations, final_weights, losses, make_config
 
 # Different in all that a run has of its own; the last one enters a slot that another has used.
@@ -59,10 +62,14 @@ class Packed:
         self.root = root
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
+        data = prompted(config, data, tokenizer, config.seed)
         data = taught(config, data, lambda line: None)
         self.data = referenced(config, data, lambda line: None)
         laid_out = build_strategy(strategy, config.parallel, config.train.precision)
-        self.engine = PackedEngine(Passes(config, self.data, slots, rank, laid_out))
+        self._open = ExitStack()
+        voice = self._open.enter_context(build_voice(config, self.data))
+        passes = Passes(config, self.data, slots, rank, laid_out, voice=voice)
+        self.engine = PackedEngine(passes)
 
     def enter(self, name: str, config: Config, reporter: Reporter | None = None) -> RunSpec:
         """Into the next free slot."""
@@ -83,8 +90,13 @@ class Packed:
         ended: list[str] = []
         while len(ended) < expected:
             ended += self.passes(1)
-        self.engine.close()
+        self.close()
         return ended
+
+    def close(self) -> None:
+        """End the engine and the processes of rewards."""
+        self.engine.close()
+        self._open.close()
 
 
 def run_packed(
@@ -105,7 +117,7 @@ def run_packed(
             (name, config), *waiting = waiting
             packed.enter(name, config)
         ended += packed.passes(1)
-    packed.engine.close()
+    packed.close()
     return ended
 
 

@@ -96,6 +96,25 @@ class Objective(Protocol):
         raise TypeError(f"{type(self).__name__} measures no data")
 
 
+class OfLogps(Objective):
+    """An objective that reads the log-probabilities of label tokens alone, so that several of them
+    can share a pass.
+    """
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        return 1.0
+
+    def losses_of(self, logps_N: Tensor, batch: MicroBatch) -> Tensor:
+        """`losses` from the log-probabilities of the batch's label tokens."""
+        raise NotImplementedError
+
+    def columns_of(self, logps_N: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        """`columns` of examples, from the same."""
+        raise TypeError(f"{type(self).__name__} measures no data")
+
+
 def example_weights(columns: Mapping[str, Any]) -> Any:
     """`[E]`, the weight of each example; None where all weigh the same."""
     weight_E1 = columns.get(WEIGHT)

@@ -19,7 +19,7 @@ from raytune_ft.data.prepare import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
     Forward,
-    Objective,
+    OfLogps,
     TeacherOf,
     weighted_examples,
     weighted_tokens,
@@ -34,8 +34,19 @@ IMPORTANCE = "importance"
 """The label column of weights of tokens, where a copy sampled that computes a bit otherwise."""
 
 
+def needs_sampled(grpo: GrpoConfig, rollout: RolloutConfig) -> bool:
+    """Whether the data have `sampled`. Else a step is taken with the policy that sampled."""
+    in_reward = grpo.beta > 0 and grpo.kl == "reward"
+    return rollout.steps > 1 or in_reward or weighs_copies(grpo, rollout)
+
+
+def weighs_copies(grpo: GrpoConfig, rollout: RolloutConfig) -> bool:
+    """Whether the data have `importance`."""
+    return rollout.on_vllm and grpo.vllm_importance_sampling_clip_max is not None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Grpo(Objective):
+class Grpo(OfLogps):
     """GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071) and
     CISPO (2506.13585).
 
@@ -58,15 +69,19 @@ class Grpo(Objective):
             return counted * self.rollout.max_completion_length
         return counted
 
+    @property
+    def temperature(self) -> float:
+        return self.rollout.temperature
+
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each token of a completion, float64."""
-        return self.losses_of(label_logps(forward, batch, self.rollout.temperature), batch)
+        return self.losses_of(label_logps(forward, batch, self.temperature), batch)
 
     def losses_of(self, logps_N: Tensor, batch: MicroBatch) -> Tensor:
-        """The same from the log-probabilities of label tokens at the temperature of sampling."""
         own, owners_N = self.settings, batch.owners_N
         wide_N = logps_N.double()
-        sampled_N = batch.label_columns.get(SAMPLED, wide_N.detach()).double()
+        moves = needs_sampled(self.settings, self.rollout)
+        sampled_N = batch.label_columns[SAMPLED].double() if moves else wide_N.detach()
         log_ratio_N = wide_N - sampled_N
         tokens_E = torch.tensor(batch.labels, dtype=torch.float64).clamp_min(1)
         tokens_E = tokens_E.to(wide_N.device, non_blocking=True)
@@ -81,7 +96,7 @@ class Grpo(Objective):
             clipped_N = ratio_N.clamp(1 - own.epsilon, 1 + own.high)
             bounded_N = ratio_N if own.delta is None else ratio_N.clamp_max(own.delta)
             losses_N = -torch.minimum(bounded_N * advantage_N, clipped_N * advantage_N)
-        if IMPORTANCE in batch.label_columns:
+        if weighs_copies(self.settings, self.rollout):
             losses_N = losses_N * batch.label_columns[IMPORTANCE].double()
         if own.beta and own.kl == "loss":
             # Schulman's k3, times the ratio, without which its gradient is that of another KL.

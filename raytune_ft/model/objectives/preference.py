@@ -26,7 +26,7 @@ from raytune_ft.errors import RunFailed
 from raytune_ft.model.objectives.base import (
     Columns,
     Forward,
-    Objective,
+    OfLogps,
     TeacherOf,
     example_weights,
     weighted_examples,
@@ -226,7 +226,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 
 @dataclass(frozen=True)
-class PairObjective(Objective):
+class PairObjective(OfLogps):
     """A loss for each pair, from the log-probabilities of both answers.
 
     A term on the likelihood of chosen answers is a mean over the tokens of the whole step, as in a
@@ -268,7 +268,6 @@ class PairObjective(Objective):
         return self.losses_of(label_logps(forward, batch), batch)
 
     def losses_of(self, logps_N: Tensor, batch: MicroBatch) -> Tensor:
-        """The same from the log-probabilities of label tokens."""
         losses_E = self.of(self.answers(logps_N, batch))
         weights_E = example_weights(batch.columns)
         return losses_E if weights_E is None else losses_E * weights_E

@@ -69,6 +69,36 @@ def test_others_are_not(space: dict[str, Any], sections: dict[str, Any], reason:
         choose_execution(config(space, search={"execution": "packed"}, **sections))
 
 
+ROLLED: dict[str, Any] = {
+    "data": {"train": {"path": "train.jsonl", "format": "prompt"}},
+    "rewards": [{"name": "exact_match", "column": "answer"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "space", "reason"),
+    [
+        ("grpo", {"train.grpo.beta": {"choice": [0.0, 0.1]}}, "trials share one frozen base"),
+        (
+            "grpo",
+            {"train.rollout.num_generations": {"choice": [4, 8]}},
+            "trials share one frozen base",
+        ),
+        ("online_dpo", {"train.dpo.beta": {"choice": [0.1, 0.3]}}, "trials share one frozen base"),
+        (
+            "grpo",
+            {"train.rollout.temperature": {"choice": [0.8, 1.0]}},
+            "search.space.train.rollout.temperature varies what trials of one engine share",
+        ),
+        ("ppo", {}, "train.objective=ppo trains a critic, which packed runs lack"),
+    ],
+)
+def test_trials_that_roll_out(objective: str, space: dict[str, Any], reason: str) -> None:
+    execution, why = choose_execution(config(space, train={"objective": objective}, **ROLLED))
+    assert (execution == "packed") == (reason == "trials share one frozen base")
+    assert why == reason
+
+
 def test_what_is_written_is_done() -> None:
     assert choose_execution(config(search={"execution": "isolated"}))[0] == "isolated"
 

@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.model import sampling
 from raytune_ft.model.load import set_up
-from raytune_ft.model.sampling import Request, Said, choose, numbers_of, probabilities, sample
+from raytune_ft.model.sampling import (
+    Request,
+    Requests,
+    Said,
+    choose,
+    numbers_of,
+    probabilities,
+    sample,
+    sample_groups,
+)
 from tests.support.families import save_tiny_family
 from tests.support.models import VOCABULARY, save_tiny, save_tiny_llama, true_float64
 
@@ -92,6 +101,31 @@ def test_numbers_at_the_ends_take_tokens_that_have_a_probability() -> None:
 def _wave(model: Any, requests: list[Request], **changes: Any) -> list[Said]:
     given: dict[str, Any] = {"settings": T1, "ends": [1], "seed": 5} | changes
     return sample(model, requests, 24, **given)
+
+
+def test_groups_of_different_sizes_are_what_each_says_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five models that happen to be the same one; one of them is asked nothing."""
+    with true_float64():
+        model = _loaded(save_tiny("llama", tmp_path), torch.float64)
+        prompts = _prompts(12)
+        asked = [
+            Requests([Request(ids, place) for place, ids in enumerate(prompts)], 12, seed=5),
+            Requests([Request(prompts[0], 3, sample) for sample in range(4)], 24, seed=5),
+            Requests([], 24),
+            Requests([Request(prompts[7])], 3, seed=6),
+            Requests([Request(ids, place) for place, ids in enumerate(prompts)], 12, seed=7),
+        ]
+        given: dict[str, Any] = {"settings": T1, "ends": [1, *range(20, 40)]}
+        alone = [sample_groups(model, [each], **given)[0] for each in asked]
+        together = sample_groups(model, asked, **given)
+        monkeypatch.setattr(sampling, "BATCH_TOKENS", {"cpu": 300})
+        in_small_batches = sample_groups(model, asked, **given)
+    assert [len(one) for one in together] == [12, 4, 0, 1, 12]
+    assert together == alone
+    assert in_small_batches == alone
+    assert {said.ended for said in together[0]} == {True, False}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])

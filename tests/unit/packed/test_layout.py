@@ -15,18 +15,17 @@ def _passes(
     waiting = [sorted(lengths, reverse=True) for lengths in waiting]
     found, first = [], 0
     while all(waiting):
-        plan = plan_pass(
-            waiting, first if first < len(waiting) else 0, micro_tokens, packing, ranks
-        )
+        first = first if first < len(waiting) else 0
+        plan = plan_pass(waiting[first:], micro_tokens, packing, ranks)
         rows = []
-        for slot, own in enumerate(plan.rows, start=plan.first):
+        for slot, own in enumerate(plan.rows, start=first):
             rows.append([[waiting[slot][position] for position in row] for row in own])
             taken = {position for row in own for position in row}
             assert sum(map(len, own)) == len(taken) > 0
             kept = enumerate(waiting[slot])
             waiting[slot] = [length for position, length in kept if position not in taken]
-        found.append((plan.first, rows))
-        first = plan.first + len(plan.rows)
+        found.append((first, rows))
+        first += len(plan.rows)
     return found
 
 
@@ -85,6 +84,6 @@ def test_padding_is_worth_it_where_a_pass_costs_much(packing: bool) -> None:
     waiting = [[10] * 12, [10] * 2]
     sizes = []
     for fixed in (0, 100_000):
-        plan = plan_pass(waiting, 0, 2000, packing, fixed=fixed)
+        plan = plan_pass(waiting, 2000, packing, fixed=fixed)
         sizes.append(sum(len(row) for own in plan.rows for row in own))
     assert sizes == [4, 14]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from raytune_ft.config.methods import FullMethod, LoraMethod, MethodConfig
-from raytune_ft.config.rollouts import RolloutConfig
 from raytune_ft.config.schema import ModelConfig, ParallelConfig
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.errors import RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build
 from raytune_ft.model.sampling import Request, Said
+from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import build_strategy
 from raytune_ft.strategy.side_channel import Alone
 from raytune_ft.train.copies import Asked, Copies
-from raytune_ft.train.speaker import Speaker
+from raytune_ft.train.speaker import Speaker, Voice
 from tests.support.models import save_tiny_llama
 
 
@@ -71,7 +71,7 @@ def test_a_gap_of_log_probabilities_ends_the_run() -> None:
 
     def gap_of(own: list[float]) -> float:
         speaker = Speaker.__new__(Speaker)
-        speaker._settings = RolloutConfig()
+        speaker._voice = Voice(cast("Any", None), (), 1.0, Rewards(()))
         speaker.logps = lambda split, temperature: np.array(own)  # type: ignore[method-assign]
         return speaker.gap_of(prompts, said)
 

@@ -18,7 +18,7 @@ from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.policy import Grpo
 from raytune_ft.model.objectives.preference import label_logps
 from raytune_ft.model.sampling import Said
-from raytune_ft.train.speaker import Answered, Speaker
+from raytune_ft.train.speaker import Answered, Speaker, Turn
 from tests.support.differences import slopes
 from tests.support.models import save_tiny_llama, true_float64
 from tests.support.objectives import config_of, save_inputs
@@ -109,10 +109,10 @@ def heard_by(monkeypatch: pytest.MonkeyPatch) -> Heard:
     heard: Heard = []
     plain = Speaker.answer
 
-    def answer(self: Speaker, prompts: Any, count: int, evaluating: bool = False) -> Answered:
-        found = plain(self, prompts, count, evaluating)
-        if count > 1:
-            heard.append(([prompt for _, prompt in prompts], found))
+    def answer(self: Speaker, turn: Turn) -> Answered:
+        found = plain(self, turn)
+        if not turn.evaluating:
+            heard.append(([prompt for _, prompt in turn.prompts], found))
         return found
 
     monkeypatch.setattr(Speaker, "answer", answer)
