@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +183,18 @@ def test_only_its_owner_reads_the_token_of_a_local_cluster(
         assert mode(other) == 0o644
     finally:
         os.umask(before)
+
+
+def test_a_call_without_a_cluster_starts_none() -> None:
+    """As of a thread that outlives the cluster. Ray itself would start one."""
+    code = (
+        "from raytune_ft.ray_backend import cluster\n"
+        "import ray\n"
+        "try:\n"
+        "    ray.put(1)\n"
+        "except ray.exceptions.RayError as error:\n"
+        "    print(ray.is_initialized(), error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False ")
+    assert "Ray has not been started yet" in done.stdout
