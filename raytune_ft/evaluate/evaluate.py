@@ -162,7 +162,7 @@ def evaluate_directory(
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_dir, tell, workers.tokenise)
+    data = prepare_data(config.data, tokenizer, config.seed, cache_dir, workers=workers.tokenise)
     data = prompted(config, data, tokenizer, config.seed)
     data = referenced(config, data, tell, workers=workers, measured=True)
     check_overlap(config.data, data.report, config.promote.max_overlap)
@@ -170,7 +170,7 @@ def evaluate_directory(
     head = head_of(config, data.report)
     if head is not None:
         check_head(model, head)
-    retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir, tell, workers)
+    retained = prepare_retention(config.promote, config.data, tokenizer, cache_dir, workers)
     job = Job(
         model,
         config.model,
@@ -212,7 +212,6 @@ def prepare_retention(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
-    tell: Tell,
     workers: Workers,
 ) -> Path | None:
     """Tokens of `promote.retention`, cut to the lengths of `data`; None where there is none.
@@ -231,7 +230,7 @@ def prepare_retention(
         "curriculum": None,
     }
     read = data.model_copy(update=changes)
-    return prepare_data(read, tokenizer, 0, cache_dir, tell, workers.tokenise).path
+    return prepare_data(read, tokenizer, 0, cache_dir, workers=workers.tokenise).path
 
 
 def is_chat(report: DataReport) -> bool:

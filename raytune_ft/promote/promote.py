@@ -411,7 +411,7 @@ class _Promoter:
             self._config.train,
             settings,
             self._data.path,
-            prepare_retention(settings, data, self._tokenizer, cache_dir, tell, workers),
+            prepare_retention(settings, data, self._tokenizer, cache_dir, workers),
             {
                 split: scoring.asking(split, self._tokenizer, selection.data_seed)
                 for split in dict.fromkeys(("validation", measured_split(self._data)))

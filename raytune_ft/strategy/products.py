@@ -51,7 +51,8 @@ def _widened(
     if given[0].dtype != torch.bfloat16 or (product and not _is_large(*given[-2:])):
         return kernel(keys, *given, **named)
     wide = [one.float() if _is_narrow(one) else one for one in given]
-    found = kernel(keys, *wide, **named)
+    more = {name: one.float() if _is_narrow(one) else one for name, one in named.items()}
+    found = kernel(keys, *wide, **more)
     if in_place:
         return given[0].copy_(found)
     if product:

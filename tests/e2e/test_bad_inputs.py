@@ -643,9 +643,10 @@ ROLLOUTS: list[Case] = [
     ),
     (
         "sweep train.objective=grpo data.train.path=short.jsonl data.test=null "
-        "rewards=[exact_match] search.execution=packed",
+        "rewards=[exact_match] search.execution=packed "
+        "search.space.train.rollout.temperature.choice=[0.8,1.0]",
         "search.execution=packed",
-        "train.objective=grpo",
+        "train.rollout.temperature",
     ),
     (
         "sweep train.objective=grpo data.train.path=short.jsonl data.test=null "

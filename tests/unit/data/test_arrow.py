@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from raytune_ft.data.arrow import numbers, texts, values_of
 WRITE_AND_OPEN = """
 import sys
 from pathlib import Path
+from pathlib import Path
 import numpy as np
 from raytune_ft.data.formats import Example
 from raytune_ft.data.parts import Examples, Part, PartWriter
@@ -20,7 +22,7 @@ from raytune_ft.data.split import TokenizedSplit
 ids, mask, path = np.arange(5, dtype=np.int32), np.arange(5) > 2, Path(sys.argv[1])
 with PartWriter(path) as writer:
     writer.add(0, [Example("rows.jsonl:1", ids, mask)])
-examples = Examples([Part(path, 0, 1, tuple(writer.blocks))])
+examples = Examples([Part(path, 0, 1, tuple(writer.blocks))], path.parent)
 ((lengths, taken, _),) = examples.take(np.zeros(1, np.int64))
 TokenizedSplit.from_examples([(taken, mask)], {"w": np.ones((1, 2), np.float32)}).write(path)
 assert TokenizedSplit.open(path).input_ids.tolist() == ids.tolist()
@@ -54,6 +56,6 @@ def test_what_is_no_text_of_the_kind_is_refused() -> None:
         texts([b"abc"], pa.binary(4))
 
 
-def test_no_process_imports_pandas_for_its_tokens(tmp_path) -> None:
+def test_no_process_imports_pandas_for_its_tokens(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITE_AND_OPEN, tmp_path / "file"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,10 @@ def test_one_thread_forks_and_a_killed_server_is_replaced(
         return made
 
     def kill(self: Any, number: int) -> None:
-        give(self, number)
         if len(servers) == 1 and number == 3:
             os.kill(next(iter(servers)), signal.SIGKILL)
+            assert wait([self.channel], 30)  # what it has forked ends with it
+        give(self, number)
 
     monkeypatch.setattr(Server, "fork", count_threads)
     with started_ahead(data, 2) as workers:

@@ -158,7 +158,7 @@ def test_a_packed_pass_keeps_examples_apart() -> None:
         left, taken = [list(each) for each in waiting], 0
         while any(left):
             first = next(i for i, each in enumerate(left) if each)
-            plan = plan_pass(left, first, 200, packing, apart=apart)
+            plan = plan_pass(left[first:], 200, packing, apart=apart)
             seen = set()
             for slot, rows in enumerate(plan.rows, start=first):
                 places = [place for row in rows for place in row]
