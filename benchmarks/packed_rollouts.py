@@ -42,7 +42,7 @@ def run(cell: Cell, base: Path, root: Path, steps: int, runs: int, packed: bool)
     with Span() as span:
         if packed:
             strategy = build_strategy("single", configs[0].parallel, "float32")
-            with build_voice(configs[0], data) as voice:
+            with build_voice(configs[0], data, strategy) as voice:
                 passes = Passes(configs[0], data, runs, RANK, strategy, voice=voice)
                 engine = PackedEngine(passes)
                 for spec in specs:

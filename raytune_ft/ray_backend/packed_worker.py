@@ -50,7 +50,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     slots = lowered_slots(payload["slots"] if before is None else before, spec.run_dir)
     config = lowered(spec.config, spec.run_dir)
     policy = config.parallel.activation_checkpointing
-    with build_voice(config, data) as voice:
+    with build_voice(config, data, strategy) as voice:
         passes = Passes(config, data, slots, payload["rank"], strategy, host.heart.beat, voice)
         largest, longest = passes.runner.micro_tokens, extent_of(config, data)[1]
         shrinking = partial(lowers, spec.run_dir, largest, longest, policy)

@@ -349,7 +349,7 @@ def build_material(
         ModelError: the model before training, which a KL term needs, cannot be loaded.
     """
     config, reference, copies = spec.config, None, None
-    with build_voice(config, data) as voice:
+    with build_voice(config, data, runner.strategy) as voice:
         if voice is not None and holds_base(config):
             reference = frozen_runner(config.model, config, runner.strategy)
         if voice is not None and config.train.rollout.on_vllm:
@@ -360,9 +360,9 @@ def build_material(
 
 
 @contextmanager
-def build_voice(config: Config, data: PreparedData) -> Iterator[Voice | None]:
-    """How the models of such runs answer, None where they are asked nothing. Processes of rewards
-    end with the context.
+def build_voice(config: Config, data: PreparedData, strategy: Strategy) -> Iterator[Voice | None]:
+    """How the models of such runs answer, None where they are asked nothing; called on every rank.
+    Processes of rewards end with the context.
 
     Raises:
         ConfigError: a reward cannot be used.
@@ -374,7 +374,8 @@ def build_voice(config: Config, data: PreparedData) -> Iterator[Voice | None]:
     use_chat_template(tokenizer, config.data)
     ends = stop_tokens(tokenizer, config.model, data.report)
     with started(rewards_of(config, data.path)) as rewards:
-        yield Voice(tokenizer, ends, config.train.rollout.temperature, rewards)
+        temperature, channel = config.train.rollout.temperature, strategy.side_channel()
+        yield Voice(tokenizer, ends, temperature, rewards, channel)
 
 
 def material_of(

@@ -34,7 +34,7 @@ from raytune_ft.model.sampling import Request, Requests, Said, sample_groups
 from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
-from raytune_ft.strategy.side_channel import on_all_ranks
+from raytune_ft.strategy.side_channel import SideChannel, on_all_ranks
 from raytune_ft.train.copies import Asked, Copies
 from raytune_ft.train.evaluation import label_values
 from raytune_ft.train.model_runner import ModelRunner
@@ -56,13 +56,14 @@ LARGEST_GAP = 0.05
 @dataclass(frozen=True)
 class Voice:
     """What is the same whenever models of one process answer: the tokens that end an answer, what
-    logits are divided by, and the rewards that score.
+    logits are divided by, the rewards that score, and a line between ranks that nothing else uses.
     """
 
     tokenizer: PreTrainedTokenizerBase
     ends: Sequence[int]
     temperature: float
     rewards: Rewards
+    channel: SideChannel
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Speaker:
         self.has_base = adapted or reference is not None
         self._voice, self._heart = voice, heart
         self._settings, self._seed = config.train.rollout, config.seed
-        self._channel, self._copies = runner.strategy.side_channel(), copies
+        self._channel, self._copies = voice.channel, copies
         self._file = first
         found = read_json(first) if runner.strategy.rank == 0 and first.is_file() else None
         self._first: Sequence[Sequence[str]] | None = runner.strategy.from_rank0(found)

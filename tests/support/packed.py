@@ -67,7 +67,7 @@ class Packed:
         self.data = referenced(config, data, lambda line: None)
         laid_out = build_strategy(strategy, config.parallel, config.train.precision)
         self._open = ExitStack()
-        voice = self._open.enter_context(build_voice(config, self.data))
+        voice = self._open.enter_context(build_voice(config, self.data, laid_out))
         passes = Passes(config, self.data, slots, rank, laid_out, voice=voice)
         self.engine = PackedEngine(passes)
 

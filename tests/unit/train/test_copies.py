@@ -71,7 +71,7 @@ def test_a_gap_of_log_probabilities_ends_the_run() -> None:
 
     def gap_of(own: list[float]) -> float:
         speaker = Speaker.__new__(Speaker)
-        speaker._voice = Voice(cast("Any", None), (), 1.0, Rewards(()))
+        speaker._voice = Voice(cast("Any", None), (), 1.0, Rewards(()), Alone())
         speaker.logps = lambda split, temperature: np.array(own)  # type: ignore[method-assign]
         return speaker.gap_of(prompts, said)
 
