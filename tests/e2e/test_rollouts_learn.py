@@ -124,9 +124,10 @@ def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
     recipe = ("train", "jobs/quickstart_grpo.yaml", f"storage={tmp_path}", "name=run")
     done = run_process(command(*recipe, f"seed={seed}"), 1500)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in metrics(tmp_path / "run") if "eval_loss" in line]
-    right = [line["eval_reward"] for line in lines]
-    print(f"right answers {right}, {lines[-1]['wall_s']:.0f} s")
+    lines = metrics(tmp_path / "run")
+    right = [line["eval_reward"] for line in lines if "eval_loss" in line]
+    seconds = max(line.get("wall_s", 0.0) for line in lines)
+    print(f"right answers {right}, {seconds:.0f} s")
     assert right[0] < 0.1
     assert right[-1] > 0.6
 
