@@ -195,10 +195,8 @@ def sample_groups(
         height = max(1, most // ((longest + limit) * len(asked)))
         batch_G = [waiting[:height] for waiting in waiting_G]
         batch = [row for own in batch_G for row in own]
-        shortest, widest = (
-            min(row.length for row in batch),
-            longest + max(row.limit for row in batch),
-        )
+        shortest = min(row.length for row in batch)
+        widest = longest + max(row.limit for row in batch)
         past_end = positions is not None and widest > positions
         if past_end or apart.group(shortest) != apart.group(widest):
             batch_G = [[row for row in own if row.length == longest] for own in batch_G]
@@ -281,7 +279,7 @@ def _decode(
         near_BL = torch.zeros(len(batch), limit, dtype=torch.bool, device=device)
         asked_R = torch.arange(len(batch), device=device)  # the requests of the rows
         logits_RV = rows.logits()
-        if len(read) < len(batch):
+        if places != list(range(len(batch))):
             copied_R = torch.tensor(places, device=device)
             rows.take(copied_R)
             logits_RV = logits_RV[copied_R]

@@ -128,6 +128,17 @@ def test_groups_of_different_sizes_are_what_each_says_alone(
     assert {said.ended for said in together[0]} == {True, False}
 
 
+def test_models_with_as_many_rows_over_fewer_prompts(tmp_path: Path) -> None:
+    with true_float64():
+        model = _loaded(save_tiny("llama", tmp_path), torch.float64)
+        prompts = _prompts(4, lengths=(9, 10))
+        each = [Request(ids, place) for place, ids in enumerate(prompts)]
+        twice = [Request(prompts[p], p, sample) for p in range(2) for sample in range(2)]
+        asked = [Requests(each, 12), Requests(twice, 12)]
+        alone = [sample_groups(model, [one], settings=T1)[0] for one in asked]
+        assert sample_groups(model, asked, settings=T1) == alone
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
 def test_a_row_alone_is_the_row_among_others(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
