@@ -187,7 +187,7 @@ class SplitReport:
     """One split; `sha256` is that of its tokens, masks and their order.
 
     `sources` are the examples of each source by its name, where the split has several. `lengths`
-    are (tokens, examples with at most so many and more than the ones before), see `length_counts`.
+    counts examples by their length, see `length_counts`.
     """
 
     examples: int

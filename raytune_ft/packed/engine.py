@@ -8,6 +8,7 @@ checkpoints. What differs from `train.loop`:
 3. One pass makes several evaluations due, which one pass over the validation set answers.
 4. A run enters a free slot and leaves it at its end, or when it fails; the others go on.
 5. The base's own scores are computed once, for all runs.
+6. Runs that ask their models wait for each other, and their models answer in the same passes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
 from raytune_ft.model.objectives import Objective
-from raytune_ft.model.sampling import Request, Requests, Said
+from raytune_ft.model.sampling import Requests, Said
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -65,7 +66,7 @@ from raytune_ft.train.setup import (
     material_of,
     plain_order,
 )
-from raytune_ft.train.speaker import Answered, Turn, Voice, said_together
+from raytune_ft.train.speaker import Answered, Turn, Voice, requests_of, said_together
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
 
 T = TypeVar("T")
@@ -206,12 +207,10 @@ class Passes:
         asked = []
         for number in range(count):
             indices = order.indices(number * train.batch_size, train.batch_size)
-            requests = [
-                Request(prompts[int(index)].ids, place, sample)
-                for place, index in enumerate(indices)
-                for sample in range(train.rollout.num_generations)
-            ]
-            asked.append(Requests(requests[strategy.rank :: strategy.world_size], TRIED_TOKENS))
+            placed = [(place, prompts[int(index)]) for place, index in enumerate(indices)]
+            own = placed[strategy.rank :: strategy.world_size]
+            requests = requests_of(own, train.rollout.num_generations)
+            asked.append(Requests(requests, TRIED_TOKENS))
         with self.stack.applied(self.active_adapters(0, [adapter] * count)):
             said_together(self.runner, asked, replace(self.voice, ends=()), lambda: None)
         return count * train.batch_size * train.rollout.num_generations * TRIED_TOKENS

@@ -216,7 +216,8 @@ class Slot:
 
     def hear(self, answered: Answered) -> None:
         """Open the step that needs these answers."""
-        self.material.hear(self.run, self.run.step, answered)
+        assert self.turn is not None
+        self.material.hear(self.run, self.run.step, self.turn, answered)
         self._begin()
 
     def _begin(self) -> None:

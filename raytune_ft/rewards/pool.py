@@ -152,10 +152,13 @@ class RewardProcess:
                 f"{self.config.name} died {DEATHS} times in a row ({why}), "
                 f"last on {group.origin}: {shown!r}"
             )
+        self._start_again(f"it had died on {group.origin}")
+
+    def _start_again(self, after: str) -> None:
         try:
             self.start()
         except ConfigError as refused:
-            raise RunFailed(f"{refused}, after it had died on {group.origin}") from refused
+            raise RunFailed(f"{refused}, after {after}") from refused
 
     def _send(self, message: Any) -> None:
         assert self._channel is not None
@@ -175,10 +178,7 @@ class RewardProcess:
             return
         self.close()
         self._abandoned, self._deaths = False, 0
-        try:
-            self.start()
-        except ConfigError as refused:
-            raise RunFailed(f"{refused}, after another run has failed") from refused
+        self._start_again("another run has failed")
 
     def abandon(self) -> None:
         """End the process from another thread than the one that waits for scores."""

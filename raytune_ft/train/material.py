@@ -69,7 +69,7 @@ class Material(Protocol):
     def turn(self, stream: Stream, step: int) -> Turn | None:
         """What the model is asked before this step; None: nothing."""
 
-    def hear(self, stream: Stream, step: int, answered: Answered) -> None:
+    def hear(self, stream: Stream, step: int, turn: Turn, answered: Answered) -> None:
         """Take the answers to the turn of this step. Raises RunFailed where nothing can be learnt
         from them.
         """
@@ -116,7 +116,7 @@ class Given(Material):
     def turn(self, stream: Stream, step: int) -> Turn | None:
         return None
 
-    def hear(self, stream: Stream, step: int, answered: Answered) -> None: ...
+    def hear(self, stream: Stream, step: int, turn: Turn, answered: Answered) -> None: ...
 
     def work(self, stream: Stream, step: int) -> Work:
         return Work.of(self._data.train, stream.examples(*stream.place(step)), ())

@@ -26,7 +26,6 @@ from raytune_ft.config.load import asked_rewards
 from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
 from raytune_ft.config.rewards import RewardConfig, expanded, function_of, with_answers
 from raytune_ft.config.schema import Config
-from raytune_ft.data.arrays import Indices
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.prompts import prompts_of
@@ -152,7 +151,7 @@ class Rolled(Material):
         for step in stream.remaining:
             began = time.perf_counter()
             if (turn := self.turn(stream, step)) is not None:
-                self.hear(stream, step, self._speaker.answer(turn))
+                self.hear(stream, step, turn, self._speaker.answer(turn))
             work = self.work(stream, step)
             batches = self._speaker.runner.micro_batches(work.split, work.indices)
             yield replace(work, batches=batches, began=began)
@@ -160,20 +159,24 @@ class Rolled(Material):
     def turn(self, stream: Stream, step: int) -> Turn | None:
         if (step - 1) % self._settings.steps:
             return None
-        first, examples = self._asked(stream, step)
+        first, _ = stream.place(step)
+        count = self._settings.steps_per_generation * self._config.train.batch_size
+        examples = stream.examples(first, count)
         prompts = [(first + number, self._train[int(i)]) for number, i in enumerate(examples)]
         return Turn(self._speaker, prompts, self._settings.num_generations)
 
-    def hear(self, stream: Stream, step: int, answered: Answered) -> None:
+    def hear(self, stream: Stream, step: int, turn: Turn, answered: Answered) -> None:
         """Make the rollout that begins with this step.
 
         Raises:
             RunFailed: see `_check_signal`.
         """
-        first, examples = self._asked(stream, step)
-        speaker, prompts = self._speaker, [self._train[int(i)] for i in examples]
-        weights = self._data.train.columns.get(WEIGHT)
-        weights_P = None if weights is None else weights[examples, 0].astype(np.float64)
+        speaker, prompts = self._speaker, [prompt for _, prompt in turn.prompts]
+        first, _ = turn.prompts[0]
+        weights, weights_P = self._data.train.columns.get(WEIGHT), None
+        if weights is not None:
+            examples = stream.examples(first, len(prompts))
+            weights_P = weights[examples, 0].astype(np.float64)
         learnt = self._credit.assign(prompts, answered, weights_P)
         self._check_signal(step, answered)
         figures = answered.figures(speaker.rewards.names) | dict(learnt.figures)
@@ -228,14 +231,6 @@ class Rolled(Material):
             drift_N = own_N - self._speaker.base_logps(split, self._settings.temperature)
             figures["eval_kl"] = float(drift_N.sum() / len(split))
         return Scores(figures)
-
-    def _asked(self, stream: Stream, step: int) -> tuple[int, Indices]:
-        """The place of the first prompt of the rollout that begins with this step, and the prompts
-        as examples of the training split.
-        """
-        first, _ = stream.place(step)
-        count = self._settings.steps_per_generation * self._config.train.batch_size
-        return first, stream.examples(first, count)
 
     def _check_signal(self, step: int, answered: Answered) -> None:
         """Raises RunFailed after `SILENT` rollouts in a row without a score, or at the beginning of

@@ -191,7 +191,7 @@ class Speaker:
                 turn, said_together(self.runner, asked, self._voice, self._heart.alive)[0]
             )
         ranks, rank = self._channel.world_size, self._channel.rank
-        of_all = self._ask(_requests(turn.prompts, turn.count))
+        of_all = self._ask(requests_of(turn.prompts, turn.count))
         groups = _grouped(of_all, turn.count)
         gap = self.gap_of([one for _, one in turn.prompts], groups)
         own = [one for group in groups[rank::ranks] for one in group]
@@ -201,7 +201,7 @@ class Speaker:
         """This rank's share of a turn."""
         own = turn.prompts[self._channel.rank :: self._channel.world_size]
         limit = self._settings.max_completion_length
-        return Requests(_requests(own, turn.count), limit, self._seed)
+        return Requests(requests_of(own, turn.count), limit, self._seed)
 
     def scored(self, turn: Turn, said: Sequence[Said]) -> Answered:
         """A turn with what was said to each rank's `requests`, and with the scores.
@@ -365,7 +365,8 @@ def said_together(
     return said
 
 
-def _requests(prompts: Sequence[tuple[int, Prompt]], count: int) -> list[Request]:
+def requests_of(prompts: Sequence[tuple[int, Prompt]], count: int) -> list[Request]:
+    """`count` of each of (place, prompt)."""
     return [Request(one.ids, place, g) for place, one in prompts for g in range(count)]
 
 
