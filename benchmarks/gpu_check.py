@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,17 @@ class Bench:
         file = self.folder / "rows.jsonl"
         file.write_text("".join(lines[: 256 if self.tiny else 4096]))
         return file
+
+    @cached_property
+    def pairs(self) -> dict[str, str]:
+        """The source of pairs: the answer of a problem, and that of the next one."""
+        rows = [json.loads(line) for line in self.rows.read_text().splitlines()]
+        file = self.folder / "pairs.jsonl"
+        with file.open("w") as out:
+            for row, other in pairwise(rows):
+                answers = {"chosen": row["answer"], "rejected": other["answer"]}
+                out.write(json.dumps({"prompt": row["question"], **answers}) + "\n")
+        return {"path": str(file), "format": "preference"}
 
     def base(self, shape: str) -> Path:
         """A model directory of that shape, written once."""
@@ -206,9 +218,16 @@ def env(bench: Bench) -> Rows:
 def law(bench: Bench) -> Rows:
     """Gradients in every layout against float64; slots against single runs; the same bits."""
     found: Rows = []
-    for method in ({"name": "lora", "rank": 4}, {"name": "full"}):
-        truth = gradients(bench, device="cpu", method=method, train__precision="float64")
-        narrow = gradients(bench, device="cpu", method=method, train__precision="bfloat16")
+    # Answers of a pair share their prompt in packed rows.
+    pairs: dict[str, Any] = {"train__objective": "orpo", "data__train": bench.pairs}
+    for objective, method, task in (
+        ("sft", {"name": "lora", "rank": 4}, {}),
+        ("sft", {"name": "full"}, {}),
+        ("orpo", {"name": "lora", "rank": 4}, pairs),
+    ):
+        asked = {"method": method, **task}
+        truth = gradients(bench, device="cpu", train__precision="float64", **asked)
+        narrow = gradients(bench, device="cpu", train__precision="bfloat16", **asked)
         bounds = {**BOUNDS, "bfloat16": 2 * error(narrow, truth)}
         for precision, bound in bounds.items():
             for layout in (
@@ -218,10 +237,10 @@ def law(bench: Bench) -> Rows:
                 {"parallel__activation_checkpointing": "selective"},
                 {"parallel__activation_checkpointing": "full"},
             ):
-                got = gradients(bench, method=method, train__precision=precision, **layout)
+                got = gradients(bench, train__precision=precision, **asked, **layout)
                 off = error(got, truth)
                 name = ", ".join(f"{key.split('__')[1]} {value}" for key, value in layout.items())
-                what = f"gradient, {method['name']}, {precision}, {name}"
+                what = f"gradient, {objective}, {method['name']}, {precision}, {name}"
                 found.append({"what": what, "error": off, "bound": bound, "holds": off <= bound})
     return [*found, slots_against_single(bench), same_bits(bench)]
 

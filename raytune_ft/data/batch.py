@@ -59,6 +59,7 @@ def lay_out(
     apart: Apart = FREELY,
     parts: int = 1,
     wide: int = 0,
+    prompts: Sequence[SharedPrompt] | None = None,
 ) -> list[list[MicroLayout]]:
     """Per rank, the micro-batches of one step; all ranks have the same number of them.
 
@@ -66,16 +67,27 @@ def lay_out(
     `micro_tokens` tokens, padding included, but always one row, and all sequences of an example.
 
     Packed rows are as long as the longest example, since attention over a row costs the square of
-    its length; or up to `wide` tokens, where it does not.
+    its length; or up to `wide` tokens, where it does not. `prompts` are those of the sequences,
+    where a packed row holds a prompt once for all sequences in it that begin with it.
     """
-    examples = [lengths[first : first + parts] for first in range(0, len(lengths), parts)]
-    whole, longest = list(map(sum, examples)), list(map(max, examples))
+    examples = [range(first, first + parts) for first in range(0, len(lengths), parts)]
+    if prompts is None:
+        units = [_Unit(tuple(one), sum(lengths[number] for number in one)) for one in examples]
+    else:
+        units = _families(examples, lengths, prompts, apart, wide, world_size)
+    whole = [unit.tokens for unit in units]
+    longest = [max(lengths[number] for number in unit.sequences) for unit in units]
 
     def micro_batches(own: list[int]) -> list[MicroLayout]:
         width = max(_longest(own, whole), wide) if packing else 0
-        rows = [tuple(parts_of(row, parts).tolist()) for row in fill_rows(own, whole, width)]
-        blocks = [(row,) if packing else tuple((number,) for number in row) for row in rows]
-        return _micro_batches(blocks, lengths, micro_tokens)
+        blocks: list[tuple[MicroLayout, int]] = []
+        for filled in fill_rows(own, whole, width):
+            row = tuple(number for place in filled for number in units[place].sequences)
+            if packing:
+                blocks.append(((row,), sum(whole[place] for place in filled)))
+            else:
+                blocks.append((tuple((number,) for number in row), longest[filled[0]]))
+        return _micro_batches(blocks, micro_tokens)
 
     ranks = [
         [batch for own in _groups(mine, longest, apart) for batch in micro_batches(own)]
@@ -86,8 +98,84 @@ def lay_out(
     return [rank + [()] * (most - len(rank)) for rank in ranks]
 
 
+@dataclass(frozen=True)
+class SharedPrompt:
+    """What a sequence may have in common with others of its row: the first `tokens` of those before
+    its first label, with all others that have the same `ids`.
+    """
+
+    ids: bytes
+    tokens: int
+
+
+def prompts_in(split: TokenizedSplit, numbers: Indices) -> list[SharedPrompt]:
+    """The prompts of these sequences. The last token of a prompt is not shared, since what it
+    predicts is each sequence's own.
+    """
+    found = []
+    for number in numbers.tolist():
+        ids, mask = split.sequence(number)
+        labels = np.flatnonzero(mask[1:])
+        length = int(labels[0]) + 1 if len(labels) else len(ids)
+        found.append(SharedPrompt(ids[:length].tobytes(), max(length - 1, 0)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Sequences that stay in one row where rows are packed, and in one micro-batch elsewhere.
+
+    `tokens`: of the row that they take.
+    """
+
+    sequences: tuple[int, ...]
+    tokens: int
+
+
+def _families(
+    examples: Sequence[range],
+    lengths: Sequence[int],
+    prompts: Sequence[SharedPrompt],
+    apart: Apart,
+    wide: int,
+    world_size: int,
+) -> list[_Unit]:
+    """Examples with the same prompts together, in units of at most `wide` tokens, and cut where the
+    share of a rank would end if one after another were filled.
+    """
+    families: dict[Any, list[range]] = {}
+    for one in examples:
+        longest = max(lengths[number] for number in one)
+        key = apart.group(longest), *(prompts[number].ids for number in one)
+        families.setdefault(key, []).append(one)
+
+    def added(unit: Sequence[int], more: Sequence[int]) -> int:
+        seen, tokens = {prompts[number].ids for number in unit}, 0
+        for number in more:
+            known = prompts[number].ids in seen
+            tokens += lengths[number] - (prompts[number].tokens if known else 0)
+            seen.add(prompts[number].ids)
+        return tokens
+
+    whole = [[number for one in family for number in one] for family in families.values()]
+    share = -(-sum(added((), family) for family in whole) // world_size)
+    units: list[_Unit] = []
+    filled = 0
+    for family in families.values():
+        unit, tokens = list[int](), 0
+        for one in family:
+            more = added(unit, one)
+            if unit and (tokens + more > wide or filled + more > share):
+                units.append(_Unit(tuple(unit), tokens))
+                unit, tokens, more = [], 0, added((), one)
+            filled = more if filled + more > share else filled + more
+            unit, tokens = [*unit, *one], tokens + more
+        units.append(_Unit(tuple(unit), tokens))
+    return units
+
+
 def _groups(positions: Sequence[int], lengths: Sequence[int], apart: Apart) -> list[list[int]]:
-    """The positions of examples that may share a pass."""
+    """The positions of units that may share a pass."""
     groups: dict[tuple[int, int], list[int]] = {}
     for position in positions:
         groups.setdefault(apart.group(lengths[position]), []).append(position)
@@ -129,20 +217,17 @@ def fill_rows(positions: Sequence[int], lengths: Sequence[int], width: int) -> l
 
 
 def _micro_batches(
-    blocks: Sequence[MicroLayout], lengths: Sequence[int], micro_tokens: int
+    blocks: Sequence[tuple[MicroLayout, int]], micro_tokens: int
 ) -> list[MicroLayout]:
-    """Consecutive blocks, widest first, as many as the budget of padded tokens allows."""
-    widths = {
-        block: max(sum(lengths[number] for number in row) for row in block) for block in blocks
-    }
+    """Consecutive blocks of rows, widest first, as many as the budget of padded tokens allows."""
     batches: list[list[Row]] = []
-    width = 0
-    for block in sorted(blocks, key=lambda block: -widths[block]):
-        if batches and (len(batches[-1]) + len(block)) * width <= micro_tokens:
+    widest = 0
+    for block, width in sorted(blocks, key=lambda block: -block[1]):
+        if batches and (len(batches[-1]) + len(block)) * widest <= micro_tokens:
             batches[-1] += block
         else:
             batches.append([*block])
-            width = widths[block]
+            widest = width
     return [tuple(batch) for batch in batches]
 
 
@@ -151,12 +236,18 @@ NO_TARGET = -100
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start .. stop - 1` of `row` are this sequence of those of the step's examples."""
+    """Tokens `start .. stop - 1` of `row` are this sequence of those of the step's examples.
+
+    Its first `shared` tokens are not among them: they are those of the row from `prompt` on, with
+    which an earlier sequence of the row begins.
+    """
 
     row: int
     start: int
     stop: int
     sequence: int
+    shared: int = 0
+    prompt: int = 0
 
 
 Move = Callable[[Tensor], Tensor]
@@ -326,14 +417,17 @@ class MicroBatch:
         """The same sequences in the same order, one per row."""
         if self.positions_BS is None:
             return self
-        lengths = [span.stop - span.start for span in self.spans]
+        lengths = [span.shared + span.stop - span.start for span in self.spans]
         shape = (len(lengths), max(lengths))
         tokens_ES = self.tokens_BS.new_full(shape, pad_token)
         targets_ES = self.targets_BS.new_full(shape, NO_TARGET)
         attention_ES = torch.zeros_like(tokens_ES)
         for row, (span, length) in enumerate(zip(self.spans, lengths, strict=True)):
-            tokens_ES[row, :length] = self.tokens_BS[span.row, span.start : span.stop]
-            targets_ES[row, :length] = self.targets_BS[span.row, span.start : span.stop]
+            prompt = slice(span.prompt, span.prompt + span.shared)
+            own = slice(span.start, span.stop)
+            tokens_ES[row, : span.shared] = self.tokens_BS[span.row, prompt]
+            tokens_ES[row, span.shared : length] = self.tokens_BS[span.row, own]
+            targets_ES[row, span.shared : length] = self.targets_BS[span.row, own]
             attention_ES[row, :length] = 1
         spans = tuple(
             Span(row, 0, length, span.sequence)
@@ -341,7 +435,8 @@ class MicroBatch:
         )
         width = self.tokens_BS.shape[1]
         shifts_E = [
-            row * shape[1] - (span.row * width + span.start) for row, span in enumerate(self.spans)
+            row * shape[1] + span.shared - (span.row * width + span.start)
+            for row, span in enumerate(self.spans)
         ]
         moved_E = torch.tensor(shifts_E).to(self.labels_N.device, non_blocking=True)
         return replace(
@@ -362,13 +457,6 @@ class MicroBatch:
             values_BS[span.row, span.start : span.stop] = value
         return values_BS
 
-    def owners_BS(self) -> Tensor:
-        """For every token, the sequence that it belongs to; -1 for padding."""
-        owners_BS = torch.full(self.tokens_BS.shape, -1, dtype=torch.int64)
-        for span in self.spans:
-            owners_BS[span.row, span.start : span.stop] = span.sequence
-        return owners_BS.to(self.tokens_BS.device)
-
 
 def collate(
     split: TokenizedSplit,
@@ -377,9 +465,11 @@ def collate(
     pad_token: int,
     device: torch.device,
     virtual: int = 0,
+    share: bool = False,
 ) -> MicroBatch:
     """Write the sequences of the examples `indices` of `split` into the rows of `layout`, with room
-    for `virtual` tokens before each of them.
+    for `virtual` tokens before each of them. With `share`, a row holds the prompt of several of its
+    sequences once; see `prompts_in`.
 
     An empty layout gives one token without a target: a forward pass of weight zero, for ranks that
     have no examples left while others still communicate. An empty row holds only padding.
@@ -390,17 +480,21 @@ def collate(
     begins = split.part_offsets
     lengths_Q = begins[chosen_Q + 1] - begins[chosen_Q] + virtual
     rows_Q = np.repeat(np.arange(len(counts_B)), counts_B)
-    used_B = np.bincount(rows_Q, lengths_Q, minlength=len(counts_B)).astype(np.int64)
-    begins_Q = np.cumsum(lengths_Q) - lengths_Q
+    shared_Q, firsts_Q = np.zeros_like(lengths_Q), np.arange(len(lengths_Q))
+    if share:
+        shared_Q, firsts_Q = shared_in(prompts_in(split, chosen_Q), rows_Q)
+    own_Q = lengths_Q - shared_Q
+    used_B = np.bincount(rows_Q, own_Q, minlength=len(counts_B)).astype(np.int64)
+    begins_Q = np.cumsum(own_Q) - own_Q
     starts_Q = begins_Q - (np.cumsum(used_B) - used_B)[rows_Q]
     width = max(int(used_B.max()), 1)
 
     # For each token (T of them): its place in its sequence, in its row and in the split.
-    offsets_T = np.arange(lengths_Q.sum()) - np.repeat(begins_Q, lengths_Q)
-    places_T = np.repeat(rows_Q * width + starts_Q, lengths_Q) + offsets_T
-    sources_T = np.repeat(begins[chosen_Q], lengths_Q) + offsets_T - virtual
+    offsets_T = np.arange(own_Q.sum()) - np.repeat(begins_Q - shared_Q, own_Q)
+    places_T = np.repeat(rows_Q * width + starts_Q - shared_Q, own_Q) + offsets_T
+    sources_T = np.repeat(begins[chosen_Q], own_Q) + offsets_T - virtual
     real_T = offsets_T >= virtual
-    followed_T = real_T & (offsets_T + 1 < np.repeat(lengths_Q, lengths_Q))
+    followed_T = real_T & (offsets_T + 1 < np.repeat(lengths_Q, own_Q))
     nexts_T = sources_T[followed_T] + 1
 
     shape = (len(counts_B), width)
@@ -414,14 +508,22 @@ def collate(
     labelled_T = split.label_mask[nexts_T]
     labels_N = places_T[followed_T][labelled_T]
     targets_BS.flat[labels_N] = split.input_ids[nexts_T[labelled_T]]
-    owners_T = np.repeat(np.arange(len(lengths_Q)), lengths_Q)
+    owners_T = np.repeat(np.arange(len(lengths_Q)), own_Q)
     positions_BS.flat[places_T] = offsets_T
     # An empty row still attends to one token: attention over no token gives NaN.
     attention_BS = (columns_S < np.maximum(used_B, 1)[:, None]).astype(np.int64)
     packed = bool((counts_B > 1).any())
     padded = bool((attention_BS == 0).any())
     spans = tuple(
-        map(Span, rows_Q.tolist(), starts_Q.tolist(), (starts_Q + lengths_Q).tolist(), ordered)
+        map(
+            Span,
+            rows_Q.tolist(),
+            starts_Q.tolist(),
+            (starts_Q + own_Q).tolist(),
+            ordered,
+            shared_Q.tolist(),
+            np.where(shared_Q > 0, starts_Q[firsts_Q], 0).tolist(),
+        )
     )
 
     label_owners_N = owners_T[followed_T][labelled_T]
@@ -461,3 +563,20 @@ def collate(
         None if members_PE is None else tensor(np.ascontiguousarray(members_PE)),
     )
     return batch.to(device)
+
+
+def shared_in(prompts: Sequence[SharedPrompt], rows: Indices) -> tuple[Indices, Indices]:
+    """For each sequence, in the order of rows: how many tokens it has in common with the first
+    sequence of its row that begins with the same prompt, and which that is; itself and 0 where it
+    is the first.
+    """
+    seen: dict[tuple[int, bytes], int] = {}
+    firsts = [
+        seen.setdefault((row, prompt.ids), place)
+        for place, (row, prompt) in enumerate(zip(rows.tolist(), prompts, strict=True))
+    ]
+    shared = [
+        prompt.tokens if first < place else 0
+        for place, (first, prompt) in enumerate(zip(firsts, prompts, strict=True))
+    ]
+    return np.array(shared, np.int64), np.array(firsts, np.int64)

@@ -4,7 +4,9 @@ With a mask over a packed row, scores would be computed for the whole row and mo
 Here the tokens of each example are gathered from their row, attend, and are put back; or, on a GPU
 in bfloat16, torch's kernel for sequences of different lengths takes the rows as they are, which
 needs no gathers and no plan for each new shape. transformers passes `examples` to the attention of
-every layer (its `AttentionInterface`).
+every layer (its `AttentionInterface`). A prompt that a row holds once for several examples is
+gathered for each of them, so that all layers but attention compute it once (as in arXiv
+2410.20305, there with a mask).
 
 Shapes: B rows of S tokens, H heads of D numbers, E examples of at most L tokens, T tokens of all
 of them with their padding, N = E * H.
@@ -25,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch, Move
 from raytune_ft.model.methods.hooks import attached
 
@@ -38,22 +41,30 @@ GSM8K's rows are padding, and so 4 %."""
 
 @dataclass(frozen=True)
 class Segments:
-    """All tokens of the rows, cut into examples and the padding between them.
+    """All tokens of the rows, cut into examples and the padding between them; or, where examples
+    share a prompt, the tokens of each example.
 
     starts_M: where each segment begins among the B * S tokens, and at last B * S; int32.
     longest: tokens of the longest one.
+    taken_T: where given, the T tokens that are cut, by their indices among the B * S.
     """
 
     starts_M: Tensor
     longest: int
+    taken_T: Tensor | None = None
 
     def moved(self, move: Move) -> Segments:
-        """The same, with its tensor given to `move`."""
-        return replace(self, starts_M=move(self.starts_M))
+        """The same, with its tensors given to `move`."""
+        taken_T = self.taken_T
+        return replace(
+            self,
+            starts_M=move(self.starts_M),
+            taken_T=None if taken_T is None else move(taken_T),
+        )
 
     @staticmethod
     def of(batch: MicroBatch) -> Segments:
-        """The segments of `batch`, on its device."""
+        """The segments of `batch`, which shares no prompt, on its device."""
         rows, width = batch.tokens_BS.shape
         own = {span.row * width + at for span in batch.spans for at in (span.start, span.stop)}
         starts = np.array(sorted(own | set(range(0, rows * width + 1, width))), np.int32)
@@ -77,9 +88,11 @@ class Examples:
         times a NaN is NaN.
     places_BS: the index among the T gathered tokens of each token, T for padding; None where every
         row is one example.
-    owners_BS: the number of each token's example.
-    segments: where given, the two above are not, and layers that cannot take them note that in
-        `varlen` and use a mask.
+    owners_BS: the number of each token's example. That of a prompt which is shared is its own.
+    prompts_BS: the number of the shared prompt of each token's example, or of the example where it
+        shares none; None where no prompt is shared.
+    segments: where given, `tokens_EL` is empty, and so is `places_BS` unless a prompt is shared;
+        layers that cannot take them note that in `varlen` and use a mask.
     """
 
     tokens_EL: tuple[Tensor, ...]
@@ -87,46 +100,117 @@ class Examples:
     owners_BS: Tensor
     segments: Segments | None = None
     varlen: Varlen | None = None
+    prompts_BS: Tensor | None = None
 
     def moved(self, move: Move) -> Examples:
         """The same, with each of its tensors given to `move`."""
-        places_BS, segments = self.places_BS, self.segments
+        places_BS, prompts_BS, segments = self.places_BS, self.prompts_BS, self.segments
         return replace(
             self,
             tokens_EL=tuple(map(move, self.tokens_EL)),
             places_BS=None if places_BS is None else move(places_BS),
             owners_BS=move(self.owners_BS),
+            prompts_BS=None if prompts_BS is None else move(prompts_BS),
             segments=None if segments is None else segments.moved(move),
         )
 
     @staticmethod
     def of(batch: MicroBatch, varlen: Varlen | None = None) -> Examples:
         """The examples of `batch`, on its device; with `varlen` as segments."""
-        rows, width = batch.tokens_BS.shape
-        owners_BS = batch.owners_BS()
-        if varlen is not None:
+        owners_BS, prompts_BS = _owners_of(batch)
+        if varlen is not None and prompts_BS is None:
             return Examples((), None, owners_BS, Segments.of(batch), varlen)
         if batch.positions_BS is None:
             return Examples((), None, owners_BS)
-        device = batch.tokens_BS.device
-        starts_E = np.array([span.row * width + span.start for span in batch.spans])
-        lengths_E = np.array([span.stop - span.start for span in batch.spans])
-        octaves_E = np.log2(np.maximum(MIN_LENGTH, lengths_E))
-        bounds_E = np.ceil(GROUPS_PER_OCTAVE * octaves_E)
-        places_P = np.full(rows * width, -1)
-        groups, taken = [], 0
-        for bound in np.unique(bounds_E):
-            starts_G, lengths_G = starts_E[bounds_E == bound], lengths_E[bounds_E == bound]
-            steps_L = np.arange(lengths_G.max())
-            last_G1 = (starts_G + lengths_G - 1)[:, None]
-            tokens_GL = np.minimum(starts_G[:, None] + steps_L, last_G1)
-            own_GL = steps_L < lengths_G[:, None]
-            places_P[tokens_GL[own_GL]] = taken + np.flatnonzero(own_GL)
-            groups.append(torch.from_numpy(tokens_GL).to(device))
-            taken += tokens_GL.size
-        places_P[places_P < 0] = taken
-        places_BS = torch.from_numpy(places_P).to(device).view(rows, width)
-        return Examples(tuple(groups), places_BS, owners_BS)
+        if varlen is not None:
+            segments, places_BS = _expanded(batch)
+            return Examples((), places_BS, owners_BS, segments, varlen, prompts_BS)
+        groups, places_BS = _grouped(batch)
+        return Examples(groups, places_BS, owners_BS, prompts_BS=prompts_BS)
+
+
+def _owners_of(batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+    """`owners_BS` and `prompts_BS` of `Examples`; padding has the owner -1."""
+    owners_BS = np.full(batch.tokens_BS.shape, -1)
+    for span in batch.spans:
+        owners_BS[span.row, span.start : span.stop] = span.sequence
+    device = batch.tokens_BS.device
+    if not any(span.shared for span in batch.spans):
+        return torch.from_numpy(owners_BS).to(device), None
+    prompts_BS, first_of = owners_BS.copy(), {(s.row, s.start): s for s in batch.spans}
+    for span in batch.spans:
+        if span.shared:
+            first = first_of[span.row, span.prompt]
+            own = -2 - first.sequence
+            owners_BS[span.row, first.start : first.start + span.shared] = own
+            for each in (first, span):
+                prompts_BS[each.row, each.start : each.stop] = own
+    return torch.from_numpy(owners_BS).to(device), torch.from_numpy(prompts_BS).to(device)
+
+
+def _places_of(batch: MicroBatch) -> tuple[Indices, Indices, Indices, Indices]:
+    """Of each example: where its own tokens begin among the B * S, where its prompt does, how many
+    tokens of that it shares, and its length.
+    """
+    width = batch.tokens_BS.shape[1]
+    found = [
+        (
+            span.row * width + span.start,
+            span.row * width + span.prompt,
+            span.shared,
+            span.shared + span.stop - span.start,
+        )
+        for span in batch.spans
+    ]
+    starts_E, prompts_E, shared_E, lengths_E = np.array(found).T
+    return starts_E, prompts_E, shared_E, lengths_E
+
+
+def _grouped(batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`tokens_EL` and `places_BS` of `Examples`."""
+    rows, width = batch.tokens_BS.shape
+    device = batch.tokens_BS.device
+    starts_E, prompts_E, shared_E, lengths_E = _places_of(batch)
+    octaves_E = np.log2(np.maximum(MIN_LENGTH, lengths_E))
+    bounds_E = np.ceil(GROUPS_PER_OCTAVE * octaves_E)
+    places_P = np.full(rows * width, -1)
+    groups, taken = [], 0
+    for bound in np.unique(bounds_E):
+        own_G = bounds_E == bound
+        lengths_G1, shared_G1 = lengths_E[own_G, None], shared_E[own_G, None]
+        steps_L = np.arange(lengths_G1.max())
+        steps_GL = np.minimum(steps_L, lengths_G1 - 1)
+        begins_GL = np.where(
+            steps_GL < shared_G1, prompts_E[own_G, None], starts_E[own_G, None] - shared_G1
+        )
+        tokens_GL = begins_GL + steps_GL
+        inside_GL = steps_L < lengths_G1
+        places_P[tokens_GL[inside_GL]] = taken + np.flatnonzero(inside_GL)
+        groups.append(torch.from_numpy(tokens_GL).to(device))
+        taken += tokens_GL.size
+    places_P[places_P < 0] = taken
+    return tuple(groups), torch.from_numpy(places_P).to(device).view(rows, width)
+
+
+def _expanded(batch: MicroBatch) -> tuple[Segments, Tensor]:
+    """The tokens of each example one after another, also of a prompt that a row holds once; and
+    `places_BS` of `Examples`.
+    """
+    rows, width = batch.tokens_BS.shape
+    device = batch.tokens_BS.device
+    starts_E, prompts_E, shared_E, lengths_E = _places_of(batch)
+    ends_E = np.cumsum(lengths_E)
+    steps_T = np.arange(ends_E[-1]) - np.repeat(ends_E - lengths_E, lengths_E)
+    own_T = steps_T >= np.repeat(shared_E, lengths_E)
+    begins_T = np.where(
+        own_T, np.repeat(starts_E - shared_E, lengths_E), np.repeat(prompts_E, lengths_E)
+    )
+    taken_T = begins_T + steps_T
+    places_P = np.full(rows * width, len(taken_T))
+    places_P[taken_T] = np.arange(len(taken_T))
+    starts_M = torch.from_numpy(np.concatenate([[0], ends_E]).astype(np.int32)).to(device)
+    segments = Segments(starts_M, int(lengths_E.max()), torch.from_numpy(taken_T).to(device))
+    return segments, torch.from_numpy(places_P).to(device).view(rows, width)
 
 
 def attention(
@@ -154,7 +238,7 @@ def attention(
         masked = not causal or (attention_mask is not None and window is None)
         reason = _not_for_varlen(heads, dropout)
         if reason is None and not masked:
-            return _in_segments(module, heads, examples.segments, scaling, window), None
+            return _in_segments(module, heads, examples, scaling, window), None
         examples.varlen.refused = reason or examples.varlen.refused
         if causal and attention_mask is None:
             length = query.shape[2]
@@ -169,20 +253,29 @@ def attention(
         examples.places_BS is not None or examples.segments is not None
     )
     if examples is not None and (packed or not causal):
-        owners_BS = examples.owners_BS
-        same_B1SS = (owners_BS[:, :, None] == owners_BS[:, None, :]).unsqueeze(1)
-        attention_mask = _both(same_B1SS, attention_mask)
+        attention_mask = _both(_seen(examples).unsqueeze(1), attention_mask)
     named = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
 
 
-def _both(same_B1SS: Tensor, mask: Tensor | None) -> Tensor:
+def _seen(examples: Examples) -> Tensor:
+    """`[B, S, S]`: whether the second token is of the example of the first, or of its prompt."""
+    owners_BS, prompts_BS = examples.owners_BS, examples.prompts_BS
+    seen_BSS = owners_BS[:, :, None] == owners_BS[:, None, :]
+    return (
+        seen_BSS
+        if prompts_BS is None
+        else seen_BSS | (prompts_BS[:, :, None] == owners_BS[:, None, :])
+    )
+
+
+def _both(seen_B1SS: Tensor, mask: Tensor | None) -> Tensor:
     """The model's own mask, which may be added to the scores, with other examples masked too."""
     if mask is None:
-        return same_B1SS
+        return seen_B1SS
     if mask.is_floating_point():
-        return mask.masked_fill(~same_B1SS, torch.finfo(mask.dtype).min)
-    return same_B1SS & mask
+        return mask.masked_fill(~seen_B1SS, torch.finfo(mask.dtype).min)
+    return seen_B1SS & mask
 
 
 def all_seen(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -292,9 +385,13 @@ def _in_groups(
         out_EHLD = _causal(module, (taken[0], taken[1], taken[2]), dropout, scaling)
         attended.append(out_EHLD.transpose(1, 2).flatten(0, 1))
     assert examples.places_BS is not None
+    return _put_back(attended, examples.places_BS)
+
+
+def _put_back(attended: list[Tensor], places_BS: Tensor) -> Tensor:
+    """`[B, S, H, D]` from T gathered tokens, 0 for padding."""
     out_THD = torch.cat([*attended, attended[0].new_zeros(1, *attended[0].shape[1:])])
-    out_PHD = out_THD.index_select(0, examples.places_BS.view(-1))
-    return out_PHD.unflatten(0, examples.places_BS.shape)
+    return out_THD.index_select(0, places_BS.view(-1)).unflatten(0, places_BS.shape)
 
 
 MAX_VARLEN_HEAD = 256
@@ -326,13 +423,17 @@ def _computed_in(tensor: Tensor) -> torch.dtype:
 def _in_segments(
     module: nn.Module,
     heads: tuple[Tensor, Tensor, Tensor],
-    segments: Segments,
+    examples: Examples,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """`[B, S, H, D]`; padding attends to padding. `window`: as of `mask`."""
-    dtype = _computed_in(heads[0])
-    query, key, value = (each.transpose(1, 2).flatten(0, 1).to(dtype) for each in heads)
+    segments, dtype = examples.segments, _computed_in(heads[0])
+    assert segments is not None
+    flat = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in heads]
+    if segments.taken_T is not None:
+        flat = [each.index_select(0, segments.taken_T) for each in flat]
+    query, key, value = flat
     out_THD = varlen_attn(
         query,
         key,
@@ -346,6 +447,8 @@ def _in_segments(
         enable_gqa=getattr(module, "num_key_value_groups", 1) > 1,
     )
     assert isinstance(out_THD, Tensor)
+    if examples.places_BS is not None:
+        return _put_back([out_THD], examples.places_BS)
     return out_THD.unflatten(0, (heads[0].shape[0], heads[0].shape[2]))
 
 

@@ -56,13 +56,22 @@ class Probe:
         changes. Both are made with rows on either side of each of `thresholds`, of documents of up
         to `longest` tokens.
         """
+        return self._first_reason(longest, thresholds, shared=False)
+
+    def against_sharing(
+        self, longest: int = LENGTHS[-1], thresholds: Sequence[int] = ()
+    ) -> str | None:
+        """The same for packed rows that hold a prompt once for documents that begin with it."""
+        return self._first_reason(longest, thresholds, shared=True)
+
+    def _first_reason(self, longest: int, thresholds: Sequence[int], shared: bool) -> str | None:
         tried: list[tuple[int, ...]] = [LENGTHS]
         for threshold in thresholds:
             full = min(threshold, longest)
             tried.append((full,) * (threshold // full + 2))
             if threshold < longest:
                 tried.append((threshold + 1,) * 3)
-        return next(filter(None, map(self._against_packing, tried)), None)
+        return next(filter(None, (self._against_packing(each, shared) for each in tried)), None)
 
     def keeps_lengths(self, lengths: Sequence[int], apart: Apart) -> bool:
         """Whether documents of these lengths keep their logits in padded micro-batches."""
@@ -87,18 +96,21 @@ class Probe:
         spread = one.std().item() or 1.0
         return bool((one - two).abs().max().item() / spread <= TOLERANCE[self.precision] / 10)
 
-    def _against_packing(self, lengths: Sequence[int]) -> str | None:
+    def _against_packing(self, lengths: Sequence[int], shared: bool) -> str | None:
         *others, last = range(len(lengths))
         layout = (tuple(others), (last,))
         drawn = self._drawn((*lengths, lengths[0]))
+        prompt = (min(lengths) + 1) // 2 if shared else 0
+        for document in drawn:
+            document[:prompt] = drawn[0][:prompt]
         documents, other = drawn[:-1], [drawn[-1], *drawn[1:-1]]
-        alone = torch.cat([self._of(documents, ((i,),)) for i in range(len(documents))])
-        packed, exchanged = self._of(documents, layout), self._of(other, layout)
+        alone = torch.cat([self._of(documents, ((i,),), prompt) for i in range(len(documents))])
+        packed, exchanged = (self._of(each, layout, prompt) for each in (documents, other))
         rows = tuple((i,) for i in range(len(documents)))
-        padded = self._of(documents, rows) if self.precision == "bfloat16" else alone
+        padded = self._of(documents, rows, prompt) if self.precision == "bfloat16" else alone
         if packed.shape != alone.shape:
             return "its head reads whole rows, not the examples in them"
-        own = len(self._of(documents, ((0,),)))
+        own = len(self._of(documents, ((0,),), prompt))
         spread = alone.std().item() or 1.0
         moved = (packed - alone).abs().max().item() / spread
         leaked = (packed - exchanged)[own:].abs().max().item() / spread
@@ -114,17 +126,23 @@ class Probe:
         return [rng.integers(0, self.vocabulary, length).astype(np.int32) for length in lengths]
 
     @torch.no_grad()
-    def _of(self, documents: Sequence[TokenIds], layout: MicroLayout) -> Tensor:
-        """Logits at the documents' last own tokens, some of which are labels."""
+    def _of(self, documents: Sequence[TokenIds], layout: MicroLayout, prompt: int = 0) -> Tensor:
+        """Logits at the documents' last own tokens, some of which are labels. Of those after the
+        first `prompt` tokens, where documents of a row share these.
+        """
         split = TokenizedSplit.from_examples(
-            [(ids, np.arange(len(ids)) >= len(ids) // 2) for ids in documents]
+            [(ids, np.arange(len(ids)) >= (prompt or len(ids) // 2)) for ids in documents]
         )
-        batch = collate(split, range(len(documents)), layout, 0, self.device, self.virtual)
+        asked = (0, self.device, self.virtual, prompt > 0)
+        batch = collate(split, range(len(documents)), layout, *asked)
         width = batch.tokens_BS.shape[1]
         keep_N = [
             span.row * width + place
             for span in batch.spans
-            for place in range(max(span.start + self.virtual, span.stop - READ), span.stop)
+            for place in range(
+                max(span.start + max(self.virtual, prompt - span.shared), span.stop - READ),
+                span.stop,
+            )
         ]
         return self.logits(batch, torch.tensor(keep_N, device=self.device))
 

@@ -218,8 +218,8 @@ class Passes:
     def open(self, objective: Objective, work: Work) -> OpenStep:
         """Open an optimizer step."""
         split = work.split
-        widths_n = split.lengths if self.runner.packing else split.longest_parts
-        return OpenStep(work, widths_n, objective.over(split, work.indices, self.runner))
+        widths_m = self.runner.widths(split, work.indices)
+        return OpenStep(work, widths_m, objective.over(split, work.indices, self.runner))
 
     def plan(self, steps: Sequence[OpenStep]) -> PackedPass:
         """The pass that begins with the first of these slots; see `plan_pass`."""

@@ -29,18 +29,23 @@ from raytune_ft.train.speaker import Answered, Turn
 class OpenStep:
     """An optimizer step of one slot: its examples that no pass has taken yet, widest first.
 
-    `widths_n` has the tokens of a row that each example of the split takes, `examples` counts those
-    of the whole step, `count` divides its losses, and `loss_sum` is the sum of the losses that this
-    rank has computed so far, on its device.
+    `widths_m` has the tokens of a row that each of the step's examples takes, `examples` counts
+    these, `count` divides their losses, and `loss_sum` is the sum of the losses that this rank has
+    computed so far, on its device.
     """
 
-    def __init__(self, work: Work, widths_n: npt.NDArray[np.int64], objective: Objective) -> None:
-        self.work, self._widths_n = work, widths_n
-        self._waiting = work.indices[np.argsort(-widths_n[work.indices], kind="stable")]
-        self.waiting_widths: list[int] = widths_n[self._waiting].tolist()
+    def __init__(self, work: Work, widths_m: Indices, objective: Objective) -> None:
+        order = np.argsort(-widths_m, kind="stable")
+        self.work, self._waiting, self._widths = work, work.indices[order], widths_m[order]
         self.examples, self.objective = len(work.indices), objective
         self.count = objective.count(work.split, work.indices) or 1
         self.loss_sum: Tensor | float = 0.0
+
+    @property
+    def waiting_widths(self) -> list[int]:
+        """Of the examples that wait, widest first."""
+        widths: list[int] = self._widths.tolist()
+        return widths
 
     @property
     def waiting_tokens(self) -> int:
@@ -52,8 +57,7 @@ class OpenStep:
         taken = [self._waiting[list(row)].tolist() if row else [] for row in rows]
         left = np.ones(len(self._waiting), bool)
         left[[position for row in rows for position in row]] = False
-        self._waiting = self._waiting[left]
-        self.waiting_widths = self._widths_n[self._waiting].tolist()
+        self._waiting, self._widths = self._waiting[left], self._widths[left]
         return taken
 
 

@@ -8,13 +8,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raytune_ft.config.objectives import Figure, figures
 from raytune_ft.data.arrays import Indices
-from raytune_ft.data.batch import FREELY, Apart, MicroBatch, MicroLayout, collate, lay_out
-from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.data.batch import (
+    FREELY,
+    Apart,
+    MicroBatch,
+    MicroLayout,
+    collate,
+    lay_out,
+    prompts_in,
+    shared_in,
+)
+from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.model.attention import Examples, Varlen, all_seen, segment_inputs
 from raytune_ft.model.critic import critic_of
 from raytune_ft.model.heads import Reading, example_logits
@@ -65,13 +75,14 @@ class ModelRunner:
 
     `names` are those of the trained weights in a single process. `by_example`: see
     `model.attention`; else a mask over the row keeps examples apart. `varlen`: how `by_example` is
-    computed on a GPU. `flash`: transformers' flash attention keeps examples apart. `figures` are
-    those of an evaluation. `reading` is how a task head reads its examples, None where the model
-    predicts tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward
-    pass, and `balance` is the router loss of a mixture of experts. Logits of at most `block` label
-    tokens are there at a time; None: of all of a batch. Packed rows are at most `row_limit` long,
-    unless an example is longer. In the context `without_method` the model computes what its base
-    does, where the base is in it.
+    computed on a GPU. `flash`: transformers' flash attention keeps examples apart. `shares`: a
+    packed row holds a prompt once for all sequences that begin with it. `figures` are those of an
+    evaluation. `reading` is how a task head reads its examples, None where the model predicts
+    tokens. `noise` is NEFTune's alpha. `apart` says which examples do not share a forward pass, and
+    `balance` is the router loss of a mixture of experts. Logits of at most `block` label tokens are
+    there at a time; None: of all of a batch. Packed rows are at most `row_limit` long, unless an
+    example is longer. In the context `without_method` the model computes what its base does, where
+    the base is in it.
     """
 
     model: nn.Module
@@ -86,6 +97,7 @@ class ModelRunner:
     by_example: bool = False
     varlen: Varlen | None = None
     flash: bool = False
+    shares: bool = False
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=TokenObjective)
     figures: tuple[Figure, ...] = figures("sft", trained=True)
@@ -167,6 +179,17 @@ class ModelRunner:
         """How long packed rows may be where attention is computed by example, as fits a pass."""
         return min(self.micro_tokens, self.row_limit) if self.by_example or self.flash else 0
 
+    def widths(self, split: TokenizedSplit, indices: Indices) -> Indices:
+        """The tokens of a row that each of these examples takes by itself."""
+        if not self.packing:
+            return split.longest_parts[indices]
+        lengths_m = split.lengths[indices]
+        if self.shares and split.parts > 1:
+            prompts = prompts_in(split, parts_of(indices, split.parts))
+            shared_Q, _ = shared_in(prompts, np.repeat(np.arange(len(indices)), split.parts))
+            lengths_m = lengths_m - shared_Q.reshape(-1, split.parts).sum(1)
+        return lengths_m
+
     def layout(self, split: TokenizedSplit, indices: Indices) -> list[MicroLayout]:
         """This rank's micro-batches of a step over these examples."""
         virtual, strategy = virtual_tokens(self.model), self.strategy
@@ -178,6 +201,7 @@ class ModelRunner:
             self.apart,
             split.parts,
             self.wide,
+            prompts_in(split, parts_of(indices, split.parts)) if self.shares else None,
         )
         return ranks[strategy.rank]
 
@@ -190,7 +214,7 @@ class ModelRunner:
     ) -> MicroBatch:
         """The same in host memory, from which it moves in the background."""
         virtual = virtual_tokens(self.model)
-        batch = collate(split, indices, rows, self.pad_token, HOST, virtual)
+        batch = collate(split, indices, rows, self.pad_token, HOST, virtual, self.shares)
         if self.by_example:
             batch = replace(batch, examples=Examples.of(batch, self.varlen))
         return batch if self.strategy.device.type == "cpu" else batch.moved(Tensor.pin_memory)

@@ -472,7 +472,7 @@ def build_runner(
         runner = replace(runner, flash=False)
         reason = _against_packing(runner, vocabulary, extent[1], widest)
     if reason is None:
-        return replace(runner, packing=True)
+        return _sharing(replace(runner, packing=True), vocabulary, config, extent[1], widest)
     if config.data.packing is True:
         raise ConfigError("data.packing=true", f"would change the numbers: {reason}", "write auto")
     without = f"data.packing: auto does not pack, because {reason}"
@@ -563,9 +563,34 @@ def _against_packing(runner: ModelRunner, vocabulary: int, longest: int, widest:
     if method is not None and method.unpackable:
         return method.unpackable
     probe = _probe(runner, vocabulary)
-    thresholds = thresholds_of(runner.model.config, max(longest, widest) + probe.virtual)
-    inner = [each - probe.virtual for each in thresholds if each - probe.virtual > 1]
+    inner = _inner_thresholds(runner, max(longest, widest))
     return strategy.from_rank0(probe.against_packing(longest, inner))
+
+
+def _inner_thresholds(runner: ModelRunner, longest: int) -> list[int]:
+    """Lengths up to the longest row that the model's configuration names."""
+    virtual = virtual_tokens(runner.model)
+    found = thresholds_of(runner.model.config, longest + virtual)
+    return [each - virtual for each in found if each - virtual > 1]
+
+
+def _sharing(
+    runner: ModelRunner, vocabulary: int, config: Config, longest: int, widest: int
+) -> ModelRunner:
+    """The same with prompts that a row holds once, where sequences of a step have prompts in common
+    and nothing but attention looks at other tokens.
+
+    Noise and routers see how often a prompt is there, and hooks of a method where it stands.
+    """
+    facts, model = OBJECTIVES[config.train.objective], runner.model
+    able = runner.by_example and attached(model) is None and runner.balance is None
+    noise = runner.noise is not None or getattr(config.method, "dropout", 0.0) > 0
+    if not (facts.pairs or facts.rollouts) or not able or noise:
+        return runner
+    inner = _inner_thresholds(runner, max(longest, widest))
+    tried = _probe(replace(runner, shares=True), vocabulary)
+    reason = runner.strategy.from_rank0(tried.against_sharing(longest, inner))
+    return replace(runner, shares=reason is None)
 
 
 def _check_causal(runner: ModelRunner, vocabulary: int, config: Config) -> None:

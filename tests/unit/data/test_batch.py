@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from raytune_ft.data.batch import NO_TARGET, collate
+from raytune_ft.data.batch import NO_TARGET, Span, collate
 from raytune_ft.data.split import TokenizedSplit
+from raytune_ft.model.attention import Examples
 
 CPU = torch.device("cpu")
 SPLIT = TokenizedSplit.from_examples(
@@ -27,7 +28,31 @@ def test_packed_row() -> None:
     assert batch.positions_BS is not None
     assert batch.positions_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.attention_BS is None
-    assert batch.owners_BS().tolist() == [[1, 1, 1, 2, 2], [0, 0, 0, 0, -1]]
+    assert Examples.of(batch).owners_BS.tolist() == [[1, 1, 1, 2, 2], [0, 0, 0, 0, -1]]
+
+
+def test_a_row_holds_a_shared_prompt_once() -> None:
+    """But for its last token, which predicts something else for each answer."""
+    prompt, other, n = [7, 8, 9], [7, 8, 5], NO_TARGET
+    rows = [[*prompt, 1, 2], [*other, 3], [*prompt, 4], [*prompt, 6, 6]]
+    split = TokenizedSplit.from_examples(
+        [(np.array(row, np.int32), np.arange(len(row)) >= 3) for row in rows]
+    )
+    batch = collate(split, range(4), ((0, 1, 2), (3,)), pad_token=0, device=CPU, share=True)
+    assert batch.tokens_BS.tolist() == [
+        [7, 8, 9, 1, 2, 7, 8, 5, 3, 9, 4],
+        [7, 8, 9, 6, 6] + 6 * [0],
+    ]
+    assert batch.targets_BS[0].tolist() == [n, n, 1, 2, n, n, n, 3, n, 4, n]
+    assert batch.positions_BS is not None
+    assert batch.positions_BS[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3]
+    assert batch.spans[2] == Span(0, 9, 11, 2, shared=2, prompt=0)
+    assert batch.prompts == (3, 3, 3, 3)
+    assert batch.labels == (2, 1, 1, 2)
+    plain = collate(split, range(4), ((0, 1, 2), (3,)), pad_token=0, device=CPU)
+    for name in ("tokens_BS", "targets_BS", "attention_BS", "labels_N", "spans"):
+        one, two = (getattr(each.unpacked(0), name) for each in (batch, plain))
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 def test_padded_rows() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raytune_ft.data.batch import lay_out
+from raytune_ft.data.batch import SharedPrompt, lay_out
 
 
 def _lengths(seed: int, count: int) -> list[int]:
@@ -66,3 +66,38 @@ def test_the_sequences_of_an_example_share_a_micro_batch(packing: bool, wide: in
         seen += numbers
     assert sorted(seen) == list(range(80))
     assert padded < (1.01 if wide else 1.8) * sum(lengths)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_tokens", [1, 150, 10_000])
+def test_examples_of_one_prompt_share_a_row(world_size: int, parts: int, micro_tokens: int) -> None:
+    """Every example is there once, within the budget; ranks have about as much to compute."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        SharedPrompt(bytes([family]), 20 + family) for family in range(5) for _ in range(8 * parts)
+    ]
+    lengths = [prompt.tokens + 1 + int(rng.integers(1, 12)) for prompt in prompts]
+    order = rng.permutation(40)
+    numbers = [parts * place + part for place in order.tolist() for part in range(parts)]
+    prompts, lengths = [prompts[n] for n in numbers], [lengths[n] for n in numbers]
+
+    def computed(row: tuple[int, ...]) -> int:
+        once = {prompts[number] for number in row}
+        own = sum(lengths[number] - prompts[number].tokens for number in row)
+        return own + sum(prompt.tokens for prompt in once)
+
+    ranks = lay_out(
+        lengths, world_size, micro_tokens, True, parts=parts, wide=micro_tokens, prompts=prompts
+    )
+    placed = [number for rank in ranks for micro in rank for row in micro for number in row]
+    assert sorted(placed) == list(range(40 * parts))
+    for row in (row for rank in ranks for micro in rank for row in micro):
+        examples = {number // parts for number in row}
+        assert len(row) == parts * len(examples)
+        assert computed(row) <= micro_tokens or len(examples) == 1
+    loads = [sum(computed(row) for micro in rank for row in micro) for rank in ranks]
+    # Longest first is at most 4/3 of the best, and that is a share and an example more at most.
+    assert max(loads) <= 4 / 3 * (sum(loads) / world_size + max(lengths) * parts)
+    if micro_tokens == 10_000:
+        assert sum(loads) < 0.7 * sum(lengths)

@@ -91,10 +91,14 @@ def _split() -> TokenizedSplit:
 
 
 def _gradients(
-    model: PreTrainedModel, split: TokenizedSplit, layout: Any, varlen: Varlen | None = None
+    model: PreTrainedModel,
+    split: TokenizedSplit,
+    layout: Any,
+    varlen: Varlen | None = None,
+    share: bool = False,
 ) -> list[Tensor]:
     """Of all weights."""
-    batch = collate(split, range(len(split)), layout, 0, torch.device("cpu"))
+    batch = collate(split, range(len(split)), layout, 0, torch.device("cpu"), share=share)
     inputs: dict[str, Any] = batch.model_inputs()
     if model.config._attn_implementation != "sdpa":
         inputs["attention_mask"] = torch.ones_like(batch.tokens_BS)
@@ -106,13 +110,13 @@ def _gradients(
 
 
 def _model(family: str, directory: Path) -> PreTrainedModel:
-    if family == "mistral, window 4":
+    if "window" in family:
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         config: Any = MistralConfig(
             vocab_size=VOCABULARY,
             intermediate_size=48,
             num_key_value_heads=2,
-            sliding_window=4,
+            sliding_window=int(family.split()[-1]),
             **shape,
         )
     else:
@@ -136,12 +140,66 @@ def test_packed_rows_have_the_gradient_of_examples_alone(tmp_path: Path, family:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def _answers() -> TokenizedSplit:
+    """Several answers to each of three prompts, of which the first has one token."""
+    rng = np.random.default_rng(1)
+    examples = []
+    for prompt, answers in ((1, 2), (40, 3), (9, 1)):
+        asked = rng.integers(0, VOCABULARY, prompt).astype(np.int32)
+        for _ in range(answers):
+            said = rng.integers(0, VOCABULARY, int(rng.integers(1, 30))).astype(np.int32)
+            ids = np.concatenate([asked, said])
+            examples.append((ids, np.arange(len(ids)) >= prompt))
+    return TokenizedSplit.from_examples(examples)
+
+
+SHARED_ROWS = ((0, 2, 1), (5, 3, 4))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral, window 80"])
+def test_a_prompt_computed_once_has_the_gradient_of_examples_alone(
+    tmp_path: Path, family: str
+) -> None:
+    model, split = _model(family, tmp_path), _answers()
+    alone = [_gradients(model, split, ((index,),)) for index in range(len(split))]
+    expected = [torch.stack(parts).sum(0) for parts in zip(*alone, strict=True)]
+    assert attend_by_example(model, True)
+    for one, other in zip(_gradients(model, split, SHARED_ROWS, share=True), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["segments", "mask"])
+def test_ways_to_attend_to_a_shared_prompt(kernel: Kernel, way: str) -> None:
+    """Given to the kernel, and masked, where a layer cannot be given what it needs."""
+    torch.manual_seed(0)
+    split = _answers()
+    batch = collate(split, range(len(split)), SHARED_ROWS, 0, torch.device("cpu"), share=True)
+    gathered = Examples.of(batch)
+    own_BS = gathered.owners_BS != -1
+    shape = own_BS.shape
+    heads = [torch.randn(shape[0], 4, shape[1], 8).double().requires_grad_() for _ in range(3)]
+    weights = torch.randn(*shape, 4, 8).double() * own_BS[..., None, None]
+
+    def of(examples: Examples, mask: Tensor | None = None) -> list[Tensor]:
+        out, _ = attention(torch.nn.Module(), *heads, mask, scaling=0.3, examples=examples)
+        return [out * own_BS[..., None, None], *torch.autograd.grad((out * weights).sum(), heads)]
+
+    found = (
+        of(Examples.of(batch, Varlen()))
+        if way == "segments"
+        else of(gathered, torch.ones(shape[1], shape[1], dtype=torch.bool).tril()[None, None])
+    )
+    assert bool(kernel.windows) == (way == "segments")
+    for one, other in zip(found, of(gathered), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sick", range(len(LENGTHS)))
 def test_nan_stays_in_its_example(sick: int) -> None:
     """Also on the way back, and in the padding of other rows."""
     split = _split()
     batch = collate(split, range(len(split)), ROWS, 0, torch.device("cpu"))
-    owners_BS = batch.owners_BS()
+    owners_BS = Examples.of(batch).owners_BS
     examples = Examples.of(batch)
     heads = [torch.randn(*owners_BS.shape, 4, 8).transpose(1, 2) for _ in range(3)]
     for tensor in heads:
@@ -242,7 +300,7 @@ def test_segments_are_what_gathered_examples_are(layout: Any, kernel: Kernel) ->
     torch.manual_seed(0)
     split = _split()
     batch = collate(split, range(len(split)), layout, 0, torch.device("cpu"))
-    own_BS = batch.owners_BS() >= 0
+    own_BS = Examples.of(batch).owners_BS >= 0
     shape = own_BS.shape
     heads = [torch.randn(shape[0], count, shape[1], 8).double() for count in (4, 2, 2)]
     heads = [head.requires_grad_() for head in heads]
@@ -308,7 +366,7 @@ def test_a_head_that_the_kernel_does_not_take_has_a_mask(size: int) -> None:
     torch.manual_seed(0)
     split, varlen = _split(), Varlen()
     batch = collate(split, range(len(split)), ROWS, 0, torch.device("cpu"))
-    own_BS = batch.owners_BS() >= 0
+    own_BS = Examples.of(batch).owners_BS >= 0
     heads = [torch.randn(own_BS.shape[0], 2, own_BS.shape[1], size) for _ in range(3)]
     found, _ = attention(torch.nn.Module(), *heads, None, examples=Examples.of(batch, varlen))
     plain, _ = attention(torch.nn.Module(), *heads, None, examples=Examples.of(batch))

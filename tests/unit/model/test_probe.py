@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    MistralConfig,
+    OPTConfig,
+)
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import MicroBatch
@@ -41,8 +47,12 @@ FAMILIES: dict[str, tuple[Callable[[], object], bool]] = {
 
 
 def _save(family: str, directory: Path) -> Path:
+    return _save_as(FAMILIES[family][0](), directory)
+
+
+def _save_as(config: object, directory: Path) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family][0]())
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)  # so that a leak is no rounding error
@@ -155,3 +165,38 @@ def test_a_model_whose_tokens_see_their_targets_is_refused(
     for base in (encoder, save_tiny_family("cpmant", tmp_path / "unlisted")):
         with pytest.raises(ModelError, match=r"sees the tokens that it has to predict"):
             _engine(make_config(base, data, changes))
+
+
+PREFERENCES = {"train.objective": "dpo", "data.train.format": "preference"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        (PREFERENCES, True),
+        (PREFERENCES | {"train.precision": "bfloat16"}, True),
+        (PREFERENCES | {"data.packing": False}, False),
+        (PREFERENCES | {"train.neftune_alpha": 5.0}, False),
+        (PREFERENCES | {"method.dropout": 0.1}, False),
+        (PREFERENCES | {"method": {"name": "loreft", "rank": 2}}, False),
+        ({}, False),
+    ],
+)
+def test_prompts_are_computed_once_where_nothing_else_changes(
+    tmp_path: Path, changes: dict[str, object], shares: bool
+) -> None:
+    """Noise would be drawn once for two answers, and hooks look for the tokens of a prompt."""
+    assert _engine(make_config(*make_inputs(tmp_path), changes)).shares is shares
+
+
+@pytest.mark.parametrize(("window", "same"), [(64, True), (16, False)])
+def test_a_window_over_a_row_is_found(tmp_path: Path, window: int, same: bool) -> None:
+    """It counts the tokens of other answers between an answer and its prompt."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=window, **SMALL
+    )
+    model = _save_as(config, tmp_path / "windows")
+    engine = _engine(make_config(model, make_inputs(tmp_path)[1], PREFERENCES))
+    assert engine.packing
+    probe = Probe(replace(engine, shares=True).logits, VOCABULARY, "float32", torch.device("cpu"))
+    assert (probe.against_sharing(40, [window] if window < 40 else []) is None) is same

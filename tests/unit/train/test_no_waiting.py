@@ -147,7 +147,7 @@ def test_a_pass_over_slots(model: Path, pinned: list[Tensor]) -> None:
     active = ActiveAdapters(stack.slices, numbers_GN, gradients_GN, scales_G, 2, torch.float32)
     split, objective = _split(), TokenObjective()
     parts = (np.array(own, np.int64) for own in ([1], [0, 2, 3]))
-    steps = [OpenStep(Work.of(split, own, ()), split.lengths, objective) for own in parts]
+    steps = [OpenStep(Work.of(split, own, ()), split.lengths[own], objective) for own in parts]
     with NeverWaits():
         sums_G = accumulate_packed(runner, stack, active, batch.to(DEVICE), steps)
     assert (sums_G.device.type, sums_G.shape) == ("meta", (2,))
