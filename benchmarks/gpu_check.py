@@ -229,6 +229,8 @@ def law(bench: Bench) -> Rows:
         truth = gradients(bench, device="cpu", train__precision="float64", **asked)
         narrow = gradients(bench, device="cpu", train__precision="bfloat16", **asked)
         bounds = {**BOUNDS, "bfloat16": 2 * error(narrow, truth)}
+        if task:  # norms in float32 round the sum of what both answers send back to a prompt
+            bounds["float64"] = 1e-7
         for precision, bound in bounds.items():
             for layout in (
                 {"data__packing": False, "train__micro_tokens": 256},
