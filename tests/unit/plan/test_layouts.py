@@ -97,6 +97,7 @@ def test_all_weights_of_70b_on_1_to_16_nodes(llama_70b: Path, storage: Path) -> 
     assert "the fastest that fits, by this estimate: parallel.strategy=fsdp" in text
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("workers", "replicas"), [("8", {1}), ("9", {1}), ("16", {1, 2}), ("[8, 16]", {1})]
 )
