@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from tests.support.runs import make_inputs
 
     return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Estimates of memory run equal models once, for tests that make many of them."""
+    from raytune_ft.estimate import memory
+    from tests.support import traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "trace", traces.traced_once)
+        yield

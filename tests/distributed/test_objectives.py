@@ -15,7 +15,7 @@ from tests.support.runs import BrokenRun, Recorder, largest_difference, run
 
 BOUND = 1e-9
 BUDGET = {"train.max_examples": 7 * 6 - 3}
-"""Six steps: the epoch ends in the fifth, where a second rollout begins; the last has 4 examples."""
+"""Six steps: the epoch ends in the fifth, where a second rollout begins; the last is short."""
 KEPT = "kept kd"
 """Reads the teacher's logits from a file, and is held to the run whose teacher is in memory."""
 RUNS = {

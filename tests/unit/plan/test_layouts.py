@@ -16,6 +16,7 @@ from raytune_ft.plan.layouts import node_counts
 from raytune_ft.plan.make import Asked, Plan, make_plan
 from raytune_ft.plan.text import describe
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[3]
 LLAMA_70B = {
     "model_type": "llama",

@@ -20,6 +20,7 @@ from raytune_ft.plan.make import Plan, make_plan
 from raytune_ft.plan.text import describe
 from tests.support.families import save_tiny_family
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
 
