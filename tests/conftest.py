@@ -33,8 +33,8 @@ def pytest_collection_finish() -> None:
 
 
 def _rank(item: pytest.Item) -> int:
-    folders = [TESTS / name for name in FIRST]
-    return next((n for n, folder in enumerate(folders) if folder in item.path.parents), len(FIRST))
+    folder = item.path.relative_to(TESTS).parts[0]
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 @pytest.fixture(scope="session")
