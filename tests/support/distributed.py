@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.support.ports import free_port
 
-# The server imports what takes seconds once, and forks every rank with a single thread of its own.
+# A server imports what takes seconds once, and forks every rank.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.packed", "raytune_ft.strategy.fsdp"])
 
@@ -23,8 +23,8 @@ CONTEXT.set_forkserver_preload(["tests.support.packed", "raytune_ft.strategy.fsd
 def run_distributed(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
     """`function(*arguments)` on `world_size` ranks of one process group; raises what they raise.
 
-    The processes are kept for the next call, since what they import beside the server takes each of
-    them longer than most functions do.
+    The processes are kept for the next call, since what a function imports beside that often takes
+    them longer than the function does.
     """
     _kept.run(function, world_size, arguments)
 
