@@ -99,8 +99,8 @@ def _sum_and_vote(
 def _seed_noise(seed: int, step: int, strategy: Strategy) -> None:
     """Dropout is a function of seed, step and rank, so that a resumed run draws the same.
 
-    It seeds the generators that a step draws from; `torch.manual_seed` also records, with its stack,
-    a call for every kind of device that is not here.
+    Seeds the generators that a step draws from; `torch.manual_seed` also records a call, with its
+    stack, for every kind of device that is not here.
     """
     sequence = np.random.SeedSequence([seed, step, strategy.rank])
     number = int(sequence.generate_state(1)[0])
