@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# tests/conftest.py says which tests share a process, and which begin first. With more than one
-# thread each, the processes wait for each other's threads.
+# Three processes keep two cores at work, since some tests wait; tests/conftest.py says which share a
+# process, and which begin first. With more than one thread each, they wait for each other's threads.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadgroup --no-loadscope-reorder \
 		-m "not slow and not stress and not multihost and not matrix and not families and not slurm and not gpu"
 
 test-slow: $(STAMP)

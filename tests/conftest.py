@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays, and need not be searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def _rank(item: pytest.Item) -> int:
-    folders = [TESTS / name for name in FIRST]
-    return next((n for n, folder in enumerate(folders) if folder in item.path.parents), len(FIRST))
+    folder = item.path.relative_to(TESTS).parts[0]
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +52,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from tests.support.runs import make_inputs
 
     return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Estimates of memory run equal models once, for tests that make many of them."""
+    from raytune_ft.estimate import memory
+    from tests.support import traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "trace", traces.traced_once)
+        yield

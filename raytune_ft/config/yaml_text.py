@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def parse(text: str, source: str) -> Any:
     """The value that a YAML text stands for; `source` is named in the ConfigError."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Constructor
     try:
-        value = yaml.load(text)
+        value = _loaded(text)
     except DuplicateKeyError as error:
         line = _line(error)
         key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
@@ -69,6 +68,14 @@ def parse(text: str, source: str) -> Any:
             source, "holds a value that does not match its tag", "correct it"
         ) from None
     return _Plain(source).of(value, 0)
+
+
+@lru_cache(maxsize=4)
+def _loaded(text: str) -> Any:
+    """For `parse`, which copies it: a saved config takes 20 ms, and a command reads it often."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    return yaml.load(text)
 
 
 def dump(value: dict[str, Any]) -> str:

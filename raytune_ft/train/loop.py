@@ -40,7 +40,7 @@ def train(
             step = run.step
             heart.enter(f"step {step}")
             work = next(steps)
-            _seed_noise(config.seed, step, strategy.rank)
+            _seed_noise(config.seed, step, strategy)
 
             loss_sum, count = accumulate_gradients(runner, work, heart.beat)
             loss, (stopped, saving) = _sum_and_vote(
@@ -96,6 +96,14 @@ def _sum_and_vote(
     return total, tuple(count > 0 for count in yes)
 
 
-def _seed_noise(seed: int, step: int, rank: int) -> None:
-    """Dropout is a function of seed, step and rank, so that a resumed run draws the same."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+def _seed_noise(seed: int, step: int, strategy: Strategy) -> None:
+    """Dropout is a function of seed, step and rank, so that a resumed run draws the same.
+
+    Seeds the generators that a step draws from; `torch.manual_seed` also records a call, with its
+    stack, for every kind of device that is not here.
+    """
+    sequence = np.random.SeedSequence([seed, step, strategy.rank])
+    number = int(sequence.generate_state(1)[0])
+    torch.default_generator.manual_seed(number)
+    if strategy.device.type == "cuda":
+        torch.cuda.manual_seed(number)

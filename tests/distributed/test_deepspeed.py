@@ -162,7 +162,8 @@ def _check_cases(
 def test_every_stage(tmp_path: Path, inputs: Inputs, references: References) -> None:
     cases = [(1, "lora"), (2, "full"), (3, "lora"), (3, "full")]
     stages = [(Layout("deepspeed", 2, stage), method) for stage, method in cases]
-    _check_cases(tmp_path, inputs, references, stages, SHORT)
+    ten_steps = SHORT | {"train.max_examples": 7 * 10 - 3}
+    _check_cases(tmp_path, inputs, references, stages, ten_steps)
 
 
 @pytest.mark.slow

@@ -122,7 +122,14 @@ def test_it_learns(workshop: Workshop, name: str) -> None:
     assert len(losses(directory)) == 12
 
 
-@pytest.mark.parametrize("name", [*map(_named, NAMES)])
+# `test_two_processes` packs those of `fsdp`.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[*_absent(name), *[pytest.mark.slow] * is_served(name, "fsdp")])
+        for name in NAMES
+    ],
+)
 def test_packed_rows_are_the_rows(workshop: Workshop, name: str, tmp_path: Path) -> None:
     precision = workshop.exact(name)
     result = train(workshop.config(name, precision, **PACKED), tmp_path / "run", "single")
@@ -143,7 +150,7 @@ def _train_all(workshop: Workshop, root: Path, strategy: str) -> None:
     for name in NAMES:
         if _runs(name, strategy):
             config = workshop.config(name, _precision(workshop, name, strategy), **PACKED)
-            train(config, root / name, strategy)
+            assert train(config, root / name, strategy).notes == ()  # rows were packed
 
 
 def _compare_all(workshop: Workshop, root: Path, strategy: str) -> None:

@@ -27,7 +27,7 @@ from tests.support.runs import (
 
 pytestmark = pytest.mark.distributed
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
-BUDGETS = {"short": 49, "long": 120, "wide": 16 * 5, "late": 60}  # a last step of 1 example
+BUDGETS = {"short": 28, "long": 99, "wide": 16 * 3, "late": 36}  # a last step of 1 example
 RANKS = 2
 
 Inputs = tuple[Path, Path]

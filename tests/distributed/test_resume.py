@@ -38,23 +38,32 @@ def _break(inputs: tuple[Path, Path], run_dir: Path, method: str, step: int) -> 
     assert len(losses(run_dir)) == step  # it did break there, and was logged up to there
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, inputs: tuple[Path, Path]) -> Path:
+    """A run of each method that nothing broke."""
+    root = tmp_path_factory.mktemp("whole")
+    for method in ("lora", "full"):
+        run(_config(inputs, method), root / method)
+    return root
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("step", [4, 11, 19])
 def test_same_layout_is_bitwise(
-    tmp_path: Path, inputs: tuple[Path, Path], method: str, step: int
+    tmp_path: Path, inputs: tuple[Path, Path], whole: Path, method: str, step: int
 ) -> None:
-    run(_config(inputs, method), tmp_path / "whole")
     _break(inputs, tmp_path / "broken", method, step)
     result = run(_config(inputs, method), tmp_path / "broken", resumes=True)
     assert result.status == "completed"
-    assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
+    assert largest_difference(whole / method, tmp_path / "broken") == (0.0, 0.0, 0.0)
     assert [line["step"] for line in metrics(tmp_path / "broken")] == [
-        line["step"] for line in metrics(tmp_path / "whole")
+        line["step"] for line in metrics(whole / method)
     ]
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
-    run(_config(inputs, "lora"), tmp_path / "whole")
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, inputs: tuple[Path, Path], whole: Path
+) -> None:
     _break(inputs, tmp_path / "broken", "lora", 17)
     checkpoints = sorted((tmp_path / "broken" / "checkpoints").glob("step-*"))
     assert len(checkpoints) >= 2
@@ -63,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, inputs: tuple[Path,
     content[-1] ^= 1
     weights.write_bytes(content)
     run(_config(inputs, "lora"), tmp_path / "broken")
-    assert largest_difference(tmp_path / "whole", tmp_path / "broken") == (0.0, 0.0, 0.0)
+    assert largest_difference(whole / "lora", tmp_path / "broken") == (0.0, 0.0, 0.0)
 
 
 def test_a_larger_budget_fills_the_partial_last_step(
@@ -98,14 +107,13 @@ def _resume_both(inputs: tuple[Path, Path], root: Path, strategy: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2)])
 def test_under_another_strategy(
-    tmp_path: Path, inputs: tuple[Path, Path], strategy: str, world_size: int
+    tmp_path: Path, inputs: tuple[Path, Path], whole: Path, strategy: str, world_size: int
 ) -> None:
     for method in ("lora", "full"):
-        run(_config(inputs, method), tmp_path / "whole" / method)
         _break(inputs, tmp_path / "broken" / method, method, 11)
     run_distributed(_resume_both, world_size, inputs, tmp_path / "broken", strategy)
     for method in ("lora", "full"):
-        differences = largest_difference(tmp_path / "whole" / method, tmp_path / "broken" / method)
+        differences = largest_difference(whole / method, tmp_path / "broken" / method)
         assert max(differences) < 1e-5, (method, differences)
 
 

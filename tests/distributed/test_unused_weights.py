@@ -28,7 +28,7 @@ def _save_multimodal(directory: Path) -> Path:
 
 
 def _config(root: Path, method: str) -> Config:
-    changes = {"method": {"name": method}, "train.max_examples": 70, "train.adam_epsilon": 1e-6}
+    changes = {"method": {"name": method}, "train.max_examples": 35, "train.adam_epsilon": 1e-6}
     return make_config(root / "model", root / "rows.jsonl", changes)
 
 

@@ -73,7 +73,7 @@ SHRUNK = [
     "parallel={}",
 ]
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("traced_once")]
 
 
 @pytest.fixture

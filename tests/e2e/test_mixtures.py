@@ -21,7 +21,7 @@ from raytune_ft.train.setup import order_of
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "jobs" / "data" / "tiny_instructions" / "train.jsonl"
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("traced_once")]
 CONFIG = """
 name: mixed
 storage: {tmp}/runs

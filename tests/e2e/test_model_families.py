@@ -35,6 +35,7 @@ SELECTED = {
 ENCODER = '"is_decoder": true'
 
 pytestmark = [
+    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

@@ -19,7 +19,7 @@ import pytest
 from raytune_ft.cli import run_command
 from tests.support.templates import save_base_with_marks, vendor_template
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("traced_once")]
 
 Rows = list[dict[str, Any]]
 PLACES = ["Lyon", "Oslo", "Porto", "Riga", "Turin", "Bergen", "Graz", "Delft", "Cork", "Vaasa"]

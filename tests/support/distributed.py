@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import traceback
 from collections.abc import Callable
@@ -14,14 +15,16 @@ import torch.distributed as dist
 
 from tests.support.ports import free_port
 
-CONTEXT = mp.get_context("spawn")
+# A server imports what takes seconds once, and forks every rank.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.support.packed", "raytune_ft.strategy.fsdp"])
 
 
 def run_distributed(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
     """`function(*arguments)` on `world_size` ranks of one process group; raises what they raise.
 
-    The processes are kept for the next call, since to import torch and what is built on it takes
-    each of them longer than most functions do.
+    The processes are kept for the next call, since what a function imports beside that often takes
+    them longer than the function does.
     """
     _kept.run(function, world_size, arguments)
 
@@ -101,6 +104,7 @@ def _serve(line: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         rank, world_size, port, function, arguments = line.recv()
+        gc.freeze()  # what it imported stays
         try:
             _in_group(rank, world_size, port, function, arguments)
         except BaseException:  # noqa: BLE001 - whatever it is, the test is to show it

@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "train.max_examples": 50,
         "train.eval_every_examples": 20,
     },
-    "long": {"train.max_examples": 50 * 7 - 3},
+    "long": {"train.max_examples": 25 * 7 - 3},
     "wide": {
         "method.rank": 2,
         "train.batch_size": 16,

@@ -24,6 +24,7 @@ from raytune_ft.rundir import Layout, Resume, RunSpec
 from raytune_ft.train.report import Silent
 from tests.support.runs import write_rows
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 Command = Callable[..., None]
 ROOMY, TIGHT = 2**50, 2**20
 """Bytes of a worker: a copy of the model fits, or does not."""

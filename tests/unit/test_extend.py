@@ -108,6 +108,7 @@ class Logged(Single):
         return Traffic((Message("all-reduce", 4096, 1),))
 
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ENTRIES = {
     "reflect": Method(
         ReflectMethod,

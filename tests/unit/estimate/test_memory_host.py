@@ -18,6 +18,7 @@ from raytune_ft.ray_backend.cluster import cluster_room
 from tests.support.runs import make_config, write_rows
 from tests.unit.plan.test_layouts import plan_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 WORK = Work(rows=1, width=64, labels=8, micro_batches=1, step_tokens=64, step_labels=8)
 FULL = {"method": {"name": "full"}, "parallel.strategy": "fsdp", "parallel.workers": 16}
 

@@ -17,6 +17,7 @@ from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import build_frozen
 from raytune_ft.preflight import placed
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[3]
 
 

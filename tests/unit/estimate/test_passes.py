@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 from raytune_ft.config.schema import Config
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate import memory
-from raytune_ft.estimate.activations import trace
 from raytune_ft.estimate.hardware import GIB, PROCESS
 from raytune_ft.estimate.memory import MemoryModel, work_of
 from raytune_ft.estimate.parameters import Shell, build_shell
@@ -22,24 +20,9 @@ from raytune_ft.model.checkpointing import POLICIES
 from tests.support.runs import make_config
 from tests.unit.plan.test_layouts import LLAMA_70B
 
-_TRACED: dict[tuple[Any, ...], Any] = {}
+pytestmark = pytest.mark.usefixtures("traced_once")
 BUDGETS = [16384 >> power for power in range(7)]
 ON_GPU = {"parallel.resources_per_worker": {"CPU": 1.0, "GPU": 1.0}, "parallel.strategy": "single"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """A trace takes a second, and most tests need the same."""
-
-    def once(shell: Shell, rows: Collection[int], *more: Any) -> Any:
-        key = (id(shell), *sorted(rows), *more)
-        if key not in _TRACED:
-            _TRACED[key] = trace(shell, rows, *more)
-        return _TRACED[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "trace", once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +57,7 @@ SPLIT = split_of()
 
 
 @pytest.fixture(scope="module")
-def needed(model: Path, shell: Shell) -> dict[tuple[str, int], int]:
+def needed(traced_once: None, model: Path, shell: Shell) -> dict[tuple[str, int], int]:
     """Bytes of each choice, from a model of memory of its own."""
     found = {}
     for budget in BUDGETS:

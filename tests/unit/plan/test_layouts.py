@@ -16,6 +16,7 @@ from raytune_ft.plan.layouts import node_counts
 from raytune_ft.plan.make import Asked, Plan, make_plan
 from raytune_ft.plan.text import describe
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[3]
 LLAMA_70B = {
     "model_type": "llama",
@@ -97,6 +98,7 @@ def test_all_weights_of_70b_on_1_to_16_nodes(llama_70b: Path, storage: Path) -> 
     assert "the fastest that fits, by this estimate: parallel.strategy=fsdp" in text
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("workers", "replicas"), [("8", {1}), ("9", {1}), ("16", {1, 2}), ("[8, 16]", {1})]
 )

@@ -20,6 +20,7 @@ from raytune_ft.plan.make import Plan, make_plan
 from raytune_ft.plan.text import describe
 from tests.support.families import save_tiny_family
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
 
@@ -69,6 +70,7 @@ def test_plan_refuses_a_relative_storage_on_several_nodes_as_train_does(
         make_plan(QUICKSTART, ["parallel.workers=2"], lambda line: None)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_cluster_that_is_joined_says_nodes_and_memory(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +102,7 @@ def test_a_cluster_that_is_joined_says_nodes_and_memory(
     assert plan.hardware.usable == int(22.5 * 2**30 * USABLE * 0.5)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_compute_is_counted_over_the_budget(config: Config, tmp_path: Path) -> None:
     one = make_plan(QUICKSTART, [f"storage={tmp_path}", "train.epochs=1"], lambda line: None)
     assert one.tokens == one.report.splits["train"].tokens
@@ -141,6 +144,7 @@ def test_what_rollouts_hold_beside_the_model(config: Config, tmp_path: Path) -> 
     assert ppo.own.memory.optimizer - without.own.memory.optimizer == 2 * 4 * (hidden + 1)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_attention_that_keeps_fewer_keys_than_a_row_has(config: Config, tmp_path: Path) -> None:
     model = save_tiny_family("deepseek_v32", tmp_path / "model")
     written = json.loads((model / "config.json").read_text())

@@ -186,12 +186,15 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         (coded, "cannot be", "write a model"),
         (tmp_path / "nowhere", "does not exist", "write an existing model directory"),
     ):
-        with pytest.raises(ConfigError) as raised, started([configured(path)]):
-            pass
+        with pytest.raises(ConfigError) as raised:
+            of_model(configured(path))
         assert raised.value.value == f"rewards.rm.path={path}"
         assert rule in raised.value.rule
         assert remedy in raised.value.remedy
         assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError) as told, started([configured(path)]):
+        pass
+    assert str(told.value) == str(raised.value)  # through the process of the reward
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
