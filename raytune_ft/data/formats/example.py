@@ -188,8 +188,10 @@ class Encoder:
         if isinstance(value, str):
             return self.special.search(value) is not None
         if isinstance(value, dict):
-            return any(map(self._spells, value.values()))
-        return isinstance(value, list) and any(map(self._spells, value))
+            value = value.values()
+        elif not isinstance(value, list):
+            return False
+        return any(map(self._spells, value))
 
     def labelled(self, texts: Sequence[Labels]) -> Iterator[Labelled | SpecialText]:
         """The tokens of each rendered text, and which of them carry loss; `SpecialText` of one that
