@@ -235,6 +235,7 @@ class Encoder:
         width = in_spans[stops] - in_spans[starts]
         mask = (words[stops] > words[starts]) | ((width > 0) & (width == stops - starts))
         solid = letters[stops] > letters[starts]
+        in_order = bool((starts[:-1] <= starts[1:]).all())
         at = 0
         for count, spans in zip(counts, spans_of, strict=True):
             own = slice(at, at + count)
@@ -242,8 +243,13 @@ class Encoder:
             mask[own][:1] = False
             ends = []
             for start, stop in spans:
-                within = (starts[own] >= start) & (stops[own] <= stop) & (stops[own] > starts[own])
-                last = [i for i in np.flatnonzero(within)[-4:] + own.start if solid[i]][-1:]
+                span = own
+                if in_order:
+                    begin, end = (starts[own].searchsorted((start, stop)) + own.start).tolist()
+                    span = slice(begin, end)
+                within = (starts[span] >= start) & (stops[span] <= stop)
+                within &= stops[span] > starts[span]
+                last = [i for i in within.nonzero()[0][-4:] + span.start if solid[i]][-1:]
                 special = last and self.special.fullmatch(text, starts[last[0]], stops[last[0]])
                 ends.append(int(ids[last[0]]) if special else -1)
             yield Labelled(ids[own].copy(), mask[own].copy(), tuple(ends))
