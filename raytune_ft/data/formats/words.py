@@ -57,24 +57,21 @@ class Unknown(Exception):
 class Words(dict[str, int]):
     """The numbers of the words that have been met, by which their tokens are found."""
 
-    def __init__(self, backend: Any, expressions: Sequence[re.Pattern[str]]) -> None:
-        """`backend`: the tokenizer. `expressions`: each cuts the words of the one before it."""
+    def __init__(self, backend: Any, expressions: Sequence[re.Pattern[str]], plain: str) -> None:
+        """`backend`: the tokenizer. `expressions`: each cuts the words of the one before it.
+        `plain`: the characters beside which the tokenizer cuts like them.
+        """
         super().__init__()
         self._backend, self._expressions = backend, expressions
-        self._added = {one.content: id for id, one in backend.get_added_tokens_decoder().items()}
-        added = backend.get_added_tokens_decoder().values()
+        by_id = backend.get_added_tokens_decoder()
+        added = by_id.values()
+        self._added = {one.content: id for id, one in by_id.items()}
         self._special = {one.content for one in added if one.special}
         self._odd = {one.content for one in added if one.lstrip or one.rstrip or one.single_word}
         stages = [[one.content for one in added if one.normalized is so] for so in (False, True)]
         self._cuts = [re.compile(f"({any_of(words).pattern})") for words in stages if words]
-        self._plain = re.compile(f"[{_listed(filter(self._is_cut_alike, PLAIN))}]*+")
+        self._plain = re.compile(f"[{_listed(plain)}]*+")
         self._forget()
-
-    def _is_cut_alike(self, character: str) -> bool:
-        """Whether the tokenizer cuts beside a character as the expressions do."""
-        text = _PROBE.format(character)
-        places = [place for _, place in self._backend.pre_tokenizer.pre_tokenize_str(text)]
-        return self._words(text) == [text[start:stop] for start, stop in places]
 
     def _forget(self) -> None:
         """Begin again, with the added tokens alone."""
@@ -126,23 +123,16 @@ class Words(dict[str, int]):
             return None
         pieces = [text]  # every second one is an added token
         for cut in self._cuts:
-            found = ([one] if n % 2 else cut.split(one) for n, one in enumerate(pieces))
-            pieces = list(chain.from_iterable(found))
+            parts = ([one] if n % 2 else cut.split(one) for n, one in enumerate(pieces))
+            pieces = list(chain.from_iterable(parts))
         added = pieces[1::2]
         if not self._odd.isdisjoint(added) or (as_text and not self._special.isdisjoint(added)):
             return None
-        words = ([one] if n % 2 else self._words(one) for n, one in enumerate(pieces))
+        words = ([one] if n % 2 else _cut(one, self._expressions) for n, one in enumerate(pieces))
         try:
             return np.fromiter(map(self.__getitem__, chain.from_iterable(words)), np.int64)
         except Unknown:
             return None
-
-    def _words(self, text: str) -> list[str]:
-        """Those of a text without added tokens."""
-        words = [text]
-        for expression in self._expressions:
-            words = list(chain.from_iterable(map(expression.findall, words)))
-        return words
 
     def placed(self, numbers_T: Sequence[Ints | None]) -> tuple[Ints, Ints, Ints, list[int]]:
         """(ids, starts, stops, ends): the tokens of all texts whose words are known, their
@@ -161,6 +151,14 @@ class Words(dict[str, int]):
         ids, starts, stops = (_view(one)[at] for one in (self._ids, self._starts, self._stops))
         before = np.repeat(before, counts)
         return ids, starts + before, stops + before, ends[lasts].tolist()
+
+
+def _cut(text: str, expressions: Iterable[re.Pattern[str]]) -> list[str]:
+    """The words of a text without added tokens."""
+    words = [text]
+    for expression in expressions:
+        words = list(chain.from_iterable(map(expression.findall, words)))
+    return words
 
 
 def _view(numbers: array[int]) -> Ints:
@@ -182,7 +180,15 @@ def words_of(backend: Any) -> Words | None:
         or len({one.content for one in added}) < len(added)
     ):
         return None
-    return Words(backend, expressions)
+    plain = "".join(one for one in PLAIN if _is_cut_alike(one, backend.pre_tokenizer, expressions))
+    return Words(backend, expressions, plain) if plain else None
+
+
+def _is_cut_alike(character: str, cutter: Any, expressions: Iterable[re.Pattern[str]]) -> bool:
+    """Whether a pre-tokenizer cuts beside a character as the expressions do."""
+    text = _PROBE.format(character)
+    places = (place for _, place in cutter.pre_tokenize_str(text))
+    return _cut(text, expressions) == [text[start:stop] for start, stop in places]
 
 
 def _state(part: Any) -> dict[str, Any] | None:
