@@ -55,7 +55,9 @@ class Unknown(Exception):
 
 
 class Words(dict[str, int]):
-    """The numbers of the words that have been met, by which their tokens are found."""
+    """The numbers of the words that have been met, by which their tokens are found. It is for one
+    thread.
+    """
 
     def __init__(self, backend: Any, expressions: Sequence[re.Pattern[str]], plain: str) -> None:
         """`backend`: the tokenizer. `expressions`: each cuts the words of the one before it.
