@@ -38,7 +38,13 @@ from raytune_ft.config.data import (
 from raytune_ft.config.reference import one_of
 from raytune_ft.data.arrays import Indices, numbered, spans, summed, taken
 from raytune_ft.data.formats import WEIGHT, Encoder, found_format
-from raytune_ft.data.formats.classification import TARGET, label_names, targets_of
+from raytune_ft.data.formats.classification import (
+    TARGET,
+    check_all_seen,
+    fill_targets,
+    label_names,
+    refuse_labels,
+)
 from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.formats.unpaired import partners_of
 from raytune_ft.data.matches import Matches, count_matches, keyed
@@ -367,7 +373,8 @@ def assemble(
     labels: tuple[str, ...] = ()
     if any(FORMATS[source.format].labels for _, source in work.sources):
         labels = label_names(data, (tuple(m["labels"]) for _, _, m in read["train"].more()))
-    splits, columns = dict[str, SplitReport](), _columns(read, data)
+    splits = dict[str, SplitReport]()
+    columns = {name: _Columns.of(examples, data, labels) for name, examples in read.items()}
     for name, (examples, order) in chosen.items():
         own_columns, order = _columns_of(
             name, examples, order, columns[_read_split(name, read)], data, labels
@@ -430,42 +437,65 @@ def _chosen(
         train = read["train"]
         prompts = None
         if rated:
-            prompts = np.concatenate([raw.view("S16")[:, 0] for _, raw in train.hashes("prompt")])
+            prompts = train.empty(len(train), "S16")
+            for at, raw in train.hashes("prompt"):
+                prompts[at] = raw.view("S16")[:, 0]
         drawn = Drawable(train.sources, train.rows(), prompts, rated)
         kept, held = hold_out(drawn, data.validation, seed, called, train.empty)
         found["train"], found["validation"] = (train, kept), (train, held)
     return {name: found[name] for name in SPLITS if name in found}
 
 
-def _columns(
-    read: Mapping[str, Examples], data: DataConfig
-) -> dict[str, tuple[dict[str, Column], npt.NDArray[np.float64]]]:
-    return {name: columns_of(examples, {WEIGHT: 1.0}) for name, examples in read.items()}
+@dataclass(frozen=True)
+class _Columns:
+    """What there is for all examples that were read, in their order.
+
+    `targets` are [n, labels], and `unlabelled` those examples whose labels give none.
+    """
+
+    columns: dict[str, Column]
+    difficulty: npt.NDArray[np.float64]
+    targets: Column
+    unlabelled: frozenset[int]
+
+    @classmethod
+    def of(cls, examples: Examples, data: DataConfig, labels: tuple[str, ...]) -> _Columns:
+        columns, difficulty = columns_of(examples, {WEIGHT: 1.0})
+        flat = examples.empty(len(examples) * len(labels), np.float32)
+        targets = flat.reshape(len(examples), len(labels))
+        rows = ((n, tuple(more["labels"])) for n, _, more in examples.more())
+        wrong = fill_targets(targets, rows, data, labels) if labels else set[int]()
+        return cls(columns, difficulty, targets, frozenset(wrong))
 
 
 def _columns_of(
     name: str,
     examples: Examples,
     order: Indices,
-    found: tuple[dict[str, Column], npt.NDArray[np.float64]],
+    found: _Columns,
     data: DataConfig,
     labels: tuple[str, ...],
 ) -> tuple[dict[str, Column], Indices]:
     """The columns of a split, and which examples it has: of those that are measured on, only the
     answers and not their rationales.
     """
-    columns, difficulty = found
+    columns = found.columns
     if not labels and name != "train" and RATIONALE in columns:
         order = order[columns[RATIONALE][order, 0] != 1.0]
     own = {column: taken(values, order, examples.empty) for column, values in columns.items()}
     if labels:
-        rows = {n: (origin, tuple(more["labels"])) for n, origin, more in examples.more()}
-        own[TARGET] = targets_of(name, (rows[n] for n in order.tolist()), data, labels)
+        wrong = [n for n in order.tolist() if n in found.unlabelled] if found.unlabelled else []
+        if wrong:
+            origin, more = next((at, more) for n, at, more in examples.more() if n == wrong[0])
+            refuse_labels(name, origin, tuple(more["labels"]), data, labels)
+        own[TARGET] = taken(found.targets, order, examples.empty)
+        if name == "train":
+            check_all_seen(own[TARGET], data, labels)
     written = getattr(data, name)
     if isinstance(data.train if isinstance(written, float) else written, list):
         own["source"] = _as_column(examples.sources, order, examples)
     if name == "train" and difficulty_column(data) is not None:
-        own["difficulty"] = _as_column(difficulty, order, examples)
+        own["difficulty"] = _as_column(found.difficulty, order, examples)
     return own, order
 
 

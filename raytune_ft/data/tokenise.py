@@ -115,15 +115,20 @@ class Tally:
         if columns is not None:
             self.values.update(columns)
         elif isinstance(row, Row):
-            self.values.update(name for name, value in row.values.items() if value not in EMPTY)
+            for name, value in row.values.items():
+                if value not in EMPTY:
+                    self.values[name] += 1
 
     def add_example(self, example: Example) -> None:
-        self.lost.update(example.lost)
         self.lossy += bool(example.lost)
         for kind in example.lost:
+            self.lost[kind] += 1
             self.first_lost.setdefault(kind, example.origin)
-        self.notes.update(example.notes)
-        self.ends.update(str(end) for one in (example, *example.others) for end in one.ends)
+        for note in example.notes:
+            self.notes[note] += 1
+        for one in (example, *example.others):
+            for end in one.ends:
+                self.ends[str(end)] += 1
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.cause] += 1

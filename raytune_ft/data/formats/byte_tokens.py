@@ -13,18 +13,18 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+
+from raytune_ft.data.formats.words import CHARACTER, Ints, words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Ints = npt.NDArray[np.int64]
+Tokens = tuple[Ints, Ints]
+"""(ids [tokens], offsets [tokens, 2])."""
 
-_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHER = [byte for byte in range(0x100) if byte not in _PLAIN]
-_BYTE = {chr(byte): byte for byte in _PLAIN} | {chr(0x100 + n): b for n, b in enumerate(_OTHER)}
+_BYTE = {character: byte for byte, character in CHARACTER.items()}
 """The byte that a character of a token stands for."""
-_BLANK = chr(0x100 + _OTHER.index(0x20))
+_BLANK = CHARACTER[0x20]
 _NO_TEXT = b"\xff"
 """Bytes of a token that is no bytes of a text; not in UTF-8."""
 
@@ -54,9 +54,36 @@ class ByteTokens:
         self._known = np.zeros(count, np.bool_)
         self._sizes, self._lead, self._trail = (np.zeros(count, np.int64) for _ in range(3))
         self.trims, self.keeps_first = _trimming(self._backend.post_processor)
+        self._words = words_of(self._backend)
 
     def encode(self, texts: Sequence[str], as_text: bool = False) -> list[list[int]]:
         """Token ids of each text. `as_text`: special tokens that it spells are text."""
+        if self._words is None:
+            return self._asked(texts, as_text)
+        numbers_T, rest = self._words.numbers(texts, as_text)
+        ids, _, _, ends = self._words.placed(numbers_T)
+        flat = ids.tolist()
+        known = (flat[start:stop] for start, stop in pairwise(ends))
+        asked = iter(self._asked(rest, as_text))
+        return [next(asked if one is None else known) for one in numbers_T]
+
+    def placed(self, texts: Sequence[str]) -> list[Tokens | None]:
+        """The tokens of each text, with the offsets that the tokenizer gives; None of a text whose
+        tokens are not its bytes, where it would give others.
+        """
+        if self._words is None:
+            return self._asked_places(texts)
+        numbers_T, rest = self._words.numbers(texts)
+        ids, starts, stops, ends = self._words.placed(numbers_T)
+        offsets = self._offsets(ids, starts, stops)
+        known = ((ids[start:stop], offsets[start:stop]) for start, stop in pairwise(ends))
+        asked = iter(self._asked_places(rest))
+        return [next(asked if one is None else known) for one in numbers_T]
+
+    def _asked(self, texts: Sequence[str], as_text: bool = False) -> list[list[int]]:
+        """Token ids of each text, by the tokenizer."""
+        if not texts:
+            return []
         backend = self._backend
         if backend.truncation is not None:
             backend.no_truncation()
@@ -67,25 +94,20 @@ class ByteTokens:
         encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
-    def offsets(self, texts: Sequence[str], ids_T: Sequence[list[int]]) -> tuple[Ints, list[int]]:
-        """([tokens, 2] of all texts: those of the tokenizer; the numbers of the texts whose tokens
-        are not their bytes, where it would give others).
-        """
+    def _asked_places(self, texts: Sequence[str]) -> list[Tokens | None]:
+        """See `placed`."""
+        if not texts:
+            return []
+        ids_T = self._asked(texts)
         counts = np.array(list(map(len, ids_T)))
         ids = np.fromiter(chain.from_iterable(ids_T), np.int64, int(counts.sum()))
-        for new in np.unique(ids[~self._known[ids]]).tolist():
-            self._learn(new)
+        self._learn(ids)
         ends = np.append(0, self._sizes[ids].cumsum())
         written = b"".join(map(self._bytes.__getitem__, ids.tolist()))
-        behind = ends[counts.cumsum()]
-        others = []
-        begin = 0
-        for number, (text, end) in enumerate(zip(texts, behind.tolist(), strict=True)):
-            if written[begin:end] != text.encode():
-                others.append(number)
-            begin = end
+        lasts = np.append(0, counts.cumsum())
+        behind = ends[lasts]
         starts, stops = ends[:-1], ends[1:]
-        firsts = np.repeat(np.append(0, behind)[:-1], counts)
+        firsts = np.repeat(behind[:-1], counts)
         if not written.isascii():
             characters = ((np.frombuffer(written, np.uint8) & 0xC0) != 0x80).cumsum()
             starts, stops, firsts = (
@@ -93,10 +115,20 @@ class ByteTokens:
                 characters[stops - 1],
                 characters[firsts] - 1,
             )
-        starts, stops = starts - firsts, stops - firsts
+        offsets = self._offsets(ids, starts - firsts, stops - firsts)
+        return [
+            (ids[start:stop], offsets[start:stop]) if written[begin:end] == text.encode() else None
+            for text, (start, stop), (begin, end) in zip(
+                texts, pairwise(lasts.tolist()), pairwise(behind.tolist()), strict=True
+            )
+        ]
+
+    def _offsets(self, ids: Ints, starts: Ints, stops: Ints) -> Ints:
+        """[tokens, 2] from the characters of tokens in their texts."""
         if self.trims:
+            self._learn(ids)
             starts, stops = self._trimmed(ids, starts, stops)
-        return np.stack([starts, stops], 1), others
+        return np.stack([starts, stops], 1)
 
     def _trimmed(self, ids: Ints, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
         lead, trail = self._lead[ids], self._trail[ids]
@@ -105,7 +137,11 @@ class ByteTokens:
         starts = np.minimum(starts + lead, stops)
         return starts, np.where(stops >= trail, np.maximum(stops - trail, starts), stops)
 
-    def _learn(self, id: int) -> None:
+    def _learn(self, ids: Ints) -> None:
+        for new in np.unique(ids[~self._known[ids]]).tolist():
+            self._learn_one(new)
+
+    def _learn_one(self, id: int) -> None:
         token = self._added.get(id)
         if token is not None:
             raw = token.encode()
@@ -130,11 +166,13 @@ def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> ByteTokens | None:
     encoded = tokenizer(
         probes, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
     )
-    ids_T = tokens.encode(probes)
-    offsets, others = tokens.offsets(probes, ids_T)
-    found = np.array(list(chain.from_iterable(encoded["offset_mapping"])))
-    same = ids_T == encoded["input_ids"] and np.array_equal(offsets, found.reshape(-1, 2))
-    return tokens if same and not others else None
+    placed = tokens.placed(probes)
+    for one, ids, offsets in zip(
+        placed, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if one is None or one[0].tolist() != ids or one[1].tolist() != list(map(list, offsets)):
+            return None
+    return tokens
 
 
 def _trimming(processor: Any) -> tuple[bool, bool]:

@@ -86,13 +86,22 @@ class Written:
 
 
 def _example(written: Written, labelled: Sequence[Labelled | SpecialText]) -> Example | BadRow:
-    made = list[Example]()
     for one in labelled:
         if isinstance(one, SpecialText):
             return BadRow(written.origin, "special_text", str(one))
-        made.append(Example(written.origin, one.ids, one.mask, written.prompt, ends=one.ends))
-    first, *others = made
-    return replace(first, others=tuple(others), lost=written.lost, notes=written.notes)
+    origin, prompt = written.origin, written.prompt
+    first, *others = (one for one in labelled if isinstance(one, Labelled))
+    more = tuple(Example(origin, one.ids, one.mask, prompt, ends=one.ends) for one in others)
+    return Example(
+        origin,
+        first.ids,
+        first.mask,
+        prompt,
+        others=more,
+        ends=first.ends,
+        lost=written.lost,
+        notes=written.notes,
+    )
 
 
 def _written(
@@ -108,7 +117,8 @@ def _written(
         if turns is not chat.turns or tools is not chat.tools:
             hidden = replace(chat, turns=turns, tools=tools)
     try:
-        dialogue = Dialogue(template, _as_taken(template, hidden))
+        taken, unwritten = _as_taken(template, hidden)
+        dialogue = Dialogue(template, taken)
     except Unwritten as error:
         return BadRow(row.origin, "template", f"the chat template refuses it: {error}")
     texts = _texts(dialogue, source.turns)
@@ -118,18 +128,24 @@ def _written(
         if template.ends_only(part.raw) or not any(found):
             detail = f"the chat template writes nothing of what turn {number + 1} says"
             return BadRow(row.origin, "unwritten_turn", detail)
-    lost, notes = _lost(dialogue, said, texts), _notes(dialogue, chat, hidden, texts)
+    lost = _lost(dialogue, said, texts, bool(unwritten))
+    notes = _notes(dialogue, chat, hidden, texts)
     return Written(row.origin, texts, prompt_key(_prompt(chat)), lost, notes)
 
 
-def _lost(dialogue: Dialogue, said: dict[int, Haystack], texts: list[Text]) -> tuple[str, ...]:
-    """What the row has and no example of it: reasoning, calls, tools, or the content of a role."""
+def _lost(
+    dialogue: Dialogue, said: dict[int, Haystack], texts: list[Text], unwritten: bool
+) -> tuple[str, ...]:
+    """What the row has and no example of it: reasoning, calls, tools, or the content of a role.
+    `unwritten`: see `_unwritten`.
+    """
     chat, whole, found = dialogue.chat, Haystack(dialogue.whole), set[str]()
     others = [Haystack(text.text) for text in texts if text.text != dialogue.whole]
     for number, turn in enumerate(chat.turns):
+        kinds = set[str]()
         if number in said:
             kinds = _missing(chat, number, said[number])
-        else:  # that reasoning of earlier turns is cut is how the template shows them
+        elif unwritten:  # that reasoning of earlier turns is cut is how the template shows them
             kinds = _missing(chat, number, whole) - {"reasoning"}
             for other in others if kinds else ():
                 kinds &= _missing(chat, number, other)
@@ -183,8 +199,8 @@ def _texts(dialogue: Dialogue, turns: str) -> list[Text]:
     return [Text(whole, {n: known.get(n) or dialogue.anywhere(n) for n in dialogue.trained})]
 
 
-def _as_taken(template: Template, chat: Conversation) -> Conversation:
-    """The conversation in the form that the template writes most of.
+def _as_taken(template: Template, chat: Conversation) -> tuple[Conversation, float]:
+    """The conversation in the form that the template writes most of, and what it leaves out.
 
     Templates disagree on what a turn without content has, whether the arguments of a call are an
     object or text, and whether content is text or a list of parts. The first form is that of
@@ -197,7 +213,7 @@ def _as_taken(template: Template, chat: Conversation) -> Conversation:
         other = replace(best, turns=[form(turn) for turn in best.turns])
         if other.turns != best.turns and (count := _unwritten(template, other)) < least:
             best, least = other, count
-    return best
+    return best, least
 
 
 def _unwritten(template: Template, chat: Conversation) -> float:
@@ -210,9 +226,11 @@ def _unwritten(template: Template, chat: Conversation) -> float:
     except Unwritten:
         return float("inf")
     text, last = Haystack(whole), len(chat.turns) - 1
+    missing = (_missing(chat, number, text) for number in range(len(chat.turns)))
     return sum(
-        len(_missing(chat, number, text) - ({"reasoning"} if number < last else set()))
-        for number in range(len(chat.turns))
+        len(kinds - {"reasoning"} if number < last else kinds)
+        for number, kinds in enumerate(missing)
+        if kinds
     )
 
 
@@ -286,10 +304,9 @@ def _missing(chat: Conversation, number: int, text: Haystack) -> set[str]:
     """The kinds of which the text lacks something that the turn says, or writes arguments as Python
     would.
     """
-    turn = chat.turns[number]
     missing = {kind for kind, part in chat.parts[number] if not text.has(part)}
-    calls = [call["function"]["arguments"] for call in turn.get("tool_calls", ())]
-    if any(isinstance(one, dict) and one and str(one) in text.raw for one in calls):
+    calls = [call["function"]["arguments"] for call in chat.turns[number].get("tool_calls", ())]
+    if calls and any(isinstance(one, dict) and one and str(one) in text.raw for one in calls):
         missing.add("tool_calls")
     return missing
 

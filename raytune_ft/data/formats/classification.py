@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -174,47 +174,54 @@ def label_names(data: DataConfig, train: Iterable[Labels]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def targets_of(
-    split: str, rows: Iterable[tuple[str, Labels]], data: DataConfig, names: Sequence[str]
-) -> Column:
-    """[n, names], the class vector or the numbers of each example, of its (origin, labels).
-
-    Raises:
-        DataError: a label is not in `names`, or a label has no example in train.
+def fill_targets(
+    targets: Column, rows: Iterable[tuple[int, Labels]], data: DataConfig, names: Sequence[str]
+) -> set[int]:
+    """Write the class vector or the numbers of examples, of their (number, labels), into `targets`,
+    which is zeros of [n, names]. The numbers of those whose labels are none of `names`.
     """
-    number = {name: i for i, name in enumerate(names)}
-    made, seen = list[Column](), set[str]()
-    for origin, labels in rows:
-        if data.problem == "regression":
-            if len(labels) != len(names):
-                raise DataError(
-                    f"data.{split}: {origin}",
-                    f"has {len(labels)} numbers where others have {len(names)}",
-                    "write the same count in every row",
-                )
-            made.append(np.array(labels, np.float32))
-            continue
-        unknown = [name for name in labels if name not in number]
-        if unknown:
-            raise DataError(
-                f"data.{split}: {origin}",
-                f"has the label {unknown[0]!r}, which is none of "
-                + ("data.labels" if data.labels else "those of data.train"),
-                f"write one of {_shown(names)}",
-            )
-        target = np.zeros(len(names), np.float32)
-        for name in labels:
-            target[number[str(name)]] = 1
-            seen.add(str(name))
-        made.append(target)
-    absent = [name for name in names if name not in seen]
-    if split == "train" and data.problem != "regression" and absent:
+    columns, wrong = {name: i for i, name in enumerate(names)}, set[int]()
+    for number, labels in rows:
+        if data.problem == "regression" and len(labels) == len(names):
+            targets[number] = labels
+        elif data.problem != "regression" and columns.keys() >= set(labels):
+            targets[number, [columns[str(name)] for name in labels]] = 1
+        else:
+            wrong.add(number)
+    return wrong
+
+
+def refuse_labels(
+    split: str, origin: str, labels: Labels, data: DataConfig, names: Sequence[str]
+) -> NoReturn:
+    """Raises DataError on a row whose labels are none of `names`."""
+    if data.problem == "regression":
+        raise DataError(
+            f"data.{split}: {origin}",
+            f"has {len(labels)} numbers where others have {len(names)}",
+            "write the same count in every row",
+        )
+    unknown = next(name for name in labels if name not in names)
+    raise DataError(
+        f"data.{split}: {origin}",
+        f"has the label {unknown!r}, which is none of "
+        + ("data.labels" if data.labels else "those of data.train"),
+        f"write one of {_shown(names)}",
+    )
+
+
+def check_all_seen(targets: Column, data: DataConfig, names: Sequence[str]) -> None:
+    """Raises DataError where a label has no example in train, of which these are the targets."""
+    if data.problem == "regression":
+        return
+    highest = targets.max(0, initial=0)
+    absent = [name for name, most in zip(names, highest, strict=True) if not most]
+    if absent:
         raise DataError(
             f"data.{'labels' if data.labels else 'train'}",
             f"has the label {absent[0]!r}, which no training example has",
             "remove it, or add rows that have it",
         )
-    return np.array(made, np.float32).reshape(len(made), len(names))
 
 
 def _shown(names: Sequence[str], limit: int = 12) -> str:

@@ -224,12 +224,19 @@ def _tools(source: SourceConfig, row: Row) -> list[dict[str, Any]] | None:
     return [one if "function" in one else {"type": "function", "function": one} for one in tools]
 
 
+def is_bare(turn: Turn) -> bool:
+    """Whether it has a role and a text alone, as most turns do; so it is in OpenAI's form."""
+    return len(turn) == 2 and type(turn.get("role")) is type(turn.get("content")) is str
+
+
 def _openai(turn: Turn) -> Turn:
     """One turn in OpenAI's form, with no key that has no value.
 
     A column of a Parquet file gives every turn the keys of all turns, and null where a turn has
     none, so null and absent must mean the same; arguments may be JSON text or an object.
     """
+    if is_bare(turn):
+        return turn
     turn = _without_nulls(turn)
     calls = turn.pop("tool_calls", None)
     calls = parsed(calls) if isinstance(calls, str) else calls or []
@@ -293,7 +300,8 @@ def _check(turn: Turn, number: int) -> None:
     if not isinstance(turn.get("role"), str):
         other = " (it has `from` and `value`: write format: sharegpt)" if "from" in turn else ""
         raise Unusable("wrong_type", f"turn {number} has no `role`{other}")
-    texts = [turn.get(key) for key in ("content", *REASONING)]
+    keys = ("content",) if is_bare(turn) else ("content", *REASONING)
+    texts = [turn.get(key) for key in keys]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise Unusable("wrong_type", f"turn {number} has content or reasoning that is not text")
     if not turn.get("tool_calls"):
@@ -308,7 +316,7 @@ def _check(turn: Turn, number: int) -> None:
 def _valid(value: Any) -> bool:
     """Whether every text in a value of JSON is valid, keys aside."""
     if isinstance(value, str):
-        return valid_unicode(value)
+        return value.isascii() or valid_unicode(value)
     if isinstance(value, dict):
         return all(map(_valid, value.values()))
     return not isinstance(value, list) or all(map(_valid, value))
@@ -325,8 +333,12 @@ def _said(turn: Turn) -> Iterator[tuple[str, str]]:
     content = turn.get("content") or ""
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
-    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
     thinks = turn["role"] == "assistant" and any(end in content for end in ENDS_OF_THOUGHT)
+    if is_bare(turn) and not thinks:
+        if content.strip():
+            yield "content", content
+        return
+    thoughts = next((turn[key] for key in REASONING if turn.get(key)), "")
     split = _THOUGHTS.fullmatch(content) if thinks else None
     if split is not None:
         thoughts, content = thoughts or split[1], split[2]

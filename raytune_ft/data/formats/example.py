@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import SourceConfig
-from raytune_ft.data.formats.byte_tokens import ByteTokens, byte_tokens
+from raytune_ft.data.formats.byte_tokens import ByteTokens, Tokens, byte_tokens
+from raytune_ft.data.formats.words import any_of
 from raytune_ft.data.rows import BadRow, Row, valid_unicode
 from raytune_ft.data.split import PARTS, Mask, TokenIds
 
@@ -187,8 +188,10 @@ class Encoder:
         if isinstance(value, str):
             return self.special.search(value) is not None
         if isinstance(value, dict):
-            return any(map(self._spells, value.values()))
-        return isinstance(value, list) and any(map(self._spells, value))
+            value = value.values()
+        elif not isinstance(value, list):
+            return False
+        return any(map(self._spells, value))
 
     def labelled(self, texts: Sequence[Labels]) -> Iterator[Labelled | SpecialText]:
         """The tokens of each rendered text, and which of them carry loss; `SpecialText` of one that
@@ -232,6 +235,7 @@ class Encoder:
         width = in_spans[stops] - in_spans[starts]
         mask = (words[stops] > words[starts]) | ((width > 0) & (width == stops - starts))
         solid = letters[stops] > letters[starts]
+        in_order = bool((starts[:-1] <= starts[1:]).all())
         at = 0
         for count, spans in zip(counts, spans_of, strict=True):
             own = slice(at, at + count)
@@ -239,8 +243,13 @@ class Encoder:
             mask[own][:1] = False
             ends = []
             for start, stop in spans:
-                within = (starts[own] >= start) & (stops[own] <= stop) & (stops[own] > starts[own])
-                last = [i for i in np.flatnonzero(within)[-4:] + own.start if solid[i]][-1:]
+                span = own
+                if in_order:
+                    begin, end = (starts[own].searchsorted((start, stop)) + own.start).tolist()
+                    span = slice(begin, end)
+                within = (starts[span] >= start) & (stops[span] <= stop)
+                within &= stops[span] > starts[span]
+                last = [i for i in within.nonzero()[0][-4:] + span.start if solid[i]][-1:]
                 special = last and self.special.fullmatch(text, starts[last[0]], stops[last[0]])
                 ends.append(int(ids[last[0]]) if special else -1)
             yield Labelled(ids[own].copy(), mask[own].copy(), tuple(ends))
@@ -281,9 +290,10 @@ class Encoder:
         """
         if not texts:
             return _joined([]), []
-        ids_T, offsets = self._encoded(texts, lead)
-        counts = np.array(list(map(len, ids_T)))
-        ids = np.fromiter(chain.from_iterable(ids_T), np.int32, int(counts.sum()))
+        tokens_T = self._encoded(texts, lead)
+        counts = np.array([len(ids) for ids, _ in tokens_T])
+        ids = np.concatenate([ids for ids, _ in tokens_T]).astype(np.int32)
+        offsets = np.concatenate([offsets for _, offsets in tokens_T])
         offsets = offsets - len(lead or "")
         firsts = np.repeat(np.cumsum([0, *map(len, texts)])[:-1], counts)
         if lead:
@@ -296,24 +306,16 @@ class Encoder:
         starts = np.minimum(np.maximum(starts, firsts), before)
         return (ids, starts, np.maximum(stops, starts)), counts.tolist()
 
-    def _encoded(
-        self, texts: Sequence[str], lead: str | None
-    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-        """(token ids of each text, offsets of all tokens); see `_tokens`."""
+    def _encoded(self, texts: Sequence[str], lead: str | None) -> list[Tokens]:
+        """The tokens of each text; see `_tokens`."""
         if lead is not None or self.bytes is None:
             return self._with_offsets(texts, lead)
-        ids_T = self.bytes.encode(texts)
-        offsets, others = self.bytes.offsets(texts, ids_T)
-        if others:
-            offsets_T = np.split(offsets, np.cumsum(list(map(len, ids_T)))[:-1])
-            for number in others:
-                (ids_T[number],), offsets_T[number] = self._with_offsets([texts[number]], None)
-            offsets = np.concatenate(offsets_T)
-        return ids_T, offsets
+        placed = self.bytes.placed(texts)
+        rest = [text for text, one in zip(texts, placed, strict=True) if one is None]
+        asked = iter(self._with_offsets(rest, None) if rest else ())
+        return [next(asked) if one is None else one for one in placed]
 
-    def _with_offsets(
-        self, texts: Sequence[str], lead: str | None
-    ) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+    def _with_offsets(self, texts: Sequence[str], lead: str | None) -> list[Tokens]:
         encoded = self.tokenizer(
             [(lead or "") + text for text in texts],
             add_special_tokens=False,
@@ -323,9 +325,11 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        ids_T: list[list[int]] = encoded["input_ids"]
-        flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
-        return ids_T, np.fromiter(flat, np.int64, 2 * sum(map(len, ids_T))).reshape(-1, 2)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [
+            (np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2))
+            for ids, offsets in pairs
+        ]
 
 
 def _groups(texts: Sequence[Labels]) -> Iterator[Sequence[Labels]]:
@@ -354,11 +358,6 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)
     ids, starts, stops = zip(*pieces, strict=True)
     return np.concatenate(ids), np.concatenate(starts), np.concatenate(stops)
-
-
-def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of the words, the longest first; nothing if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 @dataclass(frozen=True)

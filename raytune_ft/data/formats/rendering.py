@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import (
     _plain_template_data,
 )
 
-from raytune_ft.data.formats.conversation import Turn
+from raytune_ft.data.formats.conversation import Turn, is_bare
 
 Span = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
@@ -118,6 +118,8 @@ def plain(value: Any) -> Any:
 
 def plain_turn(turn: Turn) -> Turn:
     """The same, with the reasoning under each of its names."""
+    if is_bare(turn):
+        return turn
     (found,) = _alias_reasoning_fields([_plain_template_data(turn)])
     made: Turn = found
     return made

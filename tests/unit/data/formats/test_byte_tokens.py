@@ -37,11 +37,12 @@ def test_offsets_are_those_of_the_tokenizer(
         tokens = byte_tokens(tokenizer)
         assert tokens is not None
         encoded = tokenizer(texts(500), add_special_tokens=False, return_offsets_mapping=True)
-        ids_T = tokens.encode(texts(500))
-        assert ids_T == encoded["input_ids"]
-        offsets, others = tokens.offsets(texts(500), ids_T)
-        assert not others
-        assert np.array_equal(offsets, list(chain.from_iterable(encoded["offset_mapping"])))
+        assert tokens.encode(texts(500)) == encoded["input_ids"]
+        placed_T = tokens.placed(texts(500))
+        ids_T, offsets_T = zip(*(one for one in placed_T if one is not None), strict=True)
+        assert [ids.tolist() for ids in ids_T] == encoded["input_ids"]
+        given = list(chain.from_iterable(encoded["offset_mapping"]))
+        assert np.array_equal(np.concatenate(offsets_T), given)
 
 
 def test_text_that_the_tokenizer_changes_is_asked_for(tiny: PreTrainedTokenizerBase) -> None:
@@ -49,7 +50,7 @@ def test_text_that_the_tokenizer_changes_is_asked_for(tiny: PreTrainedTokenizerB
     tiny.backend_tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     tokens = byte_tokens(tiny)
     assert tokens is not None
-    assert tokens.offsets(given, tokens.encode(given))[1] == [0, 2]
+    assert [one is None for one in tokens.placed(given)] == [True, False, True, False]
     encoder = Encoder.of(tiny)
     spans = [(text, [(2, len(text))]) for text in given]
     together = list(encoder.labelled(spans))

@@ -128,7 +128,7 @@ def test_a_row_costs_one_rendering_and_a_batch_one_call_of_the_tokenizer(
         for n, answer in enumerate([said("assistant", "Blue alpha")] * 50)
     ]
     list(encode_rows(encoder, config, "\n", rows[:1]))
-    counts = {"rendered": 0, "encoded": 0, "asked": 0}
+    counts = {"rendered": 0, "placed": 0, "asked": 0}
 
     def counted(owner: Any, name: str, key: str) -> None:
         original = getattr(owner, name)
@@ -140,10 +140,10 @@ def test_a_row_costs_one_rendering_and_a_batch_one_call_of_the_tokenizer(
         monkeypatch.setattr(owner, name, call)
 
     counted(Program, "render", "rendered")
-    counted(ByteTokens, "encode", "encoded")
+    counted(ByteTokens, "placed", "placed")
     counted(type(tiny), "__call__", "asked")
     found = list(encode_rows(encoder, config, "\n", rows))
     assert all(isinstance(one, Example) and one.mask.any() for one in found)
     header = 7  # what the template writes around turns is found once for all rows
     assert len(rows) <= counts["rendered"] <= len(rows) + header
-    assert (counts["encoded"], counts["asked"]) == (1, 0)
+    assert (counts["placed"], counts["asked"]) == (1, 0)
