@@ -8,6 +8,8 @@ Pairs are made of GSM8K: the answer of the row is chosen, that of the next row i
 `step` (24M Llama with random weights, LoRA of rank 16, 2 threads): non-pad tokens of both answers
 per second of training alone, and the peak of the process's memory. TRL computes its reference
 beforehand, as ours does; `sft` is our supervised run over the same tokens, each answer an example.
+Which of TRL's arms is its best depends on the CPU: without AVX-512 bfloat16 is slow, and so
+`trl-float32` is.
 `sweep` (stories260k): seconds of 12 trials over beta, lr and rank; ours is the command `raytune-ft
 sweep` from start to end, with Ray, promotion and report; TRL trains them one after another in one
 process, on one reference. Arms take turns, each in a process of its own. It needs `bench`.
@@ -257,6 +259,7 @@ ARMS: dict[str, dict[str, Callable[[Path], dict[str, float]]]] = {
         "sft": lambda base: run_ours(base, "sft"),
         "trl": lambda base: run_trl(base),
         "trl-best": lambda base: run_trl(base, bf16=True, gradient_checkpointing=False),
+        "trl-float32": lambda base: run_trl(base, bf16=False, gradient_checkpointing=False),
     },
     "sweep": {"ours": sweep_ours, "trl": sweep_trl},
 }
@@ -271,6 +274,7 @@ def main() -> None:
     parser.add_argument("--cell", choices=ARMS, default="step")
     parser.add_argument("--pairs", type=int, help="by default 80, and 700 of a sweep")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", help="some of them; by default all")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -287,7 +291,8 @@ def main() -> None:
             build_base(base, args.shared)
         longest = 300 if sweep else 10**9
         make_pairs(args.shared, root, args.pairs or (700 if sweep else 80), longest)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS[args.cell]}
+        arms = args.arms or list(ARMS[args.cell])
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for _ in range(args.rounds):
             for name in found:
                 found[name].append(_alone(args, name, base))

@@ -25,6 +25,7 @@ from raytune_ft.model.meta import build_measured
 from raytune_ft.model.methods.saved import attach_saved, unfoldable
 from raytune_ft.model.objectives import Objective, TokenObjective
 from raytune_ft.strategy import Strategy
+from raytune_ft.strategy.products import widen_where_slow
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
 
 SAMPLE_TOKENS = 64
@@ -158,6 +159,7 @@ def runner_of(
     under = base if adapter is not None and base is not None else model
     in_parts = strategy.takes_parts and adapter is None
     dtype, precision = computes or (disk_dtype(under, head), strategy.precision)
+    widen_where_slow(strategy.device, dtype, getattr(torch, precision))
     made = build_measured(under, dtype, in_parts, head)
     built: Any = made.model
     if adapter is not None:

@@ -29,6 +29,12 @@ def has_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def widen_where_slow(device: torch.device, *dtypes: torch.dtype) -> None:
+    """Where a model computes in these dtypes on a CPU that cannot multiply in bfloat16 and would."""
+    if torch.bfloat16 in dtypes and device.type == "cpu" and not has_products():
+        widen_products()
+
+
 @cache
 def widen_products() -> torch.library.Library:
     """From now on, compute products of bfloat16 on the CPU of this process in float32, for as long

@@ -21,7 +21,7 @@ from raytune_ft.strategy.base import (
     held_bytes,
 )
 from raytune_ft.strategy.numerics import settle
-from raytune_ft.strategy.products import has_products, widen_products
+from raytune_ft.strategy.products import widen_where_slow
 from raytune_ft.strategy.side_channel import Alone, Group, SideChannel
 from raytune_ft.tensors.write import Part
 
@@ -53,8 +53,7 @@ class Single:
         self.parallel, self.precision = parallel, precision
         settle()
         self.device = local_device(parallel)
-        if precision == "bfloat16" and self.device.type == "cpu" and not has_products():
-            widen_products()
+        widen_where_slow(self.device, getattr(torch, precision))
         self.parameters: dict[str, nn.Parameter] = {}
         self.steps = 0
 

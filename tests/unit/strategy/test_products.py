@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+from raytune_ft.config.schema import ModelConfig
+from raytune_ft.evaluate.context import runner_of
+from raytune_ft.model.load import load_tokenizer
 from raytune_ft.strategy import products
 from raytune_ft.strategy.products import MIN_ROWS, has_products, widen_products
+from tests.support.models import save_character_tokenizer, save_tiny_llama
 
 HALF_AN_ULP = 2.0**-8
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -82,3 +88,19 @@ def test_other_dtypes_keep_their_kernels() -> None:
     assert kernel.dtype == torch.float32
     assert torch.equal(kernel, torch.stack([a]).matmul(b)[0])
     assert torch.mm(a.double(), b.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("dtype", "widens"), [("bfloat16", True), ("float32", False)])
+def test_a_model_that_is_measured_has_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, widens: bool
+) -> None:
+    """As those of most files, which are in bfloat16; the strategy does not say so."""
+    calls: list[str] = []
+    monkeypatch.setattr(products, "has_products", lambda: False)
+    monkeypatch.setattr(products, "widen_products", lambda: calls.append("widened"))
+    model = ModelConfig(path=str(tmp_path / "model"))
+    whole = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "base"), dtype=dtype)
+    whole.save_pretrained(model.path)
+    save_character_tokenizer(tmp_path / "model")
+    assert runner_of(model, load_tokenizer(model)).precision == "float32"
+    assert bool(calls) is widens
