@@ -30,7 +30,7 @@ def has_products() -> bool:
 
 
 def widen_where_slow(device: torch.device, *dtypes: torch.dtype) -> None:
-    """Where a model computes in these dtypes on a CPU that cannot multiply in bfloat16 and would."""
+    """Widen products where one of `dtypes` is bfloat16 and `device` is a CPU without its own."""
     if torch.bfloat16 in dtypes and device.type == "cpu" and not has_products():
         widen_products()
 
