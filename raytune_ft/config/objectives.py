@@ -187,8 +187,7 @@ class ObjectiveFacts:
         pairs: examples are pairs of answers.
         reference: it needs the log-probabilities of another model, measured before training.
         rollouts: it learns from what the model says during training, which `rewards` score; the
-            sequences of each of its examples. 0 where examples are given. Of these, and of pairs,
-            each trial of a packed engine has keys of its own.
+            sequences of each of its examples. 0 where examples are given.
         credit: imports and returns its way from scored completions to examples, a
             `train.credit.Credit`.
         compares: it compares completions of one prompt, of which it needs two.
@@ -221,11 +220,18 @@ class ObjectiveFacts:
     lr: tuple[float, float] | None = None
 
     @property
+    def of_answers(self) -> bool:
+        """Sequences are answers to prompts, several to one; each trial of a packed engine has keys
+        of its own.
+        """
+        return self.pairs or self.rollouts > 0
+
+    @property
     def drops(self) -> bool:
         """Examples that are too long are left out by default, since the end of a prompt or of an
         answer cannot be missing.
         """
-        return self.pairs or self.reference or self.rollouts > 0
+        return self.of_answers or self.reference
 
 
 def _tokens() -> Callable[..., Any]:
@@ -430,7 +436,7 @@ SHARED_KEYS = (
     *(
         key
         for entry in OBJECTIVES.values()
-        if not (entry.pairs or entry.rollouts) and entry.unpackable is None
+        if not entry.of_answers and entry.unpackable is None
         for key in entry.keys
     ),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.arrays import Indices
-from raytune_ft.data.split import TokenizedSplit, parts_of
+from raytune_ft.data.split import TokenizedSplit, first_answer, parts_of
 
 Row = tuple[int, ...]
 """The sequences of one row, in order: their positions among those of the step's examples."""
@@ -115,8 +115,7 @@ def prompts_in(split: TokenizedSplit, numbers: Indices) -> list[SharedPrompt]:
     found = []
     for number in numbers.tolist():
         ids, mask = split.sequence(number)
-        labels = np.flatnonzero(mask[1:])
-        length = int(labels[0]) + 1 if len(labels) else len(ids)
+        length = first_answer(mask).start
         found.append(SharedPrompt(ids[:length].tobytes(), max(length - 1, 0)))
     return found
 
@@ -143,31 +142,27 @@ def _families(
     """Examples with the same prompts together, in units of at most `wide` tokens, and cut where the
     share of a rank would end if one after another were filled.
     """
-    families: dict[Any, list[range]] = {}
+    families: dict[tuple[tuple[int, int], tuple[SharedPrompt, ...]], list[range]] = {}
     for one in examples:
-        longest = max(lengths[number] for number in one)
-        key = apart.group(longest), *(prompts[number].ids for number in one)
+        group = apart.group(max(lengths[number] for number in one))
+        key = group, tuple(prompts[number] for number in one)
         families.setdefault(key, []).append(one)
 
-    def added(unit: Sequence[int], more: Sequence[int]) -> int:
-        seen, tokens = {prompts[number].ids for number in unit}, 0
-        for number in more:
-            known = prompts[number].ids in seen
-            tokens += lengths[number] - (prompts[number].tokens if known else 0)
-            seen.add(prompts[number].ids)
-        return tokens
-
-    whole = [[number for one in family for number in one] for family in families.values()]
-    share = -(-sum(added((), family) for family in whole) // world_size)
+    once = [sum(each.tokens for each in set(asked)) for _, asked in families]
+    own_of = [
+        [sum(lengths[number] - prompts[number].tokens for number in one) for one in family]
+        for family in families.values()
+    ]
+    share = -(-(sum(once) + sum(map(sum, own_of))) // world_size)
     units: list[_Unit] = []
     filled = 0
-    for family in families.values():
+    for family, prompt, owns in zip(families.values(), once, own_of, strict=True):
         unit, tokens = list[int](), 0
-        for one in family:
-            more = added(unit, one)
+        for one, own in zip(family, owns, strict=True):
+            more = own if unit else prompt + own
             if unit and (tokens + more > wide or filled + more > share):
                 units.append(_Unit(tuple(unit), tokens))
-                unit, tokens, more = [], 0, added((), one)
+                unit, tokens, more = [], 0, prompt + own
             filled = more if filled + more > share else filled + more
             unit, tokens = [*unit, *one], tokens + more
         units.append(_Unit(tuple(unit), tokens))

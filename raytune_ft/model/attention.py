@@ -122,11 +122,16 @@ class Examples:
             return Examples((), None, owners_BS, Segments.of(batch), varlen)
         if batch.positions_BS is None:
             return Examples((), None, owners_BS)
-        if varlen is not None:
-            segments, places_BS = _expanded(batch)
-            return Examples((), places_BS, owners_BS, segments, varlen, prompts_BS)
-        groups, places_BS = _grouped(batch)
-        return Examples(groups, places_BS, owners_BS, prompts_BS=prompts_BS)
+        taken_T, ends_E, lengths_E = _end_to_end(batch)
+        if varlen is None:
+            groups, places_BS = _grouped(batch, taken_T, ends_E - lengths_E, lengths_E)
+            return Examples(groups, places_BS, owners_BS, prompts_BS=prompts_BS)
+        device = batch.tokens_BS.device
+        starts_M = torch.from_numpy(np.concatenate([[0], ends_E]).astype(np.int32)).to(device)
+        taken = torch.from_numpy(taken_T).to(device)
+        segments = Segments(starts_M, int(lengths_E.max()), taken)
+        places_BS = _places_in(batch, taken_T, np.arange(len(taken_T)), len(taken_T))
+        return Examples((), places_BS, owners_BS, segments, varlen, prompts_BS)
 
 
 def _owners_of(batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
@@ -148,14 +153,14 @@ def _owners_of(batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
     return torch.from_numpy(owners_BS).to(device), torch.from_numpy(prompts_BS).to(device)
 
 
-def _places_of(batch: MicroBatch) -> tuple[Indices, Indices, Indices, Indices]:
-    """Of each example: where its own tokens begin among the B * S, where its prompt does, how many
-    tokens of that it shares, and its length.
+def _end_to_end(batch: MicroBatch) -> tuple[Indices, Indices, Indices]:
+    """The tokens of each example one after another, also of a prompt that a row holds once, by
+    their indices among the B * S; where each example ends among them, and its length.
     """
     width = batch.tokens_BS.shape[1]
     found = [
         (
-            span.row * width + span.start,
+            span.row * width + span.start - span.shared,
             span.row * width + span.prompt,
             span.shared,
             span.shared + span.stop - span.start,
@@ -163,54 +168,39 @@ def _places_of(batch: MicroBatch) -> tuple[Indices, Indices, Indices, Indices]:
         for span in batch.spans
     ]
     starts_E, prompts_E, shared_E, lengths_E = np.array(found).T
-    return starts_E, prompts_E, shared_E, lengths_E
-
-
-def _grouped(batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
-    """`tokens_EL` and `places_BS` of `Examples`."""
-    rows, width = batch.tokens_BS.shape
-    device = batch.tokens_BS.device
-    starts_E, prompts_E, shared_E, lengths_E = _places_of(batch)
-    octaves_E = np.log2(np.maximum(MIN_LENGTH, lengths_E))
-    bounds_E = np.ceil(GROUPS_PER_OCTAVE * octaves_E)
-    places_P = np.full(rows * width, -1)
-    groups, taken = [], 0
-    for bound in np.unique(bounds_E):
-        own_G = bounds_E == bound
-        lengths_G1, shared_G1 = lengths_E[own_G, None], shared_E[own_G, None]
-        steps_L = np.arange(lengths_G1.max())
-        steps_GL = np.minimum(steps_L, lengths_G1 - 1)
-        begins_GL = np.where(
-            steps_GL < shared_G1, prompts_E[own_G, None], starts_E[own_G, None] - shared_G1
-        )
-        tokens_GL = begins_GL + steps_GL
-        inside_GL = steps_L < lengths_G1
-        places_P[tokens_GL[inside_GL]] = taken + np.flatnonzero(inside_GL)
-        groups.append(torch.from_numpy(tokens_GL).to(device))
-        taken += tokens_GL.size
-    places_P[places_P < 0] = taken
-    return tuple(groups), torch.from_numpy(places_P).to(device).view(rows, width)
-
-
-def _expanded(batch: MicroBatch) -> tuple[Segments, Tensor]:
-    """The tokens of each example one after another, also of a prompt that a row holds once; and
-    `places_BS` of `Examples`.
-    """
-    rows, width = batch.tokens_BS.shape
-    device = batch.tokens_BS.device
-    starts_E, prompts_E, shared_E, lengths_E = _places_of(batch)
     ends_E = np.cumsum(lengths_E)
     steps_T = np.arange(ends_E[-1]) - np.repeat(ends_E - lengths_E, lengths_E)
-    own_T = steps_T >= np.repeat(shared_E, lengths_E)
-    begins_T = np.where(
-        own_T, np.repeat(starts_E - shared_E, lengths_E), np.repeat(prompts_E, lengths_E)
-    )
-    taken_T = begins_T + steps_T
-    places_P = np.full(rows * width, len(taken_T))
-    places_P[taken_T] = np.arange(len(taken_T))
-    starts_M = torch.from_numpy(np.concatenate([[0], ends_E]).astype(np.int32)).to(device)
-    segments = Segments(starts_M, int(lengths_E.max()), torch.from_numpy(taken_T).to(device))
-    return segments, torch.from_numpy(places_P).to(device).view(rows, width)
+    of_prompt_T = steps_T < np.repeat(shared_E, lengths_E)
+    begins_T = np.repeat(starts_E, lengths_E)
+    begins_T[of_prompt_T] = np.repeat(prompts_E, lengths_E)[of_prompt_T]
+    return begins_T + steps_T, ends_E, lengths_E
+
+
+def _grouped(
+    batch: MicroBatch, taken_T: Indices, begins_E: Indices, lengths_E: Indices
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`tokens_EL` and `places_BS` of `Examples`, whose tokens are `taken_T` from `begins_E` on."""
+    octaves_E = np.log2(np.maximum(MIN_LENGTH, lengths_E))
+    bounds_E = np.ceil(GROUPS_PER_OCTAVE * octaves_E)
+    places_T = np.empty_like(taken_T)
+    groups, taken = [], 0
+    for bound in np.unique(bounds_E):
+        own = bounds_E == bound
+        begins_G1, lengths_G1 = begins_E[own, None], lengths_E[own, None]
+        steps_L = np.arange(lengths_G1.max())
+        from_GL = begins_G1 + np.minimum(steps_L, lengths_G1 - 1)
+        inside_GL = steps_L < lengths_G1
+        places_T[from_GL[inside_GL]] = taken + np.flatnonzero(inside_GL)
+        groups.append(torch.from_numpy(taken_T[from_GL]).to(batch.tokens_BS.device))
+        taken += from_GL.size
+    return tuple(groups), _places_in(batch, taken_T, places_T, taken)
+
+
+def _places_in(batch: MicroBatch, taken_T: Indices, places_T: Indices, padding: int) -> Tensor:
+    """`places_BS` of `Examples`: the token `taken_T[t]` is at `places_T[t]` of those gathered."""
+    places_BS = np.full(batch.tokens_BS.shape, padding)
+    places_BS.flat[taken_T] = places_T
+    return torch.from_numpy(places_BS).to(batch.tokens_BS.device)
 
 
 def attention(

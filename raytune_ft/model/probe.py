@@ -46,7 +46,10 @@ class Probe:
     virtual: int = 0
 
     def against_packing(
-        self, longest: int = LENGTHS[-1], thresholds: Sequence[int] = ()
+        self,
+        longest: int = LENGTHS[-1],
+        thresholds: Sequence[int] = (),
+        shared: bool = False,
     ) -> str | None:
         """Why packed rows compute something else than single documents, None where they do not.
 
@@ -54,17 +57,8 @@ class Probe:
         theirs when the first one is exchanged (attention across documents). The second is sensitive
         even in bfloat16, where rounding limits the first, which is compared with what padding
         changes. Both are made with rows on either side of each of `thresholds`, of documents of up
-        to `longest` tokens.
+        to `longest` tokens. `shared`: the documents begin with a prompt that a row holds once.
         """
-        return self._first_reason(longest, thresholds, shared=False)
-
-    def against_sharing(
-        self, longest: int = LENGTHS[-1], thresholds: Sequence[int] = ()
-    ) -> str | None:
-        """The same for packed rows that hold a prompt once for documents that begin with it."""
-        return self._first_reason(longest, thresholds, shared=True)
-
-    def _first_reason(self, longest: int, thresholds: Sequence[int], shared: bool) -> str | None:
         tried: list[tuple[int, ...]] = [LENGTHS]
         for threshold in thresholds:
             full = min(threshold, longest)

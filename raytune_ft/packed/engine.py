@@ -280,7 +280,7 @@ class Passes:
     def objective_of(self, config: Config) -> Objective:
         """That of a run: its own, where each trial has keys of its own, else the one of all."""
         facts = OBJECTIVES[config.train.objective]
-        if not (facts.pairs or facts.rollouts):
+        if not facts.of_answers:
             return self.runner.objective
         return build_objective(config, self.data, self.runner.strategy)
 

@@ -585,11 +585,11 @@ def _sharing(
     facts, model = OBJECTIVES[config.train.objective], runner.model
     able = runner.by_example and attached(model) is None and runner.balance is None
     noise = runner.noise is not None or getattr(config.method, "dropout", 0.0) > 0
-    if not (facts.pairs or facts.rollouts) or not able or noise:
+    if not facts.of_answers or not able or noise:
         return runner
     inner = _inner_thresholds(runner, max(longest, widest))
     tried = _probe(replace(runner, shares=True), vocabulary)
-    reason = runner.strategy.from_rank0(tried.against_sharing(longest, inner))
+    reason = runner.strategy.from_rank0(tried.against_packing(longest, inner, shared=True))
     return replace(runner, shares=reason is None)
 
 

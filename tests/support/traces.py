@@ -7,18 +7,11 @@ from typing import Any
 
 from raytune_ft.estimate.activations import Plane, Traced, trace
 from raytune_ft.estimate.parameters import Shell
-from raytune_ft.model.checkpointing import Activations
 
 _MADE: dict[Any, Traced] = {}
 
 
-def traced_once(
-    shell: Shell,
-    rows: Collection[int],
-    width: int,
-    checkpointing: Activations,
-    gathered: bool = False,
-) -> Traced:
+def traced_once(shell: Shell, rows: Collection[int], width: int, *how: Any) -> Traced:
     """What `trace` gives. Its points are kept, since each takes half a second, and depends on no
     more than the modules, the shapes and the dtypes.
     """
@@ -26,12 +19,12 @@ def traced_once(
     model = repr((shell, shell.module, shell.module.config, weights))
     parts = []
     for count in {min(rows), max(rows)}:
-        key = (model, count, width, checkpointing, gathered)
+        key = (model, count, width, *how)
         if key not in _MADE:
-            _MADE[key] = trace(shell, [count], width, checkpointing, gathered)
+            _MADE[key] = trace(shell, [count], width, *how)
         parts.append(_MADE[key])
     if not all(part.exact for part in parts):
-        return trace(shell, rows, width, checkpointing, gathered)
+        return trace(shell, rows, width, *how)
     kept, peak = (
         Plane({at: size for part in parts for at, size in getattr(part, name).points.items()})
         for name in ("kept", "peak")

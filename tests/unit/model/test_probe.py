@@ -199,4 +199,4 @@ def test_a_window_over_a_row_is_found(tmp_path: Path, window: int, same: bool) -
     engine = _engine(make_config(model, make_inputs(tmp_path)[1], PREFERENCES))
     assert engine.packing
     probe = Probe(replace(engine, shares=True).logits, VOCABULARY, "float32", torch.device("cpu"))
-    assert (probe.against_sharing(40, [window] if window < 40 else []) is None) is same
+    assert (probe.against_packing(40, [window] if window < 40 else [], shared=True) is None) is same
