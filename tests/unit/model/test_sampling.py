@@ -160,9 +160,9 @@ def test_a_row_alone_is_the_row_among_others(
 def test_in_float32_rows_differ_after_near_ties_alone(llama: Any) -> None:
     requests = [Request(ids, place) for place, ids in enumerate(_prompts(64))]
     together = _wave(llama, requests)
-    for request, beside in list(zip(requests, together, strict=True))[::3]:
+    for i, request in enumerate(requests):
         alone = _wave(llama, [request])[0]
-        assert alone.ids == beside.ids or beside.near_ties + alone.near_ties > 0
+        assert alone.ids == together[i].ids or together[i].near_ties + alone.near_ties > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -103,9 +103,7 @@ def test_a_seed_draws_the_same_trials_again_also_over_a_resume(
     assert drive(searcher(study, search, seed=1), 3) != draws[0][:3]
 
 
-@pytest.mark.parametrize(
-    "known", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("known", [0, 1, 2])
 def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
     tmp_path: Path, known: int
 ) -> None:

@@ -46,7 +46,7 @@ def test_the_front_is_of_completed_trials_that_nobody_beats(tmp_path: Path) -> N
     assert reports(study.trials[3]) == {30: 0.5, 60: 0.4}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
 def test_a_seed_draws_the_same_trials_again(tmp_path: Path, sampler: str) -> None:
     draws = []
     for name in "xy":

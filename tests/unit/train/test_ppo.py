@@ -56,6 +56,7 @@ def learning(folder: Path, reward: str, changes: dict[str, Any]) -> Config:
     )
 
 
+# The other seed is to show that this one is no luck.
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_reward_is_learnt(folder: Path, tmp_path: Path, seed: int) -> None:
     """Vowels among eight letters, of which the untrained model says almost none."""

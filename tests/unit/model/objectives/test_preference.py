@@ -218,11 +218,7 @@ def test_simpo_and_orpo_are_trl(
     assert_same(f"{objective} {settings}", tmp_path / "run", trainer)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    # The second adds a term to the first.
-    [pytest.param({}, marks=pytest.mark.slow), {"center_rewards_coefficient": 0.2}],
-)
+@pytest.mark.parametrize("settings", [{}, {"center_rewards_coefficient": 0.2}])
 def test_reward_is_trl(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
 ) -> None:
