@@ -132,7 +132,7 @@ def prepare(config: Any, cache: Path) -> Any:
 
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, cache)
-    return prompted(config, prepared, tokenizer, config.seed)
+    return prompted(config, prepared, tokenizer)
 
 
 def rewards_in(run_dir: Path) -> list[float]:

@@ -101,6 +101,11 @@ def reference_file(split: str) -> str:
     return f"reference_{split}.npy"
 
 
+def rows_file(split: str) -> str:
+    """The row of each example of a split."""
+    return f"{split}_rows.npy"
+
+
 def prompts_file(split: str) -> str:
     """The prompts of a split with their rows: a line of JSON for each of its examples."""
     return f"{split}_prompts.jsonl"

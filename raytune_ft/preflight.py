@@ -271,7 +271,7 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, cache_path(config), tell, workers)
     check_overlap(config.data, data.report, config.promote.max_overlap)
-    data = prompted(config, data, tokenizer, config.seed)
+    data = prompted(config, data, tokenizer)
     data = with_rewards(config, data)
     pass_length(config.data, data.train)
     shapes = build_shapes(config.model, head=head_of(config, data.report))

@@ -21,6 +21,7 @@ Empty = Callable[[int, Any], Array]
 """(length, dtype) -> an array to be filled: `numpy.empty`, or `empty_on_disk` of a folder."""
 
 BLOCK = 2**16
+BLOCK_TOKENS = 2**20
 
 
 def empty_on_disk(folder: Path, length: int, dtype: Any) -> Array:
@@ -37,6 +38,28 @@ def spans(length: int) -> Iterator[slice]:
     """The places of one block after another."""
     for start in range(0, length, BLOCK):
         yield slice(start, min(start + BLOCK, length))
+
+
+def token_spans(offsets: Indices) -> Iterator[slice]:
+    """As `spans`, of about `BLOCK_TOKENS` tokens each; example `i` has those from `offsets[i]` to
+    `offsets[i + 1]`.
+    """
+    start = 0
+    while start < len(offsets) - 1:
+        ends = offsets[start + 1 : start + 1 + BLOCK]
+        whole = int(np.searchsorted(ends, offsets[start] + BLOCK_TOKENS, side="right"))
+        yield slice(start, start + max(whole, 1))
+        start += max(whole, 1)
+
+
+def items(begins: Array, lengths: Array) -> Indices | slice:
+    """The places of all items of these spans: a slice where they follow each other."""
+    ends = begins + lengths
+    if np.array_equal(begins[1:], ends[:-1]):
+        return slice(int(begins[0]), int(ends[-1]))
+    before = np.cumsum(lengths, dtype=np.int64) - lengths
+    found: Indices = np.repeat(begins - before, lengths) + np.arange(int(lengths.sum()))
+    return found
 
 
 def taken(values: Array, order: Indices, empty: Empty) -> Array:
@@ -73,6 +96,23 @@ def summed(values: Array, empty: Empty) -> Indices:
     for at in spans(len(values)):
         np.cumsum(values[at], out=found[at.start + 1 : at.stop + 1])
         found[at.start + 1 : at.stop + 1] += found[at.start]
+    return found
+
+
+def grouped(numbers: Indices, empty: Empty) -> Indices:
+    """`numpy.argsort(numbers, kind="stable")`, of numbers that are not negative and not sparse."""
+    counts, found = empty(int(numbers.max()) + 1, np.int64), empty(len(numbers), np.int64)
+    counts[:] = 0
+    for at in spans(len(numbers)):
+        some, times = np.unique(numbers[at], return_counts=True)
+        counts[some] += times
+    places = summed(counts, empty)
+    for at in spans(len(numbers)):
+        order = np.argsort(numbers[at], kind="stable")
+        own = numbers[at][order]
+        some, first, times = np.unique(own, return_index=True, return_counts=True)
+        found[places[own] + np.arange(len(own)) - np.repeat(first, times)] = order + at.start
+        places[some] += times
     return found
 
 

@@ -1,4 +1,5 @@
-"""How many examples of one class have the key of an example of another, for any number of examples.
+"""Which examples have equal keys, and how many of one class have the key of one of another, for any
+number of examples.
 
 Keys are hashes of 16 bytes. They are dealt out to files by their first bits, so that equal keys
 meet in one file and no more than one file is in memory.
@@ -7,7 +8,7 @@ meet in one file and no more than one file is in memory.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-KEY = np.dtype([("high", ">u8"), ("low", ">u8"), ("class", "<i4")])
-"""A key and the number of its class."""
+from raytune_ft.data.arrays import Empty, Indices
+
+KEY = np.dtype([("high", ">u8"), ("low", ">u8"), ("number", "<i8")])
+"""A key, and the number of the example that has it or of the class of that example."""
 TOGETHER = 2**18
 """About how many keys are compared at a time."""
 MOST_FILES = 256
@@ -37,31 +40,61 @@ class Matches:
     distinct: Counts
 
 
-def keyed(keys: npt.NDArray[Any], classes: npt.NDArray[Any] | int) -> npt.NDArray[Any]:
+def keyed(keys: npt.NDArray[Any], numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """`[n]` of `KEY`, of keys in the first 16 bytes of `[n, width]`."""
     made = np.empty(len(keys), KEY)
     halves = np.ascontiguousarray(keys[:, :16]).view(">u8").reshape(-1, 2)
-    made["high"], made["low"], made["class"] = halves[:, 0], halves[:, 1], classes
+    made["high"], made["low"], made["number"] = halves[:, 0], halves[:, 1], numbers
     return made
 
 
 def count_matches(
     blocks: Iterable[npt.NDArray[Any]], total: int, classes: int, scratch: Path
 ) -> Matches:
-    """Compare the keys of all blocks, `total` in number; `scratch` is a folder for their files."""
+    """Compare the keys of all blocks, `total` in number, of examples in these classes; `scratch` is
+    a folder for their files.
+    """
     found = Matches(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
+    for group, class_n in _groups(blocks, total, scratch):
+        has = np.zeros((int(group[-1]) + 1, classes), np.bool_)
+        has[group, class_n] = True
+        found.distinct[:] += has.sum(0)
+        for one in range(classes):
+            found.shared[one] += np.bincount(class_n[has[group, one]], minlength=classes)
+    return found
+
+
+def first_equal(
+    blocks: Iterable[npt.NDArray[Any]], total: int, scratch: Path, empty: Empty
+) -> Indices:
+    """[total], for each example the number of the first one with its key. Blocks hold the keys of
+    all examples in their order; see `count_matches`.
+    """
+    found = empty(total, np.int64)
+    for group, numbers in _groups(blocks, total, scratch):
+        found[numbers] = numbers[np.flatnonzero(np.diff(group, prepend=-1))][group]
+    return found
+
+
+def _groups(
+    blocks: Iterable[npt.NDArray[Any]], total: int, scratch: Path
+) -> Iterator[tuple[Indices, Indices]]:
+    """(the number of its key, its own number) of each example, those with equal keys together and
+    in their order. A pair has all examples of its keys, and key numbers from 0.
+    """
     files = min(-(-total // TOGETHER), MOST_FILES)
     if files <= 1:
-        _add(found, np.concatenate([np.empty(0, KEY), *blocks]))
-        return found
+        whole = np.concatenate([np.empty(0, KEY), *blocks])
+        if len(whole):
+            yield _sorted(whole)
+        return
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".keys-") as folder:
         paths = [Path(folder) / str(number) for number in range(files)]
         _deal(blocks, paths)
         for path in paths:
             if path.exists():
-                _add(found, np.fromfile(path, KEY))
+                yield _sorted(np.fromfile(path, KEY))
                 path.unlink()
-    return found
 
 
 def _deal(blocks: Iterable[npt.NDArray[Any]], paths: list[Path]) -> None:
@@ -75,16 +108,9 @@ def _deal(blocks: Iterable[npt.NDArray[Any]], paths: list[Path]) -> None:
                     part.tofile(file)
 
 
-def _add(found: Matches, keys: npt.NDArray[Any]) -> None:
-    if not len(keys):
-        return
+def _sorted(keys: npt.NDArray[Any]) -> tuple[Indices, Indices]:
     high, low = keys["high"].astype(np.uint64), keys["low"].astype(np.uint64)
     order = np.lexsort((low, high))
-    high, low, classes = high[order], low[order], keys["class"][order]
+    high, low = high[order], low[order]
     is_new = np.append(False, (np.diff(high) != 0) | (np.diff(low) != 0))
-    group = np.cumsum(is_new)
-    has = np.zeros((int(group[-1]) + 1, len(found.distinct)), np.bool_)
-    has[group, classes] = True
-    found.distinct[:] += has.sum(0)
-    for one in range(len(found.distinct)):
-        found.shared[one] += np.bincount(classes[has[group, one]], minlength=len(found.distinct))
+    return np.cumsum(is_new), keys["number"][order]

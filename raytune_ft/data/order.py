@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raytune_ft.config.data import DataConfig, MixedSource
-from raytune_ft.data.arrays import Empty, Indices, joined, numbered, spans, taken, where
+from raytune_ft.data.arrays import Empty, Indices, grouped, joined, numbered, spans, taken, where
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
 
@@ -134,14 +134,14 @@ class Drawable:
     Attributes:
         sources: [n], the number of each one's source.
         rows: [n], equal for examples of one row, which follow each other.
-        prompts: [n], a hash of each one's prompt, of sources whose answers are compared with
-            others to the same prompt; None where no source is one.
+        prompts: [n], the number of the first example with the same prompt, where answers of a
+            source are compared with others to the same prompt; None where no source is one.
         rated: the numbers of those sources.
     """
 
     sources: npt.NDArray[Any]
     rows: Indices
-    prompts: npt.NDArray[np.bytes_] | None
+    prompts: Indices | None
     rated: frozenset[int]
 
 
@@ -161,7 +161,7 @@ def hold_out(
         is_rated = number in drawn.rated
         if is_rated:
             assert drawn.prompts is not None
-            groups = _numbered(drawn.prompts[own])
+            groups = _numbered(taken(drawn.prompts, own, empty), empty)
         else:
             groups = _runs(taken(drawn.rows, own, empty))
         count = int(groups.max()) + 1
@@ -177,8 +177,8 @@ def hold_out(
         label = f"train.{names[number]}" if names else "train"
         is_held = draw_validation(count, fraction, seed, number, label, empty)
         if is_rated:
-            order = np.argsort(groups, kind="stable")
-            own, groups = own[order], groups[order]
+            order = grouped(groups, empty)
+            own, groups = taken(own, order, empty), taken(groups, order, empty)
         held_n = taken(is_held, groups, np.empty)
         kept.append(taken(own, where(~held_n, empty), empty))
         held.append(taken(own, where(held_n, empty), empty))
@@ -186,10 +186,14 @@ def hold_out(
     if drawn.prompts is None:
         return train, validation
     # Another source may ask the same.
-    is_rated_n = np.isin(drawn.sources, list(drawn.rated))
-    asked = drawn.prompts[validation[is_rated_n[validation]]]
-    also = np.isin(drawn.prompts[train], asked)
-    return train[~also], np.concatenate([validation, train[also]])
+    is_asked = np.zeros(len(drawn.prompts), np.bool_)
+    for at in spans(len(validation)):
+        own = validation[at]
+        own = own[np.isin(drawn.sources[own], list(drawn.rated))]
+        is_asked[drawn.prompts[own]] = True
+    also = taken(is_asked, taken(drawn.prompts, train, empty), np.empty)
+    moved = taken(train, where(also, empty), empty)
+    return taken(train, where(~also, empty), empty), joined([validation, moved], empty)
 
 
 def _runs(rows: Indices) -> Indices:
@@ -203,12 +207,17 @@ def _runs(rows: Indices) -> Indices:
     return rows
 
 
-def _numbered(keys: npt.NDArray[np.bytes_]) -> Indices:
-    """The number of each one's key, in the order in which keys appear."""
-    _, first, numbers = np.unique(keys, return_index=True, return_inverse=True)
-    ranks = np.empty(len(first), np.int64)
-    ranks[np.argsort(first, kind="stable")] = np.arange(len(first))
-    return ranks[numbers]
+def _numbered(keys: Indices, empty: Empty) -> Indices:
+    """The number of each one's key, in the order in which keys appear, written over them."""
+    numbers, count = empty(int(keys.max()) + 1, np.int64), 0
+    numbers[:] = -1
+    for at in spans(len(keys)):
+        some, first = np.unique(keys[at], return_index=True)
+        new = keys[at][np.sort(first[numbers[some] < 0])]
+        numbers[new] = count + np.arange(len(new))
+        count += len(new)
+        keys[at] = numbers[keys[at]]
+    return keys
 
 
 # Random streams of a whole pass; those of sources are numbered from 0.

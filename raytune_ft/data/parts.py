@@ -19,13 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raytune_ft.data.arrays import Indices, empty_on_disk
+from raytune_ft.data.arrays import BLOCK_TOKENS, Indices, empty_on_disk, items
 from raytune_ft.data.arrow import numbers, texts, values_of
 from raytune_ft.data.formats import Example
 from raytune_ft.data.split import PARTS, Column, Mask, TokenIds
 from raytune_ft.errors import RunFailed
 
-BLOCK_TOKENS = 2**20
 BLOCK_EXAMPLES = 2**14
 SCHEMA = pa.schema(
     [
@@ -184,8 +183,9 @@ class Examples:
             sources_n[self._first[number] : self._first[number + 1]] = part.source
         return sources_n
 
+    @cached_property
     def rows(self) -> Indices:
-        """[n], equal for examples of one row."""
+        """[n], the number of each example's row among those of all parts, unusable ones too."""
         rows_n, before = self.empty(len(self), np.int64), {}
         total = 0
         for part in self.parts:
@@ -233,8 +233,8 @@ class Examples:
             found = self._tokens(int(block))
             offsets = values_of(found["input_ids"].offsets)
             begins = offsets[chosen[places] - self._first[block]]
-            source = _flat(begins, lengths[places])
-            target = _flat(ends[places] - lengths[places], lengths[places])
+            source = items(begins, lengths[places])
+            target = items(ends[places] - lengths[places], lengths[places])
             ids[target] = values_of(found["input_ids"].values)[source]
             mask[target] = values_of(found["label_mask"].values)[source]
         return lengths, ids, mask.view(np.bool_)
@@ -244,15 +244,6 @@ class Examples:
             part, block = self._places[number]
             self._loaded = (number, _read(part.path, block, ("input_ids", "label_mask")))
         return self._loaded[1]
-
-
-def _flat(begins: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Any:
-    """The places of all items of these spans: a slice where they follow each other."""
-    ends = begins + lengths
-    if np.array_equal(begins[1:], ends[:-1]):
-        return slice(int(begins[0]), int(ends[-1]))
-    before = np.cumsum(lengths, dtype=np.int64) - lengths
-    return np.repeat(begins - before, lengths) + np.arange(int(lengths.sum()))
 
 
 def _read(path: Path, block: int, names: Sequence[str]) -> Any:

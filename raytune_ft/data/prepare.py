@@ -46,8 +46,8 @@ from raytune_ft.data.formats.classification import (
     refuse_labels,
 )
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.formats.unpaired import partners_of
-from raytune_ft.data.matches import Matches, count_matches, keyed
+from raytune_ft.data.formats.unpaired import write_partners
+from raytune_ft.data.matches import Matches, count_matches, first_equal, keyed
 from raytune_ft.data.order import Drawable, hold_out
 from raytune_ft.data.parts import Examples, Part, columns_of
 from raytune_ft.data.processes import LocalProcesses, Workers
@@ -72,6 +72,7 @@ from raytune_ft.layout import (
     partners_name,
     prompts_file,
     reference_file,
+    rows_file,
 )
 from raytune_ft.locks import WAIT, Wait, locked
 from raytune_ft.records import Tell
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 """The label column of the log-probabilities under the reference."""
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """To be raised when the same rows and keys give other tokens or other files."""
 
 SPLITS = ("train", "validation", "test")
@@ -175,6 +176,15 @@ class PreparedData:
     def splits(self) -> tuple[TokenizedSplit, ...]:
         """Those that there are."""
         return tuple(s for s in (self.train, self.validation, self.test) if s is not None)
+
+    def rows(self, name: str) -> Indices:
+        """[n], for each example of a split the number of its row, from 0, among all rows of the
+        sources that the split is read from, in their order.
+
+        Raises:
+            RunFailed: their file cannot be read.
+        """
+        return _mapped(self.path / rows_file(name), len(self.all_splits[name]))
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -373,7 +383,7 @@ def assemble(
     labels: tuple[str, ...] = ()
     if any(FORMATS[source.format].labels for _, source in work.sources):
         labels = label_names(data, (tuple(m["labels"]) for _, _, m in read["train"].more()))
-    splits = dict[str, SplitReport]()
+    splits, row_files = dict[str, SplitReport](), dict[str, str]()
     columns = {name: _Columns.of(examples, data, labels) for name, examples in read.items()}
     for name, (examples, order) in chosen.items():
         own_columns, order = _columns_of(
@@ -381,6 +391,7 @@ def assemble(
         )
         chosen[name] = (examples, order)
         splits[name] = _write_split(folder, name, examples, order, own_columns, called)
+        row_files[name] = write_rows(folder / rows_file(name), examples.rows, order)
     opened_splits = {
         name: replace(TokenizedSplit.open(folder / f"{name}.arrow"), sources=called)
         for name in splits
@@ -389,8 +400,8 @@ def assemble(
         splits[name] = replace(splits[name], lengths=length_counts(split, data.max_length))
     if any(FORMATS[source.format].partners for _, source in work.sources):
         for name, split in opened_splits.items():
-            partners = partners_of(split, seed, data.max_length)
-            partners.write(folder / f"{partners_name(name)}.arrow")
+            path = folder / f"{partners_name(name)}.arrow"
+            write_partners(path, split, seed, data.max_length, chosen[name][0].empty)
     pairs = {
         name: describe_pairs(split, *_answers(*chosen[name], folder))
         for name, split in opened_splits.items()
@@ -406,6 +417,7 @@ def assemble(
         names=called,
         labels=labels,
         problem=data.problem if labels else None,
+        row_files=row_files,
     )
     for name, found in report.pairs.items():
         tell(f"data.{name}: {found}")
@@ -437,10 +449,9 @@ def _chosen(
         train = read["train"]
         prompts = None
         if rated:
-            prompts = train.empty(len(train), "S16")
-            for at, raw in train.hashes("prompt"):
-                prompts[at] = raw.view("S16")[:, 0]
-        drawn = Drawable(train.sources, train.rows(), prompts, rated)
+            keys = (keyed(raw, np.arange(at.start, at.stop)) for at, raw in train.hashes("prompt"))
+            prompts = first_equal(keys, len(train), train.scratch, train.empty)
+        drawn = Drawable(train.sources, train.rows, prompts, rated)
         kept, held = hold_out(drawn, data.validation, seed, called, train.empty)
         found["train"], found["validation"] = (train, kept), (train, held)
     return {name: found[name] for name in SPLITS if name in found}
@@ -534,6 +545,15 @@ def _write_split(
     )
 
 
+def write_rows(path: Path, rows: Indices, order: Indices) -> str:
+    """Write `rows[order]` as a file to be mapped. Its sha256."""
+    found = np.lib.format.open_memmap(path, "w+", np.int64, (len(order),))
+    for at in spans(len(order)):
+        found[at] = rows[order[at]]
+    found.flush()
+    return sha256_of(path)
+
+
 def _in_classes(
     members: Iterable[tuple[Examples, Indices, npt.NDArray[Any] | int]],
     column: str,
@@ -584,7 +604,9 @@ def _pairs(names: Sequence[str], found: Matches) -> dict[str, int]:
 def _answers(examples: Examples, order: Indices, scratch: Path) -> tuple[int, int]:
     """(different prompts, pairs whose answers stand in another pair the other way round)."""
     prompts = _in_classes([(examples, order, 0)], "prompt", 1, scratch)
-    way_n = np.concatenate([raw[:, 16] for _, raw in examples.hashes("answers")])
+    way_n = examples.empty(len(examples), np.uint8)
+    for at, raw in examples.hashes("answers"):
+        way_n[at] = raw[:, 16]
     turned = _in_classes([(examples, order, way_n[order])], "answers", 2, scratch)
     return int(prompts.distinct[0]), int(turned.shared[0, 1] + turned.shared[1, 0])
 
@@ -666,6 +688,7 @@ def sound_at(path: Path) -> PreparedData | None:
         return None
     written_files = {
         **{reference_file(name): each for name, each in prepared.report.reference_files.items()},
+        **{rows_file(name): each for name, each in prepared.report.row_files.items()},
         **{prompts_file(name): each for name, each in prepared.report.prompt_files.items()},
     }
     for name, sha256 in written_files.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,57 +14,58 @@ import numpy.typing as npt
 from raytune_ft.config.data import (
     FORMATS,
     DataConfig,
-    NamedSource,
     SourceConfig,
     listed,
     source_configs,
-    source_names,
 )
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
-from raytune_ft.data.formats import Encoder, Example, found_format
+from raytune_ft.data.formats import Encoder, found_format
 from raytune_ft.data.formats.conversation import Conversation, conversation_of
-from raytune_ft.data.formats.example import is_rated
 from raytune_ft.data.formats.preference import prompt_of
 from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.order import Drawable, hold_out
-from raytune_ft.data.prepare import PreparedData, derived, use_chat_template
+from raytune_ft.data.prepare import PreparedData, derived, use_chat_template, write_rows
 from raytune_ft.data.report import SplitReport, length_counts, source_counts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source
 from raytune_ft.data.split import Mask, TokenIds, TokenizedSplit, first_answer
-from raytune_ft.data.tokenise import tokenise
 from raytune_ft.errors import DataError, RunFailed
 from raytune_ft.files import sha256_of
-from raytune_ft.layout import prompts_file
+from raytune_ft.layout import prompts_file, rows_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def of_split(
-    data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataConfig, prepared: PreparedData, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Prompt]:
-    """The prompt of each usable row of a split: the tokens before the first that carries loss. Of a
-    row with several examples it is the first one's.
+    """The prompt of each row of a split: the tokens before the first that carries loss. Of a row
+    with several examples it is the first one's. `prepared` is what `prepare_data` made of `data`.
 
     Raises:
         DataError: the rows have no prompts, or cannot be read.
+        RunFailed: the file of the split's rows cannot be read.
     """
-    return [one for one, _ in _of_split(data, name, tokenizer, seed)]
+    return [one for one, _ in _of_split(data, prepared, name, tokenizer)]
 
 
 def _of_split(
-    data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataConfig, prepared: PreparedData, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Prompt, int]]:
     """Each prompt with the number of the example in the split that it is from."""
     use_chat_template(tokenizer, data)
-    encoder, names = Encoder.of(tokenizer), source_names(data)
-    drawn = name in ("train", "validation") and isinstance(data.validation, float)
-    split, rows, examples = "train" if drawn else name, dict[tuple[int, str], _Placed](), []
+    encoder, split = Encoder.of(tokenizer), prepared.all_splits[name]
+    rationale = split.columns.get(RATIONALE)
+    first: dict[int, int] = {}
+    for number, row_number in enumerate(prepared.rows(name).tolist()):
+        if rationale is None or rationale[number, 0] != 1:
+            first.setdefault(row_number, number)
+    drawn = name == "validation" and isinstance(data.validation, float)
+    found, place = dict[int, Prompt](), 0
     for label, written in source_configs(data).items():
-        if label.partition(".")[0] != split:
+        if label.partition(".")[0] != ("train" if drawn else name):
             continue
         opened = open_source(f"data.{label}", written)
         source = found_format(f"data.{label}", written, opened)
@@ -75,56 +76,29 @@ def _of_split(
                 "has no prompts to answer",
                 "write --prompts FILE with a column of prompts",
             )
-        number = names.index(source.called) if isinstance(source, NamedSource) else 0
-        found = tokenise(opened, source, data, encoder)
-        examples += [replace(one, source=number) for one in found]
         for row in opened.all_rows():
-            if isinstance(row, Row):
-                rows[number, row.origin] = _Placed(source, row)
-    if drawn:
-        assert isinstance(data.validation, float)
-        parts = hold_out(drawable(examples), data.validation, seed, names)
-        examples = [examples[i] for i in parts[name == "validation"]]
-    first: dict[tuple[int, str], int] = {}
-    for number, one in enumerate(examples):
-        if one.columns.get(RATIONALE) != (1.0,):
-            first.setdefault((one.source, one.origin), number)
-    return [(_prompt_of(examples[i], rows[key], encoder), i) for key, i in first.items()]
+            if place in first:
+                assert isinstance(row, Row)
+                found[place] = _prompt_of(*split.example(first[place]), row, source, encoder)
+            place += 1
+    return [(found[row_number], number) for row_number, number in first.items()]
 
 
-def drawable(examples: Sequence[Example]) -> Drawable:
-    """What a draw of validation examples depends on."""
-    rows = dict[tuple[int, str], int]()
-    for one in examples:
-        rows.setdefault((one.source, one.origin), len(rows))
-    rated = {one.source for one in examples if is_rated(one)}
-    return Drawable(
-        np.array([one.source for one in examples], np.int16),
-        np.array([rows[one.source, one.origin] for one in examples], np.int64),
-        np.array([one.prompt for one in examples], "S16") if rated else None,
-        frozenset(rated),
-    )
-
-
-@dataclass(frozen=True)
-class _Placed:
-    source: SourceConfig
-    row: Row
-
-
-def _prompt_of(example: Example, placed: _Placed, encoder: Encoder) -> Prompt:
-    if FORMATS[placed.source.format].prompts:
-        prompt = read_prompt(placed.row, placed.source, "", encoder)
+def _prompt_of(
+    ids: TokenIds, mask: Mask, row: Row, source: SourceConfig, encoder: Encoder
+) -> Prompt:
+    if FORMATS[source.format].prompts:
+        prompt = read_prompt(row, source, "", encoder)
         assert isinstance(prompt, Prompt)
-        return replace(prompt, ids=tuple(example.ids.tolist()))
-    ids, answer = example.ids, first_answer(example.mask)
+        return replace(prompt, ids=tuple(ids.tolist()))
+    answer = first_answer(mask)
     prompt = Prompt(
-        example.origin,
+        row.origin,
         tuple(ids[: answer.start].tolist()),
         tuple(ids[answer].tolist()),
-        placed.row.values,
+        row.values,
     )
-    return replace(prompt, **_as_written(placed.source, placed.row))
+    return replace(prompt, **_as_written(source, row))
 
 
 def _as_written(source: SourceConfig, row: Row) -> dict[str, Any]:
@@ -176,14 +150,13 @@ def of_file(path: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompted(
-    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: Config, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedData:
     """The data of a run in which the model answers prompts, with a file beside each split that is
     answered which holds the prompts and their rows.
 
     Where the objective learns from the answers, every example of the splits becomes a prompt
-    without a label token. Under `train.watch` alone, the validation prompts are written. `seed` is
-    that of `prepare_data`.
+    without a label token. Under `train.watch` alone, the validation prompts are written.
 
     Raises:
         DataError: the rows have no prompts.
@@ -192,16 +165,19 @@ def prompted(
 
     def add(folder: Path) -> dict[str, Any]:
         splits, files, columns_of = {}, {}, {}
+        row_files = dict(prepared.report.row_files)
         for name in prepared.report.splits if rolls else ("validation",):
-            found = _of_split(config.data, name, tokenizer, seed)
+            found = _of_split(config.data, prepared, name, tokenizer)
             if rolls:
-                numbers = [number for _, number in found]
+                numbers = np.array([number for _, number in found])
                 columns = prepared.all_splits[name].columns
                 split = TokenizedSplit.from_examples(
                     [_without_answer(prompt) for prompt, _ in found],
                     {key: values[numbers] for key, values in columns.items()},
                 )
                 split.write(folder / f"{name}.arrow")
+                path = folder / rows_file(name)
+                row_files[name] = write_rows(path, prepared.rows(name), numbers)
                 splits[name] = _described(split, prepared.report.names, config.data.max_length)
             path = folder / prompts_file(name)
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
@@ -211,6 +187,7 @@ def prompted(
             columns_of[name] = tuple(seen)
         return {
             "splits": {**prepared.report.splits, **splits},
+            "row_files": row_files,
             "prompt_files": files,
             "prompt_columns": columns_of,
         }

@@ -271,6 +271,7 @@ class DataReport:
         pairs: of the splits whose examples are pairs of answers.
         reference: sha256 of what the reference's log-probabilities depend on beside the data.
         reference_files: split -> sha256 of the file that holds them.
+        row_files: split -> sha256 of the file that holds the number of each example's row.
         prompt_files: split -> sha256 of the file that holds its prompts and their rows, where
             they are answered during training.
         prompt_columns: split -> the columns that any row of that file has.
@@ -291,6 +292,7 @@ class DataReport:
     pairs: dict[str, PairsReport] = field(default_factory=dict)
     reference: str | None = None
     reference_files: dict[str, str] = field(default_factory=dict)
+    row_files: dict[str, str] = field(default_factory=dict)
     prompt_files: dict[str, str] = field(default_factory=dict)
     prompt_columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reward_files: dict[str, str] = field(default_factory=dict)
@@ -327,6 +329,7 @@ class DataReport:
             pairs={name: PairsReport(**item) for name, item in content.get("pairs", {}).items()},
             reference=content.get("reference"),
             reference_files=dict(content.get("reference_files", {})),
+            row_files=dict(content.get("row_files", {})),
             prompt_files=dict(content.get("prompt_files", {})),
             prompt_columns={
                 name: tuple(columns) for name, columns in content.get("prompt_columns", {}).items()
@@ -342,11 +345,15 @@ def _split_report(item: dict[str, Any]) -> SplitReport:
 
 def describe_pairs(split: TokenizedSplit, prompts: int, contradictory: int) -> PairsReport:
     """The figures of a split of pairs, of which these two are counted elsewhere."""
-    chosen_n, rejected_n = np.diff(split.part_labels).reshape(-1, 2).T
+    chosen = rejected = longer = 0
+    for at in spans(len(split)):
+        chosen_n, rejected_n = split.labels_at(at).T
+        chosen, rejected = chosen + int(chosen_n.sum()), rejected + int(rejected_n.sum())
+        longer += int((1 + np.sign(chosen_n - rejected_n)).sum())
     return PairsReport(
         prompts=prompts,
-        chosen_tokens=float(chosen_n.mean()),
-        rejected_tokens=float(rejected_n.mean()),
-        longer_chosen=float((1 + np.sign(chosen_n - rejected_n)).mean() / 2),
+        chosen_tokens=chosen / len(split),
+        rejected_tokens=rejected / len(split),
+        longer_chosen=longer / len(split) / 2,
         contradictory=contradictory,
     )

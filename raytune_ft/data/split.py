@@ -152,19 +152,23 @@ class TokenizedSplit:
 
     @cached_property
     def label_counts(self) -> npt.NDArray[np.int64]:
-        """[n], tokens of each example that carry loss.
+        """[n], tokens of each example that carry loss."""
+        counts = np.empty(len(self), np.int64)
+        for at in spans(len(self)):
+            counts[at] = self.labels_at(at).sum(1)
+        return counts
+
+    def labels_at(self, at: slice) -> npt.NDArray[np.int64]:
+        """[examples, parts], tokens of each sequence that carry loss, of a span of examples.
 
         The first token never counts, whatever its mask says: no token comes before it.
         """
-        counts = np.empty(len(self), np.int64)
-        for at in spans(len(self)):
-            offsets = self.offsets[at.start : at.stop + 1]
-            mask, offsets = self.label_mask[offsets[0] : offsets[-1]], offsets - offsets[0]
-            own = np.diff(_labels_before(mask, offsets))
-            filled = np.diff(offsets) > 0
-            own[filled] -= mask[offsets[:-1][filled]]
-            counts[at] = own
-        return counts
+        offsets = self.part_offsets[at.start * self.parts : at.stop * self.parts + 1]
+        mask, offsets = self.label_mask[offsets[0] : offsets[-1]], offsets - offsets[0]
+        counts = np.diff(_labels_before(mask, offsets))
+        filled = np.diff(offsets) > 0
+        counts[filled] -= mask[offsets[:-1][filled]]
+        return counts.reshape(-1, self.parts)
 
     def labels_of(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """`label_counts[indices]`, without those of all others."""
@@ -189,15 +193,18 @@ class TokenizedSplit:
         lengths_nP = self.columns.get(PARTS)
         if lengths_nP is None:
             return self.offsets
-        ends = np.cumsum(lengths_nP.astype(np.int64).reshape(-1))
-        return np.concatenate([np.zeros(1, np.int64), ends])
+        offsets = np.zeros(lengths_nP.size + 1, np.int64)
+        np.cumsum(lengths_nP.reshape(-1), dtype=np.int64, out=offsets[1:])
+        return offsets
 
     @cached_property
     def part_labels(self) -> npt.NDArray[np.int64]:
         """[n * parts + 1], the label tokens before each sequence."""
-        if self.parts == 1:
-            return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.label_counts)])
-        return _labels_before(self.label_mask, self.part_offsets)
+        found = np.zeros(len(self) * self.parts + 1, np.int64)
+        for at in spans(len(self)):
+            start, stop = at.start * self.parts, at.stop * self.parts
+            found[start + 1 : stop + 1] = found[start] + np.cumsum(self.labels_at(at))
+        return found
 
     @cached_property
     def longest_parts(self) -> npt.NDArray[np.int64]:

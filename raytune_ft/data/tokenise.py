@@ -200,23 +200,6 @@ def make_part(work: Work, number: int) -> None:
             os.replace(scratch / file, target.with_suffix(end))
 
 
-def tokenise(
-    opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder
-) -> list[Example]:
-    """The usable examples of one source, in memory. Raises DataError as `reported` does."""
-    tally, found = Tally(), list[Example]()
-    with tempfile.TemporaryDirectory() as folder:
-        for piece in opened.pieces:
-            of_piece = Tally()
-            for _, examples in _examples(
-                opened, source, data, encoder, piece, of_piece, Path(folder)
-            ):
-                found += examples
-            tally.add(of_piece)
-    reported(opened, source, data, encoder, tally)
-    return found
-
-
 def bytes_per_byte(
     opened: Source, source: SourceConfig, data: DataConfig, encoder: Encoder
 ) -> float:

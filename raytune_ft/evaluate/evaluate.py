@@ -162,8 +162,8 @@ def evaluate_directory(
     if unfoldable(directory) is None and directory.is_dir():
         check_files(model)
     tokenizer = tokenizer_of(model, config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache_dir, workers=workers.tokenise)
-    data = prompted(config, data, tokenizer, config.seed)
+    plain = prepare_data(config.data, tokenizer, config.seed, cache_dir, workers=workers.tokenise)
+    data = prompted(config, plain, tokenizer)
     data = referenced(config, data, tell, workers=workers, measured=True)
     check_overlap(config.data, data.report, config.promote.max_overlap)
     name = measured_split(data)
@@ -182,13 +182,14 @@ def evaluate_directory(
         train=config.train,
     )
     with Scoring.of(config, cache_dir) as scoring:
-        asking = scoring.asking(name, tokenizer, config.seed)
+        asking = scoring.asking(plain, name, tokenizer, config.seed)
         scoring.start(asking, workers, tell)
         measured = workers.each(run_job, [replace(job, asking=asking)])[0]
         figures = measured.figures
         if measured.answers is not None and scoring.duels.rewards:
             own = load_tokenizer(config.model)
-            asked = scoring.asking(name, own, config.seed)
+            plain = prepare_data(config.data, own, config.seed, cache_dir, workers=workers.tokenise)
+            asked = scoring.asking(plain, name, own, config.seed)
             base = replace(job, model=config.model, asking=asked)
             (answers,) = workers.each(run_answers, [base])
             rates = scoring.win_rates(answers, measured.answers, tell)

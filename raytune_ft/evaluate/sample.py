@@ -124,7 +124,7 @@ def run_sample(asked: Asked, config: Config, cache_dir: Path, tell: Tell) -> Sam
             raise ConfigError(
                 "--split test", "has no rows", "write data.test, or --split validation"
             )
-        prompts = of_split(config.data, split, tokenizer, config.seed)
+        prompts = of_split(config.data, data, split, tokenizer)
         name = f"data.{split}"
     with (
         locked(asked.out.with_name(f".{asked.out.name}.lock"), IN_USE, "write another --out"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.metrics import measured_rewards
 from raytune_ft.config.rewards import with_answers
 from raytune_ft.config.schema import Config
+from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.prompts import of_split
 from raytune_ft.evaluate.answers import Answers, Asking, start_rewards
 from raytune_ft.evaluate.duel import Duels
@@ -58,8 +59,11 @@ class Scoring:
         self.rewards.close()
         self.duels.judges.close()
 
-    def asking(self, split: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Asking | None:
-        """What models are asked on a split, `validation` or `test`; None where no metric asks.
+    def asking(
+        self, data: PreparedData, split: str, tokenizer: PreTrainedTokenizerBase, seed: int
+    ) -> Asking | None:
+        """What models are asked on a split, `validation` or `test`, of what `prepare_data` made;
+        None where no metric asks.
 
         Raises:
             DataError: the rows cannot be read.
@@ -67,7 +71,7 @@ class Scoring:
         if not self.rewards.configs and not self.duels.judges.configs:
             return None
         settings = self.config.sampling.model_copy(update={"n": self.config.promote.completions})
-        prompts = of_split(self.config.data, split, tokenizer, seed)
+        prompts = of_split(self.config.data, data, split, tokenizer)
         return Asking(tuple(prompts), f"data.{split}", settings, seed, self.rewards)
 
     def start(self, asking: Asking | None, workers: Workers, tell: Tell) -> None:

@@ -397,7 +397,7 @@ class _Promoter:
         data, settings = self._config.data, selection.settings
         seed = selection.data_seed
         plain = prepare_data(data, self._tokenizer, seed, cache_dir, tell, workers.tokenise)
-        asked = prompted(self._config, plain, self._tokenizer, seed)
+        asked = prompted(self._config, plain, self._tokenizer)
         self._data = referenced(self._config, asked, tell, workers=workers, measured=True)
         if (directory / DATA).exists():
             check_same(directory / DATA, self._data.report)
@@ -413,7 +413,7 @@ class _Promoter:
             self._data.path,
             prepare_retention(settings, data, self._tokenizer, cache_dir, workers),
             {
-                split: scoring.asking(split, self._tokenizer, selection.data_seed)
+                split: scoring.asking(plain, split, self._tokenizer, seed)
                 for split in dict.fromkeys(("validation", measured_split(self._data)))
             },
         )

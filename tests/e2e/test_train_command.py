@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,47 @@ def test_train_resume_promote_evaluate(
         assert run_command(["evaluate", model, *config]) == 0
         shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
         assert shown["eval_loss"] == f"{measured[column]['eval_loss']:.4f}"
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_the_report_has_the_lengths_that_stats_prints(
+    too_long: str, shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Problems of GSM8K, of which some are longer than `data.max_length`."""
+    for name in ("train", "test"):
+        lines = (shared_dir / f"data/gsm8k/{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:100]))
+    config = [
+        str(ROOT / "jobs/quickstart.yaml"),
+        *(f"storage={tmp_path}/runs", "name=a", f"data.too_long={too_long}"),
+        *(f"data.{name}.path={tmp_path}/{name}.jsonl" for name in ("train", "test")),
+        *(f"data.{name}.prompt=question" for name in ("train", "test")),
+        *(f"data.{name}.completion=answer" for name in ("train", "test")),
+        *("data.max_length=150", "data.max_bad_fraction=0.5", "train.epochs=null"),
+        *("train.max_examples=16", "method.rank=4"),
+    ]
+    assert run_command(["data", "stats", *config]) == 0
+    said = capsys.readouterr().out
+    name, bars = "", list[str]()
+    for line in said.splitlines():
+        if found := re.fullmatch(r" +([\d,]+) to +([\d,]+) +([\d,]+) +#*", line):
+            low, high, count = found.groups()
+            bars.append(f"{name}: {count} examples of {low} to {high} tokens")
+        else:
+            name = line.partition(":")[0]
+    counts = re.findall(r"max_length=150 cuts (\d+) and drops (\d+) of 100 rows", said)
+    cut, dropped = (sum(int(one) for one in each) for each in zip(*counts, strict=True))
+    assert (cut > 20 and dropped == 0) if too_long == "truncate" else (cut == 0 and dropped > 20)
+
+    assert run_command(["train", *config]) == 0
+    page = (tmp_path / "runs" / "a" / "report.html").read_text()
+    plots = json.loads(re.search(r'id="plots">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    titles = [(plot["layout"]["xaxis"].get("title") or {}).get("text") for plot in plots]
+    drawn = plots[titles.index("tokens of an example")]
+    assert [text for trace in drawn["data"] for text in trace["hovertext"]] == bars
+    assert [trace["name"] for trace in drawn["data"]] == ["train", "validation", "test"]
+    assert drawn["layout"]["shapes"][0]["x0"] == 150.5
+    assert f"data.max_length=150 (dashed) cut {cut} rows and dropped {dropped}." in page
 
 
 def test_rows_longer_than_the_model(

@@ -61,7 +61,7 @@ class Runs:
         config = type(config).model_validate(config.model_dump() | {"train": train})
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, self._scratch / "cache")
-        data = prompted(config, data, tokenizer, config.seed)
+        data = prompted(config, data, tokenizer)
         run_dir = self._scratch / name
         run_dir.mkdir()
         return RunSpec(config, run_dir, data.path)

@@ -62,7 +62,7 @@ class Packed:
         self.root = root
         tokenizer = load_tokenizer(config.model)
         data = prepare_data(config.data, tokenizer, config.seed, root / "cache")
-        data = prompted(config, data, tokenizer, config.seed)
+        data = prompted(config, data, tokenizer)
         data = taught(config, data, lambda line: None)
         self.data = referenced(config, data, lambda line: None)
         laid_out = build_strategy(strategy, config.parallel, config.train.precision)

@@ -85,7 +85,7 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.model)
     prepared = prepare_data(config.data, tokenizer, config.seed, run_dir.parent / "cache")
-    prepared = prompted(config, prepared, tokenizer, config.seed)
+    prepared = prompted(config, prepared, tokenizer)
     prepared = taught(config, prepared, lambda line: None)
     prepared = referenced(config, prepared, lambda line: None)
     spec = RunSpec(config, run_dir, prepared.path)

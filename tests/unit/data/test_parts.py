@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data import processes
-from raytune_ft.data.matches import count_matches, keyed
+from raytune_ft.data.matches import count_matches, first_equal, keyed
 from raytune_ft.data.order import quotas_of
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.processes import LocalProcesses, Server, started_ahead
@@ -283,6 +283,11 @@ def test_matches_are_those_of_sets(
     spread = values.astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
     keys[:, :8] = spread.view(np.uint8).reshape(-1, 8)
     cuts = [*range(0, total, 7001), total]
+    places = np.arange(total)
+    numbered = (keyed(keys[a:b], places[a:b]) for a, b in pairwise(cuts))
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    firsts = first_equal(numbered, total, tmp_path, np.empty)
+    assert np.array_equal(firsts, first[inverse])
     blocks = (keyed(keys[a:b], classes[a:b]) for a, b in pairwise(cuts))
     found = count_matches(blocks, total, 3, tmp_path)
     known = [set(values[classes == one].tolist()) for one in range(3)]

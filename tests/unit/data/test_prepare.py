@@ -382,7 +382,8 @@ def test_whatever_changes_the_tokens_changes_the_key(
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "flipped", "no report", "half a report", "wrong report", "no split", "empty"]
+    "damage",
+    ["cut", "flipped", "no report", "half a report", "wrong report", "no split", "rows", "empty"],
 )
 def test_a_damaged_cache_is_rebuilt(prepare: Prepare, tmp_path: Path, damage: str) -> None:
     data = data_config(write_rows(tmp_path / "train.jsonl", 200))
@@ -409,10 +410,14 @@ def test_a_damaged_cache_is_rebuilt(prepare: Prepare, tmp_path: Path, damage: st
         report.write_text("[]")
     elif damage == "no split":
         arrow.unlink()
+    elif damage == "rows":
+        rows = np.load(path / "train_rows.npy")
+        (path / "train_rows.npy").unlink()
+        np.save(path / "train_rows.npy", rows[::-1])
     elif damage == "empty":
         shutil.rmtree(path)
         path.mkdir()
-    if damage != "flipped":
+    if damage not in ("flipped", "rows"):
         with pytest.raises(RunFailed):
             open_prepared(path)
     rebuilt = prepare(data)

@@ -41,7 +41,7 @@ def data_of(train: Path, source: dict[str, Any] | None = None, **keys: Any) -> D
 def test_of_a_split_they_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
     data = data_of(write(tmp_path / "rows.jsonl", texts(20)))
     prepared = prepare_data(data, tokenizer, 3, tmp_path / "cache")
-    found = of_split(data, "validation", tokenizer, 3)
+    found = of_split(data, prepared, "validation", tokenizer)
     assert len(found) == len(prepared.validation)
     for i, one in enumerate(found):
         ids, mask = prepared.validation.example(i)
@@ -54,8 +54,36 @@ def test_of_a_split_they_are_those_of_training(tokenizer: Any, tmp_path: Path) -
 def test_several_sources(tokenizer: Any, tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", texts(4)) for name in "ab"]
     data = data_of(paths[0], test=[{"path": str(path)} for path in paths])
-    found = of_split(data, "test", tokenizer, 0)
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
+    found = of_split(data, prepared, "test", tokenizer)
     assert [one.origin for one in found] == [f"{a}.jsonl:{i}" for a in "ab" for i in range(1, 5)]
+
+
+def test_the_row_of_each_example(tokenizer: Any, tmp_path: Path) -> None:
+    """Of a draw from two sources with unusable rows and rows of several examples, cut anyhow."""
+    turns = [*ASKED, *SAID, *ASKED, *SAID]
+    for name, first in (("a", 0), ("b", 100)):
+        rows = [{"messages": turns[: 2 + 2 * (i % 2)], "n": first + i} for i in range(40)]
+        rows[7], rows[20] = {"messages": [], "n": -1}, {"messages": ASKED, "n": -2}
+        write(tmp_path / f"{name}.jsonl", rows)
+    source = {"format": "messages", "chat_template": "chatml"}
+    sources = [{"path": f"{tmp_path}/{name}.jsonl", **source} for name in "ab"]
+    data = DataConfig.model_validate({"train": sources, "validation": 0.3, "max_bad_fraction": 0.2})
+    known = [*range(40), *range(100, 140)]
+    for size in (None, 200):
+        prepared = prepare_data(data, tokenizer, 1, tmp_path / f"cache-{size}", piece_bytes=size)
+        seen = []
+        for name in ("train", "validation"):
+            found = of_split(data, prepared, name, tokenizer)
+            rows_n = prepared.rows(name)
+            assert len(rows_n) == len(prepared.all_splits[name])
+            numbers = [one.columns["n"] for one in found]
+            assert numbers == list(dict.fromkeys(known[row] for row in rows_n))
+            ids, mask = prepared.all_splits[name].example(0)
+            assert found[0].ids == tuple(ids[: mask.argmax()].tolist())
+            seen += numbers
+        assert len(seen) == len(set(seen)) == 76
+        assert set(seen) == set(known) - {7, 20, 107, 120}
 
 
 def test_a_conversation_ends_before_the_answer(tokenizer: Any, tmp_path: Path) -> None:
@@ -63,7 +91,8 @@ def test_a_conversation_ends_before_the_answer(tokenizer: Any, tmp_path: Path) -
     source = {"format": "messages", "chat_template": "chatml"}
     path = write(tmp_path / "chat.jsonl", rows)
     data = data_of(path, source)
-    one = of_split(data, "validation", tokenizer, 0)[0]
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
+    one = of_split(data, prepared, "validation", tokenizer)[0]
     assert one.written == ASKED
     # The same prompt in a file of its own, with and without the answer, gives the same tokens.
     alone = write(tmp_path / "asked.jsonl", [{"messages": ASKED}, {"prompt": ASKED}, rows[0]])
@@ -104,7 +133,7 @@ def test_prompts_of_preferences(
     data = data_of(rows, {"format": format, "chat_template": "chatml"})
     data = data.model_copy(update={"test": data.train, "validation": data.train})
     prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
-    found = of_split(data, "test", tokenizer, 0)
+    found = of_split(data, prepared, "test", tokenizer)
     assert [one.written for one in found] == [written] * 4
     assert prepared.test is not None
     ids, mask = prepared.test.sequence(0)
@@ -115,7 +144,8 @@ def test_prompts_of_preferences(
 def test_of_a_file_of_texts(tokenizer: Any, tmp_path: Path) -> None:
     train = write(tmp_path / "rows.jsonl", texts(20))
     data = data_of(train)
-    by_split = of_split(data, "validation", tokenizer, 0)
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
+    by_split = of_split(data, prepared, "validation", tokenizer)
     rows = [{"prompt": one.text} for one in by_split]
     found = of_file(write(tmp_path / "p.jsonl", rows), data, tokenizer)
     assert [one.ids for one in found] == [one.ids for one in by_split]
@@ -143,5 +173,6 @@ def test_unusable_files(
 def test_documents_have_no_prompts(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "abc"}] * 4)
     data = data_of(path, {"format": "text"})
+    prepared = prepare_data(data, tokenizer, 0, tmp_path / "cache")
     with pytest.raises(DataError, match="has no prompts to answer"):
-        of_split(data, "validation", tokenizer, 0)
+        of_split(data, prepared, "validation", tokenizer)

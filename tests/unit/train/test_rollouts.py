@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(folder: Path, config: Config, cache: Path) -> Any:
     tokenizer = load_tokenizer(config.model)
     plain = prepare_data(config.data, tokenizer, config.seed, cache)
-    return prompted(config, plain, tokenizer, config.seed)
+    return prompted(config, plain, tokenizer)
 
 
 def test_prompts_stand_beside_the_examples(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.order import permutation
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError
@@ -231,3 +232,28 @@ def test_rated_chats_and_their_prompts(tokenizer: PreTrainedTokenizerBase, tmp_p
     assert data.train.partners is not None
     assert len(data.train.partners) == len(data.train) == 28
     assert data.train.columns["desirable"].mean() == 0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_partners_have_the_answer_of_the_next_in_a_circle(
+    tokens: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.data.arrays.BLOCK_TOKENS", tokens)
+    rows = [
+        {"prompt": "p" * (n % 7), "completion": "c" * (1 + 3 * n % 11), "label": n % 2 == 0}
+        for n in range(1, 60)
+    ]
+    data = prepared(tokenizer, tmp_path, rows, source={"format": "unpaired"}, max_length=12)
+    split, partners = data.train, data.train.partners
+    assert partners is not None
+    circle = permutation(0, 0, len(split), 2**32 - 3)
+    cut = 0
+    for one, other in zip(circle, np.roll(circle, -1), strict=True):
+        (ids, mask), (others, their_mask) = split.example(one), split.example(other)
+        joined = [*ids[: mask.argmax()], *others[their_mask.argmax() :]]
+        cut += len(joined) > 12
+        found, labels = partners.example(one)
+        assert found.tolist() == joined[:12]
+        assert labels.argmax() == mask.argmax()
+        assert labels.sum() == len(found) - mask.argmax()
+    assert cut
