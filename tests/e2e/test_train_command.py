@@ -93,7 +93,7 @@ def test_the_report_has_the_lengths_that_stats_prints(
         *(f"data.{name}.prompt=question" for name in ("train", "test")),
         *(f"data.{name}.completion=answer" for name in ("train", "test")),
         *("data.max_length=150", "data.max_bad_fraction=0.5", "train.epochs=null"),
-        *("train.max_examples=16", "method.rank=4"),
+        *("train.max_examples=16", "search.scheduler=null"),
     ]
     assert run_command(["data", "stats", *config]) == 0
     said = capsys.readouterr().out

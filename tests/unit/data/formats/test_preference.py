@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.config.schema import ModelConfig
+from raytune_ft.data.arrays import empty_on_disk
+from raytune_ft.data.formats.unpaired import write_partners
 from raytune_ft.data.order import permutation
 from raytune_ft.data.prepare import PreparedData, prepare_data
 from raytune_ft.data.split import TokenizedSplit
@@ -257,3 +261,16 @@ def test_partners_have_the_answer_of_the_next_in_a_circle(
         assert labels.argmax() == mask.argmax()
         assert labels.sum() == len(found) - mask.argmax()
     assert cut
+
+
+def test_partners_take_a_few_bytes_of_memory_for_an_example(tmp_path: Path) -> None:
+    empty, peaks = partial(empty_on_disk, tmp_path), []
+    for length in (200_000, 800_000):
+        ids, mask = empty(length * 4, np.int32), empty(length * 4, np.bool_)
+        mask.reshape(length, 4)[:, 2:] = True
+        split = TokenizedSplit(ids, mask, np.arange(length + 1) * 4)
+        tracemalloc.start()
+        write_partners(tmp_path / "partners.arrow", split, 0, 8, empty)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 600_000 < 7
