@@ -49,7 +49,12 @@ from tests.support.runs import (
 ROW_BY_ROW = {"data__packing": False, "train__micro_tokens": 1}
 NAMES = [*SMALL, *VARIANTS]
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weights
+DEEPSPEED_BOUND = 1e-5  # its masters are float32, also where the model is float64
 PACKED = {"data__packing": "auto", "train__micro_tokens": 96}
+
+# With this seed, one process in float32 differs from itself by 3e-5 in a weight when only its
+# micro-batches differ, and from float64 by 1e-4; with seeds 1, 2 and 4 by less than 5e-6.
+DRIFTS_IN_FLOAT32 = ("lora plus",)
 
 
 def _absent(name: str) -> list[pytest.MarkDecorator]:
@@ -143,7 +148,8 @@ def _runs(name: str, strategy: str) -> bool:
 
 
 def _precision(workshop: Workshop, name: str, strategy: str) -> str:
-    return "float32" if strategy == "deepspeed" else workshop.exact(name)
+    rounds = strategy == "deepspeed" and name not in DRIFTS_IN_FLOAT32
+    return "float32" if rounds else workshop.exact(name)
 
 
 def _train_all(workshop: Workshop, root: Path, strategy: str) -> None:
@@ -158,7 +164,8 @@ def _compare_all(workshop: Workshop, root: Path, strategy: str) -> None:
         precision = _precision(workshop, name, strategy)
         if _runs(name, strategy):
             found = largest_difference(root / name, workshop.reference(name, precision))
-            assert max(found) < BOUNDS[precision], (name, found)
+            bound = DEEPSPEED_BOUND if strategy == "deepspeed" else BOUNDS[precision]
+            assert max(found) < bound, (name, found)
 
 
 @pytest.mark.distributed
