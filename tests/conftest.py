@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import pytest
 TESTS = Path(__file__).parent
 FIRST = ("distributed", "ray", "nodes", "engines", "e2e")
 """Folders with the longest files. They begin first, so that no process ends with one alone."""
+
+
+def pytest_configure() -> None:
+    """A shell script that starts this in the background has it ignore SIGINT, and so would every
+    program that a test starts and interrupts.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
