@@ -23,14 +23,19 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/raytune-ft sweep jobs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# Three processes keep two cores at work, since some tests wait; tests/conftest.py says which share a
-# process, and which begin first. With more than one thread each, they wait for each other's threads.
+# tests/conftest.py says which tests share a process, and which begin first. With more than one thread
+# each, processes wait for each other's threads; workers of Ray that have two wait without a loop,
+# which would take the core from the thread that they wait for.
+SEVERAL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTEST) --dist loadgroup --no-loadscope-reorder
+
+# Three processes keep two cores at work, since some tests wait.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadgroup --no-loadscope-reorder \
+	$(SEVERAL) -n 3 \
 		-m "not slow and not stress and not multihost and not matrix and not families and not slurm and not gpu"
 
+# Two: some of these measure times, and most have several processes of their own.
 test-slow: $(STAMP)
-	$(PYTEST) -m "(slow or stress) and not multihost"
+	$(SEVERAL) -n 2 --timeout 900 -m "(slow or stress) and not multihost"
 
 # Needs root and iproute2; skipped with the reason otherwise.
 test-multihost: $(STAMP)
