@@ -45,7 +45,7 @@ def of_split(
     with several examples it is the first one's. `prepared` is what `prepare_data` made of `data`.
 
     Raises:
-        DataError: the rows have no prompts, or cannot be read.
+        DataError: the rows have no prompts, cannot be read, or are no longer there.
         RunFailed: the file of the split's rows cannot be read.
     """
     return [one for one, _ in _of_split(data, prepared, name, tokenizer)]
@@ -77,10 +77,13 @@ def _of_split(
                 "write --prompts FILE with a column of prompts",
             )
         for row in opened.all_rows():
-            if place in first:
-                assert isinstance(row, Row)
+            if place in first and isinstance(row, Row):
                 found[place] = _prompt_of(*split.example(first[place]), row, source, encoder)
             place += 1
+    if len(found) < len(first):
+        raise DataError(
+            f"data.{name}", "changed after it was tokenised", "write it once, then start again"
+        )
     return [(found[row_number], number) for row_number, number in first.items()]
 
 

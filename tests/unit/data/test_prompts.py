@@ -170,6 +170,14 @@ def test_unusable_files(
         of_file(file, data, tokenizer)
 
 
+def test_rows_that_went_after_they_were_tokenised(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", texts(20))
+    prepared = prepare_data(data_of(path), tokenizer, 0, tmp_path / "cache")
+    write(path, texts(4))
+    with pytest.raises(DataError, match=r"data\.validation changed after it was tokenised"):
+        of_split(data_of(path), prepared, "validation", tokenizer)
+
+
 def test_documents_have_no_prompts(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "abc"}] * 4)
     data = data_of(path, {"format": "text"})
