@@ -391,7 +391,8 @@ def assemble(
         )
         chosen[name] = (examples, order)
         splits[name] = _write_split(folder, name, examples, order, own_columns, called)
-        row_files[name] = write_rows(folder / rows_file(name), examples.rows, order)
+        rows_n = taken(examples.rows, order, examples.empty)
+        row_files[name] = write_rows(folder / rows_file(name), rows_n)
     opened_splits = {
         name: replace(TokenizedSplit.open(folder / f"{name}.arrow"), sources=called)
         for name in splits
@@ -545,12 +546,9 @@ def _write_split(
     )
 
 
-def write_rows(path: Path, rows: Indices, order: Indices) -> str:
-    """Write `rows[order]` as a file to be mapped. Its sha256."""
-    found = np.lib.format.open_memmap(path, "w+", np.int64, (len(order),))
-    for at in spans(len(order)):
-        found[at] = rows[order[at]]
-    found.flush()
+def write_rows(path: Path, rows_n: Indices) -> str:
+    """Write what `PreparedData.rows` returns. The sha256 of the file."""
+    np.save(path, rows_n)
     return sha256_of(path)
 
 

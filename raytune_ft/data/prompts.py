@@ -180,7 +180,7 @@ def prompted(
                 )
                 split.write(folder / f"{name}.arrow")
                 path = folder / rows_file(name)
-                row_files[name] = write_rows(path, prepared.rows(name), numbers)
+                row_files[name] = write_rows(path, prepared.rows(name)[numbers])
                 splits[name] = _described(split, prepared.report.names, config.data.max_length)
             path = folder / prompts_file(name)
             lines = (json.dumps(asdict(prompt), default=str) + "\n" for prompt, _ in found)
