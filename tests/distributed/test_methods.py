@@ -52,10 +52,6 @@ BOUNDS = {"float64": 1e-9, "float32": 1e-5}  # of losses, evaluations and weight
 DEEPSPEED_BOUND = 1e-5  # its masters are float32, also where the model is float64
 PACKED = {"data__packing": "auto", "train__micro_tokens": 96}
 
-# With this seed, one process in float32 differs from itself by 3e-5 in a weight when only its
-# micro-batches differ, and from float64 by 1e-4; with seeds 1, 2 and 4 by less than 5e-6.
-DRIFTS_IN_FLOAT32 = ("lora plus",)
-
 
 def _absent(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.skipif(name in ABSENT, reason="not installed")]
@@ -147,21 +143,16 @@ def _runs(name: str, strategy: str) -> bool:
     return name not in ABSENT and is_served(name, strategy)
 
 
-def _precision(workshop: Workshop, name: str, strategy: str) -> str:
-    rounds = strategy == "deepspeed" and name not in DRIFTS_IN_FLOAT32
-    return "float32" if rounds else workshop.exact(name)
-
-
 def _train_all(workshop: Workshop, root: Path, strategy: str) -> None:
     for name in NAMES:
         if _runs(name, strategy):
-            config = workshop.config(name, _precision(workshop, name, strategy), **PACKED)
+            config = workshop.config(name, workshop.exact(name), **PACKED)
             assert train(config, root / name, strategy).notes == ()  # rows were packed
 
 
 def _compare_all(workshop: Workshop, root: Path, strategy: str) -> None:
     for name in NAMES:
-        precision = _precision(workshop, name, strategy)
+        precision = workshop.exact(name)
         if _runs(name, strategy):
             found = largest_difference(root / name, workshop.reference(name, precision))
             bound = DEEPSPEED_BOUND if strategy == "deepspeed" else BOUNDS[precision]

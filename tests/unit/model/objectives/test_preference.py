@@ -138,19 +138,18 @@ def test_dpo_is_trl(
     precision = "float64" if wide else "float32"
     changes = {**TRAIN, "train.dpo": settings, "train.precision": precision}
     config = config_of(inputs, "dpo", changes)
-    with true_float64() if wide else nullcontext():
-        assert run(config, tmp_path / "run").status == "completed"
-    split, order = pairs_in_order(config, tmp_path / "run")
     monkeypatch.setattr(trl.DPOTrainer, "_prepare_dataset", lambda self, rows, *others: rows)
     load = partial(AutoModelForCausalLM.from_pretrained, inputs / "decoder", dtype=precision)
-    trainer = trl.DPOTrainer(
-        model=load(),
-        ref_model=load(),
-        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **ARGUMENTS, **settings),
-        train_dataset=datasets.Dataset.from_list([tokens(split, i) for i in order]),
-        processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
-    )
     with true_float64() if wide else nullcontext():
+        assert run(config, tmp_path / "run").status == "completed"
+        split, order = pairs_in_order(config, tmp_path / "run")
+        trainer = trl.DPOTrainer(
+            model=load(),
+            ref_model=load(),
+            args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **ARGUMENTS, **settings),
+            train_dataset=datasets.Dataset.from_list([tokens(split, i) for i in order]),
+            processing_class=AutoTokenizer.from_pretrained(inputs / "decoder"),
+        )
         assert_same(name, tmp_path / "run", trainer)
 
 
