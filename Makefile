@@ -35,7 +35,7 @@ test: $(STAMP)
 
 # Two: some of these measure times, and most have several processes of their own.
 test-slow: $(STAMP)
-	$(SEVERAL) -n 2 --timeout 900 -m "(slow or stress) and not multihost"
+	$(SEVERAL) -n 2 -m "(slow or stress) and not multihost"
 
 # Needs root and iproute2; skipped with the reason otherwise.
 test-multihost: $(STAMP)
