@@ -46,7 +46,8 @@ from torch import Tensor
 
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.estimate.hardware import ACCELERATORS, measure
 from raytune_ft.estimate.memory import MemoryModel, work_of
 from raytune_ft.estimate.parameters import build_shell

@@ -36,7 +36,8 @@ from train_throughput import MAX_LENGTH, THREADS, build_base
 
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import NO_TARGET, MicroBatch
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import disk_dtype, load_tokenizer
 from raytune_ft.model.meta import build

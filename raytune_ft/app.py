@@ -61,7 +61,7 @@ from raytune_ft.rundir import (
 )
 
 if TYPE_CHECKING:
-    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.prepared import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.evaluate.sample import Sampled
     from raytune_ft.evaluate.workers import Workers

@@ -24,7 +24,7 @@ from raytune_ft.rundir import cache_path, probe_storage, run_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.prepared import PreparedData
     from raytune_ft.data.split import TokenizedSplit
 
 WIDEST = 40

@@ -20,7 +20,7 @@ from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
 if TYPE_CHECKING:
-    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.prepared import PreparedData
     from raytune_ft.data.processes import Workers
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.estimate.parameters import Shell

@@ -25,7 +25,8 @@ from raytune_ft.data.formats.conversation import Conversation, conversation_of
 from raytune_ft.data.formats.preference import prompt_of
 from raytune_ft.data.formats.prompt import Prompt, read_prompt
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.prepare import PreparedData, derived, use_chat_template, write_rows
+from raytune_ft.data.prepare import use_chat_template
+from raytune_ft.data.prepared import PreparedData, derived, write_rows
 from raytune_ft.data.report import SplitReport, length_counts, source_counts
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.sources import open_source

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import PreparedData, derived, sha256_of_numbers
+from raytune_ft.data.prepared import PreparedData, derived, sha256_of_numbers
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.files import sha256_of
 from raytune_ft.layout import BASE_LOSS, TEACHER_LOGITS

@@ -14,7 +14,8 @@ from raytune_ft.config.metrics import OWN
 from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
-from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData, open_prepared
 from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap
 from raytune_ft.data.split import TokenizedSplit

@@ -20,7 +20,7 @@ from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.rules import objectives_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.order import Numbers
-from raytune_ft.data.prepare import PreparedData, derived, open_prepared
+from raytune_ft.data.prepared import PreparedData, derived, open_prepared
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.data.teacher_logits import Part, with_base_loss, with_teacher_logits, write_logits

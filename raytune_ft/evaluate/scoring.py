@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from raytune_ft.config.metrics import measured_rewards
 from raytune_ft.config.rewards import with_answers
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.prompts import of_split
 from raytune_ft.evaluate.answers import Answers, Asking, start_rewards
 from raytune_ft.evaluate.duel import Duels

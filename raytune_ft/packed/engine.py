@@ -31,7 +31,7 @@ from raytune_ft.config.methods import LoraMethod
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config
 from raytune_ft.data.batch import FREELY, MicroBatch, Row
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.prompts import prompts_of
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, InputError, RunFailed

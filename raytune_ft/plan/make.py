@@ -23,7 +23,7 @@ from raytune_ft.report.terminal import marked
 from raytune_ft.rundir import probe_storage, run_path
 
 if TYPE_CHECKING:
-    from raytune_ft.data.prepare import PreparedData
+    from raytune_ft.data.prepared import PreparedData
     from raytune_ft.data.report import DataReport
     from raytune_ft.estimate.hardware import Hardware
     from raytune_ft.estimate.parameters import Shell

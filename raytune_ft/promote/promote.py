@@ -22,7 +22,8 @@ from raytune_ft.config.objectives import figures
 from raytune_ft.config.schema import Config, ModelConfig, PromoteConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.config.trust import Code, check_code
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.prompts import prompted
 from raytune_ft.data.report import DataReport, check_overlap, check_same
 from raytune_ft.errors import CheckpointError, MergeError, ModelError, Promoted, StorageError

@@ -33,7 +33,7 @@ def engine_worker(payload: dict[str, Any]) -> str:
     spec: RunSpec = payload["spec"]
     prepare_process(spec.config)
 
-    from raytune_ft.data.prepare import open_prepared
+    from raytune_ft.data.prepared import open_prepared
     from raytune_ft.packed.engine import PackedEngine, Passes
     from raytune_ft.strategy import build_strategy
     from raytune_ft.train.budget import lowered, lowered_slots, lowers

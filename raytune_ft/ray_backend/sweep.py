@@ -28,7 +28,7 @@ from raytune_ft.config.schema import Config, ParallelConfig
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import Point, trial_count
 from raytune_ft.data.order import pass_length
-from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.prepared import open_prepared
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ClusterError, Interrupted, RunFailed
 from raytune_ft.estimate.memory import steps_in_a_pass

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.formats.prompt import Prompt
-from raytune_ft.data.prepare import REFERENCE
+from raytune_ft.data.prepared import REFERENCE
 from raytune_ft.data.split import PARTS, TokenizedSplit
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.policy import (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
 from raytune_ft.model.hub import reference_model, teacher_model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.train.evaluation import Scores, evaluate
 from raytune_ft.train.model_runner import ModelRunner

@@ -27,7 +27,7 @@ from raytune_ft.config.objectives import LOSS, OBJECTIVES, REWARD
 from raytune_ft.config.rewards import RewardConfig, expanded, function_of, with_answers
 from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.prompt import Prompt
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.prompts import prompts_of
 from raytune_ft.data.split import TokenizedSplit, parts_of
 from raytune_ft.errors import CheckpointError, RunFailed

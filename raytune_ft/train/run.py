@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from raytune_ft.config.methods import METHODS
-from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.prepared import open_prepared
 from raytune_ft.errors import (
     ConfigError,
     Diverged,

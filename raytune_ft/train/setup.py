@@ -26,7 +26,8 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import FREELY, Apart, MicroBatch
 from raytune_ft.data.order import Curriculum, Members, Numbers, Order, members_of, quotas_of, ranked
-from raytune_ft.data.prepare import PreparedData, use_chat_template
+from raytune_ft.data.prepare import use_chat_template
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.report import DataReport
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import CheckpointError, ConfigError, ModelError, RunFailed

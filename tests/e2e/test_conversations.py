@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.cli import run_command
-from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.prepared import open_prepared
 from tests.support.templates import save_base_with_marks, vendor_template
 
 TEMPLATES = ["qwen3", "llama3_1", "phi3", "gemma", "gptoss"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
-from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.prepared import open_prepared
 from raytune_ft.model.load import resolve_model_path
 from raytune_ft.train.setup import order_of
 

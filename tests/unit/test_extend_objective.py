@@ -17,7 +17,8 @@ from raytune_ft.config.objectives import LOSS, OBJECTIVES, Figure, ObjectiveFact
 from raytune_ft.config.schema import Config
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.objectives import TeacherOf, TokenObjective

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.errors import ConfigError, DataError, ModelError
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.preflight import check_engines, needs_ray, prepare

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from raytune_ft.config.train import KdConfig, TrainConfig
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.model.objectives.base import Forward, Teacher, TeacherOf
 from raytune_ft.model.objectives.tokens import TokenObjective, token_losses
 

@@ -15,7 +15,7 @@ from raytune_ft.config.rollouts import GrpoConfig, RolloutConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import REFERENCE, PreparedData
+from raytune_ft.data.prepared import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.base import (
     Forward,

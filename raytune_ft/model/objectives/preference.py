@@ -20,7 +20,7 @@ from raytune_ft.config.preference import DpoConfig, OrpoConfig, SimpoConfig
 from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
-from raytune_ft.data.prepare import REFERENCE, PreparedData
+from raytune_ft.data.prepared import REFERENCE, PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
 from raytune_ft.model.objectives.base import (

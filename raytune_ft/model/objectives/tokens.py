@@ -17,7 +17,7 @@ from raytune_ft.config.train import TrainConfig
 from raytune_ft.data.arrays import Indices
 from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.formats.rationale import RATIONALE
-from raytune_ft.data.prepare import PreparedData
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
 from raytune_ft.model.objectives.base import (

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data.order import apportioned, pass_length, quotas_of
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, DataError
 from tests.support.rows import fingerprints

@@ -25,7 +25,8 @@ from raytune_ft.config.data import DataConfig
 from raytune_ft.data import processes
 from raytune_ft.data.matches import count_matches, first_equal, keyed
 from raytune_ft.data.order import quotas_of
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.processes import LocalProcesses, Server, started_ahead
 from raytune_ft.errors import DataError, RunFailed, StorageError
 

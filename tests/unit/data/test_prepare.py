@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from raytune_ft.config.data import DataConfig
 from raytune_ft.data.formats import Encoder
 from raytune_ft.data.order import draw_validation
-from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData, open_prepared
 from raytune_ft.data.report import DataReport
 from raytune_ft.errors import DataError, RunFailed, StorageError
 from tests.support.rows import fingerprints

@@ -12,7 +12,8 @@ from raytune_ft.config.data import DataConfig, SourceConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.formats import encode_rows
 from raytune_ft.data.formats.example import Encoder, Example
-from raytune_ft.data.prepare import PreparedData, prepare_data, use_chat_template
+from raytune_ft.data.prepare import prepare_data, use_chat_template
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.report import check_overlap
 from raytune_ft.data.rows import Row
 from raytune_ft.errors import DataError

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ft.cli import run_command
 from raytune_ft.config.schema import Config, ModelConfig
-from raytune_ft.data.prepare import PreparedData, open_prepared, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData, open_prepared
 from raytune_ft.data.report import check_same
 from raytune_ft.data.teacher_logits import first_rows, tensor_of
 from raytune_ft.errors import ConfigError, DataError, ModelError, RunFailed, StorageError

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import REFERENCE, PreparedData, open_prepared, prepare_data, sound_at
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import REFERENCE, PreparedData, open_prepared, sound_at
 from raytune_ft.data.report import check_same
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError, RunFailed

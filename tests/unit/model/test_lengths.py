@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raytune_ft.data.batch import FREELY, Apart, lay_out
-from raytune_ft.data.prepare import open_prepared, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import open_prepared
 from raytune_ft.model.lengths import apart_of, notes_of, thresholds_of, usable_positions
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.packed.layout import plan_pass

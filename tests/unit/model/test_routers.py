@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.data.prepare import open_prepared
+from raytune_ft.data.prepared import open_prepared
 from raytune_ft.model.routers import balance_of, router_notes
 from raytune_ft.train.setup import plain_order
 from tests.support.models import FAMILIES, save_tiny, true_float64

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import prepare_data, sound_at
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import sound_at
 from raytune_ft.data.prompts import Prompts, prompted
 from raytune_ft.data.report import check_same
 from raytune_ft.data.split import TokenizedSplit

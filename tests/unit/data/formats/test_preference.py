@@ -17,7 +17,8 @@ from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.arrays import empty_on_disk
 from raytune_ft.data.formats.unpaired import write_partners
 from raytune_ft.data.order import permutation
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import DataError
 from raytune_ft.model.load import load_tokenizer

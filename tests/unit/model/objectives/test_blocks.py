@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.model.meta import build
 from raytune_ft.model.objectives.tokens import BLOCK_LOGITS

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raytune_ft.config.schema import Config
-from raytune_ft.data.prepare import PreparedData, prepare_data
+from raytune_ft.data.prepare import prepare_data
+from raytune_ft.data.prepared import PreparedData
 from raytune_ft.errors import DataError
 from raytune_ft.evaluate.evaluate import evaluate_directory
 from raytune_ft.model.load import load_tokenizer

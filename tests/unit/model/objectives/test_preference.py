@@ -19,7 +19,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.formats.example import DESIRABLE
 from raytune_ft.data.formats.preference import MARGIN
 from raytune_ft.data.order import Order
-from raytune_ft.data.prepare import PreparedData, open_prepared
+from raytune_ft.data.prepared import PreparedData, open_prepared
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.model.objectives.preference import PAIR_LOSSES, Answers, Dpo, Orpo, Simpo
 from raytune_ft.model.objectives.reward import Reward
