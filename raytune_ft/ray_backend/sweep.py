@@ -82,6 +82,7 @@ from raytune_ft.search.study import (
 )
 from raytune_ft.train.optim import total_examples
 from raytune_ft.train.result import end_run, failed_result, load_result
+from raytune_ft.train.setup import head_before
 from raytune_ft.train.stopping import interruptible
 
 TUNE_SETTINGS = {
@@ -466,15 +467,9 @@ class _Sweep:
             self._config.seed,
             self._prepare,
             interrupted.is_set,
-            self._points(),
+            points_for(self._written),
             lambda: self._spending.over() is not None,
         )
-
-    def _points(self) -> list[Point]:
-        """The first trials, chosen by the type and width of the model."""
-        text = load_model_config(self._config.model).get_text_config()
-        width = getattr(text, "hidden_size", None)
-        return first_points(self._written, str(text.model_type), width)
 
     def _scheduler(self) -> ResumableScheduler | None:
         if self._search.scheduler is None:
@@ -559,6 +554,12 @@ class Growth:
             return 0
         resources, workers = parallel.resources, parallel.max_workers
         return whole_groups(nodes, resources, workers, parallel.placement)
+
+
+def points_for(config: Config) -> list[Point]:
+    """The first trials of a sweep, chosen by the type and width of its model."""
+    text = load_model_config(config.model, head_before(config)).get_text_config()
+    return first_points(config, str(text.model_type), getattr(text, "hidden_size", None))
 
 
 def _budget(config: Config, train: TokenizedSplit) -> int:

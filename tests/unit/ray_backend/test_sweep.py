@@ -12,8 +12,15 @@ from ray.tune.execution import class_cache
 
 from raytune_ft.config.search import BudgetConfig
 from raytune_ft.ray_backend.capacity import Demand
-from raytune_ft.ray_backend.sweep import Growth, StopAtBudget, StopWith, settings_of_tune
+from raytune_ft.ray_backend.sweep import (
+    Growth,
+    StopAtBudget,
+    StopWith,
+    points_for,
+    settings_of_tune,
+)
 from raytune_ft.search.results import Spending
+from tests.support.models import save_tiny_encoder
 from tests.support.runs import make_config
 from tests.unit.ray_backend.test_trial import Somewhere
 
@@ -112,3 +119,13 @@ def test_keys_of_aws_are_not_handed_to_trials(monkeypatch: pytest.MonkeyPatch) -
     assert "swordfish" not in str(actor._default_options)
     after = class_cache._ActorClassCache().get(type("Trial", (), {}))
     assert "swordfish" in str(after._default_options)  # as Tune does it
+
+
+def test_an_encoder_that_classifies_is_searched(tmp_path: Path) -> None:
+    changes = {
+        "data.train.format": "classification",
+        "train.objective": "classification",
+        "search": {"trials": 2, "space": {"train.lr": {"log_uniform": [1e-5, 1e-2]}}},
+    }
+    config = make_config(save_tiny_encoder(tmp_path / "encoder"), tmp_path / "rows.jsonl", changes)
+    assert points_for(config)
