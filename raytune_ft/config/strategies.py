@@ -34,6 +34,7 @@ class StrategyFacts:
     offload: values of `parallel.offload` that it supports, beside none.
     float64: it supports `train.precision: float64`.
     late_groups: a parameter group may start to train after the first step.
+    one_run: its processes train one run; those of others train the next trial of a sweep too.
     unpackable: why trials of a sweep cannot be packed under it, None where they can.
     own_keys: keys of `parallel` that are refused unless this strategy is written.
     check: raises ConfigError for keys of `parallel` that contradict each other.
@@ -48,6 +49,7 @@ class StrategyFacts:
     offload: tuple[str, ...] = ()
     float64: bool = True
     late_groups: bool = True
+    one_run: bool = False
     unpackable: str | None = None
     own_keys: tuple[str, ...] = ()
     check: Callable[[Any], None] = _accept
@@ -117,6 +119,7 @@ STRATEGIES: dict[str, StrategyFacts] = {
         offload=("optimizer", "all"),
         float64=False,
         late_groups=False,
+        one_run=True,  # DeepSpeed remembers the groups of its process
         unpackable="shards trained weights, and the base of packed trials is frozen",
         own_keys=("deepspeed",),
         check=_check_deepspeed,

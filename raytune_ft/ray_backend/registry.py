@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ft.errors import RaytuneFtError
 from raytune_ft.records import EvalMetrics
+from raytune_ft.rundir import RunSpec
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,18 @@ class Group:
 
 
 @dataclass
+class Assigned:
+    """A run that a worker group is given, the `number`th. `over`: it has ended, and the group can
+    train another.
+    """
+
+    number: int
+    spec: RunSpec
+    over: bool = False
+    pruned: bool = False
+
+
+@dataclass
 class Mailbox:
     """Messages that wait for one reader."""
 
@@ -157,7 +170,9 @@ class Mailboxes:
 class Registry(Mailboxes):
     """An asynchronous actor. `slots` is how many runs may hold workers at a time.
 
-    A run has an owner, the trial that it belongs to; a trial may die without a word.
+    A run has an owner, the trial that it belongs to; a trial may die without a word. The workers of
+    an isolated trial may train the next one too: to this actor that is the same run, which is
+    assigned a spec after another.
     """
 
     def __init__(self, slots: int) -> None:
@@ -166,6 +181,7 @@ class Registry(Mailboxes):
         self._owners: dict[str, str] = {}  # of the runs that have a slot
         self._gone: set[str] = set()
         self._groups: dict[str, Group] = {}
+        self._assigned: dict[str, Assigned] = {}
         self._ending: set[str] = set()
 
     async def resize(self, slots: int) -> None:
@@ -192,9 +208,55 @@ class Registry(Mailboxes):
     def _refused(self, owner: str) -> bool:
         return self._stopping or owner in self._gone
 
+    async def assign(self, run: str, owner: str, spec: RunSpec) -> int | None:
+        """Give the workers of `run` what they train next; returns its number.
+
+        None: they have to end, since the run is closed, has trained and is one too many for the
+        slots, everybody stops, or the owner was given up.
+        """
+        async with self._changed:
+            before = self._assigned.get(run)
+            many = before is not None and self._free < 0
+            if run not in self._owners or many or self._refused(owner):
+                return None
+            number = before.number + 1 if before else 1
+            self._owners[run] = owner
+            self._assigned[run] = Assigned(number, spec)
+            self._changed.notify_all()
+        return number
+
+    async def assignment(self, run: str, last: int, timeout_s: float) -> Assigned | None:
+        """What the workers of `run` shall train after the number `last`; None where nothing is
+        assigned within `timeout_s`. Workers that start again get what they had, also if it is over.
+        """
+
+        def newer() -> bool:
+            return run in self._assigned and self._assigned[run].number > last
+
+        async with self._changed:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(newer), timeout_s)
+            return self._assigned[run] if newer() else None
+
+    async def passes_on(self, run: str, number: int, status: str) -> bool:
+        """Called by the workers when a run has ended: whether they may train another one."""
+        assigned = self._assigned.get(run)
+        if assigned is None or assigned.number != number:
+            return False
+        pruned = status == "interrupted" and assigned.pruned
+        assigned.over = status in ("completed", "early_stopped") or pruned
+        return assigned.over
+
+    async def prune(self, run: str) -> Group:
+        """Note that what `run` trains shall leave without a checkpoint; returns whom to ask."""
+        if run in self._assigned:
+            self._assigned[run].pruned = True
+        return self._groups.get(run, Group())
+
     async def close(self, run: str) -> None:
         """Free the slot of `run`; its workers are gone, or could not be ended."""
         self._groups.pop(run, None)
+        self._assigned.pop(run, None)
         self._ending.discard(run)
         async with self._changed:
             if self._owners.pop(run, None) is not None:
@@ -202,11 +264,18 @@ class Registry(Mailboxes):
                 self._changed.notify_all()
 
     async def give_up(self, owner: str) -> list[str]:
-        """Drop the runs of `owner`, whose process died; returns them, for the caller to end."""
+        """Drop the runs of `owner`, whose process died; returns them, for the caller to end.
+
+        With them those without anything to train: the process may have died before it gave a spec
+        to workers that it held.
+        """
         async with self._changed:
             self._gone.add(owner)
             self._changed.notify_all()
-        return [run for run, its in self._owners.items() if its == owner]
+        return [run for run, its in self._owners.items() if its == owner or self._is_idle(run)]
+
+    def _is_idle(self, run: str) -> bool:
+        return run in self._assigned and self._assigned[run].over
 
     async def register(
         self, run: str, controller: Any, group: PlacementGroup | None, workers: list[Any]
@@ -228,6 +297,10 @@ class Registry(Mailboxes):
     async def open_runs(self) -> list[str]:
         """The runs that may still hold workers."""
         return list(self._groups)
+
+    async def busy_runs(self) -> list[str]:
+        """Those of them that train, or may."""
+        return [run for run in self._groups if not self._is_idle(run)]
 
     async def end(self, run: str) -> Group:
         """Note that `run` shall save and end; returns the workers to ask."""

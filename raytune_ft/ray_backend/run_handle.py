@@ -7,12 +7,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from raytune_ft.config.execution import quantises
+from raytune_ft.config.schema import Config
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.ray_backend.capacity import room
@@ -29,7 +32,13 @@ from raytune_ft.ray_backend.registry import (
     start_registry,
 )
 from raytune_ft.ray_backend.vllm import engines
-from raytune_ft.ray_backend.worker import ask_to_stop, standing, train_worker
+from raytune_ft.ray_backend.worker import (
+    ask_to_leave,
+    ask_to_stop,
+    standing,
+    train_worker,
+    trial_worker,
+)
 from raytune_ft.ray_backend.worker_group import Worker, end_group, failure_of, train_group
 from raytune_ft.records import EvalMetrics, RunResult
 from raytune_ft.rundir import RunSpec
@@ -43,6 +52,10 @@ from raytune_ft.train.watchdog import (
 )
 
 REGISTER_TIMEOUT_S = 30.0
+LEAVE_S = 30.0
+"""How long a trial that is stopped may take to end its step; then its workers are ended instead."""
+IDLE_S = 15.0
+"""How long workers without a trial wait for the next one. Ray Tune begins it within a second."""
 ANSWER_TIMEOUT_S = 2.0
 """For a worker's main thread, which only answers such calls; training has a thread of its own."""
 SHOWN_NODES = 4
@@ -101,7 +114,7 @@ class GroupHandle:
         self._registry = registry
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name=self._name, daemon=True)
-        self._pending: list[Message] = []
+        self._pending: list[Message | Ended] = []
         self._hang: str | None = None  # of the group that runs now
         self._silent: set[int] = set()  # its ranks that said they hang
         self._down_since: float | None = time.monotonic()
@@ -113,10 +126,13 @@ class GroupHandle:
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
+        self._open()
+        self._thread.start()
+
+    def _open(self) -> None:
         owner = self.spec.run_dir.name
         if not ray.get(self._registry.open.remote(self._name, owner)):
             raise StopRequested
-        self._thread.start()
 
     def next(self, timeout_s: float = 1.0) -> Message | Ended | None:
         if not self._pending:
@@ -161,7 +177,7 @@ class GroupHandle:
         self._end_group(self._name, self._registry)
         self._thread.join(timeout=10)
 
-    def _messages_of(self, event: dict[str, Any]) -> list[Message]:
+    def _messages_of(self, event: dict[str, Any]) -> list[Message | Ended]:
         if "report" in event:
             return [Report.of(event["report"])]
         if "value" in event:
@@ -212,6 +228,93 @@ class GroupHandle:
         finally:
             with contextlib.suppress(RayError):
                 self._registry.post.remote(self._name, {"ended": True})
+
+
+class TrialHandle(GroupHandle):
+    """A worker group that trains one trial after another; see `trial_worker`.
+
+    It is passed on as long as it has had no fault: neither a restart nor a hang. Without a trial
+    it ends by itself after `IDLE_S`, since others may wait for its place.
+    """
+
+    def __init__(self, spec: RunSpec, registry: Any, **parts: Any) -> None:
+        super().__init__(spec, registry, trial_worker, **parts)
+        self._number = 0
+        self._sound, self._idle = True, False
+        self._lock = threading.Lock()  # of its end, which the timer may begin
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        if self._number:  # it has taken the trial already
+            return
+        self._open()
+        if not self._assign(self.spec):
+            ray.get(self._registry.close.remote(self._name))
+            raise StopRequested
+        self._thread.start()
+
+    def take(self, spec: RunSpec) -> bool:
+        """Train `spec` next; False where it needs other processes, or where these have to end."""
+        events, _ = ray.get(self._registry.take.remote(self._name, 0.0))
+        for event in events:  # a worker may be lost while it waits
+            self._messages_of(event)
+        with self._lock:
+            if not (self._idle and self._sound) or _process(spec.config) != _process(
+                self.spec.config
+            ):
+                return False
+            self._end_timer()
+            self._idle = False
+            return self._assign(spec)
+
+    def leave(self) -> bool:
+        """End the run, without a checkpoint where it has not ended; whether another can follow."""
+        if not self._idle and self._sound:
+            workers = ray.get(self._registry.prune.remote(self._name)).workers
+            self._ask(workers, partial(ask_to_leave, self._number))
+            deadline = time.monotonic() + LEAVE_S * bool(workers)
+            with contextlib.suppress(StopRequested):
+                while time.monotonic() < deadline and not isinstance(self.next(0.5), Ended):
+                    pass
+        return self._idle
+
+    def stop(self) -> None:
+        with self._lock:
+            self._end_timer()
+            self._idle = self._sound = False
+            super().stop()
+
+    def _assign(self, spec: RunSpec) -> bool:
+        number = ray.get(self._registry.assign.remote(self._name, spec.run_dir.name, spec))
+        if number is None:
+            return False
+        self.spec, self._number = spec, number
+        return True
+
+    def _messages_of(self, event: dict[str, Any]) -> list[Message | Ended]:
+        if "over" in event:
+            if event["over"] != self._number:
+                return []  # of workers that started again after it
+            with self._lock:
+                self._idle = self._sound
+                if self._idle:
+                    self._timer = threading.Timer(IDLE_S, self.stop)
+                    self._timer.daemon = True
+                    self._timer.start()
+            return [Ended(None)]
+        if "down" in event or "hang" in event:
+            self._sound = False
+        return super()._messages_of(event)
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _process(config: Config) -> tuple[Any, ...]:
+    """What decides where and how the processes of a run start."""
+    train = config.train
+    return config.parallel, config.model, train.precision, train.deterministic, quantises(config)
 
 
 def fit(

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.exceptions import RayError
 from ray.tune import PlacementGroupFactory, Trainable
 
 from raytune_ft.config.execution import Arrangement
-from raytune_ft.config.load import expand_env
+from raytune_ft.config.load import choose_strategy, expand_env
 from raytune_ft.config.schema import Config, ParallelConfig
+from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import RaytuneFtError, RunFailed, first_line
 from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.layout import ENGINES, RESULT, TRIALS
@@ -35,6 +36,9 @@ from raytune_ft.rundir import Layout, RunSpec
 from raytune_ft.search.results import apply_params
 from raytune_ft.train.result import end_run, left_by_workers
 
+if TYPE_CHECKING:
+    from raytune_ft.ray_backend.run_handle import TrialHandle
+
 
 class Execution(Protocol):
     """Where trials train: in worker groups of their own, or in slots of engines.
@@ -44,6 +48,11 @@ class Execution(Protocol):
 
     def handle(self, spec: RunSpec) -> RunHandle:
         """A handle of the trial's run, which is not started yet."""
+
+    def release(self, handle: RunHandle | None, again: bool) -> None:
+        """End the run of a handle. `again`: this process has another trial next, which may take
+        over its workers; else nothing is kept.
+        """
 
     def is_stopping(self) -> bool:
         """Whether the sweep stops."""
@@ -62,7 +71,7 @@ class Execution(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Actor:
     """Calls that both actors of the driver, `Registry` and `SlotQueue`, answer."""
 
@@ -79,13 +88,45 @@ class _Actor:
 
 
 class IsolatedExecution(_Actor):
-    """A worker group for each trial; the actor is a `Registry`."""
+    """A worker group for each trial, which trains the next one of the same process too; the actor
+    is a `Registry`.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__(actor)
+        self._kept: TrialHandle | None = None
 
     def handle(self, spec: RunSpec) -> RunHandle:
-        from raytune_ft.ray_backend.run_handle import GroupHandle
+        from raytune_ft.ray_backend.run_handle import GroupHandle, TrialHandle
         from raytune_ft.ray_backend.worker import train_worker
 
-        return GroupHandle(spec, self.actor, train_worker)
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept.take(spec):
+                return kept
+            kept.stop()
+        if STRATEGIES[choose_strategy(spec.config)[0]].one_run:
+            return GroupHandle(spec, self.actor, train_worker)
+        return TrialHandle(spec, self.actor)
+
+    def release(self, handle: RunHandle | None, again: bool) -> None:
+        from raytune_ft.ray_backend.run_handle import TrialHandle
+
+        if again and isinstance(handle, TrialHandle) and handle.leave():
+            self._kept = handle
+        elif handle is not None:
+            handle.stop()
+        if not again and self._kept is not None:
+            self._kept.stop()
+            self._kept = None
+
+    def open_runs(self) -> list[str]:
+        """Those that train, and not workers that wait for a trial."""
+        return list(ray.get(self.actor.busy_runs.remote()))
+
+    def held(self) -> list[str]:
+        """Runs with workers, whether they train or not."""
+        return super().open_runs()
 
     def give_up(self, trial: str) -> None:
         from raytune_ft.ray_backend.worker_group import end_groups_of
@@ -97,7 +138,7 @@ class IsolatedExecution(_Actor):
         from raytune_ft.ray_backend.worker_group import end_group
 
         with suppress(RayError):
-            for run in self.open_runs():
+            for run in self.held():
                 try:
                     end_group(run, self.actor)
                 except RunFailed as error:
@@ -110,6 +151,10 @@ class PackedExecution(_Actor):
 
     def handle(self, spec: RunSpec) -> RunHandle:
         return SlotHandle(spec, self.actor)
+
+    def release(self, handle: RunHandle | None, again: bool) -> None:
+        if handle is not None:
+            handle.stop()
 
     def give_up(self, trial: str) -> None:
         ray.get(self.actor.give_up.remote(trial))
@@ -139,7 +184,7 @@ class Places(Protocol):
 
 
 class Groups:
-    """A worker group for each trial, which starts it itself."""
+    """Worker groups of isolated trials, which start them themselves."""
 
     trials_each = 1
 
@@ -150,7 +195,7 @@ class Groups:
         ray.get(self.execution.actor.resize.remote(count))
 
     def held(self) -> int:
-        return len(self.execution.open_runs())
+        return len(self.execution.held())
 
     def close(self) -> None:
         """End all of them."""
@@ -343,18 +388,19 @@ class TrialRun:
             return {"done": True, "outcome": "failed", "error": line, "wall_s": self._wall_s()}
         return {"done": True, **outcome_of(result, self._metrics), "wall_s": self._wall_s()}
 
-    def end(self, stopping: bool = False) -> None:
+    def end(self, stopping: bool = False, again: bool = False) -> None:
         """End the run if it still trains: it is interrupted where the whole sweep stops (known
-        here with `stopping`), else pruned.
+        here with `stopping`), else pruned. `again`: see `Execution.release`.
         """
         if self._handle is None:
+            self._execution.release(None, again)
             return
         stopping = stopping or self._execution.is_stopping()
         if stopping and not self._over:
             # The trial stays unfinished, for the next driver.
             self._over = True
             self._handle.wind_down(stop_grace_s())
-        self._handle.stop()
+        self._execution.release(self._handle, again and not stopping)
         if not self._over:
             end_run(self._spec, "pruned")
         self._handle, self._over = None, True
@@ -380,8 +426,8 @@ class SweepTrial(Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this process, so that Ray is loaded once."""
-        self._trial_run.end()
+        """The next trial takes over this process, and the workers where they can train it."""
+        self._trial_run.end(again=True)
         self._begin(new_config)
         return True
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -42,9 +42,13 @@ NETWORK = "look at GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, and its log with NCCL
 LAST_WORDS_S = 5.0
 """Between the report of a hang and the end of the process: the driver asks the other ranks."""
 
+WAIT_S = 5.0
+"""How often workers without a run look whether their node is drained."""
+
 # A worker process belongs to one group and ends with it. The run has a thread of its own; the main
 # thread answers calls from Ray, so that the process can be asked while the run is busy or hangs.
 _stop = threading.Event()
+_pruned: set[int] = set()  # numbers of runs of a group, see `trial_worker`
 _heart = Heartbeat()
 
 
@@ -65,6 +69,11 @@ def ask_to_stop() -> bool:
     """Ask the run to save after its step and to leave; False where it has nothing to save yet."""
     _stop.set()
     return _heart.watched
+
+
+def ask_to_leave(number: int) -> None:
+    """Ask this run of the group to leave after its step, without a checkpoint."""
+    _pruned.add(number)
 
 
 def heed_sigterm() -> None:
@@ -106,7 +115,35 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     Returns the status of the run. "interrupted" without a request to end restarts the group.
     """
-    spec: RunSpec = payload["spec"]
+    return _train(payload, payload["spec"], lambda: False)
+
+
+def trial_worker(payload: dict[str, Any]) -> str:
+    """The function of each worker of an isolated trial, whose workers train the next one too.
+
+    So a sweep starts processes once, and not for each trial. A run that came to its own end or was
+    pruned leaves its workers to the next; after any other end they end too, so that a fault of one
+    trial stays that one's. Returns the status of the last run.
+    """
+    run, registry, number = payload["run"], payload["registry"], 0
+    while True:
+        assigned = ray.get(registry.assignment.remote(run, number, WAIT_S))
+        if assigned is None:
+            if _should_stop():
+                return "interrupted"
+            continue
+        number = assigned.number
+        if not assigned.over:
+            status = _train(payload, assigned.spec, partial(_pruned.__contains__, number))
+            if not ray.get(registry.passes_on.remote(run, number, status)):
+                return status
+            from raytune_ft.train.run import give_back_memory
+
+            give_back_memory()
+        ray.train.report({"over": number})
+
+
+def _train(payload: dict[str, Any], spec: RunSpec, should_leave: Callable[[], bool]) -> str:
     reporters: list[Reporter] = [RayReporter()]
     if ray.train.get_context().get_world_rank() == 0:
         (spec.run_dir / RESULT).unlink(missing_ok=True)  # of an earlier group
@@ -115,7 +152,7 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     from raytune_ft.train.run import run_training
 
-    host = host_of(payload["run"], payload["registry"])
+    host = replace(host_of(payload["run"], payload["registry"]), should_leave=should_leave)
     sampler = Engines(payload.get("engines", ()))  # a trial has none
     strategy = choose_strategy(spec.config)[0]
     return run_training(spec, strategy, Several(reporters), host, sampler).status
@@ -145,7 +182,7 @@ def prepare_process(config: Config) -> None:
 
 def host_of(run: str, registry: Any) -> Host:
     """The host of this worker's run: stops, hangs and progress go through Ray."""
-    return Host(_should_stop, partial(_tell_of_hang, run, registry), _heart)
+    return Host(_should_stop, on_hang=partial(_tell_of_hang, run, registry), heart=_heart)
 
 
 @dataclass

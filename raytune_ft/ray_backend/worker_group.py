@@ -316,8 +316,12 @@ class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
         self._registry.post.remote(self._run, {"down": True})
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        """Forwards a report once every rank has made it; all ranks report the same."""
-        self._registry.post.remote(self._run, {"report": metrics[0]})
+        """Forwards a report once every rank has made it; all ranks report the same.
+
+        The end of one of several runs is a report as well, so that it comes after those of the run.
+        """
+        said = metrics[0]
+        self._registry.post.remote(self._run, said if "over" in said else {"report": said})
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Remembers an error that a restart would repeat; restarts a group that left by request.

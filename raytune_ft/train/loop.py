@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -13,39 +12,39 @@ from raytune_ft.strategy import Strategy
 from raytune_ft.train.material import Material, Work
 from raytune_ft.train.model_runner import ModelRunner, noisy_embeddings
 from raytune_ft.train.run_state import RunState
-from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
+from raytune_ft.train.stopping import Host
+from raytune_ft.train.watchdog import Beat, no_beat
 
 
 def train(
     runner: ModelRunner,
     material: Material,
     run: RunState,
-    should_stop: Callable[[], bool],
-    heart: Heartbeat,
+    host: Host,
 ) -> None:
-    """Train from where `run` stands to the end of its budget, an early stop or a request to stop.
+    """Train from where `run` stands to the end of its budget, an early stop or a request to leave.
 
     Raises:
         Diverged: the loss, the gradient or an evaluation is not finite.
         CheckpointError: a checkpoint could not be written.
     """
-    strategy, config, stopped = runner.strategy, run.spec.config, False
+    strategy, config, heart = runner.strategy, run.spec.config, host.heart
+    stopped = left = False
     steps = material.steps(run)
     with closing(steps), run.reporting():
         if run.progress.base is None:
             heart.enter("evaluation before training")
             with runner.without_method():
                 run.begin(material.evaluate(heart.beat))
-        while not (run.over or stopped):
+        while not (run.over or stopped or left):
             step = run.step
             heart.enter(f"step {step}")
             work = next(steps)
             _seed_noise(config.seed, step, strategy)
 
             loss_sum, count = accumulate_gradients(runner, work, heart.beat)
-            loss, (stopped, saving) = _sum_and_vote(
-                strategy, loss_sum, (should_stop(), run.saver.busy)
-            )
+            votes = host.should_stop(), host.should_leave(), run.saver.busy
+            loss, (stopped, left, saving) = _sum_and_vote(strategy, loss_sum, votes)
             grad_norm = strategy.step(run.lr, config.train.max_grad_norm)
 
             if not saving:

@@ -97,10 +97,15 @@ def run_training(
                 return result
             raise failure from error
         del strategy  # and with the exception goes what its frames held
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Free what the last run in this process held, and forget its peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _train(
@@ -143,7 +148,7 @@ def _train(
                 longest = widest + config.method.virtual_tokens * data.train.parts
                 policy = config.parallel.activation_checkpointing
                 with lowers(spec.run_dir, runner.micro_tokens, longest, policy):
-                    train(runner, material, run, near.should_stop, heart)
+                    train(runner, material, run, near)
             pool.shutdown(wait=True)  # not after a failure, where peers may be gone
             return run.finish(runner.notes, hosted=host is not None)
 

@@ -12,7 +12,7 @@ SIGINT or SIGTERM does, by where the run trains:
   no end of the run, and its group starts again.
 - **A sweep** (`ray_backend.sweep`): the driver tells the registry that everything stops; every
   trial asks its own run to stop as above and stays unfinished in the study, so that `--resume`
-  continues it. A trial that the search prunes is stopped without a checkpoint.
+  continues it. A trial that the search prunes leaves after its step without a checkpoint.
 - **Packed** (`ray_backend.packed_worker`): the engine's ranks vote between two passes; every slot
   saves its run after its last whole step.
 
@@ -78,10 +78,13 @@ def interruptible() -> Iterator[threading.Event]:
 class Host:
     """The process that started this one: it may ask the run to stop, and gets a report of a hang.
 
-    `on_hang` may take seconds; the process ends after it.
+    should_stop: whether to save after the step that runs, and to leave.
+    should_leave: whether to leave then without a checkpoint: the search has pruned the run.
+    on_hang: may take seconds; the process ends after it.
     """
 
     should_stop: Callable[[], bool] = lambda: False
+    should_leave: Callable[[], bool] = lambda: False
     on_hang: Callable[[Standing], None] = lambda standing: None
     heart: Heartbeat = field(default_factory=Heartbeat)
 
@@ -105,7 +108,7 @@ def own_host(spec: RunSpec, heart: Heartbeat) -> Iterator[Host]:
             (spec.run_dir / RESULT).unlink(missing_ok=True)  # the run continues after all
 
     with interruptible() as stop, _suspendable():
-        yield Host(stop.is_set, fail, heart)
+        yield Host(stop.is_set, on_hang=fail, heart=heart)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from raytune_ft.search.space import distributions
 from raytune_ft.search.study import open_study
 from tests.ray.conftest import Inputs, assert_nothing_left, processes, workers
 from tests.support.models import save_tiny_encoder
-from tests.support.runs import make_config
+from tests.support.runs import largest_difference, make_config, run
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +116,36 @@ def test_trials_that_end_badly_leave_nothing_and_the_sweep_goes_on(
         assert (left["status"], left["error"]) == (row["status"], row["error"])
     assert any(line.startswith("trial-002 failed: Diverged") for line in lines)
     assert "search.max_concurrent=2 is lowered to 1: no more trials fit at a time" in lines
+
+
+def test_workers_train_one_trial_after_the_other_until_one_is_lost(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    search = {**SEARCH, "trials": 4, "max_concurrent": 1}
+    config = begin(inputs, sweep_dir, search=search)
+    plan_trials(config, sweep_dir, [GOOD / 4, BAD, GOOD / 2, GOOD])
+    seen: list[int] = []
+    killed: list[int] = []
+
+    def look(line: str) -> None:
+        found = workers()
+        seen.extend(process.pid for process in found if process.pid not in seen)
+        if line.startswith("trial-002: eval_loss") and not killed:
+            killed.extend(process.pid for process in found)
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = run_sweep(config, sweep_dir, inputs.data_dir, look, resume=True)
+    assert_nothing_left()
+    pruned, lost, after = (sweep_dir / "trials" / f"trial-00{number}" for number in (1, 2, 3))
+    assert [row.status for row in result.trials] == ["completed", "pruned", *["completed"] * 2]
+    assert json.loads((pruned / "result.json").read_text())["status"] == "pruned"
+    assert killed == seen[:1]  # it had trained the first two as well
+    assert len(seen) == 3  # another one for the rest of the trial, and a third for the next
+    for trial in (lost, after):
+        alone = tmp_path / trial.name
+        run(load_config(trial / "config.yaml"), alone)
+        assert largest_difference(alone, trial) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,85 @@ def test_whoever_waits_for_a_slot_can_be_stopped() -> None:
         assert await registry.is_stopping()
         assert await soon(waiting) is False
         assert not await registry.open("run-c", "trial-c")
+
+    in_a_loop(test())
+
+
+def a_spec(name: str) -> Any:
+    return SimpleNamespace(run_dir=Path(name))
+
+
+def test_workers_train_what_they_are_assigned_one_after_the_other() -> None:
+    async def test() -> None:
+        registry = Registry(slots=1)
+        assert await registry.open("run-a", "trial-a")
+        assert await registry.assignment("run-a", 0, 0.01) is None
+        assert await registry.assign("run-a", "trial-a", a_spec("a")) == 1
+        first = await registry.assignment("run-a", 0, 1.0)
+        assert first is not None
+        assert (first.number, first.spec, first.over) == (1, a_spec("a"), False)
+        assert await registry.busy_runs() == ["run-a"]
+        assert await registry.passes_on("run-a", 1, "completed")
+        again = await registry.assignment("run-a", 0, 1.0)  # of workers that started again
+        assert again is not None
+        assert again.over
+        assert await registry.busy_runs() == []
+        assert await registry.open_runs() == ["run-a"]
+        next_one = asyncio.create_task(registry.assignment("run-a", 1, 5.0))
+        await asyncio.sleep(0.01)
+        assert await registry.assign("run-a", "trial-b", a_spec("b")) == 2
+        second = await next_one
+        assert second is not None
+        assert (second.number, second.spec, second.over) == (2, a_spec("b"), False)
+        assert await registry.give_up("trial-a") == []
+        assert await registry.give_up("trial-b") == ["run-a"]
+
+    in_a_loop(test())
+
+
+@pytest.mark.parametrize(
+    ("status", "prune", "passes_on"),
+    [
+        ("completed", False, True),
+        ("early_stopped", False, True),
+        ("interrupted", True, True),
+        ("interrupted", False, False),  # a drained node: the workers start again
+        ("failed", False, False),
+        ("failed", True, False),
+    ],
+)
+def test_only_a_run_without_a_fault_leaves_its_workers_to_the_next(
+    status: str, prune: bool, passes_on: bool
+) -> None:
+    async def test() -> None:
+        registry = Registry(slots=1)
+        await registry.open("run-a", "trial-a")
+        number = await registry.assign("run-a", "trial-a", a_spec("a"))
+        assert number == 1
+        if prune:
+            await registry.prune("run-a")
+        assert await registry.passes_on("run-a", number, status) is passes_on
+
+    in_a_loop(test())
+
+
+@pytest.mark.parametrize("end", ["resize", "stop_all", "give_up", "close"])
+def test_workers_are_not_passed_on_where_they_have_to_end(end: str) -> None:
+    async def test() -> None:
+        registry = Registry(slots=2)
+        for name in "ab":
+            await registry.open(f"run-{name}", f"trial-{name}")
+            await registry.assign(f"run-{name}", f"trial-{name}", a_spec(name))
+        await registry.passes_on("run-a", 1, "completed")
+        if end == "resize":
+            await registry.resize(1)
+        elif end == "stop_all":
+            await registry.stop_all()
+        elif end == "give_up":
+            assert await registry.give_up("trial-c") == ["run-a"]  # it may have had those workers
+        else:
+            await registry.close("run-a")
+        assert await registry.assign("run-a", "trial-c", a_spec("c")) is None
 
     in_a_loop(test())
 

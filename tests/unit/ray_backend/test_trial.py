@@ -42,6 +42,10 @@ class Somewhere:
 
     def give_up(self, trial: str) -> None: ...
 
+    def release(self, handle: Any, again: bool) -> None:
+        if handle is not None:
+            self.done.append("passed on" if again else "stopped")
+
     def start(self) -> None:
         self.done.append("started")
 
@@ -51,13 +55,13 @@ class Somewhere:
     def wind_down(self, grace_s: float) -> None:
         self.done.append("saved")
 
-    def stop(self) -> None:
-        self.done.append("stopped")
+    def stop(self) -> None: ...
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("stopping", [False, True])
 def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
-    stopping: bool, tmp_path: Path
+    stopping: bool, again: bool, tmp_path: Path
 ) -> None:
     spec = RunSpec(make_config(tmp_path, tmp_path / "rows.jsonl"), tmp_path, tmp_path)
     now = [100.0]
@@ -66,14 +70,14 @@ def test_a_trial_that_tune_stops_saves_where_the_sweep_stops(
     now[0] += 2.5
     report = trial.step()
     assert (report["eval_loss"], report["wall_s"]) == (1.0, 2.5)
-    trial.end()
+    trial.end(again=again)
     trial.end()  # the second time, nothing is left to end
     result = load_result(tmp_path)
     if stopping:
         assert execution.done == ["started", "saved", "stopped"]
         assert result is None  # the next driver continues it
     else:
-        assert execution.done == ["started", "stopped"]
+        assert execution.done == ["started", "passed on" if again else "stopped"]
         assert result is not None
         assert result.status == "pruned"
 
