@@ -86,6 +86,13 @@ class Heartbeat:
         self._seen, self._longest_s = 0, 0.0
         self._at, self._thread = time.monotonic(), threading.get_ident()
 
+    def begin(self, rank: int, timeout_s: float | Literal["auto"]) -> None:
+        """Begin a run: what was seen of the one before says nothing of its steps."""
+        self.rank, self.timeout_s = rank, timeout_s
+        self.enter("start")
+        self._seen, self._longest_s = 0, 0.0
+        self.watched = True
+
     def enter(self, phase: str) -> None:
         """Begin a phase."""
         self._note_silence()
@@ -155,9 +162,7 @@ def watched(
     `on_hang` runs cancels the end. A pause of the whole process (SIGSTOP) is not a hang, unless it
     outlasts faulthandler's timer; see `disarm`.
     """
-    heart.rank, heart.timeout_s = rank, timeout_s
-    heart.enter("start")
-    heart.watched = True
+    heart.begin(rank, timeout_s)
     over = threading.Event()
 
     def watch() -> None:

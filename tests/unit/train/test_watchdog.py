@@ -89,6 +89,15 @@ def test_auto_follows_the_steps_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heart.limit_s == 500
     step(1000.0)
     assert heart.limit_s == 1800
+    step(1000.0)
+    heart.begin(0, "auto")  # of another run nothing is seen yet
+    for _ in range(2):
+        step(2.0)
+    heart.enter("checkpoint")
+    assert heart.limit_s == 1800
+    step(2.0)
+    heart.enter("checkpoint")
+    assert heart.limit_s == 300
     heart.timeout_s = 60.0
     assert heart.limit_s == 60
 
