@@ -135,7 +135,7 @@ def test_the_recipe_learns_to_be_right(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_story_goes_on_about_its_animal(shared_dir: Path, tmp_path: Path, seed: int) -> None:
     rewards = [f"{tmp_path / 'score.py'}:named"]
-    config = config_of(shared_dir, tmp_path, seed, 40, rewards, {})
+    config = config_of(shared_dir, tmp_path, seed, 50, rewards, {})
     rewarded = [line["eval_reward"] for line in curves(config, tmp_path / "run")]
     assert rewarded[0] < 0.3
     assert rewarded[-1] > 0.85
