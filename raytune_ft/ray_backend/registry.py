@@ -238,14 +238,17 @@ class Registry(Mailboxes):
                 await asyncio.wait_for(self._changed.wait_for(newer), timeout_s)
             return self._assigned[run] if newer() else None
 
-    async def passes_on(self, run: str, number: int, status: str) -> bool:
-        """Called by the workers when a run has ended: whether they may train another one."""
+    async def passes_on(self, run: str, number: int, status: str, rank: int) -> bool:
+        """Called by each worker when a run has ended: whether they may train another one. It is
+        over when rank 0 asks, which has left the result.
+        """
         assigned = self._assigned.get(run)
         if assigned is None or assigned.number != number:
             return False
         pruned = status == "interrupted" and assigned.pruned
-        assigned.over = status in ("completed", "early_stopped") or pruned
-        return assigned.over
+        may = status in ("completed", "early_stopped") or pruned
+        assigned.over = may and (assigned.over or rank == 0)
+        return may
 
     async def prune(self, run: str) -> Group:
         """Note that what `run` trains shall leave without a checkpoint; returns whom to ask."""

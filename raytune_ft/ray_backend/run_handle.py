@@ -259,9 +259,8 @@ class TrialHandle(GroupHandle):
         for event in events:  # a worker may be lost while it waits
             self._messages_of(event)
         with self._lock:
-            if not (self._idle and self._sound) or _process(spec.config) != _process(
-                self.spec.config
-            ):
+            alike = _process(spec.config) == _process(self.spec.config)
+            if not (self._idle and self._sound and alike):
                 return False
             self._end_timer()
             self._idle = False

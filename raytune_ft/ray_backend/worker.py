@@ -126,6 +126,7 @@ def trial_worker(payload: dict[str, Any]) -> str:
     trial stays that one's. Returns the status of the last run.
     """
     run, registry, number = payload["run"], payload["registry"], 0
+    rank = ray.train.get_context().get_world_rank()
     while True:
         assigned = ray.get(registry.assignment.remote(run, number, WAIT_S))
         if assigned is None:
@@ -135,7 +136,7 @@ def trial_worker(payload: dict[str, Any]) -> str:
         number = assigned.number
         if not assigned.over:
             status = _train(payload, assigned.spec, partial(_pruned.__contains__, number))
-            if not ray.get(registry.passes_on.remote(run, number, status)):
+            if not ray.get(registry.passes_on.remote(run, number, status, rank)):
                 return status
             from raytune_ft.train.run import give_back_memory
 

@@ -50,7 +50,7 @@ def train(
             if not saving:
                 run.release()
             scores = None
-            if run.after_step(work, loss / count, grad_norm):
+            if run.after_step(work, loss / count, grad_norm) and not left:
                 heart.enter(f"evaluation after step {step}")
                 scores = material.evaluate(heart.beat)
             run.after_evaluation(scores, stopped)

@@ -71,7 +71,9 @@ def test_workers_train_what_they_are_assigned_one_after_the_other() -> None:
         assert first is not None
         assert (first.number, first.spec, first.over) == (1, a_spec("a"), False)
         assert await registry.busy_runs() == ["run-a"]
-        assert await registry.passes_on("run-a", 1, "completed")
+        assert await registry.passes_on("run-a", 1, "completed", rank=1)
+        assert await registry.busy_runs() == ["run-a"]  # rank 0 has still to leave the result
+        assert await registry.passes_on("run-a", 1, "completed", rank=0)
         again = await registry.assignment("run-a", 0, 1.0)  # of workers that started again
         assert again is not None
         assert again.over
@@ -110,7 +112,7 @@ def test_only_a_run_without_a_fault_leaves_its_workers_to_the_next(
         assert number == 1
         if prune:
             await registry.prune("run-a")
-        assert await registry.passes_on("run-a", number, status) is passes_on
+        assert await registry.passes_on("run-a", number, status, rank=0) is passes_on
 
     in_a_loop(test())
 
@@ -122,7 +124,7 @@ def test_workers_are_not_passed_on_where_they_have_to_end(end: str) -> None:
         for name in "ab":
             await registry.open(f"run-{name}", f"trial-{name}")
             await registry.assign(f"run-{name}", f"trial-{name}", a_spec(name))
-        await registry.passes_on("run-a", 1, "completed")
+        await registry.passes_on("run-a", 1, "completed", rank=0)
         if end == "resize":
             await registry.resize(1)
         elif end == "stop_all":
