@@ -22,6 +22,7 @@ from raytune_ft.rundir import RunSpec
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.report import Silent
 from raytune_ft.train.run import run_training
+from raytune_ft.train.stopping import Host
 from tests.support.models import save_tiny_llama
 
 
@@ -77,6 +78,7 @@ def run(
     strategy: str = "single",
     reporter: Silent | None = None,
     resumes: bool = False,
+    host: Host | None = None,
 ) -> RunResult:
     """Prepare the data and train; called on every rank.
 
@@ -90,7 +92,7 @@ def run(
     prepared = referenced(config, prepared, lambda line: None)
     spec = RunSpec(config, run_dir, prepared.path)
     if not resumes:
-        return run_training(spec, strategy, reporter or Silent())
+        return run_training(spec, strategy, reporter or Silent(), host)
     checkpoint = CheckpointStore(run_dir / "checkpoints").newest_valid()
     assert checkpoint is not None
     heard = Recorder()

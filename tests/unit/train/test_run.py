@@ -21,6 +21,7 @@ from raytune_ft.model.load import build_model
 from raytune_ft.records import StepMetrics
 from raytune_ft.train import evaluation
 from raytune_ft.train.report import Silent
+from raytune_ft.train.stopping import Host
 from tests.support.models import VOCABULARY
 from tests.support.runs import Recorder, losses, make_config, make_inputs, metrics, run
 
@@ -179,6 +180,29 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path: Path, inputs: tuple[Path
     run(config, tmp_path / "run")
     run(config, tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("host", "saved"),
+    [
+        (Host(should_stop=lambda: True), ["step-000001"]),
+        (Host(should_leave=lambda: True), []),
+    ],
+)
+def test_a_host_ends_the_run_after_its_step(
+    host: Host, saved: list[str], tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    """Its host writes the result. One that leaves saves nothing, and is not evaluated, though an
+    evaluation is due.
+    """
+    config = make_config(*inputs, {**SHORT, "train.eval_every_examples": 7})
+    assert run(config, tmp_path / "run", host=host).status == "interrupted"
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in store.paths()] == saved
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1]
+    assert [line["step"] for line in lines if "eval_loss" in line] == ([0, 1] if saved else [0])
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_synchronous_and_asynchronous_saving_agree(
