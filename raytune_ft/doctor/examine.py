@@ -17,8 +17,9 @@ from raytune_ft.config.load import load_config
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.doctor import probes
-from raytune_ft.doctor.checks import CHECKS, Check, Subject
+from raytune_ft.doctor.checks import CHECKS
 from raytune_ft.doctor.findings import ALL, NO_ANSWER, Row
+from raytune_ft.doctor.subject import Check, Subject
 from raytune_ft.errors import DefectsFound, first_line
 from raytune_ft.format import seconds
 from raytune_ft.preflight import on_devices

@@ -12,10 +12,12 @@ from packaging.requirements import Requirement
 
 from raytune_ft.bucket import Bucket
 from raytune_ft.config.load import load_config
-from raytune_ft.doctor import checks, probes
-from raytune_ft.doctor.checks import CHECKS, GIB, Subject
+from raytune_ft.doctor import cluster, machine, network, probes, storage
+from raytune_ft.doctor.checks import CHECKS
 from raytune_ft.doctor.examine import Here
 from raytune_ft.doctor.findings import NO_ANSWER, Finding, Row
+from raytune_ft.doctor.machine import GIB
+from raytune_ft.doctor.subject import Subject
 from raytune_ft.errors import StorageError
 from tests.support.s3 import s3_server
 
@@ -31,17 +33,17 @@ def shown(rows: Iterable[Row]) -> list[tuple[str, str]]:
 
 def test_versions() -> None:
     equal = {A: VERSIONS, B: VERSIONS, C: VERSIONS}
-    assert shown(checks.judge_versions(equal, NEEDED)) == [("ok", "all")]
+    assert shown(machine.judge_versions(equal, NEEDED)) == [("ok", "all")]
     for package, version in (("torch", "2.12.0"), ("Python", "3.12.1"), ("CUDA of torch", "none")):
-        rows = checks.judge_versions(equal | {B: VERSIONS | {package: version}}, ())
+        rows = machine.judge_versions(equal | {B: VERSIONS | {package: version}}, ())
         assert shown(rows) == [("defect", B)]
         assert all(word in rows[0].found for word in (package, version, VERSIONS[package]))
         assert "constraints.txt" in rows[0].remedy
     later = VERSIONS | {"ray": "2.61.0"}
-    rows = checks.judge_versions({A: later, B: later}, NEEDED)
+    rows = machine.judge_versions({A: later, B: later}, NEEDED)
     assert shown(rows) == [("defect", A), ("defect", B)]
     assert "<2.61" in rows[0].found
-    rows = checks.judge_versions({A: VERSIONS | {"torch": "absent"}}, NEEDED)
+    rows = machine.judge_versions({A: VERSIONS | {"torch": "absent"}}, NEEDED)
     assert shown(rows) == [("defect", A)]
 
 
@@ -67,19 +69,19 @@ def gpus(count: int, driver: str = "590.1", usable: int | None = None) -> dict[s
     ],
 )
 def test_gpus(facts: Any, known: Any, expected: list[tuple[str, str]]) -> None:
-    assert shown(checks.judge_gpus(facts, known)) == expected
+    assert shown(machine.judge_gpus(facts, known)) == expected
 
 
 def test_rays() -> None:
     one = {"clusters": {"10.0.0.1:6379": {"CPU": 8.0, "GPU": 0.0}}, "has": {"CPU": 8.0, "GPU": 0.0}}
-    assert shown(checks.judge_rays({A: one})) == [("ok", "all")]
+    assert shown(cluster.judge_rays({A: one})) == [("ok", "all")]
     second = one["clusters"] | {"10.0.0.1:7000": {"CPU": 1.0, "GPU": 0.0}}
-    rows = checks.judge_rays({A: one, B: one | {"clusters": second}})
+    rows = cluster.judge_rays({A: one, B: one | {"clusters": second}})
     assert shown(rows) == [("defect", B)]
     assert "9 CPUs of 8" in rows[0].found
     assert "10.0.0.1:7000" in rows[0].found
     shared = {name: {"CPU": 4.0, "GPU": 0.0} for name in second}
-    assert shown(checks.judge_rays({B: one | {"clusters": shared}})) == [("warning", B)]
+    assert shown(cluster.judge_rays({B: one | {"clusters": shared}})) == [("warning", B)]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_rays() -> None:
     ],
 )
 def test_clocks(ahead: float, trip: float, status: str) -> None:
-    rows = checks.judge_clocks({A: (0.0, 0.001), B: (ahead, trip)})
+    rows = machine.judge_clocks({A: (0.0, 0.001), B: (ahead, trip)})
     assert [row.status for row in rows] == [status]
     if status != "ok":
         assert rows[0].node == B
@@ -104,47 +106,47 @@ def test_clocks(ahead: float, trip: float, status: str) -> None:
 
 def test_disk_and_shared_memory() -> None:
     much = {"storage": ("/mnt/runs", 900 * GIB), "temporary files": ("/tmp", 20 * GIB)}
-    rows = checks.judge_disk({A: much, B: much})
+    rows = machine.judge_disk({A: much, B: much})
     assert shown(rows) == [("ok", "all")]
     assert "20.0 GiB" in rows[0].found
     little = much | {"temporary files": ("/tmp", 5 * GIB), "storage": ("/mnt/runs", GIB // 2)}
-    rows = checks.judge_disk({A: much, B: little})
+    rows = machine.judge_disk({A: much, B: little})
     assert shown(rows) == [("defect", B), ("warning", B)]
     assert "/mnt/runs" in rows[0].found
-    assert shown(checks.judge_shm({A: 8 * GIB, B: 2 * GIB}, [])) == [("ok", "all")]
-    small = checks.judge_shm({A: 8 * GIB, B: 64 * 2**20, C: None}, [B])
+    assert shown(machine.judge_shm({A: 8 * GIB, B: 2 * GIB}, [])) == [("ok", "all")]
+    small = machine.judge_shm({A: 8 * GIB, B: 64 * 2**20, C: None}, [B])
     assert shown(small) == [("defect", B), ("warning", C)]
 
 
 def test_storage() -> None:
     fine = {A: None, B: None}
-    assert shown(checks.judge_storage("/mnt", fine, {A: [], B: []})) == [("ok", "all")]
+    assert shown(storage.judge_storage("/mnt", fine, {A: [], B: []})) == [("ok", "all")]
     refused = {A: None, B: PermissionError(13, "Permission denied")}
-    rows = list(checks.judge_storage("/mnt", refused, {A: [], B: []}))
+    rows = list(storage.judge_storage("/mnt", refused, {A: [], B: []}))
     assert shown(rows) == [("defect", B)]
     assert "Permission denied" in rows[0].found
-    rows = list(checks.judge_storage("/mnt", fine, {A: [], B: [A]}))
+    rows = list(storage.judge_storage("/mnt", fine, {A: [], B: [A]}))
     assert shown(rows) == [("defect", B)]
     assert A in rows[0].found
     hanging = {A: None, B: TimeoutError("no answer within 30 s")}  # of a dead file server
-    assert shown(checks.judge_storage("/mnt", hanging, {A: []})) == [("defect", B)]
+    assert shown(storage.judge_storage("/mnt", hanging, {A: []})) == [("defect", B)]
     died = {A: None, B: RuntimeError("the process died")}
-    assert shown(checks.judge_storage("/mnt", died, {A: []})) == [("unknown", B)]
+    assert shown(storage.judge_storage("/mnt", died, {A: []})) == [("unknown", B)]
 
 
 def test_locks() -> None:
-    assert shown(checks.judge_locks("/mnt", {A: None}, {B: False})) == [("ok", "all")]
-    rows = list(checks.judge_locks("/mnt", {A: None}, {B: False, C: True}))
+    assert shown(storage.judge_locks("/mnt", {A: None}, {B: False})) == [("ok", "all")]
+    rows = list(storage.judge_locks("/mnt", {A: None}, {B: False, C: True}))
     assert shown(rows) == [("defect", C)]
     assert A in rows[0].found
     without = StorageError("/mnt", "is on a file system without locks", "mount it with locks")
-    assert shown(checks.judge_locks("/mnt", {A: without}, {B: False})) == [("defect", A)]
-    assert shown(checks.judge_locks("/mnt", {A: None}, {B: OSError("x")})) == [("unknown", B)]
+    assert shown(storage.judge_locks("/mnt", {A: without}, {B: False})) == [("defect", A)]
+    assert shown(storage.judge_locks("/mnt", {A: None}, {B: OSError("x")})) == [("unknown", B)]
 
 
 def test_ports() -> None:
-    assert shown(checks.judge_ports({A: {}, B: {}})) == [("ok", "all")]
-    rows = checks.judge_ports({A: {}, B: {A: "timed out", C: "timed out"}, C: {B: "refused"}})
+    assert shown(network.judge_ports({A: {}, B: {}})) == [("ok", "all")]
+    rows = network.judge_ports({A: {}, B: {A: "timed out", C: "timed out"}, C: {B: "refused"}})
     assert shown(rows) == [("defect", B), ("defect", C)]
     assert f"{A}, {C}: timed out" in rows[0].found
 
@@ -156,8 +158,8 @@ def test_auth() -> None:
         (True, True, False, "defect"),
         (True, True, True, "warning"),
     ):
-        assert checks.judge_auth("h:6379", is_open, beyond, insecure).status == status
-    assert shown(checks.judge_tokens({A: 0o600, B: 0o644, C: None})) == [("warning", B)]
+        assert cluster.judge_auth("h:6379", is_open, beyond, insecure).status == status
+    assert shown(cluster.judge_tokens({A: 0o600, B: 0o644, C: None})) == [("warning", B)]
 
 
 def reduced(speeds: dict[tuple[str, str], float], took_s: float = 0.1) -> dict[str, Any]:
@@ -176,20 +178,20 @@ def reduced(speeds: dict[tuple[str, str], float], took_s: float = 0.1) -> dict[s
 
 def test_all_reduce() -> None:
     even = {(A, B): 1.0, (A, C): 0.9, (B, C): 1.1}
-    rows = checks.judge_all_reduce(reduced(even), "gloo")
+    rows = network.judge_all_reduce(reduced(even), "gloo")
     assert shown(rows) == [("ok", "all")]
     assert "0.895 GB/s" in rows[0].found  # 4/3 of 64 MiB in 0.1 s
     assert f"slowest pair: {A} and {C}" in rows[0].found
-    rows = checks.judge_all_reduce(reduced(even | {(A, C): 0.1, (B, C): 0.1}), "nccl")
+    rows = network.judge_all_reduce(reduced(even | {(A, C): 0.1, (B, C): 0.1}), "nccl")
     assert shown(rows) == [("ok", "all"), ("defect", C)]
-    rows = checks.judge_all_reduce(reduced(even | {(A, C): 0.4, (B, C): 0.4}), "nccl")
+    rows = network.judge_all_reduce(reduced(even | {(A, C): 0.4, (B, C): 0.4}), "nccl")
     assert shown(rows) == [("ok", "all"), ("warning", C)]
-    rows = checks.judge_all_reduce(reduced(even | {(A, C): 0.1}), "gloo")
+    rows = network.judge_all_reduce(reduced(even | {(A, C): 0.1}), "gloo")
     assert shown(rows) == [("ok", "all"), ("warning", A)]
     assert C in rows[1].found
-    rows = checks.judge_all_reduce(reduced(even, took_s=10), "gloo")
+    rows = network.judge_all_reduce(reduced(even, took_s=10), "gloo")
     assert shown(rows) == [("ok", "all"), ("warning", "all")]
-    rows = checks.judge_all_reduce(reduced(even) | {B: RuntimeError("refused")}, "gloo")
+    rows = network.judge_all_reduce(reduced(even) | {B: RuntimeError("refused")}, "gloo")
     assert shown(rows) == [("defect", B)]
     assert "GLOO_SOCKET_IFNAME" in rows[0].remedy
 
@@ -215,7 +217,7 @@ class Sites:
 
 def test_a_node_that_does_not_answer_is_unknown_and_the_others_are_judged() -> None:
     silent = TimeoutError("no answer within 30 s")
-    rows = checks.shm(Subject(Sites({A: 8 * GIB, B: silent, C: 2**20})))
+    rows = machine.shm(Subject(Sites({A: 8 * GIB, B: silent, C: 2**20})))
     assert shown(rows) == [("warning", C), ("unknown", B)]
     assert "no answer within 30 s" in rows[1].found
 
@@ -223,7 +225,7 @@ def test_a_node_that_does_not_answer_is_unknown_and_the_others_are_judged() -> N
 def test_a_node_without_a_process_is_a_defect() -> None:
     site = Sites({A: None})
     site.lost = {B: RuntimeError("Version mismatch: Ray 2.59.0")}
-    rows = list(checks.nodes(Subject(site)))
+    rows = list(cluster.nodes(Subject(site)))
     assert shown(rows) == [("defect", B), ("ok", A)]
     assert "Version mismatch" in rows[0].found
 
@@ -300,7 +302,12 @@ def test_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_finding_belongs_to_a_check() -> None:
     """So that docs/doctor.md has all of them."""
     entries = {id(finding) for check in CHECKS.values() for finding in check.findings}
-    every = {id(each) for each in vars(checks).values() if isinstance(each, Finding)}
+    every = {
+        id(each)
+        for module in (cluster, machine, network, storage)
+        for each in vars(module).values()
+        if isinstance(each, Finding)
+    }
     assert every - entries == {id(NO_ANSWER)}
     assert all(f.remedy and f.says for check in CHECKS.values() for f in check.findings)
 

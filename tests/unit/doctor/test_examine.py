@@ -10,9 +10,10 @@ import pytest
 
 from raytune_ft.cli import run_command
 from raytune_ft.doctor import examine
-from raytune_ft.doctor.checks import CHECKS, Check, Subject, reference
+from raytune_ft.doctor.checks import CHECKS, reference
 from raytune_ft.doctor.examine import HERE, Here, lacks, verdict
 from raytune_ft.doctor.findings import Finding, Row, table, well
+from raytune_ft.doctor.subject import Check, Subject
 from raytune_ft.errors import DefectsFound
 
 ROOT = Path(__file__).parents[3]
