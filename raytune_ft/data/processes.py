@@ -69,8 +69,7 @@ class LocalProcesses:
     """Makes parts in processes of this machine.
 
     Attributes:
-        count: of the processes; by default as many as there are CPUs and memory for, and none but
-            this one where there is little text.
+        count: of the processes; by default what `processes_for` says.
         server: what forks them, if it has been started ahead.
     """
 
@@ -79,12 +78,7 @@ class LocalProcesses:
 
     def __call__(self, work: Work, numbers: Sequence[int], tell: Tell) -> Made:
         """Raises RunFailed where processes die again and again over one part."""
-        count = self.count
-        if count is None:
-            pieces = work.pieces
-            worth = sum(pieces[number][1].bytes for number in numbers) >= WORTH_BYTES
-            count = _room() if worth else 1
-        count = min(count, len(numbers))
+        count = min(self.count or processes_for(work.text_bytes(numbers)), len(numbers))
         if count <= 1:
             yield from in_this_process(work, numbers, tell)
             return
@@ -95,8 +89,12 @@ class LocalProcesses:
             yield from pool.made()
 
 
-def _room() -> int:
-    """How many processes this machine has CPUs and memory for."""
+def processes_for(text_bytes: int) -> int:
+    """How many processes make parts of that much text: as many as this machine has CPUs and memory
+    for, or only this one, at most 1, where there is little text.
+    """
+    if text_bytes < WORTH_BYTES:
+        return 1
     return min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // PROCESS_BYTES)
 
 
@@ -105,13 +103,10 @@ def started_ahead(data: DataConfig, count: int | None = None) -> Iterator[LocalP
     """Processes that start while this one still imports what the rest of a command needs, where
     local files have much text; `count` is that of `LocalProcesses`.
     """
-    if count is None:
-        text = sum(map(local_bytes, source_configs(data).values()))
-        worth = text >= WORTH_BYTES and _room() > 1
-    else:
-        worth = count > 1
+    sources = source_configs(data).values()
+    several = (count or processes_for(sum(map(local_bytes, sources)))) > 1
     with ExitStack() as stack:
-        server = stack.enter_context(closing(Server())) if worth else None
+        server = stack.enter_context(closing(Server())) if several else None
         yield LocalProcesses(count, server)
 
 

@@ -156,6 +156,10 @@ class Work:
         """(the number of its source, the piece), of each part."""
         return [(n, piece) for n, (opened, _) in enumerate(self.sources) for piece in opened.pieces]
 
+    def text_bytes(self, numbers: Sequence[int]) -> int:
+        """About how much text the parts of these numbers are made of."""
+        return sum(self.pieces[number][1].bytes for number in numbers)
+
     def part(self, number: int) -> Part:
         """A part that was made."""
         tally = self.tally(number)

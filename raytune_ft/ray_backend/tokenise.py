@@ -36,8 +36,7 @@ def in_tasks(work: Work, numbers: Sequence[int], tell: Tell) -> Made:
     Raises:
         RunFailed: processes die again and again over one part.
     """
-    pieces = work.pieces
-    if sum(pieces[number][1].bytes for number in numbers) < WORTH_BYTES:
+    if work.text_bytes(numbers) < WORTH_BYTES:
         yield from in_this_process(work, numbers, tell)
         return
     yield from spread(work, numbers, tell)
