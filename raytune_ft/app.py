@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from raytune_ft import __version__
 from raytune_ft.config import paths
 from raytune_ft.config.environment import check_submitter, expand_text, joins_cluster
-from raytune_ft.config.execution import import_what_is_used
 from raytune_ft.config.identity import BUDGET
 from raytune_ft.config.load import (
     apply_overrides,
@@ -38,6 +37,7 @@ from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, Ru
 from raytune_ft.files import write_text_atomic
 from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
+from raytune_ft.model.quantise import skip_unused_bitsandbytes
 from raytune_ft.preflight import (
     check_engines,
     lay_out,
@@ -285,7 +285,7 @@ def sample(
             "unset RAY_ADDRESS",
         )
     written, devices = on_devices(load_config(file, overrides, tell), joined=False)
-    import_what_is_used(written)
+    skip_unused_bitsandbytes(written)
     config = expand_env(resolve(written), rewards=True)
     _check_sampling(config, pairs, best)
     tell(devices)

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from raytune_ft.config.environment import in_ray_job, joins_cluster
-from raytune_ft.config.execution import choose_execution, import_what_is_used
+from raytune_ft.config.execution import choose_execution
 from raytune_ft.config.load import choose_strategy, expand_env, memory_decides, with_resources
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.model.quantise import check_backend, skip_unused_bitsandbytes
 from raytune_ft.records import Tell
 from raytune_ft.rundir import Layout, cache_path
 
@@ -36,7 +37,7 @@ def placed(
     cluster decides whether workers have GPUs, whether there are several nodes and how much memory
     a worker has. `usable` (bytes) replaces the measured memory of a worker.
     """
-    import_what_is_used(written)
+    skip_unused_bitsandbytes(written)
     with ExitStack() as stack:
         several = False
         joined = joins_cluster()
@@ -241,7 +242,6 @@ def prepare(config: Config, tell: Tell) -> PreparedData:
         from raytune_ft.model.critic import check_critic
         from raytune_ft.model.hub import at_path
         from raytune_ft.model.load import (
-            check_backend,
             check_files,
             check_pinned,
             load_model_config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,22 +112,6 @@ def variants(config: Config) -> list[Config]:
             params = {k: v for k, v in zip(own, values, strict=True) if v is not None}
             found.append(apply_overrides(alone, {METHOD: name, **params}))
     return found
-
-
-def quantises(config: Config) -> bool:
-    """Whether a run of this config, or one of its trials, holds its base in 4 bits."""
-    runs = [config] if config.search is None else variants(config)
-    return any(METHODS[run.method.name].quantised for run in runs)
-
-
-def import_what_is_used(config: Config) -> None:
-    """Keep this process from importing bitsandbytes where no base is held in 4 bits: PEFT would,
-    wherever it is installed, which takes 1.7 s of CPU time. To be called before PEFT is imported.
-    """
-    if not quantises(config):
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    elif sys.modules.get("bitsandbytes", config) is None:  # of an earlier config
-        del sys.modules["bitsandbytes"]
 
 
 MAX_SLOTS = 16

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ from raytune_ft.model import experts, hub
 from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
 from raytune_ft.model.lengths import forget_longest
 from raytune_ft.model.methods import attach, leave_casts_to_autocast
+from raytune_ft.model.quantise import keep_as_rounded, quantisation_of
 from raytune_ft.tensors.read import open_model
 from raytune_ft.tensors.write import DTYPES
 
@@ -73,45 +73,6 @@ def stay_in_bfloat16(model: nn.Module) -> None:
             module.register_forward_hook(narrow)
         elif type(module).__name__.endswith("RMSNorm"):
             module.register_forward_hook(narrow_again)
-
-
-def check_backend(method: MethodConfig) -> None:
-    """Raises ModelError where a method needs bitsandbytes and it is not installed."""
-    if METHODS[method.name].quantised and find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"method.name={method.name}",
-            "holds the base in 4 bits by bitsandbytes, which is not installed here",
-            "pip install 'raytune-ft[quantize]', or write method.name: lora",
-        )
-
-
-def quantisation_of(method: Any, compute: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a base in 4 bits; none for methods that do not round it.
-
-    Raises:
-        ModelError: see `check_backend`.
-    """
-    if not METHODS[method.name].quantised:
-        return {}
-    check_backend(method)
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=method.quantisation,
-        bnb_4bit_use_double_quant=method.double_quantisation,
-        bnb_4bit_compute_dtype=compute,
-    )
-    return {"quantization_config": config}
-
-
-def keep_as_rounded(base: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights on some CPUs in the first pass without a gradient,
-    which rounds their scales again and refuses widths that are not a multiple of 64.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - typed as a Tensor
 
 
 if not torch.cuda.is_available():  # else DeepSpeed prints a line when transformers imports it

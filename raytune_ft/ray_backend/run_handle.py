@@ -14,10 +14,10 @@ import ray
 from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from raytune_ft.config.execution import quantises
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
 from raytune_ft.layout import HANG_LOG, RESULT
+from raytune_ft.model.quantise import quantises
 from raytune_ft.ray_backend.capacity import room
 from raytune_ft.ray_backend.cluster import connected, stop_grace_s
 from raytune_ft.ray_backend.environment import check_environment

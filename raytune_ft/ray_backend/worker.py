@@ -21,12 +21,12 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
 from raytune_ft.config.environment import grow_segments
-from raytune_ft.config.execution import import_what_is_used
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RunFailed, first_line
 from raytune_ft.estimate.hardware import require_gpu
 from raytune_ft.layout import RESULT
+from raytune_ft.model.quantise import skip_unused_bitsandbytes
 from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.ray_backend.vllm import Engines
 from raytune_ft.records import EvalMetrics, StepMetrics, plain_of
@@ -165,7 +165,7 @@ def prepare_process(config: Config) -> None:
     Raises:
         ClusterError: a GPU is reserved that torch cannot use.
     """
-    import_what_is_used(config)
+    skip_unused_bitsandbytes(config)
     parallel = config.parallel
     if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from workers that have some

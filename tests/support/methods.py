@@ -19,7 +19,8 @@ from raytune_ft.config.schema import Config
 from raytune_ft.config.strategies import STRATEGIES
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.split import TokenizedSplit
-from raytune_ft.model.load import keep_as_rounded, load_tokenizer
+from raytune_ft.model.load import load_tokenizer
+from raytune_ft.model.quantise import keep_as_rounded
 from tests.support import activations
 from tests.support.runs import make_config
 

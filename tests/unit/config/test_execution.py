@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +9,6 @@ import pytest
 from raytune_ft.config.execution import (
     arrange,
     choose_execution,
-    import_what_is_used,
     packable,
 )
 from raytune_ft.config.schema import Config
@@ -167,18 +163,3 @@ def test_methods_are_branches_of_a_space() -> None:
     tree = branches({key: Distribution.model_validate(line) for key, line in space.items()})
     assert tree.needs["method.rank"] == {"method.name": ("lora",)}
     assert tree.needs["method.last"] == {"method.name": ("freeze",)}
-
-
-def test_bitsandbytes_is_importable_only_for_a_base_in_4_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    import_what_is_used(config(method={"name": "lora"}))
-    with pytest.raises(ImportError):
-        importlib.import_module("bitsandbytes")
-    import_what_is_used(config(method={"name": "qlora"}))
-    assert "bitsandbytes" not in sys.modules
-    loaded = ModuleType("bitsandbytes")
-    monkeypatch.setitem(sys.modules, "bitsandbytes", loaded)
-    import_what_is_used(config(method={"name": "lora"}))
-    assert sys.modules["bitsandbytes"] is loaded  # it may be in use

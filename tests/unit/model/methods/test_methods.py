@@ -17,7 +17,6 @@ from raytune_ft.config.methods import (
     Ia3Method,
     LoraMethod,
     OftMethod,
-    QloraMethod,
     VeraMethod,
 )
 from raytune_ft.config.rules import check
@@ -27,7 +26,7 @@ from raytune_ft.errors import ConfigError, ModelError
 from raytune_ft.estimate.parameters import build_shell
 from raytune_ft.merge.fold import fold
 from raytune_ft.model.export import Exporter
-from raytune_ft.model.load import build_model, check_backend
+from raytune_ft.model.load import build_model
 from raytune_ft.model.methods import param_groups, trained_parameters, without_method
 from raytune_ft.tensors.read import open_shards
 from raytune_ft.train.optim import build_optimizer
@@ -338,14 +337,6 @@ def test_lora_plus_moves_b_faster(base: Path) -> None:
 def test_what_adapters_refuse(base: Path, method: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         build_model(ModelConfig(path=str(base)), method, "float32", 0)
-
-
-def test_without_bitsandbytes_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytune_ft.model.load.find_spec", lambda name: None)
-    with pytest.raises(
-        ModelError, match=r"not installed here; pip install 'raytune-ft\[quantize\]'"
-    ):
-        check_backend(QloraMethod(name="qlora"))
 
 
 def test_ia3_names_what_it_does_not_know(tmp_path: Path) -> None:
