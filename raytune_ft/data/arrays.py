@@ -62,10 +62,10 @@ def items(begins: Array, lengths: Array) -> Indices | slice:
     return found
 
 
-def taken(values: Array, order: Indices, empty: Empty) -> Array:
-    """`values[order]`, of `[n]` or `[n, width]`."""
+def taken(values: Array, order: Indices, empty: Empty, dtype: Any = None) -> Array:
+    """`values[order]`, of `[n]` or `[n, width]`; by default of the dtype of `values`."""
     shape = (len(order), *values.shape[1:])
-    found = empty(math.prod(shape), values.dtype).reshape(shape)
+    found = empty(math.prod(shape), dtype or values.dtype).reshape(shape)
     for at in spans(len(order)):
         found[at] = values[order[at]]
     return found

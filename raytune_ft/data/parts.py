@@ -213,17 +213,8 @@ class Examples:
                 if text is not None:
                     yield number, origin.decode(errors="surrogateescape"), json.loads(text)
 
-    def take(self, order: Indices) -> Iterator[tuple[npt.NDArray[np.int32], TokenIds, Mask]]:
-        """(lengths, ids, mask) of these examples, in this order, in blocks of `BLOCK_TOKENS`."""
-        start = 0
-        while start < len(order):
-            some = order[start : start + BLOCK_EXAMPLES]
-            ends = np.cumsum(self.lengths[some], dtype=np.int64)
-            count = max(1, int(np.searchsorted(ends, BLOCK_TOKENS)))
-            yield self._gather(some[:count])
-            start += min(count, len(some))
-
-    def _gather(self, chosen: Indices) -> tuple[npt.NDArray[np.int32], TokenIds, Mask]:
+    def tokens_of(self, chosen: Indices) -> tuple[TokenIds, Mask]:
+        """Ids and label mask of these examples, which are at least one, in this order."""
         lengths = self.lengths[chosen]
         ends = np.cumsum(lengths, dtype=np.int64)
         ids, mask = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.uint8)
@@ -237,7 +228,7 @@ class Examples:
             target = items(ends[places] - lengths[places], lengths[places])
             ids[target] = values_of(found["input_ids"].values)[source]
             mask[target] = values_of(found["label_mask"].values)[source]
-        return lengths, ids, mask.view(np.bool_)
+        return ids, mask.view(np.bool_)
 
     def _tokens(self, number: int) -> Any:
         if self._loaded[0] != number:

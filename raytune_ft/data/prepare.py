@@ -35,7 +35,7 @@ from raytune_ft.config.data import (
     source_names,
 )
 from raytune_ft.config.reference import one_of
-from raytune_ft.data.arrays import Indices, numbered, spans, summed, taken
+from raytune_ft.data.arrays import Indices, numbered, spans, summed, taken, token_spans
 from raytune_ft.data.formats import WEIGHT, Encoder, found_format
 from raytune_ft.data.formats.classification import (
     TARGET,
@@ -411,17 +411,10 @@ def _columns_of(
             check_all_seen(own[TARGET], data, labels)
     written = getattr(data, name)
     if isinstance(data.train if isinstance(written, float) else written, list):
-        own["source"] = _as_column(examples.sources, order, examples)
+        own["source"] = taken(examples.sources, order, examples.empty, np.float32)[:, None]
     if name == "train" and difficulty_column(data) is not None:
-        own["difficulty"] = _as_column(found.difficulty, order, examples)
+        own["difficulty"] = taken(found.difficulty, order, examples.empty, np.float32)[:, None]
     return own, order
-
-
-def _as_column(values: npt.NDArray[Any], order: Indices, examples: Examples) -> Column:
-    found = examples.empty(len(order), np.float32)
-    for at in spans(len(order)):
-        found[at] = values[order[at]]
-    return found[:, None]
 
 
 def _write_split(
@@ -436,8 +429,10 @@ def _write_split(
 
     def blocks() -> Iterator[tuple[TokenIds, Mask]]:
         nonlocal label_tokens
-        for lengths, ids, mask in examples.take(order):
-            firsts = (np.cumsum(lengths, dtype=np.int64) - lengths)[lengths > 0]
+        for at in token_spans(offsets):
+            ids, mask = examples.tokens_of(order[at])
+            begins, ends = offsets[at], offsets[at.start + 1 : at.stop + 1]
+            firsts = begins[begins < ends] - offsets[at.start]
             label_tokens += int(mask.sum()) - int(mask[firsts].sum())
             yield ids, mask
 

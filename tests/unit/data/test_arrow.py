@@ -23,7 +23,7 @@ ids, mask, path = np.arange(5, dtype=np.int32), np.arange(5) > 2, Path(sys.argv[
 with PartWriter(path) as writer:
     writer.add(0, [Example("rows.jsonl:1", ids, mask)])
 examples = Examples([Part(path, 0, 1, tuple(writer.blocks))], path.parent)
-((lengths, taken, _),) = examples.take(np.zeros(1, np.int64))
+taken, _ = examples.tokens_of(np.zeros(1, np.int64))
 TokenizedSplit.from_examples([(taken, mask)], {"w": np.ones((1, 2), np.float32)}).write(path)
 assert TokenizedSplit.open(path).input_ids.tolist() == ids.tolist()
 print("pandas" in sys.modules)
