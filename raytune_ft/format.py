@@ -1,4 +1,4 @@
-"""How numbers are written for people: in the terminal, in reports, model cards and plans."""
+"""How numbers and names are written for people: in messages, reports, model cards and plans."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def cell(value: Any) -> str:
 def interval(ends: Sequence[float] | None) -> str:
     """`0.1000 to 0.2000`; None is an interval that too few examples do not give."""
     return "too few examples" if ends is None else " to ".join(map(number, ends))
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many there are beside them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def params_text(values: Mapping[str, Any]) -> str:

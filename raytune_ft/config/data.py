@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raytune_ft.config.section import NameIn, Positive, Section
+from raytune_ft.format import some_of
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,7 @@ class SourceConfig(Section):
     @property
     def shown(self) -> str:
         """`path` for messages: of a list, the first and how many others there are."""
-        more = len(self.paths) - 1
-        return self.paths[0] + (f" and {more} more" if more else "")
+        return some_of(self.paths, 1)
 
 
 class ChunkConfig(Section):

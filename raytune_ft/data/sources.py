@@ -40,6 +40,7 @@ from raytune_ft.data.rows import (
 )
 from raytune_ft.data.stores import Remote, copy_to, files_at
 from raytune_ft.errors import DataError, first_line
+from raytune_ft.format import some_of
 
 if TYPE_CHECKING:
     import datasets
@@ -397,10 +398,8 @@ def _of_files(
         pieces += own
         _refuse_changed(label, shard)
     names = [PurePath(path).name for path in source.paths]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return Source(
-        label, source, names[0] + more, _joined(digests), columns, tuple(pieces), tuple(shards)
-    )
+    called = some_of(names, 1)
+    return Source(label, source, called, _joined(digests), columns, tuple(pieces), tuple(shards))
 
 
 def _piece_bytes(size: int) -> int:
@@ -665,6 +664,5 @@ def _nearest(name: str, names: Sequence[str], prefix: str) -> str | None:
     return f"did you mean {prefix}{near[0]}?" if near else None
 
 
-def _shown(names: Sequence[str], limit: int = 12) -> str:
-    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:limit]]
-    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _shown(names: Sequence[str]) -> str:
+    return some_of([name if len(name) <= 40 else f"{name[:37]}..." for name in names], 12)

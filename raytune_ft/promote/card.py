@@ -19,6 +19,7 @@ from raytune_ft.config.metrics import RETENTION, label
 from raytune_ft.config.objectives import OBJECTIVES
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.report import DataReport
+from raytune_ft.format import some_of
 from raytune_ft.merge.verify import FoldCheck
 from raytune_ft.promote.decide import Evaluation, Sample
 from raytune_ft.records import as_json
@@ -201,8 +202,7 @@ def _labels_section(data: DataReport) -> str:
         "multi_label": "Any number of labels per example: the outputs above 0",
     }.get(data.problem or "", "Numbers, as they are in the data")
     names = [label.replace("\n", " ") for label in data.labels]
-    rest = f" and {len(names) - MAX_LABELS} more" * (len(names) > MAX_LABELS)
-    return f"## Labels\n\n{what}. In their order: {', '.join(names[:MAX_LABELS])}{rest}."
+    return f"## Labels\n\n{what}. In their order: {some_of(names, MAX_LABELS)}."
 
 
 def _loading_section(classifies: bool) -> str:

@@ -16,6 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import Interrupted, RaytuneFtError, RunFailed
+from raytune_ft.format import some_of
 from raytune_ft.layout import HANG_LOG, RESULT
 from raytune_ft.model.quantise import quantises
 from raytune_ft.ray_backend.capacity import room
@@ -83,8 +84,7 @@ def ask_workers(workers: list[Any], question: Callable[[], Any]) -> tuple[list[A
 def shown_nodes(nodes: Sequence[str]) -> str:
     """The different nodes of a group's workers, in the order of ranks."""
     names = list(dict.fromkeys(nodes))
-    more = f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
-    return f"node{'s' * (len(names) > 1)} {', '.join(names[:SHOWN_NODES])}{more}"
+    return f"node{'s' * (len(names) > 1)} {some_of(names, SHOWN_NODES)}"
 
 
 class GroupHandle:

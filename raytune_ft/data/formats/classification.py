@@ -17,6 +17,7 @@ from raytune_ft.data.formats.example import Encoder, Example, RowReader, bad_tex
 from raytune_ft.data.rows import BadRow, Row
 from raytune_ft.data.split import Column
 from raytune_ft.errors import DataError
+from raytune_ft.format import some_of
 
 TARGET = "target"
 SECOND = "second"
@@ -206,7 +207,7 @@ def refuse_labels(
         f"data.{split}: {origin}",
         f"has the label {unknown!r}, which is none of "
         + ("data.labels" if data.labels else "those of data.train"),
-        f"write one of {_shown(names)}",
+        f"write one of {some_of(names, 12)}",
     )
 
 
@@ -222,8 +223,3 @@ def check_all_seen(targets: Column, data: DataConfig, names: Sequence[str]) -> N
             f"has the label {absent[0]!r}, which no training example has",
             "remove it, or add rows that have it",
         )
-
-
-def _shown(names: Sequence[str], limit: int = 12) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
