@@ -8,7 +8,6 @@ Shapes: V virtual tokens, L layers, otherwise as in `attached`.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from transformers import DynamicCache
 from raytune_ft.config.methods import METHODS, PrefixMethod
 from raytune_ft.errors import ModelError
 from raytune_ft.model.methods.base import Implementation
-from raytune_ft.model.methods.hooks import Attached, Read, base_name, begins_cache
-from raytune_ft.model.methods.virtual import ENCODER, KEY, computed, peft_contents
+from raytune_ft.model.methods.hooks import begins_cache
+from raytune_ft.model.methods.virtual import ENCODER, Encoded
 
 
 def apply_prefix(base: nn.Module, method: PrefixMethod) -> nn.Module:
@@ -54,21 +53,11 @@ class FixedCache(DynamicCache):
         return tuple(torch.cat([old.to(new.dtype), new], dim=-2) for old, new in both)
 
 
-class Prefix(Attached):
-    """The prefix of one model. `config` is what PEFT writes beside the weights."""
+class Prefix(Encoded):
+    """The prefix of one model."""
 
     by_example = False
     unpackable = METHODS["prefix"].one_example_rows
-
-    def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
-        super().__init__(model)
-        self._model, self._config = model, config
-        self._tokens: int = config.num_virtual_tokens
-        config.base_model_name_or_path, config.inference_mode = base_name(model), True
-        encoder.train()
-        model.add_module(ENCODER, encoder)
-        self._blank = copy.deepcopy(encoder)
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> Any:
         """Give the prefix to a pass that has no cache."""
@@ -108,13 +97,6 @@ class Prefix(Attached):
             key, value = states.unsqueeze(1).expand(-1, rows, -1, -1, -1)
             DynamicCache.update(cache, key, value, layer)
         return cache
-
-    def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return peft_contents(self._config, computed(self._blank, ENCODER, read)[0])
-
-    @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
 
 
 def _peft_keys(base: nn.Module, tokens: int) -> dict[str, Any]:

@@ -52,20 +52,46 @@ def apply_p_tuning(base: nn.Module, method: PTuningMethod) -> nn.Module:
     return base
 
 
-class Virtual(Attached):
-    """The virtual tokens of one model. `config` is what PEFT writes beside the weights."""
+class Encoded(Attached):
+    """Virtual tokens of one model that an encoder of PEFT's computes; `_look` gives them to a pass.
+    `config` is what PEFT writes beside the weights.
+    """
 
     def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
         super().__init__(model)
         self._model, self._config = model, config
         self._tokens: int = config.num_virtual_tokens
-        self._places: tuple[Tensor, Tensor] | None = None
-        self._prompts: list[int] = []
         config.base_model_name_or_path, config.inference_mode = base_name(model), True
         encoder.train()
         model.add_module(ENCODER, encoder)
         self._blank = copy.deepcopy(encoder)
         model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, model: nn.Module, arguments: Any, inputs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's two files; of an MLP only its output is written, as PEFT does."""
+        encoder = copy.deepcopy(self._blank)
+        encoder.load_state_dict({name: read(f"{ENCODER}.{name}") for name in encoder.state_dict()})
+        with torch.no_grad():
+            found: Tensor = encoder.eval()(torch.arange(self._tokens).unsqueeze(0))[0]
+        written = self._config.to_dict().items()
+        plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written}
+        return plain, {KEY: found}
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
+
+
+class Virtual(Encoded):
+    """The virtual tokens of one model."""
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
+        super().__init__(model, encoder, config)
+        self._places: tuple[Tensor, Tensor] | None = None
+        self._prompts: list[int] = []
         embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         embedding.register_forward_hook(self._replace)
 
@@ -111,31 +137,6 @@ class Virtual(Attached):
         places_K, which_K = (index.to(output.device, non_blocking=True) for index in self._places)
         virtual_KH = table_VH.index_select(0, which_K).to(output.dtype)
         return output.flatten(0, 1).index_copy(0, places_K, virtual_KH).view_as(output)
-
-    def contents(self, read: Read) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Of an MLP only its output is written, as PEFT does."""
-        return peft_contents(self._config, computed(self._blank, ENCODER, read)[0])
-
-    @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self._model.get_parameter(f"{ENCODER}.embedding.weight").copy_(tensors[KEY])
-
-
-def computed(blank: nn.Module, prefix: str, read: Read) -> Tensor:
-    """`[1, V, ...]`: the output of one of PEFT's encoders with the weights that `read` gives."""
-    encoder = copy.deepcopy(blank)
-    encoder.load_state_dict({name: read(f"{prefix}.{name}") for name in encoder.state_dict()})
-    tokens = encoder.get_submodule("embedding").get_parameter("weight").shape[0]
-    with torch.no_grad():
-        found: Tensor = encoder.eval()(torch.arange(tokens).unsqueeze(0))
-    return found
-
-
-def peft_contents(config: Any, embeddings: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The contents of PEFT's two files."""
-    written = config.to_dict()
-    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
-    return plain, {KEY: embeddings}
 
 
 def _peft_keys(base: nn.Module, tokens: int) -> dict[str, Any]:
