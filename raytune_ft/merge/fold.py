@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.dynamic_module_utils import custom_object_save
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.config.section import parse_size
@@ -53,6 +52,7 @@ from raytune_ft.merge.write_model import (
     plan_hash,
     write_weights,
 )
+from raytune_ft.model.export import save_configs
 from raytune_ft.model.heads import Head
 from raytune_ft.model.load import (
     base_folder,
@@ -247,13 +247,7 @@ def _save_config(opened: Opened, target: Path, dtype: torch.dtype) -> None:
     if not opened.tied:
         for config in (shell.config, shell.config.get_text_config()):
             config.tie_word_embeddings = False
-    shell.config.dtype = str(dtype).removeprefix("torch.")
-    shell.config.architectures = [type(shell).__name__]
-    if shell.is_remote_code():
-        custom_object_save(shell, str(target), config=shell.config)
-    shell.config.save_pretrained(str(target))
-    if shell.can_generate():
-        shell.generation_config.save_pretrained(str(target))
+    save_configs(shell, dtype, target)
 
 
 def _identity(files: TensorFiles) -> list[list[object]]:

@@ -177,16 +177,20 @@ class _HuggingFaceModel:
     def _save_config(self, directory: Path, weights: set[str]) -> list[FileRecord]:
         """Records of the files made here; other ranks write those of `weights` meanwhile."""
         before = set(directory.iterdir())
-        shell = self._shell
-        shell.config.dtype = str(self._dtype).removeprefix("torch.")
-        shell.config.architectures = [type(shell).__name__]
-        if shell.is_remote_code():
-            custom_object_save(shell, str(directory), config=shell.config)
-        shell.config.save_pretrained(str(directory))
-        if shell.can_generate():
-            shell.generation_config.save_pretrained(str(directory))
+        save_configs(self._shell, self._dtype, directory)
         made = sorted(p for p in set(directory.iterdir()) - before if p.name not in weights)
         return [flush_file(path, directory) for path in made]
+
+
+def save_configs(shell: Any, dtype: torch.dtype, directory: Path) -> None:
+    """What `save_pretrained` writes beside the weights of a model in `dtype`."""
+    shell.config.dtype = str(dtype).removeprefix("torch.")
+    shell.config.architectures = [type(shell).__name__]
+    if shell.is_remote_code():
+        custom_object_save(shell, str(directory), config=shell.config)
+    shell.config.save_pretrained(str(directory))
+    if shell.can_generate():
+        shell.generation_config.save_pretrained(str(directory))
 
 
 def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
