@@ -35,10 +35,13 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
+        return parse_manifest(self._raw_manifest(name), self._url(name, MANIFEST))
+
+    def _raw_manifest(self, name: str) -> bytes:
         raw = self.bucket.get(self._key(name, MANIFEST))
         if raw is None:
             raise CheckpointError(f"{self._url(name)} is missing")
-        return parse_manifest(raw, self._url(name, MANIFEST))
+        return raw
 
     def upload(self, folder: Path) -> None:
         """Copy a checkpoint from the local disk; one of that name with other content is replaced.
@@ -95,9 +98,7 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: there is no such checkpoint, or a file is missing.
         """
-        raw = self.bucket.get(self._key(name, MANIFEST))
-        if raw is None:
-            raise CheckpointError(f"{self._url(name)} is missing")
+        raw = self._raw_manifest(name)
         final, folder = target / name, target / f".{name}.fetched"
         if final.exists():
             return

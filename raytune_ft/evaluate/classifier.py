@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -62,11 +64,7 @@ def length_scores(
     sign_N, sign_E = (np.sign(_longer(one)) for one in (train, split))
     right, wrong = int((sign_N > 0).sum()) + 1, int((sign_N < 0).sum()) + 1
     half_E = torch.from_numpy(sign_E * np.log(right / wrong) / 2)
-    data = {name: torch.from_numpy(np.array(values)) for name, values in split.columns.items()}
-    made = objective.columns_of(half_E, -half_E, data)
-    columns = {name: values.numpy() for name, values in made.items()}
-    known = objective.known(split, np.arange(len(split)))
-    return figures_of(columns | known, figures, split)
+    return _scored(objective, (half_E, -half_E), figures, split)
 
 
 def _longer(split: TokenizedSplit) -> npt.NDArray[np.int64]:
@@ -83,8 +81,15 @@ def scores_of(
     figures: tuple[Figure, ...],
 ) -> dict[str, Scores]:
     """Figures of given outputs for the examples of a split."""
+    return _scored(objective, (outputs_EL,), figures, split)
+
+
+def _scored(
+    objective: Any, outputs: tuple[Tensor, ...], figures: tuple[Figure, ...], split: TokenizedSplit
+) -> dict[str, Scores]:
+    """`outputs`: what `objective.columns_of` takes before the data columns."""
     data = {name: torch.from_numpy(np.array(values)) for name, values in split.columns.items()}
-    made = objective.columns_of(outputs_EL, data)
+    made = objective.columns_of(*outputs, data)
     columns = {name: values.numpy() for name, values in made.items()}
     known = objective.known(split, np.arange(len(split)))
     return figures_of(columns | known, figures, split)

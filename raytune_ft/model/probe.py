@@ -150,6 +150,12 @@ def _is_noise(packed: Tensor, alone: Tensor, padded: Tensor) -> bool:
     return bool(moved <= min(NOISE_RATIO * noise, NOISE_LIMIT))
 
 
+def _one_document(length: int, vocabulary: int, device: torch.device, virtual: int) -> MicroBatch:
+    document = np.random.default_rng(0).integers(0, vocabulary, length).astype(np.int32)
+    split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
+    return collate(split, [0], ((0,),), 0, device, virtual)
+
+
 @torch.no_grad()
 def returns_its_head(
     by_label: Callable[[MicroBatch, Callable[[Tensor, MicroBatch], Tensor]], Tensor],
@@ -158,9 +164,7 @@ def returns_its_head(
     virtual: int = 0,
 ) -> bool:
     """Whether a model returns what its head returns, without scaling or capping it."""
-    document = np.random.default_rng(0).integers(0, vocabulary, LENGTHS[0]).astype(np.int32)
-    split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
-    batch = collate(split, [0], ((0,),), 0, device, virtual)
+    batch = _one_document(LENGTHS[0], vocabulary, device, virtual)
     # Numbers that no cap or scale leaves as they are.
     found = by_label(batch, lambda _, part: 100.0 * part.labels_N.unsqueeze(1) + 1)
     return torch.equal(found.double(), 100.0 * batch.labels_N.unsqueeze(1).double() + 1)
@@ -177,9 +181,7 @@ def same_of_one(
     length: int = LENGTHS[0],
 ) -> bool:
     """Whether two ways to call a model give the same output for one document of that length."""
-    document = np.random.default_rng(0).integers(0, vocabulary, length).astype(np.int32)
-    split = TokenizedSplit.from_examples([(document, np.ones(len(document), bool))])
-    batch = collate(split, [0], ((0,),), 0, device, virtual)
+    batch = _one_document(length, vocabulary, device, virtual)
     a, b = one(batch), other(batch)
     return bool((a - b).abs().max() <= TOLERANCE[precision] * (b.abs().max() + 1e-6))
 

@@ -97,14 +97,9 @@ class SlotQueue(Mailboxes):
             await self._changed.wait_for(lambda: self._closed(run) or self._free() is not None)
             if self._stopping or run in self._refused:
                 return False
-            engine = self._free()
-            trial = self._trials[run] = _Trial(spec, engine)
+            trial = self._trials[run] = _Trial(spec, self._free())
             self._boxes[run] = Mailbox()
-            if engine is None:
-                self._boxes[run].put({"ended": self._failure})
-                trial.gone.set()
-            else:
-                self._engines[engine].commands.put(Enter(spec))
+            self._let_in(run, trial)
             return True
 
     def _closed(self, run: str) -> bool:
@@ -224,11 +219,15 @@ class SlotQueue(Mailboxes):
             if trial.gone.is_set():
                 return
             trial.engine = None if self._closed(run) or trial.leaving else self._free()
-            if trial.engine is None:
-                self._boxes[run].put({"ended": self._failure})
-                trial.gone.set()
-            else:
-                self._engines[trial.engine].commands.put(Enter(trial.spec))
+            self._let_in(run, trial)
+
+    def _let_in(self, run: str, trial: _Trial) -> None:
+        """Ask its engine to take the trial; one that has none has ended."""
+        if trial.engine is None:
+            self._boxes[run].put({"ended": self._failure})
+            trial.gone.set()
+        else:
+            self._engines[trial.engine].commands.put(Enter(trial.spec))
 
     async def give_up(self, run: str) -> None:
         """Drop a trial whose process died: it leaves its slot, or its place in the queue."""

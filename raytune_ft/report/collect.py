@@ -79,6 +79,11 @@ class Facts:
             return best.get("trial")
         return self.trials[0].id if best else None
 
+    @property
+    def best_trial(self) -> Trial | None:
+        """The best trial; None before the first usable one, or where it has no directory."""
+        return next((trial for trial in self.trials if trial.id == self.best), None)
+
 
 def collect(directory: Path) -> Facts:
     """Read what the run or sweep in `directory` has written so far.

@@ -106,7 +106,7 @@ def learning_curves(facts: Facts) -> Plot | None:
 
 def source_curves(facts: Facts) -> Plot | None:
     """The best trial's loss on each source of the validation set, over examples."""
-    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    trial = facts.best_trial
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in trial.evaluations if trial else ():
         for name, value in (each.get("eval_loss_by_source") or {}).items():
@@ -135,7 +135,7 @@ def said_curves(facts: Facts) -> list[Plot | None]:
     """What the best trial's model says to the validation prompts, over examples: its rewards, and
     each figure of `SAID`.
     """
-    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    trial = facts.best_trial
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in trial.evaluations if trial else ():
         for name, value in each.items():

@@ -100,7 +100,7 @@ def overoptimised(facts: Facts) -> list[str]:
     below the base, or lost more than half of what it had gained (arXiv 2210.10760), by more than
     `CLEARLY` standard errors of the difference between two independent means.
     """
-    trial = next((one for one in facts.trials if one.id == facts.best), None)
+    trial = facts.best_trial
     rows = [row for row in trial.evaluations if REWARD.name in row] if trial else []
     if len(rows) < 2:
         return []
@@ -146,7 +146,7 @@ def _headline(facts: Facts) -> Record:
         lines = [str(facts.result["error"])] if facts.result.get("error") else []
         return {"title": title, "lines": lines, "colour": NEUTRAL if status == "running" else BAD}
     base = (facts.result.get("base") or {}).get(facts.metric)
-    value = next((trial.value for trial in facts.trials if trial.id == facts.best), None)
+    value = None if facts.best_trial is None else facts.best_trial.value
     title = f"{facts.metric} {cell(value)}" + (f", base {number(base)}" if base is not None else "")
     return {
         "title": f"{title} (validation)",

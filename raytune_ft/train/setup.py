@@ -508,10 +508,7 @@ def _with_varlen(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRun
     config = runner.model.config.get_text_config()  # type: ignore[operator,union-attr]
     window = getattr(config, "sliding_window", None) or 0
     lengths = {LENGTHS[0], min(window + LENGTHS[0], longest)} if window < longest else {LENGTHS[0]}
-    of_tokens, virtual = runner.objective.of_tokens, virtual_tokens(runner.model)
-    one, other = (each.logits if of_tokens else each.example_logits for each in (found, runner))
-    asked = (vocabulary, runner.precision, strategy.device, virtual)
-    same = [same_of_one(one, other, *asked, length) for length in sorted(lengths)]
+    same = [_computes_the_same(found, runner, vocabulary, length) for length in sorted(lengths)]
     reason = found.varlen.refused or (None if all(same) else "it computes something else")
     reason = strategy.from_rank0(reason)
     if reason is None:
@@ -524,11 +521,16 @@ def _attends_as_plain(runner: ModelRunner, vocabulary: int) -> bool:
     """Whether attention by example computes for one example what transformers' attention does,
     which may add a bias of the model to the scores.
     """
-    strategy, plain = runner.strategy, replace(runner, by_example=False, flash=False)
-    of_tokens, virtual = runner.objective.of_tokens, virtual_tokens(runner.model)
-    one, other = (each.logits if of_tokens else each.example_logits for each in (runner, plain))
-    asked = (vocabulary, runner.precision, strategy.device, virtual)
-    return strategy.from_rank0(same_of_one(one, other, *asked))
+    plain = replace(runner, by_example=False, flash=False)
+    return runner.strategy.from_rank0(_computes_the_same(runner, plain, vocabulary, LENGTHS[0]))
+
+
+def _computes_the_same(one: ModelRunner, other: ModelRunner, vocabulary: int, length: int) -> bool:
+    """Whether two ways to run a model give the same output for a document of that length."""
+    of_tokens, virtual = one.objective.of_tokens, virtual_tokens(one.model)
+    first, second = (each.logits if of_tokens else each.example_logits for each in (one, other))
+    device = one.strategy.device
+    return same_of_one(first, second, vocabulary, one.precision, device, virtual, length)
 
 
 def _probe(runner: ModelRunner, vocabulary: int) -> Probe:
