@@ -204,9 +204,9 @@ class CheckpointStore:
         keep_last: int,
         keep_best: int,
         mode: Literal["min", "max"],
-        protect: Collection[str] = (),
-        metric: str = "eval_loss",
-        keep_every_examples: int | None = None,
+        protect: Collection[str],
+        metric: str,
+        keep_every_examples: int | None,
     ) -> Sequence[Path]:
         """The checkpoints that `retain` would delete."""
         checkpoints = self.list()

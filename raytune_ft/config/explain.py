@@ -48,7 +48,7 @@ def explain(error: ValidationError, data: dict[str, Any]) -> ConfigError:
     return wrong_value(path, _at(data, path), method)
 
 
-def unknown_key(path: Sequence[str], method: object = None) -> ConfigError:
+def unknown_key(path: Sequence[str], method: object) -> ConfigError:
     """The ConfigError for a key that the schema does not have."""
     dotted, section = ".".join(path), ".".join(path[:-1])
     siblings = reference.fields_at(path[:-1], method)
@@ -70,7 +70,7 @@ def unknown_key(path: Sequence[str], method: object = None) -> ConfigError:
     return ConfigError(_short(dotted), f"is not a key{of_name}", remedy)
 
 
-def wrong_value(path: Sequence[str], value: Any, method: object = None) -> ConfigError:
+def wrong_value(path: Sequence[str], value: Any, method: object) -> ConfigError:
     """The ConfigError for a value that is not what the schema expects at `path`."""
     field = reference.field_at(path, method)
     shown = shown_value(value)

@@ -68,9 +68,7 @@ def config_sha256(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def depends_on_horizon(
-    train: TrainConfig, curriculum: CurriculumConfig | None = None
-) -> str | None:
+def depends_on_horizon(train: TrainConfig, curriculum: CurriculumConfig | None) -> str | None:
     """Names what makes a step depend on the number of steps to come; None where nothing does."""
     if train.lr_schedule != "constant" or train.warmup_fraction > 0:
         return f"a {train.lr_schedule} schedule"

@@ -98,7 +98,7 @@ def method_keys(name: str) -> frozenset[str]:
     return frozenset(f"method.{key}" for key in methods()[name].model_fields)
 
 
-def fields_at(parts: Sequence[str], method: object = None) -> dict[str, FieldInfo]:
+def fields_at(parts: Sequence[str], method: object) -> dict[str, FieldInfo]:
     """The keys of the section at that path; empty where there is no section.
 
     Where `method` names a method, `method` has the keys of that one only, otherwise of all.
@@ -161,7 +161,7 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def suggestion(parts: Sequence[str], method: object = None) -> str | None:
+def suggestion(parts: Sequence[str], method: object) -> str | None:
     """The key that was probably meant by an unknown one: of its own section, else of another."""
     siblings = fields_at(parts[:-1], method)
     near = closest(parts[-1], siblings)

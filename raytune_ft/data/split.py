@@ -256,13 +256,11 @@ def _add_columns(digest: Any, columns: Mapping[str, Column]) -> None:
         digest.update(np.ascontiguousarray(column).data)
 
 
-def _labels_before(
-    mask: Mask, places: npt.NDArray[np.int64], block: int = 2**22
-) -> npt.NDArray[np.int64]:
+def _labels_before(mask: Mask, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The label tokens before each of these places, which ascend. A running count of every token
     would take 8 bytes for each.
     """
-    found, total = np.empty(len(places), np.int64), 0
+    found, total, block = np.empty(len(places), np.int64), 0, 2**22
     for start in range(0, max(len(mask), 1), block):
         running = np.concatenate([[0], np.cumsum(mask[start : start + block])])
         first, last = np.searchsorted(places, (start, start + len(running) - 1))

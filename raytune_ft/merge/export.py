@@ -78,8 +78,8 @@ def export(
     return target
 
 
-def push(folder: Path, repository: str, private: bool = True) -> str:
-    """Upload a folder to a new repository of the hub, with the token in HF_TOKEN; its address.
+def push(folder: Path, repository: str) -> str:
+    """Upload a folder to a new private repository of the hub by the token in HF_TOKEN; its address.
 
     Raises:
         StorageError: the hub refuses, already has that repository, or cannot be reached.
@@ -89,7 +89,7 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
 
     api = HfApi()
     try:
-        made = api.create_repo(repository, private=private, exist_ok=False)
+        made = api.create_repo(repository, private=True, exist_ok=False)
         api.upload_folder(repo_id=made.repo_id, folder_path=str(folder))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)

@@ -137,14 +137,14 @@ def open_checkpoint(
     if (checkpoint / "config.json").is_file():
         own = model.model_copy(update={"path": str(checkpoint)})
         with open_model(checkpoint) as files:
-            weights, found = _under(head, files, outline(own, head=head))
+            weights, found = _under(head, files, outline(own, head))
             tied = bool(getattr(found.model, "all_tied_weights_keys", None))
             yield Opened(weights, found, tied, None, _identity(files))
         return
     read_adapter_config(checkpoint)
     _refuse_quantised(model, head)
     with open_model(base_folder(model)) as files:
-        base, found = _under(head, files, outline(model, head=head))
+        base, found = _under(head, files, outline(model, head))
         adapted = Adapted(base, found, checkpoint)
         hashes = [sha256_of(checkpoint / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
         try:
@@ -214,8 +214,8 @@ def check_written(
     own = model.model_copy(update={"path": str(target)})
     head = opened.outline.head
     with open_model(target) as files:
-        exact = run_weights(outline(own, head=head), opened.weights, examples)
-        written = run_weights(outline(own, head=head), files, examples)
+        exact = run_weights(outline(own, head), opened.weights, examples)
+        written = run_weights(outline(own, head), files, examples)
         floating = [d for d in map(files.dtype, files.shapes) if d.is_floating_point]
     narrowest = min(floating, key=lambda dtype: dtype.itemsize)
     return compare(exact if reference is None else reference, exact, written, narrowest, of)

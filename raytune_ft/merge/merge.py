@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from raytune_ft.config.merging import MERGES
@@ -73,13 +72,12 @@ class MergeJob:
     alphas: Sequence[float]
     examples: Sequence[Tensor]
     max_shard_size: str
-    dtype: torch.dtype | None
     tell: Tell
 
     def write(self, target: Path, chosen: Sequence[int], settings: MergeSettings) -> FoldCheck:
         """Writes the merge of some members into `target` and checks it; -1 stands for the base."""
         made = self.opening.merged(self.formula, chosen, settings)
-        files = write_model(self.model, made, target, self.max_shard_size, self.dtype, self.tell)
+        files = write_model(self.model, made, target, self.max_shard_size, None, self.tell)
         check = check_written(
             self.model, made, target, self.examples, None, "the merge before rounding"
         )
@@ -108,7 +106,6 @@ def merge(
     settings: MergeSettings | None = None,
     alphas: Sequence[float] = ALPHAS,
     max_shard_size: str = MAX_SHARD_SIZE,
-    dtype: torch.dtype | None = None,
     tell: Tell = lambda line: None,
     head: Head | None = None,
 ) -> MergeReport:
@@ -131,7 +128,7 @@ def merge(
         )
     found = MERGES[name]
     if found.formula is None:
-        check = fold(model, members[0], target, examples, max_shard_size, dtype, tell, head)
+        check = fold(model, members[0], target, examples, max_shard_size, None, tell, head)
         return MergeReport(name, (0,), None, check)
     with open_members(model, members, head) as opening:
         job = MergeJob(
@@ -145,7 +142,6 @@ def merge(
             alphas=alphas,
             examples=examples,
             max_shard_size=max_shard_size,
-            dtype=dtype,
             tell=tell,
         )
         report: MergeReport = found.make()(job, target)

@@ -38,7 +38,7 @@ def write_weights(
     plan: str,
     max_shard_bytes: int,
     dtypes: Mapping[str, torch.dtype],
-    tell: Tell = lambda line: None,
+    tell: Tell,
 ) -> list[FileRecord]:
     """Write the shards and, if there are several, their index; shards in the journal are kept.
 

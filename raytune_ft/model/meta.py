@@ -71,16 +71,14 @@ class Outline:
     head: Head | None = None
 
 
-def outline(
-    model: ModelConfig, dtype: torch.dtype = torch.float32, head: Head | None = None
-) -> Outline:
+def outline(model: ModelConfig, head: Head | None) -> Outline:
     """The model as `from_pretrained` would build it; of its files only the headers are read.
 
     Raises:
         ModelError: see `load_base`; or its weights can only be read all together.
     """
     try:
-        base, seen = _load_without_weights(partial(load_base, model, dtype, head))
+        base, seen = _load_without_weights(partial(load_base, model, torch.float32, head))
     except NotInParts as reason:
         raise ModelError(
             f"model.path={model.path}",
@@ -94,12 +92,12 @@ def outline(
 class BaseFiles:
     """The weights of a pretrained model, read from its files one by one."""
 
-    def __init__(self, model: ModelConfig, head: Head | None = None) -> None:
+    def __init__(self, model: ModelConfig, head: Head | None) -> None:
         """
         Raises:
             ModelError: see `outline`.
         """
-        self._outline = outline(model, head=head)
+        self._outline = outline(model, head)
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:
@@ -168,7 +166,7 @@ def build_base(model: ModelConfig, precision: Precision, in_parts: bool) -> Buil
 
 
 def build_measured(
-    model: ModelConfig, dtype: torch.dtype, in_parts: bool, head: Head | None = None
+    model: ModelConfig, dtype: torch.dtype, in_parts: bool, head: Head | None
 ) -> Built:
     """What `load_base` loads; `in_parts`: with its weights on the meta device."""
     load = partial(load_base, model, dtype, head)

@@ -92,7 +92,7 @@ def model_card(
     evaluation: Evaluation,
     check: FoldCheck | None,
     samples: Sequence[Sample],
-    unfolded: str | None = None,
+    unfolded: str | None,
 ) -> ModelCard:
     """The card as `huggingface_hub` reads it: YAML metadata, then Markdown.
 

@@ -17,6 +17,9 @@ from raytune_ft.evaluate.evaluate import Measured
 from raytune_ft.evaluate.scores import CONFIDENCE, FEWEST_EXAMPLES, Difference, Scores, difference
 from raytune_ft.format import NOT_FINITE, interval, number
 
+SAMPLES = 8
+"""Prompts that the record shows with what both models say."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -122,7 +125,7 @@ def evaluation_of(
             _candidate(one, verdict, settings.get(one.name, {})) for one in contenders
         ),
         validation_examples=_examples(contenders[0].measured),
-        samples=samples_of(base, promoted),
+        samples=_samples(base, promoted),
         reference=reference,
     )
 
@@ -153,12 +156,12 @@ def score_lines(split: str, name: str, measured: Measured) -> Iterator[str]:
             yield json.dumps(facts | values, ensure_ascii=False) + "\n"
 
 
-def samples_of(base: Measured, promoted: Measured, count: int = 8) -> tuple[Sample, ...]:
-    """The first `count` prompts with both models' continuations."""
+def _samples(base: Measured, promoted: Measured) -> tuple[Sample, ...]:
+    """The first prompts with both models' continuations."""
     pairs = zip(base.continuations, promoted.continuations, strict=True)
     return tuple(
         Sample(old.prompt, old.reference, old.generated, new.generated)
-        for old, new in list(pairs)[:count]
+        for old, new in list(pairs)[:SAMPLES]
     )
 
 

@@ -276,7 +276,7 @@ GONE_TIMEOUT_S = 30.0
 class RunWatch(ControllerCallback, WorkerGroupCallback, ReportCallback):
     """Runs in the controller of `run`: registers the group, forwards reports and errors."""
 
-    def __init__(self, run: str, registry: Any, models: Sequence[ModelConfig] = ()) -> None:
+    def __init__(self, run: str, registry: Any, models: Sequence[ModelConfig]) -> None:
         self._run, self._registry = run, registry
         self._models: dict[ModelConfig, str | None] = dict.fromkeys(models)
         """And the commits that the first group of this run loaded."""

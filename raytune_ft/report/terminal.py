@@ -39,10 +39,10 @@ def raw(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def one_line(text: str, limit: int = MAX_TEXT) -> str:
-    """The text without line breaks, cut to `limit` characters."""
+def one_line(text: str) -> str:
+    """The text without line breaks, cut to `MAX_TEXT` characters."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
+    return flat if len(flat) <= MAX_TEXT else f"{flat[: MAX_TEXT - 3]}..."
 
 
 def error_line(error: object) -> str:

@@ -28,7 +28,7 @@ from raytune_ft.records import EvalMetrics, FileRecord, Point, Progress, to_json
 from raytune_ft.rundir import RunSpec
 from raytune_ft.strategy.side_channel import SideChannel, on_all_ranks
 from raytune_ft.tensors.read import TensorFiles, open_shards
-from raytune_ft.tensors.write import Part, ignore, write_parts
+from raytune_ft.tensors.write import Part, write_parts
 
 
 class Holder(Protocol):
@@ -127,7 +127,7 @@ def write_state(
     directory: Path,
     rank: int,
     world_size: int,
-    wrote: Callable[[int], None] = ignore,
+    wrote: Callable[[int], None],
 ) -> list[FileRecord]:
     """Write this rank's files into a checkpoint's directory; rank 0 adds the JSON."""
     (directory / STATE).mkdir(exist_ok=True)
@@ -234,7 +234,7 @@ class Saver:
         channel: SideChannel,
         pool: Executor,
         alive: Callable[[], None],
-        rollout: Callable[[int], Mapping[str, Tensor]] | None = None,
+        rollout: Callable[[int], Mapping[str, Tensor]] | None,
     ) -> None:
         self._rollout = rollout
         self._spec, self._settings, self._store = spec, spec.config.checkpoint, store

@@ -47,7 +47,7 @@ def evaluate(runner: ModelRunner, split: TokenizedSplit, beat: Beat = no_beat) -
 
 @torch.no_grad()
 def evaluate_groups(
-    runner: ModelRunner, split: TokenizedSplit, groups: int, beat: Beat = no_beat
+    runner: ModelRunner, split: TokenizedSplit, groups: int, beat: Beat
 ) -> list[Scores]:
     """Scores of each of several models that share one runner.
 

@@ -340,7 +340,7 @@ def build_material(
     spec: RunSpec,
     heart: Heartbeat,
     exporter: Exporter,
-    sampler: Sampler | None = None,
+    sampler: Sampler | None,
 ) -> Iterator[Material]:
     """What a run is trained on. Processes of rewards end with the context. `sampler` is there where
     copies of the model sample, which get what `exporter` writes.

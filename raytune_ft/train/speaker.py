@@ -26,7 +26,6 @@ from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import RunFailed
 from raytune_ft.files import read_json, write_json_atomic
-from raytune_ft.layout import FIRST_ANSWERS
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.ppo import logps_and_values
 from raytune_ft.model.objectives.preference import label_logps
@@ -160,9 +159,9 @@ class Speaker:
         config: Config,
         voice: Voice,
         heart: Heartbeat,
-        reference: ModelRunner | None = None,
-        copies: Copies | None = None,
-        first: Path = Path(FIRST_ANSWERS),
+        reference: ModelRunner | None,
+        copies: Copies | None,
+        first: Path,
     ) -> None:
         """`reference` stands for the model before training where that is not the model without its
         method. `copies` sample in place of the model. `first` keeps the answers of the first
