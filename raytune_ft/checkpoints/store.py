@@ -8,7 +8,7 @@ A checkpoint becomes visible by one rename, after its files, its manifest and it
 reached the disk; it disappears by one rename before its first file is deleted. So a crash at any
 moment leaves whole checkpoints and hidden rubbish, which `retain` clears.
 
-Later damage (a flipped bit, a truncated file) is found by `verify`, which `newest_valid` calls.
+Later damage (a flipped bit, a truncated file) is found by `verify`, which every resume calls.
 Damaged folders stay in place: a read error may be temporary, a person may want to look at them, and
 a run that reaches the same step again replaces them.
 """
@@ -65,9 +65,8 @@ class CheckpointFacts:
 class CheckpointStore:
     """The checkpoints of one run, usually `RUN_DIR/checkpoints`; created by the first commit."""
 
-    def __init__(self, root: Path, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self._warn = warn or logging.getLogger(__name__).warning
 
     def begin(self, step: int, facts: CheckpointFacts) -> Path | None:
         """An empty hidden folder for the files of `step-N`, to be given to `finish` or `drop`.
@@ -158,21 +157,6 @@ class CheckpointStore:
                 continue
         return found
 
-    def newest_valid(
-        self, accept: Callable[[CheckpointManifest], bool] = lambda manifest: True
-    ) -> Path | None:
-        """The latest checkpoint that `verify` accepts; warns about those that it skips."""
-        for path in reversed(self.paths()):
-            try:
-                if not accept(check_sizes(path)):
-                    continue
-                self.verify(path)
-            except CheckpointError as error:
-                self._warn(f"checkpoint {path.name} is skipped: {error}")
-                continue
-            return path
-        return None
-
     def retain(
         self,
         keep_last: int,
@@ -251,7 +235,7 @@ class CheckpointStore:
         try:
             manifest = self.verify(target)
         except CheckpointError as error:
-            self._warn(f"checkpoint {target.name} is replaced: {error}")
+            logging.getLogger(__name__).warning(f"checkpoint {target.name} is replaced: {error}")
             return False
         measured = facts.eval_loss is None or manifest.eval_loss is not None
         same_run = (manifest.config_sha256, manifest.examples, manifest.method) == (

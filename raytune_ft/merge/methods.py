@@ -210,21 +210,6 @@ DARE = Formula("dare", dare)
 DARE_TIES = Formula("dare_ties", dare_ties)
 
 
-def merge_tensors(
-    formula: Formula,
-    tensors: Sequence[Tensor],
-    base: Tensor,
-    settings: MergeSettings | None = None,
-    name: str = "",
-) -> Tensor:
-    """Merge whole tensors, all in float32 and of one shape; `name` seeds dare."""
-    settings = settings or MergeSettings()
-    facts = None
-    if formula.measure is not None:
-        facts = formula.measure(lambda: [(tensors, base)], base.numel(), settings)
-    return formula.combine(tensors, base, settings, facts, Position(name))
-
-
 def _scale(settings: MergeSettings, default: float) -> float:
     return default if settings.scale is None else settings.scale
 

@@ -36,12 +36,10 @@ class Several:
         self.reporters = reporters
 
     def step(self, metrics: StepMetrics) -> None:
-
         for reporter in self.reporters:
             reporter.step(metrics)
 
     def evaluation(self, metrics: EvalMetrics, checkpoint: str | None) -> None:
-
         for reporter in self.reporters:
             reporter.evaluation(metrics, checkpoint)
 

@@ -93,11 +93,10 @@ def run(
     spec = RunSpec(config, run_dir, prepared.path)
     if not resumes:
         return run_training(spec, strategy, reporter or Silent(), host)
-    checkpoint = CheckpointStore(run_dir / "checkpoints").newest_valid()
-    assert checkpoint is not None
+    _, newest = CheckpointStore(run_dir / "checkpoints").list()[-1]
     heard = Recorder()
     result = run_training(spec, strategy, heard)
-    assert heard.steps[0].step == int(checkpoint.name.removeprefix("step-")) + 1
+    assert heard.steps[0].step == newest.step + 1
     return result
 
 

@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,11 @@ from safetensors.numpy import save_file
 
 from raytune_ft.checkpoints import store as store_module
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
+from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import CheckpointError
 from raytune_ft.layout import MANIFEST, step_name
+from raytune_ft.strategy.single import Single
+from raytune_ft.train.setup import where_to_resume
 
 FILES = {
     "adapter_model.safetensors": 300,
@@ -43,13 +48,14 @@ def facts(
 
 
 @pytest.fixture
-def said() -> list[str]:
-    return []
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints")
 
 
-@pytest.fixture
-def store(tmp_path: Path, said: list[str]) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", said.append)
+def newest(store: CheckpointStore) -> Path | None:
+    """Where a run goes on whose budget every checkpoint suits."""
+    suits: Any = SimpleNamespace(is_on_the_way=lambda step, examples: True)
+    return where_to_resume(store, suits, Single(ParallelConfig(), "float32"))
 
 
 def names(store: CheckpointStore) -> list[str]:
@@ -67,14 +73,14 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_a_commit_is_listed_verified_and_found(store: CheckpointStore) -> None:
-    assert store.newest_valid() is None
+    assert newest(store) is None
     assert store.list() == []
     path = store.commit(120, write, facts(0.5))
     assert path == store.root / "step-000120"
     manifest = store.verify(path)
     assert (manifest.step, manifest.examples, manifest.eval_loss) == (120, 8, 0.5)
     assert {file.path: file.bytes for file in manifest.files} == FILES
-    assert store.newest_valid() == path
+    assert newest(store) == path
     assert store.list() == [(path, manifest)]
     assert hidden(store) == []
 
@@ -87,15 +93,15 @@ def test_steps_sort_as_numbers(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(
-    store: CheckpointStore, said: list[str], name: str
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     older, newer = (store.commit(step, write, facts()) for step in (1, 2))
     flip(newer / name, 29)
     with pytest.raises(CheckpointError, match=f"step-000002/{name} is damaged"):
         store.verify(newer)
-    assert store.newest_valid() == older
-    assert len(said) == 1
-    assert name in said[0]
+    assert newest(store) == older
+    (said,) = caplog.messages
+    assert name in said
     assert newer.exists()
 
 
@@ -110,7 +116,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(store: CheckpointStore) -> Non
         manifest.write_bytes(whole)
     store.verify(newer)
     flip(manifest, 77)
-    assert store.newest_valid() == older
+    assert newest(store) == older
     assert names(store) == [older.name]
 
 
@@ -124,7 +130,7 @@ def test_truncated_and_missing_files_are_named(store: CheckpointStore, name: str
     (path / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         store.verify(path)
-    assert store.newest_valid() is None
+    assert newest(store) is None
     assert store.list() == []
 
 
@@ -237,9 +243,9 @@ def test_the_next_commit_works_after_a_kill_between_manifest_and_rename(tmp_path
     assert child(root, 7, 2) == (-signal.SIGKILL, "rename")
     store = CheckpointStore(root)
     assert [path.name for path in root.glob(f".*/{MANIFEST}")] == [MANIFEST]
-    assert store.newest_valid() is None
+    assert newest(store) is None
     path = store.commit(2, write, facts())
-    assert store.newest_valid() == path
+    assert newest(store) == path
 
 
 def test_a_kill_while_deleting_never_shows_half_a_checkpoint(tmp_path: Path) -> None:
@@ -334,7 +340,7 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints(
     assert names(store) == ["step-000001"]
     assert hidden(store) == []
     store.commit(2, writer, facts())
-    assert store.newest_valid() == store.root / "step-000002"
+    assert newest(store) == store.root / "step-000002"
 
 
 @pytest.fixture
@@ -362,7 +368,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(small_disk: Path, writer: ob
     assert hidden(store) == []
     store.verify(first)
     store.commit(3, write, facts())
-    assert store.newest_valid() == store.root / "step-000003"
+    assert newest(store) == store.root / "step-000003"
 
 
 def test_a_root_that_is_a_file_raises(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from raytune_ft.errors import CheckpointError, ConfigError, MergeError, ModelErr
 from raytune_ft.merge import members as walk
 from raytune_ft.merge import streaming_forward as weights_module
 from raytune_ft.merge.merge import merge
-from raytune_ft.merge.methods import MergeSettings, merge_tensors
+from raytune_ft.merge.methods import MergeSettings
+from tests.support.merges import merge_tensors
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.unit.merge.test_fold_variants import TOKENS, adapt, adapt_by, loaded, merged_by_peft
 

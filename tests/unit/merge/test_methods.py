@@ -21,8 +21,8 @@ from raytune_ft.merge.methods import (
     Position,
     measure_slerp,
     measure_ties,
-    merge_tensors,
 )
+from tests.support.merges import merge_tensors
 
 FORMULAS = (LINEAR, TASK_ARITHMETIC, SLERP, TIES, DARE, DARE_TIES)
 Array = np.ndarray[Any, np.dtype[np.float64]]

@@ -16,9 +16,9 @@ from raytune_ft.merge.methods import (
     TIES,
     Formula,
     MergeSettings,
-    merge_tensors,
 )
 from raytune_ft.merge.to_adapter import refactor
+from tests.support.merges import merge_tensors
 from tests.support.models import save_tiny, save_tiny_llama
 from tests.unit.merge.test_fold_variants import adapt, loaded, merged_by_peft
 
