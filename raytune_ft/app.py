@@ -160,7 +160,7 @@ def train(
             result = backend.train(spec, reason, reporter(_examples(config, data)), tell)
         try_report(run.path, tell)
     if result.status == "interrupted":
-        raise Interrupted(f"{run.path} was interrupted; continue it with --resume")
+        raise Interrupted.of(run.path)
     if result.status == "failed":
         raise RunFailed(result.error or "the run failed")
     return Trained(run.path, result)

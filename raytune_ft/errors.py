@@ -23,6 +23,8 @@ RaytuneFtError
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class RaytuneFtError(Exception):
     """Root of the tree; `exit_code` is what the command line returns for it."""
@@ -118,6 +120,11 @@ class Interrupted(RaytuneFtError):
     """SIGINT or SIGTERM arrived; what was saved can be resumed."""
 
     exit_code = 130
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Interrupted:
+        """A run or a sweep that was."""
+        return cls(f"{run_dir} was interrupted; continue it with --resume")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -41,13 +41,6 @@ def check_same(saved: Path, now: DataReport) -> None:
                 f"is not what the run began with, {_shown(old)}",
                 "bring back the rows that it had, or train under another name",
             )
-    for name, sha256 in now.reward_files.items():
-        if name in before.reward_files and before.reward_files[name] != sha256:
-            raise DataError(
-                f"rewards.{name} with a file of sha256 {sha256[:12]}",
-                f"is not what the run began with, {before.reward_files[name][:12]}",
-                "bring back the file that it had, or train under another name",
-            )
     for name, sha256 in now.prompt_files.items():
         if before.prompt_files.get(name) != sha256:
             raise DataError(
@@ -55,25 +48,23 @@ def check_same(saved: Path, now: DataReport) -> None:
                 "has rows of other columns than the run began with, and rewards read them",
                 "bring back the rows that it had, or train under another name",
             )
-    if before.base_loss and now.base_loss and before.base_loss != now.base_loss:
-        raise DataError(
-            f"data.curriculum with losses of sha256 {now.base_loss[:12]}",
-            f"is not what the run began with, {before.base_loss[:12]}, and other losses give "
-            "another order of examples",
-            "bring back the token cache that it had, or train under another name",
-        )
-    if before.reference and now.reference and before.reference != now.reference:
-        raise DataError(
-            f"a reference with files of sha256 {now.reference[:12]}",
-            f"is not what the run began with, {before.reference[:12]}",
-            "bring back the weights that it had, or train under another name",
-        )
-    if before.teacher and now.teacher and before.teacher != now.teacher:
-        raise DataError(
-            f"train.kd.teacher with files of sha256 {now.teacher[:12]}",
-            f"is not what the run began with, {before.teacher[:12]}",
-            "bring back the weights that it had, or train under another name",
-        )
+    order = ", and other losses give another order of examples"
+    read = [
+        *(
+            (f"rewards.{name} with a file", before.reward_files.get(name), sha256, "", "file")
+            for name, sha256 in now.reward_files.items()
+        ),
+        ("data.curriculum with losses", before.base_loss, now.base_loss, order, "token cache"),
+        ("a reference with files", before.reference, now.reference, "", "weights"),
+        ("train.kd.teacher with files", before.teacher, now.teacher, "", "weights"),
+    ]
+    for what, had, has, why, back in read:
+        if had and has and had != has:
+            raise DataError(
+                f"{what} of sha256 {has[:12]}",
+                f"is not what the run began with, {had[:12]}{why}",
+                f"bring back the {back} that it had, or train under another name",
+            )
 
 
 def _sha256(split: SplitReport | None) -> str | None:

@@ -243,11 +243,7 @@ class Source:
                 raise DataError(f"{where}={column}", rule, remedy)
 
     def _different(self, shard: Shard, column: str) -> DataError:
-        return DataError(
-            f"{self.label}.path={self.config.shown}",
-            f"has shards with different columns: {shard.name} has no {column!r}, which others have",
-            "write shards of one kind, or several sources",
-        )
+        return _different(self.label, self.config, shard, column, "others have")
 
 
 def open_source(label: str, source: SourceConfig, piece_bytes: int | None = None) -> Source:
@@ -425,14 +421,15 @@ def _columns(label: str, source: SourceConfig, shards: list[Shard]) -> tuple[str
         lacking += [name for name in names if name not in found[0]]
         if lacking:
             has, has_not = (shard, shards[0]) if lacking[0] in names else (shards[0], shard)
-            raise _refusal(
-                label,
-                source,
-                f"has shards with different columns: {has_not.name} has no {lacking[0]!r}, "
-                f"which {has.name} has",
-                "write shards of one kind, or several sources",
-            )
+            raise _different(label, source, has_not, lacking[0], f"{has.name} has")
     return found[0] if kind == ".parquet" else None
+
+
+def _different(
+    label: str, source: SourceConfig, shard: Shard, column: str, whose: str
+) -> DataError:
+    rule = f"has shards with different columns: {shard.name} has no {column!r}, which {whose}"
+    return _refusal(label, source, rule, "write shards of one kind, or several sources")
 
 
 def _header_of(source: SourceConfig, shard: Shard) -> tuple[str, ...]:

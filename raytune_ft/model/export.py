@@ -22,11 +22,9 @@ from raytune_ft.layout import MODEL_INDEX, shard_name
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.meta import BaseFiles, shapes_of
 from raytune_ft.model.methods import adapter_writer, trained_parameters
+from raytune_ft.model.methods.hooks import Read
 from raytune_ft.records import FileRecord
 from raytune_ft.tensors.write import Entry, ignore, write_tensors
-
-Read = Callable[[str], Tensor]
-"""A trained weight in its whole shape, by its name."""
 
 
 class Exporter:

@@ -244,18 +244,16 @@ def _hardware(config: Config, asked: Asked, per_node: int, room: Room | None) ->
 def _notes(config: Config, data: PreparedData, shell: Shell, exact: bool) -> tuple[str, ...]:
     from raytune_ft.train.distill import logits_file
 
-    notes = []
-    dropout = getattr(config.method, "dropout", 0.0)
-    if dropout > 0:
-        notes.append(
-            f"method.dropout={dropout} draws noise: the run is reproducible with "
-            "this number of workers and this packing only"
-        )
-    if config.train.neftune_alpha is not None:
-        notes.append(
-            f"train.neftune_alpha={config.train.neftune_alpha} draws noise: the run is "
-            "reproducible with this number of workers and this packing only"
-        )
+    noise = {
+        "method.dropout": getattr(config.method, "dropout", 0.0),
+        "train.neftune_alpha": config.train.neftune_alpha,
+    }
+    notes = [
+        f"{key}={value} draws noise: the run is reproducible with this number of workers and this "
+        "packing only"
+        for key, value in noise.items()
+        if value
+    ]
     if (kept := logits_file(config, data)) is not None:
         notes.append(
             f"train.kd.cache: disk keeps {kept} in {data.path.parent}; "

@@ -34,6 +34,7 @@ TIMEOUT_S = (10.0, 60.0)
 TOKEN = "token"  # nosec B105 # the name of a mode
 RUN, DIGEST = "raytune_ft_run", "raytune_ft_digest"
 """Keys of a job's metadata: the name of its run, and a hash of what was submitted."""
+_DASHBOARD = "write http://HEAD:8265, the address that `ray start --head` prints"
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 for _module in ("dashboard_sdk", "job.sdk"):  # they print every upload and every end of a log
     logging.getLogger(f"ray.dashboard.modules.{_module}").setLevel(logging.ERROR)
@@ -260,7 +261,7 @@ def _url(address: str) -> str:
         raise ClusterError(
             f"--address={address}",
             "is not the URL of a dashboard",
-            "write http://HEAD:8265, the address that `ray start --head` prints",
+            _DASHBOARD,
         )
     return address.rstrip("/")
 
@@ -316,7 +317,7 @@ def _no_head(address: str) -> ClusterError:
     return ClusterError(
         f"--address={address}",
         "is not the dashboard of a Ray cluster",
-        "write http://HEAD:8265, the address that `ray start --head` prints",
+        _DASHBOARD,
     )
 
 

@@ -372,7 +372,7 @@ def run_to_end(
                     end_run(spec, "interrupted")
     result = left_by_workers(spec, ended.error if ended else None)
     if result.status == "interrupted":
-        raise Interrupted(f"{spec.run_dir} was interrupted; continue it with --resume")
+        raise Interrupted.of(spec.run_dir)
     return result
 
 

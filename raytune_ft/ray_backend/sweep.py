@@ -291,7 +291,7 @@ def run_sweep(
         check_environment(config, tell)
         result = sweep.run(tell, interrupted)
     if result.status == "interrupted":
-        raise Interrupted(f"{sweep_dir} was interrupted; continue it with --resume")
+        raise Interrupted.of(sweep_dir)
     if result.status == "failed":
         raise RunFailed(result.error or "no trial is usable")
     return result

@@ -30,7 +30,7 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from raytune_ft.config.environment import expand_text, without_secrets
 from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import Distribution, SearchConfig
-from raytune_ft.errors import StorageError
+from raytune_ft.errors import StorageError, first_line
 from raytune_ft.layout import STUDY
 
 CONNECT_TIMEOUT_S = 8
@@ -70,7 +70,7 @@ def open_storage(url: str) -> BaseStorage:
     except (ImportError, OSError, ValueError, SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(
             f"search.storage={shown_value(url)}",
-            f"cannot be opened ({without_secrets(_reason(error), url)})",
+            f"cannot be opened ({without_secrets(first_line(error)[:MAX_REASON], url)})",
             "install its driver, for PostgreSQL with pip install 'raytune-ft[postgres]'"
             if isinstance(error, ImportError | NoSuchModuleError)
             else "write an Optuna URL that can be reached from here",
@@ -87,12 +87,6 @@ def _sqlite(path: str) -> RDBStorage:
     arguments, keywords = SQLiteDialect().create_connect_args(url)
     creator = partial(sqlite3.connect, *arguments, **keywords)
     return RDBStorage("sqlite://", engine_kwargs={"creator": creator, "poolclass": QueuePool})
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the message; drivers add hints and links."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:MAX_REASON]
 
 
 SCALARS = (bool, int, float, str, type(None))

@@ -192,12 +192,12 @@ def raise_unless_done(job: Job | None, job_id: str, log: str) -> None:
     code = job.exit_code if job is not None else None
     if job is not None and job.status == "STOPPED":
         code = Interrupted.exit_code
-    own = last_error(log.splitlines())
+    own = last_error(log)
     text = f"job {job_id}: {how_it_ended(job)}{f': {own}' if own else ''}"
     raise JobEnded(text, code if code in OURS and code else 1)
 
 
-def last_error(lines: Sequence[str]) -> str:
+def last_error(log: str) -> str:
     """The error that a command of ours ends with; empty without one."""
-    found = [line for line in lines if line.startswith("error: ")]
+    found = [line for line in log.splitlines() if line.startswith("error: ")]
     return found[-1].removeprefix("error: ") if found else ""

@@ -268,7 +268,7 @@ def stop(cluster: JobCluster, name: str, tell: Tell) -> None:
             tell(f"job {job.id}: {how_it_ended(None)}")
             return
         job = found
-    last = last_error(cluster.logs(job.id).splitlines())
+    last = last_error(cluster.logs(job.id))
     took = seconds(time.monotonic() - began)
     tell(f"job {job.id}: {job.status} after {took}{f'; {last}' if last else ''}")
 

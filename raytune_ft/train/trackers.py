@@ -177,7 +177,7 @@ class MLflow:
             params = [Param(key, str(value)[:500]) for key, value in run.params.items()]
             for start in range(0, len(params), 100):  # the server's own limit
                 self._client.log_batch(self._id, params=params[start : start + 100])
-            _keep_id(run, "mlflow", self._id)
+            _keep(run, "mlflow", self._id)
         else:
             self._client.update_run(self._id, status="RUNNING")
 
@@ -220,7 +220,7 @@ class Wandb:
             reinit="create_new",  # several runs may train in one process
             settings=wandb.Settings(silent=True, console="off"),
         )
-        _keep_id(run, "wandb", self._run.id)
+        _keep(run, "wandb", self._run.id)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Log the step as a figure: wandb drops steps that do not ascend."""
@@ -338,10 +338,6 @@ _IDS_LOCK = threading.Lock()
 def _kept_id(run: Identity, tracker: str) -> str | None:
     """The server's id of a resumed run."""
     return _ids(run).get(tracker) if run.resume_step is not None else None
-
-
-def _keep_id(run: Identity, tracker: str, value: str) -> None:
-    _keep(run, tracker, value)
 
 
 def _keep(run: Identity, key: str, value: str) -> None:
