@@ -305,7 +305,7 @@ def _check_sampling(config: Config, pairs: Path | None, best: Path | None) -> No
     if OBJECTIVES[objective].head:
         raise ConfigError(
             f"train.objective={objective}",
-            "is of models that label examples and say nothing",
+            "trains a model that labels examples and writes no text",
             "write the config of a model that predicts tokens",
         )
     if sampling.temperature == 0 and sampling.n > 1:

@@ -185,7 +185,7 @@ def pieces(found: View, name: str, number: int) -> list[tuple[str, bool]]:
     split = found.split(name)
     if number >= len(split):
         raise ConfigError(
-            f"--start {number}", f"is behind the {len(split):,} examples of {name}", "write less"
+            f"--start {number}", f"is beyond the {len(split):,} examples of {name}", "write less"
         )
     target = describe_target(split, number, found.data.report)
     return [*describe_example(split, number, found.tokenizer), (target, False)]

@@ -203,7 +203,7 @@ def _check_rewards(config: Config) -> None:
         if kind == REWARD and all(one.compares for one in of):
             raise ConfigError(
                 key,
-                "is of a judge that compares completions, and grades none",
+                "is the reward of a judge that compares completions and grades none by itself",
                 f"write {WIN_RATE}:{of[0].called}, or mode: grade",
             )
     if not asking:

@@ -384,7 +384,7 @@ def check_objective(config: Config) -> None:
         if source.margin is not None and train.objective != "reward":
             raise ConfigError(
                 f"{label}.margin={source.margin}",
-                f"is of no use to train.objective={train.objective}",
+                f"has no effect with train.objective={train.objective}",
                 "leave it out, or write train.objective: reward",
             )
     named = {source.chat_template for source in source_configs(config.data).values()} - {None}
@@ -472,8 +472,8 @@ def _check_rollouts(config: Config, facts: ObjectiveFacts) -> None:
     if train.watch and facts.head:
         raise ConfigError(
             f"train.watch={shown_value(train.watch)}",
-            f"scores what a model says, and train.objective={train.objective} trains one that "
-            "gives numbers",
+            f"scores completions, and train.objective={train.objective} trains a model that gives "
+            "numbers",
             "leave the key out",
         )
     comparing = [each for each in config.rewards if each.compares]
@@ -603,7 +603,7 @@ def _check_dpo(train: TrainConfig) -> None:
     if dpo.f_divergence_type != "reverse_kl" and set(dpo.losses) <= set(NO_DIVERGENCE):
         raise ConfigError(
             f"train.dpo.f_divergence_type={dpo.f_divergence_type}",
-            f"is of no use to train.dpo.loss_type={shown_value(dpo.loss_type)}",
+            f"has no effect with train.dpo.loss_type={shown_value(dpo.loss_type)}",
             "leave it out, or write another loss_type such as sigmoid",
         )
     if dpo.loss_weights is not None and len(dpo.loss_weights) != len(dpo.losses):
@@ -623,7 +623,7 @@ def _check_dpo(train: TrainConfig) -> None:
     if dpo.label_smoothing and not smoothed:
         raise ConfigError(
             f"train.dpo.label_smoothing={dpo.label_smoothing:g}",
-            f"is of no use to train.dpo.loss_type={shown_value(dpo.loss_type)}",
+            f"has no effect with train.dpo.loss_type={shown_value(dpo.loss_type)}",
             "leave it out, or write loss_type: robust or exo_pair",
         )
 
@@ -725,6 +725,6 @@ def _check_scale(config: Config, given: Sequence[str]) -> None:
         return
     raise ConfigError(
         f"search.metric={LOSS.name}",
-        f"is on another scale for each {key}",
+        f"has a different scale for each {key}",
         f"write search.metric: {one_of([name for name in given if name != LOSS.name])}",
     )

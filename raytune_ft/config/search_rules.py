@@ -76,7 +76,7 @@ def check_search(search: SearchConfig) -> None:
     if ":" in metrics[0]:
         raise ConfigError(
             f"search.metric={shown_value(metrics)}",
-            f"begins with {metrics[0]}, and trials are ranked over the whole validation set",
+            f"begins with {metrics[0]}, and trials are ranked by the whole validation set",
             "write eval_loss first",
         )
     written = [search.mode] if isinstance(search.mode, str) else search.mode
@@ -157,13 +157,13 @@ def _check_sampler(search: SearchConfig, tree: Branches) -> None:
     if search.sampler == "grid" and search.first:
         raise ConfigError(
             "search.first",
-            "is of no use under search.sampler=grid, which tries every point",
+            "has no effect under search.sampler=grid, which tries every point",
             "delete search.first",
         )
     if search.warm_start and search.sampler not in ("tpe", "gp"):
         raise ConfigError(
             "search.warm_start",
-            f"is of no use under search.sampler={search.sampler}, which learns nothing from it",
+            f"has no effect under search.sampler={search.sampler}, which learns nothing from it",
             "write sampler: tpe or gp, or delete search.warm_start",
         )
     if search.sampler != "cmaes":

@@ -168,7 +168,7 @@ def hold_out(
         if count == 1 and is_rated:
             raise DataError(
                 f"data.validation={fraction:g}",
-                "draws prompts, and all answers are to one prompt",
+                "is drawn by prompt, and all answers belong to one prompt",
                 "write a source as data.validation",
             )
         if count == 1:  # an only row, such as a file that is one document

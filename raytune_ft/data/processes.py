@@ -39,7 +39,7 @@ NO_THREADS = {
 }
 """Keeps numpy, an allocator of pyarrow's and tokenizers from starting threads."""
 DEATHS = 3
-"""So many processes may die over one part."""
+"""A part is given up once this many processes have died while they made it."""
 
 
 class Workers(Protocol):

@@ -110,6 +110,6 @@ def check_head(model: ModelConfig, head: Head) -> None:
         theirs, ours = (", ".join(labels[:12]) for labels in (written.labels, head.labels))
         raise ModelError(
             f"MODEL_DIR={model.path}",
-            f"tells {theirs} apart, and the data {ours}",
+            f"has the labels {theirs}, and the data {ours}",
             "write data.labels as the model has them",
         )

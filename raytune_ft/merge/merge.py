@@ -91,7 +91,9 @@ class MergeJob:
         """The score. Raises ConfigError if there is none."""
         if self.score is None:
             raise ConfigError(
-                f"promote.merge={self.name}", "chooses by a score", "give it one, or another merge"
+                f"promote.merge={self.name}",
+                "chooses by a score, and none is given",
+                "write another merge",
             )
         return self.score
 

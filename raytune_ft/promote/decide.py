@@ -310,7 +310,7 @@ def _scores_of(contender: Contender, figure: str) -> Scores:
     if figure not in scores:
         raise ConfigError(
             f"promote.metric={figure}",
-            "is given by no entry of promote.metrics",
+            "is not a figure of promote.metrics",
             f"write one of {', '.join(scores)}",
         )
     return scores[figure]

@@ -24,7 +24,7 @@ START_S = 300.0
 GRACE_S = 10.0
 """A judge pauses between attempts, for this long at most."""
 DEATHS = 3
-"""So many deaths without a score between them end the run."""
+"""The run ends after this many deaths without a score between them."""
 SHOWN = 60
 
 

@@ -135,7 +135,9 @@ def submit(file: Path, overrides: Sequence[str], asked: Asked, show: Show, tell:
     """
     if asked.retries and not asked.follow:
         raise ConfigError(
-            f"--retry={asked.retries}", "needs somebody who follows", "leave out --no-follow"
+            f"--retry={asked.retries}",
+            "needs a command that follows the job",
+            "leave out --no-follow",
         )
     config = load_config(file, overrides, tell)
     command = _command(asked.command, config, file)
@@ -199,7 +201,7 @@ def end(cluster: JobCluster, job: Job | None, job_id: str) -> None:
 
 
 def how_to_go_on(job_id: str, cluster: JobCluster) -> str:
-    """The two commands for a job that nobody follows."""
+    """The two commands for a job that is not followed."""
     where = f"--address {cluster.address}"
     return (
         f"`raytune-ft logs {job_id} --follow {where}` follows it, "

@@ -240,8 +240,8 @@ def check_pairs(config: Config, data: PreparedData) -> None:
         raise ConfigError(
             f"train.objective={config.train.objective}",
             "compares answers of different lengths in a pass, and the model computes rows of up to "
-            f"{min((*apart.thresholds, apart.each_above or extent[1]))} tokens otherwise beside "
-            "longer ones",
+            f"{min((*apart.thresholds, apart.each_above or extent[1]))} tokens "
+            "differently beside longer ones",
             "write train.objective: grpo",
         )
     for split in data.splits if apart != FREELY else ():
@@ -251,7 +251,7 @@ def check_pairs(config: Config, data: PreparedData) -> None:
                 raise ConfigError(
                     f"data.max_length={config.data.max_length}",
                     f"allows answers of {lengths[0]} and {lengths[1]} tokens in a pair, and the "
-                    f"model computes rows of up to {bound} tokens otherwise beside longer ones",
+                    f"model computes rows of up to {bound} tokens differently beside longer ones",
                     f"write data.max_length: {bound}",
                 )
 
@@ -555,7 +555,7 @@ def _kept_apart(runner: ModelRunner, vocabulary: int, longest: int) -> ModelRunn
         if over > 1 and not strategy.from_rank0(probe.keeps_lengths(lengths, runner.apart)):
             note = (
                 "rows of different lengths do not share a micro-batch, because the model computes "
-                f"rows of up to {over - 1} tokens otherwise beside longer ones"
+                f"rows of up to {over - 1} tokens differently beside longer ones"
             )
             return replace(runner, apart=Apart(each_above=0), notes=(*runner.notes, note))
     return runner

@@ -247,8 +247,8 @@ class Speaker:
         judges = self.rewards.judges
         if judges.processes and self._first is None and self.runner.strategy.steps:
             raise RunFailed(
-                f"{self._file} is not there, with whose answers rewards.{judges.names[0]} "
-                "compares; copy it back, or begin the run again"
+                f"{self._file} is missing, and rewards.{judges.names[0]} compares with the answers "
+                "in it; copy it back, or begin the run again"
             )
         placed = list(enumerate(prompts, start=EVALUATION))
         return Turn(self, placed, self._settings.eval_completions, evaluating=True)
@@ -297,10 +297,10 @@ class Speaker:
         gap = float(np.abs(theirs_N - own_N).mean()) if len(own_N) else 0.0
         if not gap <= LARGEST_GAP:
             raise RunFailed(
-                "the copies that sample do not have the weights of the model in training: they "
-                f"give what they said a mean log-probability of {theirs_N.mean():.4f} a token, and "
-                f"the model {own_N.mean():.4f}; token by token these differ by {gap:.4f}, and "
-                f"{LARGEST_GAP} is allowed; write train.rollout.engine: embedded"
+                "the copies that sample do not have the weights of the model in training: the mean "
+                f"log-probability of a sampled token is {theirs_N.mean():.4f} under the copies and "
+                f"{own_N.mean():.4f} under the model; token by token the two differ by {gap:.4f}, "
+                f"and {LARGEST_GAP} is allowed; write train.rollout.engine: embedded"
             )
         return gap
 

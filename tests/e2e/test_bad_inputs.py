@@ -479,14 +479,14 @@ PREFERENCES: list[Case] = [
     (
         "raytune-ft sweep jobs/dpo.yaml search.metric=eval_loss",
         "search.metric=eval_loss",
-        "another scale for each train.dpo.beta",
+        "a different scale for each train.dpo.beta",
         "eval_reward_accuracy",
     ),
     (
         "raytune-ft sweep jobs/dpo.yaml search.metric=eval_loss "
         "search.space.train.dpo.beta=null search.space.train.objective.choice=[dpo,orpo]",
         "search.metric=eval_loss",
-        "another scale for each train.objective",
+        "a different scale for each train.objective",
         "eval_reward_margin",
     ),
     (

@@ -69,7 +69,7 @@ def test_preview_marks_what_carries_loss(
     assert "test 1\n<s>ASK  39\n[[other</s>]]" in said
     for options, message in (
         (["--split", "dev"], "--split dev is not a split; write train, validation or test"),
-        (["--start", "99"], "--start 99 is behind the 38 examples of train"),
+        (["--start", "99"], "--start 99 is beyond the 38 examples of train"),
     ):
         assert run_command(["data", "preview", *config, *options]) == 2
         assert message in capsys.readouterr().err

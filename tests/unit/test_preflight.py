@@ -141,8 +141,11 @@ LABELS: dict[str, tuple[list[Any], list[str] | str]] = {
     "one number": ([1, 1.0, 0, 0.0], ["0", "1"]),
     "numbers": ([1.5, 2.0, 1.5, 2], ["1.5", "2"]),
     "booleans": ([True, False, True, False], ["False", "True"]),
-    "booleans and numbers": ([1, True, 0, 2], "labels 1 and True, which may be one"),
-    "texts of one number": (["1", "1.0", "0", "0"], "labels 1 and 1.0, which may be one"),
+    "booleans and numbers": ([1, True, 0, 2], "labels 1 and True, which may be the same label"),
+    "texts of one number": (
+        ["1", "1.0", "0", "0"],
+        "labels 1 and 1.0, which may be the same label",
+    ),
     "leading zeros": (["01", "1", "01", "1"], ["01", "1"]),
     "texts of one truth": (["true", "TRUE", "no", "no"], "labels TRUE and true"),
     "no number": ([1, float("nan"), 0, 1], "bad_label 5"),

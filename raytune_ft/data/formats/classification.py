@@ -134,7 +134,7 @@ def _refuse_two_forms(found: set[str]) -> None:
             if other != name:
                 raise DataError(
                     "data.train.label",
-                    f"has the labels {other} and {name}, which may be one",
+                    f"has the labels {other} and {name}, which may be the same label",
                     "write every label in one form",
                 )
 

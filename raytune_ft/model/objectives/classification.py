@@ -159,7 +159,7 @@ def class_weights(
         if unknown:
             raise ConfigError(
                 f"train.class_weights.{unknown[0]}",
-                "is the weight of no label of data.train",
+                "names no label of data.train",
                 f"write one of {', '.join(labels[:12])}",
             )
         weights = tuple(float(written.get(name, 1.0)) for name in labels)

@@ -35,7 +35,7 @@ def with_search(**search: Any) -> Config:
         ),
         (
             {"sampler": "grid", "space": {"method.rank": RANK}, "first": [{"method.rank": 4}]},
-            "search.first is of no use under search.sampler=grid",
+            "search.first has no effect under search.sampler=grid",
         ),
         (
             {"sampler": "cmaes"},

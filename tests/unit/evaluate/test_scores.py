@@ -130,7 +130,7 @@ def test_the_base_wins_where_nothing_is_better() -> None:
 
 
 def test_a_figure_that_nothing_gives_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"promote\.metric=arc/acc is given by no entry"):
+    with pytest.raises(ConfigError, match=r"promote\.metric=arc/acc is not a figure"):
         decide([contender("base", 0, np.ones(3))], "arc/acc")
 
 

@@ -200,8 +200,8 @@ def test_a_reward_model_measures_a_promotion(
         ),
         (
             {"rewards": [{"name": "judge", "url": "http://h", "model": "m", "mode": "pairs"}]},
-            "promote.metrics=reward is of a judge that compares completions, and grades none; "
-            "write win_rate:judge, or mode: grade",
+            "promote.metrics=reward is the reward of a judge that compares completions and "
+            "grades none by itself; write win_rate:judge, or mode: grade",
         ),
         (
             {"rewards": ["exact_match"], "promote.metric": "win_rate:exact_match"},

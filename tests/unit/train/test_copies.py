@@ -77,5 +77,5 @@ def test_a_gap_of_log_probabilities_ends_the_run() -> None:
 
     assert gap_of([-1.02, -1.98]) == pytest.approx(0.02)
     for own in ([-1.06, -1.94], [float("nan"), -2.0]):
-        with pytest.raises(RunFailed, match=r"mean log-probability of -1\.5000 .* 0\.05 is allow"):
+        with pytest.raises(RunFailed, match=r"sampled token is -1\.5000 .* 0\.05 is allow"):
             gap_of(own)

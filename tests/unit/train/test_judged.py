@@ -131,7 +131,7 @@ def test_a_resume_asks_nothing_twice_and_compares_with_the_same_answers(
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").glob("step-*")))
     result = run(other, tmp_path / "run", resumes=True)
     assert result.status == "failed"
-    assert f"{FIRST_ANSWERS} is not there, with whose answers" in str(result.error)
+    assert f"{FIRST_ANSWERS} is missing, and rewards" in str(result.error)
 
 
 def test_answers_are_compared_with_those_of_the_same_place(

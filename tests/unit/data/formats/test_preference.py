@@ -218,7 +218,7 @@ def test_sources_that_ask_the_same_share_no_prompt_with_validation(
     report = prepare_data(config, tokenizer, 0, tmp_path / "cache").report
     assert report.overlaps == {"train/validation": 0}
     alike = [{"prompt": "p", "chosen": f"a{n}", "rejected": "b"} for n in range(9)]
-    with pytest.raises(DataError, match="all answers are to one prompt"):
+    with pytest.raises(DataError, match="all answers belong to one prompt"):
         prepared(tokenizer, tmp_path, alike)
 
 
