@@ -24,19 +24,16 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-
 from raytune_ft.checkpoints.manifest import (
     FORMAT,
     check_contents,
     check_sizes,
-    flush_files,
     fsync_folders,
     write_manifest,
 )
@@ -115,24 +112,6 @@ class CheckpointStore:
     def drop(self, folder: Path) -> None:
         """Delete the folder that `begin` returned, if it still exists."""
         shutil.rmtree(folder, ignore_errors=True)
-
-    def commit(self, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Path:
-        """`begin`, the files that `write(folder)` makes, `finish`: for one process.
-
-        Raises:
-            CheckpointError: the files could not be written; earlier checkpoints are untouched.
-        """
-        target = self.root / step_name(step)
-        folder = self.begin(step, facts)
-        if folder is None:
-            return target
-        try:
-            with _explained(target):
-                write(folder)
-                files = list(flush_files(folder))
-            return self.finish(folder, step, facts, files)
-        finally:
-            self.drop(folder)
 
     def verify(self, path: Path, share: int = 0, shares: int = 1) -> CheckpointManifest:
         """Read every byte of a checkpoint; returns its manifest if every file is as it was written.
@@ -278,7 +257,7 @@ class CheckpointStore:
 def _explained(target: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as cause:
+    except OSError as cause:
         raise CheckpointError(f"{target} could not be written: {cause}") from cause
 
 

@@ -12,6 +12,7 @@ from raytune_ft.checkpoints.manage import listed, pruned, verified
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.cli import run_command
 from raytune_ft.errors import StorageError
+from tests.support.checkpoints import commit
 
 CONFIG = """
 name: some
@@ -25,9 +26,10 @@ def make(run: Path, losses: dict[int, float | None], config: str = CONFIG) -> Ch
     (run / "config.yaml").write_text(config)
     store = CheckpointStore(run / "checkpoints")
     for step, loss in losses.items():
-        store.commit(
+        commit(
+            store,
             step,
-            lambda folder: (folder / "model.safetensors").write_bytes(bytes(100)) and None,
+            lambda folder: (folder / "model.safetensors").write_bytes(bytes(100)),
             CheckpointFacts(8 * step, "c", "lora", loss),
         )
     return store

@@ -20,6 +20,7 @@ from raytune_ft.checkpoints.mirror import Mirror, mirrored
 from raytune_ft.checkpoints.s3 import RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.errors import CheckpointError, ConfigError, StorageError
+from tests.support import checkpoints
 from tests.support.s3 import Proxy, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,9 +55,8 @@ def commit(root: Path, step: int, size: int = 200_000) -> Path:
         (folder / "model.safetensors").write_bytes(bytes([step]) * size)
         (folder / "state" / "state.json").write_text(json.dumps({"step": step}))
 
-    return CheckpointStore(root).commit(
-        step, write, CheckpointFacts(8 * step, "c", "lora", 1 / step)
-    )
+    facts = CheckpointFacts(8 * step, "c", "lora", 1 / step)
+    return checkpoints.commit(CheckpointStore(root), step, write, facts)
 
 
 def make_run(run: Path, steps: tuple[int, ...] = (1, 2)) -> Path:

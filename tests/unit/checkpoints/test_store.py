@@ -27,6 +27,7 @@ from raytune_ft.errors import CheckpointError
 from raytune_ft.layout import MANIFEST, step_name
 from raytune_ft.strategy.single import Single
 from raytune_ft.train.setup import where_to_resume
+from tests.support.checkpoints import commit
 
 FILES = {
     "adapter_model.safetensors": 300,
@@ -75,7 +76,7 @@ def flip(path: Path, bit: int) -> None:
 def test_a_commit_is_listed_verified_and_found(store: CheckpointStore) -> None:
     assert newest(store) is None
     assert store.list() == []
-    path = store.commit(120, write, facts(0.5))
+    path = commit(store, 120, write, facts(0.5))
     assert path == store.root / "step-000120"
     manifest = store.verify(path)
     assert (manifest.step, manifest.examples, manifest.eval_loss) == (120, 8, 0.5)
@@ -87,7 +88,7 @@ def test_a_commit_is_listed_verified_and_found(store: CheckpointStore) -> None:
 
 def test_steps_sort_as_numbers(store: CheckpointStore) -> None:
     for step in (1_000_000, 999_999, 5):
-        store.commit(step, write, facts())
+        commit(store, step, write, facts())
     assert names(store) == ["step-000005", "step-999999", "step-1000000"]
 
 
@@ -95,7 +96,7 @@ def test_steps_sort_as_numbers(store: CheckpointStore) -> None:
 def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    older, newer = (store.commit(step, write, facts()) for step in (1, 2))
+    older, newer = (commit(store, step, write, facts()) for step in (1, 2))
     flip(newer / name, 29)
     with pytest.raises(CheckpointError, match=f"step-000002/{name} is damaged"):
         store.verify(newer)
@@ -106,7 +107,7 @@ def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(
 
 
 def test_any_flipped_bit_of_the_manifest_is_found(store: CheckpointStore) -> None:
-    older, newer = (store.commit(step, write, facts(0.25)) for step in (1, 2))
+    older, newer = (commit(store, step, write, facts(0.25)) for step in (1, 2))
     manifest = newer / MANIFEST
     whole = manifest.read_bytes()
     for bit in range(len(whole) * 8):
@@ -122,7 +123,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(store: CheckpointStore) -> Non
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_truncated_and_missing_files_are_named(store: CheckpointStore, name: str) -> None:
-    path = store.commit(1, write, facts())
+    path = commit(store, 1, write, facts())
     whole = (path / name).read_bytes()
     (path / name).write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
@@ -135,7 +136,7 @@ def test_truncated_and_missing_files_are_named(store: CheckpointStore, name: str
 
 
 def test_a_copy_under_another_step_is_refused_and_strays_are_not(store: CheckpointStore) -> None:
-    path = store.commit(1, write, facts())
+    path = commit(store, 1, write, facts())
     (path / "note.txt").write_text("mine")
     store.verify(path)
     path.rename(store.root / "step-000007")
@@ -149,15 +150,15 @@ def test_a_valid_checkpoint_is_kept_and_a_damaged_or_foreign_one_replaced(
     def never(folder: Path) -> None:
         raise AssertionError("written again")
 
-    path = store.commit(1, write, facts())
-    assert store.commit(1, never, facts()) == path
+    path = commit(store, 1, write, facts())
+    assert commit(store, 1, never, facts()) == path
     flip(path / "state/state.json", 3)
-    store.commit(1, write, facts())
+    commit(store, 1, write, facts())
     store.verify(path)
-    store.commit(1, write, facts(eval_loss=0.5))  # the same step, now measured
-    assert store.commit(1, never, facts()) == path
+    commit(store, 1, write, facts(eval_loss=0.5))  # the same step, now measured
+    assert commit(store, 1, never, facts()) == path
     assert store.verify(path).eval_loss == 0.5
-    store.commit(1, write, facts(config="another"))
+    commit(store, 1, write, facts(config="another"))
     assert store.verify(path).config_sha256 == "another"
     assert hidden(store) == []
 
@@ -167,9 +168,9 @@ def test_a_failed_write_leaves_nothing(store: CheckpointStore) -> None:
         write(folder)
         raise KeyboardInterrupt
 
-    store.commit(1, write, facts())
+    commit(store, 1, write, facts())
     with pytest.raises(KeyboardInterrupt):
-        store.commit(2, broken, facts())
+        commit(store, 2, broken, facts())
     assert names(store) == ["step-000001"]
     assert hidden(store) == []
 
@@ -177,6 +178,7 @@ def test_a_failed_write_leaves_nothing(store: CheckpointStore) -> None:
 # Killed processes. The child counts every write, fsync and rename, and dies before number `k`.
 CHILD = """
     import os, pathlib, signal, sys
+    from raytune_ft.checkpoints.manifest import flush_files
     from raytune_ft.checkpoints.store import CheckpointStore, CheckpointFacts
     root, kill_at, step = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     done = []
@@ -196,7 +198,10 @@ CHILD = """
         (folder / "state").mkdir()
         (folder / "state" / "b.safetensors").write_bytes(b"b" * 1000)
     store = CheckpointStore(root)
-    store.commit(step, write, CheckpointFacts(8, "c", "lora", 0.5 / step))
+    facts = CheckpointFacts(8, "c", "lora", 0.5 / step)
+    folder = store.begin(step, facts)
+    write(folder)
+    store.finish(folder, step, facts, flush_files(folder))
     if len(sys.argv) > 4:
         store.retain(2, 1, "min")
     print("end", ",".join(done))
@@ -218,7 +223,7 @@ def child(root: Path, kill_at: int, step: int, *more: str) -> tuple[int, str]:
 def test_a_kill_anywhere_in_a_commit_leaves_whole_checkpoints(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     store = CheckpointStore(root)
-    store.commit(1, write, facts(0.5))
+    commit(store, 1, write, facts(0.5))
     _, done = child(tmp_path / "other", 1000, 2)
     operations = done.removeprefix("end ").split(",")
     # two files, their fsyncs, the manifest's, two folders', the rename, the root's
@@ -244,7 +249,7 @@ def test_the_next_commit_works_after_a_kill_between_manifest_and_rename(tmp_path
     store = CheckpointStore(root)
     assert [path.name for path in root.glob(f".*/{MANIFEST}")] == [MANIFEST]
     assert newest(store) is None
-    path = store.commit(2, write, facts())
+    path = commit(store, 2, write, facts())
     assert newest(store) == path
 
 
@@ -252,7 +257,7 @@ def test_a_kill_while_deleting_never_shows_half_a_checkpoint(tmp_path: Path) -> 
     root = tmp_path / "checkpoints"
     store = CheckpointStore(root)
     for step in (1, 2, 3):
-        store.commit(step, write, facts(1.0 / step))
+        commit(store, step, write, facts(1.0 / step))
     # Operations 0-8 are the commit; 9 renames step-000001 away, 10 is that rename's fsync.
     assert child(root, 10, 4, "retain") == (-signal.SIGKILL, "fsync")
     assert names(store) == ["step-000002", "step-000003", "step-000004"]
@@ -263,7 +268,7 @@ def test_a_kill_while_deleting_never_shows_half_a_checkpoint(tmp_path: Path) -> 
 
 
 def test_rubbish_of_the_living_is_left(store: CheckpointStore) -> None:
-    store.commit(1, write, facts())
+    commit(store, 1, write, facts())
     mine = store._hidden("step-000002", "new")
     mine.mkdir()
     parent = store.root / mine.name.replace(f".{os.getpid()}.", f".{os.getppid()}.")
@@ -295,7 +300,7 @@ def test_what_another_pod_of_this_host_writes_is_left(
     live = written.with_name(written.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
     live.mkdir(parents=True)
     monkeypatch.undo()
-    store.commit(1, write, facts())
+    commit(store, 1, write, facts())
     store.retain(2, 1, "min")
     assert live.exists()
     os.utime(live, (0, 0))
@@ -331,15 +336,15 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints(
     store: CheckpointStore, tmp_path: Path, writer: object
 ) -> None:
     assert callable(writer)
-    store.commit(1, write, facts())
+    commit(store, 1, write, facts())
     with file_size_limit(100_000):
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):  # the fault is real
             (tmp_path / "probe").write_bytes(bytes(200_000))
-        with pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*too large"):
-            store.commit(2, writer, facts())
+        with pytest.raises(CheckpointError, match="File too large"):
+            commit(store, 2, writer, facts())
     assert names(store) == ["step-000001"]
     assert hidden(store) == []
-    store.commit(2, writer, facts())
+    commit(store, 2, writer, facts())
     assert newest(store) == store.root / "step-000002"
 
 
@@ -358,28 +363,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_earlier_checkpoints(small_disk: Path, writer: object) -> None:
     assert callable(writer)
     store = CheckpointStore(small_disk / "checkpoints")
-    first = store.commit(1, write, facts())
+    first = commit(store, 1, write, facts())
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):  # the fault is real
         (small_disk / "probe").write_bytes(bytes(4_000_000))
     (small_disk / "probe").unlink()
-    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left"):
-        store.commit(2, writer, facts())
+    with pytest.raises(CheckpointError, match="No space left"):
+        commit(store, 2, writer, facts())
     assert names(store) == ["step-000001"]
     assert hidden(store) == []
     store.verify(first)
-    store.commit(3, write, facts())
+    commit(store, 3, write, facts())
     assert newest(store) == store.root / "step-000003"
 
 
 def test_a_root_that_is_a_file_raises(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
-        CheckpointStore(tmp_path / "checkpoints").commit(1, write, facts())
+        commit(CheckpointStore(tmp_path / "checkpoints"), 1, write, facts())
 
 
 def test_retain_keeps_the_newest_the_best_and_the_protected(store: CheckpointStore) -> None:
     for step, loss in enumerate([0.9, 0.2, 0.5, 0.6, None, 0.7, 0.8], start=1):
-        store.commit(step, write, facts(loss, accuracy=step % 4))
+        commit(store, step, write, facts(loss, accuracy=step % 4))
     assert store.retain(2, 1, "min", protect=["checkpoints/step-000001"]) == [
         step_name(step) for step in (3, 4, 5)
     ]
@@ -394,7 +399,7 @@ def test_retain_on_random_histories_never_loses_what_it_must_keep(tmp_path: Path
         store = CheckpointStore(tmp_path / str(case))
         losses = {step: draw.choice([None, draw.random()]) for step in range(1, draw.randint(2, 9))}
         for step, loss in losses.items():
-            store.commit(step, write, facts(loss))
+            commit(store, step, write, facts(loss))
         keep_last, keep_best = draw.randint(2, 4), draw.randint(1, 3)
         protect = {step_name(draw.choice(list(losses)))}
         ranked = sorted((loss, step) for step, loss in losses.items() if loss is not None)
@@ -407,7 +412,7 @@ def test_retain_on_random_histories_never_loses_what_it_must_keep(tmp_path: Path
 
 def test_damaged_checkpoints_do_not_count_as_kept(store: CheckpointStore) -> None:
     for step in (1, 2, 3, 4):
-        store.commit(step, write, facts(1.0 * step))
+        commit(store, step, write, facts(1.0 * step))
     (store.root / "step-000004" / MANIFEST).unlink()
     (store.root / "step-000001" / "state/state.json").write_bytes(b"short")
     assert store.retain(1, 1, "min") == []

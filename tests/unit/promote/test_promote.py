@@ -37,6 +37,7 @@ from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
 from raytune_ft.promote.promote import Measurer, promote
 from raytune_ft.report.write import write_report
+from tests.support.checkpoints import commit
 from tests.support.trained import TEST, Train, write_rows
 
 
@@ -72,7 +73,8 @@ def tamper_with_best(run: Path, scale: float) -> None:
         worse = {name: scale * tensor for name, tensor in weights.items()}
         save_file(worse, folder / "adapter_model.safetensors", {"format": "pt"})
 
-    store.commit(
+    commit(
+        store,
         manifest.step,
         write,
         CheckpointFacts(manifest.examples, manifest.config_sha256, "lora", manifest.eval_loss),

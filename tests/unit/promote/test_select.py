@@ -13,6 +13,7 @@ from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.config.load import dump_yaml, load_config
 from raytune_ft.errors import CheckpointError, RunFailed, StorageError
 from raytune_ft.promote.select import select
+from tests.support.checkpoints import commit
 
 CONFIG = """
 name: sweep
@@ -44,7 +45,8 @@ def make_run(
 
     store = CheckpointStore(run / "checkpoints")
     for step, loss in enumerate(losses, start=1):
-        store.commit(
+        commit(
+            store,
             step,
             write,
             CheckpointFacts(step * 8, "c", "lora", loss, metrics(loss)),
