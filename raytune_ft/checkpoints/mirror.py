@@ -11,12 +11,12 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raytune_ft.background import repeated
 from raytune_ft.bucket import Bucket, Timing
 from raytune_ft.checkpoints.s3 import RemoteCheckpoints
 from raytune_ft.checkpoints.store import CheckpointStore
@@ -273,34 +273,25 @@ def mirrored(
         return
     mirror = Mirror(Bucket(url, timing), run, tell)
     mirror.begin(resume)
-    ended = threading.Event()
+    silent = False
 
     def copy() -> None:
-        silent = False
-        while not ended.wait(interval_s):
-            try:
-                mirror.sync()
-                silent = False
-            except (StorageError, OSError) as error:
-                if not silent:
-                    tell(f"not copied for now: {error}")
-                silent = True
+        nonlocal silent
+        try:
+            mirror.sync()
+            silent = False
+        except (StorageError, OSError) as error:
+            if not silent:
+                tell(f"not copied for now: {error}")
+            silent = True
 
-    thread = threading.Thread(target=copy, name="mirror", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(copy, interval_s, "mirror"):
+            yield
     except BaseException:
-        _end(ended, thread)
         try:
             mirror.sync()
         except (StorageError, OSError) as error:
             tell(f"not copied: {error}")
         raise
-    _end(ended, thread)
     mirror.sync()
-
-
-def _end(ended: threading.Event, thread: threading.Thread) -> None:
-    ended.set()
-    thread.join()

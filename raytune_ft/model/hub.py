@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import math
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.background import repeated
 from raytune_ft.config.environment import expand_text
 from raytune_ft.config.paths import is_hub_model
 from raytune_ft.config.rewards import RewardModel
@@ -219,20 +219,14 @@ def _progress(model: ModelConfig, tell: Tell) -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    ended, begun = threading.Event(), time.monotonic()
+    begun = time.monotonic()
 
-    def watch() -> None:
-        while not ended.wait(TELL_EVERY_S):
-            held, passed = size(_held(_cache_of(model))), time.monotonic() - begun
-            tell(f"downloading {model.path}: {held} after {passed:.0f} s")
+    def say() -> None:
+        held, passed = size(_held(_cache_of(model))), time.monotonic() - begun
+        tell(f"downloading {model.path}: {held} after {passed:.0f} s")
 
-    thread = threading.Thread(target=watch, name="download", daemon=True)
-    thread.start()
-    try:
+    with repeated(say, TELL_EVERY_S, "download"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _cache_of(model: ModelConfig) -> Path:

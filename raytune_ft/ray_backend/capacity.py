@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get
 
+from raytune_ft.background import repeated
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.search_space import duration_s
 from raytune_ft.errors import ClusterError
@@ -204,20 +204,13 @@ def looking(look: Callable[[], None], every_s: float = LOOK_S) -> Iterator[None]
     last node that suits.
     """
     look()
-    over = threading.Event()
 
-    def go_on() -> None:
-        while not over.wait(every_s):
-            with suppress(RayError, ClusterError):
-                look()
+    def again() -> None:
+        with suppress(RayError, ClusterError):
+            look()
 
-    thread = threading.Thread(target=go_on, name="capacity", daemon=True)
-    thread.start()
-    try:
+    with repeated(again, every_s, "capacity", join_s=10):
         yield
-    finally:
-        over.set()
-        thread.join(timeout=10)
 
 
 def _never_came(error: ClusterError, waited_s: float) -> ClusterError:

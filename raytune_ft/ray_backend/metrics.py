@@ -7,7 +7,6 @@ a figure that is not set again within two of its reports, 20 s by default.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from ray.util.metrics import Gauge
 
+from raytune_ft.background import repeated
 from raytune_ft.layout import CHECKPOINTS, MANIFEST, MIRROR_OWNER, TRIALS
 from raytune_ft.records import EvalMetrics, StepMetrics
 
@@ -113,17 +113,11 @@ def _time(path: Path) -> float:
 @contextmanager
 def measured(run_dir: Path, every_s: float = EVERY_S) -> Iterator[DriverGauges]:
     """Inside, a thread sets the figures of a driver that has joined Ray."""
-    gauges, over = DriverGauges(run_dir), threading.Event()
+    gauges = DriverGauges(run_dir)
 
     def measure() -> None:
-        while not over.wait(every_s):
-            with suppress(OSError):  # a folder that vanishes meanwhile
-                gauges.measure()
+        with suppress(OSError):  # a folder that vanishes meanwhile
+            gauges.measure()
 
-    thread = threading.Thread(target=measure, name="gauges", daemon=True)
-    thread.start()
-    try:
+    with repeated(measure, every_s, "gauges"):
         yield gauges
-    finally:
-        over.set()
-        thread.join()

@@ -5,7 +5,6 @@ Shapes: P prompts, G completions of each, N label tokens, which are those of com
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from raytune_ft.background import repeated
 from raytune_ft.config.methods import METHODS
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import Config
@@ -376,19 +376,10 @@ def _grouped(said: Sequence[Said], count: int) -> list[Sequence[Said]]:
 @contextmanager
 def _alive(heart: Heartbeat) -> Iterator[None]:
     """A context that is no hang, however long it takes: each reward has a time limit of its own."""
-    over = threading.Event()
-
-    def tick() -> None:
-        while not over.wait(1.0):
-            heart.alive()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(heart.alive, 1.0, "alive"):
+            yield
     finally:
-        over.set()
-        thread.join()
         heart.alive()
 
 

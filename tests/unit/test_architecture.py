@@ -14,7 +14,7 @@ PACKAGE = Path(raytune_ft.__file__).parent
 # Later layers may import earlier ones.
 LAYERS = [
     {"__init__", "errors", "layout", "records"},
-    {"child", "files", "format", "locks"},
+    {"background", "child", "files", "format", "locks"},
     {"config"},
     {"bucket", "rundir", "data"},
     {"tensors"},
