@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -264,6 +265,11 @@ def ray_directory() -> str:
         f"{longest} bytes and can be written",
         "export RAY_TMPDIR with such a directory",
     )
+
+
+def ray_storage() -> TemporaryDirectory[str]:
+    """For the files that Ray Train and Ray Tune keep about a run, which are not read afterwards."""
+    return TemporaryDirectory(prefix="raytune-ft-", ignore_cleanup_errors=True)
 
 
 @contextmanager

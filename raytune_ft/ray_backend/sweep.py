@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +44,7 @@ from raytune_ft.ray_backend.capacity import (
 from raytune_ft.ray_backend.cluster import (
     Nodes,
     connected,
+    ray_storage,
     stop_grace_s,
     train_environment,
     whole_groups,
@@ -93,16 +92,6 @@ TUNE_SETTINGS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line of it is in the trial's row
     "RAY_AIR_NEW_OUTPUT": "0",  # together with verbose=0: no output of Tune's own
 }
-
-
-@contextmanager
-def tune_storage() -> Iterator[str]:
-    """A temporary directory for Tune's own files, which are not read again."""
-    path = tempfile.mkdtemp(prefix="raytune-ft-")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -367,7 +356,7 @@ class _Sweep:
             with (
                 progress.live(),
                 self._open_places(left, progress.note) as places,
-                tune_storage() as storage,
+                ray_storage() as storage,
                 settings_of_tune(),
                 measured(self._shared.sweep_dir) as gauges,
             ):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -53,7 +51,7 @@ from raytune_ft.errors import (
     is_out_of_memory,
 )
 from raytune_ft.model.hub import trained_models
-from raytune_ft.ray_backend.cluster import most_workers
+from raytune_ft.ray_backend.cluster import most_workers, ray_storage
 from raytune_ft.ray_backend.fetch import fetch_for_group
 from raytune_ft.ray_backend.placement import for_ray, matches, staying_nodes
 from raytune_ft.ray_backend.registry import Group
@@ -112,9 +110,7 @@ def train_group(
         os.environ.setdefault(START_TIMEOUT, ELASTIC_START_TIMEOUT_S)
     resources = {key: amount for key, amount in parallel.resources.items() if amount}
     gpu = parallel.device == "cuda"
-    # Ray's own files about the run, which are not read afterwards.
-    storage = tempfile.mkdtemp(prefix="raytune-ft-")
-    try:
+    with ray_storage() as storage:
         _LeanTrainer(
             worker,
             train_loop_config={"spec": spec, "run": name, "registry": registry, **more},
@@ -138,8 +134,6 @@ def train_group(
                 callbacks=[RunWatch(name, registry, trained_models(spec.config))],
             ),
         ).fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _process_group(config: Config) -> BackendConfig:
