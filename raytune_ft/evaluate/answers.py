@@ -18,7 +18,7 @@ from raytune_ft.config.metrics import REWARD
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.evaluate.scores import Column, Scores
-from raytune_ft.model.sampling import Request, sample
+from raytune_ft.model.sampling import by_prompt, requests_of, sample
 from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.groups import group_of
@@ -115,14 +115,9 @@ def answers_of(
         RunFailed: a reward died repeatedly.
     """
     count = asking.sampling.n
-    requests = [
-        Request(prompt.ids, place, number)
-        for place, prompt in enumerate(asking.prompts)
-        for number in range(count)
-    ]
     said = sample(
         runner.model,
-        requests,
+        requests_of(enumerate(asking.prompts), count),
         asking.sampling.max_new_tokens,
         settings=asking.sampling,
         ends=ends,
@@ -133,8 +128,8 @@ def answers_of(
     found = None
     if runner.strategy.rank == 0:
         groups = [
-            group_of(prompt, said[place * count : (place + 1) * count], tokenizer)
-            for place, prompt in enumerate(asking.prompts)
+            group_of(prompt, own, tokenizer)
+            for prompt, own in zip(asking.prompts, by_prompt(said, count), strict=True)
         ]
         tokens_PC = np.array([len(one.ids) for one in said], np.float64).reshape(-1, count)
         ended_PC = np.array([one.ended for one in said], np.float64).reshape(-1, count)

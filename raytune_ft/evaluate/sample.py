@@ -31,10 +31,15 @@ from raytune_ft.files import sha256_of, write_text_atomic
 from raytune_ft.locks import locked
 from raytune_ft.model.hub import reward_model
 from raytune_ft.model.lengths import usable_positions
-from raytune_ft.model.load import check_files, load_model_config, resolve_model_path
+from raytune_ft.model.load import (
+    base_file_hashes,
+    check_files,
+    load_model_config,
+    resolve_model_path,
+)
 from raytune_ft.model.methods.hooks import virtual_tokens
 from raytune_ft.model.methods.saved import unfoldable
-from raytune_ft.model.sampling import Request, Said, sample, stop_tokens
+from raytune_ft.model.sampling import Said, by_prompt, requests_of, sample, stop_tokens
 from raytune_ft.records import Tell
 from raytune_ft.rewards.base import Group
 from raytune_ft.rewards.groups import group_of
@@ -195,12 +200,9 @@ def _settings(asked: Asked, config: Config, prompts: Sequence[Prompt]) -> dict[s
 
 def _hashes(model: ModelConfig) -> dict[str, str]:
     """Of the model's files; of a hub id its name and revision."""
-    folder = Path(resolve_model_path(model.path))
-    if not folder.is_dir():
+    if not Path(resolve_model_path(model.path)).is_dir():
         return {model.path: model.revision or ""}
-    suffixes = (".safetensors", ".json", ".model", ".jinja")
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
-    return {file.name: sha256_of(file) for file in files}
+    return base_file_hashes(model)
 
 
 def _resume(asked: Asked, config: Config, prompts: Sequence[Prompt], tell: Tell) -> int:
@@ -266,14 +268,9 @@ def _fill(
     with asked.out.open("a", encoding="utf-8", errors="surrogatepass") as file:
         for first in range(kept, len(prompts), step):
             numbers = range(first, min(first + step, len(prompts)))
-            requests = [
-                Request(prompts[place].ids, place, number)
-                for place in numbers
-                for number in range(settings.n)
-            ]
             said = sample(
                 runner.model,
-                requests,
+                requests_of([(place, prompts[place]) for place in numbers], settings.n),
                 settings.max_new_tokens,
                 settings=settings,
                 ends=ends,
@@ -282,7 +279,7 @@ def _fill(
                 apart=runner.apart,
             )
             tokens += sum(len(one.ids) for one in said)
-            parts = [said[i : i + settings.n] for i in range(0, len(said), settings.n)]
+            parts = by_prompt(said, settings.n)
             groups = [
                 group_of(prompts[place], part, tokenizer)
                 for place, part in zip(numbers, parts, strict=True)

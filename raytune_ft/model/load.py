@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from raytune_ft.config.methods import METHODS, LoraMethod, MethodConfig
 from raytune_ft.config.paths import BUILTIN, is_hub_model
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, first_line
-from raytune_ft.files import read_json
+from raytune_ft.files import read_json, sha256_of
 from raytune_ft.layout import MODEL_INDEX
 from raytune_ft.model import experts, hub
 from raytune_ft.model.heads import PROBLEM_TYPES, Head, draw_head, label_weights, train_head
@@ -617,6 +616,5 @@ def base_file_hashes(model: ModelConfig) -> dict[str, str]:
     directory, hashes = folder_here(model), dict[str, str]()
     for file in sorted(directory.iterdir()) if directory else ():
         if file.suffix in _HASHED and file.is_file():
-            with file.open("rb") as opened:
-                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            hashes[file.name] = sha256_of(file)
     return hashes

@@ -13,7 +13,7 @@ entries of the vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from raytune_ft.config.sampling import SamplingConfig
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.data.batch import FREELY, Apart
+from raytune_ft.data.formats.prompt import Prompt
 from raytune_ft.data.report import DataReport
 from raytune_ft.model.lengths import usable_positions
 from raytune_ft.model.load import resolve_model_path
@@ -72,6 +73,16 @@ class Said:
     def answer(self) -> tuple[int, ...]:
         """The ids without the end token."""
         return self.ids[:-1] if self.ended else self.ids
+
+
+def requests_of(prompts: Iterable[tuple[int, Prompt]], count: int) -> list[Request]:
+    """`count` of each of (place, prompt)."""
+    return [Request(one.ids, place, number) for place, one in prompts for number in range(count)]
+
+
+def by_prompt(said: Sequence[Said], count: int) -> list[Sequence[Said]]:
+    """The continuations of each prompt, of what was said to `requests_of`."""
+    return [said[start : start + count] for start in range(0, len(said), count)]
 
 
 def numbers_of(seed: int, request: Request, limit: int) -> Numbers:

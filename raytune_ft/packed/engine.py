@@ -38,7 +38,7 @@ from raytune_ft.errors import ConfigError, InputError, RunFailed
 from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
 from raytune_ft.model.objectives import Objective
-from raytune_ft.model.sampling import Requests, Said
+from raytune_ft.model.sampling import Requests, Said, requests_of
 from raytune_ft.packed.autotune import (
     describe,
     fewest_near_best,
@@ -66,7 +66,7 @@ from raytune_ft.train.setup import (
     material_of,
     plain_order,
 )
-from raytune_ft.train.speaker import Answered, Turn, Voice, requests_of, said_together
+from raytune_ft.train.speaker import Answered, Turn, Voice, said_together
 from raytune_ft.train.watchdog import Beat, Heartbeat, no_beat
 
 T = TypeVar("T")

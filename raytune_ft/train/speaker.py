@@ -29,7 +29,14 @@ from raytune_ft.files import read_json, write_json_atomic
 from raytune_ft.model.objectives.base import WEIGHT
 from raytune_ft.model.objectives.ppo import logps_and_values
 from raytune_ft.model.objectives.preference import label_logps
-from raytune_ft.model.sampling import Request, Requests, Said, sample_groups
+from raytune_ft.model.sampling import (
+    Request,
+    Requests,
+    Said,
+    by_prompt,
+    requests_of,
+    sample_groups,
+)
 from raytune_ft.rewards.groups import group_of
 from raytune_ft.rewards.pool import Rewards
 from raytune_ft.strategy import Strategy
@@ -191,7 +198,7 @@ class Speaker:
             )
         ranks, rank = self._channel.world_size, self._channel.rank
         of_all = self._ask(requests_of(turn.prompts, turn.count))
-        groups = _grouped(of_all, turn.count)
+        groups = by_prompt(of_all, turn.count)
         gap = self.gap_of([one for _, one in turn.prompts], groups)
         own = [one for group in groups[rank::ranks] for one in group]
         return replace(self.scored(turn, own), gap=gap)
@@ -212,7 +219,7 @@ class Speaker:
             RunFailed: a reward cannot score; on every rank.
         """
         ranks, rank = self._channel.world_size, self._channel.rank
-        own, groups = turn.prompts[rank::ranks], _grouped(said, turn.count)
+        own, groups = turn.prompts[rank::ranks], by_prompt(said, turn.count)
 
         def score() -> Any:
             asked = [
@@ -362,15 +369,6 @@ def said_together(
         if lockstep is not None:
             lockstep.drain()
     return said
-
-
-def requests_of(prompts: Sequence[tuple[int, Prompt]], count: int) -> list[Request]:
-    """`count` of each of (place, prompt)."""
-    return [Request(one.ids, place, g) for place, one in prompts for g in range(count)]
-
-
-def _grouped(said: Sequence[Said], count: int) -> list[Sequence[Said]]:
-    return [said[start : start + count] for start in range(0, len(said), count)]
 
 
 @contextmanager
