@@ -44,7 +44,7 @@ class StepMetrics:
     @property
     def plain(self) -> dict[str, Any]:
         """Its keys and values in a file."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found = dict(vars(self))
         figures = found.pop("figures")
         absent = [key for key in ("peak_gib", "mfu") if found[key] is None]
         return {key: value for key, value in found.items() if key not in absent} | figures
@@ -97,7 +97,7 @@ class EvalMetrics:
     @property
     def plain(self) -> dict[str, Any]:
         """Its keys and values in a file."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = dict(vars(self))
         scores = own.pop("figures")
         first = {key: own.pop(key) for key in ("step", "examples")}
         return {**first, **scores, **own}

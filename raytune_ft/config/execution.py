@@ -96,8 +96,11 @@ def choose_execution(config: Config) -> tuple[str, str]:
 
 
 def variants(config: Config) -> list[Config]:
-    """A config for each method of the space with every bound and choice of its method's keys."""
-    assert config.search is not None
+    """A config for each method of the space with every bound and choice of its method's keys; of a
+    run without a search its own.
+    """
+    if config.search is None:
+        return [config]
     alone = config.model_copy(update={"search": None})
     space = config.search.space
     names = space[METHOD].values if METHOD in space else [config.method.name]

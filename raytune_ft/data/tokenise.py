@@ -99,7 +99,7 @@ class Tally:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(to_json({each.name: getattr(self, each.name) for each in fields(self)}))
+        path.write_text(to_json(vars(self)))
 
     @classmethod
     def read(cls, path: Path) -> Tally:

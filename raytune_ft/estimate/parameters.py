@@ -16,7 +16,7 @@ from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.critic import add_critic
 from raytune_ft.model.heads import Head
-from raytune_ft.model.load import Precision, load_model_config
+from raytune_ft.model.load import Precision, base_dtype, load_model_config
 from raytune_ft.model.meta import build_shapes
 
 # Bytes an element: 4 bits, and scales of blocks of 64 under double quantisation (2305.14314).
@@ -162,7 +162,7 @@ def build_shell(
         vocabulary=embedding.num_embeddings,
         heads_width=_heads_width(text, embedding.embedding_dim),
         precision=precision,
-        frozen_dtype=getattr(torch, precision if model.dtype == "auto" else model.dtype),
+        frozen_dtype=base_dtype(model, precision),
     )
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from raytune_ft.errors import MergeError, StorageError
 from raytune_ft.files import fsync, read_json, sha256_of, write_json_atomic
-from raytune_ft.layout import JOURNAL, MODEL_INDEX, shard_name
+from raytune_ft.layout import JOURNAL, shard_name
 from raytune_ft.merge.streaming_forward import Weights, spans
+from raytune_ft.model.export import write_index
 from raytune_ft.records import FileRecord, Tell
 from raytune_ft.tensors.write import Entry, write_tensors
 
@@ -61,7 +62,7 @@ def write_weights(
         _write_journal(target, plan, done.values())
     records = [done[name] for name, _ in shards]
     if len(shards) > 1:
-        records.append(_write_index(target, shards))
+        records.append(write_index(target, shards))
     return records
 
 
@@ -140,13 +141,3 @@ def _resume(target: Path, plan: str, names: list[str], tell: Tell) -> dict[str, 
 
 def _write_journal(target: Path, plan: str, records: Iterable[FileRecord]) -> None:
     write_json_atomic(target / JOURNAL, {"plan": plan, "shards": [asdict(r) for r in records]})
-
-
-def _write_index(target: Path, shards: list[tuple[str, list[Entry]]]) -> FileRecord:
-    files = {entry.name: name for name, entries in shards for entry in entries}
-    size = sum(math.prod(e.shape) * e.dtype.itemsize for _, held in shards for e in held)
-    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    write_json_atomic(target / MODEL_INDEX, content)
-    return FileRecord(
-        MODEL_INDEX, (target / MODEL_INDEX).stat().st_size, sha256_of(target / MODEL_INDEX)
-    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from raytune_ft.files import flush_file
+from raytune_ft.files import flush_file, write_json_atomic
 from raytune_ft.layout import MODEL_INDEX, shard_name
 from raytune_ft.model.blocks import find_blocks
 from raytune_ft.model.meta import BaseFiles, shapes_of
@@ -120,10 +119,10 @@ class _HuggingFaceModel:
         mine = self._tensors(shares[rank], read)
         if rank == 0:
             entries[0] += [Entry(n, t.dtype, tuple(t.shape)) for n, t in self._rest.items()]
-            weights = {shard_name("model", other, world_size) for other in range(world_size)}
-            records += self._save_config(directory, weights)
+            names = [shard_name("model", other, world_size) for other in range(world_size)]
+            records += self._save_config(directory, set(names))
             if world_size > 1:
-                records.append(_save_index(directory, entries))
+                records.append(write_index(directory, list(zip(names, entries, strict=True))))
         name = shard_name("model", rank, world_size)
         rest = self._rest.values() if rank == 0 else ()
         if entries[rank]:
@@ -201,17 +200,13 @@ def _units(model: nn.Module, names: list[str]) -> list[list[str]]:
     return list(units.values())
 
 
-def _save_index(directory: Path, entries: list[list[Entry]]) -> FileRecord:
+def write_index(directory: Path, shards: Sequence[tuple[str, Sequence[Entry]]]) -> FileRecord:
     """Write the index that names the file of each tensor."""
-    files = {
-        entry.name: shard_name("model", rank, len(entries))
-        for rank, held in enumerate(entries)
-        for entry in held
-    }
-    size = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for held in entries for e in held)
+    files = {entry.name: name for name, entries in shards for entry in entries}
+    size = sum(torch.Size(e.shape).numel() * e.dtype.itemsize for _, held in shards for e in held)
     path = directory / MODEL_INDEX
     content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json_atomic(path, content)
     return flush_file(path, directory)
 
 

@@ -137,8 +137,7 @@ def example_logits(
     """`logits_EL` of the examples of a batch, in the order of its spans, float32 or wider."""
     inputs = {**inputs, **_segments(how, batch)}
     if how.place == "row":
-        logits = model(**inputs).logits[: len(batch.spans)]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(model(**inputs).logits[: len(batch.spans)])
     spans = [(span.row, span.start, span.stop) for span in batch.spans] or [(0, 0, 1)]
     device = batch.tokens_BS.device
     rows_E, places_E = torch.tensor(
@@ -176,7 +175,11 @@ def example_logits(
     finally:
         for handle in handles:
             handle.remove()
-    logits = logits[: len(batch.spans)]
+    return wide(logits[: len(batch.spans)])
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits as losses take them: float32 or wider."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def quantises(config: Config) -> bool:
     """Whether a run of this config, or one of its trials, holds its base in 4 bits."""
-    runs = [config] if config.search is None else variants(config)
-    return any(METHODS[run.method.name].quantised for run in runs)
+    return any(METHODS[run.method.name].quantised for run in variants(config))
 
 
 def skip_unused_bitsandbytes(config: Config) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raytune_ft.config import deepspeed_json
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
+from raytune_ft.model.methods import trained_parameters
 from raytune_ft.model.probe import unreached
 from raytune_ft.strategy.base import MOMENTS, Held, Message, OptimizerOf, Shape, Traffic, held_bytes
 from raytune_ft.strategy.single import Grouped
@@ -132,7 +133,7 @@ class DeepSpeed(Grouped):
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
         """The optimizer is built first, while parameters still have their shapes."""
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trained_parameters(model)
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         self.optimizer = optimizer_of(self.parameters)
         self._exempt_unused_from_decay(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.model.load import Precision
+from raytune_ft.model.methods import trained_parameters
 from raytune_ft.strategy.base import (
     MOMENTS,
     Held,
@@ -59,7 +60,7 @@ class Single:
 
     def prepare(self, model: nn.Module, optimizer_of: OptimizerOf) -> nn.Module:
         wrapped = self.lay_out(model)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trained_parameters(model)
         self.optimizer = optimizer_of(self.parameters)
         return wrapped
 

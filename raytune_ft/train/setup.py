@@ -200,8 +200,7 @@ def check_lengths(config: Config, shapes: nn.Module, data: PreparedData) -> None
     model's positions. In a search, every method of the space is checked.
     """
     positions, longest = usable_positions(shapes), extent_of(config, data)[0][1]
-    tried = [config] if config.search is None else variants(config)
-    virtual = max(one.method.virtual_tokens for one in tried)
+    virtual = max(one.method.virtual_tokens for one in variants(config))
     if positions is None or longest + virtual <= positions:
         return
     said = longest - data.extent[1]

@@ -56,6 +56,11 @@ class Columns:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_one(cls, examples: Mapping[str, Tensor]) -> Columns:
+        """Of one model, from `[E]` or `[E, L]` for each example."""
+        return cls(examples={name: values.unsqueeze(0) for name, values in examples.items()})
+
     @property
     def all(self) -> dict[str, Tensor]:
         """Both, rows first."""
@@ -78,7 +83,10 @@ class Objective(Protocol):
         return self
 
     def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """What the losses of these examples are divided by; every rank knows it beforehand."""
+        """What the losses of these examples are divided by: the sum of what each counts, with its
+        weight. Every rank knows it beforehand.
+        """
+        return float(self.known(split, indices)["counted"].sum())
 
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """One weighted training loss for each label token or example, from one forward pass."""
@@ -119,6 +127,12 @@ def example_weights(columns: Mapping[str, Any]) -> Any:
     """`[E]`, the weight of each example; None where all weigh the same."""
     weight_E1 = columns.get(WEIGHT)
     return None if weight_E1 is None else weight_E1[:, 0]
+
+
+def weighted_losses(losses_E: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    """`[E]`, each times the weight of its example."""
+    weights_E = example_weights(columns)
+    return losses_E if weights_E is None else losses_E * weights_E
 
 
 def weighted_tokens(losses_N: Any, batch: MicroBatch) -> Any:

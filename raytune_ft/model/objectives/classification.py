@@ -80,8 +80,7 @@ class Classification(Objective):
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """See `columns_of`."""
         assert groups == 1, "every model has a head of its own"
-        found = self.columns_of(forward.example_logits(batch), batch.columns)
-        return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
+        return Columns.of_one(self.columns_of(forward.example_logits(batch), batch.columns))
 
     def columns_of(self, outputs: Tensor, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`[E]` or `[E, L]` each, from the outputs and the data columns of the same examples.

@@ -28,8 +28,8 @@ from raytune_ft.model.objectives.base import (
     Forward,
     OfLogps,
     TeacherOf,
-    example_weights,
     weighted_examples,
+    weighted_losses,
 )
 from raytune_ft.model.objectives.tokens import token_losses
 
@@ -259,18 +259,12 @@ class PairObjective(OfLogps):
         tokens = float((weights_E * chosen_E).sum())
         return replace(self, pairs_per_token=float(weights_E.sum()) / (tokens or 1.0))
 
-    def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """Pairs, each with its weight."""
-        return float(self.known(split, indices)["counted"].sum())
-
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[E]`, one for each pair, float64."""
         return self.losses_of(label_logps(forward, batch), batch)
 
     def losses_of(self, logps_N: Tensor, batch: MicroBatch) -> Tensor:
-        losses_E = self.of(self.answers(logps_N, batch))
-        weights_E = example_weights(batch.columns)
-        return losses_E if weights_E is None else losses_E * weights_E
+        return weighted_losses(self.of(self.answers(logps_N, batch)), batch.columns)
 
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """See `columns_of`; all models have this objective."""

@@ -22,8 +22,8 @@ from raytune_ft.model.objectives.base import (
     Forward,
     Objective,
     TeacherOf,
-    example_weights,
     weighted_examples,
+    weighted_losses,
 )
 from raytune_ft.model.objectives.preference import half_right
 
@@ -40,10 +40,6 @@ class Reward(Objective):
     of_tokens: ClassVar[bool] = False
     settings: RewardModelConfig
 
-    def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """Pairs, each with its weight."""
-        return float(self.known(split, indices)["counted"].sum())
-
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[E]`, one for each pair, float64."""
         return self._weighted(*rewards(forward, batch), batch.columns)
@@ -51,8 +47,7 @@ class Reward(Objective):
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """See `columns_of`."""
         assert groups == 1, "every model has a head of its own"
-        found = self.columns_of(*rewards(forward, batch), batch.columns)
-        return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
+        return Columns.of_one(self.columns_of(*rewards(forward, batch), batch.columns))
 
     def columns_of(
         self, chosen_E: Tensor, rejected_E: Tensor, columns: Mapping[str, Tensor]
@@ -78,8 +73,7 @@ class Reward(Objective):
         if self.settings.center_rewards_coefficient:
             middle_E = (chosen_E + rejected_E).square()
             losses_E = losses_E + self.settings.center_rewards_coefficient * middle_E
-        weights_E = example_weights(columns)
-        return losses_E if weights_E is None else losses_E * weights_E
+        return weighted_losses(losses_E, columns)
 
 
 def rewards(forward: Forward, batch: MicroBatch) -> tuple[Tensor, Tensor]:

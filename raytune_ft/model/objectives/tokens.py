@@ -20,6 +20,7 @@ from raytune_ft.data.formats.rationale import RATIONALE
 from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError
+from raytune_ft.model.heads import wide
 from raytune_ft.model.objectives.base import (
     Columns,
     Forward,
@@ -54,7 +55,7 @@ def label_logits(
     finally:
         if handle is not None:
             handle.remove()
-    return _wide(_at(keep_N, logits) if logits.ndim == 3 else logits)
+    return wide(_at(keep_N, logits) if logits.ndim == 3 else logits)
 
 
 def label_blocks(
@@ -74,7 +75,7 @@ def label_blocks(
     plain, replaced = head.forward, "forward" in vars(head)
 
     def block(hidden_bH: Tensor, part: MicroBatch) -> Tensor:
-        logits_bV = _wide(plain(hidden_bH))
+        logits_bV = wide(plain(hidden_bH))
         with torch.autocast(hidden_bH.device.type, enabled=False):
             return of(logits_bV, part)
 
@@ -109,10 +110,6 @@ def _at(places_N: Tensor, values_BSX: Tensor) -> Tensor:
     return values_BSX.flatten(0, 1).index_select(0, places_N)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def token_losses(logits_NV: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
     """Cross entropy `[N]` of every label token."""
     targets_N = batch.targets_N
@@ -129,10 +126,6 @@ class TokenObjective(Objective):
     of_tokens: ClassVar[bool] = True
     label_smoothing: float = 0.0
     rationale_weight: float = 1.0
-
-    def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """Label tokens times the weights of their examples."""
-        return float(self.known(split, indices)["counted"].sum())
 
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[N]`, one for each label token."""

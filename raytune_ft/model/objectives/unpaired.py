@@ -23,8 +23,8 @@ from raytune_ft.model.objectives.base import (
     Forward,
     Objective,
     TeacherOf,
-    example_weights,
     weighted_examples,
+    weighted_losses,
 )
 from raytune_ft.model.objectives.preference import label_logps
 
@@ -52,10 +52,6 @@ class Kto(Objective):
         total = forward.summed(split.partners, indices, lambda batch: ratios(forward, batch).sum())
         return replace(self, kl=(total / len(indices)).clamp_min(0))
 
-    def count(self, split: TokenizedSplit, indices: Indices) -> float:
-        """Examples, each with its weight."""
-        return float(self.known(split, indices)["counted"].sum())
-
     def losses(self, forward: Forward, batch: MicroBatch) -> Tensor:
         """`[E]`, one for each answer, float64."""
         return self._losses(ratios(forward, batch), batch)
@@ -65,8 +61,7 @@ class Kto(Objective):
         sign_E = torch.where(good_E, 1.0, -1.0)
         factor_E = torch.where(good_E, own.desirable_weight, own.undesirable_weight)
         losses_E = factor_E * (1 - (sign_E * own.beta * (ratios_E - self.kl)).sigmoid())
-        weights_E = example_weights(batch.columns)
-        return losses_E if weights_E is None else losses_E * weights_E
+        return weighted_losses(losses_E, batch.columns)
 
     def columns(self, forward: Forward, batch: MicroBatch, groups: int) -> Columns:
         """`[1, E]` each."""
@@ -80,7 +75,7 @@ class Kto(Objective):
             "bad_reward": rewards_E * (1 - good_E),
             "kl": torch.zeros_like(ratios_E) + self.kl,
         }
-        return Columns(examples={name: values.unsqueeze(0) for name, values in found.items()})
+        return Columns.of_one(found)
 
     def known(self, split: TokenizedSplit, indices: Indices) -> dict[str, npt.NDArray[Any]]:
         """Examples, what the loss counts of them, and on which side they are."""
