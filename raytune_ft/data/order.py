@@ -146,7 +146,7 @@ class Drawable:
 
 
 def hold_out(
-    drawn: Drawable, fraction: float, seed: int, names: Sequence[str], empty: Empty = np.empty
+    drawn: Drawable, fraction: float, seed: int, names: Sequence[str], empty: Empty
 ) -> tuple[Indices, Indices]:
     """Which examples are for train and which for validation; every source gives the fraction, so
     that each is measured.

@@ -377,17 +377,15 @@ def _singles(nodes: Nodes, resources_per_worker: Mapping[str, float]) -> list[in
     ]
 
 
-def require_capacity(parallel: ParallelConfig, nodes: Nodes | None = None) -> int:
-    """How many runs or trials fit at a time on `nodes`, by default the suitable ones.
+def require_capacity(parallel: ParallelConfig, nodes: Nodes) -> int:
+    """How many runs or trials fit at a time on these nodes.
 
     An elastic run is counted with its largest number of workers. Where not even one run of that
     size fits, but one of the smallest size does, the answer is 1.
 
     Raises:
-        ClusterError: the cluster cannot hold one run with the fewest workers, or see
-            `suitable_nodes`.
+        ClusterError: they cannot hold one run with the fewest workers.
     """
-    nodes = [node.resources for node in suitable_nodes(parallel)] if nodes is None else nodes
     resources, workers = parallel.resources, parallel.min_workers
     groups = whole_groups(nodes, resources, parallel.max_workers, parallel.placement)
     if groups > 0:
