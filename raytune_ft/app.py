@@ -34,7 +34,7 @@ from raytune_ft.config.search_rules import check_examples
 from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
-from raytune_ft.files import write_text_atomic
+from raytune_ft.files import read_object, write_text_atomic
 from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
 from raytune_ft.model.quantise import skip_unused_bitsandbytes
@@ -48,7 +48,6 @@ from raytune_ft.preflight import (
     worker_of,
 )
 from raytune_ft.records import RunResult, Tell
-from raytune_ft.report.collect import read_json
 from raytune_ft.report.write import try_report
 from raytune_ft.rundir import (
     OpenRun,
@@ -207,7 +206,7 @@ def sweep(
             promotion = _promote_once(run.path, tell, make)
         finally:
             try_report(run.path, tell)
-        result = read_json(run.path / RESULT) or {}
+        result = read_object(run.path / RESULT) or {}
         return Swept(run.path, result, promotion, written.search.metrics[0])
 
 
@@ -437,7 +436,7 @@ def _has_ended(run: OpenRun, config: Config) -> bool:
     """Whether a resume finds the run complete under the same budget and number of trials."""
     if run.saved is None or not (run.path / RESULT).is_file():
         return False
-    if (read_json(run.path / RESULT) or {}).get("status") not in ("completed", "early_stopped"):
+    if (read_object(run.path / RESULT) or {}).get("status") not in ("completed", "early_stopped"):
         return False
     searches = [each.search for each in (run.saved, config)]
     limits = [(each.trials, each.budget) if each else None for each in searches]

@@ -38,6 +38,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where it cannot be read, or holds something else."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """Replaces a JSON file: a reader sees the old one or the new one, also after a power cut."""
     write_text_atomic(path, to_json(value, indent=2) + "\n")

@@ -15,7 +15,7 @@ from raytune_ft.checkpoints.store import CheckpointStore
 from raytune_ft.config.load import load_config
 from raytune_ft.config.paths import OBJECT_STORE
 from raytune_ft.errors import CheckpointError, StorageError
-from raytune_ft.files import read_json
+from raytune_ft.files import read_object
 from raytune_ft.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -42,12 +42,12 @@ def referred(directory: Path) -> set[Path]:
     """Checkpoints that the result or a promotion of a run, or of a sweep and its trials, names."""
     found: set[Path] = set()
     for run in run_folders(directory):
-        for name in _named(_json(run / RESULT)):
+        for name in _named(read_object(run / RESULT)):
             found.add((run / CHECKPOINTS / name).resolve())
     top = directory.parent if directory.name == CHECKPOINTS else directory
     # Promotions name checkpoints by path. Runs may have moved, so only the last parts are compared.
     for manifest in top.glob(f"{PROMOTED}*/**/*.json"):
-        for text in _texts(_json(manifest)):
+        for text in _texts(read_object(manifest)):
             parts = Path(text).parts
             if len(parts) > 1 and STEP_NAME.fullmatch(parts[-1]) and parts[-2] == CHECKPOINTS:
                 run = top / TRIALS / parts[-3] if len(parts) > 3 and parts[-4] == TRIALS else top
@@ -74,13 +74,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from raytune_ft.errors import ConfigError, StorageError
 from raytune_ft.evaluate.context import runner_of
 from raytune_ft.evaluate.evaluate import measured_split, tokenizer_of
 from raytune_ft.evaluate.workers import whole
-from raytune_ft.files import sha256_of, write_text_atomic
+from raytune_ft.files import read_object, sha256_of, write_text_atomic
 from raytune_ft.locks import locked
 from raytune_ft.model.hub import reward_model
 from raytune_ft.model.lengths import usable_positions
@@ -216,10 +216,7 @@ def _resume(asked: Asked, config: Config, prompts: Sequence[Prompt], tell: Tell)
         write_text_atomic(file, json.dumps(now, indent=2) + "\n")
         asked.out.touch()
         return 0
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
+    before = read_object(file) or {}
     differs = next((key for key in now if before.get(key) != now[key]), None)
     if differs is not None:
         raise StorageError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError
-from raytune_ft.files import read_json
+from raytune_ft.files import read_object
 from raytune_ft.layout import ADAPTER_CONFIG
 from raytune_ft.merge.fold import Opened, open_checkpoint
 from raytune_ft.merge.methods import Formula, MergeSettings, Position
@@ -35,7 +35,7 @@ def check_members(base: Path, members: Sequence[Path]) -> None:
     """
     named: dict[str, Path] = {}
     for member in members:
-        config = _json(member / ADAPTER_CONFIG)
+        config = read_object(member / ADAPTER_CONFIG)
         if config and config.get("base_model_name_or_path"):
             named.setdefault(_real(config["base_model_name_or_path"]), member)
         _check_tokenizer(base, member)
@@ -50,7 +50,7 @@ def check_members(base: Path, members: Sequence[Path]) -> None:
 
 def _check_tokenizer(base: Path, member: Path) -> None:
     """Refuses another tokenizer: equal rows of the embeddings would stand for other tokens."""
-    ours, theirs = _json(base / "tokenizer.json"), _json(member / "tokenizer.json")
+    ours, theirs = read_object(base / "tokenizer.json"), read_object(member / "tokenizer.json")
     if ours and theirs and _vocabulary(ours) != _vocabulary(theirs):
         raise ModelError(
             str(member / "tokenizer.json"),
@@ -62,14 +62,6 @@ def _check_tokenizer(base: Path, member: Path) -> None:
 def _vocabulary(tokenizer: dict[str, Any]) -> Any:
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     return tokenizer.get("model", {}).get("vocab"), added
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _real(name: str) -> str:
@@ -222,12 +214,12 @@ def _require_same_shapes(path: Path, member: Weights, base: Weights) -> None:
         raise ModelError(
             str(path),
             f"holds other tensors than its base ({odd[0]} and {len(odd) - 1} more)",
-            "merge checkpoints of one base",
+            REMEDY,
         )
     for name, shape in ours.items():
         if theirs[name] != shape:
             raise ModelError(
                 str(path),
                 f"holds {name} in the shape {list(theirs[name])}, and the base in {list(shape)}",
-                "merge checkpoints of one base",
+                REMEDY,
             )

@@ -11,6 +11,7 @@ from typing import Any
 from raytune_ft.config.load import load_config
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import StorageError
+from raytune_ft.files import read_object
 from raytune_ft.layout import CONFIG, DATA, EVALUATION, FORECAST, METRICS, PROMOTED, RESULT, TRIALS
 
 Record = dict[str, Any]
@@ -96,7 +97,7 @@ def collect(directory: Path) -> Facts:
             str(directory), f"holds no {CONFIG} of a run", "write the directory of a run or a sweep"
         )
     config = load_config(directory / CONFIG)
-    result = read_json(directory / RESULT) or {"status": "running"}
+    result = read_object(directory / RESULT) or {"status": "running"}
     search = config.search if "trials" in result or (directory / TRIALS).is_dir() else None
     metric = search.metrics[0] if search else "eval_loss"
     mode = search.modes[0] if search else "min"
@@ -113,21 +114,12 @@ def collect(directory: Path) -> Facts:
         config,
         result,
         trials,
-        read_json(directory / PROMOTED / EVALUATION),
-        read_json(directory / DATA),
+        read_object(directory / PROMOTED / EVALUATION),
+        read_object(directory / DATA),
         metric,
         mode,
         (directory / CONFIG).read_text(encoding="utf-8"),
     )
-
-
-def read_json(path: Path) -> Record | None:
-    """The object in a file; None where the file is absent or holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _run(directory: Path, name: str, result: Record, metric: str) -> Trial:
@@ -144,7 +136,7 @@ def _run(directory: Path, name: str, result: Record, metric: str) -> Trial:
         result.get("error"),
         steps,
         evaluations,
-        forecast=read_json(directory / FORECAST),
+        forecast=read_object(directory / FORECAST),
     )
 
 
@@ -161,7 +153,7 @@ def _trial(directory: Path, row: Record) -> Trial:
         steps,
         evaluations,
         row.get("values"),
-        read_json(directory / FORECAST),
+        read_object(directory / FORECAST),
     )
 
 

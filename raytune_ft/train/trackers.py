@@ -24,7 +24,7 @@ from raytune_ft.config.environment import without_secrets
 from raytune_ft.config.schema import PACKAGES, TrackingConfig
 from raytune_ft.config.yaml_text import read_mapping
 from raytune_ft.errors import ConfigError
-from raytune_ft.files import read_json, write_text_atomic
+from raytune_ft.files import read_object, write_text_atomic
 from raytune_ft.layout import CONFIG, METRICS, TENSORBOARD, TRACKING_IDS, TRIALS
 from raytune_ft.records import EvalMetrics, StepMetrics
 from raytune_ft.rundir import RunSpec
@@ -347,8 +347,4 @@ def _keep(run: Identity, key: str, value: str) -> None:
 
 
 def _ids(run: Identity) -> dict[str, str]:
-    try:
-        found = read_json(run.run_dir / TRACKING_IDS)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(run.run_dir / TRACKING_IDS) or {}
