@@ -18,11 +18,13 @@ from raytune_ft.config.search_space import (
     branches,
     conditions,
     contains,
+    different,
     duration_s,
     grid,
     same,
     trial_count,
     uniform_point,
+    unmet,
 )
 from raytune_ft.errors import ConfigError
 
@@ -146,7 +148,7 @@ def check_space(config: Config, apply: Apply) -> None:
         _check_searched(key, names)
     tree = branches(search.space)
     for key, line in search.space.items():
-        for value in {repr(value): value for value in line.values}.values():
+        for value in different(line):
             _check_value(alone, line, tree.with_needs(key, value), key, apply)
     _check_sampler(search, tree)
     _check_constraints(search, tree)
@@ -187,11 +189,10 @@ def _check_constraints(search: SearchConfig, tree: Branches) -> None:
     constraints = conditions(search)
     for each in constraints:
         for name in sorted(each.names - search.space.keys()):
-            near = reference.closest(name, search.space)
             raise ConfigError(
                 f"search.constraints: {shown_value(each.text)}",
                 f"names {shown_value(name)}, which is not a line of search.space",
-                f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
+                _nearest(name, search),
             )
     if not constraints:
         return
@@ -200,11 +201,12 @@ def _check_constraints(search: SearchConfig, tree: Branches) -> None:
     else:
         found, tried = _is_met(search, tree, constraints), f"{MAX_DRAWS:,} draws"
     if not found:
-        raise ConfigError(
-            f"search.constraints: {shown_value(' and '.join(search.constraints))}",
-            f"is met by none of {tried}",
-            "widen search.space or drop a constraint",
-        )
+        raise unmet(search, tried)
+
+
+def _nearest(name: str, search: SearchConfig) -> str:
+    near = reference.closest(name, search.space)
+    return f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}"
 
 
 def _is_met(search: SearchConfig, tree: Branches, constraints: Sequence[Condition]) -> bool:
@@ -251,11 +253,8 @@ def _check_point(
 ) -> None:
     line, value = search.space.get(key), point[key]
     if line is None:
-        near = reference.closest(key, search.space)
         raise ConfigError(
-            f"{where}: {shown_value(key)}",
-            "is not a line of search.space",
-            f"did you mean {near}?" if near else f"write {reference.one_of(search.space)}",
+            f"{where}: {shown_value(key)}", "is not a line of search.space", _nearest(key, search)
         )
     if not contains(line, value):
         raise ConfigError(

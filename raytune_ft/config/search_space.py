@@ -66,6 +66,11 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
+def different(line: Distribution) -> list[Any]:
+    """The values of a line, each once; 1, 1.0 and true are different."""
+    return list({repr(value): value for value in line.values}.values())
+
+
 def contains(line: Distribution, value: Any) -> bool:
     """Whether a line could have drawn `value`."""
     if line.kind == "choice":
@@ -257,6 +262,15 @@ def conditions(search: SearchConfig) -> list[Condition]:
     return [parse_condition(text) for text in search.constraints]
 
 
+def unmet(search: SearchConfig, tried: str) -> ConfigError:
+    """The error of constraints that none of the points meets that were `tried`."""
+    return ConfigError(
+        f"search.constraints: {shown_value(' and '.join(search.constraints))}",
+        f"is met by none of {tried}",
+        "widen search.space or drop a constraint",
+    )
+
+
 def allowed(point: Mapping[str, Any], constraints: Sequence[Condition]) -> bool:
     """Whether a point meets every constraint that it has the keys for."""
     return all(each.holds(point) for each in constraints)
@@ -314,7 +328,7 @@ def _walk(
 
 def _steps(key: str, line: Distribution) -> Sequence[Any]:
     if line.kind == "choice":
-        return list({repr(value): value for value in line.values}.values())
+        return different(line)
     if line.kind == "int_uniform":
         return range(line.values[0], line.values[1] + 1)
     raise ConfigError(

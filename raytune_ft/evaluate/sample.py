@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ft import __version__
+from raytune_ft.config.identity import FREE_OF_REWARDS
 from raytune_ft.config.rewards import RewardModel, function_of
 from raytune_ft.config.schema import Config, ModelConfig
 from raytune_ft.data.formats.prompt import Prompt
@@ -169,20 +170,13 @@ def settings_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.settings.json")
 
 
-_FREE = {
-    *("timeout_s", "api_key", "answers", "retries", "at_once", "url"),
-    *("path", "batch_tokens"),
-}
-"""Keys of rewards that change no score."""
-
-
 def _settings(asked: Asked, config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that samples and scores depend on, without secrets."""
     listed = [[one.origin, one.ids, one.reference, one.columns] for one in prompts]
     text = json.dumps(listed, default=str, sort_keys=True)
     rewards = {}
     for reward in config.rewards:
-        keys = reward.model_dump(exclude=_FREE)
+        keys = reward.model_dump(exclude={*FREE_OF_REWARDS, "path"})  # its files count
         if found := function_of(reward.name):
             keys["file"] = sha256_of(Path(found[0]))
         if isinstance(reward, RewardModel):

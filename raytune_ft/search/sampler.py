@@ -19,7 +19,6 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler,
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
-from raytune_ft.config.explain import shown_value
 from raytune_ft.config.search import SearchConfig
 from raytune_ft.config.search_space import (
     allowed,
@@ -28,8 +27,8 @@ from raytune_ft.config.search_space import (
     grid,
     trial_count,
     uniform_point,
+    unmet,
 )
-from raytune_ft.errors import ConfigError
 from raytune_ft.search.space import decode, distributions, encode
 from raytune_ft.search.study import own_trials
 
@@ -120,11 +119,7 @@ class JointSampler(BaseSampler):
             point = uniform_point(self._search.space, self._tree, rng, known)
             if allowed(point, self._constraints):
                 return encode(self._search.space, point)
-        raise ConfigError(
-            f"search.constraints: {shown_value(' and '.join(self._search.constraints))}",
-            f"is met by none of {MAX_UNIFORM:,} draws",
-            "widen search.space or drop a constraint",
-        )
+        raise unmet(self._search, f"{MAX_UNIFORM:,} draws")
 
     def sample_independent(
         self,
