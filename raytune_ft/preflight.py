@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raytune_ft.data.prepared import PreparedData
     from raytune_ft.data.processes import Workers
     from raytune_ft.estimate.hardware import Hardware
-    from raytune_ft.estimate.parameters import Shell
+    from raytune_ft.estimate.parameters import Shell, Shells
 
 
 @contextmanager
@@ -139,28 +139,29 @@ def lay_out(
     usable: int | None,
     hardware: Hardware | None,
     tell: Tell,
+    shells: Shells | None = None,
 ) -> dict[str, Layout]:
     """The layout of a run by the name of its method, of a sweep for each method of its space.
 
-    `config` is resolved and expanded; `usable` (bytes) and `hardware` are a worker's. A sweep
-    decides here, once, and not in each trial: trials of a method differ little, the driver of a
-    trial loads no torch, and all trials of an engine share its passes. The trial with the most
-    trained weights decides.
+    `config` is resolved and expanded; `usable` (bytes) and `hardware` are a worker's; `shells` has
+    those that are known already. A sweep decides here, once, and not in each trial: trials of a
+    method differ little, the driver of a trial loads no torch, and all trials of an engine share
+    its passes. The trial with the most trained weights decides.
 
     Raises:
         ModelError: the model cannot take the method.
     """
     from raytune_ft.estimate.memory import misfit
-    from raytune_ft.estimate.parameters import shell_of
+    from raytune_ft.estimate.parameters import Shells
     from raytune_ft.estimate.passes import choose_passes, forecast_of, heaviest
     from raytune_ft.model.lengths import apart_of
     from raytune_ft.train.setup import head_of
 
     packed = config.search is not None and choose_execution(config)[0] == "packed"
-    head = head_of(config, data.report)
-    shells = [(each, shell_of(each, head)) for each in heaviest(config)]
+    shells = shells or Shells(head_of(config, data.report))
+    trained = [(each, shells.of(each)) for each in heaviest(config)]
     by_method: dict[str, tuple[Config, Shell]] = {}
-    for each, shell in sorted(shells, key=lambda pair: pair[1].trained):
+    for each, shell in sorted(trained, key=lambda pair: pair[1].trained):
         by_method[each.method.name] = each, shell
     if packed:
         by_method = dict.fromkeys(by_method, max(by_method.values(), key=lambda p: p[1].trained))

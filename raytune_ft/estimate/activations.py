@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from raytune_ft.model.load import stay_in_bfloat16
 from raytune_ft.model.methods import leave_casts_to_autocast
 from raytune_ft.model.objectives.distillation import divergence
 
+T = TypeVar("T")
 # Errors of models that cannot run on fake tensors, since they use values or unknown operators.
 _CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
@@ -84,18 +85,28 @@ def trace(
     """
     kept, peak = {}, {}
     ends = {min(rows), max(rows)}
-    try:
-        for blocks in (1, 2) if len(shell.blocks) > 1 else (1,):
-            module = _cut(shell.module, blocks)
-            for count in ends:
-                at = (count, blocks)
-                kept[at], peak[at] = _run(module, shell, count, width, checkpointing, gathered)
-    except _CANNOT:
-        return by_formula(shell, ends, width, checkpointing)
+    for blocks in (1, 2) if len(shell.blocks) > 1 else (1,):
+        for count in ends:
+            point = _once(_run, shell, count, blocks, width, checkpointing, gathered)
+            if point is None:
+                return by_formula(shell, ends, width, checkpointing)
+            kept[count, blocks], peak[count, blocks] = point
     for found in (kept, peak):
         for count in ends:
             found.setdefault((count, 2), 2 * found[count, 1])
     return Traced(width, Plane(kept), Plane(peak))
+
+
+def _once(run: Callable[..., T], shell: Shell, *how: Any) -> T | None:
+    """`run(shell, *how)`, or what it gave before; None for a model that fake tensors cannot run."""
+    key = (run, *how)
+    if key not in shell.traces:
+        try:
+            shell.traces[key] = run(shell, *how)
+        except _CANNOT:
+            shell.traces[key] = None
+    found: T | None = shell.traces[key]
+    return found
 
 
 def by_formula(shell: Shell, ends: set[int], width: int, checkpointing: Activations) -> Traced:
@@ -160,9 +171,9 @@ def _cut(module: nn.Module, blocks: int) -> nn.Module:
 
 
 def _run(
-    module: nn.Module,
     shell: Shell,
     rows: int,
+    blocks: int,
     width: int,
     checkpointing: Activations,
     gathered: bool,
@@ -172,7 +183,7 @@ def _run(
     Embeddings and head are frozen here: their gradients do not exist at the same time as the
     activations of blocks, and are counted separately.
     """
-    module = copy.deepcopy(module)
+    module = _cut(shell.module, blocks)
     checkpoint_activations(module, checkpointing)
     if shell.precision == "bfloat16":
         leave_casts_to_autocast(module)
@@ -212,15 +223,10 @@ def trace_head(
 
     With `kd`, the teacher's logits are held too, and the divergence from them is part of the loss.
     """
-    _, head = _ends(shell.module)
-    if head is None:  # logits of a task head are small
+    if _ends(shell.module)[1] is None:  # logits of a task head are small
         return 0
-    head = copy.deepcopy(head)
-    _set_dtypes(head, shell, gathered)
-    try:
-        return _run_head(head, shell, labels, kd)
-    except _CANNOT:
-        return head_by_formula(shell, labels, kd)
+    found = _once(_run_head, shell, labels, gathered, kd)
+    return head_by_formula(shell, labels, kd) if found is None else found
 
 
 def head_by_formula(shell: Shell, labels: int, kd: KdConfig | None) -> int:
@@ -228,7 +234,9 @@ def head_by_formula(shell: Shell, labels: int, kd: KdConfig | None) -> int:
     return (12 if kd is None else 32) * labels * shell.vocabulary
 
 
-def _run_head(head: nn.Module, shell: Shell, labels: int, kd: KdConfig | None) -> int:
+def _run_head(shell: Shell, labels: int, gathered: bool, kd: KdConfig | None) -> int:
+    head: Any = copy.deepcopy(_ends(shell.module)[1])
+    _set_dtypes(head, shell, gathered)
     with _fake():
         _fill(head)
         for parameter in head.parameters():

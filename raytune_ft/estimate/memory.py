@@ -22,8 +22,8 @@ from raytune_ft.estimate.activations import (
     trace_head,
 )
 from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, PROCESS, Hardware
-from raytune_ft.estimate.parameters import Shell, shell_of
-from raytune_ft.model.checkpointing import Activations, choose_checkpointing
+from raytune_ft.estimate.parameters import Shell, Shells
+from raytune_ft.model.checkpointing import choose_checkpointing
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import Precision, dtype_of
 from raytune_ft.model.meta import build_shapes
@@ -180,7 +180,7 @@ def shortage(config: Config, usable: int | None) -> str | None:
         return None
     parallel = config.parallel
     device = parallel.device
-    shell = shell_of(config, head_before(config))
+    shell = Shells(head_before(config)).of(config)
     work = work_at_most(config, parallel.max_workers, device)
     plain = parallel.model_copy(update={"strategy": REPLICATED})
     beside = beside_of(config)
@@ -243,7 +243,7 @@ def misfit(memory: Memory, parallel: ParallelConfig, hardware: Hardware) -> str 
 
 
 class MemoryModel:
-    """Estimates for one model and those beside it; each trace is made once."""
+    """Estimates for one model and those beside it."""
 
     def __init__(
         self,
@@ -256,20 +256,14 @@ class MemoryModel:
         """`by_formula`: nothing is traced, which takes no time and may be wrong by a factor."""
         self.shell, self.width, self._beside = shell, width, beside
         self._rows, self._by_formula = rows, by_formula
-        self._traced: dict[tuple[Activations, bool], Traced] = {}
-        self._heads: dict[tuple[int, bool], int] = {}
 
     def traced(self, parallel: ParallelConfig) -> Traced:
         """Activations of the blocks under the layout's checkpointing."""
         policy = choose_checkpointing(parallel.activation_checkpointing)
-        key = (policy, self._casts_on_gathering(parallel))
-        if key not in self._traced:
-            self._traced[key] = (
-                by_formula(self.shell, set(self._rows), self.width, policy)
-                if self._by_formula
-                else trace(self.shell, self._rows, self.width, *key)
-            )
-        return self._traced[key]
+        if self._by_formula:
+            return by_formula(self.shell, set(self._rows), self.width, policy)
+        gathered = self._casts_on_gathering(parallel)
+        return trace(self.shell, self._rows, self.width, policy, gathered)
 
     def estimate(
         self, parallel: ParallelConfig, work: Work, device: str, saves_midway: bool = True
@@ -317,14 +311,10 @@ class MemoryModel:
         kd = self._beside.kd
         if kd is None:
             labels = min(labels, block_rows(self.shell.vocabulary))
-        key = (max(1, labels), gathered)
-        if key not in self._heads:
-            self._heads[key] = (
-                head_by_formula(self.shell, key[0], kd)
-                if self._by_formula
-                else trace_head(self.shell, *key, kd)
-            )
-        return self._heads[key]
+        labels = max(1, labels)
+        if self._by_formula:
+            return head_by_formula(self.shell, labels, kd)
+        return trace_head(self.shell, labels, gathered, kd)
 
     def _casts_on_gathering(self, parallel: ParallelConfig) -> bool:
         """Whether no casts of weights are kept as activations; those of adapters are too small to

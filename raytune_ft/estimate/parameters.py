@@ -50,7 +50,7 @@ class Shell:
     """A model's parameters. `root` holds those outside the blocks: embeddings, last norm, head.
 
     Trained weights and all arithmetic on them take `master` bytes an element, frozen weights
-    `frozen`, and matrix products `compute`.
+    `frozen`, and matrix products `compute`. `traces` keeps what `activations` has found out.
     """
 
     module: nn.Module = field(repr=False, compare=False)
@@ -61,6 +61,7 @@ class Shell:
     heads_width: int
     precision: Precision
     frozen_dtype: torch.dtype
+    traces: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def master(self) -> int:
@@ -113,10 +114,23 @@ def elements(weights: Iterable[Weight], trained: bool | None = None) -> int:
     return sum(w.size for w in weights if trained is None or w.trained == trained)
 
 
-def shell_of(config: Config, head: Head | None) -> Shell:
-    """What a run trains; raises as `build_shell`."""
-    critic = OBJECTIVES[config.train.objective].critic
-    return build_shell(config.model, config.method, config.train.precision, head, critic)
+class Shells:
+    """What runs with one `head` train; those that train the same share a `Shell`."""
+
+    def __init__(self, head: Head | None) -> None:
+        self._head = head
+        self._known: list[tuple[object, Shell]] = []
+
+    def of(self, config: Config) -> Shell:
+        """Raises as `build_shell`."""
+        critic = OBJECTIVES[config.train.objective].critic
+        trained = config.model, config.method, config.train.precision
+        for known, shell in self._known:
+            if known == (*trained, critic):
+                return shell
+        shell = build_shell(*trained, self._head, critic)
+        self._known.append(((*trained, critic), shell))
+        return shell
 
 
 def build_shell(

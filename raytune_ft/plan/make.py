@@ -105,7 +105,7 @@ def make_plan(
     from raytune_ft.data.formats import describe_example, describe_target
     from raytune_ft.estimate.cost import evaluation_flops, step_flops
     from raytune_ft.estimate.memory import said_of
-    from raytune_ft.estimate.parameters import shell_of
+    from raytune_ft.estimate.parameters import Shells
     from raytune_ft.model.experts import expert_notes
     from raytune_ft.model.lengths import notes_of
     from raytune_ft.model.load import head_notes, load_tokenizer
@@ -127,10 +127,11 @@ def make_plan(
         for every in (schedule.eval_every, schedule.save_every)
     )
     head = head_of(expanded, data.report)
-    shell = shell_of(expanded, head)
+    shells = Shells(head)
+    shell = shells.of(expanded)
     hardware = _hardware(config, asked, per_node, room)
     passes: list[str] = []
-    layouts = lay_out(expanded, data, hardware.usable, hardware, passes.append)
+    layouts = lay_out(expanded, data, hardware.usable, hardware, passes.append, shells)
     asked_for = config
     config = layouts.get(config.method.name, next(iter(layouts.values()))).of(config)
     planner = Planner(config, shell, data.train, hardware, midway)
