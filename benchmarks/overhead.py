@@ -50,7 +50,7 @@ from raytune_ft.train.model_runner import ModelRunner
 from raytune_ft.train.optim import build_optimizer
 from raytune_ft.train.report import Silent
 from raytune_ft.train.setup import build_objective, build_run_state, build_runner, order_of
-from raytune_ft.train.watchdog import Heartbeat
+from raytune_ft.train.stopping import Host
 
 WARMUP_STEPS = 3
 
@@ -179,14 +179,14 @@ def measure(
     data = prepare_data(config.data, load_tokenizer(config.model), 0, base.parent / "cache")
     ours, bare_engine = runner_of(config, data), runner_of(config, data)
     bare = Bare(bare_engine, config, data, clock)
-    spec, heart = RunSpec(config, root / "run", data.path), Heartbeat()
+    spec, host = RunSpec(config, root / "run", data.path), Host()
     spec.run_dir.mkdir()
     exporter = Exporter(ours.model, disk_dtype(config.model, None), None)
     with ThreadPoolExecutor(1) as pool:
         run = build_run_state(
-            spec, data, ours.strategy, ours.names, exporter, ours.strategy, bare, heart, pool
+            spec, data, ours.strategy, ours.names, exporter, ours.strategy, bare, host.heart, pool
         )
-        train(ours, Given(ours, data), run, lambda: False, heart)
+        train(ours, Given(ours, data), run, host)
         run.close()
     print(
         json.dumps(
