@@ -148,31 +148,39 @@ class Passes:
                 self.slots, why = room, f"memory holds {room}"
         optimizer.keep(self.slots)
         if measured:
-            optimizer.widen(self.stack.numbers)
             step_tokens = round(self.data.train.lengths.mean() * config.train.batch_size)
             if not self.measures:  # of each answer a pass of sampling has one token
                 step_tokens = config.train.batch_size * config.train.rollout.num_generations
             pass_tokens = self.runner.micro_tokens * strategy.world_size
             counts = worth_trying(self.slots, step_tokens, pass_tokens)
-            tokens: dict[int, int] = {}
-            attempt = self._try if self.measures else self._try_sampling
-
-            def one_pass(count: int) -> int:
-                tokens[count] = attempt(adapter, count)
-                return tokens[count]
-
-            seconds = seconds_a_token(one_pass, counts, strategy.from_rank0)
-            if seconds is None:
-                why = "as planned: the machine is too busy to measure whether fewer are as fast"
+            if len(counts) > 1:
+                why = self._measure(adapter, counts)
             else:
-                self.slots, why = fewest_near_best(seconds), describe(seconds)
-                ranks, most = strategy.world_size, self.runner.micro_tokens
-                passes = {tokens[count] / ranks: tokens[count] * s for count, s in seconds.items()}
-                found = fixed_tokens(passes, most) if self.measures else None
-                if found is not None:
-                    self.fixed, why = found, f"{why}; a pass costs {found:,} more"
+                self.slots, why = 1, "the step of one trial fills a pass"
             optimizer.keep(self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
+
+    def _measure(self, adapter: AdapterInit, counts: Sequence[int]) -> str:
+        """Choose among `counts` slots by their time; returns the reason."""
+        strategy = self.runner.strategy
+        self.optimizer.widen(self.stack.numbers)
+        tokens: dict[int, int] = {}
+        attempt = self._try if self.measures else self._try_sampling
+
+        def one_pass(count: int) -> int:
+            tokens[count] = attempt(adapter, count)
+            return tokens[count]
+
+        seconds = seconds_a_token(one_pass, counts, strategy.from_rank0)
+        if seconds is None:
+            return "as planned: the machine is too busy to measure whether fewer are as fast"
+        self.slots, why = fewest_near_best(seconds), describe(seconds)
+        ranks, most = strategy.world_size, self.runner.micro_tokens
+        passes = {tokens[count] / ranks: tokens[count] * s for count, s in seconds.items()}
+        found = fixed_tokens(passes, most) if self.measures else None
+        if found is not None:
+            self.fixed, why = found, f"{why}; a pass costs {found:,} more"
+        return why
 
     def _fit_everywhere(self, here: int) -> int:
         """The number of slots that fits on every rank; shards and hosts differ in size."""

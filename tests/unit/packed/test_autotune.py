@@ -74,14 +74,14 @@ def test_an_idle_machine_is_measured_three_times() -> None:
 def test_what_takes_long_is_not_tried_with_more_slots() -> None:
     machine = Machine(0.285, repeat(0.0))
     found = machine.measure([1, 2, 4])
-    assert machine.tried == [*[1, 1, 2, 2], *[1, 2] * 2]
+    assert machine.tried == [*[1, 1, 2, 2], *[1, 2] * 2]  # 0.3 s with 2
     assert found == {1: pytest.approx(0.0295), 2: pytest.approx(0.01525)}
 
 
-def test_a_step_that_fills_a_pass_is_measured_once() -> None:
+def test_a_step_that_takes_long_is_compared_with_nothing() -> None:
     machine = Machine(9.0, repeat(0.0))
-    assert machine.measure([1]) == {1: pytest.approx(0.901)}
-    assert machine.tried == [1, 1]
+    assert machine.measure([1, 2, 4]) == {1: pytest.approx(0.901)}
+    assert machine.tried == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,17 @@ def test_on_a_busy_machine_slots_are_as_planned(
     packed = Packed(config, tmp_path, slots=3)
     assert packed.engine.passes.settle(None, measured=True).startswith("3 slots (as planned: ")
     assert packed.engine.free == 3
+
+
+def test_nothing_is_measured_where_one_step_fills_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("raytune_ft.packed.engine.seconds_a_token")
+    full = {**SHORT, "train.micro_tokens": 64}
+    packed = Packed(make_config(*make_inputs(tmp_path / "inputs"), full), tmp_path, slots=3)
+    told = packed.engine.passes.settle(None, measured=True)
+    assert told == "1 slot (the step of one trial fills a pass)"
+    assert packed.engine.free == 1
 
 
 def test_memory_bounds_slots(tmp_path: Path) -> None:
