@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from raytune_ft.checkpoints.manifest import (
     FORMAT,
     check_contents,
@@ -78,9 +80,22 @@ class CheckpointStore:
         if self._is_same(target, facts):
             return None
         folder = self._hidden(target.name, "new")
-        with _explained(target):
+        with self.writing(step):
             folder.mkdir(parents=True)
         return folder
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Inside, what belongs to `step-N` is written.
+
+        Raises:
+            CheckpointError: it could not be, as on a full disk.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as cause:
+            target = self.root / step_name(step)
+            raise CheckpointError(f"{target} could not be written: {cause}") from cause
 
     def finish(
         self, folder: Path, step: int, facts: CheckpointFacts, files: Iterable[FileRecord]
@@ -103,7 +118,7 @@ class CheckpointStore:
             versions=facts.versions,
             metrics=facts.metrics | loss,
         )
-        with _explained(target):
+        with self.writing(step):
             write_manifest(folder / MANIFEST, manifest)
             fsync_folders(folder)
             self._publish(folder, target, facts)
@@ -251,14 +266,6 @@ class CheckpointStore:
         for path in self.root.glob(".step-*"):
             if (match := HIDDEN_STEP.fullmatch(path.name)) and _is_rubbish(path, match):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as cause:
-        raise CheckpointError(f"{target} could not be written: {cause}") from cause
 
 
 def machine() -> str:

@@ -290,11 +290,8 @@ class Saver:
         if folder is None:
             return
         try:
-            ours = partial(
-                write_state, snapshot, folder, channel.rank, channel.world_size, self._wrote
-            )
-            states = on_all_ranks(channel, ours)
-            exports = on_all_ranks(channel, partial(self._export, folder))
+            states = on_all_ranks(channel, partial(self._write_state, snapshot, folder))
+            exports = on_all_ranks(channel, partial(self._export, step, folder))
             files = chain.from_iterable([*states, *exports])
             on_all_ranks(
                 channel, lambda: self._finish(folder, facts, snapshot, files) if first else None
@@ -303,10 +300,15 @@ class Saver:
             if first:
                 self._store.drop(folder)
 
-    def _export(self, folder: Path) -> list[FileRecord]:
+    def _write_state(self, snapshot: Snapshot, folder: Path) -> list[FileRecord]:
+        channel = self._channel
+        with self._store.writing(snapshot.progress.step):
+            return write_state(snapshot, folder, channel.rank, channel.world_size, self._wrote)
+
+    def _export(self, step: int, folder: Path) -> list[FileRecord]:
         """Export from the files that all ranks have just written, so no weight is sent."""
-        with open_shards(folder / STATE, WEIGHTS) as weights:
-            channel = self._channel
+        channel = self._channel
+        with self._store.writing(step), open_shards(folder / STATE, WEIGHTS) as weights:
             return self._exporter.save(
                 weights.whole, folder, channel.rank, channel.world_size, self._wrote
             )

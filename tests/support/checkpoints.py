@@ -1,15 +1,15 @@
-"""Checkpoints of files that are not those of a run."""
+"""Checkpoints of files that are not those of a run, and files that cannot grow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from raytune_ft.checkpoints.manifest import flush_files
 from raytune_ft.checkpoints.store import CheckpointFacts, CheckpointStore
 from raytune_ft.layout import step_name
-from raytune_ft.strategy.side_channel import Alone, on_all_ranks
 
 
 def commit(
@@ -20,7 +20,20 @@ def commit(
     if folder is None:
         return store.root / step_name(step)
     try:
-        on_all_ranks(Alone(), partial(write, folder))
-        return store.finish(folder, step, facts, flush_files(folder))
+        with store.writing(step):
+            write(folder)
+            files = list(flush_files(folder))
+        return store.finish(folder, step, facts, files)
     finally:
         store.drop(folder)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Python ignores SIGXFSZ, so that a larger file raises EFBIG, much as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

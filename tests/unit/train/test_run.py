@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from raytune_ft.records import StepMetrics
 from raytune_ft.train import evaluation
 from raytune_ft.train.report import Silent
 from raytune_ft.train.stopping import Host
+from tests.support.checkpoints import file_size_limit
 from tests.support.models import VOCABULARY
 from tests.support.runs import Recorder, losses, make_config, make_inputs, metrics, run
 
@@ -127,6 +129,15 @@ def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path, inputs: tuple[P
     assert result.status == "failed"
     assert CheckpointError.__name__ in (result.error or "")
     assert "shape" in (result.error or "")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(
+    tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    with file_size_limit(60_000):
+        result = run(make_config(*inputs, {**SHORT, **FULL}), tmp_path / "run")
+    assert result.status == "failed"
+    assert re.search("step-000004 could not be written: .*too large", result.error or "")
 
 
 def test_a_padding_token_beyond_the_embeddings_is_not_used(tmp_path: Path) -> None:
