@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -115,7 +115,7 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     Returns the status of the run. "interrupted" without a request to end restarts the group.
     """
-    return _train(payload, payload["spec"], lambda: False)
+    return _train(payload, payload["spec"])
 
 
 def trial_worker(payload: dict[str, Any]) -> str:
@@ -144,7 +144,9 @@ def trial_worker(payload: dict[str, Any]) -> str:
         ray.train.report({"over": number})
 
 
-def _train(payload: dict[str, Any], spec: RunSpec, should_leave: Callable[[], bool]) -> str:
+def _train(
+    payload: dict[str, Any], spec: RunSpec, should_leave: Callable[[], bool] = lambda: False
+) -> str:
     reporters: list[Reporter] = [RayReporter()]
     if ray.train.get_context().get_world_rank() == 0:
         (spec.run_dir / RESULT).unlink(missing_ok=True)  # of an earlier group
@@ -153,7 +155,7 @@ def _train(payload: dict[str, Any], spec: RunSpec, should_leave: Callable[[], bo
 
     from raytune_ft.train.run import run_training
 
-    host = replace(host_of(payload["run"], payload["registry"]), should_leave=should_leave)
+    host = host_of(payload["run"], payload["registry"], should_leave)
     sampler = Engines(payload.get("engines", ()))  # a trial has none
     strategy = choose_strategy(spec.config)[0]
     return run_training(spec, strategy, Several(reporters), host, sampler).status
@@ -181,9 +183,9 @@ def prepare_process(config: Config) -> None:
         torch.cuda.set_device(get_device())
 
 
-def host_of(run: str, registry: Any) -> Host:
+def host_of(run: str, registry: Any, should_leave: Callable[[], bool] = lambda: False) -> Host:
     """The host of this worker's run: stops, hangs and progress go through Ray."""
-    return Host(_should_stop, on_hang=partial(_tell_of_hang, run, registry), heart=_heart)
+    return Host(_should_stop, should_leave, partial(_tell_of_hang, run, registry), _heart)
 
 
 @dataclass
