@@ -43,10 +43,11 @@ from raytune_ft.config.section import parse_size
 
 ARMS = {
     "ours": """
-from raytune_ft.merge.fold import open_checkpoint, write_model, write_manifest
+from raytune_ft.merge.fold import open_checkpoint, write_model
 from raytune_ft.config.schema import ModelConfig
-with open_checkpoint(ModelConfig(path=base), Path(adapter)) as opened:
-    write_model(opened, Path(target), shard, torch.bfloat16, print)
+model = ModelConfig(path=base)
+with open_checkpoint(model, Path(adapter)) as opened:
+    write_model(model, opened, Path(target), shard, torch.bfloat16, print)
 """,
     "ours, check": """
 from raytune_ft.merge.fold import fold

@@ -25,10 +25,11 @@ from raytune_ft.merge import methods
 from raytune_ft.merge.members import open_members
 folder, name = Path(sys.argv[1]), sys.argv[2]
 members = [folder / f"model{number}" for number in (1, 2, 3)]
-with open_members(ModelConfig(path=str(folder / "model0")), members) as opening:
+model = ModelConfig(path=str(folder / "model0"))
+with open_members(model, members) as opening:
     chosen = (0, 1) if name == "SLERP" else (0, 1, 2)
     made = opening.merged(getattr(methods, name), chosen, methods.MergeSettings())
-    write_model(made, folder / name, "200MB", torch.bfloat16, print)
+    write_model(model, made, folder / name, "200MB", torch.bfloat16, print)
 status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
 largest = max(path.stat().st_size for path in (folder / name).glob("*.safetensors"))
 water, bound = int(status.split()[0]) * 1024 / 1e6, largest / 1e6 + 1000
