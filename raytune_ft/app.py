@@ -35,6 +35,7 @@ from raytune_ft.config.strategies import REPLICATED, SHARDED
 from raytune_ft.config.trust import Code, named_code
 from raytune_ft.errors import ConfigError, Interrupted, ModelError, Promoted, RunFailed
 from raytune_ft.files import read_object, write_text_atomic
+from raytune_ft.imports import uncollected
 from raytune_ft.layout import DATA, RESULT, judges_beside
 from raytune_ft.locks import Wait
 from raytune_ft.model.quantise import skip_unused_bitsandbytes
@@ -95,12 +96,24 @@ class Swept:
 class Backend:
     """Does the work of a command, once everything is checked."""
 
+    def starting(self, config: Config) -> AbstractContextManager[None]:
+        """What takes long to start and can start while data are prepared: the processes of a local
+        Ray, which end with the context.
+        """
+        if joins_cluster() or not needs_ray(config):
+            return nullcontext()
+        from raytune_ft.ray_backend.cluster import starting
+
+        return starting()
+
     def train(self, spec: RunSpec, reason: str, reporter: Reporter, tell: Tell) -> RunResult:
         """Trains one run: in this process, or on a worker group of Ray. `reason`: why so."""
         if not needs_ray(spec.config):
             from raytune_ft.estimate.hardware import require_gpu
             from raytune_ft.model.hub import fetch_here
-            from raytune_ft.train.run import run_training
+
+            with uncollected():
+                from raytune_ft.train.run import run_training
 
             require_gpu(spec.config.parallel.resources["GPU"], "this machine")
             fetch_here(spec.config, tell)
@@ -154,9 +167,10 @@ def train(
         if _has_ended(run, config):
             tell(f"{run.path} is complete; nothing is left to do")
             return Trained(run.path, None)
-        spec, data = _prepare(config, run, tell, usable)
-        with run.begun(config):
-            result = backend.train(spec, reason, reporter(_examples(config, data)), tell)
+        with backend.starting(config):
+            spec, data = _prepare(config, run, tell, usable)
+            with run.begun(config):
+                result = backend.train(spec, reason, reporter(_examples(config, data)), tell)
         try_report(run.path, tell)
     if result.status == "interrupted":
         raise Interrupted.of(run.path)
@@ -195,11 +209,12 @@ def sweep(
         config = _with_saved_strategy(written, config, run)
         if not _has_ended(run, config):
             _check_studies(config, begun=run.saved is not None)
-            spec, data = _prepare(config, run, tell, usable)
-            assert spec.config.search is not None
-            check_examples(spec.config.search, _examples(config, data))
-            with run.begun(config):
-                backend.search(spec, tell, run.saved is not None)
+            with backend.starting(config):
+                spec, data = _prepare(config, run, tell, usable)
+                assert spec.config.search is not None
+                check_examples(spec.config.search, _examples(config, data))
+                with run.begun(config):
+                    backend.search(spec, tell, run.saved is not None)
         try:
             code = None if trust_run else named_code(config)
             make = partial(backend.promote, code=code, wait_s=wait_s)
@@ -364,7 +379,8 @@ def _mirrored(config: Config, tell: Tell, resume: bool) -> AbstractContextManage
 def _prepare(
     config: Config, run: OpenRun, tell: Tell, usable: int | None
 ) -> tuple[RunSpec, PreparedData]:
-    from raytune_ft.evaluate.precompute import rated, referenced, taught
+    with uncollected():
+        from raytune_ft.evaluate.precompute import rated, referenced, taught
     from raytune_ft.rundir import RunSpec
 
     expanded = expand_env(config)

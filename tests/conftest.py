@@ -19,6 +19,7 @@ def pytest_configure() -> None:
     """A shell script that starts this in the background has it ignore SIGINT, and so would every
     program that a test starts and interrupts.
     """
+    gc.disable()  # while the tests import what they use, as in `raytune_ft.imports`
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,8 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays, and need not be searched for garbage again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _rank(item: pytest.Item) -> int:

@@ -7,6 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,9 +167,31 @@ def stop_grace_s() -> float:
     return seconds
 
 
+_ahead: Future[None] | None = None
+"""The start of a cluster that goes on in a thread."""
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A thread starts a local cluster while the caller does something else. It ends with the
+    context; `connected` in the context uses it, and raises what kept it from starting.
+    """
+    global _ahead
+    with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as pool:
+        _ahead = pool.submit(connect)
+        try:
+            yield
+        finally:
+            wait([_ahead])
+            _ahead = None
+            leave()
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """Use the cluster that this process has joined; else join one and leave it at the end."""
+    if _ahead is not None:
+        _ahead.result()
     if ray.is_initialized():
         set_train_defaults()
         yield

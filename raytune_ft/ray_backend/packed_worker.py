@@ -11,6 +11,7 @@ import ray
 
 from raytune_ft.config.load import choose_strategy
 from raytune_ft.errors import InputError
+from raytune_ft.imports import uncollected
 from raytune_ft.ray_backend.metrics import RunGauges
 from raytune_ft.ray_backend.slot_queue import Command, Enter, Finish, Leave
 from raytune_ft.ray_backend.worker import host_of, prepare_process
@@ -32,12 +33,12 @@ def engine_worker(payload: dict[str, Any]) -> str:
     """The function of each worker of an engine; see `train_worker`."""
     spec: RunSpec = payload["spec"]
     prepare_process(spec.config)
-
-    from raytune_ft.data.prepared import open_prepared
-    from raytune_ft.packed.engine import PackedEngine, Passes
-    from raytune_ft.strategy import build_strategy
-    from raytune_ft.train.budget import lowered, lowered_slots, lowers
-    from raytune_ft.train.setup import build_voice, extent_of
+    with uncollected():
+        from raytune_ft.data.prepared import open_prepared
+        from raytune_ft.packed.engine import PackedEngine, Passes
+        from raytune_ft.strategy import build_strategy
+        from raytune_ft.train.budget import lowered, lowered_slots, lowers
+        from raytune_ft.train.setup import build_voice, extent_of
 
     parallel = spec.config.parallel
     name = choose_strategy(spec.config)[0]

@@ -25,6 +25,7 @@ from raytune_ft.config.load import choose_strategy
 from raytune_ft.config.schema import Config
 from raytune_ft.errors import RunFailed, first_line
 from raytune_ft.estimate.hardware import require_gpu
+from raytune_ft.imports import uncollected
 from raytune_ft.layout import RESULT
 from raytune_ft.model.quantise import skip_unused_bitsandbytes
 from raytune_ft.ray_backend.metrics import RunGauges
@@ -152,8 +153,8 @@ def _train(
         (spec.run_dir / RESULT).unlink(missing_ok=True)  # of an earlier group
         reporters.insert(0, RunGauges(spec.run_dir))
     prepare_process(spec.config)
-
-    from raytune_ft.train.run import run_training
+    with uncollected():
+        from raytune_ft.train.run import run_training
 
     host = host_of(payload["run"], payload["registry"], should_leave)
     sampler = Engines(payload.get("engines", ()))  # a trial has none
@@ -266,10 +267,11 @@ def _join_process_group(meeting: Meeting, rank: int, size: int, config: ProcessG
         ClusterError: a GPU is reserved that torch cannot use.
         RunFailed: the other ranks are not reached within `JOIN_S` after all have loaded torch.
     """
-    import torch
-    import torch.distributed as dist
-    from ray.train.torch import get_device
-    from ray.train.torch.config import _set_torch_distributed_env_vars
+    with uncollected():
+        import torch
+        import torch.distributed as dist
+        from ray.train.torch import get_device
+        from ray.train.torch.config import _set_torch_distributed_env_vars
 
     require_gpu(config.gpus, _node())
     if meeting.one_node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from raytune_ft import app
 from raytune_ft.config.identity import config_sha256
 from raytune_ft.config.load import load_config
+from raytune_ft.config.schema import Config
 from raytune_ft.config.trust import Code
 from raytune_ft.errors import ClusterError, ConfigError, DataError, StorageError
 from raytune_ft.estimate.hardware import PROCESS, USABLE_RAM
@@ -37,6 +39,10 @@ class Work(app.Backend):
         self.error: BaseException | None = None
         self.done: list[int | None] = []
         self.specs: list[RunSpec] = []
+
+    def starting(self, config: Config) -> AbstractContextManager[None]:
+        """Nothing starts."""
+        return nullcontext()
 
     def train(self, spec: RunSpec, *_: object) -> RunResult:
         self._work(spec, spec.config.train.max_examples)

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from raytune_ft.errors import ClusterError, ConfigError
 from raytune_ft.ray_backend import cluster
 from raytune_ft.ray_backend.cluster import (
     connect,
+    connected,
     ray_directory,
     require_capacity,
+    starting,
     stop_grace_s,
     whole_groups,
 )
@@ -146,6 +149,48 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "cannot be started on this machine (The current node timed out during startup.)" in line
     assert "session_latest/logs" in line
     assert "\n" not in line
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of Ray, which starts nothing here."""
+    made: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **_: made.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: made.append("shutdown"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: made[-1:] == ["init"])
+    return made
+
+
+def test_a_cluster_starts_while_its_caller_works(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked = threading.Event()
+
+    def init(**_: object) -> None:
+        assert worked.wait(10), "the caller waits for Ray"
+        calls.append("init")
+
+    monkeypatch.setattr(ray, "init", init)
+    with starting():
+        worked.set()
+        for _ in range(2):
+            with connected():
+                assert calls == ["init"]
+    assert calls == ["init", "shutdown"]
+    with connected():
+        assert calls == ["init", "shutdown", "init"]
+
+
+def test_what_keeps_a_cluster_from_starting_is_raised_where_it_is_used(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="no memory"), starting(), connected():
+        calls.append("used")
+    assert "used" not in calls
 
 
 def test_only_its_owner_reads_the_token_of_a_local_cluster(
