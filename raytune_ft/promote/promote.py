@@ -179,7 +179,8 @@ class Measurer:
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
-        measured = self._measured(directories, "validation")
+        final = measured_split(self.data) == "validation"
+        measured = self._measured(directories, "validation", self.samples if final else 0)
         contenders = [
             Contender(entry.name, entry.simplicity, one)
             for entry, one in zip(found, measured, strict=True)
@@ -189,19 +190,17 @@ class Measurer:
         rule = self._by_rule("validation", self.head)
         return [Contender(self.reference, BASE, rule, is_model=False), *contenders]
 
-    def held_out(self, split: str, promoted: Path | None) -> tuple[Measured, Measured]:
+    def on_test(self, promoted: Path | None) -> tuple[Measured, Measured]:
         """Scores of the reference and of the promoted model; `promoted` is None where the base was
         kept and is both.
         """
         directories = [Path(self.jobs.base.path)] if self.head is None else []
         directories += [] if promoted is None else [promoted]
-        measured = self._measured(directories, split, self.samples)
-        reference = measured[0] if self.head is None else self._by_rule(split, self.head)
+        measured = self._measured(directories, "test", self.samples)
+        reference = measured[0] if self.head is None else self._by_rule("test", self.head)
         return reference, measured[-1]
 
-    def _measured(
-        self, directories: Sequence[Path], split: str, samples: int = 0
-    ) -> list[Measured]:
+    def _measured(self, directories: Sequence[Path], split: str, samples: int) -> list[Measured]:
         jobs = [self.jobs.of(directory, split, samples) for directory in directories]
         found = self.workers.each(run_job, jobs)
         scored = []
@@ -508,15 +507,20 @@ class _Promoter:
     def _test(
         self, verdict: Verdict, contenders: Sequence[Contender], settings: dict[str, dict[str, Any]]
     ) -> Evaluation:
-        """Measure the reference and the winner on the test split, or without one on validation."""
+        """Measure the reference and the winner on the test split; without one, what they have on
+        validation stands.
+        """
         name, reference = measured_split(self._data), self._measurer.reference
-        count = len(split_named(self._data, name))
-        self._tell(f"measuring {reference} and promoted model on {count:,} examples ({name})")
         looks = looks_so_far(self._directory) + 1
-        kept = verdict.winner == BASE_NAME
-        base, promoted = self._measurer.held_out(name, None if kept else self._promoted)
         if name == "test":
+            count = len(split_named(self._data, name))
+            self._tell(f"measuring {reference} and promoted model on {count:,} examples ({name})")
+            kept = verdict.winner == BASE_NAME
+            base, promoted = self._measurer.on_test(None if kept else self._promoted)
             self._keep(name, {reference: base} | ({} if kept else {verdict.winner: promoted}))
+        else:
+            found = {one.name: one.measured for one in contenders}
+            base, promoted = found[reference], found[verdict.winner]
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
     def _take(self, winner: Entry) -> None:

@@ -31,12 +31,13 @@ from raytune_ft.errors import (
     MergeError,
     StorageError,
 )
-from raytune_ft.evaluate.evaluate import Measured
+from raytune_ft.evaluate.evaluate import Job, Measured, run_job
 from raytune_ft.locks import locked
 from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
 from raytune_ft.promote.promote import Measurer, promote
 from raytune_ft.report.write import write_report
+from raytune_ft.strategy import Strategy
 from tests.support.checkpoints import commit
 from tests.support.trained import TEST, Train, write_rows
 
@@ -170,11 +171,24 @@ def test_promoting_again_keeps_the_earlier_one_and_counts_looks(run_dir: Path) -
     ]
 
 
-def test_without_test_data_validation_is_measured_and_marked(train: Train) -> None:
+def test_without_test_data_validation_is_measured_once_and_marked(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(job: Job, strategy: Strategy) -> Measured:
+        jobs.append((Path(job.model.path).name, job.split))
+        return run_job(job, strategy)
+
+    jobs: list[tuple[str, str]] = []
+    monkeypatch.setattr(promote_module, "run_job", count)
     run = train("no-test", "data.test=null")
     promotion = promote(run)
+    assert jobs == [("base", "validation"), ("no-test", "validation")]
     assert promotion.evaluation.split == "validation"
     assert promotion.evaluation.examples == 24
+    assert len(promotion.samples) == 3
+    candidates = {one.name: one.figures for one in promotion.evaluation.candidates}
+    assert promotion.evaluation.promoted == candidates["no-test"]
+    assert promotion.evaluation.base == candidates["base"]
     assert "these examples also selected the model" in (run / "promoted/README.md").read_text()
 
 
