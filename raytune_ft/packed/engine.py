@@ -13,6 +13,7 @@ checkpoints. What differs from `train.loop`:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -35,7 +36,6 @@ from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.prompts import prompts_of
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.errors import ConfigError, InputError, RunFailed
-from raytune_ft.model.export import Exporter
 from raytune_ft.model.meta import build_base, shapes_of
 from raytune_ft.model.objectives import Objective
 from raytune_ft.model.sampling import Requests, Said, requests_of
@@ -122,6 +122,7 @@ class Passes:
         # Selective checkpointing keeps results of products, so they must not change in place.
         in_place = config.parallel.activation_checkpointing != "selective"
         self.stack = MultiLora(base, largest_rank, in_place)
+        self._drawn: deque[tuple[LoraMethod, int, AdapterInit]] = deque(maxlen=slots)
         self.runner = replace(runner, without_method=self.stack.bare)
 
     def settle(self, memory: int | None, measured: bool) -> str:
@@ -135,7 +136,7 @@ class Passes:
         config, strategy, optimizer = self.config, self.runner.strategy, self.optimizer
         assert isinstance(config.method, LoraMethod)
         try:
-            adapter = init_adapter(self.shapes, config.method, config.train.precision, config.seed)
+            adapter = self.draw(config.method, config.seed)
         except InputError as error:  # trials with this method will fail with it
             return f"{self.slots} slots (not measured: {error})"
         self.stack.adapt(list(adapter.layers))
@@ -222,6 +223,19 @@ class Passes:
         with self.stack.applied(self.active_adapters(0, [adapter] * count)):
             said_together(self.runner, asked, replace(self.voice, ends=()), lambda: None)
         return count * train.batch_size * train.rollout.num_generations * TRIED_TOKENS
+
+    def draw(self, method: LoraMethod, seed: int) -> AdapterInit:
+        """The adapter of a run before its first step; one that was drawn lately is used again.
+
+        Raises:
+            ModelError, ConfigError: see `init_adapter`.
+        """
+        for known, its_seed, adapter in self._drawn:
+            if (known, its_seed) == (method, seed):
+                return adapter
+        adapter = init_adapter(self.shapes, method, self.config.train.precision, seed)
+        self._drawn.append((method, seed, adapter))
+        return adapter
 
     def open(self, objective: Objective, work: Work) -> OpenStep:
         """Open an optimizer step."""
@@ -393,7 +407,6 @@ class PackedEngine:
         optimizer.widen(stack.numbers)
         self._active.clear()
         holder = SlotHolder(stack, optimizer, adapter, len(self._slots), self._channel)
-        exporter = Exporter(adapter.model, torch.float32)
         objective = self.passes.objective_of(spec.config)
         runner, voice = self.passes.runner, self.passes.voice
         material = material_of(runner, self._data, spec, self._heart, voice)
@@ -404,7 +417,7 @@ class PackedEngine:
                 self._data,
                 holder,
                 holder.names,
-                exporter,
+                adapter.exporter,
                 self._strategy,
                 reporter,
                 self._heart,
@@ -485,7 +498,7 @@ class PackedEngine:
                 f"cannot be packed: {reason}",
                 "write search.execution: isolated",
             )
-        return init_adapter(self.passes.shapes, method, theirs.train.precision, theirs.seed)
+        return self.passes.draw(method, theirs.seed)
 
     def _base_scores(self, spec: RunSpec, objective: Objective, material: Material) -> Scores:
         """The base's own scores. What it measures is the same for every run with this objective,

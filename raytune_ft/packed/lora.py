@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from raytune_ft.config.methods import LoraMethod
 from raytune_ft.errors import ConfigError, ModelError
+from raytune_ft.model.export import Exporter
 from raytune_ft.model.load import Precision
 from raytune_ft.model.meta import apply_beside_shapes
 from raytune_ft.model.methods import trained_parameters
@@ -39,9 +40,11 @@ class LoraNames:
 
 @dataclass(frozen=True)
 class AdapterInit:
-    """An adapter before its first step. The keys of `layers` are names of layers of the base."""
+    """An adapter before its first step. The keys of `layers` are names of layers of the base;
+    `exporter` writes what it has learnt.
+    """
 
-    model: nn.Module
+    exporter: Exporter
     weights: dict[str, Tensor]
     layers: dict[str, LoraNames]
     rank: int
@@ -76,7 +79,7 @@ def init_adapter(
         scale = float(module.scaling["default"])
     weights = {name: weight.detach() for name, weight in trained_parameters(model).items()}
     assert set(weights) == {name for layer in layers.values() for name in (layer.a, layer.b)}
-    return AdapterInit(model, weights, layers, method.rank, scale)
+    return AdapterInit(Exporter(model, torch.float32), weights, layers, method.rank, scale)
 
 
 @dataclass(frozen=True)
