@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,26 @@ def write_new(path: Path, data: bytes) -> None:
         except OSError:
             path.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `target` at the end of the context, flushed to disk.
+    Nothing is left of one that cannot be filled.
+    """
+    folder = target.with_name(f".{target.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in folder.iterdir():
+            fsync(path)
+        fsync(folder)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    fsync(target.parent)
 
 
 def relative_parts(name: str) -> list[str]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+GIB = 2**30
+"""Bytes."""
 NONE = "-"
 NOT_FINITE = "not finite"
 

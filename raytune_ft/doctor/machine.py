@@ -12,8 +12,7 @@ from packaging.requirements import Requirement
 from raytune_ft.doctor import probes
 from raytune_ft.doctor.findings import Finding, Row, well
 from raytune_ft.doctor.subject import ASK_S, IMPORT_S, Answers, Subject, judged
-from raytune_ft.estimate.hardware import GIB
-from raytune_ft.format import seconds, size
+from raytune_ft.format import GIB, seconds, size
 
 DIFFERENT = Finding(
     "defect",

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.format import GIB
 
-GIB = 2**30
 USABLE = 0.94
 """Share of an accelerator's memory; the rest goes to the contexts of driver and collectives and to
 fragmentation."""

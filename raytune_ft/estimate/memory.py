@@ -21,8 +21,9 @@ from raytune_ft.estimate.activations import (
     trace,
     trace_head,
 )
-from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, PROCESS, Hardware
+from raytune_ft.estimate.hardware import GPU_PROCESS, PROCESS, Hardware
 from raytune_ft.estimate.parameters import Shell, Shells
+from raytune_ft.format import GIB
 from raytune_ft.model.checkpointing import choose_checkpointing
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import Precision, dtype_of

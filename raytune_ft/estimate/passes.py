@@ -18,7 +18,7 @@ from raytune_ft.config.search import Distribution
 from raytune_ft.data.batch import FREELY, Apart
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate.cost import flops_a_token, step_cost
-from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
+from raytune_ft.estimate.hardware import PROCESS, Hardware
 from raytune_ft.estimate.memory import (
     Memory,
     MemoryModel,
@@ -29,7 +29,7 @@ from raytune_ft.estimate.memory import (
     work_of,
 )
 from raytune_ft.estimate.parameters import BYTES, Shell
-from raytune_ft.format import size
+from raytune_ft.format import GIB, size
 from raytune_ft.model.checkpointing import POLICIES, Activations, choose_checkpointing
 from raytune_ft.packed.autotune import COPIES, SHARE
 from raytune_ft.records import Forecast

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ConfigError, ModelError, RunFailed, StorageError, first_line
-from raytune_ft.files import fsync, read_json
+from raytune_ft.files import fsync, new_folder, read_json
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from raytune_ft.merge.adapter_plan import read_adapter_config
 from raytune_ft.merge.fold import fold
@@ -148,10 +148,7 @@ def _export_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> Pa
     if unfoldable(source) is None:
         read_adapter_config(source)
     _refuse_existing(target)
-    folder = target.with_name(f".{target.name}.new")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with TensorFiles([source / ADAPTER_WEIGHTS]) as held:
+    with new_folder(target) as folder, TensorFiles([source / ADAPTER_WEIGHTS]) as held:
         kept = {name: dtype or held.dtype(name) for name in held.shapes}
         entries = [Entry(name, kept[name], shape) for name, shape in held.shapes.items()]
         rows = (
@@ -160,9 +157,7 @@ def _export_adapter(source: Path, target: Path, dtype: torch.dtype | None) -> Pa
             for start, end in spans(shape)
         )
         write_tensors(folder, ADAPTER_WEIGHTS, entries, rows)
-    shutil.copy(source / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
-    folder.rename(target)
-    fsync(target.parent)
+        shutil.copy(source / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
     return target
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raytune_ft.config.schema import ModelConfig
 from raytune_ft.errors import ModelError, StorageError
-from raytune_ft.files import fsync
+from raytune_ft.files import new_folder
 from raytune_ft.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from raytune_ft.merge.adapter_plan import Delta
 from raytune_ft.merge.folded_weights import Adapted
@@ -169,11 +169,6 @@ def _write(
     modules: list[str],
     model: ModelConfig,
 ) -> None:
-    """Written under a hidden name until it is whole."""
-    folder = target.with_name(f".{target.name}.new")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_tensors(folder, ADAPTER_WEIGHTS, entries, tensors.values())
     config |= {
         "r": rank,
         "lora_alpha": rank,
@@ -188,9 +183,10 @@ def _write(
         "base_model_name_or_path": config.get("base_model_name_or_path") or model.path,
     }
     plain = json.dumps(config, indent=2, sort_keys=True, default=_plain)
-    (folder / ADAPTER_CONFIG).write_text(plain + "\n", encoding="utf-8")
-    folder.rename(target)
-    fsync(target.parent)
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with new_folder(target) as folder:
+        write_tensors(folder, ADAPTER_WEIGHTS, entries, tensors.values())
+        (folder / ADAPTER_CONFIG).write_text(plain + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

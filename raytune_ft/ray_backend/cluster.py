@@ -20,7 +20,8 @@ from ray._private import ray_constants
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.errors import ClusterError, ConfigError, first_line
-from raytune_ft.estimate.hardware import ACCELERATORS, GIB, RAY_NAMES, USABLE
+from raytune_ft.estimate.hardware import ACCELERATORS, RAY_NAMES, USABLE
+from raytune_ft.format import GIB
 from raytune_ft.ray_backend.placement import TYPE, Node, alive_nodes, suitable_nodes
 
 

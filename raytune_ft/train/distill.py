@@ -15,6 +15,7 @@ from raytune_ft.data.batch import MicroBatch
 from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.teacher_logits import first_rows, stored, tensor_of
 from raytune_ft.errors import ConfigError, ModelError, RunFailed
+from raytune_ft.format import GIB
 from raytune_ft.model.hub import reference_model, teacher_model
 from raytune_ft.model.lengths import apart_of
 from raytune_ft.model.load import (
@@ -27,8 +28,6 @@ from raytune_ft.model.load import (
 from raytune_ft.model.objectives import Teacher
 from raytune_ft.strategy import Strategy
 from raytune_ft.train.model_runner import ModelRunner, choose_micro_tokens
-
-GIB = 2**30
 
 
 def teacher_of(config: Config, data: PreparedData, strategy: Strategy) -> Teacher:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from raytune_ft.format import GIB
 from raytune_ft.records import Forecast
-
-GIB = 2**30
 
 
 class Usage:

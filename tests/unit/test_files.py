@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.files import below, write_new, write_text_atomic
+from raytune_ft.files import below, new_folder, write_new, write_text_atomic
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/a", "a//b", "a/", "a/../b", "a\\b", "a\0b"])
@@ -51,3 +51,17 @@ def test_a_new_file_follows_no_link(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_new(tmp_path / "link", b"owned")
     assert not (tmp_path / "victim").exists()
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target, hidden = tmp_path / "made", tmp_path / ".made.new"
+    hidden.mkdir()
+    (hidden / "left").touch()  # by a process that was killed
+    with pytest.raises(FileNotFoundError), new_folder(target) as folder:
+        (folder / "part").write_text((folder / "missing").read_text())
+    assert not list(tmp_path.iterdir())
+    with new_folder(target) as folder:
+        write_new(folder / "file", b"whole")
+        assert not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in target.iterdir()] == ["file"]

@@ -6,7 +6,8 @@ import pytest
 
 from raytune_ft.errors import ConfigError
 from raytune_ft.estimate import hardware
-from raytune_ft.estimate.hardware import GIB, USABLE, key_of, named
+from raytune_ft.estimate.hardware import USABLE, key_of, named
+from raytune_ft.format import GIB
 
 
 def test_workers_may_share_an_accelerator() -> None:

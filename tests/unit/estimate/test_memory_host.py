@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.config.schema import ParallelConfig
-from raytune_ft.estimate.hardware import GIB, GPU_PROCESS, Hardware, named
+from raytune_ft.estimate.hardware import GPU_PROCESS, Hardware, named
 from raytune_ft.estimate.memory import Memory, MemoryModel, Work, misfit, on_hosts
 from raytune_ft.estimate.parameters import Shell, build_shell
+from raytune_ft.format import GIB
 from raytune_ft.plan.make import Asked
 from raytune_ft.plan.text import describe
 from raytune_ft.preflight import lay_out, prepare

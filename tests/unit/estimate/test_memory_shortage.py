@@ -10,9 +10,10 @@ import pytest
 from raytune_ft.config.load import apply_overrides, choose_strategy, load_config, memory_decides
 from raytune_ft.config.resolve import resolve
 from raytune_ft.config.schema import Config, ParallelConfig
-from raytune_ft.estimate.hardware import GIB, PROCESS, Hardware
+from raytune_ft.estimate.hardware import PROCESS, Hardware
 from raytune_ft.estimate.memory import MemoryModel, beside_of, held_by, shortage
 from raytune_ft.estimate.parameters import build_shell
+from raytune_ft.format import GIB
 from raytune_ft.model.hub import teacher_model
 from raytune_ft.model.load import build_frozen
 from raytune_ft.preflight import placed

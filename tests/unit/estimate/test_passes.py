@@ -12,10 +12,11 @@ import pytest
 from raytune_ft.config.schema import Config
 from raytune_ft.data.split import TokenizedSplit
 from raytune_ft.estimate import memory
-from raytune_ft.estimate.hardware import GIB, PROCESS
+from raytune_ft.estimate.hardware import PROCESS
 from raytune_ft.estimate.memory import MemoryModel, work_of
 from raytune_ft.estimate.parameters import Shell, build_shell
 from raytune_ft.estimate.passes import ENOUGH, LEAST, Passes, choose_passes, heaviest
+from raytune_ft.format import GIB
 from raytune_ft.model.checkpointing import POLICIES
 from tests.support.runs import make_config
 from tests.unit.plan.test_layouts import LLAMA_70B

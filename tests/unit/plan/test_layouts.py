@@ -11,7 +11,7 @@ import pytest
 
 import raytune_ft.model
 from raytune_ft.errors import ConfigError
-from raytune_ft.estimate.hardware import GIB
+from raytune_ft.format import GIB
 from raytune_ft.plan.layouts import node_counts
 from raytune_ft.plan.make import Asked, Plan, make_plan
 from raytune_ft.plan.text import describe

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from raytune_ft.estimate.hardware import GIB, USABLE
+from raytune_ft.estimate.hardware import USABLE
+from raytune_ft.format import GIB
 from raytune_ft.ray_backend.cluster import least_memory, packed
 
 
