@@ -27,7 +27,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from tests.e2e.test_bad_inputs import check_line
-from tests.support.commands import ROOT, command
+from tests.support.commands import ROOT, command, started
 from tests.support.head import Head, start_head
 from tests.support.ports import free_port
 from tests.support.runs import losses
@@ -111,13 +111,10 @@ class Cluster:
 
     def driver(self, name: str) -> psutil.Process:
         """The process of the command that the job of a run runs."""
-        found = [
-            process
-            for process in psutil.Process(self.head.process.pid).children(recursive=True)
-            if f"name={name}" in (words := process.cmdline()) and "python" in words[0]
-        ]
-        assert len(found) == 1, found
-        return found[0]
+        (driver,) = started(
+            lambda words: f"name={name}" in words and "python" in words[0], self.head.process.pid
+        )
+        return driver
 
     def jobs(self) -> JobSubmissionClient:
         """Ray's own client."""

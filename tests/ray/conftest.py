@@ -16,6 +16,7 @@ from raytune_ft.config.schema import Config
 from raytune_ft.data.prepare import prepare_data
 from raytune_ft.model.load import load_tokenizer
 from raytune_ft.ray_backend.cluster import connect
+from tests.support.commands import started
 from tests.support.runs import make_config, make_inputs, run
 
 
@@ -62,14 +63,7 @@ def reserved() -> list[dict[str, Any]]:
 
 def processes(kind: str) -> list[psutil.Process]:
     """Processes of this test's cluster that carry the name of an actor's class."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if kind in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return started(lambda words: kind in " ".join(words))
 
 
 def workers() -> list[psutil.Process]:

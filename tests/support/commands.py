@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,3 +73,13 @@ def kill_once(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
+
+
+def started(found_by: Callable[[list[str]], bool], pid: int | None = None) -> list[psutil.Process]:
+    """The processes that this one or `pid` has started, directly or not, by their command lines."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if found_by(process.cmdline()):
+                found.append(process)
+    return found

@@ -29,6 +29,7 @@ from raytune_ft.data.prepare import prepare_data
 from raytune_ft.data.prepared import PreparedData
 from raytune_ft.data.processes import LocalProcesses, Server, started_ahead
 from raytune_ft.errors import DataError, RunFailed, StorageError
+from tests.support.commands import started
 
 WORDS = [f"w{number}" for number in range(200)]
 
@@ -110,14 +111,7 @@ def test_a_mix_of_ten_sources(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> 
 
 
 def children() -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "raytune_ft.data.worker" in process.cmdline():
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return started(lambda words: "raytune_ft.data.worker" in words)
 
 
 def test_a_process_that_is_killed_costs_its_part(
