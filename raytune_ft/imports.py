@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection while modules are imported, which takes a fifth of that time: torch,
-    transformers and PEFT make a million objects that stay. Afterwards they are not searched either.
+    """No garbage collection while modules are imported, where it takes a tenth of the time: torch,
+    transformers and PEFT make many objects, which all stay. Afterwards they are not searched either.
     """
     collected = gc.isenabled()
     gc.disable()

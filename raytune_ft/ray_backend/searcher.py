@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import optuna
-from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from raytune_ft.config.search import SearchConfig
@@ -21,13 +20,12 @@ from raytune_ft.search.results import trial_name
 from raytune_ft.search.sampler import JointSampler
 from raytune_ft.search.space import decode
 from raytune_ft.search.study import (
-    facts,
     live,
     own_trials,
     report,
-    set_attributes,
     tell_failed,
     tell_outcome,
+    tell_pruned,
     unfinished,
 )
 
@@ -71,10 +69,9 @@ class StudySearcher(OfThisProcess, Searcher):
         self._trials = trial_count(search)
         study.sampler = self._sampler = JointSampler(search, seed, points)
         self._prepare, self._held, self._over = prepare, held, over
-        self._numbers: dict[str, int] = {}  # by Tune's id of the trial
+        self._live: dict[str, optuna.Trial] = {}  # those that run, by Tune's ids
         self._unfinished = unfinished(study)
         self._drawn = len(own_trials(study))
-        self._running: set[str] = set()  # Tune's ids
         self.at_once = math.inf
 
     @property
@@ -85,29 +82,29 @@ class StudySearcher(OfThisProcess, Searcher):
         if self._held():
             return 0
         if self._over():
-            return len(self._running)
-        return len(self._running) + len(self._unfinished) + max(0, self._trials - self._drawn)
+            return len(self._live)
+        return len(self._live) + len(self._unfinished) + max(0, self._trials - self._drawn)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; `FINISHED` after the last one, None while none may begin."""
-        if self._held() or len(self._running) >= self.at_once:
+        if self._held() or len(self._live) >= self.at_once:
             return None
-        while (number := self._next()) is not None:
-            trial, name = live(self._study, number), trial_name(number)
+        while (drawn := self._next()) is not None:
+            number, trial = drawn
+            name = trial_name(number)
             try:
                 self._sampler.suggest(trial)
                 params = decode(self._search.space, trial.params)
                 budget = self._prepare(name, params)
             except ConfigError as error:
-                tell_failed(self._study, number, str(error))
+                tell_failed(trial, str(error))
                 continue
-            self._numbers[trial_id] = number
-            self._running.add(trial_id)
+            self._live[trial_id] = trial
             return {"trial": name, "number": number, "params": params, "budget": budget}
         return str(Searcher.FINISHED)
 
-    def _next(self) -> int | None:
-        """The number of an unfinished trial of an earlier driver, else of a new one; None: none.
+    def _next(self) -> tuple[int, optuna.Trial] | None:
+        """An unfinished trial of an earlier driver, else a new one, with its number; None: none.
 
         An unfinished trial is drawn to its end: its driver may have died between two values, and
         a value that is missing would silently be that of the config file.
@@ -115,15 +112,15 @@ class StudySearcher(OfThisProcess, Searcher):
         if self._over():
             return None
         if self._unfinished:
-            return self._unfinished.pop(0)
+            number = self._unfinished.pop(0)
+            return number, live(self._study, number)
         if self._drawn >= self._trials:
             return None
-        self._study.ask()
         self._drawn += 1
-        return self._drawn - 1
+        return self._drawn - 1, self._study.ask()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        report(self._study, self._numbers[trial_id], result, self.metric)
+        report(self._live[trial_id], result, self.metric)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -132,19 +129,16 @@ class StudySearcher(OfThisProcess, Searcher):
 
         Errors are recorded by `ProgressCallback.on_trial_error`, which knows their cause.
         """
-        number = self._numbers[trial_id]
-        self._running.discard(trial_id)
+        trial = self._live.pop(trial_id)
         if error or result is None:
             return
         if "interrupted" in result:
             return
         if "outcome" in result:
-            tell_outcome(self._study, number, result)
+            tell_outcome(trial, result)
         else:
-            report(self._study, number, result, self.metric)
-            trial = live(self._study, number)
-            set_attributes(trial, facts(result))
-            self._study.tell(trial, state=TrialState.PRUNED)
+            report(trial, result, self.metric)
+            tell_pruned(trial, result)
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: the study is in its storage already."""

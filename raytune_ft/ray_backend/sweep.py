@@ -70,6 +70,7 @@ from raytune_ft.search.initial_trials import first_points
 from raytune_ft.search.progress import Progress, progress_for
 from raytune_ft.search.results import Spending, SweepResult, apply_params, sweep_result, trial_name
 from raytune_ft.search.study import (
+    live,
     open_study,
     own_trials,
     pareto,
@@ -221,7 +222,8 @@ class ProgressCallback(OfThisProcess, tune.Callback):
             self._execution.give_up(trial.config["trial"])
         except RunFailed as error:
             self._progress.note(f"{trial.config['trial']}: {error}")
-        tell_failed(self._study, trial.config["number"], _last_line(trial.error_file))
+        own = live(self._study, trial.config["number"])
+        tell_failed(own, _last_line(trial.error_file))
         self._finished(trial)
 
     def _finished(self, trial: Any) -> None:
@@ -574,4 +576,4 @@ def _reconcile(study: optuna.Study, search: SearchConfig, shared: Shared) -> Non
         run_dir = shared.sweep_dir / TRIALS / trial_name(number)
         result = load_result(run_dir)
         if result is not None and result.status in ("completed", "early_stopped", "failed"):
-            tell_outcome(study, number, outcome_of(result, search.metrics))
+            tell_outcome(live(study, number), outcome_of(result, search.metrics))

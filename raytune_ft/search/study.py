@@ -87,13 +87,12 @@ def unfinished(study: optuna.Study) -> list[int]:
     return [number for number, trial in every if trial.state == TrialState.RUNNING]
 
 
-def report(study: optuna.Study, number: int, result: Mapping[str, Any], metric: str) -> None:
+def report(trial: optuna.Trial, result: Mapping[str, Any], metric: str) -> None:
     """Record the metric of one evaluation, by examples seen; except that of the base."""
     value, examples = result.get(metric), result.get("examples", 0)
     if not (examples > 0 and isinstance(value, float) and math.isfinite(value)):
         return
-    trial = live(study, number)
-    if len(study.directions) == 1:
+    if len(trial.study.directions) == 1:
         trial.report(value, step=int(examples))
     else:  # Optuna takes no intermediate values with several metrics
         trial.set_user_attr(REPORTS, {**trial.user_attrs.get(REPORTS, {}), str(examples): value})
@@ -125,22 +124,26 @@ def pareto(study: optuna.Study) -> tuple[str, ...] | None:
     )
 
 
-def tell_outcome(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
+def tell_outcome(trial: optuna.Trial, result: Mapping[str, Any]) -> None:
     """Record a run that ended by itself: `outcome` is its status, `values` its best metrics."""
-    trial = live(study, number)
     set_attributes(trial, facts(result))
     if result["outcome"] == "failed" or result.get("values") is None:
-        tell_failed(study, number, result.get("error") or "it ended without an evaluation")
+        tell_failed(trial, result.get("error") or "it ended without an evaluation")
         return
     trial.set_user_attr("status", result["outcome"])
-    study.tell(trial, [float(value) for value in result["values"]])
+    trial.study.tell(trial, [float(value) for value in result["values"]])
 
 
-def tell_failed(study: optuna.Study, number: int, error: str) -> None:
+def tell_pruned(trial: optuna.Trial, result: Mapping[str, Any]) -> None:
+    """Record a trial that the scheduler or the budget stopped."""
+    set_attributes(trial, facts(result))
+    trial.study.tell(trial, state=TrialState.PRUNED)
+
+
+def tell_failed(trial: optuna.Trial, error: str) -> None:
     """Record a failed trial and its error."""
-    trial = live(study, number)
     trial.set_user_attr("error", error)
-    study.tell(trial, state=TrialState.FAIL)
+    trial.study.tell(trial, state=TrialState.FAIL)
 
 
 def rows(study: optuna.Study, search: SearchConfig) -> list[TrialRecord]:
@@ -187,5 +190,5 @@ def set_attributes(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
 
 
 def live(study: optuna.Study, number: int) -> optuna.Trial:
-    """The trial in a form that can be written to, also if another driver started it."""
+    """A trial that another process or an earlier driver started, to be written to."""
     return optuna.Trial(study, own_trials(study)[number]._trial_id)

@@ -47,14 +47,13 @@ def drive(search: SearchConfig, sweep_dir: Path, count: int, resume: bool) -> li
     drawn = []
     left = unfinished(study)
     while len(drawn) < count and (left or len(own_trials(study)) < search.trials):
-        number = left.pop(0) if left else study.ask().number
-        trial = live(study, number)
+        trial = live(study, left.pop(0)) if left else study.ask()
         sampler.suggest(trial)
         params = decode(search.space, trial.params)
         loss = params["train.lr"]
-        report(study, number, {"examples": 50, "eval_loss": loss}, "eval_loss")
+        report(trial, {"examples": 50, "eval_loss": loss}, "eval_loss")
         end = {"outcome": "completed", "values": [loss], "best_eval_loss": loss, "examples": 100}
-        tell_outcome(study, number, end)
+        tell_outcome(trial, end)
         drawn.append(params)
     return drawn
 
