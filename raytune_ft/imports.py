@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection while modules are imported, where it takes a tenth of the time: torch,
-    transformers and PEFT make many objects, which all stay. Afterwards they are not searched either.
+    transformers and PEFT make many objects, and all stay. They are not searched afterwards either.
     """
     collected = gc.isenabled()
     gc.disable()

@@ -175,9 +175,13 @@ _ahead: Future[None] | None = None
 @contextmanager
 def starting() -> Iterator[None]:
     """A thread starts a local cluster while the caller does something else. It ends with the
-    context; `connected` in the context uses it, and raises what kept it from starting.
+    context; `connected` in the context uses it, and raises what kept it from starting. Nothing
+    starts where this process has joined a cluster.
     """
     global _ahead
+    if ray.is_initialized():
+        yield
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as pool:
         _ahead = pool.submit(connect)
         try:

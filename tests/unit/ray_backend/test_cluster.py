@@ -177,8 +177,9 @@ def test_a_cluster_starts_while_its_caller_works(
             with connected():
                 assert calls == ["init"]
     assert calls == ["init", "shutdown"]
-    with connected():
+    with connected(), starting(), connected():
         assert calls == ["init", "shutdown", "init"]
+    assert calls == ["init", "shutdown", "init", "shutdown"]
 
 
 def test_what_keeps_a_cluster_from_starting_is_raised_where_it_is_used(
