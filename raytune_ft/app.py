@@ -1,7 +1,8 @@
 """What the commands do: check everything that can be checked, then hand over to one function.
 
 The order is the same for all of them: config, run directory (and its lock), model, data, cluster.
-Heavy modules are imported inside, so that `raytune-ft --help` and config errors come at once.
+A local Ray starts beside the checks of model and data, and ends where they refuse them. Heavy
+modules are imported inside, so that `raytune-ft --help` and config errors come at once.
 """
 
 from __future__ import annotations
@@ -111,9 +112,7 @@ class Backend:
         if not needs_ray(spec.config):
             from raytune_ft.estimate.hardware import require_gpu
             from raytune_ft.model.hub import fetch_here
-
-            with uncollected():
-                from raytune_ft.train.run import run_training
+            from raytune_ft.train.run import run_training
 
             require_gpu(spec.config.parallel.resources["GPU"], "this machine")
             fetch_here(spec.config, tell)

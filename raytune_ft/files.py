@@ -83,7 +83,7 @@ def write_new(path: Path, data: bytes) -> None:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name `target` at the end of the context, flushed to disk.
-    Nothing is left of one that cannot be filled.
+    Where it cannot be filled, it is removed.
     """
     folder = target.with_name(f".{target.name}.new")
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed

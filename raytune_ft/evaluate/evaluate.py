@@ -91,36 +91,45 @@ def run_job(job: Job, strategy: Strategy) -> Measured:
         ModelError: the model cannot be loaded.
         ConfigError, DataError, RunFailed: a metric cannot be computed.
     """
-    data = open_prepared(job.data_dir)
-    tokenizer, split = tokenizer_of(job.model, job.base), split_named(data, job.split)
-    objective = evaluation_objective(job.train, data)
-    own = figures(job.train.objective, data.report.problem or "single_label")
+    subject = subject_of(job, strategy)
     if job.head is not None:  # which generates no text, so that no other metric applies
-        runner = runner_of(job.model, tokenizer, head=job.head, strategy=strategy)
-        return Measured(figures_of(columns_of(runner, objective, split), own, split))
-    subject = Subject(
+        runner = runner_of(job.model, subject.tokenizer, head=job.head, strategy=strategy)
+        columns = columns_of(runner, subject.objective, subject.split)
+        return Measured(figures_of(columns, subject.figures, subject.split))
+    scores = measure(subject)
+    if job.retained is not None:
+        general = open_prepared(job.retained).train
+        same = job.model == job.base
+        base = subject.runner if same else runner_of(job.base, subject.tokenizer, strategy=strategy)
+        scores |= retention(subject.runner, base, general)
+    made = "continuations" in vars(subject)  # some metric has asked for them
+    shown = subject.continuations if made else subject.first(job.samples)
+    return Measured(scores, tuple(shown), vars(subject).get("answers"))
+
+
+def run_samples(job: Job, strategy: Strategy) -> tuple[Continuation, ...]:
+    """What a model says to the first `job.samples` prompts; raises as `run_job` does."""
+    return tuple(subject_of(job, strategy).first(job.samples))
+
+
+def subject_of(job: Job, strategy: Strategy) -> Subject:
+    """What metrics read of a model."""
+    data = open_prepared(job.data_dir)
+    tokenizer = tokenizer_of(job.model, job.base)
+    return Subject(
         job.model,
         tokenizer,
-        split,
+        split_named(data, job.split),
         data.train,
         job.settings,
         is_chat(data.report),
         job.base,
         stop_tokens(tokenizer, job.base, data.report),
-        objective,
-        own,
+        evaluation_objective(job.train, data),
+        figures(job.train.objective, data.report.problem or "single_label"),
         strategy,
         job.asking,
     )
-    scores = measure(subject)
-    if job.retained is not None:
-        general = open_prepared(job.retained).train
-        same = job.model == job.base
-        base = subject.runner if same else runner_of(job.base, tokenizer, strategy=strategy)
-        scores |= retention(subject.runner, base, general)
-    made = "continuations" in vars(subject)  # some metric has asked for them
-    shown = subject.continuations if made else subject.first(job.samples)
-    return Measured(scores, tuple(shown), vars(subject).get("answers"))
 
 
 def run_answers(job: Job, strategy: Strategy) -> Answers:

@@ -159,6 +159,7 @@ class Passes:
             else:
                 self.slots, why = 1, "the step of one trial fills a pass"
             optimizer.keep(self.slots)
+        self._drawn = deque(self._drawn, maxlen=self.slots)
         return f"{self.slots} slot{'s' * (self.slots != 1)} ({why})"
 
     def _measure(self, adapter: AdapterInit, counts: Sequence[int]) -> str:
@@ -225,7 +226,7 @@ class Passes:
         return count * train.batch_size * train.rollout.num_generations * TRIED_TOKENS
 
     def draw(self, method: LoraMethod, seed: int) -> AdapterInit:
-        """The adapter of a run before its first step; one that was drawn lately is used again.
+        """The adapter of a run before its first step; one of the last few is used again.
 
         Raises:
             ModelError, ConfigError: see `init_adapter`.

@@ -35,6 +35,7 @@ from raytune_ft.evaluate.evaluate import (
     measured_split,
     prepare_retention,
     run_job,
+    run_samples,
     split_named,
 )
 from raytune_ft.evaluate.generate import check_generation
@@ -179,8 +180,7 @@ class Measurer:
 
     def contenders(self, found: Sequence[Entry], directories: Sequence[Path]) -> list[Contender]:
         """Every candidate on validation and on the general set, the reference first."""
-        final = measured_split(self.data) == "validation"
-        measured = self._measured(directories, "validation", self.samples if final else 0)
+        measured = self._measured(directories, "validation")
         contenders = [
             Contender(entry.name, entry.simplicity, one)
             for entry, one in zip(found, measured, strict=True)
@@ -190,17 +190,32 @@ class Measurer:
         rule = self._by_rule("validation", self.head)
         return [Contender(self.reference, BASE, rule, is_model=False), *contenders]
 
-    def on_test(self, promoted: Path | None) -> tuple[Measured, Measured]:
-        """Scores of the reference and of the promoted model; `promoted` is None where the base was
+    def on_test(self, directory: Path | None) -> tuple[Measured, Measured]:
+        """Scores of the reference and of the promoted model; `directory` is None where the base was
         kept and is both.
         """
         directories = [Path(self.jobs.base.path)] if self.head is None else []
-        directories += [] if promoted is None else [promoted]
+        directories += [] if directory is None else [directory]
         measured = self._measured(directories, "test", self.samples)
         reference = measured[0] if self.head is None else self._by_rule("test", self.head)
         return reference, measured[-1]
 
-    def _measured(self, directories: Sequence[Path], split: str, samples: int) -> list[Measured]:
+    def with_samples(
+        self, base: Measured, promoted: Measured, directory: Path | None
+    ) -> tuple[Measured, Measured]:
+        """What was measured on validation, with what base and promoted model say to its first
+        prompts; as it is where a metric has asked them more. `directory`: see `on_test`.
+        """
+        if self.head is not None or not self.samples or base.continuations:
+            return base, promoted
+        directories = [Path(self.jobs.base.path), *([] if directory is None else [directory])]
+        jobs = [self.jobs.of(each, "validation", self.samples) for each in directories]
+        said = self.workers.each(run_samples, jobs)
+        return replace(base, continuations=said[0]), replace(promoted, continuations=said[-1])
+
+    def _measured(
+        self, directories: Sequence[Path], split: str, samples: int = 0
+    ) -> list[Measured]:
         jobs = [self.jobs.of(directory, split, samples) for directory in directories]
         found = self.workers.each(run_job, jobs)
         scored = []
@@ -511,16 +526,19 @@ class _Promoter:
         validation stands.
         """
         name, reference = measured_split(self._data), self._measurer.reference
+        kept = verdict.winner == BASE_NAME
+        directory = None if kept else self._promoted
         looks = looks_so_far(self._directory) + 1
         if name == "test":
             count = len(split_named(self._data, name))
             self._tell(f"measuring {reference} and promoted model on {count:,} examples ({name})")
-            kept = verdict.winner == BASE_NAME
-            base, promoted = self._measurer.on_test(None if kept else self._promoted)
+            base, promoted = self._measurer.on_test(directory)
             self._keep(name, {reference: base} | ({} if kept else {verdict.winner: promoted}))
         else:
             found = {one.name: one.measured for one in contenders}
-            base, promoted = found[reference], found[verdict.winner]
+            base, promoted = self._measurer.with_samples(
+                found[reference], found[verdict.winner], directory
+            )
         return evaluation_of(verdict, contenders, settings, name, base, promoted, looks, reference)
 
     def _take(self, winner: Entry) -> None:

@@ -177,19 +177,26 @@ def starting() -> Iterator[None]:
     """A thread starts a local cluster while the caller does something else. It ends with the
     context; `connected` in the context uses it, and raises what kept it from starting. Nothing
     starts where this process has joined a cluster.
+
+    Raises:
+        ConfigError: see `stop_grace_s`.
     """
     global _ahead
+    stop_grace_s()  # raises ConfigError
     if ray.is_initialized():
         yield
         return
+    # Linux ends Ray's processes with the thread that started them, so it waits in its pool.
     with ThreadPoolExecutor(1, thread_name_prefix="start-ray") as pool:
-        _ahead = pool.submit(connect)
+        started = _ahead = pool.submit(connect)
         try:
             yield
         finally:
-            wait([_ahead])
             _ahead = None
-            leave()
+            try:
+                wait([started])
+            finally:  # also after a second signal; at once, or when the start has ended
+                started.add_done_callback(lambda _: leave())
 
 
 @contextmanager

@@ -129,10 +129,8 @@ class StudySearcher(OfThisProcess, Searcher):
 
         Errors are recorded by `ProgressCallback.on_trial_error`, which knows their cause.
         """
-        trial = self._live.pop(trial_id)
-        if error or result is None:
-            return
-        if "interrupted" in result:
+        trial = self._live.pop(trial_id, None)  # Tune calls again where this raises
+        if trial is None or error or result is None or "interrupted" in result:
             return
         if "outcome" in result:
             tell_outcome(trial, result)

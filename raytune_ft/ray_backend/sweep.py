@@ -272,7 +272,7 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM; `result.json` has that status, and a resume continues.
     """
     assert config.search is not None
-    stop_grace_s()  # raises ConfigError before anything starts
+    stop_grace_s()  # raises ConfigError before any trial starts
     with (
         connected(),
         awaited(config.parallel, tell) as (fit, demand),

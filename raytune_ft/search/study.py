@@ -190,5 +190,5 @@ def set_attributes(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
 
 
 def live(study: optuna.Study, number: int) -> optuna.Trial:
-    """A trial that another process or an earlier driver started, to be written to."""
+    """A trial by its number, to be written to, whoever started it."""
     return optuna.Trial(study, own_trials(study)[number]._trial_id)

@@ -31,7 +31,8 @@ from raytune_ft.errors import (
     MergeError,
     StorageError,
 )
-from raytune_ft.evaluate.evaluate import Job, Measured, run_job
+from raytune_ft.evaluate.context import Continuation
+from raytune_ft.evaluate.evaluate import Job, Measured, run_job, run_samples
 from raytune_ft.locks import locked
 from raytune_ft.promote import candidates
 from raytune_ft.promote import promote as promote_module
@@ -178,11 +179,18 @@ def test_without_test_data_validation_is_measured_once_and_marked(
         jobs.append((Path(job.model.path).name, job.split))
         return run_job(job, strategy)
 
+    def say(job: Job, strategy: Strategy) -> tuple[Continuation, ...]:
+        asked.append((Path(job.model.path).name, job.samples))
+        return run_samples(job, strategy)
+
     jobs: list[tuple[str, str]] = []
+    asked: list[tuple[str, int]] = []
     monkeypatch.setattr(promote_module, "run_job", count)
+    monkeypatch.setattr(promote_module, "run_samples", say)
     run = train("no-test", "data.test=null")
     promotion = promote(run)
     assert jobs == [("base", "validation"), ("no-test", "validation")]
+    assert asked == [("base", 3), ("model", 3)]
     assert promotion.evaluation.split == "validation"
     assert promotion.evaluation.examples == 24
     assert len(promotion.samples) == 3

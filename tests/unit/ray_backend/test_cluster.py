@@ -182,6 +182,28 @@ def test_a_cluster_starts_while_its_caller_works(
     assert calls == ["init", "shutdown", "init", "shutdown"]
 
 
+def test_a_second_signal_leaves_no_cluster(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled = threading.Event()
+
+    def init(**_: object) -> None:
+        assert signalled.wait(10)
+        calls.append("init")
+
+    def wait(futures: object) -> None:
+        signalled.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "wait", wait)
+    with pytest.raises(KeyboardInterrupt), starting():
+        raise KeyboardInterrupt
+    assert calls == ["init", "shutdown"]
+    with connected():
+        assert calls == ["init", "shutdown", "init"]
+
+
 def test_what_keeps_a_cluster_from_starting_is_raised_where_it_is_used(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,26 @@ def test_a_trial_that_was_being_drawn_when_its_driver_died_is_drawn_to_its_end(
     assert (first["number"], second["number"]) == (6, 7)
 
 
+def test_an_end_that_cannot_be_told_is_not_hidden_by_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = search_config()
+    study = open_study("s", tmp_path, search, False)
+    one = searcher(study, search)
+    one.suggest("a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the database is away")
+
+    end = {"outcome": "completed", "values": [1.0], "best_eval_loss": 1.0, "examples": 90}
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", fail)
+        with pytest.raises(OSError, match="away"):
+            one.on_trial_complete("a", end)
+    one.on_trial_complete("a", error=True)  # as Tune does then
+    assert one.left == search.trials - 1
+
+
 def test_tpe_looks_where_it_is_good(tmp_path: Path) -> None:
     search = search_config(trials=30)
     study = open_study("s", tmp_path, search, False)
