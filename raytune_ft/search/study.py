@@ -190,5 +190,5 @@ def set_attributes(trial: optuna.Trial, values: Mapping[str, Any]) -> None:
 
 
 def live(study: optuna.Study, number: int) -> optuna.Trial:
-    """A trial by its number, to be written to, whoever started it."""
+    """The trial with this number, which can be written to. Another driver may have started it."""
     return optuna.Trial(study, own_trials(study)[number]._trial_id)

@@ -327,7 +327,9 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints(
     with file_size_limit(100_000):
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):  # the fault is real
             (tmp_path / "probe").write_bytes(bytes(200_000))
-        with pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*too large"):
+        with pytest.raises(
+            CheckpointError, match=r"step-000002 could not be written: .*File too large"
+        ):
             commit(store, 2, writer, facts())
     assert names(store) == ["step-000001"]
     assert hidden(store) == []
