@@ -2,6 +2,7 @@
 
     python benchmarks/preferences.py --shared ../shared
     python benchmarks/preferences.py --shared ../shared --cell sweep --rounds 1
+    python benchmarks/preferences.py --shared ../shared --cell short-sweep --rounds 1
 
 Pairs are made of GSM8K: the answer of the row is chosen, that of the next row is rejected.
 
@@ -12,7 +13,8 @@ Which of TRL's arms is its best depends on the CPU: without AVX-512 bfloat16 is 
 `trl-float32` is.
 `sweep` (stories260k): seconds of 12 trials over beta, lr and rank; ours is the command `raytune-ft
 sweep` from start to end, with Ray, promotion and report; TRL trains them one after another in one
-process, on one reference. Arms take turns, each in a process of its own. It needs `bench`.
+process, on one reference. `short-sweep` is the same on pairs of calculator steps (`48/2=`, `24`)
+and on eight times as many. Arms take turns, each in a process of its own. It needs `bench`.
 """
 
 from __future__ import annotations
@@ -27,28 +29,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from sweep_makespan import short_rows, whole_rows
 from train_throughput import ALPHA, LR, RANK, THREADS, WARMUP_STEPS, build_base
 
 BATCH, MAX_LENGTH, BETA = 8, 512, 0.1
-TRIALS, TRIAL_PAIRS, SWEEP_BATCH, SWEEP_LENGTH = 12, 640, 16, 256
+SWEEP_BATCH, SWEEP_LENGTH = 16, 256
+TRIAL_PAIRS = {"sweep": 640, "short-sweep": 5120}
 
 
-def make_pairs(shared: Path, folder: Path, count: int, longest: int = 10**9) -> None:
+def make_pairs(shared: Path, folder: Path, cell: str, count: int) -> None:
     """`pairs.jsonl`, and `answers.jsonl` with each answer in a row of its own."""
-    with (shared / "data/gsm8k/train.jsonl").open() as file:
-        rows = [json.loads(line) for line in file]
-    rows = [row for row in rows if len(row["question"]) + len(row["answer"]) < longest][: count + 1]
+    rows = short_rows(shared) if cell == "short-sweep" else whole_rows(shared)
+    if cell == "sweep":
+        rows = [row for row in rows if len(row["prompt"]) + len(row["completion"]) <= 300]
+    different = (two for two in pairwise(rows) if two[0]["completion"] != two[1]["completion"])
     files = (folder / "pairs.jsonl", folder / "answers.jsonl")
     with files[0].open("w") as pairs, files[1].open("w") as alone:
-        for row, other in pairwise(rows):
-            answers = {"chosen": row["answer"], "rejected": other["answer"]}
-            pairs.write(json.dumps({"prompt": row["question"], **answers}) + "\n")
+        for row, other in islice(different, count):
+            answers = {"chosen": row["completion"], "rejected": other["completion"]}
+            pairs.write(json.dumps({"prompt": row["prompt"], **answers}) + "\n")
             for answer in answers.values():
-                alone.write(json.dumps({"prompt": row["question"], "completion": answer}) + "\n")
+                alone.write(json.dumps({"prompt": row["prompt"], "completion": answer}) + "\n")
 
 
 def run_ours(base: Path, objective: str) -> dict[str, float]:
@@ -77,6 +82,7 @@ def run_ours(base: Path, objective: str) -> dict[str, float]:
                     "path": str(base.parent / ("pairs.jsonl" if pairs else "answers.jsonl")),
                     "format": "preference" if pairs else "prompt_completion",
                 },
+                "separator": "",
                 "validation": 0.02,
                 "max_length": MAX_LENGTH,
             },
@@ -111,9 +117,7 @@ def trl_trainer(base: Path, rows: Path, flags: dict[str, Any], **settings: Any) 
 
     torch.set_num_threads(THREADS)
     rank = settings.pop("rank", RANK)
-    dataset = load_dataset("json", data_files=str(rows), split="train").map(
-        lambda row: {"prompt": row["prompt"] + "\n"}
-    )
+    dataset = load_dataset("json", data_files=str(rows), split="train")
     return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=DPOConfig(
@@ -187,7 +191,7 @@ def points() -> list[tuple[float, float, int]]:
     ]
 
 
-def sweep_ours(base: Path) -> dict[str, float]:
+def sweep_ours(base: Path, cell: str) -> dict[str, float]:
     """The command, over the same points."""
     config = base.parent / "sweep.yaml"
     config.write_text(
@@ -199,6 +203,7 @@ def sweep_ours(base: Path) -> dict[str, float]:
                 "method": {"name": "lora", "rank": 8, "alpha": 16.0},
                 "data": {
                     "train": {"path": str(base.parent / "pairs.jsonl"), "format": "preference"},
+                    "separator": "",
                     "validation": 0.05,
                     "max_length": SWEEP_LENGTH,
                 },
@@ -206,8 +211,8 @@ def sweep_ours(base: Path) -> dict[str, float]:
                     "objective": "dpo",
                     "batch_size": SWEEP_BATCH,
                     "lr": 1e-3,
-                    "max_examples": TRIAL_PAIRS,
-                    "eval_every_examples": TRIAL_PAIRS,
+                    "max_examples": TRIAL_PAIRS[cell],
+                    "eval_every_examples": TRIAL_PAIRS[cell],
                     "precision": "float32",
                 },
                 "search": {
@@ -233,7 +238,7 @@ def sweep_ours(base: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begun}
 
 
-def sweep_trl(base: Path) -> dict[str, float]:
+def sweep_trl(base: Path, cell: str) -> dict[str, float]:
     """One trainer after another in one process; TRL keeps the reference of the first."""
     begun = time.perf_counter()
     for beta, lr, rank in points():
@@ -247,22 +252,21 @@ def sweep_trl(base: Path) -> dict[str, float]:
             rank=rank,
             per_device_train_batch_size=SWEEP_BATCH,
             max_length=SWEEP_LENGTH,
-            max_steps=TRIAL_PAIRS // SWEEP_BATCH,
+            max_steps=TRIAL_PAIRS[cell] // SWEEP_BATCH,
         )
         trainer.train()
     return {"seconds": time.perf_counter() - begun}
 
 
-ARMS: dict[str, dict[str, Callable[[Path], dict[str, float]]]] = {
-    "step": {
-        "ours": lambda base: run_ours(base, "dpo"),
-        "sft": lambda base: run_ours(base, "sft"),
-        "trl": lambda base: run_trl(base),
-        "trl-best": lambda base: run_trl(base, bf16=True, gradient_checkpointing=False),
-        "trl-float32": lambda base: run_trl(base, bf16=False, gradient_checkpointing=False),
-    },
-    "sweep": {"ours": sweep_ours, "trl": sweep_trl},
+STEPS: dict[str, Callable[[Path, str], dict[str, float]]] = {
+    "ours": lambda base, _: run_ours(base, "dpo"),
+    "sft": lambda base, _: run_ours(base, "sft"),
+    "trl": lambda base, _: run_trl(base),
+    "trl-best": lambda base, _: run_trl(base, bf16=True, gradient_checkpointing=False),
+    "trl-float32": lambda base, _: run_trl(base, bf16=False, gradient_checkpointing=False),
 }
+SWEEPS = {"ours": sweep_ours, "trl": sweep_trl}
+ARMS = {"step": STEPS, **dict.fromkeys(TRIAL_PAIRS, SWEEPS)}
 
 
 def main() -> None:
@@ -272,25 +276,27 @@ def main() -> None:
     )
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--cell", choices=ARMS, default="step")
-    parser.add_argument("--pairs", type=int, help="by default 80, and 700 of a sweep")
+    parser.add_argument(
+        "--pairs", type=int, help="by default 80, and a tenth more than a trial of a sweep sees"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", help="some of them; by default all")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm is not None:
-        print(json.dumps(ARMS[args.cell][args.arm](args.base)))
+        print(json.dumps(ARMS[args.cell][args.arm](args.base, args.cell)))
         return
-    sweep = args.cell == "sweep"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = root / "base"
-        if sweep:
+        count = 80
+        if args.cell in TRIAL_PAIRS:
+            count = TRIAL_PAIRS[args.cell] * 11 // 10
             base.symlink_to((args.shared / "models/stories260k").resolve())
         else:
             build_base(base, args.shared)
-        longest = 300 if sweep else 10**9
-        make_pairs(args.shared, root, args.pairs or (700 if sweep else 80), longest)
+        make_pairs(args.shared, root, args.cell, args.pairs or count)
         arms = args.arms or list(ARMS[args.cell])
         found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for _ in range(args.rounds):
