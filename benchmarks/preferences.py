@@ -258,15 +258,16 @@ def sweep_trl(base: Path, cell: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begun}
 
 
-STEPS: dict[str, Callable[[Path, str], dict[str, float]]] = {
+Arms = dict[str, Callable[[Path, str], dict[str, float]]]
+STEPS: Arms = {
     "ours": lambda base, _: run_ours(base, "dpo"),
     "sft": lambda base, _: run_ours(base, "sft"),
     "trl": lambda base, _: run_trl(base),
     "trl-best": lambda base, _: run_trl(base, bf16=True, gradient_checkpointing=False),
     "trl-float32": lambda base, _: run_trl(base, bf16=False, gradient_checkpointing=False),
 }
-SWEEPS = {"ours": sweep_ours, "trl": sweep_trl}
-ARMS = {"step": STEPS, **dict.fromkeys(TRIAL_PAIRS, SWEEPS)}
+SWEEPS: Arms = {"ours": sweep_ours, "trl": sweep_trl}
+ARMS: dict[str, Arms] = {"step": STEPS, **dict.fromkeys(TRIAL_PAIRS, SWEEPS)}
 
 
 def main() -> None:
