@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytune_ft.app import Backend
 from raytune_ft.cli import run_command
 from raytune_ft.config.load import load_config
 from raytune_ft.config.resolve import resolve
@@ -862,10 +863,14 @@ def write_bad_files(folder: Path) -> None:
 
 @pytest.fixture
 def session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """`folder` as the current directory; on exit no run is there that was not there before."""
+    """`folder` as the current directory; on exit no run is there that was not there before.
+
+    No local Ray starts ahead: nothing that is refused here gets as far as to use it.
+    """
     monkeypatch.chdir(folder)
     for name in ("DB_PASSWORD", "RAY_ADDRESS", "RAYTUNE_FT_STORAGE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Backend, "starting", lambda *_: contextlib.nullcontext())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     before = runs(folder)
