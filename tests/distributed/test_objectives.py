@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,11 @@ RUNS = {
 
 CARRYING = ("encoder", "kto", KEPT, "dpo", "grpo", "online_dpo", "ppo", "full ppo")
 """Each has something of its own to find again: a head, a reference, a file, completions, a critic.
-The others resume as supervised training does in test_resume.py, and rows packed are held to rows
-alone by `test_two_processes`."""
+The others resume as supervised training does in test_resume.py."""
+SUMS = (*CARRYING, "classification", "reward", "grpo sequence")
+"""Each sums over ranks in a way of its own; the others sum as one of these does. Their rows are
+packed under fsdp.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +44,34 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+class References:
+    """One example after another in one process, each run when it is first asked for."""
+
+    def __init__(self, root: Path, inputs: Path) -> None:
+        self._root, self._inputs = root, inputs
+
+    def of(self, name: str) -> Path:
+        name = "kd" if name == KEPT else name
+        if not (self._root / name).exists():
+            _run_one(self._inputs, self._root, name, "single", False, 1)
+        return self._root / name
+
+
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
-    """One example after another in one process."""
-    root = tmp_path_factory.mktemp("references")
-    for name in RUNS.keys() - {KEPT}:
-        _run_one(inputs, root, name, "single", False, 1)
-    (root / KEPT).symlink_to(root / "kd")
-    return root
+def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> References:
+    return References(tmp_path_factory.mktemp("references"), inputs)
 
 
 def _run_all(
     inputs: Path,
     root: Path,
+    names: Collection[str],
     strategy: str,
     packing: bool,
     micro_tokens: int,
     activations: str = "none",
 ) -> None:
-    for name in RUNS:
+    for name in names:
         _run_one(inputs, root, name, strategy, packing, micro_tokens, activations=activations)
 
 
@@ -97,48 +110,65 @@ def test_every_objective_is_held_to_it() -> None:
 
 @pytest.mark.slow  # a resumed run is packed at first
 @pytest.mark.parametrize("name", RUNS)
-def test_packed_rows(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+def test_packed_rows(tmp_path: Path, inputs: Path, references: References, name: str) -> None:
     _run_one(inputs, tmp_path, name, "single", True, 96)
-    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
+
+
+def _compare(root: Path, references: References, names: Collection[str]) -> None:
+    found = {name: largest_difference(root / name, references.of(name)) for name in names}
+    assert all(max(each) < BOUND for each in found.values()), found
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_two_processes(tmp_path: Path, inputs: Path, references: Path, strategy: str) -> None:
-    run_distributed(_run_all, 2, inputs, tmp_path, strategy, strategy == "fsdp", 96)
-    found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
-    assert all(max(each) < BOUND for each in found.values()), found
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [
+        ("fsdp", SUMS),
+        pytest.param("fsdp", [*RUNS], marks=pytest.mark.slow),
+        pytest.param("ddp", [*RUNS], marks=pytest.mark.slow),
+    ],
+    ids=["fsdp", "fsdp-all", "ddp-all"],
+)
+def test_two_processes(
+    tmp_path: Path, inputs: Path, references: References, strategy: str, names: Collection[str]
+) -> None:
+    run_distributed(_run_all, 2, inputs, tmp_path, names, strategy, strategy == "fsdp", 96)
+    _compare(tmp_path, references, names)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_three_processes_that_recompute(tmp_path: Path, inputs: Path, references: Path) -> None:
-    run_distributed(_run_all, 3, inputs, tmp_path, "ddp", True, 50, "full")
-    found = {name: largest_difference(tmp_path / name, references / name) for name in RUNS}
-    assert all(max(each) < BOUND for each in found.values()), found
+def test_three_processes_that_recompute(
+    tmp_path: Path, inputs: Path, references: References
+) -> None:
+    run_distributed(_run_all, 3, inputs, tmp_path, [*RUNS], "ddp", True, 50, "full")
+    _compare(tmp_path, references, RUNS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_selective_recomputation(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+def test_selective_recomputation(
+    tmp_path: Path, inputs: Path, references: References, name: str
+) -> None:
     _run_one(inputs, tmp_path, name, "single", False, 50, activations="selective")
-    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
 
 
 @pytest.mark.parametrize(
     "name",
     [name if name in CARRYING else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
 )
-def test_a_resumed_run(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+def test_a_resumed_run(tmp_path: Path, inputs: Path, references: References, name: str) -> None:
     """From the checkpoint of the third step, inside a rollout."""
     with pytest.raises(BrokenRun):
         _run_one(inputs, tmp_path, name, "single", True, 96, Recorder(fail_at=5))
     _run_one(inputs, tmp_path, name, "single", False, 50, resumes=True)
-    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
 
 
 @pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT, "dpo", "orpo", "simpo"])
-def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) -> None:
+def test_packed_runs(tmp_path: Path, inputs: Path, references: References, name: str) -> None:
     """Trials that share one base: the one of before, beside another; on pairs, beside one with
     another objective, then beside one with the same.
     """
@@ -155,9 +185,9 @@ def test_packed_runs(tmp_path: Path, inputs: Path, references: Path, name: str) 
     }
     with true_float64():
         run_packed(configs, tmp_path)
-    assert max(largest_difference(tmp_path / name, references / name)) < BOUND
+    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
     if OBJECTIVES[objective].pairs:
         configs["other"] = config_of(inputs, objective, {**changes, "train.lr": 1e-2})
         with true_float64():
             run_packed(configs, tmp_path / "alike")
-        assert max(largest_difference(tmp_path / "alike" / name, references / name)) < BOUND
+        assert max(largest_difference(tmp_path / "alike" / name, references.of(name))) < BOUND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,10 @@ CASES = {  # directory: precision and what else is different
     ),
     "full": ("float32", {"parallel__activation_checkpointing": "full"}),
 }
-OF = {"ddp": ["float64", "float32"], "fsdp": list(CASES)}
 
 
-def _train_on_ranks(inputs: Inputs, root: Path, strategy: str) -> None:
-    for case in OF[strategy]:
+def _train_on_ranks(inputs: Inputs, root: Path, strategy: str, cases: Sequence[str]) -> None:
+    for case in cases:
         precision, shared = CASES[case]
         _train(inputs, root / case, precision, strategy, **shared)
 
@@ -75,12 +75,20 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs) -> 
     return root
 
 
-@pytest.mark.parametrize("strategy", OF)
+@pytest.mark.parametrize(
+    ("strategy", "cases"),
+    [
+        ("ddp", ["float64", "float32"]),
+        ("fsdp", ["float64", "float32"]),
+        pytest.param("fsdp", ["selective", "full"], marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp", "fsdp that recomputes"],
+)
 def test_two_ranks_as_one_process(
-    tmp_path: Path, inputs: Inputs, of_one_process: Path, strategy: str
+    tmp_path: Path, inputs: Inputs, of_one_process: Path, strategy: str, cases: Sequence[str]
 ) -> None:
-    run_distributed(_train_on_ranks, RANKS, inputs, tmp_path, strategy)
-    for case in OF[strategy]:
+    run_distributed(_train_on_ranks, RANKS, inputs, tmp_path, strategy, cases)
+    for case in cases:
         precision, _ = CASES[case]
         for name in RUNS:
             one = of_one_process / precision / name
@@ -225,7 +233,8 @@ def rolled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return inputs, inputs.parent / "one"
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow  # rollouts on ranks: test_objectives.py; packed: unit/packed/test_rollouts.py
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_rollouts_on_two_ranks(tmp_path: Path, rolled: tuple[Path, Path], strategy: str) -> None:
     inputs, one = rolled
     run_distributed(_roll_out, RANKS, inputs, tmp_path, strategy)
