@@ -187,7 +187,12 @@ def _run_in_blocks(inputs: tuple[Path, Path], root: Path, strategy: str) -> None
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "strategy", ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)]
+    "strategy",
+    [
+        pytest.param("ddp", marks=pytest.mark.slow),
+        "fsdp",
+        pytest.param("deepspeed", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_in_blocks(
     tmp_path: Path, inputs: tuple[Path, Path], references: References, strategy: str

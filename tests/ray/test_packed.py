@@ -189,7 +189,7 @@ def test_trials_that_end_badly_hurt_nobody_and_others_take_their_slots(
         "max_concurrent": 2,
         "scheduler": {"name": "asha", "grace_examples": 70, "reduction_factor": 2},
     }
-    config = begin(inputs, sweep_dir, **search)
+    config = begin(inputs, sweep_dir, {"resources_per_worker": {"CPU": 2}}, **search)
     killed: list[str] = []
 
     def kill_a_driver(line: str) -> None:
