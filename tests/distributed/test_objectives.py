@@ -52,7 +52,7 @@ class References:
 
     def of(self, name: str) -> Path:
         name = "kd" if name == KEPT else name
-        if not (self._root / name).exists():
+        if not (self._root / name / "result.json").is_file():
             _run_one(self._inputs, self._root, name, "single", False, 1)
         return self._root / name
 
