@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -252,6 +254,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None and address != "local":
         try:
+            _check_answers(address)
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
@@ -280,6 +283,30 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
                 f"cannot be started on this machine ({first_line(error)})",
                 f"free memory and disk, or read why in {folder}/session_latest/logs",
             ) from error
+
+
+ANSWER_S = 30.0
+"""Long enough for a head that starts beside its driver. Ray alone tries for minutes."""
+
+
+def _check_answers(address: str) -> None:
+    """Raises ConnectionError where nothing answers at HOST:PORT within `ANSWER_S`. Other forms of
+    an address are Ray's to judge.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(left, 0.1)).close()
+            return
+        except (OSError, OverflowError) as error:
+            if left < 1:
+                why = f"nothing answers there within {ANSWER_S:g} s: {error}"
+                raise ConnectionError(why) from error
+        time.sleep(0.5)
 
 
 def ray_directory() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from raytune_ft.ray_backend.cluster import (
     whole_groups,
 )
 from raytune_ft.ray_backend.sweep import concurrency
+from tests.support.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,39 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(ray, "shutdown", lambda: made.append("shutdown"))
     monkeypatch.setattr(ray, "is_initialized", lambda: made[-1:] == ["init"])
     return made
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nothing_answers_is_one_line(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In seconds; Ray itself tries for minutes."""
+    monkeypatch.setattr(cluster, "ANSWER_S", 2.0)
+    begun = time.monotonic()
+    with pytest.raises(ClusterError) as caught:
+        connect(address)
+    assert time.monotonic() - begun < 10
+    line = str(caught.value)
+    assert line.startswith(f"address={address} cannot be joined (nothing answers there within 2 s")
+    assert "ray start --head" in line
+    assert "\n" not in line
+
+
+def test_a_head_that_starts_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda address, **_: joined.append(address))
+    port = free_port()
+
+    def listen() -> None:
+        with socket.create_server(("127.0.0.1", port)) as server:
+            server.accept()
+
+    late = threading.Timer(1.5, listen)
+    late.start()
+    connect(f"127.0.0.1:{port}")
+    late.join()
+    connect("auto")
+    assert joined == [f"127.0.0.1:{port}", "auto"]
 
 
 def test_a_cluster_starts_while_its_caller_works(
