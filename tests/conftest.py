@@ -66,10 +66,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """Estimates of memory run equal models once, for tests that make many of them."""
-    from raytune_ft.estimate import memory
+    """Estimates of memory run equal models once, and plans measure this machine once, for tests
+    that make many of them.
+    """
+    from raytune_ft.estimate import hardware, memory
     from tests.support import traces
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "trace", traces.traced_once)
+        patch.setattr(hardware, "measure", traces.measured_once)
         yield

@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from raytune_ft.errors import ClusterError, ConfigError
@@ -256,11 +255,8 @@ def machine_memory() -> int:
     return total
 
 
-@cache
 def measure(device: str, precision: str, seconds: float = 0.5) -> tuple[float, float]:
-    """TFLOP/s of a matrix product and GB/s of a copy, on the threads of this process; measured
-    once.
-    """
+    """TFLOP/s of a matrix product and GB/s of a copy, on the threads of this process."""
     import torch
 
     size = 8192 if device == "cuda" else 1024

@@ -1,13 +1,16 @@
-"""Traces of activations, each made once in a process."""
+"""Traces of activations and rates of this machine, each made once in a process."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 from raytune_ft.estimate.activations import Plane, Traced, trace
+from raytune_ft.estimate.hardware import measure
 from raytune_ft.estimate.parameters import Shell
 
+measured_once = cache(measure)
 _MADE: dict[Any, Traced] = {}
 
 
