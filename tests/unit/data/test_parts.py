@@ -85,7 +85,7 @@ def test_the_size_of_the_parts_changes_no_byte(prepare: Prepare) -> None:
     assert report["sources"]["train.a"]["bad"] == {"empty": 21}
     assert report["sources"]["train.a"]["first_bad"]["empty"].startswith("a.jsonl:6: ")
     assert report["duplicates"]["train/test"] > 200
-    for piece_bytes in (1, 33_333, 10**9):
+    for piece_bytes in (1, 1000, 33_333, 10**9):
         assert content(prepare(piece_bytes=piece_bytes)) == expected
 
 

@@ -19,7 +19,7 @@ import ray
 
 from raytune_ft.config.schema import ParallelConfig
 from raytune_ft.config.search import SearchConfig
-from raytune_ft.errors import ClusterError, ConfigError
+from raytune_ft.errors import ClusterError, ConfigError, DataError
 from raytune_ft.ray_backend import cluster
 from raytune_ft.ray_backend.cluster import (
     connect,
@@ -216,6 +216,12 @@ def test_a_cluster_starts_while_its_caller_works(
     with connected(), starting(), connected():
         assert calls == ["init", "shutdown", "init"]
     assert calls == ["init", "shutdown", "init", "shutdown"]
+
+
+def test_work_that_fails_leaves_no_cluster(calls: list[str]) -> None:
+    with pytest.raises(DataError), starting():
+        raise DataError("rows", "are none", "write some")
+    assert calls == ["init", "shutdown"]
 
 
 def test_a_second_signal_leaves_no_cluster(

@@ -280,7 +280,7 @@ SPECIAL = (
 
 @pytest.mark.skipif(not templates(), reason="trl, which has the templates, is not installed")
 # The slow case has every template.
-@pytest.mark.parametrize("nth", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nth", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_nth_template_is_learnt_exactly_or_refused_with_a_reason(nth: int) -> None:
     counts, wrong = Counter[str](), []
     for path in templates()[::nth]:
