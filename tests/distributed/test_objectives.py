@@ -56,6 +56,10 @@ class References:
             _run_one(self._inputs, self._root, name, "single", False, 1)
         return self._root / name
 
+    def compare(self, root: Path, names: Collection[str]) -> None:
+        found = {name: largest_difference(root / name, self.of(name)) for name in names}
+        assert all(max(each) < BOUND for each in found.values()), found
+
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> References:
@@ -112,12 +116,7 @@ def test_every_objective_is_held_to_it() -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_packed_rows(tmp_path: Path, inputs: Path, references: References, name: str) -> None:
     _run_one(inputs, tmp_path, name, "single", True, 96)
-    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
-
-
-def _compare(root: Path, references: References, names: Collection[str]) -> None:
-    found = {name: largest_difference(root / name, references.of(name)) for name in names}
-    assert all(max(each) < BOUND for each in found.values()), found
+    references.compare(tmp_path, [name])
 
 
 @pytest.mark.distributed
@@ -134,7 +133,7 @@ def test_two_processes(
     tmp_path: Path, inputs: Path, references: References, strategy: str, names: Collection[str]
 ) -> None:
     run_distributed(_run_all, 2, inputs, tmp_path, names, strategy, strategy == "fsdp", 96)
-    _compare(tmp_path, references, names)
+    references.compare(tmp_path, names)
 
 
 @pytest.mark.slow
@@ -143,7 +142,7 @@ def test_three_processes_that_recompute(
     tmp_path: Path, inputs: Path, references: References
 ) -> None:
     run_distributed(_run_all, 3, inputs, tmp_path, [*RUNS], "ddp", True, 50, "full")
-    _compare(tmp_path, references, RUNS)
+    references.compare(tmp_path, RUNS)
 
 
 @pytest.mark.slow
@@ -152,7 +151,7 @@ def test_selective_recomputation(
     tmp_path: Path, inputs: Path, references: References, name: str
 ) -> None:
     _run_one(inputs, tmp_path, name, "single", False, 50, activations="selective")
-    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
+    references.compare(tmp_path, [name])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_a_resumed_run(tmp_path: Path, inputs: Path, references: References, nam
     with pytest.raises(BrokenRun):
         _run_one(inputs, tmp_path, name, "single", True, 96, Recorder(fail_at=5))
     _run_one(inputs, tmp_path, name, "single", False, 50, resumes=True)
-    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
+    references.compare(tmp_path, [name])
 
 
 @pytest.mark.parametrize("name", ["sft", "clm", "rationale", "kd", KEPT, "dpo", "orpo", "simpo"])
@@ -185,9 +184,9 @@ def test_packed_runs(tmp_path: Path, inputs: Path, references: References, name:
     }
     with true_float64():
         run_packed(configs, tmp_path)
-    assert max(largest_difference(tmp_path / name, references.of(name))) < BOUND
+    references.compare(tmp_path, [name])
     if OBJECTIVES[objective].pairs:
         configs["other"] = config_of(inputs, objective, {**changes, "train.lr": 1e-2})
         with true_float64():
             run_packed(configs, tmp_path / "alike")
-        assert max(largest_difference(tmp_path / "alike" / name, references.of(name))) < BOUND
+        references.compare(tmp_path / "alike", [name])
